@@ -1,0 +1,452 @@
+"""What goes into the engine and what comes out: requests, events, and the facts a host can ask for.
+
+Plain frozen dataclasses, no JAX: the server, its tests and the engine meet here and nowhere else.
+Values are validated where they enter (the server's schemas); the engine only re-checks what it would crash on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+FinishReason = Literal["stop", "length", "cancelled", "error"]
+CacheStrategy = Literal["lru", "lfu", "adaptive"]
+
+
+# --- errors -----------------------------------------------------------------------------------------------------
+class EngineError(Exception):
+    """Base of every error the engine reports to a caller; `str(error)` is fit for a client to read."""
+
+
+class InvalidRequest(EngineError):
+    """A request that can never succeed.
+
+    Attributes:
+      param: the request field at fault, as a client wrote it (`"prompt"`, `"atlas.window_size"`), or None.
+      code: short machine-readable reason, e.g. `"context_length_exceeded"`, or None.
+    """
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class Overloaded(EngineError):
+    """No room now (queue full, contexts exhausted, draining); the same request may succeed later.
+
+    Attributes:
+      retry_after: seconds a client should wait.
+    """
+
+    def __init__(self, message: str, *, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class SessionNotFound(EngineError):
+    """No such session, context or snapshot for this owner."""
+
+
+class SnapshotInvalid(EngineError):
+    """A snapshot that is damaged, or was made by another model, tokenizer or memory shape."""
+
+
+class StorageFull(EngineError):
+    """The disk or the owner's quota has no room; nothing was changed."""
+
+
+# --- requests ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn; the defaults sample from the model's own distribution.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_k: 0 keeps every token.
+      seed: None draws one; the seed that was used is in the result.
+      logprobs: None for none, k ≥ 0 for the chosen token's log-probability and the k best alternatives.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repeat_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionKey:
+    """Whose session: the owner comes from the API key, never from the request body."""
+
+    owner: str
+    session_id: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryParams:
+    """How one request uses the ATLAS memory; the ranges are those of the `atlas` object in the HTTP contract.
+
+    Attributes:
+      session: None gives the request a memory of its own that ends with it.
+      memory_layers: how many layers are tapped, best-ranked first.
+      window_size: tokens attended exactly; a multiple of the page.
+      blend_ratio: 0 = window alone, 0.5 = the gate as calibrated, 1 = memory wherever it has anything to say.
+      learning_rate: inner step size of the gradient and Muon writes; None = the calibrated one.
+      polynomial_degree: 1–3.
+      use_muon: None = exact minimum-norm solve, True = orthogonalised momentum, False = plain gradient (OmegaNet).
+      warmup_tokens: the memory is written from the start and read only after this many tokens.
+      update_frequency: tokens per memory write; a multiple of the page.
+      omega_window: tokens in the objective of one write; at least `update_frequency`.
+      read: whether the memory takes part in the answer.
+      write: whether the request teaches the session (False leaves it exactly as it was).
+    """
+
+    session: SessionKey | None = None
+    memory_layers: int = 1
+    window_size: int = 512
+    blend_ratio: float = 0.5
+    learning_rate: float | None = None
+    polynomial_degree: int = 2
+    use_muon: bool | None = None
+    warmup_tokens: int = 0
+    update_frequency: int = 128
+    omega_window: int = 512
+    cache_strategy: CacheStrategy = "adaptive"
+    read: bool = True
+    write: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationRequest:
+    """One sequence to continue. `n` choices are n requests with the same prompt and `choice` 0 … n−1.
+
+    Attributes:
+      prompt: token ids, at least one.
+      max_tokens: None = until a stop, or the end of the context.
+      stop: strings that end the text; the text before the match is delivered, the match is not.
+      ignore_eos: never end at an end-of-generation token.
+      prompt_logprobs: None, or k alternatives for every prompt token (`echo` with `logprobs`).
+      choice: only choice 0 of a session's request goes on as that session; the others see it and leave no trace.
+      owner: whose share of the engine this request uses (fairness, prefix reuse never crosses owners).
+      memory: None = the plain model.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int | None = None
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: Sequence[str] = ()
+    ignore_eos: bool = False
+    prompt_logprobs: int | None = None
+    choice: int = 0
+    owner: str = ""
+    memory: MemoryParams | None = None
+
+
+# --- events -----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """One token of the answer or, with `prompt_logprobs`, of the prompt.
+
+    Attributes:
+      data: the token's own bytes (a token may be part of a character).
+      logprob: natural log under the distribution before temperature and filters; None for the first prompt token.
+      top: alternatives (token, bytes, logprob), best first.
+    """
+
+    token: int
+    data: bytes
+    logprob: float | None = None
+    top: tuple[tuple[int, bytes, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The prompt has been read; sent once, before any text, and only if `prompt_logprobs` was asked for."""
+
+    tokens: tuple[TokenInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """New text, complete characters only, with the tokens that produced it (none unless logprobs were asked for)."""
+
+    text: str
+    tokens: tuple[TokenInfo, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryStats:
+    """What the memory did in this request; every figure is measured in it."""
+
+    memory_utilization: float
+    window_fill_ratio: float
+    omega_loss: float
+    muon_iterations: int
+    blend_ratio_actual: float
+    tokens_absorbed: int
+    session_id: str | None
+    cache_hit: bool
+    degraded: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Finished:
+    """The last event of a request that was accepted and did not fail.
+
+    Attributes:
+      stop: the stop string that matched, or None.
+      cached_tokens: prompt tokens that did not have to be processed again.
+      queue_seconds, prompt_seconds, decode_seconds: where the time went.
+    """
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    seed: int
+    stop: str | None = None
+    queue_seconds: float = 0.0
+    prompt_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    memory: MemoryStats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The last event of a request that failed after it was accepted."""
+
+    error: EngineError
+
+
+Event = Prompt | Delta | Finished | Failed
+Listener = Callable[[Event], None]
+
+
+class Handle(Protocol):
+    """A submitted request."""
+
+    def cancel(self) -> None:
+        """Ends the request at the next step and frees what it held; safe from any thread, any number of times."""
+
+
+# --- what a host can ask ----------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """The model being served.
+
+    Attributes:
+      name: file name without `.gguf`; the id clients use.
+      fingerprint: identifies weights and tokenizer; snapshots are bound to it.
+      context_length: the model's trained context in tokens.
+      created: Unix seconds (the file's time).
+    """
+
+    name: str
+    architecture: str
+    fingerprint: str
+    parameters: int
+    size_bytes: int
+    context_length: int
+    vocab_size: int
+    layers: int
+    embedding_size: int
+    memory_layers: tuple[int, ...]
+    state_bytes_per_session: int
+    adapter: str | None
+    created: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerMemoryInfo:
+    """One tapped layer of one session's memory (or means over the sessions asked for)."""
+
+    layer: int
+    norm: float
+    effective_rank: float
+    omega_loss: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryInfo:
+    """State of one session's memory, or totals over an owner's sessions.
+
+    Attributes:
+      window_size, window_fill: tokens of the exact window, and how many are held.
+      memory_capacity, memory_used: independent pairs the memory can hold, and how many directions are in use.
+      last_update_time: Unix seconds, or None before the first write.
+    """
+
+    window_size: int
+    window_fill: int
+    memory_capacity: int
+    memory_used: int
+    total_updates: int
+    last_update_time: float | None
+    layers: tuple[LayerMemoryInfo, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionInfo:
+    """One row of a session listing."""
+
+    session_id: str
+    tokens: int
+    bytes: int
+    created: float
+    last_used: float
+    resident: Literal["device", "host", "disk"]
+    has_state: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveResult:
+    """What a save wrote."""
+
+    filename: str
+    session_id: str | None
+    bytes: int
+    sessions: int
+    timestamp: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Counters since start, and gauges of this moment."""
+
+    requests_total: int
+    requests_running: int
+    requests_waiting: int
+    requests_completed: int
+    requests_failed: int
+    requests_cancelled: int
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    generated_tokens_total: int
+    drafted_tokens_total: int
+    accepted_tokens_total: int
+    tokens_per_second: float
+    steps_total: int
+    step_seconds_total: float
+    compilations_total: int
+    sessions_device: int
+    sessions_host: int
+    sessions_disk: int
+    session_hits: int
+    session_misses: int
+    memory_updates_total: int
+    muon_iterations_total: int
+    omega_loss_total: float
+    memory_utilization: float
+    window_fill_ratio: float
+    memory_saves: int
+    memory_loads: int
+    snapshot_failures: int
+    memory_bytes: int
+    contexts_total: int
+    contexts_in_use: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotInfo:
+    """One decode slot, as `GET /slots` shows it (no text)."""
+
+    id: int
+    busy: bool
+    prompt_tokens: int
+    generated_tokens: int
+    session: bool
+
+
+class SessionStore(Protocol):
+    """The memory endpoints' view of the sessions. Every method is thread-safe and blocking; owners never see each other."""
+
+    def info(self, owner: str, session_id: str | None) -> MemoryInfo:
+        """Memory state of one session, or totals over the owner's; raises SessionNotFound."""
+
+    def list(self, owner: str, *, after: str | None, limit: int) -> tuple[tuple[SessionInfo, ...], str | None]:
+        """One page of the owner's sessions by id, and the cursor of the next page."""
+
+    def save_all(self, owner: str, filename: str | None) -> SaveResult:
+        """Writes every session of the owner into one file of the memory folder (default `<model>_memory.atlas`)."""
+
+    def save_session(self, owner: str, session_id: str) -> SaveResult:
+        """Writes one session to its file on disk."""
+
+    def save_context(self, owner: str, context_id: str, state: Any) -> SaveResult:
+        """Stores the caller's JSON with the neural memory of the session of that name, if there is one."""
+
+    def load_file(self, owner: str, filename: str) -> int:
+        """Replaces the owner's sessions named in the file; returns how many were loaded."""
+
+    def load_context(self, owner: str, context_id: str) -> Any:
+        """The caller's JSON as saved (None if only neural memory was), with the session's memory restored."""
+
+    def reset(self, owner: str, session_id: str | None) -> int:
+        """Empties one session's memory, or all of the owner's; returns how many."""
+
+    def delete(self, owner: str, session_id: str) -> None:
+        """Removes a session and its files; raises SessionNotFound."""
+
+
+class Tokenizer(Protocol):
+    """The part of the model's tokenizer a server needs."""
+
+    vocab_size: int
+
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
+
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class EngineProtocol(Protocol):
+    """What a server needs of an engine; `Engine` implements it, tests may bring a simpler one."""
+
+    model: ModelInfo
+    tokenizer: Tokenizer
+    sessions: SessionStore
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation; control tokens come from the template alone, never from message text."""
+
+    def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+        """The same as text, for people to read."""
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
+        """Queues a request; `listener` is called from the engine's thread and must not block.
+
+        Raises:
+          InvalidRequest: it can never succeed.
+          Overloaded: the queue is full, the engine is draining, or a session's memory context cannot be had.
+        """
+
+    def stats(self) -> EngineStats: ...
+
+    def slots(self) -> tuple[SlotInfo, ...]: ...
+
+    def alive(self) -> bool:
+        """False once the engine thread has died; the process should then end and be restarted."""
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; running ones go on."""
+
+    def close(self, *, timeout: float) -> None:
+        """Ends what still runs, saves every session, frees the device; idempotent."""
