@@ -1,0 +1,39 @@
+"""XLA settings that must be in the environment before jax is imported, and the self-test that guards them."""
+
+from __future__ import annotations
+
+import os
+
+# jaxlib 0.10.2's CPU compiler silently miscompiles some fused reductions (jax issue 39103); with YNNPACK limited to
+# single dots the reported case and our own shapes come out right. A user who set the flag keeps their choice.
+_YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+
+
+def _set_xla_flags() -> None:
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _YNN_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}=individual_dot".strip()
+
+
+_set_xla_flags()
+
+
+def self_test() -> None:
+    """Runs the reported miscompilation and compares it with its exact answer.
+
+    Raises:
+      RuntimeError: this jaxlib with these flags computes wrong numbers; nothing should be served with it.
+    """
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    rows = 32769
+    values = np.stack([np.arange(rows), np.zeros(rows), np.zeros(rows)], axis=1).astype(np.float32)
+    weight = jnp.eye(3, dtype=jnp.float32)
+    squared = jax.jit(jax.vmap(lambda row: jnp.sum((weight @ row) ** 2)))(values)
+    if not np.array_equal(np.asarray(squared), values[:, 0] ** 2):
+        raise RuntimeError(
+            "XLA's CPU compiler returns wrong results on this machine (jax issue 39103). Unset XLA_FLAGS, or set "
+            f"XLA_FLAGS={_YNN_FLAG}=individual_dot, and start again."
+        )

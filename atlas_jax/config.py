@@ -1,0 +1,119 @@
+"""Frozen, validated settings of the model, the memory and the engine. Hashable: they are static under `jit`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+PAGE = 128
+"""Tokens per KV page: the unit of the attention window, of prefill, and of memory writes."""
+
+
+class ConfigError(ValueError):
+    """A setting out of its range; the message names it."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """One rotary embedding.
+
+    Attributes:
+      base: wavelength base (theta).
+      dims: leading head dimensions that rotate; the rest pass through.
+      position_scale: positions are multiplied by it (1 / linear scaling factor).
+      interleaved: pairs are (0,1),(2,3),… as GGUF's `llama` family stores them; otherwise (i, i + dims/2).
+      frequency_factors: divisors of the inverse frequencies, one per pair (GGUF `rope_freqs`), or None.
+    """
+
+    base: float
+    dims: int
+    position_scale: float = 1.0
+    interleaved: bool = True
+    frequency_factors: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        _require(self.base > 0 and math.isfinite(self.base), f"rope base must be positive, got {self.base}")
+        _require(self.dims > 0 and self.dims % 2 == 0, f"rope dims must be even and positive, got {self.dims}")
+        _require(self.position_scale > 0, f"rope position_scale must be positive, got {self.position_scale}")
+        factors = self.frequency_factors
+        _require(factors is None or len(factors) == self.dims // 2, "rope frequency_factors must have dims/2 entries")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """What differs from layer to layer.
+
+    Attributes:
+      sliding_window: tokens this layer attends (itself included), or None for all.
+      rope: which of the model's rotary embeddings it uses.
+    """
+
+    sliding_window: int | None = None
+    rope: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer of the Llama family, as data: families differ in values, not in code paths of their own.
+
+    Attributes:
+      family: GGUF architecture name.
+      activation: gate activation of the MLP.
+      qk_norm: RMSNorm on queries and keys per head, before RoPE.
+      post_norms: RMSNorm on each sublayer's output before the residual add.
+      embed_scale: factor on token embeddings.
+      attention_scale: factor on q·k.
+      final_softcap: logits become cap·tanh(logits / cap), or None.
+    """
+
+    family: str
+    vocab: int
+    embed: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ff: int
+    layers: tuple[LayerConfig, ...]
+    ropes: tuple[RopeConfig, ...]
+    context_length: int
+    norm_eps: float
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    qk_norm: bool = False
+    post_norms: bool = False
+    embed_scale: float = 1.0
+    attention_scale: float | None = None
+    tied_head: bool = True
+    final_softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab", "embed", "heads", "kv_heads", "head_dim", "ff", "context_length"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(self.heads % self.kv_heads == 0, f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        _require(len(self.layers) > 0, "a model needs at least one layer")
+        _require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}")
+        for index, layer in enumerate(self.layers):
+            _require(0 <= layer.rope < len(self.ropes), f"layer {index} names rope {layer.rope}, which does not exist")
+            _require(layer.sliding_window is None or layer.sliding_window > 0, f"layer {index}: sliding_window must be positive")
+        for rope in self.ropes:
+            _require(rope.dims <= self.head_dim, f"rope dims {rope.dims} exceed head_dim {self.head_dim}")
+
+    @property
+    def scale(self) -> float:
+        """Factor on q·k: `attention_scale`, or 1/√head_dim."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+
+    @property
+    def groups(self) -> int:
+        """Query heads per KV head."""
+        return self.heads // self.kv_heads
+
+    def replace(self, **changes: object) -> ModelConfig:
+        """A copy with some fields changed; validated again."""
+        return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

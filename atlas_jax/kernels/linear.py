@@ -1,0 +1,121 @@
+"""Linear layers over weights that may be quantised: `QuantArray`, and the one product that knows about it.
+
+On CPU, XLA sends int8 × int8 → int32 products of at least two rows to AMX / VNNI kernels, at memory speed for few rows
+and 600–800 GOP/s for many; one row, or a float × int8 product, is a slow loop. So weights stay int8 with one scale per
+output, stored [out, in], and activations are quantised per row just before the product.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax.kernels.reduce import row_max
+from atlas_jax.typing import Array, Float, Int8
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class QuantArray:
+    """A weight matrix in 8 bits, `values * scale[:, None]`.
+
+    Attributes:
+      values: int8 [out, in].
+      scale: float32 [out].
+    """
+
+    values: Int8[Array, "out inp"]
+    scale: Float[Array, "out"]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix it stands for."""
+        return tuple(self.values.shape)
+
+
+Weight = QuantArray | jax.Array
+"""A matrix [out, in]: quantised, or plain float32 (reference mode)."""
+
+
+def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rounds each row of a float matrix to int8 with its own scale.
+
+    Args:
+      matrix: float32 [out, in].
+
+    Returns:
+      values int8 [out, in] in −127 … 127 and scale float32 [out]; a zero row has scale 0.
+    """
+    peak = np.abs(matrix).max(axis=1, initial=0.0)
+    inverse = np.divide(127.0, peak, out=np.zeros_like(peak), where=peak > 0)
+    values = np.rint(matrix * inverse[:, None]).astype(np.int8)
+    return values, (peak / 127.0).astype(np.float32)
+
+
+def quantize_rows(x: Float[Array, "*rows inp"]) -> tuple[Int8[Array, "*rows inp"], Float[Array, "*rows 1"]]:
+    """Rounds the last axis to int8 with one scale per row; an all-zero row stays zero."""
+    scale, inverse = _row_scale(x)
+    return jnp.round(x * inverse).astype(jnp.int8), scale
+
+
+def _row_scale(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Value of one int8 unit, and its inverse: one division per row instead of one per element."""
+    peak = jnp.maximum(row_max(jnp.abs(x)), 1e-30)[..., None]
+    return peak * (1.0 / 127.0), 127.0 / peak
+
+
+def linear(weight: Weight, x: Float[Array, "*rows inp"], *, precise: bool = True) -> Float[Array, "*rows out"]:
+    """Computes `x @ weight.T`.
+
+    Args:
+      weight: [out, in]; the product of a `QuantArray` runs in int8 with int32 sums, exact in the integers, so a row's
+        result does not depend on its neighbours or on how many there are.
+      x: any leading axes.
+      precise: for a `QuantArray`, represent each activation row by two int8 terms (≈ 15 bits) instead of one. It
+        doubles the rows of the product, which is free for few rows. One term costs SmolLM2-135M 1.9 % of perplexity at
+        the attention input, 1.0 % at the head, 0.7 % at the down projection, 0.5 % at the gate and up projections, and
+        nothing that shows at the attention output.
+    """
+    rows, inner = x.shape[:-1], x.shape[-1]
+    flat = x.reshape(-1, inner)
+    if not isinstance(weight, QuantArray):
+        return jnp.einsum("ri,oi->ro", flat, weight, precision=jax.lax.Precision.HIGHEST).reshape(*rows, -1)
+    count = flat.shape[0]
+    if precise:
+        high, low, scale = split_rows(flat)
+        terms = jnp.concatenate([high, low])
+    else:
+        terms, scale = quantize_rows(flat)
+    if terms.shape[0] == 1:  # XLA's CPU int8 product of a single row is a scalar loop, 20 times slower than two rows
+        terms = jnp.concatenate([terms, jnp.zeros_like(terms)])
+    sums = jnp.einsum("ri,oi->ro", terms, weight.values, preferred_element_type=jnp.int32)
+    if precise:
+        total = sums[:count].astype(jnp.float32) + sums[count:].astype(jnp.float32) * (1.0 / LOW_TERM)
+    else:
+        total = sums[:count].astype(jnp.float32)
+    return (total * (scale * weight.scale)).reshape(*rows, -1)
+
+
+LOW_TERM = 254.0
+"""The second int8 term counts in units of 1/254 of the first, so that half a unit of the first is 127."""
+
+
+def split_rows(
+    x: Float[Array, "*rows inp"],
+) -> tuple[Int8[Array, "*rows inp"], Int8[Array, "*rows inp"], Float[Array, "*rows 1"]]:
+    """Rounds the last axis to two int8 terms: `x ≈ (high + low / 254) * scale`, relative error ≤ 2⁻¹⁶ of the peak."""
+    scale, inverse = _row_scale(x)
+    units = x * inverse
+    high = jnp.round(units)
+    low = jnp.round((units - high) * LOW_TERM)
+    return high.astype(jnp.int8), low.astype(jnp.int8), scale
+
+
+def rows_of(weight: Weight, index: jax.Array) -> jax.Array:
+    """Looks up rows of a matrix as float32: the embedding of token ids `index`."""
+    if isinstance(weight, QuantArray):
+        return weight.values[index].astype(jnp.float32) * weight.scale[index][..., None]
+    return weight[index]

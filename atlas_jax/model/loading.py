@@ -1,0 +1,179 @@
+"""GGUF file → configuration and parameters. Which tensors a model must have follows from its configuration alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax.config import ConfigError, ModelConfig, RopeConfig
+from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels.linear import QuantArray, Weight, quantize_weight
+from atlas_jax.kernels.rope import rope_table
+from atlas_jax.model.families import FAMILIES
+from atlas_jax.model.families._family import Fields, UnsupportedModel
+from atlas_jax.model.params import LayerParams, ModelParams
+
+WeightDtype = Literal["int8", "float32"]
+
+_EMBED, _FINAL_NORM, _HEAD, _ROPE_FACTORS = "token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"
+
+
+class _Progress(Protocol):
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+def model_config(file: GGUFFile) -> ModelConfig:
+    """Reads the configuration of a GGUF model.
+
+    Raises:
+      UnsupportedModel: the architecture, or a metadata value of it, is not understood; the message names it.
+    """
+    architecture = file.metadata.get("general.architecture")
+    family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
+    if family is None:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModel(f"architecture {architecture!r} is not supported (known: {known})")
+    if _EMBED not in file.tensors:
+        raise UnsupportedModel(f"tensor '{_EMBED}' is missing")
+    try:
+        config = family.config(Fields(file.metadata, family.architecture), file.tensors[_EMBED].shape[0])
+    except ConfigError as error:
+        raise UnsupportedModel(f"metadata of architecture '{architecture}': {error}") from error
+    if _ROPE_FACTORS in file.tensors:
+        factors = tuple(float(x) for x in file.dequantize(_ROPE_FACTORS).reshape(-1))
+        config = config.replace(ropes=tuple(_with_factors(rope, factors) for rope in config.ropes))
+    return config.replace(tied_head=_HEAD not in file.tensors)
+
+
+def _with_factors(rope: RopeConfig, factors: tuple[float, ...]) -> RopeConfig:
+    return RopeConfig(
+        base=rope.base,
+        dims=rope.dims,
+        position_scale=rope.position_scale,
+        interleaved=rope.interleaved,
+        frequency_factors=factors,
+    )
+
+
+def load_params(
+    file: GGUFFile, config: ModelConfig, *, dtype: WeightDtype = "int8", progress: _Progress | None = None
+) -> ModelParams:
+    """Reads the weights.
+
+    Args:
+      dtype: "int8" keeps every matrix in 8 bits with a scale per row; "float32" is the reference mode.
+      progress: called with layers done and in all.
+
+    Raises:
+      UnsupportedModel: a tensor is missing, unknown or misshapen; the message names it.
+    """
+    reader = _Reader(file, dtype)
+    layers = []
+    for index in range(len(config.layers)):
+        layers.append(_layer(reader, config, index))
+        if progress is not None:
+            progress(index + 1, len(config.layers))
+    params = ModelParams(
+        embed=reader.matrix([_EMBED], [(config.vocab, config.embed)]),
+        layers=tuple(layers),
+        final_norm=reader.vector(_FINAL_NORM, config.embed),
+        head=None if config.tied_head else reader.matrix([_HEAD], [(config.vocab, config.embed)]),
+        ropes=tuple(rope_table(rope) for rope in config.ropes),
+    )
+    reader.finish()
+    return params
+
+
+def parameter_count(params: ModelParams) -> int:
+    """Number of weights, scales and rotary tables not counted."""
+
+    def sizes() -> Iterator[int]:
+        is_weight = lambda leaf: isinstance(leaf, QuantArray)  # noqa: E731
+        without_tables = (params.embed, params.layers, params.final_norm, params.head)
+        for leaf in jax.tree.leaves(without_tables, is_leaf=is_weight):
+            yield int(np.prod(leaf.shape))
+
+    return sum(sizes())
+
+
+class _Reader:
+    """Takes tensors by name, checks shapes, and remembers what was taken."""
+
+    def __init__(self, file: GGUFFile, dtype: WeightDtype) -> None:
+        self._file = file
+        self._dtype = dtype
+        self._taken = {_ROPE_FACTORS}
+
+    def vector(self, name: str, size: int) -> jax.Array:
+        return jnp.asarray(self._read(name, (size,)))
+
+    def matrix(
+        self, names: list[str], shapes: list[tuple[int, int]], permutations: list[np.ndarray | None] | None = None
+    ) -> Weight:
+        """Tensors stacked along their outputs, quantised row by row, so stacking changes no number."""
+        parts = [self._read(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        if permutations is not None:
+            parts = [p if rows is None else p[rows] for p, rows in zip(parts, permutations, strict=True)]
+        whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if self._dtype == "float32":
+            return jnp.asarray(whole)
+        values, scale = quantize_weight(whole)
+        return QuantArray(jnp.asarray(values), jnp.asarray(scale))
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        info = self._file.tensors.get(name)
+        if info is None:
+            raise UnsupportedModel(f"tensor '{name}' is missing")
+        if tuple(info.shape) != shape:
+            raise UnsupportedModel(f"tensor '{name}' has shape {tuple(info.shape)}, expected {shape}")
+        self._taken.add(name)
+        values = self._file.dequantize(name)
+        if not np.isfinite(values).all():
+            raise UnsupportedModel(f"tensor '{name}' holds values that are not finite")
+        return values
+
+    def finish(self) -> None:
+        left = sorted(set(self._file.tensors) - self._taken)
+        if left:
+            raise UnsupportedModel(f"tensor '{left[0]}' is not understood")
+
+
+def _layer(reader: _Reader, config: ModelConfig, index: int) -> LayerParams:
+    prefix = f"blk.{index}."
+    embed, dim = config.embed, config.head_dim
+    q_size, kv_size = config.heads * dim, config.kv_heads * dim
+    rope = config.ropes[config.layers[index].rope]
+    order = _half_split_order(rope, dim) if rope.interleaved else None
+
+    def per_head(heads: int) -> np.ndarray | None:
+        return None if order is None else (np.arange(heads)[:, None] * dim + order).reshape(-1)
+
+    def norm(name: str, wanted: bool, size: int) -> jax.Array | None:
+        return reader.vector(f"{prefix}{name}.weight", size) if wanted else None
+
+    return LayerParams(
+        attn_norm=reader.vector(f"{prefix}attn_norm.weight", embed),
+        qkv=reader.matrix(
+            [f"{prefix}attn_{part}.weight" for part in "qkv"],
+            [(q_size, embed), (kv_size, embed), (kv_size, embed)],
+            [per_head(config.heads), per_head(config.kv_heads), None],
+        ),
+        q_norm=norm("attn_q_norm", config.qk_norm, dim),
+        k_norm=norm("attn_k_norm", config.qk_norm, dim),
+        out=reader.matrix([f"{prefix}attn_output.weight"], [(embed, q_size)]),
+        attn_post_norm=norm("post_attention_norm", config.post_norms, embed),
+        ff_norm=reader.vector(f"{prefix}ffn_norm.weight", embed),
+        gate_up=reader.matrix([f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight"], [(config.ff, embed)] * 2),
+        down=reader.matrix([f"{prefix}ffn_down.weight"], [(embed, config.ff)]),
+        ff_post_norm=norm("post_ffw_norm", config.post_norms, embed),
+    )
+
+
+def _half_split_order(rope: RopeConfig, dim: int) -> np.ndarray:
+    """Order of a head's dimensions that turns interleaved pairs (2i, 2i+1) into (i, i + dims/2)."""
+    rotating = np.arange(rope.dims)
+    return np.concatenate([rotating[0::2], rotating[1::2], np.arange(rope.dims, dim)])
