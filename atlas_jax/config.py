@@ -117,3 +117,50 @@ class ModelConfig:
     def replace(self, **changes: object) -> ModelConfig:
         """A copy with some fields changed; validated again."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
+
+
+MAX_MEMORY_LAYERS = 10
+MAX_DEGREE = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryConfig:
+    """Shape of the recall memory of every session of an engine.
+
+    Attributes:
+      layers: layers whose output may be tapped, best-ranked first; a request uses the first `memory_layers` of them.
+      components: numbers kept of a tapped state, the size of a memory key.
+      features: polynomial features, the pairs one memory can hold exactly.
+      code_dim: dimensions of a token's value code.
+      max_window: most tokens any request may attend exactly.
+      max_omega_window: most tokens in the objective of one write.
+      ridge: ρ of the exact solve; features have unit norm.
+      passes: inner steps of the gradient and Muon writes.
+      momentum: θ of the Muon write.
+    """
+
+    layers: tuple[int, ...]
+    components: int = 128
+    features: int = 8256
+    code_dim: int = 256
+    max_window: int = 4096
+    max_omega_window: int = 512
+    ridge: float = 0.3
+    passes: int = 4
+    momentum: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require(0 < len(self.layers) <= MAX_MEMORY_LAYERS, f"layers must name 1 to {MAX_MEMORY_LAYERS} layers")
+        _require(len(set(self.layers)) == len(self.layers), f"layers must not repeat, got {self.layers}")
+        for name in ("components", "features", "code_dim", "passes"):
+            _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("max_window", "max_omega_window"):
+            value = getattr(self, name)
+            _require(value >= PAGE and value % PAGE == 0, f"{name} must be a positive multiple of {PAGE}, got {value}")
+        _require(self.ridge > 0, f"ridge must be positive, got {self.ridge}")
+        _require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
+
+    @property
+    def ring(self) -> int:
+        """Tokens whose keys a session keeps: the window, what has just left it, and one page being written."""
+        return self.max_window + self.max_omega_window + PAGE

@@ -45,6 +45,10 @@ class Overloaded(EngineError):
         self.retry_after = retry_after
 
 
+class MemoryUnavailable(Overloaded):
+    """No memory context is free, or a session's memory cannot be read now; the plain model would still answer."""
+
+
 class SessionNotFound(EngineError):
     """No such session, context or snapshot for this owner."""
 
@@ -435,7 +439,8 @@ class EngineProtocol(Protocol):
 
         Raises:
           InvalidRequest: it can never succeed.
-          Overloaded: the queue is full, the engine is draining, or a session's memory context cannot be had.
+          Overloaded: the queue is full, or the engine is draining.
+          MemoryUnavailable: the request asked for a memory that cannot be had now; nothing was queued.
         """
 
     def stats(self) -> EngineStats: ...

@@ -74,10 +74,10 @@ class RingView:
     """
 
     page: Int32[Array, "B N"]
-    slot: Int32[Array, "B"]
+    slot: Int32[Array, B]
     positions: Int32[Array, "B T"]
     valid: Bool[Array, "B T"]
-    first_page: Int32[Array, "B"]
+    first_page: Int32[Array, B]
 
 
 def init_pages(batch: int, pages: int, kv_heads: int, head_dim: int, dtype: KVDtype) -> Pages:
@@ -90,6 +90,7 @@ def init_pages(batch: int, pages: int, kv_heads: int, head_dim: int, dtype: KVDt
 
 def init_layer_kv(batch: int, pages: int, kv_heads: int, head_dim: int, sinks: int, dtype: KVDtype) -> LayerKV:
     """An empty layer."""
+
     def pages_of() -> Pages:
         return init_pages(batch, pages, kv_heads, head_dim, dtype)
 
@@ -104,8 +105,10 @@ def write(kv: LayerKV, k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], v
     return LayerKV(_write_pages(kv.k, k, view), _write_pages(kv.v, v, view), kv.sink_k, kv.sink_v)
 
 
-def keep_sinks(kv: LayerKV, slot: Int32[Array, "B"], keep: Bool[Array, "B"]) -> LayerKV:
-    """Copies the first S tokens of ring slot `slot` to the sinks, for rows whose first page is about to leave.
+def first_tokens(
+    kv: LayerKV, slot: Int32[Array, B], keep: Bool[Array, B]
+) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]:
+    """The sinks of a layer, with the first S tokens of ring slot `slot` copied in for rows whose first page is leaving.
 
     They become the numbers the ring gave while it held them, so nothing changes at the moment of the hand-over.
     """
@@ -120,7 +123,7 @@ def keep_sinks(kv: LayerKV, slot: Int32[Array, "B"], keep: Bool[Array, "B"]) -> 
             new = pages[row, slot, :, :sinks]
         return jnp.where(keep[:, None, None, None], new, old)
 
-    return LayerKV(kv.k, kv.v, first(kv.k, kv.sink_k), first(kv.v, kv.sink_v))
+    return first(kv.k, kv.sink_k), first(kv.v, kv.sink_v)
 
 
 def _write_pages(pages: Pages, new: jax.Array, view: RingView) -> Pages:

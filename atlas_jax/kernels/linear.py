@@ -28,7 +28,7 @@ class QuantArray:
     """
 
     values: Int8[Array, "out inp"]
-    scale: Float[Array, "out"]
+    scale: Float[Array, out]
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -27,3 +27,71 @@ COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
         (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
     ),
 }
+
+
+def orthogonalize(
+    matrix: Float[Array, "*batch m n"],
+    *,
+    steps: int = 5,
+    table: CoefficientTable = "jordan",
+    eps: float = 1e-30,
+) -> Float[Array, "*batch m n"]:
+    """Replaces the singular values of a matrix by values near 1, keeping its singular vectors: ≈ U·Vᵀ.
+
+    Works on the smaller side: for m ≫ n every step multiplies n×n matrices only. With X₀ the normalised matrix, each
+    iterate is X₀·Q with Q an n×n polynomial of the Gram matrix X₀ᵀX₀, so X₀ itself enters two products in all.
+
+    Args:
+      matrix: any shape of at least two axes; leading axes are a batch.
+      steps: quintic iterations; more than the table has repeat its last row.
+      eps: added to the squared Frobenius norm, far below any real one, so that zero maps to zero.
+
+    Returns:
+      The orthogonalised matrix; zero where the input is zero.
+
+    References:
+      Jordan et al., Muon (2024); ATLAS, arXiv 2505.23735, equation 32.
+    """
+    if matrix.shape[-2] < matrix.shape[-1]:
+        transposed = orthogonalize(jnp.swapaxes(matrix, -1, -2), steps=steps, table=table, eps=eps)
+        return jnp.swapaxes(transposed, -1, -2)
+    # scaled by the largest entry first: the squares of very small or very large entries would leave float32's range
+    peak = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
+    x = matrix / jnp.where(peak > 0, peak, 1.0)
+    x = x * jax.lax.rsqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True) + eps)
+    gram = jnp.einsum("...mi,...mj->...ij", x, x)
+    return jnp.einsum("...mi,...ij->...mj", x, gram_polynomial(gram, steps=steps, table=table))
+
+
+def gram_polynomial(
+    gram: Float[Array, "*batch n n"], *, steps: int = 5, table: CoefficientTable = "jordan"
+) -> Float[Array, "*batch n n"]:
+    """The n×n matrix Q with `orthogonalize(X) = X·Q`, from the Gram matrix XᵀX of a normalised X.
+
+    Step i maps X to X·P with P = a·I + b·G + c·G²; then Q ← Q·P and G ← P·G·P, all symmetric and commuting.
+    """
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    q = identity
+    for a, b, c in _coefficients(steps, table):
+        p = a * identity + b * gram + c * (gram @ gram)
+        q = q @ p
+        gram = p @ gram @ p
+    return q
+
+
+def ref_orthogonalize(
+    matrix: Float[Array, "*batch m n"], *, steps: int = 5, table: CoefficientTable = "jordan"
+) -> Float[Array, "*batch m n"]:
+    """`orthogonalize` as its definition: X ← aX + (bA + cA²)X with A = XXᵀ, no short cuts."""
+    x = matrix / jnp.maximum(jnp.sqrt(jnp.sum(matrix * matrix, axis=(-2, -1), keepdims=True)), 1e-30)
+    for a, b, c in _coefficients(steps, table):
+        outer = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * outer + c * (outer @ outer)) @ x
+    return x
+
+
+def _coefficients(steps: int, table: CoefficientTable) -> tuple[tuple[float, float, float], ...]:
+    if steps < 0:
+        raise ValueError(f"steps must not be negative, got {steps}")
+    rows = COEFFICIENTS[table]
+    return (rows + rows[-1:] * steps)[:steps]

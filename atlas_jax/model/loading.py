@@ -19,7 +19,12 @@ from atlas_jax.model.params import LayerParams, ModelParams
 
 WeightDtype = Literal["int8", "float32"]
 
-_EMBED, _FINAL_NORM, _HEAD, _ROPE_FACTORS = "token_embd.weight", "output_norm.weight", "output.weight", "rope_freqs.weight"
+_EMBED, _FINAL_NORM, _HEAD, _ROPE_FACTORS = (
+    "token_embd.weight",
+    "output_norm.weight",
+    "output.weight",
+    "rope_freqs.weight",
+)
 
 
 class _Progress(Protocol):

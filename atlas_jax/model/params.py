@@ -21,16 +21,16 @@ class LayerParams:
       gate_up: gate and up projections of the MLP, one matrix [2F, E].
     """
 
-    attn_norm: Float[Array, "E"]
+    attn_norm: Float[Array, E]
     qkv: Weight
-    q_norm: Float[Array, "D"] | None
-    k_norm: Float[Array, "D"] | None
+    q_norm: Float[Array, D] | None
+    k_norm: Float[Array, D] | None
     out: Weight
-    attn_post_norm: Float[Array, "E"] | None
-    ff_norm: Float[Array, "E"]
+    attn_post_norm: Float[Array, E] | None
+    ff_norm: Float[Array, E]
     gate_up: Weight
     down: Weight
-    ff_post_norm: Float[Array, "E"] | None
+    ff_post_norm: Float[Array, E] | None
 
 
 @jax.tree_util.register_dataclass
@@ -45,6 +45,6 @@ class ModelParams:
 
     embed: Weight
     layers: tuple[LayerParams, ...]
-    final_norm: Float[Array, "E"]
+    final_norm: Float[Array, E]
     head: Weight | None
     ropes: tuple[RopeTable, ...]

@@ -27,7 +27,7 @@ def init_kv(config: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> tupl
     )
 
 
-def rms_norm(x: Float[Array, "*rows E"], gain: Float[Array, "E"], eps: float) -> Float[Array, "*rows E"]:
+def rms_norm(x: Float[Array, "*rows E"], gain: Float[Array, E], eps: float) -> Float[Array, "*rows E"]:
     """x / √(mean x² + eps) · gain."""
     mean_square = row_sum(x * x)[..., None] * (1.0 / x.shape[-1])
     return x * jax.lax.rsqrt(mean_square + eps) * gain
@@ -75,7 +75,9 @@ def trunk(
                 config.scale,
             )
             cache.append(layer_kv)
-            x = x + _post(config, linear(layer.out, mixed.reshape(*tokens.shape, -1), precise=False), layer.attn_post_norm)
+            x = x + _post(
+                config, linear(layer.out, mixed.reshape(*tokens.shape, -1), precise=False), layer.attn_post_norm
+            )
             x = x + _post(config, _mlp(config, layer, rms_norm(x, layer.ff_norm, config.norm_eps)), layer.ff_post_norm)
             if index in taps:
                 tapped[index] = x
@@ -92,7 +94,9 @@ def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows
 
 def _project(config: ModelConfig, layer: LayerParams, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     qkv = linear(layer.qkv, h)
-    split = jnp.split(qkv, [config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim], axis=-1)
+    split = jnp.split(
+        qkv, [config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim], axis=-1
+    )
     q, k, v = (part.reshape(*part.shape[:-1], -1, config.head_dim) for part in split)
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)

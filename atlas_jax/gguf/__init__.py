@@ -1,0 +1,23 @@
+"""GGUF files: bounded reading, weights, tokenizers and chat templates; NumPy only."""
+
+from __future__ import annotations
+
+from atlas_jax.gguf._budget import TemplateError
+from atlas_jax.gguf._chat import FALLBACK_TEMPLATE, ChatTemplate
+from atlas_jax.gguf._header import GGUFError, TensorInfo
+from atlas_jax.gguf._metadata import get, require
+from atlas_jax.gguf._reader import GGUFFile
+from atlas_jax.gguf._tokenizer import StreamDecoder, Tokenizer
+
+__all__ = [
+    "FALLBACK_TEMPLATE",
+    "ChatTemplate",
+    "GGUFError",
+    "GGUFFile",
+    "StreamDecoder",
+    "TemplateError",
+    "TensorInfo",
+    "Tokenizer",
+    "get",
+    "require",
+]

@@ -1,0 +1,189 @@
+"""Operations whose result can be far larger than their operands, checked before they run."""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+import string
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from atlas_jax.gguf._budget import ELEMENT, MAX_INTEGER_BITS, TemplateError, current, text
+
+_MAX_WIDTH = 10_000
+_PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+)?)?")
+_LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+
+
+def _width(digits: str) -> int:
+    if len(digits) > 5 or int(digits) > _MAX_WIDTH:
+        raise TemplateError(f"chat template formats to a width of more than {_MAX_WIDTH}")
+    return int(digits)
+
+
+def concat(*values: Any) -> str:
+    texts = [text(value) for value in values]
+    budget = current()
+    budget.tick()
+    budget.spend(sum(map(len, texts)))
+    return "".join(texts)
+
+
+def add(left: Any, right: Any) -> Any:
+    if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
+        current().check((len(left) + len(right)) * (1 if isinstance(left, str) else ELEMENT))
+    return operator.add(left, right)
+
+
+def multiply(left: Any, right: Any) -> Any:
+    for value, count in ((left, right), (right, left)):
+        if isinstance(value, (str, list, tuple)) and isinstance(count, int):
+            current().check(len(value) * max(count, 0) * (1 if isinstance(value, str) else ELEMENT))
+    return operator.mul(left, right)
+
+
+def power(left: Any, right: Any) -> Any:
+    if isinstance(left, int) and isinstance(right, int) and left.bit_length() * right > MAX_INTEGER_BITS:
+        raise TemplateError(f"chat template made an integer of more than {MAX_INTEGER_BITS} bits")
+    return operator.pow(left, right)
+
+
+def modulo(left: Any, right: Any) -> Any:
+    return percent_format(left, right) if isinstance(left, str) else operator.mod(left, right)
+
+
+def percent_format(template: str, values: Any) -> str:
+    """`template % values`, without `*` widths."""
+    fields = size = 0
+    for match in _PERCENT.finditer(template):
+        fields += 1
+        for digits in match.groups():
+            if digits == "*":
+                raise TemplateError("chat template formats to a width given as an argument")
+            size += _width(digits) if digits else 0
+    arguments = values.values() if isinstance(values, dict) else values if isinstance(values, tuple) else (values,)
+    longest = max((len(text(value)) for value in arguments), default=0)
+    current().check(len(template) + size + fields * longest)
+    result: str = template % values
+    return result
+
+
+class BoundedFormatter(string.Formatter):
+    """`str.format` whose fields reach only what a template may reach, with bounded widths."""
+
+    def __init__(self, getattribute: Callable[[Any, str], Any], getitem: Callable[[Any, Any], Any]) -> None:
+        self._getattribute = getattribute
+        self._getitem = getitem
+
+    def get_field(self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        first, *rest = re.split(r"\.|\[", field_name)
+        value = self.get_value(int(first) if first.isdigit() else first, args, kwargs)
+        for step in rest:
+            if step.endswith("]"):
+                key = step[:-1]
+                value = self._getitem(value, int(key) if key.isdigit() else key)
+            else:
+                value = self._getattribute(value, step)
+        return value, first
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        for digits in re.findall(r"\d+", format_spec):
+            _width(digits)
+        budget = current()
+        budget.tick()
+        result = format(value, format_spec) if isinstance(value, (str, int, float)) else text(value)
+        budget.spend(len(result))
+        return result
+
+
+def join(separator: Any, values: Iterable[Any]) -> str:
+    budget = current()
+    glue, size, texts = text(separator), 0, []
+    for value in values:
+        texts.append(text(value))
+        size += len(texts[-1]) + len(glue)
+        budget.check(size - len(glue))
+        budget.tick()
+    return glue.join(texts)
+
+
+def replace(value: Any, old: Any, new: Any, count: Any = None) -> str:
+    subject, old, new = text(value), text(old), text(new)
+    limit = -1 if count is None else int(count)
+    times = subject.count(old) if old else len(subject) + 1
+    times = min(times, limit) if limit >= 0 else times
+    current().check(len(subject) + times * (len(new) - len(old)))
+    return subject.replace(old, new, limit)
+
+
+def padded(name: str) -> Callable[..., str]:
+    """`ljust`, `rjust`, `center` or `zfill` with a bounded width."""
+
+    def pad(value: Any, width: int = 80, *fill: str) -> str:
+        current().check(width)
+        return str(getattr(text(value), name)(width, *fill))
+
+    return pad
+
+
+def split(name: str) -> Callable[..., list[str]]:
+    """`split` or `rsplit` with a bounded number of parts."""
+
+    def cut(value: str, sep: str | None = None, maxsplit: int = -1) -> list[str]:
+        most = current().max_items
+        parts: list[str] = getattr(value, name)(sep, most if maxsplit < 0 else min(maxsplit, most))
+        if len(parts) > most:
+            raise TemplateError(f"chat template made a list of more than {most} elements")
+        return parts
+
+    return cut
+
+
+def splitlines(value: str, keepends: bool = False) -> list[str]:
+    check_items(sum(map(value.count, _LINE_ENDS)))
+    return value.splitlines(keepends)
+
+
+def check_items(count: int) -> None:
+    """Refuses a list of too many elements before it is made."""
+    if count > current().max_items:
+        raise TemplateError(f"chat template made a list of more than {current().max_items} elements")
+
+
+def check_indent(value: Any, width: Any = 4, *_: Any, **__: Any) -> None:
+    """Refuses `|indent` if every line would grow too much."""
+    subject = text(value)
+    lines = 1 + sum(map(subject.count, _LINE_ENDS))
+    current().check(len(subject) + lines * (width if isinstance(width, int) else len(text(width))))
+
+
+def slice_of(value: Any, start: Any, stop: Any, step: Any) -> Any:
+    current().tick()
+    return current().admit(value[start:stop:step])
+
+
+def total(values: Iterable[Any], start: Any = 0) -> Any:
+    """`sum` of numbers; of lists it would be quadratic."""
+    for value in values:
+        current().tick()
+        if not isinstance(value, (int, float)):
+            raise TemplateError(f"chat template sums up a {type(value).__name__}")
+        start = start + value
+    return start
+
+
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as `transformers` writes it in templates: characters as they are."""
+    if indent is not None and not (isinstance(indent, int) and 0 <= indent <= 16):
+        raise TemplateError("chat template writes JSON with an indent outside 0 to 16")
+    size, depth = current().measure(value)
+    between = sum(map(len, separators or ())) + (indent or 0) * depth
+    current().check(size + size // ELEMENT * between)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

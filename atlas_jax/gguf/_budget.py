@@ -1,0 +1,145 @@
+"""What one rendering of a template may cost: processor time, and the size of what it makes.
+
+Python cannot be interrupted inside one operation on large values, so every value a template makes is measured when it
+is made. Whatever the template then does with it is one operation on a value of bounded size.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from jinja2 import Undefined
+
+MAX_DEPTH = 64
+MAX_INTEGER_BITS = 4096
+# What an element of a container counts beside its text.
+ELEMENT = 32
+# Sizes of all values made in one rendering, in multiples of the largest value allowed.
+_WORK_FACTOR = 16
+
+
+class TemplateError(ValueError):
+    """A chat template that is wrong, fails on these messages, refuses them, or takes more than it may."""
+
+
+class Budget:
+    """Limits of one rendering.
+
+    Attributes:
+      size_limit: characters of the largest string, or elements × 32 + characters of the largest container.
+      max_items: elements of the largest list.
+      marks: control token text → the character that stands for it, when rendering to tokens.
+    """
+
+    __slots__ = ("_deadline", "_time_limit", "_weights", "_work_left", "marks", "max_items", "size_limit")
+
+    def __init__(self, time_limit: float, size_limit: int, marks: Mapping[str, str] | None = None) -> None:
+        self.size_limit = size_limit
+        self.max_items = size_limit // ELEMENT
+        self.marks = marks or {}
+        self._time_limit = time_limit
+        # Of this thread: a template cannot sleep, and a busy machine is not its fault.
+        self._deadline = time.thread_time() + time_limit
+        self._work_left = size_limit * _WORK_FACTOR
+        self._weights: dict[int, tuple[object, int, int]] = {}
+
+    def tick(self) -> None:
+        """Ends the rendering if its time is over."""
+        if time.thread_time() > self._deadline:
+            raise TemplateError(f"chat template took more than {self._time_limit:g} s")
+
+    def check(self, size: int) -> None:
+        """Ends the rendering if a value of this size may not be made."""
+        if size > self.size_limit:
+            raise TemplateError(f"chat template made a value larger than {self.size_limit} characters")
+
+    def spend(self, size: int) -> None:
+        """Counts a value that is made."""
+        self.check(size)
+        self._work_left -= size
+        if self._work_left < 0:
+            raise TemplateError(f"chat template made more than {self.size_limit * _WORK_FACTOR} characters in all")
+
+    def admit(self, value: Any) -> Any:
+        """Measures a value that was made and returns it."""
+        if isinstance(value, str):
+            self.spend(len(value))
+        elif isinstance(value, int):
+            if value.bit_length() > MAX_INTEGER_BITS:
+                raise TemplateError(f"chat template made an integer of more than {MAX_INTEGER_BITS} bits")
+        elif isinstance(value, (list, tuple, dict)):
+            self.spend(ELEMENT * len(value))
+            self._weigh(value, 0)
+        elif isinstance(value, Iterator):
+            return self.admit(self._collect(value))
+        return value
+
+    def measure(self, value: Any) -> tuple[int, int]:
+        """Size and depth of a value that a template holds."""
+        if isinstance(value, (list, tuple, dict)):
+            return self._weigh(value, 0)
+        return (len(value) if isinstance(value, str) else ELEMENT), 0
+
+    def _collect(self, values: Iterator[Any]) -> list[Any]:
+        result = []
+        for value in values:
+            self.tick()
+            result.append(value)
+            if len(result) > self.max_items:
+                raise TemplateError(f"chat template made a list of more than {self.max_items} elements")
+        return result
+
+    def _weigh(self, value: Any, level: int) -> tuple[int, int]:
+        """Size and depth of a container, shared parts counted as often as they appear."""
+        known = self._weights.get(id(value))
+        if known is not None and known[0] is value:
+            return known[1], known[2]
+        if level > MAX_DEPTH:
+            raise TemplateError(f"chat template values are nested more than {MAX_DEPTH} deep")
+        size, depth = ELEMENT * len(value), 1
+        for child in (*value.keys(), *value.values()) if isinstance(value, dict) else value:
+            if isinstance(child, str):
+                size += len(child)
+            elif isinstance(child, (list, tuple, dict)):
+                inner_size, inner_depth = self._weigh(child, level + 1)
+                size += inner_size
+                depth = max(depth, inner_depth + 1)
+            elif child is not None and not isinstance(child, (int, float, range, Undefined)):
+                raise TemplateError(f"chat template put a {type(child).__name__} into a container")
+        self.check(size)
+        if depth > MAX_DEPTH:
+            raise TemplateError(f"chat template values are nested more than {MAX_DEPTH} deep")
+        # The value is kept, so that its identity stays its own.
+        self._weights[id(value)] = (value, size, depth)
+        return size, depth
+
+
+_CURRENT: ContextVar[Budget] = ContextVar("template budget")
+
+
+def current() -> Budget:
+    """The budget of the rendering that this code is part of."""
+    return _CURRENT.get()
+
+
+@contextmanager
+def spending(budget: Budget) -> Iterator[Budget]:
+    """Makes a budget the current one."""
+    token = _CURRENT.set(budget)
+    try:
+        yield budget
+    finally:
+        _CURRENT.reset(token)
+
+
+def text(value: Any) -> str:
+    """A value as a template prints it."""
+    if isinstance(value, str):
+        return value
+    if value is None or isinstance(value, (int, float, list, tuple, dict, range, Undefined)):
+        return str(value)
+    return f"<{type(value).__name__}>"

@@ -1,0 +1,173 @@
+"""The composition root: every part of the server is made and joined here, and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, cast
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.exceptions import HTTPException
+from litestar.routes import HTTPRoute
+
+from atlas_jax.engine.api import EngineProtocol
+from server.auth import KeyRing
+from server.controllers.atlas import AtlasController, MemoryController
+from server.controllers.health import HealthController
+from server.controllers.llamacpp import LlamaCppController
+from server.controllers.openai import OpenAIController
+from server.cors import Cors
+from server.edge import App, Edge
+from server.gate import Gate
+from server.hosts import HostCheck
+from server.http import error_response
+from server.lifecycle import Lifecycle
+from server.limits import FailureBudget, KeyLimits
+from server.metrics import Metrics
+from server.openapi import openapi_config
+from server.services.compat import Compat
+from server.services.generation import Generator
+from server.services.host import EngineHost
+from server.services.inference import Inference
+from server.services.memory import MemoryService
+from server.services.models import Models
+from server.services.observer import Observer
+from server.services.persistence import Persistence
+from server.services.runtime_config import RuntimeConfig
+from server.services.stats import ServerStats
+from server.services.texts import Texts
+from server.settings import Settings
+
+EngineSource = EngineProtocol | Callable[[], EngineProtocol]
+
+
+def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge]:
+    """Builds the server.
+
+    Args:
+      engine: an engine, or a function that opens one. A function runs in a thread once the server listens, and until it
+        has returned `/health` answers 503.
+
+    Returns:
+      The Litestar application, whose `state.lifecycle` is the `Lifecycle`, and the ASGI application to serve.
+
+    Raises:
+      KeyFileError: the keys file cannot be used.
+    """
+    server, atlas = settings.server, settings.atlas
+    keys = KeyRing.from_file(server.api_keys_file) if server.api_keys_file else KeyRing()
+    host = EngineHost()
+    config = RuntimeConfig(settings)
+    stats = ServerStats(config, atlas.metrics_history_size)
+    per_key = server.max_waiting_per_key
+    if per_key is None:
+        per_key = server.max_waiting if keys.open else max(1, server.max_waiting // 2)
+    gate = Gate(
+        running=server.max_concurrent, waiting=server.max_waiting, per_key=per_key, timeout=server.queue_timeout
+    )
+    limits = KeyLimits(server.rate_limit_requests, server.rate_limit_tokens)
+    observer = Observer(host=host, stats=stats, config=config, settings=settings)
+    metrics = Metrics(engine=observer.engine_stats, server=lambda: _gauges(gate, stats, persistence))
+    persistence = Persistence(host=host, config=config, settings=settings, owners=keys.owners, metrics=metrics)
+    texts, models = Texts(host), Models(host, server.model_alias)
+    memory = MemoryService(host, settings, metrics)
+    generator = Generator(
+        host=host,
+        gate=gate,
+        limits=limits,
+        stats=stats,
+        metrics=metrics,
+        config=config,
+        ping_interval=server.ping_interval,
+    )
+    lifecycle = Lifecycle(
+        host=host,
+        gate=gate,
+        observer=observer,
+        persistence=persistence,
+        load=engine if callable(engine) else lambda: engine,
+        wait=not callable(engine),
+    )
+    app = Litestar(
+        route_handlers=[OpenAIController, AtlasController, MemoryController, HealthController, LlamaCppController],
+        dependencies=_dependencies(
+            inference=Inference(
+                generator=generator, texts=texts, models=models, config=config, memory_enabled=atlas.enabled
+            ),
+            models=models,
+            memory=memory,
+            observer=observer,
+            config=config,
+            host=host,
+            metrics=metrics,
+            compat=Compat(host=host, texts=texts, models=models),
+        ),
+        exception_handlers={HTTPException: error_response, Exception: error_response},
+        lifespan=[_lifespan],
+        openapi_config=openapi_config(),
+        request_max_body_size=server.max_body_bytes,
+        logging_config=None,
+    )
+    app.state["lifecycle"] = lifecycle
+    # A page that rebinds its name to this machine has no key, so with keys every name may be used.
+    allowed_hosts = server.allowed_hosts or (() if keys.open else ("*",))
+    edge = Edge(
+        cast(App, app),
+        hosts=HostCheck(allowed_hosts, bound=server.host),
+        cors=Cors(server.cors_origins),
+        keys=keys,
+        limits=limits,
+        failures=FailureBudget(server.failure_limit),
+        metrics=metrics,
+        public=_public_paths(app),
+        max_body_bytes=server.max_body_bytes,
+        client_timeout=server.client_timeout,
+    )
+    return app, edge
+
+
+def lifecycle_of(app: Litestar) -> Lifecycle:
+    """The lifecycle of an application made by `create_app`."""
+    lifecycle: Lifecycle = app.state["lifecycle"]
+    return lifecycle
+
+
+@asynccontextmanager
+async def _lifespan(app: Litestar) -> AsyncIterator[None]:
+    lifecycle = lifecycle_of(app)
+    await lifecycle.start()
+    try:
+        yield
+    finally:
+        await lifecycle.stop()
+
+
+def _dependencies(**services: Any) -> dict[str, Provide]:
+    return {name: Provide(_constant(service), sync_to_thread=False) for name, service in services.items()}
+
+
+def _constant(value: Any) -> Callable[[], Any]:
+    def provide() -> Any:
+        return value
+
+    return provide
+
+
+def _public_paths(app: Litestar) -> set[str]:
+    """Paths whose every handler says that it needs no key."""
+    return {
+        route.path
+        for route in app.routes
+        if isinstance(route, HTTPRoute)
+        # Litestar adds an OPTIONS handler of its own, which carries no options of ours.
+        and all(handler.opt.get("public") for handler in route.route_handlers if "OPTIONS" not in handler.http_methods)
+    }
+
+
+def _gauges(gate: Gate, stats: ServerStats, persistence: Persistence) -> Iterable[tuple[str, str, float]]:
+    yield "atlas_gate_requests_running", "HTTP requests that hold a place", gate.running
+    yield "atlas_gate_requests_waiting", "HTTP requests that wait for a place", gate.waiting
+    yield "atlas_requests_over_budget", "Requests the server added more to than the latency budget", stats.over_budget
+    yield "atlas_uptime_seconds", "Seconds since the start", stats.uptime
+    yield "atlas_snapshot_oldest_dirty_seconds", "Seconds since the last automatic save", persistence.age

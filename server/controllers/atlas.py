@@ -1,0 +1,135 @@
+"""The ATLAS endpoints: status, memory, statistics, metrics, run-time configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Controller, Response, get, post
+from litestar.di import NamedDependency
+from litestar.params import FromQuery, JSONBody, SkipValidation
+
+from server.errors import Forbidden
+from server.http import HttpRequest, atlas_responses, context_of, event_stream, json_response
+from server.schemas import atlas as schema
+from server.services.memory import MemoryService
+from server.services.observer import Observer
+from server.services.runtime_config import RuntimeConfig
+from server.validation import parse
+
+
+class AtlasController(Controller):
+    """State and figures of the memory subsystem."""
+
+    path = "/v1/atlas"
+    tags = ("ATLAS",)
+
+    @get("/status", responses=atlas_responses(schema.StatusResponse))
+    async def status(self, observer: NamedDependency[Observer]) -> Response[Any]:
+        """The memory subsystem at a glance."""
+        return json_response(observer.status())
+
+    @get("/stats", responses=atlas_responses(schema.StatsResponse))
+    async def stats(self, observer: NamedDependency[Observer]) -> Response[Any]:
+        """Counters since the start and exponential averages."""
+        return json_response(observer.statistics())
+
+    @get("/metrics", responses=atlas_responses(schema.MetricsResponse))
+    async def metrics(self, observer: NamedDependency[Observer]) -> Response[Any]:
+        """Counts and latencies of this moment."""
+        return json_response(observer.metrics())
+
+    @get("/metrics/stream", responses=atlas_responses(schema.MetricsEvent))
+    async def metrics_stream(self, request: HttpRequest, observer: NamedDependency[Observer]) -> Response[Any]:
+        """Server-sent events with the figures of every interval."""
+        subscriber = observer.subscribe()
+        context_of(request).cleanup.append(lambda: observer.unsubscribe(subscriber))
+        return event_stream(subscriber.read())
+
+    @get("/config", responses=atlas_responses(schema.ConfigResponse))
+    async def get_config(
+        self, memory: NamedDependency[MemoryService], config: NamedDependency[RuntimeConfig]
+    ) -> Response[Any]:
+        """The defaults of the `atlas` object and the intervals."""
+        memory.require()
+        return json_response(schema.ConfigResponse(status="success", data=config.values))
+
+    @post("/config", status_code=200, responses=atlas_responses(schema.ConfigResponse))
+    async def set_config(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[schema.ConfigChange]],
+        memory: NamedDependency[MemoryService],
+        config: NamedDependency[RuntimeConfig],
+    ) -> Response[Any]:
+        """Changes them, all or none; needs an admin key."""
+        memory.require()
+        if not context_of(request).identity.admin:
+            raise Forbidden("This key may not change the configuration")
+        values = config.change(parse(schema.ConfigChange, data))
+        return json_response(schema.ConfigResponse(status="success", data=values))
+
+
+class MemoryController(Controller):
+    """The caller's sessions; an empty body is the same as `{}`."""
+
+    path = "/v1/atlas/memory"
+    tags = ("ATLAS memory",)
+
+    @get("/", responses=atlas_responses(schema.MemoryResponse))
+    async def info(
+        self, request: HttpRequest, memory: NamedDependency[MemoryService], session_id: FromQuery[str | None] = None
+    ) -> Response[Any]:
+        """State of one session's memory, or totals over all of the caller's."""
+        return json_response(await memory.info(context_of(request).identity.owner, session_id))
+
+    @post("/save", status_code=200, responses=atlas_responses(schema.SaveResponse))
+    async def save(
+        self,
+        request: HttpRequest,
+        memory: NamedDependency[MemoryService],
+        data: SkipValidation[JSONBody[schema.SaveRequest | None]] = None,
+    ) -> Response[Any]:
+        """Saves every session, one session, or a context with the caller's state."""
+        return json_response(await memory.save(context_of(request).identity.owner, parse(schema.SaveRequest, data)))
+
+    @post("/load", status_code=200, responses=atlas_responses(schema.LoadResponse))
+    async def load(
+        self,
+        request: HttpRequest,
+        memory: NamedDependency[MemoryService],
+        data: SkipValidation[JSONBody[schema.LoadRequest | None]] = None,
+    ) -> Response[Any]:
+        """Loads a file of sessions, or one context with the caller's state."""
+        return json_response(await memory.load(context_of(request).identity.owner, parse(schema.LoadRequest, data)))
+
+    @post("/list", status_code=200, responses=atlas_responses(schema.ListResponse))
+    async def page(
+        self,
+        request: HttpRequest,
+        memory: NamedDependency[MemoryService],
+        data: SkipValidation[JSONBody[schema.ListRequest | None]] = None,
+    ) -> Response[Any]:
+        """Lists the caller's contexts, a page at a time."""
+        return json_response(await memory.page(context_of(request).identity.owner, parse(schema.ListRequest, data)))
+
+    @post("/delete", status_code=200, responses=atlas_responses(schema.DeleteResponse))
+    async def delete(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[schema.DeleteRequest]],
+        memory: NamedDependency[MemoryService],
+    ) -> Response[Any]:
+        """Removes one context and its files."""
+        wanted = parse(schema.DeleteRequest, data)
+        return json_response(await memory.delete(context_of(request).identity.owner, wanted.context_id))
+
+    @post("/reset", status_code=200, responses=atlas_responses(schema.ResetResponse))
+    async def reset(
+        self,
+        request: HttpRequest,
+        memory: NamedDependency[MemoryService],
+        data: SkipValidation[JSONBody[schema.ResetRequest | None]] = None,
+    ) -> Response[Any]:
+        """Empties one session's memory, or all of the caller's."""
+        wanted = parse(schema.ResetRequest, data)
+        return json_response(await memory.reset(context_of(request).identity.owner, wanted.session_id))

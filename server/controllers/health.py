@@ -1,0 +1,54 @@
+"""Health, readiness and Prometheus metrics."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Controller, Response, get, head
+from litestar.di import NamedDependency
+
+from server.errors import Unavailable
+from server.http import json_response, openai_responses
+from server.metrics import CONTENT_TYPE, Metrics
+from server.schemas.llamacpp import Health
+from server.services.host import EngineHost
+
+_PUBLIC = {"public": True}
+
+
+class HealthController(Controller):
+    """For supervisors and balancers; the health checks need no key."""
+
+    tags = ("Operations",)
+
+    @get(["/health", "/v1/health"], opt=_PUBLIC, responses=openai_responses(Health))
+    async def health(self, host: NamedDependency[EngineHost]) -> Response[Any]:
+        """200 while the server works, 503 while the model loads, 500 once the engine has died."""
+        return _health(host)
+
+    @head(["/health", "/v1/health"], opt=_PUBLIC, include_in_schema=False)
+    async def health_head(self, host: NamedDependency[EngineHost]) -> Response[None]:
+        """The same without a body."""
+        return Response(None, status_code=_health(host).status_code)
+
+    @get("/ready", opt=_PUBLIC, responses=openai_responses(Health))
+    async def ready(self, host: NamedDependency[EngineHost]) -> Response[Any]:
+        """200 while new requests are accepted, 503 while loading, draining or broken."""
+        if host.ready:
+            return json_response(Health(status="ready"))
+        if host.state == "loading":
+            raise Unavailable("The model is still loading", code="loading", retry_after=2.0)
+        raise Unavailable("The server does not accept requests", code="draining", retry_after=5.0)
+
+    @get("/metrics", media_type="text/plain")
+    async def prometheus(self, metrics: NamedDependency[Metrics]) -> Response[Any]:
+        """Prometheus metrics."""
+        return Response(metrics.render(), headers={"content-type": CONTENT_TYPE}, media_type="text/plain")
+
+
+def _health(host: EngineHost) -> Response[Any]:
+    if host.dead:
+        return json_response(Health(status="error"), status=500)
+    if host.state == "loading":
+        raise Unavailable("The model is still loading", code="loading", retry_after=2.0)
+    return json_response(Health(status="ok"))

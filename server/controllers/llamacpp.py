@@ -1,0 +1,52 @@
+"""The endpoints clients of llama.cpp's server know: tokens, template, properties, slots."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from litestar import Controller, Response, get, post
+from litestar.di import NamedDependency
+from litestar.params import JSONBody, SkipValidation
+
+from server.http import json_response, openai_responses
+from server.schemas import llamacpp as schema
+from server.services.compat import Compat
+from server.validation import parse
+
+
+class LlamaCppController(Controller):
+    """Tokenizer and introspection."""
+
+    tags = ("llama.cpp",)
+
+    @post("/tokenize", status_code=200, responses=openai_responses(schema.TokenizeResponse))
+    async def tokenize(
+        self, data: SkipValidation[JSONBody[schema.TokenizeRequest]], compat: NamedDependency[Compat]
+    ) -> Response[Any]:
+        """Splits text into tokens."""
+        return json_response(await compat.tokenize(parse(schema.TokenizeRequest, data)))
+
+    @post("/detokenize", status_code=200, responses=openai_responses(schema.DetokenizeResponse))
+    async def detokenize(
+        self, data: SkipValidation[JSONBody[schema.DetokenizeRequest]], compat: NamedDependency[Compat]
+    ) -> Response[Any]:
+        """Joins tokens into text."""
+        return json_response(await compat.detokenize(parse(schema.DetokenizeRequest, data)))
+
+    @post("/apply-template", status_code=200, responses=openai_responses(schema.ApplyTemplateResponse))
+    async def apply_template(
+        self, data: SkipValidation[JSONBody[schema.ApplyTemplateRequest]], compat: NamedDependency[Compat]
+    ) -> Response[Any]:
+        """Writes a conversation out as the model reads it."""
+        return json_response(await compat.apply_template(parse(schema.ApplyTemplateRequest, data)))
+
+    @get("/props", responses=openai_responses(schema.Props))
+    async def props(self, compat: NamedDependency[Compat]) -> Response[Any]:
+        """The server's properties and sampling defaults."""
+        return json_response(compat.props())
+
+    @get("/slots")
+    async def slots(self, compat: NamedDependency[Compat]) -> Response[Any]:
+        """The decode slots, without any text."""
+        return json_response(msgspec.json.encode(compat.slots()))

@@ -1,0 +1,52 @@
+"""The OpenAI surface: completions, chat completions, models; each path also without `/v1`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from litestar import Controller, Response, get, post
+from litestar.di import NamedDependency
+from litestar.params import FromPath, JSONBody, SkipValidation
+
+from server.http import HttpRequest, generate, json_response, openai_responses
+from server.schemas.chat import ChatCompletion, ChatRequest
+from server.schemas.completions import Completion, CompletionRequest
+from server.schemas.models import Model, ModelList
+from server.services.inference import Inference
+from server.services.models import Models
+
+
+class OpenAIController(Controller):
+    """Generation and the model list."""
+
+    tags = ("OpenAI",)
+
+    @post(["/v1/completions", "/completions"], status_code=200, responses=openai_responses(Completion))
+    async def completions(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[CompletionRequest]],
+        inference: NamedDependency[Inference],
+    ) -> Response[Any]:
+        """Continues text."""
+        return await generate(request, data, inference.completion)
+
+    @post(["/v1/chat/completions", "/chat/completions"], status_code=200, responses=openai_responses(ChatCompletion))
+    async def chat(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[ChatRequest]],
+        inference: NamedDependency[Inference],
+    ) -> Response[Any]:
+        """Continues a conversation."""
+        return await generate(request, data, inference.chat)
+
+    @get(["/v1/models", "/models"], responses=openai_responses(ModelList))
+    async def list_models(self, models: NamedDependency[Models]) -> Response[Any]:
+        """Lists the models."""
+        return json_response(ModelList(data=[models.describe(name) for name in models.names]))
+
+    @get(["/v1/models/{model_id:path}", "/models/{model_id:path}"], responses=openai_responses(Model))
+    async def get_model(self, model_id: FromPath[str], models: NamedDependency[Models]) -> Response[Any]:
+        """Describes one model; the id may contain slashes."""
+        return json_response(models.describe(model_id.removeprefix("/")))

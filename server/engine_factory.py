@@ -1,0 +1,72 @@
+"""Builds the real engine from the settings; the one place that knows `atlas_jax.engine.Engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from atlas_jax.engine.api import EngineProtocol
+from server.settings import Settings, SettingsError
+
+EngineFactory = Callable[[], EngineProtocol]
+
+
+def engine_factory(settings: Settings) -> EngineFactory:
+    """A function that opens the engine of these settings (slow: it reads the weights and compiles)."""
+    server, atlas = settings.server, settings.atlas
+    if not server.model:
+        raise SettingsError("no model: give --model, ATLAS_MODEL or server.model in the configuration file")
+    return partial(
+        open_engine,
+        model_path=server.model,
+        adapter_path=atlas.adapter,
+        memory_enabled=atlas.enabled,
+        memory_path=atlas.memory_path if atlas.memory_persist else None,
+        threads=server.threads,
+        max_running=server.max_concurrent,
+        max_waiting=server.max_waiting,
+        max_window=atlas.max_window,
+        device_cache_bytes=atlas.l1_cache_size,
+        host_cache_bytes=atlas.l2_cache_size,
+        disk_cache_bytes=atlas.l3_cache_size,
+    )
+
+
+def open_engine(
+    *,
+    model_path: str,
+    adapter_path: str | None,
+    memory_enabled: bool,
+    memory_path: str | None,
+    threads: int,
+    max_running: int,
+    max_waiting: int,
+    max_window: int,
+    device_cache_bytes: int,
+    host_cache_bytes: int,
+    disk_cache_bytes: int,
+) -> EngineProtocol:
+    """Opens the engine.
+
+    Args:
+      memory_path: folder of stored sessions; None keeps sessions in main memory and off the disk.
+      threads: CPU threads; 0 takes every core.
+      max_running: sequences that decode at once.
+      max_waiting: sequences the engine may queue beyond them.
+      device_cache_bytes: 0 lets the engine choose.
+    """
+    from atlas_jax.engine import Engine  # imports JAX, which takes seconds and is not needed for `--print-config`
+
+    return Engine.open(
+        model_path=model_path,
+        adapter_path=adapter_path,
+        memory_enabled=memory_enabled,
+        memory_path=memory_path,
+        threads=threads,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        max_window=max_window,
+        device_cache_bytes=device_cache_bytes,
+        host_cache_bytes=host_cache_bytes,
+        disk_cache_bytes=disk_cache_bytes,
+    )

@@ -1,0 +1,145 @@
+"""What the controllers share: a request's context, JSON and event streams, errors, and noticing a client that left."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from litestar import Request, Response
+from litestar.exceptions import HTTPException, SerializationException, ValidationException
+from litestar.openapi.datastructures import ResponseSpec
+from litestar.response import Stream
+
+from server.context import STATE_KEY, RequestContext
+from server.errors import Problem, body, headers, http_problem, problem
+from server.schemas.errors import AtlasError, OpenAIError
+from server.services.generation import Generation
+
+HttpRequest = Request[Any, Any, Any]
+T = TypeVar("T")
+log = logging.getLogger("atlas.server")
+_NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+_MEANINGS = {
+    400: "The request is not valid",
+    401: "No valid API key",
+    404: "No such model, session or path",
+    413: "The body is too large",
+    415: "The body is not JSON",
+    429: "Over a limit; see Retry-After",
+    503: "Loading, draining, full or not enabled; see Retry-After",
+}
+
+
+def context_of(request: HttpRequest) -> RequestContext:
+    """What the edge knows about the request."""
+    context: RequestContext = request.scope["state"][STATE_KEY]
+    return context
+
+
+def json_response(value: msgspec.Struct | bytes, *, status: int = 200) -> Response[Any]:
+    """A JSON response of a struct, or of JSON that is encoded already."""
+    content = value if isinstance(value, bytes) else msgspec.json.encode(value)
+    return Response(content, status_code=status, media_type="application/json")
+
+
+def event_stream(frames: AsyncIterator[bytes]) -> Response[Any]:
+    """A response of server-sent events that are encoded already."""
+    return Stream(frames, media_type="text/event-stream", headers=_NO_CACHE)
+
+
+async def generate(
+    request: HttpRequest, data: Any, start: Callable[[Any, RequestContext], Awaitable[Generation]]
+) -> Response[Any]:
+    """Runs one generation; a stream is answered once its first event is there, or its first silence over."""
+
+    async def begin() -> Response[Any]:
+        generation = await start(data, context_of(request))
+        if not generation.stream:
+            return json_response(await generation.whole())
+        frames = generation.events()
+        return event_stream(_again(await anext(frames), frames))
+
+    return await _unless_gone(request, begin())
+
+
+async def _again(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for frame in rest:
+        yield frame
+
+
+async def _unless_gone(request: HttpRequest, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the client closes the connection first."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _client_gone()
+        return task.result()
+    finally:
+        gone.cancel()
+        if not task.done():
+            task.cancel()
+            await asyncio.wait({task})
+
+
+def _client_gone() -> HTTPException:
+    """An answer nobody reads, but which is counted under a status of its own."""
+    return HTTPException(status_code=499, detail="Client closed request")
+
+
+async def _disconnected(request: HttpRequest) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# --- errors -------------------------------------------------------------------------------------------------------
+def error_response(request: HttpRequest, error: Exception) -> Response[Any]:
+    """The response to any error, in the envelope that belongs to the path."""
+    context = context_of(request)
+    if context.gone:
+        error = _client_gone()
+    found = _http_problem(error) if isinstance(error, HTTPException) else problem(error)
+    if found.status == 500:
+        log.error("Request %s failed", context.request_id, exc_info=error)
+    context.refusal = found.code
+    extra = dict(getattr(error, "headers", None) or {}) if isinstance(error, HTTPException) else {}
+    return Response(
+        body(found, request.scope["path"]),
+        status_code=found.status,
+        media_type="application/json",
+        headers={**extra, **headers(found)},
+    )
+
+
+def _http_problem(error: HTTPException) -> Problem:
+    if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
+        first: dict[str, Any] = error.extra[0]
+        field = first.get("key")
+        if field == "data":
+            return http_problem(400, "The request body must be a JSON object")
+        return http_problem(400, f"Validation error in field '{field}': {first.get('message')}", param=field)
+    if isinstance(error.__cause__, SerializationException):
+        return problem(msgspec.DecodeError())
+    return http_problem(error.status_code, error.detail)
+
+
+def openai_responses(answer: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
+    """The documented responses of an endpoint outside `/v1/atlas/*`."""
+    return _responses(answer, OpenAIError)
+
+
+def atlas_responses(answer: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
+    """The documented responses of an endpoint of `/v1/atlas/*`."""
+    return _responses(answer, AtlasError)
+
+
+def _responses(answer: type[msgspec.Struct], error: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
+    out = {200: ResponseSpec(answer, description="Success", generate_examples=False)}
+    for status, meaning in _MEANINGS.items():
+        out[status] = ResponseSpec(error, description=meaning, generate_examples=False)
+    return out

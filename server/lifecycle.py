@@ -1,0 +1,82 @@
+"""Start, background work, and the order in which everything ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from atlas_jax.engine.api import EngineProtocol
+from server.errors import Unavailable
+from server.gate import Gate
+from server.services.host import EngineHost
+from server.services.observer import Observer
+from server.services.persistence import Persistence
+
+log = logging.getLogger("atlas.server")
+# A stop takes at most the grace of the running requests, then this; together less than the ten seconds most supervisors
+# wait before they kill.
+CLOSE_SECONDS = 4.5
+
+
+class Lifecycle:
+    """What runs beside the requests, from the start of the server to its end.
+
+    Args:
+      load: opens the engine.
+      wait: whether the server starts to listen only when the engine is there.
+    """
+
+    def __init__(
+        self,
+        *,
+        host: EngineHost,
+        gate: Gate,
+        observer: Observer,
+        persistence: Persistence,
+        load: Callable[[], EngineProtocol],
+        wait: bool,
+    ) -> None:
+        self.host, self._gate = host, gate
+        self._observer, self._persistence = observer, persistence
+        self._load, self._wait = load, wait
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Loads the engine and starts the background tasks."""
+        await self.host.start(self._opened, wait=self._wait)
+        for work in (self.host.watch(), self._observer.run(), self._persistence.run()):
+            task = asyncio.create_task(work)
+            task.add_done_callback(_report)
+            self._tasks.append(task)
+
+    def _opened(self) -> EngineProtocol:
+        engine = self._load()
+        self._persistence.load(engine)
+        log.info("[ATLAS] Context pool initialized with %d contexts", engine.stats().contexts_total)
+        return engine
+
+    def drain(self) -> None:
+        """Refuses new work and ends the streams that never end by themselves."""
+        self.host.drain()
+        self._observer.close()
+
+    def cut(self) -> None:
+        """Ends what still runs or waits, with an error the clients can read."""
+        error = Unavailable("The server is shutting down", code="shutting_down", retry_after=5.0)
+        self._gate.close(error)
+        self.host.abort(error)
+
+    async def stop(self) -> None:
+        """Stops the background work, saves the memory, closes the engine."""
+        self.drain()
+        self.cut()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.host.close(self._persistence.save, timeout=CLOSE_SECONDS)
+
+
+def _report(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()):
+        log.critical("A background task has stopped", exc_info=error)

@@ -1,0 +1,1 @@
+"""The wire format as msgspec structs, and nothing else."""

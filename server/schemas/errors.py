@@ -1,0 +1,38 @@
+"""The two error bodies."""
+
+from __future__ import annotations
+
+from msgspec import UNSET, Struct, UnsetType
+
+
+class OpenAIErrorBody(Struct, kw_only=True, frozen=True):
+    """OpenAI's error object; the token counts are there when a prompt did not fit the context."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+    n_prompt_tokens: int | UnsetType = UNSET
+    n_ctx: int | UnsetType = UNSET
+
+
+class OpenAIError(Struct, kw_only=True, frozen=True):
+    """Every error outside `/v1/atlas/*`."""
+
+    error: OpenAIErrorBody
+
+
+class AtlasErrorBody(Struct, kw_only=True, frozen=True):
+    """`code` is the HTTP status, `timestamp` Unix seconds."""
+
+    code: int
+    message: str
+    type: str
+    param: str | None
+    timestamp: int
+
+
+class AtlasError(Struct, kw_only=True, frozen=True):
+    """Every error of `/v1/atlas/*`."""
+
+    error: AtlasErrorBody

@@ -1,0 +1,105 @@
+"""The endpoints clients of llama.cpp's server know."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from msgspec import Meta, Struct
+
+from server.schemas.chat import Messages
+
+
+class Health(Struct, kw_only=True, frozen=True):
+    """Answer of the health checks."""
+
+    status: str
+
+
+class TokenizeRequest(Struct, kw_only=True, frozen=True):
+    """Text to split into tokens."""
+
+    content: str
+    add_special: bool | None = None
+    parse_special: bool | None = None
+    with_pieces: bool | None = None
+
+
+class TokenPiece(Struct, kw_only=True, frozen=True):
+    """One token; the piece is a list of bytes where it is not valid UTF-8 on its own."""
+
+    id: int
+    piece: str | list[int]
+
+
+class TokenizeResponse(Struct, kw_only=True, frozen=True):
+    """Token ids, or objects with their pieces."""
+
+    tokens: list[int | TokenPiece]
+
+
+class DetokenizeRequest(Struct, kw_only=True, frozen=True):
+    """Token ids to join into text."""
+
+    tokens: Annotated[list[int], Meta(max_length=1 << 21)]
+
+
+class DetokenizeResponse(Struct, kw_only=True, frozen=True):
+    """The text of the tokens."""
+
+    content: str
+
+
+class ApplyTemplateRequest(Struct, kw_only=True, frozen=True):
+    """A conversation to write out with the model's chat template."""
+
+    messages: Messages
+    chat_template_kwargs: dict[str, Any] | None = None
+
+
+class ApplyTemplateResponse(Struct, kw_only=True, frozen=True):
+    """The text the model would read."""
+
+    prompt: str
+
+
+class Slot(Struct, kw_only=True, frozen=True):
+    """One decode slot; never any text."""
+
+    id: int
+    is_processing: bool
+    n_prompt_tokens: int
+    n_decoded: int
+    session: bool
+    n_ctx: int
+
+
+class SamplingDefaults(Struct, kw_only=True, frozen=True):
+    """What a request gets for the sampling fields it leaves out."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    n_predict: int
+
+
+class GenerationSettings(Struct, kw_only=True, frozen=True):
+    """`n_ctx` is the model's trained context; with a memory a session may be longer."""
+
+    n_ctx: int
+    params: SamplingDefaults
+
+
+class Props(Struct, kw_only=True, frozen=True):
+    """Answer of `GET /props`; `model_path` is the model's name, never a path."""
+
+    default_generation_settings: GenerationSettings
+    total_slots: int
+    model_alias: str
+    model_path: str
+    modalities: dict[str, bool]
+    build_info: str

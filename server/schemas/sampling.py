@@ -1,0 +1,55 @@
+"""The request fields that completions and chat completions share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from server.schemas.atlas import AtlasOptions
+
+TokenCount = Annotated[int, Meta(ge=-1, le=1 << 31, description="Most tokens to generate; -1 means no limit")]
+INT64 = 1 << 63
+
+
+class StreamOptions(Struct, kw_only=True, frozen=True):
+    """Options of a streamed response."""
+
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+
+
+class SamplingFields(Struct, kw_only=True, frozen=True):
+    """Model, sampling, length and memory of one request; null is the same as absent everywhere."""
+
+    model: Annotated[str, Meta(max_length=512)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100, description="0 is greedy")] | None = None
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=1 << 31, description="0 and -1 keep every token")] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    typical_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    repeat_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[float, Meta(ge=-100, le=100)]],
+            Meta(max_length=1024, description="Token id (as a decimal string) to the bias added to its logit"),
+        ]
+        | None
+    ) = None
+    seed: Annotated[int, Meta(ge=-INT64, le=INT64 - 1, description="-1 draws one")] | None = None
+    stop: (
+        Annotated[str, Meta(max_length=1024)]
+        | Annotated[list[Annotated[str, Meta(max_length=1024)]], Meta(max_length=16)]
+        | None
+    ) = None
+    n: Annotated[int, Meta(ge=1, le=128)] | None = None
+    max_tokens: TokenCount | None = None
+    n_predict: Annotated[int, Meta(ge=-1, le=1 << 31, description="Another name for max_tokens")] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    cache_prompt: bool | None = None
+    user: Annotated[str, Meta(max_length=1024)] | None = None
+    atlas: AtlasOptions | None = None

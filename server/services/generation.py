@@ -1,0 +1,296 @@
+"""One generation request from admission to the last byte: gate, limits, engine, encoding, and settling the account."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import msgspec
+from msgspec import UNSET
+
+from atlas_jax.engine.api import (
+    Delta,
+    EngineError,
+    Event,
+    Finished,
+    GenerationRequest,
+    InvalidRequest,
+    Prompt,
+    SamplingParams,
+    SnapshotInvalid,
+)
+from server.context import RequestContext
+from server.errors import ContextExceeded, ServerError, Unavailable, openai_error, problem
+from server.gate import Gate, Lease
+from server.limits import KeyLimits
+from server.metrics import Metrics
+from server.schemas.usage import Usage
+from server.services.host import EngineHost
+from server.services.job import Job
+from server.services.memory_options import MemoryPlan
+from server.services.runtime_config import RuntimeConfig
+from server.services.sampling import MAX_SEED
+from server.services.stats import Outcome as RequestOutcome
+from server.services.stats import ServerStats
+from server.services.writers import Ending, Outcome, Writer, atlas_stats_of, finish_reason, timings_of, usage_of
+
+log = logging.getLogger("atlas.server")
+PING = b": ping\n\n"
+DONE = b"data: [DONE]\n\n"
+_UNKNOWN_LENGTH = 512
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GenerationPlan:
+    """What is to be generated, checked and tokenised.
+
+    Attributes:
+      prompts: token ids of each prompt.
+      choices: sequences a prompt.
+      prompt_logprobs: None, or how many alternatives for every prompt token.
+    """
+
+    prompts: Sequence[Sequence[int]]
+    choices: int
+    sampling: SamplingParams
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    ignore_eos: bool
+    prompt_logprobs: int | None
+    memory: MemoryPlan
+    stream: bool
+    include_usage: bool
+    writer: Writer
+
+    def requests(self, owner: str) -> list[GenerationRequest]:
+        """One engine request a sequence, choice by choice within prompt by prompt.
+
+        Only the very first sequence goes on as the session; seeds differ between choices, or all would be the same.
+        """
+        out: list[GenerationRequest] = []
+        for prompt in self.prompts:
+            for choice in range(self.choices):
+                sampling = self.sampling
+                if choice and sampling.seed is not None:
+                    sampling = replace(sampling, seed=(sampling.seed + choice) & MAX_SEED)
+                out.append(
+                    GenerationRequest(
+                        prompt=prompt,
+                        max_tokens=self.max_tokens,
+                        sampling=sampling,
+                        stop=self.stop,
+                        ignore_eos=self.ignore_eos,
+                        prompt_logprobs=self.prompt_logprobs,
+                        choice=len(out),
+                        owner=owner,
+                        memory=self.memory.params,
+                    )
+                )
+        return out
+
+    @property
+    def estimate(self) -> int:
+        """Tokens this request may use, for the token limit."""
+        length = _UNKNOWN_LENGTH if self.max_tokens is None else self.max_tokens
+        return sum(len(prompt) + length * self.choices for prompt in self.prompts)
+
+
+class Generator:
+    """Starts generations."""
+
+    def __init__(
+        self,
+        *,
+        host: EngineHost,
+        gate: Gate,
+        limits: KeyLimits,
+        stats: ServerStats,
+        metrics: Metrics,
+        config: RuntimeConfig,
+        ping_interval: float,
+    ) -> None:
+        self.host, self.gate, self.limits = host, gate, limits
+        self.stats, self.metrics, self.config = stats, metrics, config
+        self.ping_interval = ping_interval
+
+    async def start(self, plan: GenerationPlan, context: RequestContext) -> Generation:
+        """Admits a request and hands it to the engine; everything it holds is released by `context.cleanup`."""
+        generation = Generation(self, plan, context)
+        context.cleanup.append(generation.close)
+        await generation.start()
+        return generation
+
+
+class Generation:
+    """One running request; read it once, with `events` if the client asked for a `stream`, else with `whole`."""
+
+    def __init__(self, generator: Generator, plan: GenerationPlan, context: RequestContext) -> None:
+        self._in = generator
+        self._plan = plan
+        self._context = context
+        requests = plan.requests(context.identity.owner)
+        self._job = Job(generator.host, requests, width=plan.memory.batch_size, degraded=plan.memory.degraded)
+        self._count = len(requests)
+        self._lease: Lease | None = None
+        self._reserved = 0
+        self._last_piece = 0.0
+        self._outcome: RequestOutcome = "cancelled"
+        generator.stats.begin()
+
+    async def start(self) -> None:
+        """Waits for a place and submits; raises what stands in the way."""
+        key_id = self._context.identity.key_id
+        try:
+            self._in.limits.reserve(key_id, self._plan.estimate)
+            self._reserved = self._plan.estimate
+            self._lease = await self._in.gate.acquire(key_id)
+            await self._job.start()
+        except Exception as error:
+            self._fail(error)
+
+    async def whole(self) -> bytes:
+        """The whole response as JSON."""
+        outcomes = [Outcome() for _ in range(self._count)]
+        try:
+            while not self._job.done:
+                for index, event in await self._job.next(self._in.ping_interval):
+                    outcome = outcomes[index]
+                    if isinstance(event, Delta):
+                        self._piece()
+                        outcome.text.append(event.text)
+                        outcome.tokens.extend(event.tokens)
+                    elif isinstance(event, Prompt):
+                        outcome.prompt = event.tokens
+                    elif isinstance(event, Finished):
+                        outcome.finished = event
+        except Exception as error:
+            self._fail(error)
+        self._outcome = "completed"
+        return _encode(self._plan.writer.whole(outcomes, self._usage(), self._ending()))
+
+    @property
+    def stream(self) -> bool:
+        """Whether the client asked for a stream."""
+        return self._plan.stream
+
+    async def events(self) -> AsyncIterator[bytes]:
+        """Server-sent events; an error before the first one is raised, a later one is an event."""
+        sent = False
+        try:
+            while not self._job.done:
+                events = await self._job.next(self._in.ping_interval)
+                chunk = b"".join(self._frames(events)) if events else PING
+                if chunk:
+                    yield chunk
+                    sent = True
+        except Exception as error:
+            if not sent:
+                self._fail(error)
+            seen = self._failed(error)
+            if not isinstance(seen, ServerError | EngineError):
+                log.error("Request %s failed in its stream", self._context.request_id, exc_info=error)
+            yield _frame(openai_error(problem(seen)))
+            return
+        self._outcome = "completed"
+        yield (_frame(self._plan.writer.usage(self._usage())) if self._plan.include_usage else b"") + DONE
+
+    def close(self) -> None:
+        """Cancels what still runs, gives back what was taken, and counts the request; called once, at the very end."""
+        self._job.close()
+        if self._lease is not None:
+            self._lease.release()
+        if self._reserved:
+            ended = self._job.finished.values()
+            used = sum(done.prompt_tokens + done.completion_tokens for done in ended)
+            self._in.limits.settle(self._context.identity.key_id, self._reserved, used)
+        added = self._added_seconds()
+        self._in.stats.end(
+            self._outcome,
+            added_ms=None if added is None else round(added * 1000, 3),
+            request_id=self._context.request_id,
+        )
+        self._observe(added)
+        if added is not None and self._plan.memory.params is not None and self._in.config.values.log_atlas_operations:
+            stats = atlas_stats_of(self._job.finished.values())
+            log.info(
+                "[ATLAS] Request processed in %.1fms (memory_layers=%d, cache_hit=%s)",
+                added * 1000,
+                self._plan.memory.params.memory_layers,
+                "true" if stats is not UNSET and stats.cache_hit else "false",
+            )
+
+    def _frames(self, events: Sequence[tuple[int, Event]]) -> list[bytes]:
+        writer = self._plan.writer
+        chunks: list[msgspec.Struct] = []
+        for index, event in events:
+            if isinstance(event, Delta):
+                self._piece()
+            if isinstance(event, Delta | Prompt):
+                chunks += writer.piece(index, event)
+            elif isinstance(event, Finished):
+                # Several sequences may end in one batch; the ending belongs to the last chunk of all.
+                last = self._job.done and event is next(reversed(self._job.finished.values()))
+                chunks += writer.end(index, finish_reason(event), self._ending() if last else None)
+        return [_frame(chunk) for chunk in chunks]
+
+    def _usage(self) -> Usage:
+        return usage_of(self._job.finished, self._plan.choices)
+
+    def _ending(self) -> Ending:
+        ended = self._job.finished.values()
+        return Ending(timings=timings_of(ended), atlas_stats=atlas_stats_of(ended))
+
+    def _failed(self, error: Exception) -> Exception:
+        """Notes the failure and returns the error a client should see."""
+        self._outcome = "failed"
+        if isinstance(error, SnapshotInvalid):
+            return Unavailable("The memory of this session cannot be read", code="memory_unavailable", retry_after=30.0)
+        if isinstance(error, InvalidRequest) and error.code == "context_length_exceeded":
+            return ContextExceeded(
+                str(error),
+                param=error.param,
+                prompt_tokens=max(len(prompt) for prompt in self._plan.prompts),
+                context=self._in.host.engine.model.context_length,
+            )
+        return error
+
+    def _fail(self, error: Exception) -> NoReturn:
+        """Raises the error a client should see."""
+        seen = self._failed(error)
+        if seen is error:
+            raise error
+        raise seen from error
+
+    def _piece(self) -> None:
+        now = time.perf_counter()
+        if self._last_piece:
+            self._in.metrics.inter_token.observe(now - self._last_piece)
+        else:
+            self._in.metrics.first_token.observe(now - self._context.arrived)
+        self._last_piece = now
+
+    def _added_seconds(self) -> float | None:
+        """What the server added: from the arrival to the engine, and from the engine's end to the last byte."""
+        if self._outcome != "completed" or self._lease is None:
+            return None
+        before = self._job.submitted_at - self._context.arrived - self._context.receiving - self._lease.waited
+        return max(0.0, before) + max(0.0, time.perf_counter() - self._job.last_end)
+
+    def _observe(self, added: float | None) -> None:
+        metrics = self._in.metrics
+        metrics.outcomes.labels(self._outcome).inc()
+        for done in self._job.finished.values():
+            metrics.finished.labels(finish_reason(done)).inc()
+        if added is not None and self._lease is not None:
+            metrics.added.observe(added)
+            metrics.latency.observe(time.perf_counter() - self._context.arrived)
+            queued = max((done.queue_seconds for done in self._job.finished.values()), default=0.0)
+            metrics.queue.observe(self._lease.waited + queued)
+
+
+def _frame(chunk: msgspec.Struct) -> bytes:
+    return b"data: " + _encode(chunk) + b"\n\n"

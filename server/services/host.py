@@ -1,0 +1,196 @@
+"""Owns the engine: loads it, knows whether it can be used, notices when it dies, and closes it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal, Protocol, TypeVar
+
+from atlas_jax.engine.api import EngineProtocol
+from server.errors import ServerError, Unavailable
+from server.services.bridge import Bridge
+
+log = logging.getLogger("atlas.server")
+State = Literal["loading", "ready", "draining", "failed", "closed"]
+T = TypeVar("T")
+_WATCH_SECONDS = 0.5
+
+
+class Abortable(Protocol):
+    """Something that waits for the engine and can be told not to."""
+
+    def abort(self, error: ServerError) -> None:
+        """Ends the wait with this error."""
+
+
+class EngineHost:
+    """The engine as the services see it.
+
+    Attributes:
+      state: `loading` until the engine is there; `failed` when it could not be loaded or its thread has died.
+      on_failure: called once, on the event loop, when the state becomes `failed`.
+    """
+
+    def __init__(self) -> None:
+        self.state: State = "loading"
+        self.on_failure: Callable[[], None] = _nothing
+        self._engine: EngineProtocol | None = None
+        self._bridge: Bridge | None = None
+        self._running: set[Abortable] = set()
+
+    # --- use -----------------------------------------------------------------------------------------------------
+    @property
+    def engine(self) -> EngineProtocol:
+        """The engine, for reading; raises Unavailable while there is none."""
+        if self._engine is None or self.state in ("failed", "closed") or not self._engine.alive():
+            raise self._unavailable()
+        return self._engine
+
+    @property
+    def accepting(self) -> EngineProtocol:
+        """The engine, for new work; raises Unavailable also while draining."""
+        if self.state == "draining":
+            raise Unavailable("The server is shutting down", code="draining", retry_after=5.0)
+        return self.engine
+
+    @property
+    def bridge(self) -> Bridge:
+        """The way of the engine's events to this event loop."""
+        assert self._bridge is not None, "the host has not been started"
+        return self._bridge
+
+    @property
+    def dead(self) -> bool:
+        """Whether the engine failed and only a restart helps."""
+        if self.state == "closed":
+            return False
+        return self.state == "failed" or (self._engine is not None and not self._engine.alive())
+
+    @property
+    def ready(self) -> bool:
+        """Whether new work is accepted."""
+        return self.state == "ready" and not self.dead
+
+    def _unavailable(self) -> Unavailable:
+        if self.state == "loading":
+            return Unavailable("The model is still loading", code="loading", retry_after=2.0)
+        if self.state in ("draining", "closed") and not self.dead:
+            return Unavailable("The server is shutting down", code="draining", retry_after=5.0)
+        return Unavailable("The engine has stopped", code="engine_stopped", retry_after=10.0)
+
+    def joined(self, work: Abortable) -> None:
+        """Registers work that must end when the engine does."""
+        self._running.add(work)
+
+    def left(self, work: Abortable) -> None:
+        """Forgets it."""
+        self._running.discard(work)
+
+    # --- life ----------------------------------------------------------------------------------------------------
+    async def start(self, load: Callable[[], EngineProtocol], *, wait: bool) -> None:
+        """Runs `load` in a thread of its own; returns at once unless told to wait."""
+        loop = asyncio.get_running_loop()
+        self._bridge = Bridge(loop)
+        done = asyncio.ensure_future(in_thread(load, name="engine-loader"))
+        done.add_done_callback(self._loaded)
+        if wait:
+            await asyncio.wait({done})
+
+    def _loaded(self, done: asyncio.Future[EngineProtocol]) -> None:
+        if done.cancelled():
+            return
+        if error := done.exception():
+            log.critical("The engine could not be loaded", exc_info=error)
+            self._fail()
+        elif self.state == "loading":
+            self._engine = done.result()
+            self.state = "ready"
+
+    async def watch(self) -> None:
+        """Turns the death of the engine's thread into a failure; runs until cancelled."""
+        while True:
+            await asyncio.sleep(_WATCH_SECONDS)
+            if self.state in ("ready", "draining") and self._engine is not None and not self._engine.alive():
+                log.critical("The engine thread has died")
+                self._fail()
+
+    def _fail(self) -> None:
+        self.state = "failed"
+        self.abort(self._unavailable())
+        self.on_failure()
+
+    def drain(self) -> None:
+        """Refuses new work from now on."""
+        if self.state == "ready":
+            self.state = "draining"
+            if self._engine is not None:
+                self._engine.drain()
+
+    def abort(self, error: ServerError) -> None:
+        """Ends everything that waits for the engine."""
+        for work in list(self._running):
+            work.abort(error)
+
+    async def close(self, before: Callable[[EngineProtocol], None], *, timeout: float) -> None:
+        """Runs `before` with the engine and closes it, all within `timeout` seconds."""
+        engine, failed = self._engine, self.dead
+        self.state = "failed" if failed else "closed"
+        if engine is None:
+            return
+
+        def finish() -> None:
+            started = time.monotonic()
+            try:
+                if not failed:
+                    before(engine)
+            finally:
+                engine.close(timeout=max(0.5, timeout - (time.monotonic() - started)))
+
+        try:
+            async with asyncio.timeout(timeout):
+                await in_thread(finish, name="engine-closer")
+        except TimeoutError:
+            log.error("The engine did not close within %.1f s", timeout)
+        except Exception:
+            log.exception("The engine could not be closed cleanly")
+
+
+async def in_thread(work: Callable[[], T], *, name: str) -> T:
+    """Runs `work` in a daemon thread: unlike the loop's own executor, a hung one cannot keep the process alive."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            _report(loop, future, None, error)
+        else:
+            _report(loop, future, result, None)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return await future
+
+
+def _report(
+    loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], result: T | None, error: BaseException | None
+) -> None:
+    def settle() -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error if isinstance(error, Exception) else RuntimeError(type(error).__name__))
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    try:
+        loop.call_soon_threadsafe(settle)
+    except RuntimeError:
+        log.debug("The event loop closed before a thread had finished")
+
+
+def _nothing() -> None:
+    return

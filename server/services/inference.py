@@ -1,0 +1,135 @@
+"""From the body of a completion or chat request to a running generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from server.context import RequestContext
+from server.schemas.chat import ChatRequest
+from server.schemas.completions import CompletionRequest
+from server.schemas.sampling import SamplingFields
+from server.services.chat_writer import ChatWriter
+from server.services.completion_writer import CompletionWriter
+from server.services.generation import Generation, GenerationPlan, Generator
+from server.services.memory_options import MemoryPlan, plan_memory
+from server.services.models import Models
+from server.services.runtime_config import RuntimeConfig
+from server.services.sampling import choices, sampling_params, stop_strings, token_limit
+from server.services.texts import Texts
+from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
+from server.services.writers import Identification
+from server.validation import invalid, parse
+
+_COMPLETION_TOKENS = 16
+
+
+class Inference:
+    """Checks a request completely before anything of it reaches the engine, and starts it."""
+
+    def __init__(
+        self, *, generator: Generator, texts: Texts, models: Models, config: RuntimeConfig, memory_enabled: bool
+    ) -> None:
+        self._generator, self._host, self._gate = generator, generator.host, generator.gate
+        self._texts, self._models = texts, models
+        self._config, self._memory_enabled = config, memory_enabled
+
+    async def completion(self, raw: Any, context: RequestContext) -> Generation:
+        """Starts a completion."""
+        body = parse(CompletionRequest, raw)
+        refuse_unsupported(_mapping(raw))
+        if body.best_of is not None and body.best_of != (body.n or 1):
+            raise invalid("best_of", "must be equal to n", code="unsupported_parameter")
+        model = self._admitted(body, context)
+        memory = self._memory(body, context)
+        prompts, echoes = await self._texts.prompts(body.prompt, echo=bool(body.echo))
+        count = choices(body, prompts=len(prompts))
+        usage = _wants_usage(body)
+        plan = GenerationPlan(
+            prompts=prompts,
+            choices=count,
+            sampling=sampling_params(body, vocab_size=self._host.engine.tokenizer.vocab_size, logprobs=body.logprobs),
+            max_tokens=token_limit(
+                {"max_tokens": body.max_tokens, "n_predict": body.n_predict}, default=_COMPLETION_TOKENS
+            ),
+            stop=stop_strings(body),
+            ignore_eos=bool(body.ignore_eos),
+            prompt_logprobs=body.logprobs if body.echo else None,
+            memory=memory,
+            stream=bool(body.stream),
+            include_usage=usage,
+            writer=CompletionWriter(
+                Identification.new("cmpl", model=model, fingerprint=self._host.engine.model.fingerprint),
+                echoes=echoes,
+                choices=count,
+                logprobs=body.logprobs is not None,
+                with_usage=usage,
+            ),
+        )
+        return await self._generator.start(plan, context)
+
+    async def chat(self, raw: Any, context: RequestContext) -> Generation:
+        """Starts a chat completion."""
+        body = parse(ChatRequest, raw)
+        refuse_unsupported(_mapping(raw))
+        refuse_unsupported_chat(body)
+        if body.top_logprobs and not body.logprobs:
+            raise invalid("top_logprobs", "needs logprobs to be true")
+        model = self._admitted(body, context)
+        memory = self._memory(body, context)
+        prompt = await self._texts.chat(body.messages, body.chat_template_kwargs)
+        usage = _wants_usage(body)
+        logprobs = body.top_logprobs or 0 if body.logprobs else None
+        plan = GenerationPlan(
+            prompts=[prompt],
+            choices=choices(body, prompts=1),
+            sampling=sampling_params(body, vocab_size=self._host.engine.tokenizer.vocab_size, logprobs=logprobs),
+            max_tokens=token_limit(
+                {
+                    "max_completion_tokens": body.max_completion_tokens,
+                    "max_tokens": body.max_tokens,
+                    "n_predict": body.n_predict,
+                },
+                default=None,
+            ),
+            stop=stop_strings(body),
+            ignore_eos=bool(body.ignore_eos),
+            prompt_logprobs=None,
+            memory=memory,
+            stream=bool(body.stream),
+            include_usage=usage,
+            writer=ChatWriter(
+                Identification.new("chatcmpl", model=model, fingerprint=self._host.engine.model.fingerprint),
+                logprobs=bool(body.logprobs),
+                with_usage=usage,
+            ),
+        )
+        return await self._generator.start(plan, context)
+
+    def _admitted(self, body: SamplingFields, context: RequestContext) -> str:
+        """The model's name, once it is sure that the request is not turned away at the door."""
+        _ = self._host.accepting
+        model = self._models.resolve(body.model)
+        self._gate.check(context.identity.key_id)
+        return model
+
+    def _memory(self, body: SamplingFields, context: RequestContext) -> MemoryPlan:
+        plan = plan_memory(
+            body.atlas,
+            context.session,
+            owner=context.identity.owner,
+            defaults=self._config.values,
+            enabled=self._memory_enabled,
+            max_window=self._config.max_window,
+        )
+        if plan.session_id is not None and plan.session_id.isascii():
+            context.response_headers.append((b"x-session-id", plan.session_id.encode()))
+        return plan
+
+
+def _wants_usage(body: SamplingFields) -> bool:
+    return bool(body.stream and body.stream_options and body.stream_options.include_usage)
+
+
+def _mapping(raw: Any) -> Mapping[str, Any]:
+    return raw if isinstance(raw, dict) else {}

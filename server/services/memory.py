@@ -1,0 +1,177 @@
+"""The memory endpoints: what a caller can see of the sessions it owns, and save, load, list, reset and delete."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from atlas_jax.engine.api import MemoryUnavailable, SessionStore
+from server.errors import NotEnabled
+from server.metrics import Metrics
+from server.schemas import atlas as schema
+from server.services.host import EngineHost
+from server.services.memory_options import check_name
+from server.settings import Settings
+from server.validation import invalid
+
+log = logging.getLogger("atlas.server")
+T = TypeVar("T")
+_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?", re.IGNORECASE)
+_RETRY_SECONDS = (0.05, 0.2, 0.8)
+_LIST_LIMIT = 100
+
+
+class MemoryService:
+    """Calls the engine's session store in threads, with one file of sessions for every owner."""
+
+    def __init__(self, host: EngineHost, settings: Settings, metrics: Metrics) -> None:
+        self._host = host
+        self._settings = settings.atlas
+        self._metrics = metrics
+
+    def require(self, *, endpoints: bool = False) -> None:
+        """Raises NotEnabled where the operator has turned the memory, or its endpoints, off."""
+        if not self._settings.enabled:
+            raise NotEnabled("ATLAS not enabled")
+        if endpoints and not self._settings.enable_memory_endpoints:
+            raise NotEnabled("The memory endpoints are not enabled")
+
+    def _persistent(self) -> None:
+        self.require(endpoints=True)
+        if not self._settings.memory_persist:
+            raise NotEnabled("Memory persistence is not enabled")
+
+    async def info(self, owner: str, session_id: str | None) -> schema.MemoryResponse:
+        """State of one session's memory, or totals over the owner's."""
+        self.require(endpoints=True)
+        if session_id is not None:
+            check_name(session_id, "session_id")
+        info = await self._call(lambda store: store.info(owner, session_id))
+        return schema.MemoryResponse(
+            session_id=session_id,
+            window_size=info.window_size,
+            window_fill=info.window_fill,
+            memory_capacity=info.memory_capacity,
+            memory_used=info.memory_used,
+            total_updates=info.total_updates,
+            last_update_time=info.last_update_time,
+            layers=[
+                schema.LayerMemory(
+                    layer=one.layer, norm=one.norm, effective_rank=one.effective_rank, omega_loss=one.omega_loss
+                )
+                for one in info.layers
+            ],
+        )
+
+    async def save(self, owner: str, wanted: schema.SaveRequest) -> schema.SaveResponse:
+        """Saves everything, one session, or a context with the caller's state."""
+        self._persistent()
+        _one_of(filename=wanted.filename, session_id=wanted.session_id, context_id=wanted.context_id)
+        if wanted.context_id is None and wanted.state is not None:
+            raise invalid("context_id", "required field is missing")
+        with self._metrics.save_seconds.time():
+            if wanted.context_id is not None:
+                name, state = check_name(wanted.context_id, "context_id"), wanted.state
+                saved = await self._call(lambda store: store.save_context(owner, name, state))
+            elif wanted.session_id is not None:
+                session = check_name(wanted.session_id, "session_id")
+                saved = await self._call(lambda store: store.save_session(owner, session))
+            else:
+                file = _file(wanted.filename) if wanted.filename else self._settings.memory_file
+                saved = await self._call(lambda store: store.save_all(owner, file))
+        if saved.session_id is None:
+            log.info("[ATLAS] Memory state saved to %s (%d sessions)", saved.filename, saved.sessions)
+        else:
+            log.info("[ATLAS] Memory state saved for session: %s", saved.session_id)
+        return schema.SaveResponse(
+            success=True,
+            filename=saved.filename,
+            context_id=saved.session_id,
+            bytes=saved.bytes,
+            timestamp=saved.timestamp,
+        )
+
+    async def load(self, owner: str, wanted: schema.LoadRequest) -> schema.LoadResponse:
+        """Loads a file of sessions, or one context with the caller's state."""
+        self._persistent()
+        _one_of(filename=wanted.filename, context_id=wanted.context_id)
+        now = int(time.time())
+        with self._metrics.load_seconds.time():
+            if wanted.context_id is not None:
+                name = check_name(wanted.context_id, "context_id")
+                state = await self._call(lambda store: store.load_context(owner, name))
+                log.info("[ATLAS] Memory state loaded for session: %s", name)
+                return schema.LoadResponse(success=True, loaded_at=now, context_id=name, state=state)
+            if not wanted.filename:
+                raise invalid("filename", "required field is missing")
+            file = _file(wanted.filename)
+            count = await self._call(lambda store: store.load_file(owner, file))
+        log.info("Loaded ATLAS memory from %s (%d sessions)", file, count)
+        return schema.LoadResponse(success=True, loaded_at=now, filename=file)
+
+    async def page(self, owner: str, wanted: schema.ListRequest) -> schema.ListResponse:
+        """One page of the owner's contexts."""
+        self.require(endpoints=True)
+        limit = _LIST_LIMIT if wanted.limit is None else wanted.limit
+        rows, following = await self._call(lambda store: store.list(owner, after=wanted.after, limit=limit))
+        return schema.ListResponse(
+            success=True,
+            contexts=[
+                schema.ContextRow(
+                    context_id=row.session_id,
+                    tokens=row.tokens,
+                    bytes=row.bytes,
+                    created=row.created,
+                    last_used=row.last_used,
+                    resident=row.resident,
+                    has_state=row.has_state,
+                )
+                for row in rows
+            ],
+            next=following,
+        )
+
+    async def delete(self, owner: str, context_id: str) -> schema.DeleteResponse:
+        """Removes one context and its files."""
+        self.require(endpoints=True)
+        name = check_name(context_id, "context_id")
+        await self._call(lambda store: store.delete(owner, name))
+        log.info("[ATLAS] Memory state deleted for session: %s", name)
+        return schema.DeleteResponse(success=True, context_id=name)
+
+    async def reset(self, owner: str, session_id: str | None) -> schema.ResetResponse:
+        """Empties one session's memory, or all of the owner's."""
+        self.require(endpoints=True)
+        name = None if session_id is None else check_name(session_id, "session_id")
+        count = await self._call(lambda store: store.reset(owner, name))
+        log.info("[ATLAS] Memory state reset for session: %s", "*" if name is None else name)
+        return schema.ResetResponse(success=True, session_id=name, sessions_reset=count, timestamp=int(time.time()))
+
+    async def _call(self, work: Callable[[SessionStore], T]) -> T:
+        """Runs a blocking store operation in a thread, again after a pause where the failure may pass."""
+        store = self._host.engine.sessions
+        for pause in _RETRY_SECONDS:
+            try:
+                return await asyncio.to_thread(work, store)
+            except MemoryUnavailable:
+                log.warning("The session store is not available; trying again in %.2f s", pause)
+                await asyncio.sleep(pause)
+        return await asyncio.to_thread(work, store)
+
+
+def _one_of(**given: str | None) -> None:
+    names = [name for name, value in given.items() if value]
+    if len(names) > 1:
+        raise invalid(names[1], f"cannot be combined with {names[0]}")
+
+
+def _file(name: str) -> str:
+    """A file name inside the memory folder; raises BadRequest for anything that could be a path."""
+    if not _FILE.fullmatch(name) or ".." in name or name.endswith(".") or _RESERVED.fullmatch(name):
+        raise invalid("filename", "must be a plain file name of letters, digits, '.', '_' and '-'")
+    return name

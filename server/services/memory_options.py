@@ -1,0 +1,134 @@
+"""From the `atlas` object of a request, its session header and the run-time defaults to the engine's `MemoryParams`."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass
+
+from atlas_jax.config import PAGE
+from atlas_jax.engine.api import MemoryParams, SessionKey
+from server.errors import BadRequest, NotEnabled
+from server.schemas.atlas import AtlasDefaults, AtlasOptions
+from server.settings import MIN_WINDOW
+from server.validation import invalid
+
+_EMPTY = AtlasOptions()
+_NAME_CHARS = 128
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryPlan:
+    """What one request does with the memory.
+
+    Attributes:
+      params: None is the plain model.
+      batch_size: sequences that decode at once.
+      session_id: the session's name as the client wrote it, or None.
+      degraded: why a request that asked for a memory runs without one, or None.
+    """
+
+    params: MemoryParams | None
+    batch_size: int
+    session_id: str | None = None
+    degraded: str | None = None
+
+
+def plan_memory(
+    atlas: AtlasOptions | None,
+    header: str | None,
+    *,
+    owner: str,
+    defaults: AtlasDefaults,
+    enabled: bool,
+    max_window: int,
+) -> MemoryPlan:
+    """Resolves one request.
+
+    An `atlas` object or a session header asks for the memory; without either the request runs on the plain model.
+
+    Args:
+      header: the value of `X-Session-ID`, or None.
+      enabled: whether this server has the memory turned on.
+
+    Raises:
+      BadRequest: a value out of range, or two different sessions.
+      NotEnabled: a session was named and there is no memory that could keep it.
+    """
+    if atlas is None and header is None:
+        return MemoryPlan(params=None, batch_size=defaults.batch_size)
+    session_id = _session(atlas, header)
+    merged = _merge(atlas or _EMPTY, defaults)
+    check_windows(merged, max_window=max_window, prefix="atlas.")
+    if not merged.enabled:
+        return MemoryPlan(params=None, batch_size=merged.batch_size)
+    if not enabled:
+        if session_id is not None:
+            raise NotEnabled("ATLAS not enabled")
+        return MemoryPlan(params=None, batch_size=merged.batch_size, degraded="ATLAS not enabled")
+    return MemoryPlan(
+        params=MemoryParams(
+            session=None if session_id is None else SessionKey(owner, session_id),
+            memory_layers=merged.memory_layers,
+            window_size=merged.window_size,
+            blend_ratio=merged.blend_ratio,
+            learning_rate=merged.learning_rate,
+            polynomial_degree=merged.polynomial_degree,
+            use_muon=merged.use_muon,
+            warmup_tokens=merged.warmup_tokens,
+            update_frequency=merged.update_frequency,
+            omega_window=merged.omega_window,
+            cache_strategy=merged.cache_strategy,
+            read=merged.read,
+            write=merged.write,
+        ),
+        batch_size=merged.batch_size,
+        session_id=session_id,
+    )
+
+
+def check_windows(values: AtlasDefaults, *, max_window: int, prefix: str) -> None:
+    """Raises BadRequest where the window, the page and the Omega window do not fit together."""
+    if not MIN_WINDOW <= values.window_size <= max_window:
+        raise invalid(f"{prefix}window_size", f"value must be between {MIN_WINDOW} and {max_window}")
+    for name in ("window_size", "update_frequency"):
+        if getattr(values, name) % PAGE:
+            raise invalid(f"{prefix}{name}", f"value must be a multiple of {PAGE}")
+    if values.omega_window < values.update_frequency:
+        raise invalid(
+            f"{prefix}omega_window", f"value must be at least the update_frequency, {values.update_frequency}"
+        )
+
+
+def check_name(name: str, field: str) -> str:
+    """The name of a session or context; raises BadRequest.
+
+    Names are 1 to 128 printable characters. Path separators, `.` and `..` are refused although names are never used as
+    file names: a client that sends one has mistaken the field.
+    """
+    if not 0 < len(name) <= _NAME_CHARS:
+        raise invalid(field, f"must have between 1 and {_NAME_CHARS} characters")
+    if any(unicodedata.category(char)[0] == "C" or unicodedata.category(char) in ("Zl", "Zp") for char in name):
+        raise invalid(field, "must not contain control characters")
+    if name in (".", "..") or any(char in name for char in "/\\\uff0e\u2215\u2216\uff0f\uff3c"):
+        raise invalid(field, "must not contain path separators")
+    if name != name.strip():
+        raise invalid(field, "must not begin or end with a space")
+    return name
+
+
+def _session(atlas: AtlasOptions | None, header: str | None) -> str | None:
+    named = None if atlas is None or atlas.session_id is None else check_name(atlas.session_id, "atlas.session_id")
+    if header is not None:
+        check_name(header, "X-Session-ID")
+        if named is not None and named != header:
+            raise BadRequest("atlas.session_id and X-Session-ID name different sessions", param="atlas.session_id")
+    return named if named is not None else header
+
+
+def _merge(given: AtlasOptions, defaults: AtlasDefaults) -> AtlasDefaults:
+    if given is _EMPTY:
+        return defaults
+    values = {name: getattr(given, name) for name in AtlasDefaults.__struct_fields__}
+    return AtlasDefaults(
+        **{name: getattr(defaults, name) if value is None else value for name, value in values.items()}
+    )

@@ -1,0 +1,132 @@
+"""The fake engine's sessions: a dict of token lists, saved as JSON."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SaveResult, SessionInfo, SessionNotFound
+
+
+@dataclass
+class Session:
+    tokens: list[int] = field(default_factory=list)
+    state: Any = None
+    has_state: bool = False
+    created: float = field(default_factory=time.time)
+
+
+class FakeSessions:
+    """Sessions in a dict; files in a folder if there is one, else in another dict."""
+
+    def __init__(self, root: Path | None, model: str) -> None:
+        self.root, self.default = root, f"{model}_memory.atlas"
+        self.live: dict[tuple[str, str], Session] = {}
+        self.files: dict[tuple[str, str], str] = {}
+        self.saves = self.loads = 0
+        self.fail: list[Exception] = []
+
+    def _check(self) -> None:
+        if self.fail:
+            raise self.fail.pop(0)
+
+    def _get(self, owner: str, session_id: str) -> Session:
+        if (owner, session_id) not in self.live:
+            raise SessionNotFound(f"No session '{session_id}'")
+        return self.live[owner, session_id]
+
+    def _of(self, owner: str) -> dict[str, Session]:
+        return {sid: one for (who, sid), one in sorted(self.live.items()) if who == owner}
+
+    def info(self, owner: str, session_id: str | None) -> MemoryInfo:
+        self._check()
+        found = [self._get(owner, session_id)] if session_id is not None else list(self._of(owner).values())
+        used = sum(len(one.tokens) for one in found)
+        return MemoryInfo(
+            window_size=512,
+            window_fill=min(used, 512),
+            memory_capacity=1000,
+            memory_used=used,
+            total_updates=used // 128,
+            last_update_time=None,
+            layers=(LayerMemoryInfo(layer=27, norm=1.5, effective_rank=2.5, omega_loss=0.25),),
+        )
+
+    def list(self, owner: str, *, after: str | None, limit: int) -> tuple[tuple[SessionInfo, ...], str | None]:
+        self._check()
+        names = [sid for sid in self._of(owner) if after is None or sid > after]
+        rows = tuple(
+            SessionInfo(
+                session_id=sid,
+                tokens=len(self.live[owner, sid].tokens),
+                bytes=100,
+                created=1.0,
+                last_used=2.0,
+                resident="host",
+                has_state=self.live[owner, sid].has_state,
+            )
+            for sid in names[:limit]
+        )
+        return rows, rows[-1].session_id if len(names) > limit else None
+
+    def _write(self, owner: str, filename: str, names: Sequence[str], session_id: str | None) -> SaveResult:
+        text = json.dumps({sid: [self.live[owner, sid].tokens, self.live[owner, sid].state] for sid in names})
+        if self.root is None:
+            self.files[owner, filename] = text
+        else:
+            self.root.mkdir(parents=True, exist_ok=True)
+            (self.root / f"{owner}-{filename}").write_text(text)
+        self.saves += 1
+        return SaveResult(
+            filename=filename, session_id=session_id, bytes=len(text), sessions=len(names), timestamp=time.time()
+        )
+
+    def save_all(self, owner: str, filename: str | None) -> SaveResult:
+        self._check()
+        return self._write(owner, filename or self.default, list(self._of(owner)), None)
+
+    def save_session(self, owner: str, session_id: str) -> SaveResult:
+        self._check()
+        self._get(owner, session_id)
+        return self._write(owner, f"{session_id}.atlas", [session_id], session_id)
+
+    def save_context(self, owner: str, context_id: str, state: Any) -> SaveResult:
+        self._check()
+        session = self.live.setdefault((owner, context_id), Session())
+        session.state, session.has_state = state, True
+        return self._write(owner, f"{context_id}.atlas", [context_id], context_id)
+
+    def load_file(self, owner: str, filename: str) -> int:
+        self._check()
+        if self.root is None:
+            text = self.files.get((owner, filename))
+        else:
+            path = self.root / f"{owner}-{filename}"
+            text = path.read_text() if path.exists() else None
+        if text is None:
+            raise SessionNotFound(f"No snapshot '{filename}'")
+        for sid, (tokens, state) in json.loads(text).items():
+            self.live[owner, sid] = Session(tokens=tokens, state=state)
+        self.loads += 1
+        return len(json.loads(text))
+
+    def load_context(self, owner: str, context_id: str) -> Any:
+        self._check()
+        self.loads += 1
+        return self._get(owner, context_id).state
+
+    def reset(self, owner: str, session_id: str | None) -> int:
+        self._check()
+        names = [session_id] if session_id is not None else list(self._of(owner))
+        for name in names:
+            self._get(owner, name).tokens = []
+        return len(names)
+
+    def delete(self, owner: str, session_id: str) -> None:
+        self._check()
+        self._get(owner, session_id)
+        del self.live[owner, session_id]

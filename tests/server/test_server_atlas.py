@@ -1,0 +1,283 @@
+"""The `atlas` object of a request, sessions, and what happens where there is no memory to be had."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import httpx
+import pytest
+from live_server import Live, Start
+
+from atlas_jax.engine.api import MemoryUnavailable, Overloaded, SessionKey, SnapshotInvalid
+
+CHAT = "/v1/chat/completions"
+HELLO = {"messages": [{"role": "user", "content": "hello"}]}
+
+
+def error(response: httpx.Response) -> dict[str, Any]:
+    found: dict[str, Any] = response.json()["error"]
+    return found
+
+
+# --- the atlas object ---------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("memory_layers", 0, "value must be between 1 and 10"),
+        ("memory_layers", 11, "value must be between 1 and 10"),
+        ("memory_layers", "3", "expected integer, got string"),
+        ("memory_layers", True, "expected integer, got boolean"),
+        ("memory_layers", 2.5, "expected integer, got number"),
+        ("window_size", 64, "value must be between 128 and 2048"),
+        ("window_size", 4096, "value must be between 128 and 2048"),
+        ("window_size", 200, "value must be a multiple of 128"),
+        ("blend_ratio", 1.5, "value must be between 0 and 1"),
+        ("blend_ratio", -0.1, "value must be between 0 and 1"),
+        ("learning_rate", 0, "value must be greater than 0 and at most 100"),
+        ("polynomial_degree", 4, "value must be between 1 and 3"),
+        ("polynomial_degree", 0, "value must be between 1 and 3"),
+        ("use_muon", "yes", "expected boolean, got string"),
+        ("warmup_tokens", -1, "value must be between 0 and 2147483648"),
+        ("update_frequency", 100, "value must be a multiple of 128"),
+        ("omega_window", 64, "value must be at least the update_frequency, 128"),
+        ("cache_strategy", "mru", "value must be one of lru, lfu, adaptive"),
+        ("batch_size", 33, "value must be between 1 and 32"),
+        ("batch_size", 0, "value must be between 1 and 32"),
+        ("read", 1, "expected boolean, got integer"),
+        ("session_id", 7, "expected string, got integer"),
+        ("session_id", "x" * 129, "must have at most 128 characters"),
+        ("session_id", "", "must have at least 1 characters"),
+        ("memory_dim", 64, "unknown field"),
+    ],
+)
+def test_ranges(live: Live, field: str, value: Any, reason: str) -> None:
+    response = live.post(CHAT, {**HELLO, "atlas": {field: value}})
+    assert response.status_code == 400
+    assert error(response)["message"] == f"Validation error in field 'atlas.{field}': {reason}"
+    assert error(response)["param"] == f"atlas.{field}"
+    assert error(response)["type"] == "invalid_request_error"
+
+
+def test_the_missions_requests_work_as_written(live: Live) -> None:
+    chat = live.post(
+        CHAT,
+        {
+            "model": "fake-7b",
+            "messages": [
+                {"role": "system", "content": "You are a helpful assistant."},
+                {"role": "user", "content": "Hello, how are you?"},
+            ],
+            "temperature": 0.7,
+            "max_tokens": 150,
+            "atlas": {
+                "memory_layers": 3,
+                "cache_strategy": "adaptive",
+                "session_id": "unique-session-id",
+                "batch_size": 8,
+            },
+        },
+    )
+    assert chat.status_code == 200
+    completion = live.post(
+        "/v1/completions",
+        {
+            "prompt": "Your text here...",
+            "max_tokens": 2048,
+            "temperature": 0.7,
+            "atlas": {
+                "enabled": True,
+                "window_size": 512,
+                "blend_ratio": 0.5,
+                "learning_rate": 0.001,
+                "polynomial_degree": 3,
+                "use_muon": True,
+                "warmup_tokens": 128,
+            },
+        },
+    )
+    assert set(completion.json()["atlas_stats"]) == {
+        "memory_utilization",
+        "window_fill_ratio",
+        "omega_loss",
+        "muon_iterations",
+        "blend_ratio_actual",
+        "tokens_absorbed",
+        "session_id",
+        "cache_hit",
+        "degraded",
+    }
+    memory = live.engine.requests[-1].memory
+    assert (memory.window_size, memory.learning_rate, memory.polynomial_degree) == (512, 0.001, 3)
+    assert (memory.use_muon, memory.warmup_tokens, memory.session) == (True, 128, None)
+    assert live.engine.requests[0].memory.session == SessionKey("local", "unique-session-id")
+
+
+def test_without_an_atlas_object_it_is_the_plain_model(live: Live) -> None:
+    body = live.post(CHAT, HELLO).json()
+    assert "atlas_stats" not in body
+    assert live.engine.requests[-1].memory is None
+    live.post(CHAT, {**HELLO, "atlas": None})
+    assert live.engine.requests[-1].memory is None
+    live.post(CHAT, {**HELLO, "atlas": {"enabled": False, "session_id": "s"}})
+    assert live.engine.requests[-1].memory is None
+
+
+def test_nulls_in_the_atlas_object_are_defaults(live: Live) -> None:
+    fields = [
+        "enabled", "session_id", "memory_layers", "window_size", "blend_ratio", "learning_rate", "polynomial_degree",
+        "use_muon", "warmup_tokens", "update_frequency", "omega_window", "cache_strategy", "batch_size", "read",
+        "write",
+    ]  # fmt: skip
+    assert live.post(CHAT, {**HELLO, "atlas": dict.fromkeys(fields)}).status_code == 200
+    memory = live.engine.requests[-1].memory
+    assert (memory.memory_layers, memory.window_size, memory.blend_ratio, memory.use_muon) == (1, 512, 0.5, None)
+
+
+def test_session_header(live: Live) -> None:
+    response = live.post(CHAT, HELLO, X_Session_ID="from-header")
+    assert response.headers["x-session-id"] == "from-header"
+    assert response.json()["atlas_stats"]["session_id"] == "from-header"
+    response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "body"}})
+    assert response.headers["x-session-id"] == "body"
+    response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "same"}}, X_Session_ID="same")
+    assert response.status_code == 200
+    response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "one"}}, X_Session_ID="two")
+    assert response.status_code == 400
+    assert error(response)["param"] == "atlas.session_id"
+
+
+@pytest.mark.parametrize(
+    "name", ["..", ".", "a/b", "../x", "a\\b", "x\ny", "x\u0000", "\u202ex", "a\u2215b", " x", "x "]
+)
+def test_session_names_that_are_refused(live: Live, name: str) -> None:
+    response = live.post(CHAT, {**HELLO, "atlas": {"session_id": name}})
+    assert response.status_code == 400
+    assert error(response)["param"] == "atlas.session_id"
+    response = live.post("/v1/atlas/memory/delete", {"context_id": name})
+    assert response.status_code == 400
+    assert error(response)["type"] == "validation_error"
+
+
+def test_session_names_that_differ_are_different(live: Live) -> None:
+    for name in ("A", "a", "caf\u00e9", "cafe\u0301", "CON", "a:b", "x.y@z"):
+        assert live.post(CHAT, {**HELLO, "atlas": {"session_id": name}}).status_code == 200
+    assert len(live.engine.sessions.live) == 7
+
+
+def test_write_false_leaves_the_session_alone(live: Live) -> None:
+    live.post(CHAT, {**HELLO, "atlas": {"session_id": "s", "write": False}})
+    assert live.engine.sessions.live == {}
+    assert live.engine.requests[-1].memory.write is False
+
+
+def test_choices_and_prompts_run_batch_size_at_once(live: Live) -> None:
+    live.engine.delay = 0.005
+    seen = 0
+
+    def watch() -> None:
+        nonlocal seen
+        while not done.is_set():
+            seen = max(seen, live.engine.running)
+            done.wait(0.001)
+
+    done = threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    body = {"prompt": ["a", "b", "c"], "n": 3, "max_tokens": 4, "atlas": {"batch_size": 2}}
+    answer = live.post("/v1/completions", body).json()
+    done.set()
+    thread.join()
+    assert [choice["text"] for choice in answer["choices"]] == ["aaaa"] * 3 + ["bbbb"] * 3 + ["cccc"] * 3
+    assert seen == 2
+    assert [request.choice for request in live.engine.requests] == list(range(9))
+
+
+def test_atlas_stats_ride_on_the_last_chunk(live: Live) -> None:
+    text = live.post(CHAT, {**HELLO, "stream": True, "atlas": {}}).text
+    chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+    assert [("atlas_stats" in chunk) for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+# --- degradation --------------------------------------------------------------------------------------------------
+def test_without_a_context_a_request_without_a_session_degrades(live: Live) -> None:
+    live.engine.submit_errors = [MemoryUnavailable("No available ATLAS contexts")]
+    response = live.post(CHAT, {**HELLO, "atlas": {"memory_layers": 2}})
+    assert response.status_code == 200
+    assert response.json()["atlas_stats"]["degraded"] == "No available ATLAS contexts"
+    assert response.json()["choices"][0]["message"]["content"] == "user\nhello"
+    assert live.engine.requests[-1].memory is None
+
+
+def test_without_a_context_a_session_is_refused(live: Live) -> None:
+    live.engine.submit_errors = [MemoryUnavailable("No available ATLAS contexts", retry_after=3)] * 4
+    response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}})
+    assert response.status_code == 503
+    assert error(response)["code"] == "memory_unavailable"
+    assert response.headers["retry-after"] == "3"
+
+
+def test_sequences_the_engine_has_no_room_for_wait_for_their_turn(live: Live) -> None:
+    original, room = live.engine.submit, 2
+
+    def submit(request: Any, listener: Any) -> Any:
+        if live.engine.running >= room:
+            raise Overloaded("The queue is full")
+        return original(request, listener)
+
+    live.engine.submit = submit
+    try:
+        answer = live.post("/v1/completions", {"prompt": "ab", "n": 6, "max_tokens": 4, "temperature": 0}).json()
+    finally:
+        live.engine.submit = original
+    assert [choice["text"] for choice in answer["choices"]] == ["abab"] * 6
+
+
+def test_a_failure_that_passes_is_retried(live: Live) -> None:
+    live.engine.submit_errors = [MemoryUnavailable("The store is away")] * 2
+    response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}})
+    assert response.status_code == 200
+    assert response.json()["atlas_stats"]["degraded"] is None
+
+
+def test_a_memory_that_fails_before_the_first_token_degrades_too(live: Live) -> None:
+    live.engine.fail_after, live.engine.failure = 0, MemoryUnavailable("The memory is gone")
+    original = live.engine.submit
+
+    def submit(request: Any, listener: Any) -> Any:
+        if request.memory is None:
+            live.engine.fail_after = None
+        return original(request, listener)
+
+    live.engine.submit = submit
+    try:
+        response = live.post(CHAT, {**HELLO, "atlas": {}})
+    finally:
+        live.engine.submit = original
+    assert response.json()["atlas_stats"]["degraded"] == "The memory is gone"
+
+
+def test_a_session_that_cannot_be_read_is_refused(live: Live) -> None:
+    live.engine.submit_errors = [SnapshotInvalid("checksum of /secret/path is wrong")]
+    response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}})
+    assert response.status_code == 503
+    assert "/secret/path" not in response.text
+
+
+def test_with_the_memory_off_everything_else_works(start: Start) -> None:
+    live = start(atlas={"enabled": False})
+    for path in ("status", "memory", "stats", "metrics", "metrics/stream", "config"):
+        response = live.http.get(f"/v1/atlas/{path}")
+        assert (response.status_code, error(response)["message"]) == (503, "ATLAS not enabled")
+        assert response.headers["x-should-retry"] == "false"
+    for path in ("memory/save", "memory/load", "memory/list", "memory/reset", "config"):
+        assert live.post(f"/v1/atlas/{path}", {}).status_code == 503
+    assert live.post(CHAT, HELLO).status_code == 200
+    degraded = live.post(CHAT, {**HELLO, "atlas": {"memory_layers": 2}})
+    assert degraded.json()["atlas_stats"]["degraded"] == "ATLAS not enabled"
+    assert live.engine.requests[-1].memory is None
+    refused = live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}})
+    assert (refused.status_code, error(refused)["message"]) == (503, "ATLAS not enabled")
+    assert live.post(CHAT, {**HELLO, "atlas": {"enabled": False, "session_id": "s"}}).status_code == 200

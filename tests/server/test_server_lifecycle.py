@@ -1,0 +1,291 @@
+"""Start, readiness, automatic saving, the engine's death, and the end."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fake_engine import FakeEngine
+from fake_sessions import Session
+from live_server import Live, Start, wait_for
+
+from atlas_jax.engine.api import EngineProtocol, SnapshotInvalid
+
+COMPLETIONS = "/v1/completions"
+HERE = Path(__file__).parent
+
+
+# --- readiness ----------------------------------------------------------------------------------------------------
+def test_the_server_listens_while_the_model_loads(start: Start) -> None:
+    go, engine = threading.Event(), FakeEngine()
+
+    def load() -> EngineProtocol:
+        go.wait(10)
+        return engine
+
+    live = start(load)
+    for path in ("/health", "/v1/health", "/ready", "/v1/models", "/v1/atlas/status", "/props"):
+        response = live.http.get(path)
+        assert response.status_code == 503, path
+        assert response.json()["error"]["message"] == "The model is still loading"
+        assert "retry-after" in response.headers
+    assert live.post(COMPLETIONS, {"prompt": "x"}).status_code == 503
+    assert live.http.get("/metrics").status_code == 200
+    assert live.http.head("/health").status_code == 503
+    go.set()
+    wait_for(lambda: live.http.get("/ready").status_code == 200)
+    assert live.http.get("/health").json() == {"status": "ok"}
+    assert live.http.head("/v1/health").status_code == 200
+    assert live.post(COMPLETIONS, {"prompt": "x"}).status_code == 200
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(start: Start) -> None:
+    def load() -> EngineProtocol:
+        raise ValueError("no such file")
+
+    live = start(load)
+    live._thread.join(10)
+    assert not live._thread.is_alive()
+    assert live.lifecycle.host.dead
+
+
+def test_draining_refuses_new_work(start: Start) -> None:
+    live = start()
+    live.lifecycle.drain()
+    response = live.post(COMPLETIONS, {"prompt": "x"})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "draining")
+    assert live.http.get("/ready").status_code == 503
+    assert live.http.get("/health").status_code == 200
+    assert live.http.get("/v1/atlas/status").json()["status"] == "draining"
+
+
+def test_the_engines_death(start: Start) -> None:
+    live = start(FakeEngine(delay=0.05))
+    codes: list[Any] = []
+
+    def run(stream: bool) -> None:
+        response = live.post(COMPLETIONS, {"prompt": "x", "max_tokens": -1, "ignore_eos": True, "stream": stream})
+        codes.append((response.status_code, "engine_stopped" in response.text))
+
+    threads = [threading.Thread(target=run, args=(stream,)) for stream in (True, False)]
+    for thread in threads:
+        thread.start()
+    wait_for(lambda: [one.sent > 2 for one in live.engine._active] == [True, True])
+    live.engine.die()
+    started = time.monotonic()
+    health = live.http.get("/health")
+    fast = live.post(COMPLETIONS, {"prompt": "x"})
+    assert (health.status_code, health.json()) == (500, {"status": "error"})
+    assert (fast.status_code, fast.json()["error"]["code"]) == (503, "engine_stopped")
+    for thread in threads:
+        thread.join(5)
+    assert time.monotonic() - started < 3
+    assert sorted(codes) == [(200, True), (503, True)]
+    live._thread.join(5)
+    assert not live._thread.is_alive()
+
+
+# --- automatic saving ---------------------------------------------------------------------------------------------
+def test_memory_is_loaded_saved_at_intervals_and_at_the_end(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    engine = FakeEngine()
+    engine.sessions.files["local", "fake-7b_memory.atlas"] = json.dumps({"old": [[1, 2], None]})
+    atlas = {"auto_load_memory": True, "auto_save_memory": True, "memory_save_interval": 1}
+    live = start(engine, atlas=atlas)
+    assert engine.sessions.live["local", "old"].tokens == [1, 2]
+    live.post(COMPLETIONS, {"prompt": "x", "atlas": {"session_id": "new"}})
+    wait_for(lambda: "new" in json.loads(engine.sessions.files["local", "fake-7b_memory.atlas"]))
+    assert not engine.closed
+    engine.sessions.live["local", "last"] = Session()
+    live.stop()
+    assert engine.closed
+    assert "last" in json.loads(engine.sessions.files["local", "fake-7b_memory.atlas"])
+    text = caplog.text
+    assert "Loaded ATLAS memory from fake-7b_memory.atlas" in text
+    assert "[ATLAS] Memory state saved to fake-7b_memory.atlas" in text
+    assert "[ATLAS] Context pool initialized with 8 contexts" in text
+
+
+def test_a_save_that_fails_does_not_stop_the_end(start: Start) -> None:
+    engine = FakeEngine()
+    live = start(engine, atlas={"auto_save_memory": True})
+    engine.sessions.fail = [OSError("disk")]
+    live.stop()
+    assert engine.closed
+
+
+def test_a_damaged_file_does_not_stop_the_start(start: Start) -> None:
+    engine = FakeEngine()
+    engine.sessions.fail = [SnapshotInvalid("damaged")]
+    live = start(engine, atlas={"auto_load_memory": True, "memory_file": "mine.atlas"})
+    assert live.http.get("/ready").status_code == 200
+
+
+def test_nothing_is_written_without_persistence(start: Start) -> None:
+    engine = FakeEngine()
+    live = start(engine, atlas={"auto_save_memory": True, "auto_load_memory": True, "memory_persist": False})
+    live.post(COMPLETIONS, {"prompt": "x", "atlas": {"session_id": "s"}})
+    live.stop()
+    assert engine.sessions.files == {}
+
+
+def test_log_lines_of_the_mission(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    live = start(atlas={"log_atlas_operations": True, "latency_budget_ms": 0.001, "metrics_interval": 50})
+    live.post(COMPLETIONS, {"prompt": "x", "atlas": {"session_id": "s", "memory_layers": 3}})
+    live.post("/v1/atlas/memory/save", {"session_id": "s"})
+    wait_for(lambda: "ATLAS Stats: Memory=50.00%, Window=25.00%, Loss=" in caplog.text)
+    assert "(memory_layers=3, cache_hit=false)" in caplog.text
+    assert "[ATLAS] Request processed in " in caplog.text
+    assert "[ATLAS] Memory state saved for session: s" in caplog.text
+    wait_for(lambda: "[ATLAS] Metrics updated: 1 requests" in caplog.text)
+    assert "exceeded the latency budget of 0.0ms" in caplog.text
+    assert "atlas_requests_over_budget 1.0" in live.http.get("/metrics").text
+
+
+# --- the process --------------------------------------------------------------------------------------------------
+class Process:
+    """The server as a process of its own."""
+
+    def __init__(self, tmp_path: Path, **options: Any) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.log = tmp_path / "log"
+        self.memory = tmp_path / "memory"
+        code = f"""
+import json, logging, sys
+sys.path[:0] = {[str(HERE), str(HERE.parent.parent)]!r}
+logging.basicConfig(level="INFO")
+from fake_engine import FakeEngine
+from pathlib import Path
+from server.serve import serve
+from server.settings import *
+options = json.loads({json.dumps(json.dumps(options))})
+engine = FakeEngine(delay=options.get("delay", 0), root=Path({str(self.memory)!r}))
+engine.on_close = lambda: print("engine closed", file=sys.stderr, flush=True)
+if options.get("die"):
+    import threading
+    threading.Timer(options["die"], engine.die).start()
+sys.exit(serve(Settings(server=ServerSection(port={self.port}, shutdown_grace=options.get("grace", 2))), engine))
+"""
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("ATLAS_")}
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen([sys.executable, "-c", code], stderr=log, stdout=log, env=environ)
+        wait_for(self._up, 20)
+
+    def _up(self) -> bool:
+        try:
+            return self.request("GET", "/ready")[0] == 200
+        except OSError:
+            assert self.process.poll() is None, self.log.read_text()
+            return False
+
+    def open(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, {"Content-Type": "application/json"})
+        return connection.getresponse()
+
+    def request(self, method: str, path: str, body: Any = None) -> tuple[int, str]:
+        response = self.open(method, path, body)
+        return response.status, response.read().decode()
+
+    def end(self, *signals: int) -> tuple[int, float]:
+        """Sends the signals; the exit code and how long it took."""
+        started = time.monotonic()
+        for number in signals:
+            self.process.send_signal(number)
+            time.sleep(0.2 if len(signals) > 1 else 0)
+        return self.process.wait(15), time.monotonic() - started
+
+
+@pytest.fixture
+def process(tmp_path: Path) -> Iterator[Any]:
+    running: list[Process] = []
+
+    def begin(**options: Any) -> Process:
+        running.append(Process(tmp_path, **options))
+        return running[-1]
+
+    yield begin
+    for one in running:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.wait()
+
+
+def test_sigterm_with_endless_streams_saves_and_ends_in_time(process: Any) -> None:
+    server = process(delay=0.01)
+    server.request("POST", COMPLETIONS, {"prompt": "x", "atlas": {"session_id": "kept"}})
+    endless = {"prompt": "x", "max_tokens": -1, "ignore_eos": True}
+    stream = server.open("POST", COMPLETIONS, {**endless, "stream": True})
+    live = server.open("GET", "/v1/atlas/metrics/stream")
+    answers: list[tuple[int, str]] = []
+    waiting = threading.Thread(target=lambda: answers.append(server.request("POST", COMPLETIONS, endless)))
+    waiting.start()
+    time.sleep(0.3)
+    code, seconds = server.end(signal.SIGTERM)
+    assert code == -signal.SIGTERM
+    assert seconds < 8
+    tail = stream.read().decode()
+    assert '"code":"shutting_down"' in tail.split("data: ")[-1]
+    live.read()
+    waiting.join(5)
+    assert answers[0][0] == 503
+    assert "engine closed" in server.log.read_text()
+    saved = json.loads((server.memory / "local-fake-7b_memory.atlas").read_text())
+    assert "kept" in saved
+    again = process()
+    answer = json.loads(again.request("POST", COMPLETIONS, {"prompt": "x", "atlas": {"session_id": "kept"}})[1])
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 1
+
+
+def test_a_request_that_ends_in_time_is_finished(process: Any) -> None:
+    server = process(delay=0.02, grace=3)
+    answers: list[tuple[int, str]] = []
+    body = {"prompt": "abc", "max_tokens": 30}
+    thread = threading.Thread(target=lambda: answers.append(server.request("POST", COMPLETIONS, body)))
+    thread.start()
+    time.sleep(0.2)
+    code, seconds = server.end(signal.SIGTERM)
+    thread.join(5)
+    assert (code, answers[0][0]) == (-signal.SIGTERM, 200)
+    assert json.loads(answers[0][1])["choices"][0]["text"] == "abc" * 10
+    assert seconds < 3
+
+
+def test_a_second_ctrl_c_hurries_and_still_saves(process: Any) -> None:
+    server = process(delay=0.01, grace=5)
+    stream = server.open("POST", COMPLETIONS, {"prompt": "x", "max_tokens": -1, "ignore_eos": True, "stream": True})
+    time.sleep(0.1)
+    code, seconds = server.end(signal.SIGINT, signal.SIGINT)
+    assert code == 130
+    assert seconds < 3
+    assert b"shutting_down" in stream.read()
+    assert "engine closed" in server.log.read_text()
+    assert (server.memory / "local-fake-7b_memory.atlas").exists()
+
+
+def test_the_process_fails_when_the_engine_dies(process: Any) -> None:
+    server = process(die=2.0)
+    assert server.process.wait(10) == 1
+    assert "engine thread has died" in server.log.read_text()
+
+
+def test_live_stop_is_quick(start: Start) -> None:
+    live: Live = start()
+    started = time.monotonic()
+    live.stop()
+    assert time.monotonic() - started < 2

@@ -1,0 +1,217 @@
+"""Settings: sources, precedence, names, errors, and the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.cli import main
+from server.engine_factory import engine_factory
+from server.options import add_flags, load, options
+from server.settings import Settings, SettingsError
+
+MISSION = {
+    "server": {"host": "0.0.0.0", "port": 8080, "threads": 8},
+    "atlas": {
+        "enabled": True,
+        "auto_load_memory": True,
+        "auto_save_memory": True,
+        "memory_save_interval": 300,
+        "enable_memory_endpoints": True,
+        "enable_realtime_stats": True,
+        "log_atlas_operations": False,
+        "default_config": {
+            "window_size": 512,
+            "blend_ratio": 0.5,
+            "learning_rate": 0.001,
+            "polynomial_degree": 3,
+            "use_muon": True,
+            "warmup_tokens": 128,
+        },
+    },
+}
+
+
+def written(tmp_path: Path, content: Any) -> str:
+    path = tmp_path / "config.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return str(path)
+
+
+def parsed(*arguments: str) -> dict[str, Any]:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    add_flags(parser)
+    return vars(parser.parse_args(arguments))
+
+
+def test_the_missions_file_loads_unchanged(tmp_path: Path) -> None:
+    settings = load(config=written(tmp_path, MISSION), environ={})
+    assert (settings.server.host, settings.server.threads) == ("0.0.0.0", 8)
+    assert settings.atlas.default_config.polynomial_degree == 3
+    assert settings.atlas.default_config.use_muon is True
+
+
+def test_precedence(tmp_path: Path) -> None:
+    config = written(tmp_path, {"server": {"port": 1, "threads": 1, "max_waiting": 1, "host": "file"}})
+    environ = {"ATLAS_THREADS": "2", "ATLAS_MAX_WAITING": "2", "ATLAS_HOST": "env"}
+    settings = load(config=config, environ=environ, flags=parsed("--max-waiting", "3", "--host", "flag"))
+    server = settings.server
+    assert (server.max_concurrent, server.port, server.threads) == (32, 1, 2)
+    assert (server.max_waiting, server.host) == (3, "flag")
+
+
+def test_the_file_may_be_named_by_the_environment(tmp_path: Path) -> None:
+    assert load(environ={"ATLAS_CONFIG": written(tmp_path, {"server": {"port": 7}})}).server.port == 7
+
+
+def test_the_contracts_names() -> None:
+    environ = {
+        "ATLAS_ENABLED": "0",
+        "ATLAS_MEMORY_PATH": "/data",
+        "ATLAS_AUTO_SAVE_INTERVAL": "60",
+        "ATLAS_MAX_CONCURRENT": "5",
+        "ATLAS_LATENCY_BUDGET_MS": "7.5",
+        "ATLAS_METRICS_INTERVAL": "250",
+        "ATLAS_API_KEYS_FILE": "/keys",
+    }
+    settings = load(environ=environ)
+    assert not settings.atlas.enabled
+    assert (settings.atlas.memory_path, settings.atlas.memory_save_interval) == ("/data", 60)
+    assert (settings.server.max_concurrent, settings.atlas.latency_budget_ms) == (5, 7.5)
+    assert (settings.atlas.metrics_interval, settings.server.api_keys_file) == (250, "/keys")
+    flags = parsed(
+        *("--model", "m.gguf", "--host", "h", "--port", "1", "--no-atlas", "--atlas-window", "256"),
+        *("--atlas-blend", "0.25", "--atlas-memory-file", "f.atlas", "--no-atlas-memory-persist"),
+    )
+    settings = load(environ={}, flags=flags)
+    assert (settings.server.model, settings.server.host, settings.server.port) == ("m.gguf", "h", 1)
+    assert (settings.atlas.enabled, settings.atlas.memory_persist) == (False, False)
+    assert settings.atlas.default_config.window_size == 256
+    assert settings.atlas.default_config.blend_ratio == 0.25
+    assert settings.atlas.memory_file == "f.atlas"
+
+
+def test_every_setting_has_its_own_flag_and_variable_and_says_what_it_does() -> None:
+    every = options()
+    assert len({option.flag for option in every}) == len({option.env for option in every}) == len(every)
+    assert all(option.help for option in every)
+    assert all(option.env.startswith("ATLAS_") for option in every)
+
+
+def test_every_setting_can_be_set_by_flag_and_by_environment() -> None:
+    samples = {bool: "true", int: "256", float: "0.5", str: "info"}
+    special = {
+        "atlas.default_config.memory_layers": "2",
+        "atlas.default_config.polynomial_degree": "1",
+        "atlas.default_config.batch_size": "2",
+        "atlas.default_config.cache_strategy": "lru",
+        "atlas.memory_save_interval": "5",
+        "server.max_body_bytes": "2048",
+        "server.shutdown_grace": "2",
+        "atlas.max_window": "1024",
+    }
+    for option in options():
+        text = special.get(option.key, samples[option.kind])
+        from_env = load(environ={option.env: text})
+        flags = parsed(option.flag) if option.kind is bool else parsed(option.flag, text)
+        assert load(environ={}, flags=flags) == from_env
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"server": {"prot": 1}}, "server.prot"),
+        ({"serve": {}}, "serve"),
+        ({"atlas": {"default_config": {"memory_dim": 1}}}, "atlas.default_config.memory_dim"),
+        ({"server": {"port": "8080"}}, "server.port"),
+        ({"server": {"port": 70_000}}, "server.port"),
+        ({"atlas": {"default_config": {"window_size": 100}}}, "window_size"),
+        ({"atlas": {"default_config": {"window_size": 4096}}}, "window_size"),
+        ({"atlas": {"default_config": {"update_frequency": 100}}}, "update_frequency"),
+        ({"atlas": {"memory_file": "../x"}}, "atlas.memory_file"),
+        ("[]", "object"),
+        ("{", "truncated"),
+        ("key: value", "malformed"),
+        ("[" * 10_000, "recursion"),
+    ],
+)
+def test_files_that_are_refused(tmp_path: Path, content: Any, named: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(config=written(tmp_path, content), environ={})
+    assert named in str(caught.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    big = tmp_path / "big"
+    with big.open("wb") as file:
+        file.truncate(1 << 30)
+    for path in (loop, big, tmp_path, tmp_path / "none"):
+        with pytest.raises(SettingsError):
+            load(config=str(path), environ={})
+
+
+@pytest.mark.parametrize(
+    ("environ", "named"),
+    [
+        ({"ATLAS_PROT": "1"}, "ATLAS_PROT"),
+        ({"ATLAS_PORT": "x"}, "ATLAS_PORT"),
+        ({"ATLAS_PORT": "1\n"}, "ATLAS_PORT"),
+        ({"ATLAS_ENABLED": "maybe"}, "ATLAS_ENABLED"),
+        ({"ATLAS_BLEND_RATIO": "2"}, "blend_ratio"),
+    ],
+)
+def test_environments_that_are_refused(environ: dict[str, str], named: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(environ=environ)
+    assert named in str(caught.value)
+
+
+def test_a_kubernetes_service_called_atlas_does_no_harm() -> None:
+    load(environ={"ATLAS_SERVICE_HOST": "10.0.0.1", "ATLAS_PORT_8080_TCP": "tcp://10.0.0.1:8080"})
+
+
+def test_lists_and_nulls() -> None:
+    settings = load(environ={"ATLAS_ALLOWED_HOSTS": "a.example, b.example", "ATLAS_USE_MUON": "null"})
+    assert settings.server.allowed_hosts == ("a.example", "b.example")
+    assert settings.atlas.default_config.use_muon is None
+
+
+def test_print_config_hides_secrets(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATLAS_API_KEYS_FILE", "/run/secrets/keys")
+    assert main(["serve", "--print-config", "--port", "9"]) == 0
+    shown = capsys.readouterr().out
+    assert json.loads(shown)["server"]["port"] == 9
+    assert "/run/secrets" not in shown
+
+
+def test_the_printed_configuration_is_a_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--print-config", "--atlas-blend", "0.75"])
+    path = written(tmp_path, capsys.readouterr().out)
+    assert load(config=path, environ={}).atlas.default_config.blend_ratio == 0.75
+
+
+def test_wrong_command_lines_end_with_a_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--port", "x"]) == 2
+    assert "--port" in capsys.readouterr().err
+    assert main([]) == 2
+    assert "no model" in capsys.readouterr().err
+    assert main(["--model", "m.gguf", "--api-keys-file", str(tmp_path / "none")]) == 2
+    assert "keys file" in capsys.readouterr().err
+    for arguments in (["--prot", "1"], ["--por", "1"], ["fly"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+
+
+def test_the_engine_gets_what_the_settings_say() -> None:
+    settings = load(environ={"ATLAS_MODEL": "m.gguf", "ATLAS_THREADS": "3", "ATLAS_MEMORY_PERSIST": "0"})
+    keywords = engine_factory(settings).keywords  # type: ignore[attr-defined]
+    assert (keywords["model_path"], keywords["threads"], keywords["memory_path"]) == ("m.gguf", 3, None)
+    with pytest.raises(SettingsError):
+        engine_factory(Settings())
