@@ -162,5 +162,5 @@ class MemoryConfig:
 
     @property
     def ring(self) -> int:
-        """Tokens whose keys a session keeps: the window, what has just left it, and one page being written."""
-        return self.max_window + self.max_omega_window + PAGE
+        """Tokens whose keys a session keeps: the window, what waits to leave it, and the Omega window before that."""
+        return self.max_window + 2 * self.max_omega_window

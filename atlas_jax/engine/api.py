@@ -111,6 +111,8 @@ class MemoryParams:
       omega_window: tokens in the objective of one write; at least `update_frequency`.
       read: whether the memory takes part in the answer.
       write: whether the request teaches the session (False leaves it exactly as it was).
+      given: fields the client wrote itself; a session keeps the window, update frequency, layers and degree it was
+        begun with, and refuses a request that names others, but not one whose defaults differ.
     """
 
     session: SessionKey | None = None
@@ -126,6 +128,7 @@ class MemoryParams:
     cache_strategy: CacheStrategy = "adaptive"
     read: bool = True
     write: bool = True
+    given: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -372,7 +375,7 @@ class SlotInfo:
 
 
 class SessionStore(Protocol):
-    """The memory endpoints' view of the sessions. Every method is thread-safe and blocking; owners never see each other."""
+    """The memory endpoints' view of the sessions. Methods are thread-safe and block; owners never see each other."""
 
     def info(self, owner: str, session_id: str | None) -> MemoryInfo:
         """Memory state of one session, or totals over the owner's; raises SessionNotFound."""

@@ -19,11 +19,11 @@ class CompileCounter:
         self._seconds = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
-    def _on_event(self, event: str, duration: float, **_: object) -> None:
+    def _on_event(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILE_EVENT:
             with self._lock:
                 self._count += 1
-                self._seconds += duration
+                self._seconds += duration_secs
 
     @property
     def count(self) -> int:
@@ -41,6 +41,10 @@ class CompileCounter:
 def use_cache(folder: Path) -> None:
     """Keeps compiled programs in a folder across starts; it must be as trusted as the code."""
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    settings = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)  # type: ignore[no-untyped-call]

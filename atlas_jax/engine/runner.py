@@ -12,12 +12,14 @@ import numpy as np
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine import step
+from atlas_jax.engine.settings import MemoryWrite, write_settings
 from atlas_jax.engine.state import DecodeState, Sequences, init_decode, init_sequences
-from atlas_jax.engine.step import Packed, PageTurn, StepConfig, Weights
-from atlas_jax.engine.window import Turn, bucket
+from atlas_jax.engine.step import Packed, StepConfig, Weights
 from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.kernels.sampling import BIAS_SLOTS, SamplingState
-from atlas_jax.memory.recall import MemorySettings, WriteSettings
+from atlas_jax.kernels.sampling import SamplingState
+from atlas_jax.memory.recall import MemorySettings
+from atlas_jax.model.context import page_turn, turn_page
+from atlas_jax.model.window import Turn, bucket
 
 CHUNKS = (8, 32, PAGE)
 """Lengths a piece of prompt is padded to."""
@@ -36,23 +38,6 @@ class Buckets:
     pages: tuple[int, ...] = (4, 8, 16, 32, 64)
 
 
-@dataclass(frozen=True)
-class MemoryWrite:
-    """How a sequence's memory is written.
-
-    Attributes:
-      window: tokens in the Omega objective.
-      optimizer: `recall.EXACT`, `GRADIENT` or `MUON`.
-      step: factor on the calibrated inner step.
-      degree: polynomial degree, less one.
-    """
-
-    window: int
-    optimizer: int
-    step: float
-    degree: int
-
-
 class Runner:
     """Runs compiled steps for one engine thread; not thread-safe."""
 
@@ -62,7 +47,7 @@ class Runner:
         self._weights = weights
         self._kv_dtype = kv_dtype
 
-        self._turn_page = jax.jit(step.turn_page, donate_argnums=0)
+        self._turn_page = jax.jit(turn_page, donate_argnums=0)
         self._write_memory = jax.jit(functools.partial(step.write_memory, config), donate_argnums=1)
         self._read_chunk = jax.jit(functools.partial(step.read_chunk, config), donate_argnums=1)
         self._score_chunk = jax.jit(functools.partial(step.score_chunk, config), donate_argnums=1)
@@ -70,6 +55,7 @@ class Runner:
         self._extract = jax.jit(step.extract)
         self._insert_context = jax.jit(step.insert_context, donate_argnums=0)
         self._insert_memory = jax.jit(step.insert_memory, donate_argnums=0)
+        self._reposition = jax.jit(step.reposition, donate_argnums=0)
         self._start = jax.jit(step.start, donate_argnums=0)
         self._move = jax.jit(step.insert_row, donate_argnums=0)
         make = functools.partial(init_sequences, config.model, config.memory, dtype=kv_dtype)
@@ -82,6 +68,25 @@ class Runner:
     def new_row(self, pages: int) -> Sequences:
         """An empty row with a ring of at least `pages` pages."""
         return self._new_sequences(batch=1, pages=bucket(pages, self.buckets.pages))
+
+    def adopt(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
+        """A row that goes on from a saved one at `position`; the saved one stays as it is."""
+        row = self.new_row(pages)
+        place = np.int32(0)
+        context = self._insert_context(row.context, saved.context, place)
+        memory = row.memory
+        if memory is not None and saved.memory is not None:
+            memory = self._insert_memory(memory, saved.memory, place)
+        return self._reposition(Sequences(context, memory), np.int32(position), np.int32(slot))
+
+    def set_back(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
+        """The same row at an earlier position whose window it still holds, with a ring of the size for `pages` pages.
+
+        The row itself is used up.
+        """
+        if row.context.page.shape[1] != bucket(pages, self.buckets.pages):
+            return self.adopt(row, pages, position, slot)
+        return self._reposition(row, np.int32(position), np.int32(slot))
 
     def turn(self, row: Sequences, turn: Turn, write: MemoryWrite | None) -> Sequences:
         """Begins a page of a single row."""
@@ -170,77 +175,7 @@ class Runner:
             and write is not None
             and turn.absorb_end is not None
         ):
-            settings = WriteSettings(
-                end=np.int32(turn.absorb_end),
-                window=np.int32(write.window),
-                optimizer=np.int32(write.optimizer),
-                step=np.float32(write.step),
-                degree=np.int32(write.degree),
+            memory = self._write_memory(
+                self._weights.adapter, memory, np.int32(index), write_settings(write, turn.absorb_end)
             )
-            memory = self._write_memory(self._weights.adapter, memory, np.int32(index), settings)
-        page_turn = PageTurn(
-            row=np.int32(index),
-            slot=np.int32(turn.slot),
-            page=np.int32(turn.page),
-            first_page=np.int32(turn.first_page),
-            sink_slot=np.int32(turn.sink_slot),
-        )
-        return Sequences(self._turn_page(sequences.context, page_turn), memory)
-
-
-def sampling_row(
-    vocab: int,
-    *,
-    temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
-    typical_p: float,
-    repeat_penalty: float,
-    presence_penalty: float,
-    frequency_penalty: float,
-    seed: int,
-    logit_bias: dict[int, float],
-    prompt: Sequence[int],
-    logprobs: bool,
-) -> SamplingState:
-    """A request's sampling settings as a batch of one, made on the host."""
-
-    def number(value: float) -> np.ndarray:
-        return np.asarray([value], np.float32)
-
-    bias_token = np.full((1, BIAS_SLOTS), vocab, np.int32)
-    bias = np.zeros((1, BIAS_SLOTS), np.float32)
-    bias_token[0, : len(logit_bias)] = list(logit_bias.keys())
-    bias[0, : len(logit_bias)] = list(logit_bias.values())
-    present = np.zeros((1, vocab), np.int8)
-    if repeat_penalty != 1.0:
-        present[0, np.asarray(prompt, np.int64)] = 1
-    return SamplingState(
-        temperature=number(temperature),
-        top_k=np.asarray([min(top_k, vocab)], np.int32),
-        top_p=number(top_p),
-        min_p=number(min_p),
-        typical_p=number(typical_p),
-        repeat_penalty=number(repeat_penalty),
-        presence_penalty=number(presence_penalty),
-        frequency_penalty=number(frequency_penalty),
-        seed=np.asarray([[seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]], np.uint32),
-        bias_token=bias_token,
-        bias=bias,
-        generated=np.zeros((1, vocab), np.int16),
-        present=present,
-        logprobs=np.asarray([int(logprobs)], np.int32),
-    )
-
-
-def memory_settings(*, layers: int, degree: int, read: bool, read_from: int, blend_ratio: float) -> MemorySettings:
-    """A request's memory settings as a batch of one, made on the host."""
-    odds = np.float32(np.clip(np.log(max(blend_ratio, 1e-12)) - np.log(max(1 - blend_ratio, 1e-12)), -30, 30))
-    return MemorySettings(
-        layers=np.asarray([layers - 1], np.int32),
-        degree=np.asarray([degree - 1], np.int32),
-        read=np.asarray([read and blend_ratio > 0], bool),
-        read_from=np.asarray([read_from], np.int32),
-        log_odds=odds[None],
-    )
+        return Sequences(self._turn_page(sequences.context, page_turn(index, turn)), memory)

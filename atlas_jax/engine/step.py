@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig, ModelConfig
-from atlas_jax.engine.state import Context, DecodeState, Sequences, ring_view
+from atlas_jax.engine.state import DecodeState, Sequences
 from atlas_jax.kernels import attention
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, SamplingState, record, sample
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import Adapter
 from atlas_jax.memory.recall import MemorySettings, WriteSettings
+from atlas_jax.model.context import Context, ring_view
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits, trunk
 from atlas_jax.typing import Array, Bool, Float, Int32
@@ -55,26 +56,6 @@ class Weights:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PageTurn:
-    """A row's move to its next page.
-
-    Attributes:
-      row: which row.
-      slot: ring slot the next page goes to.
-      page: its number.
-      first_page: first page that stays in the window.
-      sink_slot: ring slot of page 0 if that page leaves now, else −1.
-    """
-
-    row: Int32[Array, ""]
-    slot: Int32[Array, ""]
-    page: Int32[Array, ""]
-    first_page: Int32[Array, ""]
-    sink_slot: Int32[Array, ""]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class Packed:
     """What a decode step tells the host, in two arrays.
 
@@ -85,27 +66,6 @@ class Packed:
 
     integers: Int32[Array, "B ints"]
     numbers: Float[Array, "B numbers"]
-
-
-def turn_page(context: Context, turn: PageTurn) -> Context:
-    """Enters the next page in a row's ring; a page that was in that slot is gone."""
-    rows = context.position.shape[0]
-    here = jnp.arange(rows) == turn.row
-    keep = here & (turn.sink_slot >= 0)
-    slot = jnp.full((rows,), jnp.maximum(turn.sink_slot, 0), jnp.int32)
-    kv = jax.lax.cond(
-        turn.sink_slot >= 0,
-        lambda sinks: [attention.first_tokens(layer, slot, keep) for layer in context.kv],
-        lambda sinks: sinks,
-        [(layer.sink_k, layer.sink_v) for layer in context.kv],
-    )
-    return dataclasses.replace(
-        context,
-        kv=tuple(dataclasses.replace(layer, sink_k=k, sink_v=v) for layer, (k, v) in zip(context.kv, kv, strict=True)),
-        page=context.page.at[turn.row, turn.slot].set(turn.page),
-        slot=context.slot.at[turn.row].set(turn.slot),
-        first_page=context.first_page.at[turn.row].set(turn.first_page),
-    )
 
 
 def write_memory(
@@ -162,14 +122,11 @@ def decode(
         config, weights, state.sequences, state.settings, state.token[:, None], active.astype(jnp.int32)
     )
     drawn = sample(state.sampling, mixed[:, 0], sequences.context.position)
-    counted = active & (gate[:, 0] > 0)
     state = DecodeState(
         sequences=sequences,
         token=jnp.where(active, drawn.token, state.token),
         sampling=record(state.sampling, drawn.token, active),
         settings=state.settings,
-        gate_sum=state.gate_sum + jnp.where(counted, gate[:, 0], 0.0),
-        gate_count=state.gate_count + counted,
     )
     return state, Packed(
         integers=jnp.concatenate([drawn.token[:, None], drawn.top_token], axis=1),
@@ -229,6 +186,15 @@ def extract(batch: State, row: Int32[Array, ""]) -> State:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1, axis=0), batch)
 
 
+def reposition(sequences: Sequences, position: Int32[Array, ""], slot: Int32[Array, ""]) -> Sequences:
+    """Sets a single row back (or leaves it) at a position whose window the row still holds; nothing else moves."""
+    context = sequences.context
+    context = dataclasses.replace(
+        context, position=jnp.full_like(context.position, position), slot=jnp.full_like(context.slot, slot)
+    )
+    return dataclasses.replace(sequences, context=context)
+
+
 def insert_row(batch: DecodeState, single: DecodeState, row: Int32[Array, ""]) -> DecodeState:
     """Puts a row taken from one decode batch into another, as it was."""
     memory = batch.sequences.memory
@@ -240,8 +206,6 @@ def insert_row(batch: DecodeState, single: DecodeState, row: Int32[Array, ""]) -
         token=_put_row(batch.token, single.token, row),
         sampling=jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch.sampling, single.sampling),
         settings=jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch.settings, single.settings),
-        gate_sum=_put_row(batch.gate_sum, single.gate_sum, row),
-        gate_count=_put_row(batch.gate_count, single.gate_count, row),
     )
 
 
@@ -287,6 +251,4 @@ def start(
         token=state.token.at[row].set(token),
         sampling=jax.tree.map(lambda whole, part: _put_row(whole, part, row), state.sampling, sampling),
         settings=jax.tree.map(lambda whole, part: _put_row(whole, part, row), state.settings, settings),
-        gate_sum=state.gate_sum.at[row].set(0.0),
-        gate_count=state.gate_count.at[row].set(0),
     )

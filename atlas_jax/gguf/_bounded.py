@@ -57,6 +57,7 @@ def percent_format(template: str, values: Any) -> str:
     """`template % values`, without `*` widths."""
     fields = size = 0
     for match in _PERCENT.finditer(template):
+        current().tick()
         fields += 1
         for digits in match.groups():
             if digits == "*":
@@ -155,6 +156,7 @@ def check_indent(value: Any, width: Any = 4, *_: Any, **__: Any) -> None:
     """Refuses `|indent` if every line would grow too much."""
     subject = text(value)
     lines = 1 + sum(map(subject.count, _LINE_ENDS))
+    check_items(lines)
     current().check(len(subject) + lines * (width if isinstance(width, int) else len(text(width))))
 
 

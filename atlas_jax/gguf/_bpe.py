@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import tokenizers
@@ -57,13 +56,18 @@ class BytePairMerger:
         unknown: Sequence[int] = (),
         byte_fallback: bool = False,
         ignore_merges: bool = False,
+        spell: Callable[[str], str] = str,
     ) -> None:
-        """Args:
-        vocab: token texts that may come out, and their ids below `size`.
-        merges: pairs of texts, best first, none twice; both and their join are in `vocab` or `fallbacks`.
-        fallbacks: what stands for characters that take part in merges and are no tokens.
-        unknown: what stands for any other character that is no token.
-        byte_fallback: tokens `<0xXX>` of the vocabulary stand for the bytes of such a character.
+        """Builds the engine.
+
+        Args:
+          vocab: token texts that may come out, and their ids below `size`.
+          merges: pairs of texts, best first, none twice; both and their join are in `vocab` or `fallbacks`.
+          fallbacks: what stands for characters that take part in merges and are no tokens.
+          unknown: what stands for any other character that is no token.
+          byte_fallback: tokens `<0xXX>` of the vocabulary stand for the bytes of such a character.
+          ignore_merges: a word that is a token is that token, whatever the merges would make of it.
+          spell: a word as the vocabulary spells it.
         """
         ids = {**vocab, **{char: size + 1 + index for index, char in enumerate(fallbacks)}}
         absent = "\0absent"
@@ -71,6 +75,7 @@ class BytePairMerger:
             absent += "\0"
         ids[absent] = size
         self._size = size
+        self._spell = spell
         self._stand_ins = (tuple(unknown), *map(tuple, fallbacks.values()))
         model = models.BPE(
             vocab=ids,
@@ -82,23 +87,22 @@ class BytePairMerger:
         )
         self._engine = tokenizers.Tokenizer(model)
 
-    def encode(self, words: Sequence[str]) -> list[int]:
-        """Ids of the words, one after the other."""
-        # Texts repeat their words: each is merged once, in one call that does not hold the interpreter lock.
-        unique = list(dict.fromkeys(words))
-        if len(unique) == len(words):
-            whole = self._engine.encode_batch_fast([unique], is_pretokenized=True, add_special_tokens=False)[0]
-            return self._resolve(whole.ids)
-        encoding = self._engine.encode_batch([unique], is_pretokenized=True, add_special_tokens=False)[0]
-        ids, word_ids = encoding.ids, np.array(encoding.word_ids)
-        bounds = np.searchsorted(word_ids, np.arange(len(unique) + 1)).tolist()
-        by_word = {word: self._resolve(ids[bounds[i] : bounds[i + 1]]) for i, word in enumerate(unique)}
-        return list(chain.from_iterable(map(by_word.__getitem__, words)))
+    def merge(self, words: Sequence[str]) -> dict[str, list[int]]:
+        """Ids of each of some different words, found in one call that does not hold the interpreter lock."""
+        spelled = [self._spell(word) for word in words]
+        if len(words) == 1:
+            whole = self._engine.encode_batch_fast([spelled], is_pretokenized=True, add_special_tokens=False)[0]
+            return {words[0]: self._resolve(whole.ids)}
+        encoding = self._engine.encode_batch([spelled], is_pretokenized=True, add_special_tokens=False)[0]
+        ids: list[int] = encoding.ids
+        ends = np.searchsorted(np.array(encoding.word_ids), np.arange(1, len(words) + 1)).tolist()
+        pieces: Iterator[list[int]] = (ids[begin:end] for begin, end in zip([0, *ends], ends, strict=False))
+        if max(ids, default=0) >= self._size:
+            pieces = map(self._resolve, pieces)
+        return dict(zip(words, pieces, strict=True))
 
     def _resolve(self, ids: list[int]) -> list[int]:
         """Replaces ids past the vocabulary by what stands for them."""
-        if max(ids, default=0) < self._size:
-            return ids
         return [token for raw in ids for token in ((raw,) if raw < self._size else self._stand_ins[raw - self._size])]
 
 

@@ -131,9 +131,7 @@ class ChatTemplate:
         """The prompt of a conversation as token ids, with control tokens from the template alone.
 
         Unless a message holds the text of a control token, these are the ids of `render`'s text with special tokens
-        parsed. A BOS is put first if the model wants one and the template did not.
-
-        Args: as `render`.
+        parsed. A BOS is put first if the model wants one and the template did not. The arguments are those of `render`.
 
         Raises:
           TemplateError: as `render`.
@@ -167,8 +165,7 @@ class ChatTemplate:
         """The template with marks for a tokenizer's control tokens; kept for the next call."""
         with self._lock:
             if self._marked is None or self._marked[0] is not tokenizer:
-                texts = zip(tokenizer.control_tokens, map(chr, _MARKS), strict=False)
-                chars = dict(texts)
+                chars = dict(zip(tokenizer.control_tokens, map(chr, _MARKS), strict=False))
                 splitter = SpecialSplitter({text: ord(mark) for text, mark in chars.items()})
 
                 def replace(text: str) -> str:
@@ -265,7 +262,9 @@ def _tool_call(call: Any) -> Any:
 def _json_copy(value: Any, level: int = 0) -> Any:
     if level > MAX_DEPTH:
         raise TemplateError(f"messages are nested more than {MAX_DEPTH} deep")
-    if value is None or isinstance(value, (str, int, float)):
+    if isinstance(value, str):
+        return str(value)  # of a class of its own, it could do other things than a string
+    if value is None or isinstance(value, (int, float)):
         return value
     if isinstance(value, Mapping):
         return {str(key): _json_copy(child, level + 1) for key, child in value.items()}

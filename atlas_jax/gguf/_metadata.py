@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import numpy as np
 
@@ -43,6 +43,10 @@ def require(metadata: Mapping[str, Any], key: str, kind: type[T]) -> T:
     return _checked(key, metadata[key], kind)
 
 
+@overload
+def get(metadata: Mapping[str, Any], key: str, kind: type[T]) -> T | None: ...
+@overload
+def get(metadata: Mapping[str, Any], key: str, kind: type[T], default: T) -> T: ...
 def get(metadata: Mapping[str, Any], key: str, kind: type[T], default: T | None = None) -> T | None:
     """The value of a key, or `default` if the file does not have it.
 

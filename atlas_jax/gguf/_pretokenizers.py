@@ -60,7 +60,8 @@ _FAMILIES = (
     ),
     _Family(
         "smollm starcoder refact command-r codeshell exaone minerva-7b mellum2",
-        (rf"[{_N}]", _GPT2),
+        # GPT-2's pattern between numerals, each of which is a word.
+        (rf"[{_N}]|'(?:[stmd]|re|ve|ll)| ?[{_L}]+|{_SIGNS}|[{_S}]+(?![^{_S}{_N}])|[{_S}]+",),
     ),
     _Family(
         "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2",

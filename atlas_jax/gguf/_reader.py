@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass, field
 from io import FileIO
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -25,6 +26,50 @@ T = TypeVar("T", bool, int, float, str, list[str], np.ndarray)
 _CHUNK = 4 << 20
 
 
+class _Source:
+    """The open file behind a `GGUFFile`.
+
+    Attributes:
+      digest: of the whole file, once it has been computed.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._name = path.name
+        self._file = FileIO(path)
+        self._stamp = self._identity()
+        self._map: mmap | None = None
+        self.digest: str | None = None
+        if self.size == 0:
+            self._file.close()
+            raise GGUFError(f"{path.name} is empty")
+        self._map = mmap(self._file.fileno(), self.size, access=ACCESS_READ)
+
+    @property
+    def size(self) -> int:
+        return self._stamp[0]
+
+    def view(self) -> mmap:
+        """The map of the file, after a look whether the file is still the one that was mapped."""
+        if self._map is None:
+            raise GGUFError(f"{self._name} is closed")
+        # Reading a map past the end of a file that has shrunk kills the process, hence a look before every use.
+        if self._identity() != self._stamp:
+            raise GGUFError(f"{self._name} was changed after it was opened")
+        return self._map
+
+    def close(self) -> None:
+        if self._map is not None:
+            with suppress(BufferError):  # an array from `raw` still looks at the map, which ends with it
+                self._map.close()
+            self._map = None
+            self._file.close()
+
+    def _identity(self) -> tuple[int, int]:
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class GGUFFile:
     """A GGUF model file: its metadata, its tensor table and, on demand, its weights.
 
@@ -36,28 +81,12 @@ class GGUFFile:
       tensors: name → `TensorInfo`.
     """
 
-    __slots__ = ("_digest", "_file", "_map", "_stamp", "metadata", "path", "size", "tensors", "version")
-
     path: Path
     version: int
     size: int
-    metadata: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-
-    def __init__(self, path: Path, file: FileIO) -> None:
-        """Takes over an open file; use `GGUFFile.open`."""
-        self.path = path
-        self._file = file
-        self._digest: str | None = None
-        self._stamp = self._identity()
-        self.size = self._stamp[0]
-        if self.size == 0:
-            raise GGUFError(f"{path.name} is empty")
-        self._map: mmap | None = mmap(file.fileno(), self.size, access=ACCESS_READ)
-        header = scan_header(self._map)
-        self.version = header.version
-        self.metadata = header.metadata
-        self.tensors = header.tensors
+    metadata: Mapping[str, Any] = field(repr=False)
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    _source: _Source = field(repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
@@ -67,21 +96,17 @@ class GGUFFile:
           GGUFError: not a GGUF file, or a damaged or hostile one.
           OSError: the file cannot be opened.
         """
-        file = FileIO(path)
+        source = _Source(Path(path))
         try:
-            return cls(Path(path), file)
+            header = scan_header(source.view())
         except BaseException:
-            file.close()
+            source.close()
             raise
+        return cls(Path(path), header.version, source.size, header.metadata, header.tensors, source)
 
     def close(self) -> None:
         """Lets go of the file; arrays from `raw` stay valid until they are dropped, everything else is an error."""
-        if self._map is None:
-            return
-        with suppress(BufferError):  # an array from `raw` still looks at the map, which ends with it
-            self._map.close()
-        self._map = None
-        self._file.close()
+        self._source.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -99,7 +124,8 @@ class GGUFFile:
     def get(self, key: str, kind: type[T], default: T) -> T: ...
     def get(self, key: str, kind: type[T], default: T | None = None) -> T | None:
         """The value of a metadata key, or `default`; see `atlas_jax.gguf.get`."""
-        return _metadata.get(self.metadata, key, kind, default)
+        found = _metadata.get(self.metadata, key, kind)
+        return default if found is None else found
 
     def tensor(self, name: str) -> TensorInfo:
         """The table row of a tensor.
@@ -118,7 +144,7 @@ class GGUFFile:
           GGUFError: there is no such tensor, or the file was closed or changed after it was opened.
         """
         info = self.tensor(name)
-        return np.frombuffer(self._checked_map(), np.uint8, info.nbytes, info.offset)
+        return np.frombuffer(self._source.view(), np.uint8, info.nbytes, info.offset)
 
     def dequantize(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
         """A tensor as an array of floats, unpacked a few rows at a time so that the only large array is the result.
@@ -143,26 +169,14 @@ class GGUFFile:
         Raises:
           GGUFError: the file was closed or changed after it was opened.
         """
-        if self._digest is None:
+        if self._source.digest is None:
             digest = hashlib.sha256()
-            with memoryview(self._checked_map()) as view:
+            with memoryview(self._source.view()) as view:
                 for start in range(0, self.size, _CHUNK):
                     digest.update(view[start : start + _CHUNK])
-            self._checked_map()
-            self._digest = digest.hexdigest()
-        return self._digest
-
-    def _identity(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())
-        return status.st_size, status.st_mtime_ns
-
-    def _checked_map(self) -> mmap:
-        if self._map is None:
-            raise GGUFError(f"{self.path.name} is closed")
-        # Reading a map past the end of a file that has shrunk kills the process, hence a look before every use.
-        if self._identity() != self._stamp:
-            raise GGUFError(f"{self.path.name} was changed after it was opened")
-        return self._map
+            self._source.view()
+            self._source.digest = digest.hexdigest()
+        return self._source.digest
 
 
 def _unpack(info: TensorInfo, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

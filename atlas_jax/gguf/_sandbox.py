@@ -20,7 +20,7 @@ from jinja2.filters import make_attrgetter
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Cycler, Joiner, Namespace, _PassArg
+from jinja2.utils import Cycler, Joiner, Namespace
 
 from atlas_jax.gguf import _bounded
 from atlas_jax.gguf._budget import TemplateError, current, text
@@ -37,25 +37,11 @@ _JINJA_FILTERS = (
     *("round", "select", "selectattr", "slice", "sort", "title", "trim", "truncate", "unique", "upper", "urlencode"),
     "wordcount",
 )
-# Those that look at a value's elements, for which a string is a list of characters.
-_ELEMENT_FILTERS = frozenset(
-    *(
-        (
-            "batch",
-            "groupby",
-            "list",
-            "map",
-            "max",
-            "min",
-            "reject",
-            "rejectattr",
-            "select",
-            "selectattr",
-            "slice",
-            "sort",
-        ),
-    )
-) | {"unique", "join", "sum"}
+# Those to which a string is a list of characters, or of words.
+_ELEMENT_FILTERS = (
+    *("batch", "groupby", "join", "list", "map", "max", "min", "reject", "rejectattr", "select", "selectattr"),
+    *("slice", "sort", "sum", "title", "unique", "urlencode", "wordcount"),
+)
 
 _PLAIN_STRING_METHODS = (
     *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal"),
@@ -167,8 +153,8 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self._formatter = _bounded.BoundedFormatter(self.getattr, self.getitem)
         own_filters: dict[str, Callable[..., Any]] = {
             "center": _bounded.padded("center"),
-            "e": lambda value: str(markupsafe.escape(text(value))),
-            "escape": lambda value: str(markupsafe.escape(text(value))),
+            "e": _escape,
+            "escape": _escape,
             "format": lambda value, *args, **kwargs: _bounded.percent_format(text(value), kwargs or args),
             "join": _join,
             "replace": _bounded.replace,
@@ -239,6 +225,10 @@ def _printed(context: Context, value: Any) -> str:
     return _bounded.concat(value)
 
 
+def _escape(value: Any) -> str:
+    return str(markupsafe.escape(text(value)))
+
+
 @pass_environment
 def _join(environment: TemplateEnvironment, values: Any, separator: Any = "", attribute: Any = None) -> str:
     return _bounded.join(separator, _of_attribute(environment, values, attribute))
@@ -255,7 +245,8 @@ def _of_attribute(environment: TemplateEnvironment, values: Any, attribute: Any)
 
 def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter whose arguments and result are measured."""
-    first = 0 if _PassArg.from_obj(function) is None else 1
+    # Some of Jinja's filters take the context or the environment first.
+    first = 1 if hasattr(function, "jinja_pass_arg") else 0
 
     @functools.wraps(function)
     def guarded(*args: Any, **kwargs: Any) -> Any:
@@ -302,6 +293,8 @@ def _member(value: Any) -> Any:
 
 def _text(value: Any) -> str:
     """An operand of `+` whose other side is a text."""
+    if isinstance(value, Undefined):
+        value()  # says what is undefined
     if not isinstance(value, str):
         raise TypeError(f'can only concatenate str (not "{type(value).__name__}") to str')
     return value
@@ -318,7 +311,7 @@ _INTERNAL_FILTERS: dict[str, Callable[..., Any]] = {
     " container": _container,
     " member": _member,
     " role": _role,
-    " text": _text,
     " slice": _bounded.slice_of,
+    " text": _text,
     " tick": _tick,
 }

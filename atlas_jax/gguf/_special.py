@@ -42,9 +42,11 @@ class SpecialSplitter:
     __slots__ = ("_clear", "_order", "_pattern", "_ranks", "_rstrip_ids", "_sorted")
 
     def __init__(self, tokens: Mapping[str, int], rstrip_ids: frozenset[int] = frozenset()) -> None:
-        """Args:
-        tokens: text → id.
-        rstrip_ids: tokens that swallow the white space after them.
+        """Compiles the search.
+
+        Args:
+          tokens: text → id.
+          rstrip_ids: tokens that swallow the white space after them.
 
         Raises:
           GGUFError: too many tokens begin with one another.

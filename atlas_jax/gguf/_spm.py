@@ -12,7 +12,6 @@ from __future__ import annotations
 import heapq
 import re
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -27,31 +26,32 @@ _NEVER_MERGED = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.BYTE)
 
 
 class Merger(Protocol):
-    """Turns words into tokens."""
+    """Merges the characters of words into tokens."""
 
-    def encode(self, words: Sequence[str]) -> list[int]: ...
+    def merge(self, words: Sequence[str]) -> dict[str, list[int]]: ...
 
 
 class ScoreMerger:
     """Merges by score with a heap, in O(n log n) for a word of n characters."""
 
     def __init__(self, scores: Mapping[str, float], ids: Mapping[str, int], unknown: Sequence[int]) -> None:
-        """Args:
-        scores: of every text that a merge may make.
-        ids: of every token that may come out, `<0xXX>` for bytes among them.
-        unknown: what stands for a character without tokens for its bytes.
+        """Takes the vocabulary.
+
+        Args:
+          scores: of every text that a merge may make.
+          ids: of every token that may come out, `<0xXX>` for bytes among them.
+          unknown: what stands for a character without tokens for its bytes.
         """
         self._scores = scores
         self._ids = ids
         self._unknown = unknown
         self._longest = max(map(len, scores), default=0)
 
-    def encode(self, words: Sequence[str]) -> list[int]:
-        """Ids of the words, one after the other."""
-        by_word = {word: self._encode_word(word) for word in dict.fromkeys(words)}
-        return list(chain.from_iterable(map(by_word.__getitem__, words)))
+    def merge(self, words: Sequence[str]) -> dict[str, list[int]]:
+        """Ids of each of some words."""
+        return {word: self._merge_word(word) for word in words}
 
-    def _encode_word(self, word: str) -> list[int]:
+    def _merge_word(self, word: str) -> list[int]:
         size, scores, longest = len(word), self._scores, self._longest
         # A symbol is known by where it starts; `end` is 0 once it has become part of the symbol before it.
         end = list(range(1, size + 1))
@@ -112,13 +112,12 @@ def _mergeable(vocab: Vocabulary) -> list[int]:
 
 
 def _build_merger(vocab: Vocabulary, mergeable: Sequence[int]) -> Merger:
-    hidden = set(vocab.of_type(TokenType.CONTROL, TokenType.UNKNOWN))
-    ids = {text: token for text, token in vocab.index.items() if token not in hidden}
+    ids = vocab.visible()
     unknown = () if vocab.unknown_id is None else (vocab.unknown_id,)
     texts = [vocab.tokens[token] for token in mergeable]
     loose = sorted(set().union(*texts) - ids.keys())
     fallbacks = {char: byte_tokens(char, ids, unknown) for char in loose}
-    parts = ids.keys() | fallbacks.keys()
+    parts = {*ids, *fallbacks}
     rules: list[tuple[str, str]] = []
     previous = None
     for token, text in zip(mergeable, texts, strict=True):
@@ -139,25 +138,29 @@ def _build_merger(vocab: Vocabulary, mergeable: Sequence[int]) -> Merger:
 
 
 class SentencePieceModel:
-    """Encodes plain text (no special tokens, no space prefix) with a SentencePiece vocabulary."""
+    """Cuts and merges plain text with a SentencePiece vocabulary (`llama`).
+
+    Attributes:
+      merge: ids of each of some words.
+    """
 
     def __init__(self, vocab: Vocabulary) -> None:
         mergeable = _mergeable(vocab)
-        self._merger = _build_merger(vocab, mergeable)
+        self.merge = _build_merger(vocab, mergeable).merge
         # No merge crosses from a character to a space that follows it in no token, so words can be merged alone.
         before_space = {
             char
             for token in mergeable
-            if SPACE in vocab.tokens[token][1:]
+            if vocab.tokens[token].rfind(SPACE) > 0
             for char, after in zip(vocab.tokens[token], vocab.tokens[token][1:], strict=False)
             if after == SPACE
         }
         stuck = re.escape("".join(sorted(before_space | {SPACE})))
         self._boundary = re.compile(f"(?<=[^{stuck}])(?={SPACE})")
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text without surrogates."""
-        return self._merger.encode(self._boundary.split(text.replace(" ", SPACE))) if text else []
+    def words(self, text: str) -> list[str]:
+        """A text (without surrogates) in parts that no merge crosses."""
+        return self._boundary.split(text.replace(" ", SPACE))
 
     def spell(self, token: str) -> bytes:
         """The bytes an ordinary token stands for."""

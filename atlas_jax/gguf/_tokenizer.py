@@ -5,7 +5,8 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -30,26 +31,39 @@ _LOOKS_CONTROL = re.compile(r"<\|.*\|>|<｜.*｜>|<(start|end)_of_turn>|\[/?(INS
 class _TextModel(Protocol):
     """Tokenises text without special tokens, and spells ordinary tokens."""
 
-    def encode(self, text: str) -> list[int]: ...
+    def words(self, text: str) -> list[str]:
+        """Parts of a text that can be merged alone."""
+
+    @property
+    def merge(self) -> Callable[[Sequence[str]], Mapping[str, list[int]]]:
+        """Gives the ids of each of some different words."""
 
     def spell(self, token: str) -> bytes: ...
 
 
 class ByteLevelModel:
-    """Byte-level BPE (`gpt2`)."""
+    """Cuts and merges plain text with a byte-level vocabulary (`gpt2`).
+
+    Attributes:
+      words: cuts a text into words.
+      merge: ids of each of some words.
+    """
 
     def __init__(self, vocab: Vocabulary, words: PreTokenizer, merges: Sequence[str]) -> None:
-        hidden = set(vocab.of_type(TokenType.CONTROL, TokenType.UNKNOWN))
-        ids = {text: token for text, token in vocab.index.items() if token not in hidden}
-        self._words = words
-        self._merger = BytePairMerger(
-            ids, parse_merges(merges, ids), size=len(vocab.tokens), fallbacks={}, ignore_merges=words.ignore_merges
+        ids = vocab.visible()
+        merger = BytePairMerger(
+            ids,
+            parse_merges(merges, ids),
+            size=len(vocab.tokens),
+            fallbacks={},
+            ignore_merges=words.ignore_merges,
+            spell=to_byte_level,
         )
-
-    def encode(self, text: str) -> list[int]:
-        return self._merger.encode([to_byte_level(word) for word in self._words.split(text)])
+        self.words = words.split
+        self.merge = merger.merge
 
     def spell(self, token: str) -> bytes:
+        """The bytes an ordinary token stands for."""
         return from_byte_level(token)
 
 
@@ -187,17 +201,20 @@ class Tokenizer:
         return b""
 
     def _encode(self, parts: Iterable[str | int]) -> list[int]:
-        ids: list[int] = []
+        # The words of all texts are merged together: texts repeat their words.
+        words: list[str | int] = []
         after_special = True
         for part in parts:
             if isinstance(part, int):
-                ids.append(part)
-            elif self.add_space_prefix and after_special:
-                ids += self._model.encode(" " + part)
+                words.append(part)
             else:
-                ids += self._model.encode(part)
+                words += self._model.words(" " + part if self.add_space_prefix and after_special else part)
             after_special = isinstance(part, int)
-        return ids
+        unique = [word for word in dict.fromkeys(words) if isinstance(word, str)]
+        ids: dict[str | int, Sequence[int]] = {word: (word,) for word in words if isinstance(word, int)}
+        if unique:
+            ids.update(self._model.merge(unique))
+        return list(chain.from_iterable(map(ids.__getitem__, words)))
 
 
 class StreamDecoder:
@@ -207,7 +224,7 @@ class StreamDecoder:
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False, starts_text: bool = True) -> None:
-        """Args: as `Tokenizer.decode`."""
+        """Starts a text; the arguments are those of `Tokenizer.decode`."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
         self._strip = starts_text and tokenizer.add_space_prefix
@@ -246,7 +263,7 @@ def _fingerprint(model: str, pre: str, vocab: Vocabulary, merges: Sequence[str])
     for part in (
         repr((model, pre, *flags, sorted(vocab.eog_ids), sorted(vocab.rstrip_ids), len(vocab.tokens))).encode(),
         # Lengths keep two different lists of texts from having the same bytes.
-        repr([len(text) for text in vocab.tokens]).encode(),
+        np.fromiter(map(len, vocab.tokens), np.int32, len(vocab.tokens)).astype("<i4").tobytes(),
         "".join(vocab.tokens).encode(),
         vocab.types.astype("<i4").tobytes(),
         vocab.scores.astype("<f4").tobytes(),

@@ -19,6 +19,9 @@ from atlas_jax.gguf._metadata import get, require
 
 _Key = Keys.Tokenizer
 
+# Far above what is found in vocabularies; the work on a token grows with the square of its length.
+_MAX_TOKEN_LENGTH = 1024
+_MAX_SPECIAL = 1 << 15
 # Texts that end a generation wherever they appear in a vocabulary.
 _END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
@@ -80,6 +83,13 @@ class Vocabulary:
         ids: list[int] = np.flatnonzero(np.isin(self.types, types)).tolist()
         return ids
 
+    def visible(self) -> dict[str, int]:
+        """Text → id of the tokens that a text can hold: all but control tokens and the unknown one."""
+        ids = dict(self.index)
+        for token in self.of_type(TokenType.CONTROL, TokenType.UNKNOWN):
+            del ids[self.tokens[token]]
+        return ids
+
 
 def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
     tokens = require(metadata, _Key.LIST, list)
@@ -91,6 +101,9 @@ def _tokens(metadata: Mapping[str, Any]) -> tuple[list[str], dict[str, int]]:
     if len(index) != len(tokens):
         token, text = next((token, text) for token, text in enumerate(tokens) if index[text] != token)
         raise GGUFError(f"{_Key.LIST} has the token {quote(text)} twice, as {token} and {index[text]}")
+    longest = max(range(len(tokens)), key=lambda token: len(tokens[token]))
+    if len(tokens[longest]) > _MAX_TOKEN_LENGTH:
+        raise GGUFError(f"token {longest} of {_Key.LIST} has {len(tokens[longest])} characters")
     return tokens, index
 
 
@@ -196,8 +209,8 @@ def load_vocabulary(metadata: Mapping[str, Any], *, sentencepiece: bool, add_bos
     )
     _drop_false_ends(end_ids, index, types)
 
-    add_bos = get(metadata, _Key.ADD_BOS, bool, add_bos) or False
-    add_eos = get(metadata, _Key.ADD_EOS, bool, False) or False
+    add_bos = get(metadata, _Key.ADD_BOS, bool, add_bos)
+    add_eos = get(metadata, _Key.ADD_EOS, bool, False)
     for wanted, token, add_key, id_key in (
         (add_bos, bos_id, _Key.ADD_BOS, _Key.BOS_ID),
         (add_eos, eos_id, _Key.ADD_EOS, _Key.EOS_ID),
@@ -205,6 +218,8 @@ def load_vocabulary(metadata: Mapping[str, Any], *, sentencepiece: bool, add_bos
         if wanted and token is None:
             raise GGUFError(f"{add_key} is true, but {id_key} names no token")
     special = np.flatnonzero(np.isin(types, (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN))).tolist()
+    if len(special) > _MAX_SPECIAL:
+        raise GGUFError(f"metadata key {quote(_Key.TOKEN_TYPE)} calls {len(special)} tokens special")
     return Vocabulary(
         tokens=tokens,
         types=types,
@@ -215,7 +230,7 @@ def load_vocabulary(metadata: Mapping[str, Any], *, sentencepiece: bool, add_bos
         unknown_id=unknown_id,
         add_bos=add_bos,
         add_eos=add_eos,
-        add_space_prefix=get(metadata, _Key.ADD_PREFIX, bool, sentencepiece) or False,
+        add_space_prefix=get(metadata, _Key.ADD_PREFIX, bool, sentencepiece),
         eog_ids=frozenset(end_ids),
         rstrip_ids=_rstrip_ids(metadata, index, special),
     )

@@ -21,6 +21,7 @@ BIAS_SLOTS = 300
 """Entries of `logit_bias` a request may have, as in OpenAI's API."""
 TOP_LOGPROBS = 20
 _BLOCK = 128
+_TINY = 2.0**-126
 
 
 @jax.tree_util.register_dataclass
@@ -235,7 +236,7 @@ def _uniform(seed: jax.Array, position: jax.Array) -> jax.Array:
 
     def one(row_seed: jax.Array, row_position: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(row_seed, impl="threefry2x32"), row_position)
-        return jax.random.uniform(key, (), jnp.float32, minval=jnp.finfo(jnp.float32).tiny)
+        return jax.random.uniform(key, (), jnp.float32, minval=_TINY)
 
     return jax.vmap(one)(seed, position)
 

@@ -11,21 +11,21 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, MemoryConfig, ModelConfig
-from atlas_jax.engine.state import Sequences, init_sequences, ring_view
-from atlas_jax.engine.step import PageTurn, turn_page
-from atlas_jax.engine.window import WindowPlan
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import GATE_FEATURES, Adapter, make_adapter
 from atlas_jax.memory.recall import WriteSettings
+from atlas_jax.model.context import Context, init_context, page_turn, ring_view, turn_page
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits, trunk
+from atlas_jax.model.window import WindowPlan
 
 WINDOW = 4
 """Pages of the window the memory is calibrated for."""
@@ -53,9 +53,8 @@ class Calibration:
 
 
 def candidate_layers(layers: int) -> tuple[int, ...]:
-    """Layers worth trying: the later ones, whose state says what comes next; at most `MAX_MEMORY_LAYERS`."""
-    first = min(layers - 1, round(0.6 * (layers - 1)))
-    return tuple(range(max(first, layers - MAX_MEMORY_LAYERS), layers))
+    """Layers worth trying: the last ones, whose state says what comes next."""
+    return tuple(range(max(0, layers - MAX_MEMORY_LAYERS), layers))
 
 
 def calibrate(
@@ -121,14 +120,11 @@ def _read(
     plan = WindowPlan(window=WINDOW)
 
     @functools.partial(jax.jit, donate_argnums=1)
-    def read(
-        params: ModelParams, sequences: Sequences, tokens: jax.Array
-    ) -> tuple[Sequences, jax.Array, jax.Array]:
-        context = sequences.context
+    def read(params: ModelParams, context: Context, tokens: jax.Array) -> tuple[Context, jax.Array, jax.Array]:
         view = ring_view(context, PAGE, jnp.full((1,), PAGE, jnp.int32))
         hidden, kv, tapped = trunk(model, params, context.kv, tokens, view, config.layers)
         context = dataclasses.replace(context, kv=kv, position=context.position + PAGE)
-        return Sequences(context, None), hidden[0], jnp.stack([t[0] for t in tapped]).astype(jnp.float16)
+        return context, hidden[0], jnp.stack([t[0] for t in tapped]).astype(jnp.float16)
 
     turn = jax.jit(turn_page, donate_argnums=0)
     total = sum(len(text) // PAGE for text in texts)
@@ -136,13 +132,11 @@ def _read(
     readings = []
     for text in texts:
         tokens = np.asarray(text, np.int32)
-        sequences = init_sequences(model, None, 1, WINDOW, "int8")
+        context = init_context(model, 1, WINDOW, "int8")
         hidden, tapped = [], []
         for page in range(len(tokens) // PAGE):
-            move = plan.turn(page)
-            args = (0, move.slot, move.page, move.first_page, move.sink_slot)
-            sequences = Sequences(turn(sequences.context, PageTurn(*(np.int32(a) for a in args))), None)
-            sequences, h, t = read(params, sequences, tokens[None, page * PAGE : (page + 1) * PAGE])
+            context = turn(context, page_turn(0, plan.turn(page)))
+            context, h, t = read(params, context, tokens[None, page * PAGE : (page + 1) * PAGE])
             hidden.append(np.asarray(h))
             tapped.append(np.asarray(t))
             done += 1
@@ -172,9 +166,7 @@ def _key_maps(readings: list[_Reading], components: int) -> tuple[np.ndarray, np
     return np.stack(means), np.stack(projections)
 
 
-def _rank(
-    readings: list[_Reading], mean: np.ndarray, projection: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _rank(readings: list[_Reading], mean: np.ndarray, projection: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Layers by how often the nearest key that has left the window is followed by the token that follows here."""
 
     @jax.jit
@@ -207,7 +199,6 @@ def _collect(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Past the window: the gate's features, and the probability model and memory give the token that came."""
     settings = recall.init_settings(1)
-    degree = np.int32(1)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def observe(
@@ -220,7 +211,12 @@ def _collect(
 
     @jax.jit
     def judge(
-        params: ModelParams, adapter: Adapter, state: recall.MemoryState, key: jax.Array, hidden: jax.Array, target: jax.Array
+        params: ModelParams,
+        adapter: Adapter,
+        state: recall.MemoryState,
+        key: jax.Array,
+        hidden: jax.Array,
+        target: jax.Array,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         scores = logits(model, params, hidden)
         shifted = scores - row_max(scores)[:, None]
@@ -242,13 +238,14 @@ def _collect(
         positions = np.arange(page * PAGE, (page + 1) * PAGE, dtype=np.int32)[None]
         end = plan.turn(page).absorb_end
         if end is not None:
-            write = WriteSettings(
-                end=np.int32(end),
-                window=np.int32(config.max_omega_window),
-                optimizer=np.int32(recall.EXACT),
-                step=np.float32(1),
-                degree=degree,
-            )
+            numbers: dict[str, Any] = {
+                "end": np.int32(end),
+                "window": np.int32(config.max_omega_window),
+                "optimizer": np.int32(recall.EXACT),
+                "step": np.float32(1),
+                "degree": np.int32(1),
+            }
+            write = WriteSettings(**numbers)
             state = absorb(adapter, state, np.int32(0), write)
         state, key = observe(adapter, state, reading.tapped[:, part], reading.tokens[None, part], positions)
         if end is not None:

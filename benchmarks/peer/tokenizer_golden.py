@@ -41,6 +41,7 @@ TEXTS = [
     "don't 'DON'T' can't've ''s 's 'S 'ſ ' t 'll 'LL 'lL",
     "  leading and trailing  ",
     "one two  three   four    five     six",
+    "a  . b  , c   ! d  ~ e  ` f  + g  < h  $ i  - j  ( k  _ l  \\ m  ^ n  | o",
     "tab\tseparated\t\tvalues\t\t\there",
     "line\nfeeds\n\nand\n\n\nmore\n\n\n\n",
     "carriage\r\nreturns\r\n\r\nand\rlone\r\r",
@@ -264,7 +265,7 @@ def trained_merges(texts: list[str], count: int, *, byte_level: bool) -> list[tu
 
 def byte_level_metadata(texts: list[str]) -> dict[str, Any]:
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    merges = trained_merges(texts, 700, byte_level=True)
+    merges = trained_merges(texts, 600, byte_level=True)
     tokens = list(dict.fromkeys([*sorted(alphabet), *("".join(pair) for pair in merges), "<|endoftext|>", "<ud>"]))
     types = [gguf.TokenType.NORMAL] * (len(tokens) - 2) + [gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED]
     return {
@@ -281,14 +282,16 @@ def sentencepiece_metadata(texts: list[str]) -> dict[str, Any]:
     """Some characters are left out, so that they need bytes or merge without being tokens."""
     escaped = [text.replace(" ", "▁") for text in texts]
     merges = trained_merges(escaped, 800, byte_level=False)
-    # llama.cpp would merge "</" and "s>" into a control token, and cuts texts short at a NUL: both are left out.
-    pieces = dict.fromkeys(text for text in map("".join, merges) if "\0" not in text and not text.endswith("s>"))
+    special = {"<unk>": 2, "<s>": 3, "</s>": 3, "<|a|>": 3, "<|b|>": 3, "<|endoftext|>": 3}
+    special |= {"<ud>": 4, "<ab>": 4, "<abc": 4, "▁▁▁": 4, "\n\n": 4}
+    # llama.cpp merges "</" and "s>" into a control token, and cuts texts short at a NUL: what leads there is left out.
+    hidden = [text for text, kind in special.items() if kind != gguf.TokenType.USER_DEFINED]
+    left_out = {
+        half for text in hidden for cut in range(len(text)) for half in (text[:cut], text[cut:])
+    } | special.keys()
+    pieces = dict.fromkeys(text for text in map("".join, merges) if text not in left_out and "\0" not in text)
     counts = collections.Counter("".join(escaped))
     chars = [char for char, _ in counts.most_common(300) if char not in pieces and char not in "zqé日\0\n\t"]
-    special = {"<unk>": 2, "<s>": 3, "</s>": 3, "<|a|>": 3, "<|b|>": 3}
-    special |= {"<|endoftext|>": 3, "<ud>": 4, "<ab>": 4, "<abc": 4, "▁▁▁": 4, "\n\n": 4}
-    for text in special:
-        pieces.pop(text, None)
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     tokens = [*special, *bytes_, *pieces, *chars]
     ranks = [-float(rank) for rank in range(1, len(pieces) + 1)]
@@ -326,11 +329,12 @@ def main() -> None:
 
     longer = [text for text in texts if len(text) > 1]
     metadata = byte_level_metadata(longer)
+    indexes = [index for index, text in enumerate(texts) if len(text) > 1 and (index < len(TEXTS) or index % 2)]
     by_name: dict[str, Any] = {}
     for pre in PRE_TOKENIZERS:
-        ids = ask({**metadata, "tokenizer.ggml.pre": pre}, longer)["plain"]
+        ids = ask({**metadata, "tokenizer.ggml.pre": pre}, [texts[index] for index in indexes])["plain"]
         by_name[pre] = next((name for name, other in by_name.items() if other == ids), ids)
-    save("pretokenizers", {"metadata": metadata, "plain": by_name})
+    save("pretokenizers", {"metadata": metadata, "indexes": indexes, "plain": by_name})
 
     metadata = sentencepiece_metadata(longer)
     tied = [score if score == -1e4 else score // 3 for score in metadata["tokenizer.ggml.scores"]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.gguf import ChatTemplate, Tokenizer
@@ -72,6 +72,7 @@ def test_no_message_makes_a_control_token(name: str, template: str, first: str, 
 @given(content=st.text(max_size=40))
 def test_ordinary_messages_give_the_tokens_of_the_text(name: str, template: str, content: str) -> None:
     tokenizer, chat = TOKENIZERS[name], TEMPLATES[template]
+    assume(not any(text in content for text in tokenizer.control_tokens))
     messages = [{"role": "user", "content": content}]
     text = chat.render(messages)
     assert chat.render_tokens(tokenizer, messages) == tokenizer.encode(text, add_special=True, parse_special=True)

@@ -1,0 +1,454 @@
+"""The engine: a GGUF model, the memory of its sessions and a thread that serves them. Implements `api.EngineProtocol`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from atlas_jax import _platform
+from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE, MemoryConfig, ModelConfig
+from atlas_jax.engine import snapshot
+from atlas_jax.engine.api import (
+    EngineStats,
+    GenerationRequest,
+    Handle,
+    InvalidRequest,
+    Listener,
+    MemoryUnavailable,
+    ModelInfo,
+    Overloaded,
+    SlotInfo,
+)
+from atlas_jax.engine.compiler import CompileCounter, use_cache
+from atlas_jax.engine.loop import Loop
+from atlas_jax.engine.runner import Buckets, Runner
+from atlas_jax.engine.session import Layout
+from atlas_jax.engine.sessions import Budgets, SessionTable
+from atlas_jax.engine.step import StepConfig, Weights
+from atlas_jax.engine.work import Work, new_work
+from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFFile, TemplateError, Tokenizer
+from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels.sampling import BIAS_SLOTS, TOP_LOGPROBS
+from atlas_jax.memory import store
+from atlas_jax.memory.adapter import Adapter
+from atlas_jax.memory.calibrate import calibrate
+from atlas_jax.model.loading import WeightDtype, load_params, model_config, parameter_count
+from atlas_jax.model.params import ModelParams
+
+log = logging.getLogger("atlas.engine")
+
+MAX_LEARNING_RATE = 1.0
+_MAX_OMEGA_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine admits.
+
+    Attributes:
+      running: sequences that are read or answered at once.
+      waiting: sequences that may wait beyond them.
+      context: tokens of the longest plain request.
+      window: largest window of a request with memory.
+    """
+
+    running: int = 32
+    waiting: int = 256
+    context: int = 8192
+    window: int = 2048
+
+
+class Engine:
+    """Serves one model; make it with `Engine.open`."""
+
+    def __init__(
+        self,
+        *,
+        info: ModelInfo,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        runner: Runner,
+        layout: Layout | None,
+        memory_path: Path | None,
+        budgets: Budgets,
+        limits: Limits,
+        compilations: CompileCounter,
+    ) -> None:
+        """Use `Engine.open`."""
+        self.model = info
+        self.tokenizer = tokenizer
+        self._template = template
+        self._runner = runner
+        self._limits = limits
+        self._compilations = compilations
+        self._draining = False
+        self._close_lock = threading.Lock()
+        self._table = (
+            None
+            if layout is None
+            else SessionTable(layout, folder=memory_path, model_name=info.name, budgets=budgets, on_idle=self._wake)
+        )
+        self._loop = Loop(runner, tokenizer, self._table, max_rows=limits.running, context=limits.context)
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        model_path: str | os.PathLike[str],
+        adapter_path: str | os.PathLike[str] | None = None,
+        memory_enabled: bool = True,
+        memory_path: str | os.PathLike[str] | None = None,
+        cache_path: str | os.PathLike[str] | None = None,
+        threads: int = 0,
+        max_running: int = 32,
+        max_waiting: int = 256,
+        max_context: int = 8192,
+        max_window: int = 2048,
+        device_cache_bytes: int = 0,
+        host_cache_bytes: int = 1 << 30,
+        disk_cache_bytes: int = 16 << 30,
+        weight_dtype: WeightDtype = "int8",
+        kv_dtype: KVDtype = "int8",
+    ) -> Engine:
+        """Loads a model, fits or finds its memory, compiles, and starts serving.
+
+        Args:
+          adapter_path: adapter of the memory; None takes the one shipped for the model, or else calibrates once and
+            keeps the result in `cache_path`.
+          memory_path: folder of stored sessions; None keeps sessions in main memory only.
+          cache_path: folder for compiled programs and calibrated adapters (default: `$XDG_CACHE_HOME/atlas-jax`).
+          threads: CPU threads; 0 takes every core. Takes effect only if JAX has not run anything yet.
+          max_context: longest plain request in tokens; the model's own context if that is shorter.
+          weight_dtype, kv_dtype: "float32" for both is the reference mode.
+
+        Raises:
+          GGUFError, UnsupportedModel, AdapterError: a file cannot be used; the message names what is wrong with it.
+        """
+        _limit_threads(threads)
+        cache = Path(cache_path) if cache_path is not None else _default_cache()
+        use_cache(cache / "compiled")
+        compilations = CompileCounter()
+        started = time.monotonic()
+        with GGUFFile.open(model_path) as file:
+            tokenizer = Tokenizer.from_metadata(file.metadata)
+            template = _chat_template(file, tokenizer)
+            config = model_config(file)
+            fingerprint = file.fingerprint()
+            params = load_params(file, config, dtype=weight_dtype)
+            path = file.path
+        _platform.self_test()
+        log.info("Loaded %s in %.1f s", path.name, time.monotonic() - started)
+        context = min(max_context, config.context_length)
+        memory: MemoryConfig | None = None
+        adapter: Adapter | None = None
+        if memory_enabled:
+            memory, adapter = _find_adapter(
+                Path(adapter_path) if adapter_path is not None else None,
+                cache / "adapters",
+                fingerprint,
+                config,
+                tokenizer,
+                params,
+                max_window,
+            )
+        step = StepConfig(config, memory)
+        pages = max(context // PAGE, 1, 0 if memory is None else (max_window + _MAX_OMEGA_WINDOW) // PAGE)
+        buckets = Buckets(rows=_powers(1, max_running), pages=_powers(4, pages))
+        runner = Runner(step, Weights(params, adapter), kv_dtype, buckets)
+        layout = None if memory is None else Layout(config, memory, kv_dtype, fingerprint)
+        info = ModelInfo(
+            name=path.name.removesuffix(".gguf"),
+            architecture=config.family,
+            fingerprint=fingerprint,
+            parameters=parameter_count(params),
+            size_bytes=path.stat().st_size,
+            context_length=context,
+            vocab_size=config.vocab,
+            layers=len(config.layers),
+            embedding_size=config.embed,
+            memory_layers=() if memory is None else memory.layers,
+            state_bytes_per_session=_state_bytes(runner),
+            adapter=None if memory is None else str(adapter_path or "calibrated"),
+            created=int(path.stat().st_mtime),
+        )
+        limits = Limits(max_running, max_waiting, context, max_window)
+        engine = cls(
+            info=info,
+            tokenizer=tokenizer,
+            template=template,
+            runner=runner,
+            layout=layout,
+            memory_path=None if memory_path is None else Path(memory_path),
+            budgets=Budgets(device_cache_bytes, host_cache_bytes, disk_cache_bytes),
+            limits=limits,
+            compilations=compilations,
+        )
+        engine._loop.start()
+        log.info("[ATLAS] Context pool initialized with %d contexts", max_running)
+        return engine
+
+    # --- requests -------------------------------------------------------------------------------------------------
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        variables: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation; control tokens come from the template alone, never from message text.
+
+        Raises:
+          InvalidRequest: the model's template refuses the messages.
+        """
+        try:
+            return self._template.render_tokens(
+                self.tokenizer,
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                variables=variables,
+            )
+        except TemplateError as error:
+            raise InvalidRequest(str(error), param="messages") from error
+
+    def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
+        """A conversation as the template writes it, for people to read; raises InvalidRequest."""
+        try:
+            return self._template.render(messages, **kwargs)
+        except TemplateError as error:
+            raise InvalidRequest(str(error), param="messages") from error
+
+    def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
+        """Queues a request; see `api.EngineProtocol.submit`."""
+        if self._draining or not self._loop.alive:
+            raise Overloaded("The engine is not accepting requests", retry_after=5.0)
+        if self._loop.waiting >= self._limits.waiting + self._limits.running - self._loop.running:
+            raise Overloaded("Too many requests are waiting", retry_after=1.0)
+        self._check(request)
+        work = new_work(request, listener, self.tokenizer)
+        self._loop.submit(work)
+        return _Submitted(work, self._loop)
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Refuses what can never succeed, or would crash a compiled step."""
+        prompt, vocab = request.prompt, self.model.vocab_size
+        if not len(prompt):
+            raise InvalidRequest("prompt must hold at least one token", param="prompt")
+        if min(prompt) < 0 or max(prompt) >= vocab:
+            raise InvalidRequest(f"prompt holds token ids outside 0 … {vocab - 1}", param="prompt")
+        if request.max_tokens is not None and request.max_tokens < 0:
+            raise InvalidRequest("max_tokens must not be negative", param="max_tokens")
+        sampling = request.sampling
+        if len(sampling.logit_bias) > BIAS_SLOTS:
+            raise InvalidRequest(f"logit_bias may have at most {BIAS_SLOTS} entries", param="logit_bias")
+        for name, wanted in (("logprobs", sampling.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
+            if wanted is not None and not 0 <= wanted <= TOP_LOGPROBS:
+                raise InvalidRequest(f"{name} must be between 0 and {TOP_LOGPROBS}", param=name)
+        if request.memory is None:
+            room = self._limits.context - len(prompt)
+            if room < 0 or (room == 0 and request.max_tokens != 0):
+                raise InvalidRequest(
+                    f"The prompt has {len(prompt)} tokens, but this model's context is {self._limits.context}; "
+                    "a session with memory has no such limit",
+                    param="prompt",
+                    code="context_length_exceeded",
+                )
+            return
+        self._check_memory(request)
+
+    def _check_memory(self, request: GenerationRequest) -> None:
+        memory, config = request.memory, self._runner.config.memory
+        assert memory is not None
+        if config is None:
+            raise MemoryUnavailable("ATLAS not enabled")
+        if request.prompt_logprobs is not None and memory.session is not None:
+            raise InvalidRequest("log-probabilities of a prompt are not available in a session", param="echo")
+        pages = {"window_size": config.max_window, "update_frequency": config.max_omega_window}
+        for name, largest in pages.items():
+            value = getattr(memory, name)
+            if not PAGE <= value <= largest or value % PAGE:
+                raise _out_of_range(name, f"value must be a multiple of {PAGE} between {PAGE} and {largest}")
+        if not memory.update_frequency <= memory.omega_window <= config.max_omega_window:
+            least = memory.update_frequency
+            raise _out_of_range("omega_window", f"value must be between {least} and {config.max_omega_window}")
+        if not 1 <= memory.memory_layers <= MAX_MEMORY_LAYERS:
+            raise _out_of_range("memory_layers", f"value must be between 1 and {MAX_MEMORY_LAYERS}")
+        if not 1 <= memory.polynomial_degree <= MAX_DEGREE:
+            raise _out_of_range("polynomial_degree", f"value must be between 1 and {MAX_DEGREE}")
+        if not 0 <= memory.blend_ratio <= 1:
+            raise _out_of_range("blend_ratio", "value must be between 0 and 1")
+        if memory.learning_rate is not None and not 0 < memory.learning_rate <= MAX_LEARNING_RATE:
+            raise _out_of_range("learning_rate", f"value must be above 0 and at most {MAX_LEARNING_RATE}")
+
+    # --- what a host can ask --------------------------------------------------------------------------------------
+    @property
+    def sessions(self) -> SessionTable:
+        """The sessions; raises MemoryUnavailable in an engine without memory."""
+        if self._table is None:
+            raise MemoryUnavailable("ATLAS not enabled")
+        return self._table
+
+    def stats(self) -> EngineStats:
+        """Counters since start, and gauges of this moment."""
+        counters, table = self._loop.counters, self._table
+        running = self._loop.running
+        return EngineStats(
+            requests_total=counters.requests,
+            requests_running=running,
+            requests_waiting=self._loop.waiting,
+            requests_completed=counters.completed,
+            requests_failed=counters.failed,
+            requests_cancelled=counters.cancelled,
+            prompt_tokens_total=counters.prompt_tokens,
+            cached_tokens_total=counters.cached_tokens,
+            generated_tokens_total=counters.generated_tokens,
+            drafted_tokens_total=0,
+            accepted_tokens_total=0,
+            tokens_per_second=counters.tokens_per_second if running else 0.0,
+            steps_total=counters.steps,
+            step_seconds_total=counters.step_seconds,
+            compilations_total=self._compilations.count,
+            sessions_device=0 if table is None else table.count("device"),
+            sessions_host=0 if table is None else table.count("host"),
+            sessions_disk=0 if table is None else table.count("disk"),
+            session_hits=0 if table is None else table.hits,
+            session_misses=0 if table is None else table.misses,
+            memory_updates_total=counters.memory_updates,
+            muon_iterations_total=counters.muon_iterations,
+            omega_loss_total=counters.omega_loss,
+            memory_utilization=counters.memory_utilization,
+            window_fill_ratio=counters.window_fill,
+            memory_saves=0 if table is None else table.saves,
+            memory_loads=0 if table is None else table.loads,
+            snapshot_failures=0 if table is None else table.failures,
+            memory_bytes=resident_bytes(),
+            contexts_total=self._limits.running,
+            contexts_in_use=running,
+        )
+
+    def slots(self) -> tuple[SlotInfo, ...]:
+        """The decode slots."""
+        return self._loop.slots()
+
+    def alive(self) -> bool:
+        """False once the engine's thread has died."""
+        return self._loop.alive
+
+    def drain(self) -> None:
+        """Refuses new requests from now on; running ones go on."""
+        self._draining = True
+
+    def close(self, *, timeout: float) -> None:
+        """Ends what still runs, keeping its sessions, and the thread; idempotent.
+
+        Sessions stay in main memory and can still be saved; nothing is written by itself.
+        """
+        self.drain()
+        with self._close_lock:
+            if not self._loop.stop(timeout):
+                log.error("The engine's thread did not end within %.0f s", timeout)
+            if self._table is not None:
+                self._table.close()
+
+    def _wake(self) -> None:
+        self._loop.wake()
+
+
+class _Submitted:
+    """A request under way."""
+
+    def __init__(self, work: Work, loop: Loop) -> None:
+        self._work = work
+        self._loop = loop
+
+    def cancel(self) -> None:
+        """Ends it at the next step."""
+        if not self._work.done:
+            self._work.cancelled.set()
+            self._loop.wake()
+
+
+def _out_of_range(name: str, message: str) -> InvalidRequest:
+    return InvalidRequest(f"Validation error in field 'atlas.{name}': {message}", param=f"atlas.{name}")
+
+
+def _find_adapter(
+    path: Path | None,
+    cache: Path,
+    fingerprint: str,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    params: ModelParams,
+    max_window: int,
+) -> tuple[MemoryConfig, Adapter]:
+    """The adapter asked for, shipped or cached; else calibrates one and keeps it."""
+    own = store.cached(cache, fingerprint)
+    data = path.read_bytes() if path is not None else store.shipped(fingerprint)
+    if data is None and own.is_file():
+        data = own.read_bytes()
+    if data is None:
+        started = time.monotonic()
+        log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once")
+        texts = [tokenizer.encode(text, add_special=True, parse_special=False) for text in store.calibration_texts()]
+        found = calibrate(config, params, texts)
+        data = store.encode(fingerprint, found.config, found.adapter)
+        with snapshot.atomic_file(own) as file:
+            file.write(data)
+        log.info(
+            "[ATLAS] Calibrated in %.0f s: layers %s, loss past the window %.3f without and %.3f with the memory",
+            time.monotonic() - started,
+            found.config.layers,
+            found.loss_window,
+            found.loss_memory,
+        )
+    return store.decode(data, fingerprint, config, max_window=max_window, max_omega_window=_MAX_OMEGA_WINDOW)
+
+
+def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
+    template = ChatTemplate.from_metadata(file.metadata)
+    if template is not None:
+        return template
+
+    def text(token: int | None) -> str:
+        return "" if token is None else tokenizer.decode([token])
+
+    return ChatTemplate(FALLBACK_TEMPLATE, bos_token=text(tokenizer.bos_id), eos_token=text(tokenizer.eos_id))
+
+
+def _state_bytes(runner: Runner) -> int:
+    """Bytes of one row's memory and smallest ring."""
+    row = jax.eval_shape(lambda: runner.new_row(runner.buckets.pages[0]))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+
+
+def _powers(first: int, last: int) -> tuple[int, ...]:
+    """first, 2·first, 4·first … and the power that reaches `last`."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(sizes[-1] * 2)
+    return tuple(sizes)
+
+
+def _limit_threads(threads: int) -> None:
+    if threads > 0:
+        os.environ["PJRT_NPROC"] = str(threads)  # read when JAX makes its CPU client
+
+
+def _default_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "atlas-jax"
+
+
+def resident_bytes() -> int:
+    """Main memory this process holds."""
+    fields = Path("/proc/self/statm").read_text().split() if Path("/proc/self/statm").exists() else ["0", "0"]
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -1,0 +1,629 @@
+"""All sessions of an engine: who holds which, in which tier, and the memory endpoints' view of them.
+
+A session rests between turns as an immutable checkpoint, on the device or the host. When a tier is over its budget, the
+eviction strategy of the request that needed room says who moves down. On disk a session is a snapshot file of its own or
+a member of an archive that was saved or loaded; either is read again when the session is next used.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import numpy as np
+
+from atlas_jax.config import PAGE
+from atlas_jax.engine import archive, snapshot
+from atlas_jax.engine.api import (
+    CacheStrategy,
+    LayerMemoryInfo,
+    MemoryInfo,
+    MemoryUnavailable,
+    SaveResult,
+    SessionInfo,
+    SessionKey,
+    SessionNotFound,
+    SnapshotInvalid,
+    StorageFull,
+)
+from atlas_jax.engine.archive import Listing, Location, Manifest
+from atlas_jax.engine.eviction import Eviction
+from atlas_jax.engine.session import Checkpoint, Layout, Session, decode_session, encode_session, to_host
+
+log = logging.getLogger("atlas.engine")
+
+_MAX_CONTEXT_STATE = 4 << 20
+_PATIENCE = 120.0
+"""Seconds an endpoint waits for a session that a request is using."""
+Tier = Literal["device", "host", "disk"]
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Bytes of session state each tier may hold. 0 for the device: sessions rest on the host."""
+
+    device: int
+    host: int
+    disk: int
+
+
+@dataclass
+class Entry:
+    """A session as the table knows it.
+
+    Attributes:
+      session: the session itself, or None while it is on disk only.
+      tier: where its state is.
+      location, saved: its newest copy on disk, and the change number that copy holds.
+      busy: a request is using it, or a thread is reading or writing it.
+      error: why it could not be read, until that has been reported.
+      listing: what can be said without the session itself.
+    """
+
+    listing: Listing
+    session: Session | None = None
+    tier: Tier = "host"
+    location: Location | None = None
+    saved: int = -1
+    busy: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Lease:
+    """One request's hold on a session; `session` is None for one that does not exist yet."""
+
+    key: SessionKey
+    entry: Entry
+    session: Session | None
+
+
+class SessionTable:
+    """Sessions by owner and name. Implements `api.SessionStore`; every public method is thread-safe."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        folder: Path | None,
+        model_name: str,
+        budgets: Budgets,
+        on_idle: Callable[[], None],
+    ) -> None:
+        """Makes an empty table.
+
+        Args:
+          folder: where snapshots are kept; None keeps nothing on disk.
+          on_idle: called, from any thread, when a session that was busy is free.
+        """
+        self._layout = layout
+        self._folder = folder
+        self._model_name = model_name
+        self._budgets = budgets
+        self._on_idle = on_idle
+        self._lock = threading.RLock()
+        self._freed = threading.Condition(self._lock)
+        self._disk = threading.Lock()  # one save or load of files at a time
+        self._entries: dict[SessionKey, Entry] = {}
+        self._eviction: dict[Tier, Eviction] = {"device": Eviction(), "host": Eviction()}
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="atlas-sessions")
+        self._archived: dict[Path, int] = {}
+        self._changes = 0
+        self.hits = self.misses = self.saves = self.loads = self.failures = 0
+
+    # --- for the engine's thread ----------------------------------------------------------------------------------
+    def acquire(self, key: SessionKey) -> Lease | None:
+        """Takes a session for one request; the place of one that does not exist yet is held too.
+
+        Returns:
+          A lease to be released; or None while another request holds it or it is being read from disk. `on_idle` is
+          called when that ends.
+
+        Raises:
+          MemoryUnavailable: it cannot be read, or there is no room for another.
+        """
+        with self._lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                if self._folder is None and self._bytes("host") + self._bytes("device") > self._budgets.host:
+                    raise MemoryUnavailable("No available ATLAS contexts: session memory is full", retry_after=5.0)
+                now = time.time()
+                listing = Listing(key.session_id, tokens=0, bytes=0, created=now, last_used=now, has_state=False)
+                entry = self._entries[key] = Entry(listing, busy=True)
+                self.misses += 1
+                return Lease(key, entry, None)
+            if entry.error is not None:
+                error, entry.error = entry.error, None
+                raise MemoryUnavailable(error, retry_after=5.0)
+            if entry.busy:
+                return None
+            entry.busy = True
+            if entry.session is not None:
+                self.hits += 1
+                return Lease(key, entry, entry.session)
+            self.misses += 1
+            self._pool.submit(self._wake, key, entry)
+            return None
+
+    def release(self, lease: Lease, session: Session | None, strategy: CacheStrategy) -> None:
+        """Gives a session back, changed or (None) as it was."""
+        with self._lock:
+            entry = lease.entry
+            entry.busy = False
+            if self._entries.get(lease.key) is entry:  # else it was deleted meanwhile, and must stay so
+                if session is not None:
+                    session.last_used = time.time()
+                    self._put(lease.key, entry, session, "device" if self._budgets.device else "host")
+                elif entry.session is not None:
+                    self._eviction[entry.tier].use(lease.key)
+                elif entry.location is None:
+                    del self._entries[lease.key]
+                self._make_room(strategy)
+            self._freed.notify_all()
+        self._on_idle()
+
+    def _put(self, key: SessionKey, entry: Entry, session: Session, tier: Tier) -> None:
+        """Enters a changed session; the lock is held."""
+        self._changes += 1
+        session.changed = self._changes
+        entry.session, entry.tier, entry.listing = session, tier, _listing(session)
+        self._eviction[tier].use(key)
+
+    @contextmanager
+    def _held(self, key: SessionKey, *, create: bool = False) -> Iterator[Entry]:
+        """Holds a session for an endpoint, after whatever request is using it.
+
+        Raises:
+          SessionNotFound: there is none, and `create` is False.
+          MemoryUnavailable: a request has been using it for too long.
+        """
+        deadline = time.monotonic() + _PATIENCE
+        with self._freed:
+            while True:
+                entry = self._entries.get(key)
+                if entry is None or not _stored(entry):
+                    if not create:
+                        raise SessionNotFound("No such session")
+                    if entry is None:
+                        now = time.time()
+                        entry = self._entries[key] = Entry(Listing(key.session_id, 0, 0, now, now, False))
+                if not entry.busy:
+                    break
+                if not self._freed.wait(deadline - time.monotonic()):
+                    raise MemoryUnavailable("The session is in use", retry_after=5.0)
+            entry.busy = True
+        try:
+            yield entry
+        finally:
+            with self._freed:
+                entry.busy = False
+                if not _stored(entry) and self._entries.get(key) is entry:
+                    del self._entries[key]
+                self._freed.notify_all()
+            self._on_idle()
+
+    def _wake(self, key: SessionKey, entry: Entry) -> None:
+        """Reads a session from disk, in a thread."""
+        session: Session | None = None
+        try:
+            assert entry.location is not None
+            session = self._read(key, entry.location)
+        except (SnapshotInvalid, OSError) as error:
+            reason = str(error) if isinstance(error, SnapshotInvalid) else "its file cannot be opened"
+            log.error("[ATLAS] Memory of a session could not be read: %s", reason)
+            with self._lock:
+                self.failures += 1
+                entry.error = f"This session's memory cannot be read: {reason}"
+        with self._lock:
+            entry.busy = False
+            if session is not None and self._entries.get(key) is entry:
+                session.changed = entry.saved
+                entry.session, entry.tier = session, "host"
+                self._eviction["host"].use(key)
+                self.loads += 1
+            self._freed.notify_all()
+        self._on_idle()
+
+    def _read(self, key: SessionKey, location: Location) -> Session:
+        session = decode_session(self._layout, location.read(self._largest))
+        if session.key != key:
+            raise SnapshotInvalid("snapshot belongs to another session")
+        return session
+
+    @property
+    def _largest(self) -> int:
+        """More bytes than any honest snapshot has."""
+        return 2 * self._layout.largest_snapshot + _MAX_CONTEXT_STATE
+
+    # --- tiers ----------------------------------------------------------------------------------------------------
+    def _bytes(self, tier: Tier) -> int:
+        return sum(e.listing.bytes for e in self._entries.values() if e.session is not None and e.tier == tier)
+
+    def count(self, tier: Tier) -> int:
+        """Sessions whose state rests in a tier."""
+        with self._lock:
+            if tier == "disk":
+                return sum(entry.session is None and entry.location is not None for entry in self._entries.values())
+            return sum(entry.session is not None and entry.tier == tier for entry in self._entries.values())
+
+    def _make_room(self, strategy: CacheStrategy) -> None:
+        """Moves sessions down until every tier is within its budget; the lock is held."""
+
+        def resting(tier: Tier) -> Callable[[SessionKey], bool]:
+            def may_leave(key: SessionKey) -> bool:
+                entry = self._entries.get(key)
+                return entry is not None and not entry.busy and entry.session is not None and entry.tier == tier
+
+            return may_leave
+
+        while self._bytes("device") > self._budgets.device:
+            key = self._eviction["device"].victim(strategy, resting("device"))
+            if key is None:
+                break
+            entry = self._entries[key]
+            assert entry.session is not None
+            entry.session.checkpoints = [
+                Checkpoint(c.position, c.page, to_host(c.row), c.absorbed) for c in entry.session.checkpoints
+            ]
+            entry.tier = "host"
+            self._eviction["device"].evicted(key)
+            self._eviction["host"].use(key)
+        if self._folder is None:
+            return
+        excess = self._bytes("host") - self._budgets.host
+        while excess > 0:
+            key = self._eviction["host"].victim(strategy, resting("host"))
+            if key is None:
+                break
+            entry = self._entries[key]
+            entry.busy = True
+            excess -= entry.listing.bytes
+            self._eviction["host"].evicted(key)
+            self._pool.submit(self._put_down, key, entry)
+
+    def _put_down(self, key: SessionKey, entry: Entry) -> None:
+        """Writes a session to disk if its copy there is old, and lets go of it; in a thread."""
+        session = entry.session
+        assert session is not None
+        try:
+            if entry.location is None or entry.saved != session.changed:
+                self._write(key, entry, session)
+            with self._freed:
+                entry.session, entry.busy = None, False
+                self._freed.notify_all()
+        except (StorageFull, OSError) as error:
+            log.error("[ATLAS] Memory of a session could not be moved to disk: %s", error)
+            with self._lock:
+                self.failures += 1
+                entry.busy = False
+                self._eviction["host"].use(key)
+                self._freed.notify_all()
+        self._on_idle()
+
+    def _write(self, key: SessionKey, entry: Entry, session: Session) -> int:
+        """Writes a session's own file; returns its size."""
+        folder = self._require_folder()
+        data = encode_session(self._layout, session)
+        path = archive.session_file(folder, key.owner, key.session_id)
+        with self._disk:
+            self._check_quota(len(data))
+            with snapshot.atomic_file(path) as file:
+                file.write(data)
+        with self._lock:
+            entry.location, entry.saved = Location(path), session.changed
+        return len(data)
+
+    def _check_quota(self, more: int) -> None:
+        folder = self._require_folder()
+        used = sum(path.stat().st_size for path in folder.rglob("*.atlas"))
+        if used + more > self._budgets.disk:
+            raise StorageFull("The disk budget of session snapshots is used up")
+
+    def _require_folder(self) -> Path:
+        if self._folder is None:
+            raise MemoryUnavailable("Memory persistence is not enabled")
+        return self._folder
+
+    # --- the memory endpoints' view -------------------------------------------------------------------------------
+    def info(self, owner: str, session_id: str | None) -> MemoryInfo:
+        """Memory state of one session, or totals over the owner's that are in main memory.
+
+        Raises:
+          SessionNotFound: the owner has none of that name.
+        """
+        with self._lock:
+            if session_id is not None:
+                entry = self._find(SessionKey(owner, session_id))
+                found = [entry.session]
+            else:
+                found = [entry.session for key, entry in self._entries.items() if key.owner == owner]
+        if session_id is not None and found[0] is None and entry.location is not None:
+            found = [self._read(SessionKey(owner, session_id), entry.location)]
+        return self._describe([session for session in found if session is not None])
+
+    def _describe(self, sessions: list[Session]) -> MemoryInfo:
+        config = self._layout.memory
+        held = [(s, s.checkpoints[-1]) for s in sessions if s.checkpoints]
+        windows = [s.shape.plan.window or 0 for s, _ in held]
+        layers: dict[int, list[LayerMemoryInfo]] = {}
+        for session, checkpoint in held:
+            norm, rank = _norm_and_rank(checkpoint)
+            for layer in config.layers[: session.shape.layers]:
+                layers.setdefault(layer, []).append(
+                    LayerMemoryInfo(layer=layer, norm=norm, effective_rank=rank, omega_loss=session.stats.omega_loss)
+                )
+        updates = [s.stats.last_update for s, _ in held if s.stats.last_update is not None]
+        return MemoryInfo(
+            window_size=max(windows, default=0) * PAGE,
+            window_fill=sum(c.position - s.shape.plan.left(max(c.page, 0)) * PAGE for s, c in held),
+            memory_capacity=config.features * max(1, len(held)),
+            memory_used=sum(min(config.features, c.absorbed) for _, c in held),
+            total_updates=sum(s.stats.updates for s, _ in held),
+            last_update_time=max(updates, default=None),
+            layers=tuple(_mean_layer(infos) for _, infos in sorted(layers.items())),
+        )
+
+    def list(self, owner: str, *, after: str | None, limit: int) -> tuple[tuple[SessionInfo, ...], str | None]:
+        """One page of the owner's sessions by name, and the cursor of the next page."""
+        with self._lock:
+            names = sorted(
+                key.session_id
+                for key in self._entries
+                if key.owner == owner and (after is None or key.session_id > after)
+            )
+            rows = []
+            for name in names[:limit]:
+                entry = self._entries[SessionKey(owner, name)]
+                listing = entry.listing
+                rows.append(
+                    SessionInfo(
+                        session_id=name,
+                        tokens=listing.tokens,
+                        bytes=listing.bytes,
+                        created=listing.created,
+                        last_used=listing.last_used,
+                        resident="disk" if entry.session is None and entry.location is not None else entry.tier,
+                        has_state=listing.has_state,
+                    )
+                )
+        return tuple(rows), names[limit - 1] if len(names) > limit else None
+
+    def save_all(self, owner: str, filename: str | None) -> SaveResult:
+        """Writes every session of the owner into one archive of the memory folder.
+
+        A request that is running is not waited for: its session is saved as it was before. Nothing is written if
+        nothing has changed since the same file was last written.
+
+        Raises:
+          StorageFull, MemoryUnavailable: as `api.SessionStore`.
+        """
+        folder = archive.owner_folder(self._require_folder(), owner)
+        name = filename or self.default_file
+        path = folder / name
+        with self._lock:
+            chosen = {k: e for k, e in self._entries.items() if k.owner == owner and _stored(e)}
+            newest = max((_change(entry) for entry in chosen.values()), default=0)
+            stamp = hash((newest, tuple(sorted((k.session_id, _change(e)) for k, e in chosen.items()))))
+            if self._archived.get(path) == stamp and path.is_file():
+                size = path.stat().st_size
+                return SaveResult(
+                    filename=name, session_id=None, bytes=size, sessions=len(chosen), timestamp=time.time()
+                )
+            contents = [(key, entry, entry.session, entry.location, _change(entry)) for key, entry in chosen.items()]
+        with self._disk:
+            self._check_quota(sum(entry.listing.bytes for entry in chosen.values() if entry.session is not None))
+            manifest = Manifest(self._layout.fingerprint, [entry.listing for _, entry, *_ in contents])
+            snapshots = (
+                (key.session_id, encode_session(self._layout, session) if session else self._raw(location))
+                for key, _, session, location, _ in contents
+            )
+            try:
+                size = archive.write(path, manifest, snapshots)
+            except BaseException:
+                self.failures += 1
+                raise
+        with self._lock:
+            self._archived[path] = stamp
+            self.saves += 1
+            if filename is None or name == self.default_file:
+                for key, entry, _, _, change in contents:
+                    entry.location, entry.saved = Location(path, archive.member_name(key.session_id)), change
+                self._drop_files(owner)
+                archive.unbury(folder)
+        return SaveResult(filename=name, session_id=None, bytes=size, sessions=len(contents), timestamp=time.time())
+
+    def _raw(self, location: Location | None) -> bytes:
+        assert location is not None
+        return location.read(self._largest)
+
+    def _drop_files(self, owner: str) -> None:
+        """Removes single session files that the owner's archive has made redundant; the lock is held."""
+        kept = {entry.location.path for entry in self._entries.values() if entry.location is not None}
+        for path in (archive.owner_folder(self._require_folder(), owner) / "sessions").glob("*.atlas"):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    @property
+    def default_file(self) -> str:
+        """Name of the archive that is loaded at start."""
+        return f"{self._model_name}_memory.atlas"
+
+    def save_session(self, owner: str, session_id: str) -> SaveResult:
+        """Writes one session to its file on disk; raises SessionNotFound, StorageFull, MemoryUnavailable."""
+        key = SessionKey(owner, session_id)
+        self._require_folder()
+        with self._lock:
+            entry = self._find(key)
+            session = entry.session
+        if session is None:
+            size = len(self._raw(entry.location)) if entry.location is not None else 0
+        else:
+            size = self._write(key, entry, session)
+        with self._lock:
+            self.saves += 1
+            path = archive.session_file(self._require_folder(), owner, session_id)
+        return SaveResult(filename=path.name, session_id=session_id, bytes=size, sessions=1, timestamp=time.time())
+
+    def save_context(self, owner: str, context_id: str, state: Any) -> SaveResult:
+        """Stores the caller's JSON with the session of that name, which is made if there is none."""
+        if len(msgspec.json.encode(state)) > _MAX_CONTEXT_STATE:
+            raise StorageFull(f"state exceeds {_MAX_CONTEXT_STATE} bytes")
+        key = SessionKey(owner, context_id)
+        self._require_folder()
+        with self._held(key, create=True) as entry:
+            session = entry.session
+            if session is None:
+                where = entry.location
+                session = Session(key, self._layout.default_shape) if where is None else self._read(key, where)
+            session.state, session.has_state = state, True
+            with self._lock:
+                self._put(key, entry, session, "host")
+        return self.save_session(owner, context_id)
+
+    def load_context(self, owner: str, context_id: str) -> Any:
+        """The caller's JSON as saved, with the session's memory restored from its file.
+
+        Raises:
+          SessionNotFound, SnapshotInvalid: as `api.SessionStore`.
+        """
+        key = SessionKey(owner, context_id)
+        with self._held(key, create=True) as entry:
+            path = archive.session_file(self._require_folder(), owner, context_id)
+            location = Location(path) if path.is_file() else entry.location
+            if location is None:
+                raise SessionNotFound("No such session")
+            session = self._read(key, location)
+            with self._lock:
+                self._put(key, entry, session, "host")
+                entry.location, entry.saved = location, session.changed
+                self.loads += 1
+        return session.state
+
+    def load_file(self, owner: str, filename: str) -> int:
+        """Replaces the owner's sessions by those in an archive; every one is checked before any is replaced.
+
+        Raises:
+          SessionNotFound: no such file.
+          SnapshotInvalid: the archive, or a session in it, is damaged or made by another model.
+        """
+        path = archive.owner_folder(self._require_folder(), owner) / filename
+        with self._disk:
+            try:
+                manifest = archive.read_manifest(path)
+            except FileNotFoundError as error:
+                raise SessionNotFound("No such file") from error
+            if manifest.model != self._layout.fingerprint:
+                raise SnapshotInvalid("archive was made with another model")
+            for listing in manifest.sessions:
+                self._read(
+                    SessionKey(owner, listing.session_id), Location(path, archive.member_name(listing.session_id))
+                )
+        # a session deleted since the default archive was written stays deleted; a named file is loaded as it is
+        buried = archive.buried(path.parent) if filename == self.default_file else frozenset()
+        wanted = [listing for listing in manifest.sessions if archive.member_name(listing.session_id) not in buried]
+        with self._lock:
+            for listing in wanted:
+                self._changes += 1
+                self._entries[SessionKey(owner, listing.session_id)] = Entry(
+                    listing,
+                    tier="disk",
+                    location=Location(path, archive.member_name(listing.session_id)),
+                    saved=self._changes,
+                )
+            self.loads += 1
+        return len(wanted)
+
+    def reset(self, owner: str, session_id: str | None) -> int:
+        """Empties one session's memory, or all of the owner's; their names, and a caller's JSON, stay."""
+        with self._lock:
+            if session_id is not None:
+                self._find(SessionKey(owner, session_id))
+            keys = [key for key in self._entries if key.owner == owner and session_id in (None, key.session_id)]
+        for key in keys:
+            with self._held(key) as entry:
+                session = entry.session
+                if session is None and entry.location is not None:
+                    session = self._read(key, entry.location)
+                if session is None:
+                    continue
+                empty = Session(key, session.shape, state=session.state, has_state=session.has_state)
+                empty.created = session.created
+                with self._lock:
+                    self._put(key, entry, empty, "host")
+        return len(keys)
+
+    def delete(self, owner: str, session_id: str) -> None:
+        """Removes a session and its file; a request that is using it goes on without it."""
+        key = SessionKey(owner, session_id)
+        with self._disk, self._lock:
+            self._find(key)
+            self._forget(key)
+            if self._folder is not None:
+                archive.session_file(self._folder, owner, session_id).unlink(missing_ok=True)
+                archive.bury(self._folder, owner, session_id)
+
+    def _forget(self, key: SessionKey) -> None:
+        self._changes += 1
+        del self._entries[key]
+        for eviction in self._eviction.values():
+            eviction.forget(key)
+
+    def _find(self, key: SessionKey) -> Entry:
+        entry = self._entries.get(key)
+        if entry is None or not _stored(entry):
+            raise SessionNotFound("No such session")
+        return entry
+
+    def close(self) -> None:
+        """Waits for reads and writes under way."""
+        self._pool.shutdown(wait=True)
+
+
+def _stored(entry: Entry) -> bool:
+    return entry.session is not None or entry.location is not None
+
+
+def _change(entry: Entry) -> int:
+    return entry.saved if entry.session is None else entry.session.changed
+
+
+def _listing(session: Session) -> Listing:
+    return Listing(
+        session_id=session.key.session_id,
+        tokens=session.history.length,
+        bytes=sum(checkpoint.bytes for checkpoint in session.checkpoints),
+        created=session.created,
+        last_used=session.last_used,
+        has_state=session.has_state,
+    )
+
+
+def _norm_and_rank(checkpoint: Checkpoint) -> tuple[float, float]:
+    """Frobenius norm of the memory, and its effective rank: exp of the entropy of its normalised singular values."""
+    memory = checkpoint.row.memory
+    if memory is None:
+        return 0.0, 0.0
+    weights = np.asarray(memory.weights)[0]
+    values = np.sqrt(np.maximum(np.linalg.eigvalsh(weights.T.astype(np.float64) @ weights), 0.0))
+    total = values.sum()
+    if total == 0:
+        return 0.0, 0.0
+    share = values[values > 0] / total
+    return float(np.linalg.norm(weights)), float(np.exp(-(share * np.log(share)).sum()))
+
+
+def _mean_layer(infos: list[LayerMemoryInfo]) -> LayerMemoryInfo:
+    return LayerMemoryInfo(
+        layer=infos[0].layer,
+        norm=sum(info.norm for info in infos) / len(infos),
+        effective_rank=sum(info.effective_rank for info in infos) / len(infos),
+        omega_loss=sum(info.omega_loss for info in infos) / len(infos),
+    )

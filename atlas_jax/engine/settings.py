@@ -1,0 +1,98 @@
+"""A request's settings as the arrays the compiled step reads; made on the host, each a batch of one or a scalar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from atlas_jax.engine.api import MemoryParams, SamplingParams
+from atlas_jax.kernels.sampling import BIAS_SLOTS, SamplingState
+from atlas_jax.memory.recall import EXACT, GRADIENT, MUON, MemorySettings, WriteSettings
+
+CALIBRATED_STEP = 1e-3
+"""The `learning_rate` that means the calibrated inner step: one exact line search. Others are relative to it."""
+
+
+@dataclass(frozen=True)
+class MemoryWrite:
+    """How a sequence's memory is written.
+
+    Attributes:
+      window: tokens in the Omega objective.
+      optimizer: `recall.EXACT`, `GRADIENT` or `MUON`.
+      step: factor on the calibrated inner step.
+      degree: polynomial degree.
+    """
+
+    window: int
+    optimizer: int
+    step: float
+    degree: int
+
+    @classmethod
+    def from_params(cls, params: MemoryParams, degree: int) -> MemoryWrite:
+        """What a request asks for; `degree` is its session's."""
+        optimizer = EXACT if params.use_muon is None else MUON if params.use_muon else GRADIENT
+        step = 1.0 if params.learning_rate is None else params.learning_rate / CALIBRATED_STEP
+        return cls(params.omega_window, optimizer, step, degree)
+
+
+def write_settings(write: MemoryWrite, end: int) -> WriteSettings:
+    """One memory write; `end` is the first position still in the window."""
+    values: dict[str, Any] = {
+        "end": np.int32(end),
+        "window": np.int32(write.window),
+        "optimizer": np.int32(write.optimizer),
+        "step": np.float32(write.step),
+        "degree": np.int32(write.degree - 1),
+    }
+    return WriteSettings(**values)
+
+
+def memory_settings(params: MemoryParams | None, layers: int, degree: int) -> MemorySettings:
+    """How a row reads its memory; `layers` and `degree` are its session's."""
+    blend = params.blend_ratio if params is not None and params.read else 0.0
+    odds = np.clip(np.log(max(blend, 1e-12)) - np.log(max(1.0 - blend, 1e-12)), -30.0, 30.0)
+    values: dict[str, Any] = {
+        "layers": np.asarray([layers - 1], np.int32),
+        "degree": np.asarray([degree - 1], np.int32),
+        "read": np.asarray([blend > 0], bool),
+        "read_from": np.asarray([0 if params is None else params.warmup_tokens], np.int32),
+        "log_odds": np.asarray([odds], np.float32),
+    }
+    return MemorySettings(**values)
+
+
+def sampling_state(params: SamplingParams, vocab: int, seed: int, prompt: Sequence[int]) -> SamplingState:
+    """How a row draws its tokens."""
+
+    def number(value: float) -> np.ndarray:
+        return np.asarray([value], np.float32)
+
+    bias_token = np.full((1, BIAS_SLOTS), vocab, np.int32)
+    bias = np.zeros((1, BIAS_SLOTS), np.float32)
+    bias_token[0, : len(params.logit_bias)] = list(params.logit_bias)
+    bias[0, : len(params.logit_bias)] = list(params.logit_bias.values())
+    present = np.zeros((1, vocab), np.int8)
+    if params.repeat_penalty != 1.0:
+        present[0, np.asarray(prompt, np.int64)] = 1
+    values: dict[str, Any] = {
+        "temperature": number(params.temperature),
+        "top_k": np.asarray([min(params.top_k, vocab)], np.int32),
+        "top_p": number(params.top_p),
+        "min_p": number(params.min_p),
+        "typical_p": number(params.typical_p),
+        "repeat_penalty": number(params.repeat_penalty),
+        "presence_penalty": number(params.presence_penalty),
+        "frequency_penalty": number(params.frequency_penalty),
+        "seed": np.asarray([[seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]], np.uint32),
+        "bias_token": bias_token,
+        "bias": bias,
+        "generated": np.zeros((1, vocab), np.int16),
+        "present": present,
+        "logprobs": np.asarray([int(bool(params.logprobs))], np.int32),
+    }
+    return SamplingState(**values)

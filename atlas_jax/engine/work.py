@@ -1,0 +1,141 @@
+"""One request on its way through the engine: waiting, being read, being answered."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from dataclasses import dataclass, field
+
+from atlas_jax.config import PAGE
+from atlas_jax.engine.api import (
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    GenerationRequest,
+    Listener,
+    MemoryStats,
+    TokenInfo,
+)
+from atlas_jax.engine.output import TextStream
+from atlas_jax.engine.session import Session, SessionShape
+from atlas_jax.engine.sessions import Lease
+from atlas_jax.engine.settings import MemoryWrite
+from atlas_jax.engine.state import Sequences
+from atlas_jax.gguf import Tokenizer
+from atlas_jax.model.window import WindowPlan
+
+
+@dataclass(eq=False)
+class Work:
+    """A request and everything the engine's thread knows of it.
+
+    Attributes:
+      shape, write: of its memory, or None for the plain model.
+      feed: prompt tokens still to be read, of which the last is fed by the first decode step.
+      position: position of the next token to be read or fed.
+      page: the last page that has begun.
+      prompt_end: position of the prompt's last token once it has joined the decode batch, −1 before.
+      ring_pages: ring slots it needs.
+      row: its state while the prompt is being read.
+      kept: session it goes on as when it ends, or None.
+    """
+
+    request: GenerationRequest
+    listener: Listener
+    seed: int
+    stream: TextStream
+    submitted: float = field(default_factory=time.monotonic)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    lease: Lease | None = None
+    kept: Session | None = None
+    shape: SessionShape | None = None
+    write: MemoryWrite | None = None
+    feed: list[int] = field(default_factory=list)
+    position: int = 0
+    page: int = -1
+    prompt_end: int = -1
+    ring_pages: int = 1
+    row: Sequences | None = None
+    cached: int = 0
+    cache_hit: bool = False
+    absorbed: int = 0
+    updates: int = 0
+    muon_iterations: int = 0
+    limit: int = 0
+    launched: int = 0
+    generated: list[int] = field(default_factory=list)
+    scored: list[TokenInfo] = field(default_factory=list)
+    gate_sum: float = 0.0
+    gate_count: int = 0
+    started: float = 0.0
+    read_at: float = 0.0
+    done: bool = False
+
+    @property
+    def plan(self) -> WindowPlan:
+        """Its window."""
+        return WindowPlan(window=None) if self.shape is None else self.shape.plan
+
+    @property
+    def needs_page(self) -> bool:
+        """Whether the next token begins a page."""
+        return self.position % PAGE == 0 and self.page < self.position // PAGE
+
+    @property
+    def read_tokens(self) -> int:
+        """Position up to which its text is to stay read once decoding ends.
+
+        The last drawn token has not been read; the step in flight may have read it, which setting the row back undoes.
+        """
+        return self.prompt_end + (len(self.generated) or min(self.launched, 1))
+
+    def begin_page(self, muon_passes: int) -> bool:
+        """Accounts for the page that begins now; tells whether the memory is written with it."""
+        self.page = self.position // PAGE
+        left = self.plan.left(self.page) - self.plan.left(self.page - 1)
+        if left == 0 or self.write is None:
+            return False
+        self.absorbed += left * PAGE
+        self.updates += 1
+        self.muon_iterations += muon_passes
+        return True
+
+    def send(self, event: Event) -> None:
+        """Tells the listener; its failure is not the engine's."""
+        self.listener(event)
+
+    def fail(self, failure: Failed) -> None:
+        """Ends it with an error."""
+        self.done = True
+        self.send(failure)
+
+    def finished(self, reason: FinishReason, memory: MemoryStats | None) -> Finished:
+        """The last event."""
+        now = time.monotonic()
+        started = self.started or now
+        read_at = self.read_at or now
+        return Finished(
+            reason=reason,
+            prompt_tokens=len(self.request.prompt),
+            completion_tokens=len(self.generated),
+            cached_tokens=self.cached,
+            seed=self.seed,
+            stop=self.stream.matched,
+            queue_seconds=started - self.submitted,
+            prompt_seconds=read_at - started,
+            decode_seconds=now - read_at,
+            memory=memory,
+        )
+
+
+def new_work(request: GenerationRequest, listener: Listener, tokenizer: Tokenizer) -> Work:
+    """A request that has just arrived."""
+    seed = request.sampling.seed
+    return Work(
+        request=request,
+        listener=listener,
+        seed=secrets.randbits(63) if seed is None else seed & ((1 << 64) - 1),
+        stream=TextStream(tokenizer, request.stop, with_tokens=request.sampling.logprobs is not None),
+    )

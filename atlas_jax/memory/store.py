@@ -1,0 +1,111 @@
+"""Adapter files: what calibration found for one model, in a safetensors file bound to the model's fingerprint."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from atlas_jax.config import ConfigError, MemoryConfig, ModelConfig
+from atlas_jax.memory.adapter import GATE_FEATURES, Adapter, make_adapter
+
+_KEY = "atlas"
+_VERSION = 1
+
+
+class AdapterError(ValueError):
+    """An adapter file that is damaged, or was made for another model; the message says which."""
+
+
+class _Header(msgspec.Struct, forbid_unknown_fields=True):
+    version: int
+    model: str
+    layers: list[int]
+    components: int
+    features: int
+    code_dim: int
+
+
+def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
+    """Serialises the calibrated part of an adapter; the rest follows from the configuration."""
+    header = _Header(_VERSION, fingerprint, list(config.layers), config.components, config.features, config.code_dim)
+    arrays: dict[str, np.ndarray] = {
+        "mean": np.asarray(adapter.mean, np.float16),
+        "projection": np.asarray(adapter.projection, np.float16),
+        "gate": np.asarray(adapter.gate, np.float32),
+    }
+    return safetensors.numpy.save(arrays, metadata={_KEY: msgspec.json.encode(header).decode()})
+
+
+def decode(
+    data: bytes, fingerprint: str, model: ModelConfig, *, max_window: int, max_omega_window: int
+) -> tuple[MemoryConfig, Adapter]:
+    """Reads an adapter for a model.
+
+    Raises:
+      AdapterError: it is damaged or made for another model.
+    """
+    try:
+        arrays = safetensors.numpy.load(data)
+        length = int.from_bytes(data[:8], "little")
+        metadata = msgspec.json.decode(data[8 : 8 + length])["__metadata__"]
+        header = msgspec.json.decode(metadata[_KEY], type=_Header)
+    except (safetensors.SafetensorError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError("adapter file is damaged") from error
+    if header.version != _VERSION:
+        raise AdapterError(f"adapter version {header.version} is not supported")
+    if header.model != fingerprint:
+        raise AdapterError("adapter was made for another model")
+    try:
+        config = MemoryConfig(
+            layers=tuple(header.layers),
+            components=header.components,
+            features=header.features,
+            code_dim=header.code_dim,
+            max_window=max_window,
+            max_omega_window=max_omega_window,
+        )
+    except ConfigError as error:
+        raise AdapterError(f"adapter file: {error}") from error
+    count = len(config.layers)
+    wanted = {
+        "mean": (count, model.embed),
+        "projection": (count, model.embed, config.components),
+        "gate": (GATE_FEATURES,),
+    }
+    for name, shape in wanted.items():
+        array = arrays.get(name)
+        if array is None or array.shape != shape or not np.isfinite(array).all():
+            raise AdapterError(f"adapter file: '{name}' is missing or not {list(shape)} finite numbers")
+    if not all(0 <= layer < len(model.layers) for layer in config.layers):
+        raise AdapterError("adapter file names layers the model does not have")
+    adapter = make_adapter(
+        config,
+        model.vocab,
+        arrays["mean"].astype(np.float32),
+        arrays["projection"].astype(np.float32),
+        arrays["gate"].astype(np.float32),
+    )
+    return config, adapter
+
+
+def shipped(fingerprint: str) -> bytes | None:
+    """The adapter that comes with the library for a model, or None."""
+    file = resources.files("atlas_jax.memory") / "adapters" / f"{fingerprint[:16]}.safetensors"
+    return file.read_bytes() if file.is_file() else None
+
+
+def calibration_texts() -> list[str]:
+    """The texts that come with the library for calibration; sources and licences in NOTICE beside them."""
+    folder = resources.files("atlas_jax.memory") / "texts"
+    files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
+    return [file.read_text("utf-8") for file in files]
+
+
+def cached(folder: Path, fingerprint: str) -> Path:
+    """Where an adapter calibrated on this machine is kept."""
+    return folder / f"{fingerprint[:32]}.safetensors"
