@@ -161,7 +161,7 @@ class Engine:
             )
         step = StepConfig(config, memory)
         pages = max(context // PAGE, 1, 0 if memory is None else (max_window + _MAX_OMEGA_WINDOW) // PAGE)
-        buckets = Buckets(rows=_powers(1, max_running), pages=_powers(4, pages))
+        buckets = Buckets(rows=_powers(2, max_running), pages=_powers(4, pages))
         runner = Runner(step, Weights(params, adapter), kv_dtype, buckets)
         layout = None if memory is None else Layout(config, memory, kv_dtype, fingerprint)
         info = ModelInfo(

@@ -34,7 +34,7 @@ class Buckets:
       pages: sizes of a row's ring of pages.
     """
 
-    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    rows: tuple[int, ...] = (2, 4, 8, 16, 32)
     pages: tuple[int, ...] = (4, 8, 16, 32, 64)
 
 

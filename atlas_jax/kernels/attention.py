@@ -127,15 +127,25 @@ def first_tokens(
 
 
 def _write_pages(pages: Pages, new: jax.Array, view: RingView) -> Pages:
-    row, slot = jnp.arange(new.shape[0])[:, None], view.slot[:, None]
-    offset = jnp.where(view.valid, view.positions % PAGE, PAGE)  # offset P is out of range: dropped
     if not isinstance(pages, QuantPages):
-        return pages.at[row, slot, :, offset].set(new, mode="drop")
+        return _put_tokens(pages, new, view)
     values, scale = quantize_rows(new)
-    return QuantPages(
-        pages.values.at[row, slot, :, offset].set(values, mode="drop"),
-        pages.scale.at[row, slot, :, offset].set(scale[..., 0], mode="drop"),
-    )
+    return QuantPages(_put_tokens(pages.values, values, view), _put_tokens(pages.scale, scale[..., 0], view))
+
+
+def _put_tokens(ring: jax.Array, new: jax.Array, view: RingView) -> jax.Array:
+    """Writes [B, T, K, …] at each token's place in [B, N, K, P, …].
+
+    A step of one token writes its place whether the token is valid or not: nothing sees a place before its token has
+    been read, and the next token of that row overwrites it.
+    """
+    batch, tokens = new.shape[:2]
+    offset = view.positions % PAGE
+    row, slot = jnp.arange(batch)[:, None], view.slot[:, None]
+    if tokens == 1:
+        return ring.at[row, slot, :, offset].set(new, mode="promise_in_bounds", unique_indices=True)
+    offset = jnp.where(view.valid, offset, PAGE)  # offset P is out of range: dropped
+    return ring.at[row, slot, :, offset].set(new, mode="drop")
 
 
 def visible(view: RingView, sliding_window: int | None) -> tuple[Bool[Array, "B T N P"], Bool[Array, "B T"]]:

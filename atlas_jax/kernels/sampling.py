@@ -115,7 +115,7 @@ def sample(state: SamplingState, scores: Float[Array, "B V"], position: Int32[Ar
     logprob = jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0] - log_mass
     top_logprob, top_token = jax.lax.cond(
         jnp.any(state.logprobs > 0),
-        lambda: jax.lax.top_k(scores - log_mass[:, None], TOP_LOGPROBS),
+        lambda: tuple(jax.lax.top_k(scores - log_mass[:, None], TOP_LOGPROBS)),
         lambda: (
             jnp.zeros((scores.shape[0], TOP_LOGPROBS), scores.dtype),
             jnp.zeros((scores.shape[0], TOP_LOGPROBS), jnp.int32),
