@@ -136,13 +136,15 @@ def _write_pages(pages: Pages, new: jax.Array, view: RingView) -> Pages:
 def _put_tokens(ring: jax.Array, new: jax.Array, view: RingView) -> jax.Array:
     """Writes [B, T, K, …] at each token's place in [B, N, K, P, …].
 
-    A step of one token writes its place whether the token is valid or not: nothing sees a place before its token has
-    been read, and the next token of that row overwrites it.
+    In a step of one token a row whose token is not valid writes back what was there: at the end of a page, its next
+    page not begun, that place holds the first token of the page before.
     """
     batch, tokens = new.shape[:2]
     offset = view.positions % PAGE
     row, slot = jnp.arange(batch)[:, None], view.slot[:, None]
     if tokens == 1:
+        valid = view.valid.reshape(view.valid.shape + (1,) * (new.ndim - 2))
+        new = jnp.where(valid, new, ring[row, slot, :, offset])
         return ring.at[row, slot, :, offset].set(new, mode="promise_in_bounds", unique_indices=True)
     offset = jnp.where(view.valid, offset, PAGE)  # offset P is out of range: dropped
     return ring.at[row, slot, :, offset].set(new, mode="drop")

@@ -1,0 +1,146 @@
+"""Tiny models with seeded random weights, as GGUF files, so that a whole engine opens and compiles in seconds.
+
+The text they write means nothing, but it depends on everything they have read: weights are scaled so that attention is
+neither flat nor a copy, and greedy answers do not fall into a loop at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from gguf import GGUFWriter, TokenType
+
+from atlas_jax.config import MemoryConfig
+from atlas_jax.gguf import GGUFFile
+from atlas_jax.memory import store
+from atlas_jax.memory.adapter import make_adapter
+from atlas_jax.model.loading import model_config
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_WORDS = "the and ing er that session token page memory window reads writes never again".split()
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a tiny model."""
+
+    architecture: str = "llama"
+    layers: int = 3
+    embed: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    head_dim: int = 16
+    ff: int = 96
+    context: int = 4096
+    sliding_window: int | None = None
+
+
+LLAMA = Shape()
+GEMMA = Shape(architecture="gemma3", layers=7, embed=48, heads=4, kv_heads=1, head_dim=16, ff=64, sliding_window=96)
+
+
+def byte_level_vocabulary() -> tuple[list[str], list[int], list[str]]:
+    """Tokens, their types and merges: every byte, the pieces of a few words, and three control tokens."""
+    shown = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    tokens = [chr(byte) for byte in shown] + [chr(256 + index) for index in range(len(hidden))]
+    merges: list[str] = []
+    for word in _WORDS:
+        for start in ("", "Ġ"):
+            merged = (start + word)[0]
+            for character in (start + word)[1:]:
+                merge = f"{merged} {character}"
+                merged += character
+                if merge not in merges:
+                    merges.append(merge)
+                if merged not in tokens:
+                    tokens.append(merged)
+    types = [int(TokenType.NORMAL)] * len(tokens) + [int(TokenType.CONTROL)] * 3
+    return [*tokens, "<|endoftext|>", "<|im_start|>", "<|im_end|>"], types, merges
+
+
+def write_model(path: Path, shape: Shape = LLAMA, *, seed: int = 0) -> Path:
+    """Writes a model; the same shape and seed give the same bytes."""
+    tokens, types, merges = byte_level_vocabulary()
+    random = np.random.default_rng(seed)
+    gemma = shape.architecture == "gemma3"
+    writer = GGUFWriter(path, shape.architecture)
+    writer.add_name("tiny")
+    writer.add_block_count(shape.layers)
+    writer.add_context_length(shape.context)
+    writer.add_embedding_length(shape.embed)
+    writer.add_feed_forward_length(shape.ff)
+    writer.add_head_count(shape.heads)
+    writer.add_head_count_kv(shape.kv_heads)
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10_000.0)
+    if shape.sliding_window is not None:
+        writer.add_sliding_window(shape.sliding_window)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(len(tokens) - 3)
+    writer.add_eos_token_id(len(tokens) - 1)
+    writer.add_add_bos_token(False)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+    def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> None:
+        values = random.standard_normal((rows, columns)) * (gain / np.sqrt(columns))
+        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+
+    def vector(name: str, size: int) -> None:
+        writer.add_tensor(f"{name}.weight", (1.0 + 0.1 * random.standard_normal(size)).astype(np.float32))
+
+    embed, dim = shape.embed, shape.head_dim
+    matrix("token_embd", len(tokens), embed, gain=1.0 if gemma else np.sqrt(embed))
+    for layer in range(shape.layers):
+        prefix = f"blk.{layer}."
+        vector(f"{prefix}attn_norm", embed)
+        matrix(f"{prefix}attn_q", shape.heads * dim, embed, gain=1.5)
+        matrix(f"{prefix}attn_k", shape.kv_heads * dim, embed, gain=1.5)
+        matrix(f"{prefix}attn_v", shape.kv_heads * dim, embed, gain=2.0)
+        matrix(f"{prefix}attn_output", embed, shape.heads * dim, gain=2.0)
+        vector(f"{prefix}ffn_norm", embed)
+        matrix(f"{prefix}ffn_gate", shape.ff, embed)
+        matrix(f"{prefix}ffn_up", shape.ff, embed)
+        matrix(f"{prefix}ffn_down", embed, shape.ff, gain=2.0)
+        if gemma:
+            for name, size in (("attn_q_norm", dim), ("attn_k_norm", dim)):
+                vector(prefix + name, size)
+            for name in ("post_attention_norm", "post_ffw_norm"):
+                vector(prefix + name, embed)
+    vector("output_norm", embed)
+    if not gemma:
+        matrix("output", len(tokens), embed, gain=2.5)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def write_adapter(path: Path, model: Path, *, seed: int = 0) -> Path:
+    """Writes a small memory for a model, not calibrated: random key maps and a gate that opens with confidence."""
+    random = np.random.default_rng(seed)
+    with GGUFFile.open(model) as file:
+        config, fingerprint = model_config(file), file.fingerprint()
+    memory = MemoryConfig(layers=(len(config.layers) - 1, 1), components=24, features=300, code_dim=64)
+    count = len(memory.layers)
+    adapter = make_adapter(
+        memory,
+        config.vocab,
+        np.zeros((count, config.embed), np.float32),
+        random.standard_normal((count, config.embed, memory.components)).astype(np.float32),
+        np.asarray([-2.0, 3.0, 2.0, 0.1], np.float32),
+    )
+    path.write_bytes(store.encode(fingerprint, memory, adapter))
+    return path
