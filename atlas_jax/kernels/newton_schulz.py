@@ -28,13 +28,15 @@ COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     ),
 }
 
+SINGULAR_BAND: dict[str, tuple[float, float]] = {"jordan": (0.681, 1.135), "polar_express": (0.858, 1.142)}
+"""Where five steps take singular values that are at least 0.01 of the Frobenius norm."""
+
 
 def orthogonalize(
     matrix: Float[Array, "*batch m n"],
     *,
     steps: int = 5,
     table: CoefficientTable = "jordan",
-    eps: float = 1e-30,
 ) -> Float[Array, "*batch m n"]:
     """Replaces the singular values of a matrix by values near 1, keeping its singular vectors: ≈ U·Vᵀ.
 
@@ -44,21 +46,16 @@ def orthogonalize(
     Args:
       matrix: any shape of at least two axes; leading axes are a batch.
       steps: quintic iterations; more than the table has repeat its last row.
-      eps: added to the squared Frobenius norm, far below any real one, so that zero maps to zero.
 
     Returns:
-      The orthogonalised matrix; zero where the input is zero.
+      The orthogonalised matrix; zero, with zero gradient, where the input is zero.
 
     References:
       Jordan et al., Muon (2024); ATLAS, arXiv 2505.23735, equation 32.
     """
     if matrix.shape[-2] < matrix.shape[-1]:
-        transposed = orthogonalize(jnp.swapaxes(matrix, -1, -2), steps=steps, table=table, eps=eps)
-        return jnp.swapaxes(transposed, -1, -2)
-    # scaled by the largest entry first: the squares of very small or very large entries would leave float32's range
-    peak = jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True)
-    x = matrix / jnp.where(peak > 0, peak, 1.0)
-    x = x * jax.lax.rsqrt(jnp.sum(x * x, axis=(-2, -1), keepdims=True) + eps)
+        return jnp.swapaxes(orthogonalize(jnp.swapaxes(matrix, -1, -2), steps=steps, table=table), -1, -2)
+    x = _normalize(matrix)
     gram = jnp.einsum("...mi,...mj->...ij", x, x)
     return jnp.einsum("...mi,...ij->...mj", x, gram_polynomial(gram, steps=steps, table=table))
 
@@ -83,11 +80,23 @@ def ref_orthogonalize(
     matrix: Float[Array, "*batch m n"], *, steps: int = 5, table: CoefficientTable = "jordan"
 ) -> Float[Array, "*batch m n"]:
     """`orthogonalize` as its definition: X ← aX + (bA + cA²)X with A = XXᵀ, no short cuts."""
-    x = matrix / jnp.maximum(jnp.sqrt(jnp.sum(matrix * matrix, axis=(-2, -1), keepdims=True)), 1e-30)
+    x = _normalize(matrix)
     for a, b, c in _coefficients(steps, table):
         outer = x @ jnp.swapaxes(x, -1, -2)
         x = a * x + (b * outer + c * (outer @ outer)) @ x
     return x
+
+
+def _normalize(matrix: jax.Array) -> jax.Array:
+    """Divides by the Frobenius norm, so that no singular value exceeds 1.
+
+    Scaled by the largest entry first: the squares of very small or very large entries would leave float32's range. The
+    result does not depend on that scale, so no gradient need flow through it.
+    """
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True))
+    x = matrix / jnp.where(peak > 0, peak, 1.0)
+    square = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
+    return x * jax.lax.rsqrt(jnp.where(peak > 0, square, 1.0))
 
 
 def _coefficients(steps: int, table: CoefficientTable) -> tuple[tuple[float, float, float], ...]:

@@ -1,0 +1,124 @@
+"""Feature maps φ of the inner memory: monomials without gathers, their sketch, exponential and elementwise features.
+
+`features.py` evaluates a table of monomials that is data; here the degree is static, so a block of monomials is built
+from slices of the block one degree lower and its gradient needs no scatter.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax.kernels.features import monomial_table
+from atlas_jax.typing import Array, Float
+
+
+def monomial_count(dim: int, degree: int) -> int:
+    """Monomials of degree 0 … p in `dim` variables, C(dim + p, p)."""
+    return math.comb(dim + degree, degree)
+
+
+def exponential_scale(degree: int) -> np.ndarray:
+    """1/√i! for i = 0 … p: with it `polynomial` is φ* of equation 22, cut at degree p."""
+    return np.asarray([1 / math.sqrt(math.factorial(i)) for i in range(degree + 1)])
+
+
+def polynomial(x: Float[Array, "*rows d"], scale: Float[Array, " orders"]) -> Float[Array, "*rows M"]:
+    """φ(x) with φ(x)·φ(y) = Σᵢ scale[i]²·(x·y)ⁱ: every distinct monomial of degree 0 … p once (ATLAS, equation 5).
+
+    Args:
+      scale: √aᵢ for i = 0 … p; learning the root keeps aᵢ ≥ 0. The paper starts from aᵢ = 1/i!.
+    """
+    degree = scale.shape[0] - 1
+    blocks = [jnp.ones((*x.shape[:-1], 1), x.dtype)]
+    for order in range(degree):
+        blocks.append(_raise(x, blocks[-1], order))
+    weight = _multiplicity(x.shape[-1], degree)
+    parts, start = [], 0
+    for order, block in enumerate(blocks):
+        stop = start + block.shape[-1]
+        parts.append(block * (scale[order] * jnp.asarray(weight[start:stop], x.dtype)))
+        start = stop
+    return jnp.concatenate(parts, axis=-1)
+
+
+def polynomial_sketch(
+    x: Float[Array, "*rows d"], scale: Float[Array, " orders"], width: int, seed: int
+) -> Float[Array, "*rows width"]:
+    """`polynomial` squeezed into `width` features: degrees 0 and 1 exact, higher ones as products of random signs.
+
+    A feature of degree i is Πⱼ(ωⱼ·x)/√m with independent ωⱼ ∈ {±1}ᵈ; its kernel is (x·y)ⁱ in expectation (Kar and
+    Karnick, random Maclaurin features, arXiv 1201.6530).
+
+    Raises:
+      ValueError: `width` leaves no feature for a degree.
+    """
+    dim, degree = x.shape[-1], scale.shape[0] - 1
+    parts = [jnp.broadcast_to(scale[0], (*x.shape[:-1], 1)).astype(x.dtype), scale[1] * x]
+    for order, share in zip(range(2, degree + 1), sketch_shares(dim, degree, width), strict=True):
+        signs = jnp.asarray(_signs(dim, order, share, seed), x.dtype)
+        product = jnp.prod(jnp.einsum("...d,ndm->...nm", x, signs), axis=-2)
+        parts.append(scale[order] * share**-0.5 * product)
+    return jnp.concatenate(parts, axis=-1)
+
+
+def sketch_shares(dim: int, degree: int, width: int) -> tuple[int, ...]:
+    """Features that each degree from 2 on gets in `polynomial_sketch`."""
+    left, orders = width - 1 - dim, degree - 1
+    if orders < 1 or left < orders:
+        raise ValueError(f"a sketch of degree {degree} in {dim} variables needs a width of at least {dim + degree}")
+    return tuple(left // orders + (index < left % orders) for index in range(orders))
+
+
+def random_exponential(x: Float[Array, "*rows d"], width: int, seed: int) -> Float[Array, "*rows width"]:
+    """Positive random features whose kernel is exp(x·y) in expectation: exp(ω·x − |x|²/2)/√m (arXiv 2009.14794)."""
+    directions = jnp.asarray(_normals(x.shape[-1], width, seed), x.dtype)
+    exponent = jnp.einsum("...d,dm->...m", x, directions) - 0.5 * jnp.sum(x * x, axis=-1, keepdims=True)
+    return jnp.exp(exponent) * width**-0.5
+
+
+def elementwise(x: Float[Array, "*rows d"], coefficients: Float[Array, " orders"]) -> Float[Array, "*rows d"]:
+    """Σᵢ coefficients[i − 1]·xⁱ in each component, i = 1 … p: keeps the width and adds no rank. For comparison only."""
+    result = jnp.zeros_like(x)
+    for coefficient in coefficients[::-1]:
+        result = (result + coefficient) * x
+    return result
+
+
+def ref_polynomial(x: Float[Array, "*rows d"], scale: Float[Array, " orders"]) -> Float[Array, "*rows M"]:
+    """`polynomial` from the table of monomials, one product of gathered variables each."""
+    dim, degree = x.shape[-1], scale.shape[0] - 1
+    table = monomial_table(dim, (1.0,) * (degree + 1))
+    extended = jnp.concatenate([x, jnp.ones((*x.shape[:-1], 1), x.dtype)], axis=-1)
+    orders = (table.factors < dim).sum(axis=1)
+    return jnp.prod(extended[..., table.factors], axis=-1) * _multiplicity(dim, degree) * scale[orders]
+
+
+def _raise(x: jax.Array, block: jax.Array, order: int) -> jax.Array:
+    """The monomials of degree `order` + 1 from those of degree `order`, both in lexicographic order.
+
+    Those whose first variable is x_i are x_i times the monomials without x_0 … x_{i−1}: a suffix of the lower block.
+    """
+    dim = x.shape[-1]
+    suffix = [math.comb(dim - i + order - 1, order) for i in range(dim)]
+    return jnp.concatenate([x[..., i : i + 1] * block[..., -size:] for i, size in enumerate(suffix)], axis=-1)
+
+
+@functools.lru_cache(maxsize=64)
+def _multiplicity(dim: int, degree: int) -> np.ndarray:
+    """Square root of how often each monomial occurs in x^{⊗i}, float64 [M]."""
+    return np.sqrt(np.rint(monomial_table(dim, (1.0,) * (degree + 1)).weight.astype(np.float64) ** 2))
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(dim: int, order: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng((seed, order)).integers(0, 2, (order, dim, width)) * 2.0 - 1.0
+
+
+@functools.lru_cache(maxsize=64)
+def _normals(dim: int, width: int, seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal((dim, width))

@@ -1,0 +1,36 @@
+"""Test-time memories as pure functions: a rule, its parameters, its state, and two ways to run it.
+
+    rule = presets.atlas(64, 64)
+    params = init_params(rule, jax.random.key(0))
+    state = init_state(rule, params, batch=(8,))
+    state, y = chunked(rule, params, state, make_tokens(rule, q, k, v, eta=0.01, alpha=0.99))
+
+`step` and `scan` are the definition, token by token; `chunked` computes the same in parallel. A rule is hashable: make
+it static under `jit`. Everything is differentiable, through the inner loop.
+"""
+
+from atlas_jax.memory.rules import presets
+from atlas_jax.memory.rules._chunked import chunked
+from atlas_jax.memory.rules._params import Params, init_params
+from atlas_jax.memory.rules._rule import Features, MemoryRule
+from atlas_jax.memory.rules._state import MemoryState, init_state
+from atlas_jax.memory.rules._step import read, scan, step
+from atlas_jax.memory.rules._tokens import Tokens, make_tokens
+from atlas_jax.memory.rules.presets import PRESETS
+
+__all__ = [
+    "PRESETS",
+    "Features",
+    "MemoryRule",
+    "MemoryState",
+    "Params",
+    "Tokens",
+    "chunked",
+    "init_params",
+    "init_state",
+    "make_tokens",
+    "presets",
+    "read",
+    "scan",
+    "step",
+]

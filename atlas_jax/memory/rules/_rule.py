@@ -1,0 +1,235 @@
+"""What a test-time memory is: frozen, validated configuration. Hashable, so a rule is a static argument under `jit`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from atlas_jax.config import ConfigError
+from atlas_jax.kernels.feature_maps import monomial_count, sketch_shares
+from atlas_jax.kernels.newton_schulz import CoefficientTable
+
+FeatureKind = Literal["identity", "polynomial", "exponential", "random_exponential", "elementwise"]
+Compression = Literal["none", "sketch", "projection"]
+Architecture = Literal["matrix", "mlp", "gated_mlp"]
+Residual = Literal["none", "key", "features"]
+Activation = Literal["gelu", "silu"]
+Objective = Literal["l2", "dot"]
+Optimizer = Literal["gradient", "momentum", "muon", "exact"]
+Gate = Literal["eta", "alpha", "theta"]
+
+MAX_POLYNOMIAL_DEGREE = 3
+MAX_EXPONENTIAL_DEGREE = 12
+
+
+def _require(condition: bool, field: str, message: str) -> None:
+    if not condition:
+        raise ConfigError(f"{field}: {message}")
+
+
+def _choice(field: str, value: object, choices: object) -> None:
+    names = get_args(choices)
+    _require(value in names, field, f"must be one of {', '.join(names)}; got {value!r}")
+
+
+def _positive(field: str, value: object) -> None:
+    _require(isinstance(value, int) and not isinstance(value, bool) and value >= 1, field, f"must be ≥ 1, got {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """The feature map φ on keys and queries (ATLAS section 3.1).
+
+    Attributes:
+      kind: `polynomial` is all monomials up to `degree` with learnable graded coefficients (equation 5);
+        `exponential` is φ* (equation 22) cut at `degree`; `random_exponential` has `width` positive random features
+        with the same kernel; `elementwise` is powers of each component, which adds no rank, for comparison.
+      degree: highest power, 1 … 3 for a polynomial, 1 … 12 for an exponential or elementwise map.
+      compress: squeeze monomials to `width`: `sketch` by fixed products of random signs, `projection` by a learned
+        matrix.
+      width: features that come out; 0 where `kind` and `compress` fix it.
+      seed: of everything random that is not learned.
+    """
+
+    kind: FeatureKind = "identity"
+    degree: int = 1
+    compress: Compression = "none"
+    width: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("features.kind", self.kind, FeatureKind)
+        _choice("features.compress", self.compress, Compression)
+        _positive("features.degree", self.degree)
+        limit = MAX_POLYNOMIAL_DEGREE if self.kind == "polynomial" else MAX_EXPONENTIAL_DEGREE
+        _require(self.degree <= limit, "features.degree", f"at most {limit} for kind {self.kind!r}, got {self.degree}")
+        squeezed = self.compress != "none"
+        _require(not squeezed or self.kind in ("polynomial", "exponential"), "features.compress", "only for monomials")
+        if squeezed or self.kind == "random_exponential":
+            _positive("features.width", self.width)
+        else:
+            _require(self.width == 0, "features.width", "follows from kind and degree here; leave it 0")
+
+    def out_dim(self, dim: int) -> int:
+        """Features of a key of `dim` components."""
+        if self.width:
+            return self.width
+        return monomial_count(dim, self.degree) if self.kind in ("polynomial", "exponential") else dim
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRule:
+    """A memory, what it learns from a token, and how: everything that is not a weight or a gate.
+
+    With γ, η, α, θ the token's gates, ℓ the objective and W̄ the anchor:
+
+        G_t = Σ_{i in window(t)} γ_i^{(t)} ∇ℓ(W̄; k_i, v_i)
+        S_t = θ_t S_{t−1} + G_t
+        W_t = α_t W_{t−1} − η_t U(S_t)
+
+    Attributes:
+      d_k, d_v: components of keys and queries, and of values.
+      memory: `matrix` W·φ(k); `mlp` r + W1·σ(W2·φ(k)) (equation 42); `gated_mlp` r + W1·(σ(W2·φ(k)) ⊙ W3·φ(k)) (43).
+      hidden: hidden units of an MLP; 0 means 4·d_v.
+      activation: σ.
+      residual: the r of an MLP: nothing, the key (needs d_k = d_v), or its features (needs as many as d_v).
+      features: φ.
+      normalize: scale keys and queries to unit length first. The step sizes of every rule assume it.
+      objective: `l2` ‖M(φ(k)) − v‖², gradient with the factor 2 of the paper's loss; `dot` −⟨M(φ(k)), v⟩.
+      window: tokens c of the Omega window; None, for the optimizer `exact` alone, is all of them.
+      gates: `token`, one γ per token that it has in every window; `age`, c of them emitted with each token, the j-th
+        for the token j places back (the paper's reading).
+      chunk: tokens per anchor. All gradients are taken at the memory as it was at the last multiple of `chunk`
+        tokens, so it is part of what is computed, not a speed knob. 1: always at the newest memory.
+      gradient_at: `memory`, or `decayed`, the memory after its retention gate (Gated DeltaNet; chunk 1 only).
+      optimizer: U. `gradient` (no S), `momentum`, `muon` (Newton–Schulz of each weight's S), or `exact`: the ridge
+        regression of all tokens so far, W = (λW₀ + Σ vφᵀ)(λI + Σ φφᵀ)⁻¹, for a matrix.
+      step: η `outside`, as above (equation 32), or `inside` S_t = θ_t S_{t−1} + η_t G_t (equation 57; Titans).
+      retention: whether α is used; without it α = 1.
+      ns_steps, ns_table: Newton–Schulz iterations and their coefficients.
+      ns_per: orthogonalise the momentum of every `token`, or once per `chunk`: then a chunk is read with the memory it
+        found, and moves it when the next one begins, by the chunk's last direction times its decayed sum of steps.
+      per_channel: gates that have one entry per channel: a row of a matrix memory, a hidden unit of an MLP.
+      clip: bound on the Frobenius norm of each token's gradient on each weight, or None.
+      ridge: λ of `exact`.
+      block: tokens processed together where `chunk` has no meaning (`exact`, matrix with `dot`) or is 1. Only speed.
+      remat: recompute inside chunks in the backward pass; memory grows with √T states instead of T intermediates.
+    """
+
+    d_k: int
+    d_v: int
+    memory: Architecture = "matrix"
+    hidden: int = 0
+    activation: Activation = "gelu"
+    residual: Residual = "none"
+    features: Features = Features()
+    normalize: bool = True
+    objective: Objective = "l2"
+    window: int | None = 1
+    gates: Literal["token", "age"] = "token"
+    chunk: int = 16
+    gradient_at: Literal["memory", "decayed"] = "memory"
+    optimizer: Optimizer = "gradient"
+    step: Literal["outside", "inside"] = "outside"
+    retention: bool = True
+    ns_steps: int = 5
+    ns_table: CoefficientTable = "jordan"
+    ns_per: Literal["token", "chunk"] = "token"
+    per_channel: tuple[Gate, ...] = ()
+    clip: float | None = None
+    ridge: float = 1e-2
+    block: int = 64
+    remat: bool = True
+
+    def __post_init__(self) -> None:
+        for field in ("d_k", "d_v", "chunk", "block"):
+            _positive(field, getattr(self, field))
+        _require(isinstance(self.features, Features), "features", "must be a Features")
+        for field, choices in _CHOICES.items():
+            _choice(field, getattr(self, field), choices)
+        for gate in self.per_channel:
+            _choice("per_channel", gate, Gate)
+        _require(self.hidden >= 0, "hidden", f"must be ≥ 0, got {self.hidden}")
+        _require(self.ns_steps >= 0, "ns_steps", f"must be ≥ 0, got {self.ns_steps}")
+        _require(self.clip is None or self.clip > 0, "clip", f"must be positive or None, got {self.clip}")
+        _require(self.ridge > 0, "ridge", f"must be positive, got {self.ridge}")
+        if self.window is not None:
+            _positive("window", self.window)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        matrix, exact, muon = self.memory == "matrix", self.optimizer == "exact", self.optimizer == "muon"
+        _require(not matrix or self.residual == "none", "residual", "a matrix memory has none")
+        _require(self.residual != "key" or self.d_k == self.d_v, "residual", "'key' needs d_k = d_v")
+        fits = self.residual != "features" or self.feature_dim == self.d_v
+        _require(fits, "residual", f"'features' needs d_v = {self.feature_dim} features")
+        _require((self.window is None) == exact, "window", "None (all tokens) goes with optimizer 'exact', and only so")
+        if exact:
+            _require(matrix and self.objective == "l2", "optimizer", "'exact' needs a matrix memory and objective 'l2'")
+            _require(not self.per_channel, "per_channel", "'exact' has one gate for all channels")
+            _require(self.clip is None, "clip", "'exact' takes no gradients")
+        late = self.gradient_at == "decayed"
+        _require(not late or self.chunk == 1, "gradient_at", "'decayed' needs chunk 1")
+        _require(self.ns_per == "token" or muon, "ns_per", "'chunk' is for optimizer 'muon'")
+        if self.features.compress == "sketch":
+            try:
+                sketch_shares(self.d_k, self.features.degree, self.features.width)
+            except ValueError as error:
+                raise ConfigError(f"features.width: {error}") from error
+
+    @property
+    def feature_dim(self) -> int:
+        """Features of a key."""
+        return self.features.out_dim(self.d_k)
+
+    @property
+    def hidden_dim(self) -> int:
+        """Hidden units of an MLP memory."""
+        return self.hidden or 4 * self.d_v
+
+    @property
+    def channels(self) -> int:
+        """Entries of a per-channel gate."""
+        return self.d_v if self.memory == "matrix" else self.hidden_dim
+
+    @property
+    def window_gates(self) -> int:
+        """Entries of γ per token."""
+        return self.reach + 1 if self.gates == "age" else 1
+
+    @property
+    def reach(self) -> int:
+        """Tokens before the current one that its window holds."""
+        return (self.window or 1) - 1
+
+    def gate_dim(self, gate: Gate) -> int:
+        """Entries of η, α or θ per token."""
+        return self.channels if gate in self.per_channel else 1
+
+    @property
+    def anchored(self) -> bool:
+        """Whether gradients depend on where chunks begin; if not, `chunk` has no effect."""
+        if self.ns_per == "chunk":
+            return True
+        return self.optimizer != "exact" and not (self.memory == "matrix" and self.objective == "dot")
+
+    @property
+    def sequential(self) -> bool:
+        """Whether chunk 1 has a parallel form: a triangular system per block."""
+        linear = self.memory == "matrix" and self.optimizer in ("gradient", "momentum")
+        plain = self.window == 1 and self.clip is None and not self.per_channel
+        return linear and plain and self.chunk == 1 and self.objective == "l2"
+
+
+_CHOICES = {
+    "memory": Architecture,
+    "residual": Residual,
+    "activation": Activation,
+    "objective": Objective,
+    "gates": Literal["token", "age"],
+    "gradient_at": Literal["memory", "decayed"],
+    "optimizer": Optimizer,
+    "step": Literal["outside", "inside"],
+    "ns_table": CoefficientTable,
+    "ns_per": Literal["token", "chunk"],
+}
