@@ -1,1 +1,1 @@
-"""Makes `tiny_model` and the references in `reference/` importable from every test (pytest adds this folder to the path)."""
+"""Its place makes `tiny_model` and the references importable from every test: pytest adds this folder to the path."""

@@ -22,7 +22,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-_WORDS = "the and ing er that session token page memory window reads writes never again".split()
+_WORDS = ("the", "and", "ing", "that", "session", "token", "page", "memory", "window", "reads", "never", "again")
 
 
 @dataclass(frozen=True)

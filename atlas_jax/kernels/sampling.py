@@ -162,9 +162,8 @@ def _first_best(x: jax.Array) -> jax.Array:
 
 def _draw(state: SamplingState, scores: jax.Array, position: jax.Array) -> jax.Array:
     temperature = jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
-    scaled = scores / temperature
-    weight = jnp.exp(scaled - row_max(scaled)[:, None])
-    weight = _filter(state, weight)
+    # the best token's exponent is exactly 0 however small the temperature: there is always a weight to draw from
+    weight = _filter(state, jnp.exp((scores - row_max(scores)[:, None]) / temperature))
     return _inverse_cdf(weight, _uniform(state.seed, position))
 
 
@@ -178,7 +177,7 @@ def _filter(state: SamplingState, weight: jax.Array) -> jax.Array:
 
     def typical(w: jax.Array) -> jax.Array:
         p = w / row_sum(w)[:, None]
-        surprise = -jnp.log(jnp.maximum(p, 1e-38))
+        surprise = -jnp.log(jnp.maximum(p, _TINY))  # anything smaller is flushed to 0
         distance = jnp.abs(surprise - row_sum(p * surprise)[:, None])
         distance = jnp.where(p > 0, distance, 1e30)
         limit = _mass_threshold(distance, p, state.typical_p)

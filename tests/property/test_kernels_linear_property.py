@@ -1,0 +1,120 @@
+"""Quantised products and staged reductions against float64, with the errors their rounding allows and no more."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atlas_jax.kernels.linear import QuantArray, linear, quantize_rows, quantize_weight, rows_of, split_rows
+from atlas_jax.kernels.reduce import row_max, row_sum
+
+ROWS, IN, OUT = 4, 48, 24
+seeds = st.integers(0, 2**32 - 1)
+magnitudes = st.sampled_from([0.0, 1e-12, 1e-3, 1.0, 300.0, 1e12])
+
+product = jax.jit(linear, static_argnames="precise")
+
+
+def numbers(seed: int, shape: tuple[int, int], size: float) -> np.ndarray:
+    """Rows of very different size, some of one large number among small ones."""
+    random = np.random.default_rng(seed)
+    values = random.standard_normal(shape) * size * 10.0 ** random.integers(-2, 3, (shape[0], 1))
+    values[random.random(shape) < 0.02] *= 50
+    return values.astype(np.float32)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seeds, magnitudes)
+def test_a_weight_is_rounded_to_half_a_unit_of_its_row(seed: int, size: float) -> None:
+    matrix = numbers(seed, (OUT, IN), size)
+    values, scale = quantize_weight(matrix)
+    assert values.dtype == np.int8
+    assert np.abs(values.astype(int)).max() <= 127
+    error = np.abs(matrix - values * scale[:, None].astype(np.float64))
+    assert (error <= scale[:, None] * 0.5001).all()
+    assert (scale[np.abs(matrix).max(axis=1) == 0] == 0).all()
+
+
+@pytest.mark.parametrize("precise", [True, False])
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seeds, magnitudes, magnitudes)
+def test_a_quantised_product_errs_by_half_a_unit_of_each_activation(
+    precise: bool, seed: int, size: float, weight_size: float
+) -> None:
+    weight = QuantArray(*map(jnp.asarray, quantize_weight(numbers(seed, (OUT, IN), weight_size))))
+    x = numbers(seed + 1, (ROWS, IN), size)
+    found = np.asarray(product(weight, x, precise=precise), np.float64)
+    matrix = np.asarray(weight.values, np.float64) * np.asarray(weight.scale, np.float64)[:, None]
+    wanted = x.astype(np.float64) @ matrix.T
+    unit = np.abs(x).max(axis=1, keepdims=True).astype(np.float64) / 127
+    half = unit / (508 if precise else 2)
+    rounding = 4e-7 * np.abs(x).max(axis=1, keepdims=True).astype(np.float64) + 1e-30
+    assert (np.abs(found - wanted) <= (half * 1.001 + rounding) * np.abs(matrix).sum(axis=1) + 1e-37).all()
+
+
+@pytest.mark.parametrize("precise", [True, False])
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seeds, st.permutations(range(ROWS)))
+def test_a_row_of_a_quantised_product_knows_nothing_of_its_neighbours(
+    precise: bool, seed: int, order: list[int]
+) -> None:
+    weight = QuantArray(*map(jnp.asarray, quantize_weight(numbers(seed, (OUT, IN), 1.0))))
+    x = numbers(seed + 1, (ROWS, IN), 1.0)
+    together = np.asarray(product(weight, x, precise=precise))
+    assert np.array_equal(np.asarray(product(weight, x[order], precise=precise)), together[order])
+    for row in range(ROWS):
+        assert np.array_equal(np.asarray(product(weight, x[row : row + 1], precise=precise))[0], together[row])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(seeds, magnitudes)
+def test_float_products_and_lookups_are_float32_exact(seed: int, size: float) -> None:
+    matrix, x = numbers(seed, (OUT, IN), 1.0), numbers(seed + 1, (ROWS, IN), size)
+    wanted = x.astype(np.float64) @ matrix.T.astype(np.float64)
+    bound = 1e-6 * (np.abs(x).astype(np.float64) @ np.abs(matrix).T.astype(np.float64)) + 1e-37
+    assert (np.abs(np.asarray(product(jnp.asarray(matrix), x), np.float64) - wanted) <= bound).all()
+    values, scale = quantize_weight(matrix)
+    ids = np.asarray([3, 0, OUT - 1, 3], np.int32)
+    quantised = rows_of(QuantArray(jnp.asarray(values), jnp.asarray(scale)), ids)
+    assert np.array_equal(quantised, values[ids].astype(np.float32) * scale[ids, None])
+    assert np.array_equal(rows_of(jnp.asarray(matrix), ids), matrix[ids])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seeds, magnitudes)
+def test_two_terms_hold_an_activation_to_sixteen_bits(seed: int, size: float) -> None:
+    x = numbers(seed, (ROWS, IN), size)
+    high, low, scale = (np.asarray(part, np.float64) for part in split_rows(x))
+    peak = np.abs(x).max(axis=1, keepdims=True)
+    assert (np.abs((high + low / 254) * scale - x) <= peak * 2.0**-15.9 + 1e-37).all()
+    values, unit = (np.asarray(part, np.float64) for part in quantize_rows(x))
+    assert (np.abs(values * unit - x) <= unit * 0.5001 + 1e-37).all()
+    zero = peak[:, 0] == 0
+    assert (high[zero] == 0).all()
+    assert (low[zero] == 0).all()
+    assert (values[zero] == 0).all()
+
+
+reductions = functools.cache(lambda: (jax.jit(row_max), jax.jit(row_sum)))
+
+
+@pytest.mark.parametrize("size", [1, 2, 31, 32, 33, 37, 64, 576, 1031, 1536, 4096])
+def test_staged_reductions_are_the_maximum_and_the_sum(size: int) -> None:
+    """Sizes below and above a stage, primes, and sizes with prime factors larger than a stage."""
+    maximum, total = reductions()
+    for seed in range(5):
+        x = numbers(seed, (3, size), 1.0)
+        assert np.array_equal(maximum(x), x.max(axis=1))
+        bound = 4e-7 * np.log2(size + 1) * np.abs(x).astype(np.float64).sum(axis=1)
+        if size % 2 and size > 32:
+            bound = bound * 4  # a prime size is summed in one go
+        assert (np.abs(np.asarray(total(x), np.float64) - x.astype(np.float64).sum(axis=1)) <= bound).all()
+    special = np.zeros((3, size), np.float32)
+    special[0, -1], special[1, 0], special[2] = np.inf, -np.inf, -5.0
+    assert np.array_equal(maximum(special), special.max(axis=1))
