@@ -1,0 +1,139 @@
+"""Causal attention in training form: whole sequences, over everything or over a sliding window."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from atlas_jax.config import RopeConfig
+from atlas_jax.kernels.rope import frequencies
+from atlas_jax.model.lm.config import LMConfig
+from atlas_jax.model.lm.layers import weight
+from atlas_jax.typing import Array, Bool, Float
+
+_NEGATIVE = -1e30
+
+
+def rotate(x: Float[Array, "B T heads D"], base: float, offset: int = 0) -> Float[Array, "B T heads D"]:
+    """Rotary embedding of pairs (0, 1), (2, 3), … as GGUF's `llama` stores them, from position `offset` on."""
+    frequency = frequencies(RopeConfig(base=base, dims=x.shape[-1]))
+    angle = (np.arange(x.shape[1]) + offset)[:, None, None] * frequency
+    cos, sin = jnp.asarray(np.cos(angle), x.dtype), jnp.asarray(np.sin(angle), x.dtype)
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+
+
+def attend(
+    q: Float[Array, "B T H D"], k: Float[Array, "B U K D"], v: Float[Array, "B U K D"], mask: Bool[Array, "#B T U"]
+) -> Float[Array, "B T H D"]:
+    """softmax(q·k / √D) v over the keys the mask allows, each KV head serving H / K query heads."""
+    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
+    score = jnp.einsum("btkgd,bukd->bkgtu", grouped, k) * q.shape[-1] ** -0.5
+    score = jnp.where(mask[:, None, None], score, _NEGATIVE)
+    out = jnp.einsum("bkgtu,bukd->btkgd", jax.nn.softmax(score, axis=-1), v)
+    return out.reshape(q.shape)
+
+
+def window_mask(tokens: int, window: int | None) -> Bool[Array, "T T"]:
+    """Which keys a query may see: those not after it, at most `window` of them."""
+    distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+    causal = distance >= 0
+    return causal if window is None else causal & (distance < window)
+
+
+def window_attend(
+    q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], window: int, prefix: int = 0
+) -> Float[Array, "B T-prefix H D"]:
+    """Attention of each token to the last `window` tokens, itself included, in time and memory T · window.
+
+    Blocks of `window` queries look at their own block and the one before it, which hold all they may see.
+
+    Args:
+      prefix: leading keys that every query sees beside its window; the first queries are dropped with them.
+    """
+    (q, _), (k, first_k), (v, first_v) = ((x[:, prefix:], x[:, :prefix]) for x in (q, k, v))
+    batch, tokens = q.shape[:2]
+    if tokens <= window:
+        mask = jnp.pad(window_mask(tokens, window), ((0, 0), (prefix, 0)), constant_values=True)
+        return attend(q, jnp.concatenate([first_k, k], 1), jnp.concatenate([first_v, v], 1), mask[None])
+    blocks = -(-tokens // window)
+    after = blocks * window - tokens
+
+    def queries(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (0, after), (0, 0), (0, 0)))
+        return x.reshape(batch * blocks, window, *x.shape[2:])
+
+    def keys(x: jax.Array, first: jax.Array) -> jax.Array:
+        x = jnp.pad(x, ((0, 0), (window, after), (0, 0), (0, 0)))
+        x = x.reshape(batch, blocks + 1, window, *x.shape[2:])
+        pairs = jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
+        first = jnp.broadcast_to(first[:, None], (batch, blocks, *first.shape[1:]))
+        return jnp.concatenate([first, pairs], axis=2).reshape(batch * blocks, prefix + 2 * window, *x.shape[3:])
+
+    distance = (jnp.arange(window) + window)[:, None] - jnp.arange(2 * window)
+    seen = (distance >= 0) & (distance < window)
+    real = jnp.arange(2 * window) >= window  # before the first block there is nothing
+    mask = jnp.stack([seen & real, *[seen] * (blocks - 1)])
+    mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix, 0)), constant_values=True)
+    out = attend(queries(q), keys(k, first_k), keys(v, first_v), jnp.tile(mask, (batch, 1, 1)))
+    return out.reshape(batch, blocks * window, *out.shape[2:])[:, :tokens]
+
+
+class Attention(nnx.Module):
+    """Rotary grouped-query attention with its four projections.
+
+    Args:
+      window: tokens seen, or None for all.
+      persistent: learned tokens that stand before the sequence and are always seen.
+    """
+
+    def __init__(
+        self, config: LMConfig, *, window: int | None, persistent: int = 0, gain: float = 1.0, rngs: nnx.Rngs
+    ) -> None:
+        embed, heads, kv, dim = config.embed, config.heads, config.n_kv, config.dim
+        self.q = weight(rngs, (embed, heads, dim), "ehd: e -> hd", embed)
+        self.k = weight(rngs, (embed, kv, dim), "ekd: e -> kd", embed)
+        self.v = weight(rngs, (embed, kv, dim), "ekd: e -> kd", embed)
+        self.out = weight(rngs, (heads, dim, embed), "hde: hd -> e", heads * dim, gain=gain)
+        first = jax.random.normal(rngs.params(), (persistent, embed), jnp.float32)
+        self.persistent = nnx.Param(first) if persistent else None
+        self._base, self._window = config.rope_base, window
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        return self.project(self.mix(x))
+
+    def mix(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H D"]:
+        """Attention before the output projection."""
+        x, prefix = self._with_persistent(x)
+        q, k, v = self.qkv(x)
+        if self._window is None:
+            return attend(q, k, v, window_mask(x.shape[1], None)[None])[:, prefix:]
+        return window_attend(q, k, v, self._window, prefix)
+
+    def mix_masked(self, x: Float[Array, "B T E"], mask: Bool[Array, "T T"]) -> Float[Array, "B T H D"]:
+        """As `mix`, with a mask instead of the window; persistent tokens are seen by all."""
+        x, prefix = self._with_persistent(x)
+        q, k, v = self.qkv(x)
+        mask = jnp.pad(mask, ((0, 0), (prefix, 0)), constant_values=True)
+        return attend(q[:, prefix:], k, v, mask[None])
+
+    def project(self, mixed: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
+        """The output projection."""
+        return jnp.einsum("bthd,hde->bte", mixed, self.out[...])
+
+    def qkv(
+        self, x: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Rotated queries, rotated keys, values."""
+        q = jnp.einsum("bte,ehd->bthd", x, self.q[...])
+        k = jnp.einsum("bte,ekd->btkd", x, self.k[...])
+        v = jnp.einsum("bte,ekd->btkd", x, self.v[...])
+        return rotate(q, self._base), rotate(k, self._base), v
+
+    def _with_persistent(self, x: jax.Array) -> tuple[jax.Array, int]:
+        if self.persistent is None:
+            return x, 0
+        first = jnp.broadcast_to(self.persistent[...], (x.shape[0], *self.persistent[...].shape))
+        return jnp.concatenate([first, x], axis=1), first.shape[1]

@@ -1,0 +1,135 @@
+"""The residual blocks a pattern string names: how attention, memory and MLP are put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from atlas_jax.memory.rules import MemoryState
+from atlas_jax.model.lm.attention import Attention, window_mask
+from atlas_jax.model.lm.config import LMConfig
+from atlas_jax.model.lm.deep import DeepMemory
+from atlas_jax.model.lm.layers import RMSNorm, SwiGLU, weight
+from atlas_jax.model.lm.memory import MemoryLayer
+from atlas_jax.typing import Array, Float
+
+Mixer = Callable[[Float[Array, "B T E"]], Float[Array, "B T E"]]
+
+
+class Block(nnx.Module):
+    """x + mixer(norm x), then + mlp(norm x): every kind of layer differs in its mixer only."""
+
+    def __init__(self, config: LMConfig, mixer: nnx.Module, *, gain: float, rngs: nnx.Rngs) -> None:
+        self.mixer_norm = RMSNorm(config.embed, eps=config.norm_eps)
+        self.mixer = mixer
+        self.mlp_norm = RMSNorm(config.embed, eps=config.norm_eps)
+        self.mlp = SwiGLU(config.embed, config.ff, gain=gain, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        mixer: Mixer = self.mixer
+        x = x + mixer(self.mixer_norm(x))
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class MemoryAsGate(nnx.Module):
+    """MAG: memory and sliding-window attention side by side.
+
+    Both branches are normalised; `gate` multiplies attention by silu of the memory (Titans equation 28), `add` adds
+    them (as ATLAS draws it).
+    """
+
+    def __init__(self, config: LMConfig, *, gain: float, rngs: nnx.Rngs) -> None:
+        self.attention = Attention(config, window=config.window, persistent=config.persistent, gain=1.0, rngs=rngs)
+        self.memory = MemoryLayer(config, gain=1.0, rngs=rngs)
+        self.attention_norm = RMSNorm(config.embed, eps=config.norm_eps)
+        self.memory_norm = RMSNorm(config.embed, eps=config.norm_eps)
+        self.out = weight(rngs, (config.embed, config.embed), "ef: e -> f", config.embed, gain=gain)
+        self._gate = config.combine == "gate"
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        near, far = self.attention_norm(self.attention(x)), self.memory_norm(self.memory(x))
+        mixed = near * jax.nn.silu(far) if self._gate else near + far
+        return jnp.einsum("bte,ef->btf", mixed, self.out[...])
+
+
+class MemoryAsContext(nnx.Module):
+    """MAC: each segment attends to itself, to what the memory recalls for its tokens, and to persistent tokens.
+
+    Titans section 4.1, made causal token by token: a token sees the recollections h_j of tokens j not after it; its own
+    write precedes its final read.
+    """
+
+    def __init__(self, config: LMConfig, *, gain: float, rngs: nnx.Rngs) -> None:
+        self.attention = Attention(config, window=None, persistent=config.persistent, gain=1.0, rngs=rngs)
+        self.memory = MemoryLayer(config, gain=1.0, rngs=rngs)
+        self.recall_norm = RMSNorm(config.embed, eps=config.norm_eps)
+        self.out = weight(rngs, (config.embed, config.embed), "ef: e -> f", config.embed, gain=gain)
+        self._segment = config.segment
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        batch, tokens, embed = x.shape
+        segments = -(-tokens // self._segment)
+        x = jnp.pad(x, ((0, 0), (0, segments * self._segment - tokens), (0, 0)))
+        runs = jnp.swapaxes(x.reshape(batch, segments, self._segment, embed), 0, 1)
+        graph, params = nnx.split(self)
+
+        def step(state: MemoryState, run: jax.Array) -> tuple[MemoryState, jax.Array]:
+            return nnx.merge(graph, params)._segment_step(state, run)
+
+        _, out = jax.lax.scan(step, self.memory.initial_state(batch), runs)
+        return jnp.swapaxes(out, 0, 1).reshape(batch, segments * self._segment, embed)[:, :tokens]
+
+    def _segment_step(
+        self, state: MemoryState, x: Float[Array, "B S E"]
+    ) -> tuple[MemoryState, Float[Array, "B S E"]]:
+        recalled = self.memory.project(self.memory.gated(self.memory.read(state, self.memory.tokens(x).q), x))
+        both = jnp.concatenate([self.recall_norm(recalled), x], axis=1)
+        causal = window_mask(x.shape[1], None)
+        mask = jnp.concatenate([causal, causal], axis=1)
+        attended = self.attention.project(self.attention.mix_masked(both, jnp.tile(mask, (2, 1))))[:, x.shape[1] :]
+        state, read = self.memory.scan(state, self.memory.tokens(attended))
+        gate = jax.nn.silu(self.memory.project(self.memory.gated(read, attended)))
+        return state, jnp.einsum("bte,ef->btf", attended * gate, self.out[...])
+
+
+class MemoryAsLayer(nnx.Module):
+    """MAL: memory → MLP → sliding-window attention → MLP, each with its residual (as ATLAS draws it; Samba's order)."""
+
+    def __init__(self, config: LMConfig, *, gain: float, rngs: nnx.Rngs) -> None:
+        memory = MemoryLayer(config, gain=gain, rngs=rngs)
+        attention = Attention(config, window=config.window, persistent=config.persistent, gain=gain, rngs=rngs)
+        self.first = Block(config, memory, gain=gain, rngs=rngs)
+        self.second = Block(config, attention, gain=gain, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        return self.second(self.first(x))
+
+
+def make_block(config: LMConfig, kind: str, *, rngs: nnx.Rngs) -> nnx.Module:
+    """The block of one letter of a pattern.
+
+    Output projections start smaller by √(2 · layers), so that the residual stream keeps its size with depth.
+    """
+    gain = (2 * len(config.pattern)) ** -0.5
+    mixer: nnx.Module
+    match kind:
+        case "L":
+            return MemoryAsLayer(config, gain=gain, rngs=rngs)
+        case "A":
+            mixer = Attention(config, window=None, gain=gain, rngs=rngs)
+        case "S":
+            mixer = Attention(config, window=config.window, gain=gain, rngs=rngs)
+        case "M":
+            mixer = MemoryLayer(config, gain=gain, rngs=rngs)
+        case "C":
+            mixer = MemoryAsContext(config, gain=gain, rngs=rngs)
+        case "G":
+            mixer = MemoryAsGate(config, gain=gain, rngs=rngs)
+        case "D":
+            mixer = DeepMemory(config, gain=gain, rngs=rngs)
+        case _:
+            raise ValueError(f"no layer kind {kind!r}")
+    return Block(config, mixer, gain=gain, rngs=rngs)
