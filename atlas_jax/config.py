@@ -114,6 +114,11 @@ class ModelConfig:
         """Query heads per KV head."""
         return self.heads // self.kv_heads
 
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The different attention windows of its layers."""
+        return tuple(dict.fromkeys(layer.sliding_window for layer in self.layers))
+
     def replace(self, **changes: object) -> ModelConfig:
         """A copy with some fields changed; validated again."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]

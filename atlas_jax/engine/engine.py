@@ -33,6 +33,7 @@ from atlas_jax.engine.runner import Buckets, Runner
 from atlas_jax.engine.session import Layout
 from atlas_jax.engine.sessions import Budgets, SessionTable
 from atlas_jax.engine.step import StepConfig, Weights
+from atlas_jax.engine.warmup import WarmUp
 from atlas_jax.engine.work import Work, new_work
 from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFFile, TemplateError, Tokenizer
 from atlas_jax.kernels.attention import KVDtype
@@ -97,6 +98,7 @@ class Engine:
             else SessionTable(layout, folder=memory_path, model_name=info.name, budgets=budgets, on_idle=self._wake)
         )
         self._loop = Loop(runner, tokenizer, self._table, max_rows=limits.running, context=limits.context)
+        self._warm_up = WarmUp(runner)
 
     @classmethod
     def open(
@@ -191,6 +193,7 @@ class Engine:
             limits=limits,
             compilations=compilations,
         )
+        engine._warm_up.start(first_pages=buckets.pages[0])
         engine._loop.start()
         log.info("[ATLAS] Context pool initialized with %d contexts", max_running)
         return engine
@@ -343,6 +346,10 @@ class Engine:
         """False once the engine's thread has died."""
         return self._loop.alive
 
+    def warm_up(self, timeout: float | None = None) -> bool:
+        """Waits until every program is compiled, from when on nothing compiles; tells whether it is so."""
+        return self._warm_up.wait(timeout)
+
     def drain(self) -> None:
         """Refuses new requests from now on; running ones go on."""
         self._draining = True
@@ -353,6 +360,7 @@ class Engine:
         Sessions stay in main memory and can still be saved; nothing is written by itself.
         """
         self.drain()
+        self._warm_up.stop()
         with self._close_lock:
             if not self._loop.stop(timeout):
                 log.error("The engine's thread did not end within %.0f s", timeout)
@@ -426,7 +434,7 @@ def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
 
 def _state_bytes(runner: Runner) -> int:
     """Bytes of one row's memory and smallest ring."""
-    row = jax.eval_shape(lambda: runner.new_row(runner.buckets.pages[0]))
+    row = runner.row_shapes(runner.buckets.pages[0])
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
 
 

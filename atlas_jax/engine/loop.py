@@ -288,14 +288,21 @@ class Loop:
         """Reads one chunk of the prompt whose turn it is; a prompt that is read joins the decode batch."""
         if not self._lanes:
             return
-        work = self._lanes.popleft()
+        work = self._lanes[0]
         try:
-            if self._read_chunk(work):
-                self._join(work)
-            else:
-                self._lanes.append(work)
-        except EngineError as error:
+            read = self._read_chunk(work)
+        except Exception as error:  # only this prompt's own row is lost
+            self._lanes.popleft()
+            if not isinstance(error, EngineError):
+                log.exception("A prompt could not be read")
+                error = EngineError("The engine could not read this prompt")
             self._fail(work, error)
+            return
+        if read:
+            self._join(work)
+        self._lanes.popleft()
+        if not read:
+            self._lanes.append(work)
 
     def _read_chunk(self, work: Work) -> bool:
         """Reads up to the end of the page; tells whether only the token that starts the answer is left."""
@@ -348,7 +355,6 @@ class Loop:
 
     def _join(self, work: Work) -> None:
         """Puts a prompt that has been read into the decode batch, or ends it if nothing is to be generated."""
-        work.read_at = time.monotonic()
         work.prompt_end = work.position if work.limit else -1
         self.counters.cached_tokens += work.cached
         if work.request.prompt_logprobs is not None:
@@ -448,6 +454,8 @@ class Loop:
 
     def _take_token(self, index: int, work: Work, integers: np.ndarray, numbers: np.ndarray) -> None:
         token = int(integers[0])
+        if not work.generated:
+            work.read_at = time.monotonic()
         work.generated.append(token)
         self.counters.generated_tokens += 1
         if numbers[1] > 0:

@@ -6,20 +6,23 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine import step
-from atlas_jax.engine.settings import MemoryWrite, write_settings
-from atlas_jax.engine.state import DecodeState, Sequences, init_decode, init_sequences
+from atlas_jax.engine.settings import MemoryWrite, memory_settings, write_settings
+from atlas_jax.engine.state import Drawing, Sequences, init_drawing, init_sequences
 from atlas_jax.engine.step import Packed, StepConfig, Weights
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.sampling import SamplingState
 from atlas_jax.memory.recall import MemorySettings
 from atlas_jax.model.context import page_turn, turn_page
-from atlas_jax.model.window import Turn, bucket
+from atlas_jax.model.stages import Trunk
+from atlas_jax.model.window import Turn, WindowPlan, bucket
+from atlas_jax.program import Program, shapes
 
 CHUNKS = (8, 32, PAGE)
 """Lengths a piece of prompt is padded to."""
@@ -39,54 +42,68 @@ class Buckets:
 
 
 class Runner:
-    """Runs compiled steps for one engine thread; not thread-safe."""
+    """Runs compiled steps for one engine thread; not thread-safe, but for `compile_*`."""
 
     def __init__(self, config: StepConfig, weights: Weights, kv_dtype: KVDtype, buckets: Buckets) -> None:
         self.config = config
         self.buckets = buckets
-        self._weights = weights
-        self._kv_dtype = kv_dtype
+        self._params = weights.params
+        self._ends = Weights(dataclasses.replace(weights.params, layers=()), weights.adapter)
+        self._make = functools.partial(init_sequences, config.model, config.memory, dtype=kv_dtype)
+        self._trunk = Trunk(config.model)
+        self._finish_read = Program(step.finish_read, donate=(1,))
+        self._finish_score = Program(functools.partial(step.finish_score, config), donate=(1,))
+        self._finish_decode = Program(functools.partial(step.finish_decode, config), donate=(1, 2))
+        self._write_memory = Program(functools.partial(step.write_memory, config), donate=(1,))
+        self._turn_page = Program(turn_page, donate=(0,))
+        self._extract = Program(step.extract)
+        self._extract_drawing = Program(step.extract)
+        self._fit = Program(step.fit)
+        self._insert_context = Program(step.insert_context, donate=(0,))
+        self._insert_memory = Program(step.insert_memory, donate=(0,))
+        self._start = Program(step.start, donate=(0,))
+        self._reposition = Program(step.reposition, donate=(0,))
+        self._new: dict[tuple[int, int], Program] = {}
+        self._new_drawing: dict[int, Program] = {}
+        rows, pages = buckets.rows[0], buckets.pages[0]
+        self.sequences: Sequences = self._sequences(rows, pages)
+        self.drawing: Drawing = self._idle(rows)
 
-        self._turn_page = jax.jit(turn_page, donate_argnums=0)
-        self._write_memory = jax.jit(functools.partial(step.write_memory, config), donate_argnums=1)
-        self._read_chunk = jax.jit(functools.partial(step.read_chunk, config), donate_argnums=1)
-        self._score_chunk = jax.jit(functools.partial(step.score_chunk, config), donate_argnums=1)
-        self._decode = jax.jit(functools.partial(step.decode, config), donate_argnums=1)
-        self._extract = jax.jit(step.extract)
-        self._insert_context = jax.jit(step.insert_context, donate_argnums=0)
-        self._insert_memory = jax.jit(step.insert_memory, donate_argnums=0)
-        self._reposition = jax.jit(step.reposition, donate_argnums=0)
-        self._start = jax.jit(step.start, donate_argnums=0)
-        self._move = jax.jit(step.insert_row, donate_argnums=0)
-        make = functools.partial(init_sequences, config.model, config.memory, dtype=kv_dtype)
-        self._new_sequences = jax.jit(make, static_argnames=("batch", "pages"))
-        make_batch = functools.partial(init_decode, config.model, config.memory, dtype=kv_dtype)
-        self._new_decode = jax.jit(make_batch, static_argnames=("batch", "pages"))
-        self.state: DecodeState = self._new_decode(batch=buckets.rows[0], pages=buckets.pages[0])
+    def _sequences(self, rows: int, pages: int) -> Sequences:
+        return self._maker(rows, pages)(())
+
+    def _maker(self, rows: int, pages: int) -> Program:
+        return self._new.setdefault((rows, pages), Program(functools.partial(self._make, batch=rows, pages=pages)))
+
+    def _idle(self, rows: int) -> Drawing:
+        return self._idle_maker(rows)(())
+
+    def _idle_maker(self, rows: int) -> Program:
+        make = functools.partial(init_drawing, self.config.model, rows)
+        return self._new_drawing.setdefault(rows, Program(make))
 
     # --- single rows ----------------------------------------------------------------------------------------------
     def new_row(self, pages: int) -> Sequences:
         """An empty row with a ring of at least `pages` pages."""
-        return self._new_sequences(batch=1, pages=bucket(pages, self.buckets.pages))
+        return self._sequences(1, bucket(pages, self.buckets.pages))
+
+    def row_shapes(self, pages: int) -> Sequences:
+        """Shapes and types of a row with a ring of `pages` pages."""
+        return jax.eval_shape(functools.partial(self._make, batch=1, pages=pages))
 
     def adopt(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A row that goes on from a saved one at `position`; the saved one stays as it is."""
-        row = self.new_row(pages)
-        place = np.int32(0)
-        context = self._insert_context(row.context, saved.context, place)
-        memory = row.memory
-        if memory is not None and saved.memory is not None:
-            memory = self._insert_memory(memory, saved.memory, place)
-        return self._reposition(Sequences(context, memory), np.int32(position), np.int32(slot))
+        row = self._put(self.new_row(pages), saved, 0, with_memory=True)
+        return self._reposition(_pages(row), row, np.int32(position), np.int32(slot))
 
     def set_back(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """The same row at an earlier position whose window it still holds, with a ring of the size for `pages` pages.
 
         The row itself is used up.
         """
-        if row.context.page.shape[1] != bucket(pages, self.buckets.pages):
+        if _pages(row) != bucket(pages, self.buckets.pages):
             return self.adopt(row, pages, position, slot)
-        return self._reposition(row, np.int32(position), np.int32(slot))
+        return self._reposition(_pages(row), row, np.int32(position), np.int32(slot))
 
     def turn(self, row: Sequences, turn: Turn, write: MemoryWrite | None) -> Sequences:
         """Begins a page of a single row."""
@@ -95,7 +112,12 @@ class Runner:
     def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Sequences:
         """Reads tokens of the current page."""
         padded, count = self._pad(tokens)
-        return self._read_chunk(self._weights, row, settings, padded, count)
+        context, view, states = self._trunk(_step_key(row, padded.shape[1]), self._params, row.context, padded, count)
+        memory, ring = row.memory, view.ring
+        if memory is not None:
+            rest = (self._taps(states), padded, ring.positions, ring.valid)
+            memory = self._finish_read(padded.shape, self._ends.adapter, memory, settings, *rest)
+        return Sequences(context, memory)
 
     def score(
         self, row: Sequences, settings: MemorySettings, tokens: Sequence[int], following: Sequence[int]
@@ -103,7 +125,13 @@ class Runner:
         """Reads tokens of the current page and scores the token that follows each."""
         padded, count = self._pad(tokens)
         successors, _ = self._pad(following)
-        return self._score_chunk(self._weights, row, settings, padded, count, successors)
+        context, view, states = self._trunk(_step_key(row, padded.shape[1]), self._params, row.context, padded, count)
+        rest = (states[-1], self._taps(states), padded, view.ring.positions, view.ring.valid, successors)
+        memory, packed = self._finish_score(padded.shape, self._ends, row.memory, settings, *rest)
+        return Sequences(context, memory), packed
+
+    def _taps(self, states: list[Any]) -> tuple[Any, ...]:
+        return tuple(states[layer] for layer in self.config.taps)
 
     def _pad(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         padded = np.zeros((1, bucket(len(tokens), CHUNKS)), np.int32)
@@ -114,19 +142,23 @@ class Runner:
     @property
     def rows(self) -> int:
         """Rows of the decode batch."""
-        return int(self.state.token.shape[0])
+        return _rows(self.sequences)
 
     @property
     def pages(self) -> int:
         """Ring slots of each row of the decode batch."""
-        return int(self.state.sequences.context.page.shape[1])
+        return _pages(self.sequences)
 
     def resize(self, rows: int, pages: int, moves: dict[int, int]) -> None:
         """Makes the batch another size; `moves` maps each row that lives on to its new place."""
-        old = self.state
-        self.state = self._new_decode(batch=rows, pages=pages)
+        old, drawing = self.sequences, self.drawing
+        self.sequences, self.drawing = self._sequences(rows, pages), self._idle(rows)
         for source, target in moves.items():
-            self.state = self._move(self.state, self._extract(old, np.int32(source)), np.int32(target))
+            index = np.int32(source)
+            row = self._extract(_shape_key(old), old, index)
+            self.sequences = self._put(self.sequences, row, target, with_memory=True)
+            single = self._extract_drawing(_rows(old), drawing, index)
+            self.drawing = self._start(rows, self.drawing, single, np.int32(target))
 
     def insert(
         self,
@@ -139,43 +171,124 @@ class Runner:
         with_memory: bool,
     ) -> None:
         """Starts decoding a row at place `index`, with `token` as the next to feed."""
-        self._insert(row, index, with_memory=with_memory)
-        self.state = self._start(self.state, np.int32(index), np.int32(token), sampling, settings)
+        self.sequences = self._put(self.sequences, row, index, with_memory=with_memory)
+        single = Drawing(np.asarray([token], np.int32), sampling, settings)  # type: ignore[arg-type]
+        self.drawing = self._start(self.rows, self.drawing, single, np.int32(index))
 
-    def _insert(self, row: Sequences, index: int, *, with_memory: bool) -> None:
-        place = np.int32(index)
-        sequences = self.state.sequences
-        context = self._insert_context(sequences.context, row.context, place)
-        memory = sequences.memory
+    def _put(self, batch: Sequences, row: Sequences, index: int, *, with_memory: bool) -> Sequences:
+        """The batch with a row written over the one at `index`."""
+        place, size = np.int32(index), _pages(batch)
+        single = row.context
+        if _pages(row) != size:
+            single = self._fit((_pages(row), size), single, self.new_row(size).context)
+        context = self._insert_context(_shape_key(batch), batch.context, single, place)
+        memory = batch.memory
         if memory is not None and row.memory is not None and with_memory:
-            memory = self._insert_memory(memory, row.memory, place)
-        self.state = dataclasses.replace(self.state, sequences=Sequences(context, memory))
+            memory = self._insert_memory(_rows(batch), memory, row.memory, place)
+        return Sequences(context, memory)
 
     def extract(self, index: int) -> Sequences:
         """A copy of the row at place `index`."""
-        return self._extract(self.state.sequences, np.int32(index))
+        return self._extract(_shape_key(self.sequences), self.sequences, np.int32(index))
 
     def turn_row(self, index: int, turn: Turn, write: MemoryWrite | None) -> None:
         """Begins a page of the row at place `index`."""
-        sequences = self._turn_sequences(self.state.sequences, index, turn, write)
-        self.state = dataclasses.replace(self.state, sequences=sequences)
+        self.sequences = self._turn_sequences(self.sequences, index, turn, write)
 
     def decode(self, active: np.ndarray) -> Packed:
         """One step; the result is on its way to the host when this returns, not there yet."""
-        self.state, packed = self._decode(self._weights, self.state, active)
+        count = active.astype(np.int32)
+        key = _step_key(self.sequences, 1)
+        context, view, states = self._trunk(key, self._params, self.sequences.context, self.drawing.token, count)
+        ring = view.ring
+        rest = (states[-1], self._taps(states), ring.positions, ring.valid)
+        memory, self.drawing, packed = self._finish_decode(
+            self.rows, self._ends, self.sequences.memory, self.drawing, *rest
+        )
+        self.sequences = Sequences(context, memory)
         packed.integers.copy_to_host_async()
         packed.numbers.copy_to_host_async()
         return packed
 
     def _turn_sequences(self, sequences: Sequences, index: int, turn: Turn, write: MemoryWrite | None) -> Sequences:
         memory = sequences.memory
-        if (
-            memory is not None
-            and self._weights.adapter is not None
-            and write is not None
-            and turn.absorb_end is not None
-        ):
-            memory = self._write_memory(
-                self._weights.adapter, memory, np.int32(index), write_settings(write, turn.absorb_end)
-            )
-        return Sequences(self._turn_page(sequences.context, page_turn(index, turn)), memory)
+        if memory is not None and write is not None and turn.absorb_end is not None:
+            settings = write_settings(write, turn.absorb_end)
+            memory = self._write_memory(_rows(sequences), self._ends.adapter, memory, np.int32(index), settings)
+        context = self._turn_page(_shape_key(sequences), sequences.context, page_turn(index, turn))
+        return Sequences(context, memory)
+
+    # --- compiling ahead ------------------------------------------------------------------------------------------
+    def compile_reading(self, pages: int) -> None:
+        """Compiles all that a prompt in a ring of `pages` pages needs; safe on any thread."""
+        row = self.row_shapes(pages)
+        self._maker(1, pages).compile(())
+        self._compile_moves(row)
+        self._reposition.compile(pages, row, _SCALAR, _SCALAR)
+        settings = shapes(memory_settings(None, 1, 1))
+        for length in CHUNKS:
+            tokens, count = _integers(1, length), _integers(1)
+            view, states = self._trunk.compile((1, pages, length), self._params, row.context, tokens, count)
+            taps, where = self._taps(states), (view.ring.positions, view.ring.valid)
+            if row.memory is not None:
+                self._finish_read.compile(
+                    (1, length), self._ends.adapter, row.memory, settings, taps, tokens, *where
+                )
+            scoring = (settings, states[-1], taps, tokens, *where, tokens)
+            self._finish_score.compile((1, length), self._ends, row.memory, *scoring)
+
+    def compile_decoding(self, rows: int, pages: int) -> None:
+        """Compiles all that a batch of this size needs; safe on any thread."""
+        batch = jax.eval_shape(functools.partial(self._make, batch=rows, pages=pages))
+        idle = functools.partial(init_drawing, self.config.model)
+        drawing, single = jax.eval_shape(functools.partial(idle, rows)), jax.eval_shape(functools.partial(idle, 1))
+        self._maker(rows, pages).compile(())
+        self._idle_maker(rows).compile(())
+        self._extract_drawing.compile(rows, drawing, _SCALAR)
+        self._start.compile(rows, drawing, single, _SCALAR)
+        self._compile_moves(batch)
+        view, states = self._trunk.compile(
+            (rows, pages, 1), self._params, batch.context, drawing.token, _integers(rows)
+        )
+        rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid)
+        self._finish_decode.compile(rows, self._ends, batch.memory, drawing, *rest)
+
+    def _compile_moves(self, batch: Sequences) -> None:
+        """What rows need to come, go and turn pages in a batch of this shape."""
+        rows, pages = _shape_key(batch)
+        single = self.row_shapes(pages)
+        self._maker(1, pages).compile(())
+        self._turn_page.compile((rows, pages), batch.context, shapes(page_turn(0, WindowPlan(None).turn(0))))
+        self._extract.compile((rows, pages), batch, _SCALAR)
+        self._insert_context.compile((rows, pages), batch.context, single.context, _SCALAR)
+        for other in self.buckets.pages:
+            if other != pages:
+                self._fit.compile((other, pages), self.row_shapes(other).context, single.context)
+        if batch.memory is not None:
+            self._insert_memory.compile(rows, batch.memory, single.memory, _SCALAR)
+            write = shapes(write_settings(MemoryWrite(PAGE, 0, 1.0, 1), PAGE))
+            self._write_memory.compile(rows, self._ends.adapter, batch.memory, _SCALAR, write)
+
+
+_SCALAR = jax.ShapeDtypeStruct((), np.int32)
+
+
+def _integers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, np.int32)
+
+
+def _rows(batch: Sequences) -> int:
+    return int(batch.context.page.shape[0])
+
+
+def _pages(batch: Sequences) -> int:
+    return int(batch.context.page.shape[1])
+
+
+def _shape_key(batch: Sequences) -> tuple[int, int]:
+    return _rows(batch), _pages(batch)
+
+
+def _step_key(batch: Sequences, tokens: int) -> tuple[int, int, int]:
+    return _rows(batch), _pages(batch), tokens
+

@@ -31,14 +31,13 @@ class Sequences:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class DecodeState:
-    """A batch that decodes.
+class Drawing:
+    """How a batch of rows draws its tokens.
 
     Attributes:
       token: the token to feed next.
     """
 
-    sequences: Sequences
     token: Int32[Array, B]
     sampling: SamplingState
     settings: MemorySettings
@@ -52,10 +51,9 @@ def init_sequences(
     return Sequences(context, None if memory is None else recall.init_state(memory, batch, model.vocab))
 
 
-def init_decode(model: ModelConfig, memory: MemoryConfig | None, batch: int, pages: int, dtype: KVDtype) -> DecodeState:
-    """A batch of idle rows."""
-    return DecodeState(
-        sequences=init_sequences(model, memory, batch, pages, dtype),
+def init_drawing(model: ModelConfig, batch: int) -> Drawing:
+    """Idle rows."""
+    return Drawing(
         token=jnp.zeros((batch,), jnp.int32),
         sampling=init_sampling(batch, model.vocab),
         settings=recall.init_settings(batch),

@@ -1,10 +1,13 @@
-"""The compiled functions of the engine. Each takes the state it changes by donation and returns it; none syncs.
+"""What the engine compiles around the transformer's layers. State that changes is donated and returned; none syncs.
 
-turn_page      makes room for a row's next page and, when a page leaves the window, writes the memory
-read_chunk     reads up to one page of a prompt
-score_chunk    the same, and the log-probability of every token of it
-decode         one token for every active row: trunk, head, memory, sampler
-insert, extract, start   rows in and out of a batch
+A step is `model.stages.Trunk` followed by one of
+
+finish_read     a piece of a prompt, up to one page
+finish_score    the same, and the log-probability of every token of it
+finish_decode   one token for every active row: head, memory, sampler
+
+and between steps rows move: `extract`, `fit`, `insert_context`, `insert_memory`, `start`, `reposition`; `write_memory`
+absorbs what has left a window.
 """
 
 from __future__ import annotations
@@ -17,19 +20,18 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig, ModelConfig
-from atlas_jax.engine.state import DecodeState, Sequences
-from atlas_jax.kernels import attention
+from atlas_jax.engine.state import Drawing, Sequences
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, SamplingState, record, sample
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import Adapter
-from atlas_jax.memory.recall import MemorySettings, WriteSettings
-from atlas_jax.model.context import Context, ring_view
+from atlas_jax.memory.recall import MemorySettings, MemoryState, WriteSettings
+from atlas_jax.model.context import Context
 from atlas_jax.model.params import ModelParams
-from atlas_jax.model.transformer import logits, trunk
+from atlas_jax.model.transformer import logits
 from atlas_jax.typing import Array, Bool, Float, Int32
 
-State = TypeVar("State", Sequences, DecodeState)
+State = TypeVar("State", Sequences, Drawing)
 
 
 @dataclass(frozen=True)
@@ -76,109 +78,102 @@ def write_memory(
     return recall.write(config.memory, adapter, memory, row, settings)
 
 
-def read_chunk(
-    config: StepConfig,
-    weights: Weights,
-    sequences: Sequences,
+def finish_read(
+    adapter: Adapter,
+    memory: MemoryState,
     settings: MemorySettings,
+    tapped: tuple[Float[Array, "B T E"], ...],
     tokens: Int32[Array, "B T"],
-    count: Int32[Array, B],
-) -> Sequences:
-    """Reads `count` tokens of each row; they must lie in the row's current page."""
-    return _advance(config, weights, sequences, settings, tokens, count)[0]
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> MemoryState:
+    """Ends a step that reads: the memory takes note of what was read."""
+    key = recall.keys(adapter, settings, tapped)
+    return recall.remember(memory, key, tokens, positions, valid)
 
 
-def score_chunk(
+def finish_score(
     config: StepConfig,
     weights: Weights,
-    sequences: Sequences,
+    memory: MemoryState | None,
     settings: MemorySettings,
+    hidden: Float[Array, "B T E"],
+    tapped: tuple[Float[Array, "B T E"], ...],
     tokens: Int32[Array, "B T"],
-    count: Int32[Array, B],
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
     following: Int32[Array, "B T"],
-) -> tuple[Sequences, Packed]:
-    """Reads like `read_chunk` and tells how likely each token's successor in `following` was.
+) -> tuple[MemoryState | None, Packed]:
+    """Ends a step that reads and tells how likely each token's successor in `following` was.
 
     Returns:
-      The sequences, and a `Packed` with a row per token: the successor, its log-probability and the alternatives.
+      The memory, and a `Packed` with a row per token: the successor, its log-probability and the alternatives.
     """
-    sequences, mixed, gate = _predict(config, weights, sequences, settings, tokens, count)
+    memory, mixed, gate = _predict(config, weights, memory, settings, hidden, tapped, tokens, positions, valid)
     flat = mixed.reshape(-1, mixed.shape[-1])
     best = row_max(flat)
     flat = flat - (best + jnp.log(row_sum(jnp.exp(flat - best[:, None]))))[:, None]
     successor = following.reshape(-1, 1)
     top, index = jax.lax.top_k(flat, TOP_LOGPROBS)
-    return sequences, Packed(
+    return memory, Packed(
         integers=jnp.concatenate([successor, index], axis=1),
         numbers=jnp.concatenate([jnp.take_along_axis(flat, successor, axis=1), gate.reshape(-1, 1), top], axis=1),
     )
 
 
-def decode(
-    config: StepConfig, weights: Weights, state: DecodeState, active: Bool[Array, B]
-) -> tuple[DecodeState, Packed]:
-    """Feeds every active row its token and draws the next one; idle rows stay as they are."""
-    sequences, mixed, gate = _predict(
-        config, weights, state.sequences, state.settings, state.token[:, None], active.astype(jnp.int32)
+def finish_decode(
+    config: StepConfig,
+    weights: Weights,
+    memory: MemoryState | None,
+    drawing: Drawing,
+    hidden: Float[Array, "B 1 E"],
+    tapped: tuple[Float[Array, "B 1 E"], ...],
+    positions: Int32[Array, "B 1"],
+    active: Bool[Array, "B 1"],
+) -> tuple[MemoryState | None, Drawing, Packed]:
+    """Ends a step that fed every active row its token, and draws the next one; idle rows stay as they are."""
+    tokens, settings = drawing.token[:, None], drawing.settings
+    memory, mixed, gate = _predict(config, weights, memory, settings, hidden, tapped, tokens, positions, active)
+    drawn = sample(drawing.sampling, mixed[:, 0], positions[:, 0] + 1)
+    live = active[:, 0]
+    drawing = Drawing(
+        token=jnp.where(live, drawn.token, drawing.token),
+        sampling=record(drawing.sampling, drawn.token, live),
+        settings=settings,
     )
-    drawn = sample(state.sampling, mixed[:, 0], sequences.context.position)
-    state = DecodeState(
-        sequences=sequences,
-        token=jnp.where(active, drawn.token, state.token),
-        sampling=record(state.sampling, drawn.token, active),
-        settings=state.settings,
-    )
-    return state, Packed(
+    return memory, drawing, Packed(
         integers=jnp.concatenate([drawn.token[:, None], drawn.top_token], axis=1),
         numbers=jnp.concatenate([drawn.logprob[:, None], gate, drawn.top_logprob], axis=1),
     )
 
 
-def _advance(
-    config: StepConfig,
-    weights: Weights,
-    sequences: Sequences,
-    settings: MemorySettings,
-    tokens: jax.Array,
-    count: jax.Array,
-) -> tuple[Sequences, jax.Array, jax.Array | None]:
-    """Trunk and key map: the sequences one step on, the last layer's output, and the tokens' memory keys."""
-    context, memory = sequences.context, sequences.memory
-    view = ring_view(context, tokens.shape[1], count)
-    hidden, kv, tapped = trunk(config.model, weights.params, context.kv, tokens, view, config.taps)
-    context = dataclasses.replace(context, kv=kv, position=context.position + count)
-    key = None
-    if memory is not None and weights.adapter is not None:
-        key = recall.keys(weights.adapter, settings, tapped)
-        memory = recall.remember(memory, key, tokens, view.positions, view.valid)
-    return Sequences(context, memory), hidden, key
-
-
 def _predict(
     config: StepConfig,
     weights: Weights,
-    sequences: Sequences,
+    memory: MemoryState | None,
     settings: MemorySettings,
+    hidden: jax.Array,
+    tapped: tuple[jax.Array, ...],
     tokens: jax.Array,
-    count: jax.Array,
-) -> tuple[Sequences, jax.Array, jax.Array]:
-    """One step on, with the logits of what comes next, the memory blended in where a row wants it, and its gate."""
-    positions = ring_view(sequences.context, tokens.shape[1], count).positions
-    sequences, hidden, key = _advance(config, weights, sequences, settings, tokens, count)
+    positions: jax.Array,
+    valid: jax.Array,
+) -> tuple[MemoryState | None, jax.Array, jax.Array]:
+    """The memory one step on; logits of what comes next with the memory blended in where a row wants it; its gate."""
     scores = logits(config.model, weights.params, hidden)
-    memory, adapter = sequences.memory, weights.adapter
-    if memory is None or adapter is None or key is None:
-        return sequences, scores, jnp.zeros(tokens.shape, jnp.float32)
+    adapter = weights.adapter
+    if memory is None or adapter is None:
+        return None, scores, jnp.zeros(positions.shape, jnp.float32)
+    key = recall.keys(adapter, settings, tapped)
+    memory = recall.remember(memory, key, tokens, positions, valid)
 
     def with_memory() -> tuple[jax.Array, jax.Array]:
         found = recall.scores(adapter, memory, settings, key)
         return recall.blend(adapter, settings, scores, found, positions)
 
     def without_memory() -> tuple[jax.Array, jax.Array]:
-        return scores, jnp.zeros(tokens.shape, jnp.float32)
+        return scores, jnp.zeros(positions.shape, jnp.float32)
 
-    mixed, gate = jax.lax.cond(jnp.any(settings.read & (count > 0)), with_memory, without_memory)
-    return sequences, mixed, gate
+    return memory, *jax.lax.cond(jnp.any(settings.read & valid.any(axis=1)), with_memory, without_memory)
 
 
 def extract(batch: State, row: Int32[Array, ""]) -> State:
@@ -195,37 +190,26 @@ def reposition(sequences: Sequences, position: Int32[Array, ""], slot: Int32[Arr
     return dataclasses.replace(sequences, context=context)
 
 
-def insert_row(batch: DecodeState, single: DecodeState, row: Int32[Array, ""]) -> DecodeState:
-    """Puts a row taken from one decode batch into another, as it was."""
-    memory = batch.sequences.memory
-    if memory is not None and single.sequences.memory is not None:
-        memory = insert_memory(memory, single.sequences.memory, row)
-    sequences = Sequences(insert_context(batch.sequences.context, single.sequences.context, row), memory)
-    return DecodeState(
-        sequences=sequences,
-        token=_put_row(batch.token, single.token, row),
-        sampling=jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch.sampling, single.sampling),
-        settings=jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch.settings, single.settings),
+def fit(context: Context, empty: Context) -> Context:
+    """A single row's attention state in a ring of another size, `empty`; the slots in use fit the smaller one."""
+    pages = min(context.page.shape[1], empty.page.shape[1])
+
+    def cut(leaf: jax.Array, into: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice(into, leaf[:, :pages], (0,) * into.ndim)
+
+    return dataclasses.replace(
+        context,
+        kv=tuple(
+            dataclasses.replace(layer, k=jax.tree.map(cut, layer.k, new.k), v=jax.tree.map(cut, layer.v, new.v))
+            for layer, new in zip(context.kv, empty.kv, strict=True)
+        ),
+        page=cut(context.page, empty.page),
     )
 
 
 def insert_context(batch: Context, single: Context, row: Int32[Array, ""]) -> Context:
-    """Puts a row's attention state into a batch. Rings of different sizes: the slots in use fit the smaller one."""
-    pages = min(batch.page.shape[1], single.page.shape[1])
-    cropped = dataclasses.replace(
-        single,
-        kv=tuple(
-            dataclasses.replace(layer, k=_first_pages(layer.k, pages), v=_first_pages(layer.v, pages))
-            for layer in single.kv
-        ),
-        page=single.page[:, :pages],
-    )
-    emptied = dataclasses.replace(batch, page=batch.page.at[row].set(-1))
-    return jax.tree.map(lambda whole, part: _put_row(whole, part, row), emptied, cropped)
-
-
-def _first_pages(pages: attention.Pages, count: int) -> attention.Pages:
-    return jax.tree.map(lambda leaf: leaf[:, :count], pages)
+    """Puts a row's attention state into a batch with a ring of the same size."""
+    return jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch, single)
 
 
 def _put_row(whole: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
@@ -238,17 +222,6 @@ def insert_memory(batch: recall.MemoryState, single: recall.MemoryState, row: In
     return jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch, single)
 
 
-def start(
-    state: DecodeState,
-    row: Int32[Array, ""],
-    token: Int32[Array, ""],
-    sampling: SamplingState,
-    settings: MemorySettings,
-) -> DecodeState:
-    """Gives a row that has been inserted its next token and its settings (each a batch of one)."""
-    return dataclasses.replace(
-        state,
-        token=state.token.at[row].set(token),
-        sampling=jax.tree.map(lambda whole, part: _put_row(whole, part, row), state.sampling, sampling),
-        settings=jax.tree.map(lambda whole, part: _put_row(whole, part, row), state.settings, settings),
-    )
+def start(drawing: Drawing, single: Drawing, row: Int32[Array, ""]) -> Drawing:
+    """Gives a row that has been inserted its next token and its settings."""
+    return jax.tree.map(lambda whole, part: _put_row(whole, part, row), drawing, single)

@@ -22,9 +22,10 @@ from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import GATE_FEATURES, Adapter, make_adapter
 from atlas_jax.memory.recall import WriteSettings
-from atlas_jax.model.context import Context, init_context, page_turn, ring_view, turn_page
+from atlas_jax.model.context import init_context, page_turn, turn_page
 from atlas_jax.model.params import ModelParams
-from atlas_jax.model.transformer import logits, trunk
+from atlas_jax.model.stages import Trunk
+from atlas_jax.model.transformer import logits
 from atlas_jax.model.window import WindowPlan
 
 WINDOW = 4
@@ -87,8 +88,7 @@ def calibrate(
     mean, projection = mean[order], projection[order]
     readings = [dataclasses.replace(r, tapped=r.tapped[order]) for r in readings]
     adapter = make_adapter(config, model.vocab, mean, projection, np.zeros(GATE_FEATURES, np.float32))
-    samples = [_collect(model, params, config, adapter, r, progress) for r in readings]
-    features, p_model, p_memory = (np.concatenate(parts) for parts in zip(*samples, strict=True))
+    features, p_model, p_memory = _collect(model, params, config, adapter, readings, progress)
     gate = _fit_gate(features, p_model, p_memory)
     share = 1 / (1 + np.exp(-features @ gate))
     adapter = dataclasses.replace(adapter, gate=jnp.asarray(gate, jnp.float32))
@@ -119,13 +119,8 @@ def _read(
 ) -> list[_Reading]:
     plan = WindowPlan(window=WINDOW)
 
-    @functools.partial(jax.jit, donate_argnums=1)
-    def read(params: ModelParams, context: Context, tokens: jax.Array) -> tuple[Context, jax.Array, jax.Array]:
-        view = ring_view(context, PAGE, jnp.full((1,), PAGE, jnp.int32))
-        hidden, kv, tapped = trunk(model, params, context.kv, tokens, view, config.layers)
-        context = dataclasses.replace(context, kv=kv, position=context.position + PAGE)
-        return context, hidden[0], jnp.stack([t[0] for t in tapped]).astype(jnp.float16)
-
+    trunk = Trunk(model)
+    count = np.full((1,), PAGE, np.int32)
     turn = jax.jit(turn_page, donate_argnums=0)
     total = sum(len(text) // PAGE for text in texts)
     done = 0
@@ -136,9 +131,10 @@ def _read(
         hidden, tapped = [], []
         for page in range(len(tokens) // PAGE):
             context = turn(context, page_turn(0, plan.turn(page)))
-            context, h, t = read(params, context, tokens[None, page * PAGE : (page + 1) * PAGE])
-            hidden.append(np.asarray(h))
-            tapped.append(np.asarray(t))
+            part = tokens[None, page * PAGE : (page + 1) * PAGE]
+            context, _, states = trunk((1, WINDOW, PAGE), params, context, part, count)
+            hidden.append(np.asarray(states[-1][0]))
+            tapped.append(np.stack([np.asarray(states[layer][0], np.float16) for layer in config.layers]))
             done += 1
             progress("reading", done / total)
         readings.append(_Reading(tokens, np.concatenate(tapped, axis=1), np.concatenate(hidden)))
@@ -194,7 +190,7 @@ def _collect(
     params: ModelParams,
     config: MemoryConfig,
     adapter: Adapter,
-    reading: _Reading,
+    readings: list[_Reading],
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Past the window: the gate's features, and the probability model and memory give the token that came."""
@@ -229,32 +225,38 @@ def _collect(
         return recall.gate_features(found, entropy), pick(weight)[:, 0] / mass, p_memory
 
     absorb = jax.jit(functools.partial(recall.write, config), donate_argnums=1)
+    ends = dataclasses.replace(params, layers=())
     plan = WindowPlan(window=WINDOW)
-    state = recall.init_state(config, 1, model.vocab)
-    pages = len(reading.tokens) // PAGE
+    total, done = sum(len(reading.tokens) // PAGE for reading in readings), 0
     samples = []
-    for page in range(pages):
-        part = slice(page * PAGE, (page + 1) * PAGE)
-        positions = np.arange(page * PAGE, (page + 1) * PAGE, dtype=np.int32)[None]
-        end = plan.turn(page).absorb_end
-        if end is not None:
-            numbers: dict[str, Any] = {
-                "end": np.int32(end),
-                "window": np.int32(config.max_omega_window),
-                "optimizer": np.int32(recall.EXACT),
-                "step": np.float32(1),
-                "degree": np.int32(1),
-            }
-            write = WriteSettings(**numbers)
-            state = absorb(adapter, state, np.int32(0), write)
-        state, key = observe(adapter, state, reading.tapped[:, part], reading.tokens[None, part], positions)
-        if end is not None:
-            target = reading.tokens[page * PAGE + 1 : (page + 1) * PAGE + 1]
-            judged = judge(params, adapter, state, key, reading.hidden[part], target)
-            samples.append([np.asarray(x, np.float64) for x in judged])
-        progress("fitting the gate", (page + 1) / pages)
+    for reading in readings:
+        state = recall.init_state(config, 1, model.vocab)
+        for page in range(len(reading.tokens) // PAGE):
+            part = slice(page * PAGE, (page + 1) * PAGE)
+            positions = np.arange(page * PAGE, (page + 1) * PAGE, dtype=np.int32)[None]
+            left = plan.turn(page).absorb_end
+            if left is not None:
+                state = absorb(adapter, state, np.int32(0), _exact_write(left, config.max_omega_window))
+            state, key = observe(adapter, state, reading.tapped[:, part], reading.tokens[None, part], positions)
+            if left is not None:
+                target = reading.tokens[page * PAGE + 1 : (page + 1) * PAGE + 1]
+                judged = judge(ends, adapter, state, key, reading.hidden[part], target)
+                samples.append([np.asarray(x, np.float64) for x in judged])
+            done += 1
+            progress("fitting the gate", done / total)
     features, p_model, p_memory = (np.concatenate(parts) for parts in zip(*samples, strict=True))
     return features, np.maximum(p_model, 1e-30), p_memory
+
+
+def _exact_write(end: int, window: int) -> WriteSettings:
+    numbers: dict[str, Any] = {
+        "end": np.int32(end),
+        "window": np.int32(window),
+        "optimizer": np.int32(recall.EXACT),
+        "step": np.float32(1),
+        "degree": np.int32(1),
+    }
+    return WriteSettings(**numbers)
 
 
 def _fit_gate(features: np.ndarray, p_model: np.ndarray, p_memory: np.ndarray) -> np.ndarray:

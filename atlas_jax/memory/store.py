@@ -95,8 +95,13 @@ def decode(
 
 def shipped(fingerprint: str) -> bytes | None:
     """The adapter that comes with the library for a model, or None."""
-    file = resources.files("atlas_jax.memory") / "adapters" / f"{fingerprint[:16]}.safetensors"
+    file = shipped_path(fingerprint)
     return file.read_bytes() if file.is_file() else None
+
+
+def shipped_path(fingerprint: str) -> Path:
+    """Where the library keeps the adapter it ships for a model."""
+    return Path(str(resources.files("atlas_jax.memory"))) / "adapters" / f"{fingerprint[:16]}.safetensors"
 
 
 def calibration_texts() -> list[str]:

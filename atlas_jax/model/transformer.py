@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.config import ModelConfig
+from atlas_jax.config import LayerConfig, ModelConfig
 from atlas_jax.kernels import attention
 from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
-from atlas_jax.kernels.linear import linear, rows_of
+from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.reduce import row_sum
-from atlas_jax.kernels.rope import apply_rope, rotations
+from atlas_jax.kernels.rope import RopeTable, apply_rope, rotations
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.typing import Array, Float, Int32
 
@@ -33,55 +34,77 @@ def rms_norm(x: Float[Array, "*rows E"], gain: Float[Array, E], eps: float) -> F
     return x * jax.lax.rsqrt(mean_square + eps) * gain
 
 
-def trunk(
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepView:
+    """What every layer needs to know of a step, computed once.
+
+    Attributes:
+      ring: where the tokens go.
+      rotary, rotary_sink: per rotary embedding, cosines and sines at the tokens' positions, and at the positions from
+        which they see the sinks.
+      masks: per attention window of the model (`ModelConfig.windows`), what is visible; see `attention.visible`.
+    """
+
+    ring: RingView
+    rotary: tuple[tuple[jax.Array, jax.Array], ...]
+    rotary_sink: tuple[tuple[jax.Array, jax.Array], ...]
+    masks: tuple[tuple[jax.Array, jax.Array], ...]
+
+
+def step_view(config: ModelConfig, ropes: Sequence[RopeTable], ring: RingView) -> StepView:
+    """Rotations and masks of a step."""
+    # the sinks stay where the model has seen them: at most a trained context away, however long the text
+    near = jnp.minimum(ring.positions, config.context_length - 1)
+    return StepView(
+        ring=ring,
+        rotary=tuple(rotations(table, ring.positions) for table in ropes),
+        rotary_sink=tuple(rotations(table, near) for table in ropes),
+        masks=tuple(attention.visible(ring, window) for window in config.windows),
+    )
+
+
+def embed(config: ModelConfig, table: Weight, tokens: Int32[Array, "B T"]) -> Float[Array, "B T E"]:
+    """Token embeddings as the first layer reads them."""
+    return rows_of(table, tokens) * config.embed_scale
+
+
+def run_layers(
     config: ModelConfig,
-    params: ModelParams,
-    kv: tuple[LayerKV, ...],
-    tokens: Int32[Array, "B T"],
-    view: RingView,
-    taps: Sequence[int] = (),
-) -> tuple[Float[Array, "B T E"], tuple[LayerKV, ...], tuple[Float[Array, "B T E"], ...]]:
-    """Runs every layer over a step's tokens.
+    specs: Sequence[LayerConfig],
+    layers: Sequence[LayerParams],
+    kv: Sequence[LayerKV],
+    x: Float[Array, "B T E"],
+    view: StepView,
+) -> tuple[tuple[Float[Array, "B T E"], ...], tuple[LayerKV, ...]]:
+    """Runs consecutive layers over a step's tokens.
 
     Args:
-      config: static.
-      tokens: the step's tokens, all of one page per row; where `view.valid` is False they are ignored.
-      view: where they go and what they see.
-      taps: layers whose output (the residual stream) is also returned, in this order.
+      config, specs: static; `specs` are these layers' own.
+      x: the output of the layer before, or the embeddings; all tokens of a row in one page.
 
     Returns:
-      The last layer's output before the final norm, the updated cache, and the tapped residual streams.
+      Each layer's output (the residual stream before the final norm), and the updated cache.
     """
-    rotary = [rotations(table, view.positions) for table in params.ropes]
-    # the sinks stay where the model has seen them: at most a trained context away, however long the text
-    near = jnp.minimum(view.positions, config.context_length - 1)
-    rotary_sink = [rotations(table, near) for table in params.ropes]
-    windows = {layer.sliding_window for layer in config.layers}
-    masks = {window: attention.visible(view, window) for window in windows}
-
-    x = rows_of(params.embed, tokens) * config.embed_scale
+    states: list[jax.Array] = []
     cache: list[LayerKV] = []
-    tapped: dict[int, jax.Array] = {}
-    for index, (spec, layer, layer_kv) in enumerate(zip(config.layers, params.layers, kv, strict=True)):
-        with jax.named_scope(f"layer_{index}"):
-            q, k, v = _project(config, layer, rms_norm(x, layer.attn_norm, config.norm_eps))
-            cos, sin = rotary[spec.rope]
-            layer_kv = attention.write(layer_kv, apply_rope(k, cos, sin), v, view)
-            mixed = attention.window_attention(
-                apply_rope(q, cos, sin),
-                apply_rope(q, *rotary_sink[spec.rope]),
-                layer_kv,
-                *masks[spec.sliding_window],
-                config.scale,
-            )
-            cache.append(layer_kv)
-            x = x + _post(
-                config, linear(layer.out, mixed.reshape(*tokens.shape, -1), precise=False), layer.attn_post_norm
-            )
-            x = x + _post(config, _mlp(config, layer, rms_norm(x, layer.ff_norm, config.norm_eps)), layer.ff_post_norm)
-            if index in taps:
-                tapped[index] = x
-    return x, tuple(cache), tuple(tapped[index] for index in taps)
+    for spec, layer, layer_kv in zip(specs, layers, kv, strict=True):
+        q, k, v = _project(config, layer, rms_norm(x, layer.attn_norm, config.norm_eps))
+        cos, sin = view.rotary[spec.rope]
+        layer_kv = attention.write(layer_kv, apply_rope(k, cos, sin), v, view.ring)
+        mixed = attention.window_attention(
+            apply_rope(q, cos, sin),
+            apply_rope(q, *view.rotary_sink[spec.rope]),
+            layer_kv,
+            *view.masks[config.windows.index(spec.sliding_window)],
+            config.scale,
+        )
+        cache.append(layer_kv)
+        attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1), precise=False)
+        x = x + _post(config, attended, layer.attn_post_norm)
+        x = x + _post(config, _mlp(config, layer, rms_norm(x, layer.ff_norm, config.norm_eps)), layer.ff_post_norm)
+        states.append(x)
+    return tuple(states), tuple(cache)
 
 
 def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:

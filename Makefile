@@ -1,0 +1,76 @@
+# Two commands are all a newcomer needs: `make serve` and `make test`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+MODEL  ?= data/models/SmolLM2-135M-Instruct.Q4_1.gguf
+GEMMA  := data/models/gemma-3-270m-q4_k_m.gguf
+ARGS   ?=
+RUN    := $(VENV)/bin/python
+GOLDEN := tests/golden/peer
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check lint model gemma fit quality bench bench-memory documents recall soak lock clean
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+serve: $(VENV)/serve model ## install, bring the default model, serve it with the memory on (ARGS="--port 9000 …")
+	$(VENV)/bin/atlas-jax serve --model $(MODEL) $(ARGS)
+
+test: $(VENV)/dev model ## install what tests need and run them (ARGS="-k name …")
+	$(RUN) -m pytest $(ARGS)
+
+check: lint test ## ruff, mypy and the tests
+
+lint: $(VENV)/dev ## ruff and mypy
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+model: $(VENV)/base ## bring the default model (SmolLM2-135M-Instruct, Q4_1)
+	@$(RUN) tools/fetch_model.py default
+
+gemma: $(VENV)/base ## bring Gemma 3 270M, for tests and benchmarks
+	@$(RUN) tools/fetch_model.py gemma
+
+fit: $(VENV)/dev model ## fit the memory that is shipped for the default model
+	$(RUN) benchmarks/corpora.py --out data/corpora --group calibration
+	$(RUN) -m atlas_jax.memory.fit $(MODEL) --texts data/corpora/calibration/*.txt --ship
+
+quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp's golden files (30 min)
+	for dtype in int8 float32; do \
+	  $(RUN) benchmarks/quality.py --model $(MODEL) --golden $(GOLDEN)/smollm2-135m-instruct-q4_1 --dtype $$dtype; \
+	  $(RUN) benchmarks/quality.py --model $(GEMMA) --golden $(GOLDEN)/gemma-3-270m-q4_k_m --dtype $$dtype; \
+	done
+
+documents: $(VENV)/bench model ## loss past the window on long documents: window, memory, full attention
+	$(RUN) benchmarks/corpora.py --out data/corpora --group documents
+	$(RUN) -m atlas_jax.experiments.long_documents $(MODEL) --texts data/corpora/documents
+
+recall: $(VENV)/bench model ## facts asked for long after they left the window
+	$(RUN) -m atlas_jax.experiments.fact_recall $(MODEL)
+
+lock: ## refresh requirements.lock (needs uv)
+	uv pip compile pyproject.toml --extra serve --extra dev --universal --no-emit-index-url \
+	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
+
+clean: ## remove what make has installed and built, not the models
+	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+
+# One virtual environment; each marker file says which extras it holds. Versions are those of requirements.lock.
+$(VENV)/base:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade 'pip>=24'
+	touch $@
+
+$(VENV)/serve: $(VENV)/base pyproject.toml requirements.lock
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/serve pyproject.toml requirements.lock
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev]'
+	touch $@
+
+$(VENV)/bench: $(VENV)/dev
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,plots]'
+	touch $@

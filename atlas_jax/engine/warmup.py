@@ -1,0 +1,78 @@
+"""Compiles every program the engine can need, the likely ones before it serves and the rest behind its back.
+
+From then on nothing compiles, whatever lengths, settings and numbers of clients come. Until then a request that needs a
+program nobody has compiled yet waits for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+from atlas_jax.engine.runner import Runner
+
+log = logging.getLogger("atlas.engine")
+
+_NICE = 10
+
+
+class WarmUp:
+    """A thread that compiles what is left, at low priority."""
+
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._stop = threading.Event()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="atlas-warm-up", daemon=True)
+
+    def start(self, *, first_pages: int) -> None:
+        """Compiles what one client with a ring of `first_pages` pages needs, then starts on the rest.
+
+        Args:
+          first_pages: one of the buckets.
+        """
+        self._runner.compile_reading(first_pages)
+        self._runner.compile_decoding(self._runner.buckets.rows[0], first_pages)
+        self._thread.start()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until everything is compiled; tells whether it is."""
+        return self._done.wait(timeout)
+
+    @property
+    def done(self) -> bool:
+        """Whether everything is compiled."""
+        return self._done.is_set()
+
+    def stop(self) -> None:
+        """Ends the thread after the program it is at."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        if hasattr(os, "setpriority"):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)  # on Linux: this thread alone
+        started = time.monotonic()
+        for task in self._tasks():
+            if self._stop.is_set():
+                return
+            try:
+                task()
+            except Exception:
+                log.exception("Warm-up failed; programs will be compiled when they are needed")
+                return
+        log.info("Every program is compiled (%.0f s in the background)", time.monotonic() - started)
+        self._done.set()
+
+    def _tasks(self) -> list[Callable[[], None]]:
+        """Everything, what few clients with short texts need first."""
+        runner, buckets = self._runner, self._runner.buckets
+        ranked: list[tuple[int, Callable[[], None]]] = []
+        for i, pages in enumerate(buckets.pages):
+            ranked.append((2 * i, lambda pages=pages: runner.compile_reading(pages)))  # type: ignore[misc]
+            for j, rows in enumerate(buckets.rows):
+                task = lambda rows=rows, pages=pages: runner.compile_decoding(rows, pages)  # type: ignore[misc] # noqa: E731
+                ranked.append((i + j, task))
+        return [task for _, task in sorted(ranked, key=lambda entry: entry[0])]

@@ -1,0 +1,41 @@
+"""Compiled functions by name of their shape. What is compiled when is decided here, not by whoever calls first.
+
+A plain `jax.jit` compiles inside the first call that brings a new shape, seconds of silence for every stream. A `Program`
+is compiled ahead for the keys it will be called with, from shapes alone, on any thread; calling it never traces again.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import jax
+
+
+class Program:
+    """A function with one executable per key; the key names all that decides the shapes of its arguments."""
+
+    def __init__(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> None:
+        self._jitted = jax.jit(function, donate_argnums=donate)
+        self._ready: dict[Hashable, Callable[..., Any]] = {}
+        self._locks: dict[Hashable, threading.Lock] = {}
+
+    def __call__(self, key: Hashable, *args: Any) -> Any:
+        """Runs it; compiles first if nobody has."""
+        compiled = self._ready.get(key)
+        if compiled is None:
+            compiled = self.compile(key, *args)
+        return compiled(*args)
+
+    def compile(self, key: Hashable, *args: Any) -> Callable[..., Any]:
+        """The executable for a key; `args` may be shapes instead of arrays."""
+        with self._locks.setdefault(key, threading.Lock()):  # dict.setdefault is atomic
+            if key not in self._ready:
+                self._ready[key] = self._jitted.lower(*args).compile()
+            return self._ready[key]
+
+
+def shapes(tree: Any) -> Any:
+    """The shapes and types of a tree's arrays."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
