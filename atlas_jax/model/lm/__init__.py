@@ -5,7 +5,9 @@ from __future__ import annotations
 from atlas_jax.model.lm.attention import Attention, attend, window_attend
 from atlas_jax.model.lm.blocks import Block, MemoryAsContext, MemoryAsGate, MemoryAsLayer, make_block
 from atlas_jax.model.lm.config import LAYER_KINDS, GateStart, LMConfig
+from atlas_jax.model.lm.data import Batch, BatchSource, text_batches
 from atlas_jax.model.lm.deep import DeepMemory, deep_memory
+from atlas_jax.model.lm.export import export_gguf, import_gguf
 from atlas_jax.model.lm.memory import Gates, MemoryLayer
 from atlas_jax.model.lm.model import (
     IGNORE,
@@ -13,6 +15,7 @@ from atlas_jax.model.lm.model import (
     LMParams,
     create,
     cross_entropy,
+    init_params,
     matrix_axes,
     parameter_count,
     split,
@@ -22,6 +25,8 @@ __all__ = [
     "IGNORE",
     "LAYER_KINDS",
     "Attention",
+    "Batch",
+    "BatchSource",
     "Block",
     "DeepMemory",
     "GateStart",
@@ -37,9 +42,13 @@ __all__ = [
     "create",
     "cross_entropy",
     "deep_memory",
+    "export_gguf",
+    "import_gguf",
+    "init_params",
     "make_block",
     "matrix_axes",
     "parameter_count",
     "split",
+    "text_batches",
     "window_attend",
 ]

@@ -1,16 +1,16 @@
 """DeepTransformer and Dot: a deep memory over φ*, whose inner products are exp(q·k), in closed form.
 
-A memory M(z) = W₁ σ(W₂ z) on z = φ*(k), the infinite feature map with φ*(q)·φ*(k) = exp(q·k) (ATLAS equations 22 and
-23), all of whose gradients are taken at the memory a sequence starts from. Writing token i with weight c_{t,i} at time t,
-the hidden layer at a query q is
+A memory M(z) = W₁ σ(W₂ z) on z = φ*(k), the infinite feature map with φ*(q)·φ*(k) = exp(q·k) (ATLAS equations 22, 23),
+all of whose gradients are taken at the memory a sequence starts from. With token i written with weight c_{t,i} at time
+t, the hidden layer at a query q is
 
     A_t = B q_t + Σ_i c_{t,i} exp(q_t·k_i) δ_i,      δ_i = (W₁ᵀ e_i) ⊙ σ'(B k_i),
 
 and the output W₁ σ(A_t) + Σ_i c_{t,i} (σ(A_t)·σ(B k_i)) e_i, with B the part of W₂ on the linear features (the rest
-starts at zero) and e_i = v_i − W₁ σ(B k_i) the error of the ℓ2 objective. The first sum is attention (normalised here by
-Σ_i exp(q_t·k_i), as softmax), the second linear attention over hidden units. Window c = 1 with e_i = v_i, the dot-product
-objective, is a DeepTransformer; a window c > 1 with the ℓ2 objective is Dot: c_{t,i} sums the gates of all windows that
-have held i by time t.
+starts at zero) and e_i = v_i − W₁ σ(B k_i) the error of the ℓ2 objective. The first sum is attention (normalised here
+by Σ_i exp(q_t·k_i), as softmax), the second linear attention over hidden units. A window c = 1 with e_i = v_i, the
+dot-product objective, is a DeepTransformer; a window c > 1 with the ℓ2 objective is Dot: c_{t,i} sums the gates of all
+windows that have held i by time t.
 """
 
 from __future__ import annotations

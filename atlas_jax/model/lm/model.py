@@ -57,6 +57,11 @@ def split(model: LanguageModel) -> tuple[Callable[[LMParams, Int32[Array, "B T"]
     return apply, nnx.to_pure_dict(state)
 
 
+def init_params(config: LMConfig, seed: int) -> LMParams:
+    """Random parameters: those of `create`."""
+    return split(create(config, seed))[1]
+
+
 def matrix_axes(model: LanguageModel) -> LMParams:
     """Which axes of each parameter are a matrix, for `atlas_jax.optim.muon`; None for what Adam should train.
 
