@@ -28,6 +28,10 @@ class Program:
             compiled = self.compile(key, *args)
         return compiled(*args)
 
+    def ready(self, key: Hashable) -> bool:
+        """Whether it has been compiled for a key."""
+        return key in self._ready
+
     def compile(self, key: Hashable, *args: Any) -> Callable[..., Any]:
         """The executable for a key; `args` may be shapes instead of arrays."""
         with self._locks.setdefault(key, threading.Lock()):  # dict.setdefault is atomic
@@ -36,6 +40,11 @@ class Program:
             return self._ready[key]
 
 
+def shape(of: tuple[int, ...], dtype: Any) -> Any:
+    """What stands for an array while a program is compiled."""
+    return jax.ShapeDtypeStruct(of, dtype)  # type: ignore[no-untyped-call]
+
+
 def shapes(tree: Any) -> Any:
     """The shapes and types of a tree's arrays."""
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+    return jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype), tree)

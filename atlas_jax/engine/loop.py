@@ -320,7 +320,8 @@ class Loop:
             work.row = self._runner.read(work.row, settings, tokens)
         else:
             following = [*tokens[1:], work.feed[0] if work.feed else tokens[-1]]
-            work.row, packed = self._runner.score(work.row, settings, tokens, following)
+            alternatives = work.request.prompt_logprobs > 0
+            work.row, packed = self._runner.score(work.row, settings, tokens, following, alternatives=alternatives)
             self._keep_scores(work, packed, following if work.feed else following[:-1])
         if work.kept is not None:
             work.kept.history.extend(tokens)

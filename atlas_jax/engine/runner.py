@@ -22,7 +22,7 @@ from atlas_jax.memory.recall import MemorySettings
 from atlas_jax.model.context import page_turn, turn_page
 from atlas_jax.model.stages import Trunk
 from atlas_jax.model.window import Turn, WindowPlan, bucket
-from atlas_jax.program import Program, shapes
+from atlas_jax.program import Program, shape, shapes
 
 CHUNKS = (8, 32, PAGE)
 """Lengths a piece of prompt is padded to."""
@@ -89,7 +89,7 @@ class Runner:
 
     def row_shapes(self, pages: int) -> Sequences:
         """Shapes and types of a row with a ring of `pages` pages."""
-        return jax.eval_shape(functools.partial(self._make, batch=1, pages=pages))
+        return self._batch_shapes(1, pages)
 
     def adopt(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A row that goes on from a saved one at `position`; the saved one stays as it is."""
@@ -111,7 +111,7 @@ class Runner:
 
     def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Sequences:
         """Reads tokens of the current page."""
-        padded, count = self._pad(tokens)
+        padded, count = self._pad(row, tokens)
         context, view, states = self._trunk(_step_key(row, padded.shape[1]), self._params, row.context, padded, count)
         memory, ring = row.memory, view.ring
         if memory is not None:
@@ -120,21 +120,32 @@ class Runner:
         return Sequences(context, memory)
 
     def score(
-        self, row: Sequences, settings: MemorySettings, tokens: Sequence[int], following: Sequence[int]
+        self,
+        row: Sequences,
+        settings: MemorySettings,
+        tokens: Sequence[int],
+        following: Sequence[int],
+        *,
+        alternatives: bool,
     ) -> tuple[Sequences, Packed]:
         """Reads tokens of the current page and scores the token that follows each."""
-        padded, count = self._pad(tokens)
-        successors, _ = self._pad(following)
+        padded, count = self._pad(row, tokens)
+        successors, _ = self._pad(row, following)
         context, view, states = self._trunk(_step_key(row, padded.shape[1]), self._params, row.context, padded, count)
         rest = (states[-1], self._taps(states), padded, view.ring.positions, view.ring.valid, successors)
-        memory, packed = self._finish_score(padded.shape, self._ends, row.memory, settings, *rest)
+        memory, packed = self._finish_score(
+            padded.shape, self._ends, row.memory, settings, *rest, np.bool_(alternatives)
+        )
         return Sequences(context, memory), packed
 
     def _taps(self, states: list[Any]) -> tuple[Any, ...]:
         return tuple(states[layer] for layer in self.config.taps)
 
-    def _pad(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        padded = np.zeros((1, bucket(len(tokens), CHUNKS)), np.int32)
+    def _pad(self, row: Sequences, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens in a chunk of a size that has been compiled, or else of the best size."""
+        fitting = [size for size in CHUNKS if size >= len(tokens)]
+        ready = [size for size in fitting if self._trunk.ready(_step_key(row, size))]
+        padded = np.zeros((1, (ready or fitting)[0]), np.int32)
         padded[0, : len(tokens)] = tokens
         return padded, np.asarray([len(tokens)], np.int32)
 
@@ -219,62 +230,71 @@ class Runner:
         return Sequences(context, memory)
 
     # --- compiling ahead ------------------------------------------------------------------------------------------
-    def compile_reading(self, pages: int) -> None:
-        """Compiles all that a prompt in a ring of `pages` pages needs; safe on any thread."""
-        row = self.row_shapes(pages)
+    def compile_reading(self, pages: int, length: int) -> None:
+        """Compiles the reading of pieces of `length` tokens in a ring of `pages` pages."""
+        row, tokens, count = self.row_shapes(pages), _integers(1, length), _integers(1)
         self._maker(1, pages).compile(())
-        self._compile_moves(row)
-        self._reposition.compile(pages, row, _SCALAR, _SCALAR)
-        settings = shapes(memory_settings(None, 1, 1))
-        for length in CHUNKS:
-            tokens, count = _integers(1, length), _integers(1)
-            view, states = self._trunk.compile((1, pages, length), self._params, row.context, tokens, count)
-            taps, where = self._taps(states), (view.ring.positions, view.ring.valid)
-            if row.memory is not None:
-                self._finish_read.compile(
-                    (1, length), self._ends.adapter, row.memory, settings, taps, tokens, *where
-                )
-            scoring = (settings, states[-1], taps, tokens, *where, tokens)
-            self._finish_score.compile((1, length), self._ends, row.memory, *scoring)
+        self._turn_page.compile((1, pages), row.context, shapes(page_turn(0, WindowPlan(None).turn(0))))
+        view, states = self._trunk.compile((1, pages, length), self._params, row.context, tokens, count)
+        if row.memory is not None:
+            rest = (self._taps(states), tokens, view.ring.positions, view.ring.valid)
+            self._finish_read.compile((1, length), self._ends.adapter, row.memory, self._one_setting(), *rest)
+
+    def compile_scoring(self, length: int) -> None:
+        """Compiles the scoring of pieces of `length` tokens, in a ring of any size."""
+        row, tokens, valid = self.row_shapes(self.buckets.pages[0]), _integers(1, length), _booleans(1, length)
+        state = shape((1, length, self.config.model.embed), np.float32)
+        rest = (state, (state,) * len(self.config.taps), tokens, tokens, valid, tokens, _booleans())
+        self._finish_score.compile((1, length), self._ends, row.memory, self._one_setting(), *rest)
 
     def compile_decoding(self, rows: int, pages: int) -> None:
-        """Compiles all that a batch of this size needs; safe on any thread."""
-        batch = jax.eval_shape(functools.partial(self._make, batch=rows, pages=pages))
+        """Compiles what a batch of this size needs while its rows stay."""
+        batch, single = self._batch_shapes(rows, pages), self.row_shapes(pages)
         idle = functools.partial(init_drawing, self.config.model)
-        drawing, single = jax.eval_shape(functools.partial(idle, rows)), jax.eval_shape(functools.partial(idle, 1))
+        drawing, one = jax.eval_shape(functools.partial(idle, rows)), jax.eval_shape(functools.partial(idle, 1))
         self._maker(rows, pages).compile(())
         self._idle_maker(rows).compile(())
-        self._extract_drawing.compile(rows, drawing, _SCALAR)
-        self._start.compile(rows, drawing, single, _SCALAR)
-        self._compile_moves(batch)
-        view, states = self._trunk.compile(
-            (rows, pages, 1), self._params, batch.context, drawing.token, _integers(rows)
-        )
+        self._insert_context.compile((rows, pages), batch.context, single.context, _SCALAR)
+        self._start.compile(rows, drawing, one, _SCALAR)
+        self._turn_page.compile((rows, pages), batch.context, shapes(page_turn(0, WindowPlan(None).turn(0))))
+        key, count = (rows, pages, 1), _integers(rows)
+        view, states = self._trunk.compile(key, self._params, batch.context, drawing.token, count)
         rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid)
         self._finish_decode.compile(rows, self._ends, batch.memory, drawing, *rest)
 
-    def _compile_moves(self, batch: Sequences) -> None:
-        """What rows need to come, go and turn pages in a batch of this shape."""
-        rows, pages = _shape_key(batch)
-        single = self.row_shapes(pages)
-        self._maker(1, pages).compile(())
-        self._turn_page.compile((rows, pages), batch.context, shapes(page_turn(0, WindowPlan(None).turn(0))))
+    def compile_moves(self, rows: int, pages: int) -> None:
+        """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""
+        batch, single = self._batch_shapes(rows, pages), self.row_shapes(pages)
+        drawing = jax.eval_shape(functools.partial(init_drawing, self.config.model, rows))
         self._extract.compile((rows, pages), batch, _SCALAR)
-        self._insert_context.compile((rows, pages), batch.context, single.context, _SCALAR)
+        self._extract_drawing.compile(rows, drawing, _SCALAR)
+        self._reposition.compile(pages, single, _SCALAR, _SCALAR)
+        self._insert_context.compile((1, pages), single.context, single.context, _SCALAR)
         for other in self.buckets.pages:
             if other != pages:
                 self._fit.compile((other, pages), self.row_shapes(other).context, single.context)
-        if batch.memory is not None:
-            self._insert_memory.compile(rows, batch.memory, single.memory, _SCALAR)
-            write = shapes(write_settings(MemoryWrite(PAGE, 0, 1.0, 1), PAGE))
-            self._write_memory.compile(rows, self._ends.adapter, batch.memory, _SCALAR, write)
+        for size, state in ((1, single.memory), (rows, batch.memory)):
+            if state is not None:
+                self._insert_memory.compile(size, state, single.memory, _SCALAR)
+                write = shapes(write_settings(MemoryWrite(PAGE, 0, 1.0, 1), PAGE))
+                self._write_memory.compile(size, self._ends.adapter, state, _SCALAR, write)
+
+    def _batch_shapes(self, rows: int, pages: int) -> Sequences:
+        return jax.eval_shape(functools.partial(self._make, batch=rows, pages=pages))
+
+    def _one_setting(self) -> MemorySettings:
+        return shapes(memory_settings(None, 1, 1))
 
 
-_SCALAR = jax.ShapeDtypeStruct((), np.int32)
+_SCALAR = shape((), np.int32)
 
 
-def _integers(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, np.int32)
+def _integers(*sizes: int) -> Any:
+    return shape(sizes, np.int32)
+
+
+def _booleans(*sizes: int) -> Any:
+    return shape(sizes, np.bool_)
 
 
 def _rows(batch: Sequences) -> int:

@@ -103,18 +103,25 @@ def finish_score(
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
     following: Int32[Array, "B T"],
+    alternatives: Bool[Array, ""],
 ) -> tuple[MemoryState | None, Packed]:
     """Ends a step that reads and tells how likely each token's successor in `following` was.
 
     Returns:
-      The memory, and a `Packed` with a row per token: the successor, its log-probability and the alternatives.
+      The memory, and a `Packed` with a row per token: the successor, its log-probability and, where `alternatives` are
+      wanted, the best ones (zeros otherwise: finding them takes longer than the model).
     """
     memory, mixed, gate = _predict(config, weights, memory, settings, hidden, tapped, tokens, positions, valid)
     flat = mixed.reshape(-1, mixed.shape[-1])
     best = row_max(flat)
     flat = flat - (best + jnp.log(row_sum(jnp.exp(flat - best[:, None]))))[:, None]
     successor = following.reshape(-1, 1)
-    top, index = jax.lax.top_k(flat, TOP_LOGPROBS)
+    shape = (flat.shape[0], TOP_LOGPROBS)
+    top, index = jax.lax.cond(
+        alternatives,
+        lambda: tuple(jax.lax.top_k(flat, TOP_LOGPROBS)),
+        lambda: (jnp.zeros(shape, flat.dtype), jnp.zeros(shape, jnp.int32)),
+    )
     return memory, Packed(
         integers=jnp.concatenate([successor, index], axis=1),
         numbers=jnp.concatenate([jnp.take_along_axis(flat, successor, axis=1), gate.reshape(-1, 1), top], axis=1),

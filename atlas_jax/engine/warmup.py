@@ -6,13 +6,15 @@ program nobody has compiled yet waits for it.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
-from atlas_jax.engine.runner import Runner
+from atlas_jax.engine.runner import CHUNKS, Runner
 
 log = logging.getLogger("atlas.engine")
 
@@ -34,8 +36,12 @@ class WarmUp:
         Args:
           first_pages: one of the buckets.
         """
-        self._runner.compile_reading(first_pages)
-        self._runner.compile_decoding(self._runner.buckets.rows[0], first_pages)
+        runner = self._runner
+        with ThreadPoolExecutor(2) as pool:  # XLA compiles one program on one core for most of the time
+            reading = pool.submit(runner.compile_reading, first_pages, CHUNKS[-1])
+            decoding = pool.submit(runner.compile_decoding, runner.buckets.rows[0], first_pages)
+            reading.result()
+            decoding.result()
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:
@@ -69,10 +75,17 @@ class WarmUp:
     def _tasks(self) -> list[Callable[[], None]]:
         """Everything, what few clients with short texts need first."""
         runner, buckets = self._runner, self._runner.buckets
-        ranked: list[tuple[int, Callable[[], None]]] = []
-        for i, pages in enumerate(buckets.pages):
-            ranked.append((2 * i, lambda pages=pages: runner.compile_reading(pages)))  # type: ignore[misc]
-            for j, rows in enumerate(buckets.rows):
-                task = lambda rows=rows, pages=pages: runner.compile_decoding(rows, pages)  # type: ignore[misc] # noqa: E731
-                ranked.append((i + j, task))
+        ranked: list[tuple[float, Callable[[], None]]] = []
+
+        def add(rank: float, function: Callable[..., None], *args: int) -> None:
+            ranked.append((rank, functools.partial(function, *args)))
+
+        for i, length in enumerate(reversed(CHUNKS)):
+            add(2.5 + i, runner.compile_scoring, length)
+            for j, pages in enumerate(buckets.pages):
+                add(i + j, runner.compile_reading, pages, length)
+        for i, rows in enumerate(buckets.rows):
+            for j, pages in enumerate(buckets.pages):
+                add(i + j, runner.compile_decoding, rows, pages)
+                add(i + j, runner.compile_moves, rows, pages)
         return [task for _, task in sorted(ranked, key=lambda entry: entry[0])]

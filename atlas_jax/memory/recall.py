@@ -171,11 +171,11 @@ def write(
     """
     width = config.max_omega_window
     offset = jnp.arange(width) - width
-    position = settings.end + offset
-    gamma = ((position >= 0) & (offset >= -settings.window)).astype(jnp.float32)
+    position = settings.end + offset  # of the values: what follows the last of them may not have been read yet
+    gamma = ((position >= 1) & (offset >= -settings.window)).astype(jnp.float32)
     ring = state.tokens.shape[1]
-    key = state.keys[row, position % ring] * gamma[:, None]
-    token = state.tokens[row, (position + 1) % ring]
+    key = state.keys[row, (position - 1) % ring] * gamma[:, None]
+    token = state.tokens[row, position % ring]
 
     features = _features(adapter, key, settings.degree)  # [M, W]; γ = 0 makes a column zero
     code = adapter.codes[token].astype(jnp.float32) * (adapter.codes.shape[1] ** -0.5) * gamma[:, None]

@@ -156,7 +156,7 @@ def test_greedy_is_the_best_adjusted_token_and_logprobs_are_the_models_own(kind:
         assert np.array_equal(found.top_token[row], order)
         np.testing.assert_allclose(found.top_logprob[row], logprobs[row, order], atol=1e-5)
     shifted = draw(state, logits + np.float32(64.0), np.zeros(4, np.int32))
-    if not (kind.repeat_penalty != 1):  # that penalty alone looks at the sign of a logit
+    if kind.repeat_penalty == 1:  # that penalty alone looks at the sign of a logit
         assert np.array_equal(shifted.token, found.token)
 
 

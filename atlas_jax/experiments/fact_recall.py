@@ -1,0 +1,147 @@
+"""Facts asked for long after they have left the window: window alone, memory, full attention.
+
+    python -m atlas_jax.experiments.fact_recall MODEL.gguf [--contexts 12] [--window 512] [--http]
+
+A context is five facts of the same form (each the others' distractor) between sentences of a real text, followed by at
+least 2 000 tokens of that text. It is read once into a session; every fact is then asked for in the words it was stated in
+and in others, without teaching the session. Answers are greedy; a fact counts if all its digits are right, a digit if it
+is right in its place. "Full attention" is a session whose window holds the whole context.
+
+With --http the same goes through a server that is stopped and started again between reading and asking.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from atlas_jax.engine import Engine
+from atlas_jax.engine.api import GenerationRequest, MemoryParams, SamplingParams, SessionKey
+from atlas_jax.experiments.asking import ask, text_of
+
+DIGITS = 5
+FACTS = 5
+_PLACES = (
+    "Lisbon archive", "north tower", "glass pavilion", "harbour office", "copper mine", "old observatory", "river depot",
+    "museum vault", "garden shed", "mountain station", "print shop", "salt cellar", "clock room", "paper mill",
+    "lighthouse store", "opera cloakroom", "granary", "signal cabin", "boat house", "chapel crypt", "seed bank",
+    "weather hut", "tram depot", "map library", "wine cellar", "foundry", "rope walk", "ice house", "bell tower", "mint",
+)  # fmt: skip
+_STATED = "The access code of the {place} is {code}."
+_SAME = " The access code of the {place} is"
+_OTHER = " To open the door of the {place}, one has to enter the number"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One context: a text, and the facts in it."""
+
+    text: str
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class Score:
+    """How many facts, and how many of their digits, were right."""
+
+    facts: int = 0
+    digits: int = 0
+    asked: int = 0
+
+    def add(self, code: str, answer: str) -> None:
+        """Counts one answer."""
+        found = re.sub(r"\D", "", answer)[:DIGITS]
+        self.asked += 1
+        self.facts += found == code
+        self.digits += sum(a == b for a, b in zip(code, found, strict=False))
+
+    def __str__(self) -> str:
+        return f"{self.facts / self.asked:.2f} facts, {self.digits / (self.asked * DIGITS):.2f} digits"
+
+
+def cases(filler: str, count: int, seed: int, count_tokens: Callable[[str], int]) -> list[Case]:
+    """Contexts made of a text's sentences: facts among the first, then at least 2 000 tokens."""
+    rng = random.Random(seed)
+    sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", filler) if 20 < len(sentence) < 400]
+    out = []
+    for _ in range(count):
+        start = rng.randrange(len(sentences))
+        stream = sentences[start:] + sentences[:start]
+        facts = tuple((place, "".join(rng.choices("0123456789", k=DIGITS))) for place in rng.sample(_PLACES, FACTS))
+        parts: list[str] = []
+        for place, code in facts:
+            parts += [stream.pop(0), _STATED.format(place=place, code=code)]
+        after: list[str] = []
+        while count_tokens(" ".join(after)) < 2048:
+            after += [stream.pop(0) for _ in range(8)]
+        out.append(Case(" ".join(parts + after), facts))
+    return out
+
+
+def run(engine: Engine, contexts: Sequence[Case], params: Callable[[SessionKey, bool], MemoryParams]) -> dict[str, Score]:
+    """Reads every context into a session and asks for its facts in both wordings."""
+    scores = {"same": Score(), "other": Score()}
+    greedy = SamplingParams(temperature=0.0)
+    for index, case in enumerate(contexts):
+        key = SessionKey("recall", f"context-{index}")
+        prompt = engine.tokenizer.encode(case.text, add_special=True, parse_special=False)
+        ask(engine, [GenerationRequest(prompt=prompt, max_tokens=0, memory=params(key, True))])
+        for wording, template in (("same", _SAME), ("other", _OTHER)):
+            for place, code in case.facts:
+                question = engine.tokenizer.encode(template.format(place=place), add_special=False, parse_special=False)
+                request = GenerationRequest(
+                    prompt=question, max_tokens=10, sampling=greedy, memory=params(key, False), ignore_eos=True
+                )
+                (events,) = ask(engine, [request])
+                scores[wording].add(code, text_of(events))
+        engine.sessions.reset(key.owner, key.session_id)
+    return scores
+
+
+def default_filler() -> str:
+    """The prose that comes with the library."""
+    return (resources.files("atlas_jax.memory") / "texts" / "prose.txt").read_text("utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--contexts", type=int, default=12, help="contexts of five facts each")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--filler", type=Path, help="text the facts are hidden in (default: prose of the library)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--blend", type=float, default=0.5)
+    parser.add_argument("--adapter", type=Path)
+    parser.add_argument("--modes", nargs="+", default=["window", "memory", "full"])
+    args = parser.parse_args()
+    engine = Engine.open(
+        model_path=args.model, adapter_path=args.adapter, max_running=2, max_context=4096, max_window=4096
+    )
+
+    def modes(mode: str) -> Callable[[SessionKey, bool], MemoryParams]:
+        size = 4096 if mode == "full" else args.window
+        return lambda key, teach: MemoryParams(
+            session=key, window_size=size, read=mode == "memory", write=teach, blend_ratio=args.blend
+        )
+
+    filler = args.filler.read_text("utf-8") if args.filler else default_filler()
+
+    def count(text: str) -> int:
+        return len(engine.tokenizer.encode(text, add_special=False, parse_special=False))
+
+    contexts = cases(filler, args.contexts, args.seed, count)
+    print(f"{len(contexts) * FACTS} facts, stated at least 2048 tokens ago; contexts of {count(contexts[0].text)} tokens")
+    print("| | same words | other words |\n|---|---|---|")
+    for mode in args.modes:
+        scores = run(engine, contexts, modes(mode))
+        print(f"| {mode} | {scores['same']} | {scores['other']} |", flush=True)
+    engine.close(timeout=10)
+
+
+if __name__ == "__main__":
+    main()
