@@ -1,0 +1,239 @@
+"""Feature maps, Newton–Schulz and the Omega kernel against their definitions."""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_support import close, jit, reference
+
+from atlas_jax.kernels import feature_maps, omega
+from atlas_jax.kernels.features import polynomial_features
+from atlas_jax.kernels.newton_schulz import COEFFICIENTS, SINGULAR_BAND, orthogonalize, ref_orthogonalize
+
+FEW = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+SEEDS = st.integers(0, 2**31 - 1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+# ---------------------------------------------------------------------------------------------------- feature maps
+
+
+@pytest.mark.parametrize(("dim", "degree"), [(1, 3), (4, 1), (3, 2), (3, 5)])
+def test_polynomial_kernel_and_twins(dim, degree):
+    fast, twin = jit(feature_maps.polynomial), jit(feature_maps.ref_polynomial)
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        rng = np.random.default_rng(seed)
+        x, y = rng.standard_normal((2, 5, dim))
+        scale = rng.uniform(0, 1.5, degree + 1)
+        phi = fast(x, scale)
+        assert phi.shape[1] == feature_maps.monomial_count(dim, degree) == math.comb(dim + degree, degree)
+        close(phi, twin(x, scale), 1e-6)  # the twin's table is in float32
+        close(phi, [reference.monomials(row, scale**2) for row in x])
+        close(phi @ fast(y, scale).T, sum(s**2 * (x @ y.T) ** i for i, s in enumerate(scale)))
+
+    check()
+
+
+def test_polynomial_is_the_serving_map():
+    x = np.random.default_rng(0).standard_normal((4, 3))
+    scale = feature_maps.exponential_scale(3)
+    close(feature_maps.polynomial(x, jnp.asarray(scale)), polynomial_features(x, tuple(scale**2)), 1e-6)
+
+
+@pytest.mark.parametrize(("dim", "degree", "rank", "unit_rank"), [(4, 2, 15, 14), (3, 3, 20, 16), (5, 1, 6, 6)])
+def test_monomials_have_full_rank_but_for_what_unit_length_takes(dim, degree, rank, unit_rank):
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((80, dim))
+    scale = jnp.asarray(feature_maps.exponential_scale(degree))
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    assert np.linalg.matrix_rank(feature_maps.polynomial(x, scale)) == rank
+    assert np.linalg.matrix_rank(feature_maps.polynomial(unit, scale)) == unit_rank
+    assert np.linalg.matrix_rank(feature_maps.elementwise(x, scale[1:])) <= dim
+
+
+def test_exponential_features_have_the_exponential_kernel():
+    rng = np.random.default_rng(2)
+    x, y = rng.standard_normal((2, 6, 3)) * 0.5
+    features = jit(functools.partial(feature_maps.polynomial, scale=jnp.asarray(feature_maps.exponential_scale(8))))
+    close(features(x) @ features(y).T, np.exp(x @ y.T), 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["sketch", "random"])
+def test_random_features_are_unbiased(kind):
+    """The mean over draws approaches the kernel as 1/√draws."""
+    rng = np.random.default_rng(3)
+    x, y = rng.standard_normal((2, 4, 3))
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
+    scale = jnp.asarray(feature_maps.exponential_scale(3))
+    if kind == "sketch":
+        wanted = np.asarray(feature_maps.polynomial(x, scale) @ feature_maps.polynomial(y, scale).T)
+        features = functools.partial(feature_maps.polynomial_sketch, scale=scale, width=200)
+    else:
+        wanted = np.exp(x @ y.T)
+        features = functools.partial(feature_maps.random_exponential, width=400)
+    found = np.stack([features(x, seed=s) @ features(y, seed=s).T for s in range(60)])
+    assert features(x, seed=0).shape[1] in (200, 400)
+    deviation = found.std(axis=0)
+    assert np.all(np.abs(found.mean(axis=0) - wanted) < 4 * deviation / math.sqrt(60) + 1e-9)
+    assert np.all(deviation < 0.8)
+
+
+# -------------------------------------------------------------------------------------------------- Newton–Schulz
+
+
+@functools.cache
+def _newton_schulz(table, steps=5):
+    return jit(functools.partial(orthogonalize, table=table, steps=steps))
+
+
+def with_singular_values(rng, shape, values):
+    left = np.linalg.qr(rng.standard_normal((shape[0], len(values))))[0]
+    right = np.linalg.qr(rng.standard_normal((shape[1], len(values))))[0]
+    return left * values @ right.T
+
+
+@pytest.mark.parametrize("table", COEFFICIENTS)
+@pytest.mark.parametrize("shape", [(5, 5), (9, 4), (3, 8)])
+def test_newton_schulz(table, shape):
+    run, twin = _newton_schulz(table), jit(functools.partial(ref_orthogonalize, table=table))
+
+    @FEW
+    @given(seed=SEEDS, rank=st.integers(1, 3), exponent=st.integers(-30, 30))
+    def check(seed, rank, exponent):
+        rng = np.random.default_rng(seed)
+        values = rng.uniform(0.03, 1.0, rank)
+        values /= np.linalg.norm(values)
+        x = with_singular_values(rng, shape, values)
+        result = np.asarray(run(x))
+        found = np.linalg.svd(result, compute_uv=False)
+        low, high = SINGULAR_BAND[table]
+        assert np.all(found[:rank] >= low - 1e-3)
+        assert np.all(found[:rank] <= high + 1e-3)
+        assert np.all(found[rank:] < 1e-6)  # rank preserved
+        close(result, twin(x), 1e-7)  # Gram form is the direct form
+        close(run(-x), -result)
+        close(run(x * 10.0**exponent), result)
+        turn = np.linalg.qr(rng.standard_normal((shape[0], shape[0])))[0]
+        close(run(turn @ x), turn @ result, 1e-7)
+        if table == "jordan":
+            close(result, reference.newton_schulz(x, 5), 1e-7)
+
+    check()
+
+
+@pytest.mark.parametrize("table", COEFFICIENTS)
+def test_stated_band_is_where_singular_values_go(table):
+    sigma = np.exp(np.linspace(math.log(0.01), 0, 20_001))
+    for a, b, c in COEFFICIENTS[table]:
+        sigma = a * sigma + b * sigma**3 + c * sigma**5
+    low, high = SINGULAR_BAND[table]
+    assert low <= sigma.min() < low + 0.002
+    assert high - 0.002 < sigma.max() <= high
+
+
+def test_newton_schulz_repeats_its_last_row_and_takes_no_negative_steps():
+    x = np.random.default_rng(0).standard_normal((3, 4))
+    twin = jit(functools.partial(ref_orthogonalize, table="polar_express", steps=6))
+    close(_newton_schulz("polar_express", 6)(x), twin(x), 1e-7)
+    close(_newton_schulz("jordan", 0)(x), x / np.linalg.norm(x))
+    with pytest.raises(ValueError, match="steps"):
+        orthogonalize(x, steps=-1)
+
+
+def test_newton_schulz_at_zero_and_at_the_ends_of_float32():
+    run = _newton_schulz("jordan", 2)
+    grad = jit(jax.grad(lambda x: (orthogonalize(x, steps=2) ** 2).sum()))
+    zero = jnp.zeros((3, 4), jnp.float32)
+    assert not run(zero).any()
+    assert not grad(zero).any()
+    x = np.random.default_rng(0).standard_normal((3, 4)).astype(np.float32)
+    for scale in (1e-36, 1e36):
+        close(run(x * np.float32(scale)), run(x), 1e-4)
+        assert np.isfinite(grad(x * np.float32(scale))).all()
+
+
+# ----------------------------------------------------------------------------------------------------------- Omega
+
+
+def gates(rng, rows, channels):
+    x = rng.uniform(0, 1, (rows, channels))
+    return np.where(rng.random(x.shape) < 0.2, np.round(x), x)
+
+
+def test_window_band():
+    band = jit(omega.window_band)
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        rng = np.random.default_rng(seed)
+        age, stored, valid = rng.random((5, 3)), rng.random(7), np.array([1.0, 1, 0, 1, 1])
+        wanted = np.zeros((5, 7))
+        for t in range(5):
+            for i in range(t, t + 3):
+                wanted[t, i] = age[t, t + 2 - i] * stored[i] * valid[t]
+        close(band(age, stored, valid), wanted)
+
+    check()
+
+
+def test_decay_products():
+    products = jit(omega.decay_products)
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        gate = gates(np.random.default_rng(seed), 5, 2)
+        wanted = [[np.prod(gate[n + 1 : t + 1], axis=0) * (n <= t) for n in range(5)] for t in range(5)]
+        close(products(gate), wanted)
+
+    check()
+
+
+@pytest.mark.parametrize("channels", ["one", "all", "some"])
+@pytest.mark.parametrize("axis", ["row", "column"])
+def test_dual_form_is_the_recurrence(axis, channels):
+    """Outputs, weights and momentum, and the weights of every token, of a chunk of 5 with a tail of 2."""
+    size = 4 if axis == "row" else 3
+    widths = {"one": (1, 1, 1, 1), "all": (size,) * 4, "some": (size, 1, 1, size)}[channels]
+
+    def both(weight, momentum, x, left, right, alpha, theta, inner, outer, band):
+        c = omega.chunk_coefficients(alpha, theta, inner, outer, band)
+        y = omega.dual_product(x, weight, momentum, left, right, c, axis)
+        w, s = omega.chunk_end(weight, momentum, left, right, c, axis)
+        steps = omega.momenta(momentum, left, right, c, axis)
+        each = omega.accumulate(weight, steps, alpha, outer, axis)
+        full = [jnp.broadcast_to(g, (5, size)) for g in (alpha, theta, inner, outer)]
+        twin = omega.ref_omega_chunk(weight, momentum, x, left, right, *full, band, axis)
+        return (y, w, s), twin, (jnp.einsum("toi,ti->to", each, x), each[-1], steps[-1])
+
+    compiled = jit(both)
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        rng = np.random.default_rng(seed)
+        weight, momentum = rng.standard_normal((2, 4, 3))
+        x, left, right = (rng.standard_normal(s) for s in ((5, 3), (7, 4), (7, 3)))
+        band = np.tril(rng.random((5, 7)), 2)
+        arrays = (weight, momentum, x, left, right, *(gates(rng, 5, n) for n in widths), band)
+        dual, twin, formed = compiled(*arrays)
+        jax.tree.map(close, dual, twin)
+        jax.tree.map(close, formed, twin)
+
+    check()

@@ -1,0 +1,188 @@
+"""Rules that other papers name, from those papers' own equations: the presets must be them exactly."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from memory_support import close, draw_params, draw_tokens, fresh, jit, preset, run_chunked
+
+from atlas_jax.memory.rules import Features
+
+pytestmark = pytest.mark.timeout(120)
+FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
+SEEDS = st.integers(0, 2**31 - 1)
+LENGTH = 9
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def case(rule, seed, w0=None):
+    """Parameters, the rule's outputs, and one sequence's arrays: unit q, k, then v and scalar gates."""
+    params, tokens = draw_params(rule, seed), draw_tokens(rule, seed, LENGTH)
+    if w0 is not None:
+        params.weights["w"] = jnp.full_like(params.weights["w"], w0)
+    _, y = run_chunked(rule, params, fresh(rule, params), tokens)
+    q, k, v = (np.asarray(x[0]) for x in (tokens.q, tokens.k, tokens.v))
+    q, k = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (q, k))
+    gates = [np.asarray(x[0, :, 0]) for x in (tokens.eta, tokens.alpha, tokens.theta, tokens.gamma)]
+    return params, y[0], q, k, v, *gates
+
+
+@pytest.mark.parametrize("name", ["deltanet", "gated_deltanet"])
+def test_delta_rules(name):
+    rule = preset(name)
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        params, y, q, k, v, eta, alpha, _, gamma = case(rule, seed)
+        w = np.asarray(params.weights["w"])
+        for t in range(LENGTH):
+            beta = 2 * eta[t] * gamma[t]
+            kept = alpha[t] if name == "gated_deltanet" else 1.0
+            w = kept * w @ (np.eye(3) - beta * np.outer(k[t], k[t])) + beta * np.outer(v[t], k[t])
+            close(y[t], w @ q[t])
+
+    check()
+
+
+def test_omeganet_of_a_matrix():
+    """W_t = W_{t−1}(α_t I − 2η Σγφφᵀ) + 2η Σγvφᵀ with gradients always at the newest memory."""
+    rule = preset("omeganet", memory="matrix", residual="none", clip=None, features=Features(), chunk=1, window=3)
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        params, y, q, k, v, eta, alpha, _, gamma = case(rule, seed)
+        w = np.asarray(params.weights["w"])
+        for t in range(LENGTH):
+            window = range(max(0, t - 2), t + 1)
+            keys = sum(gamma[i] * np.outer(k[i], k[i]) for i in window)
+            values = sum(gamma[i] * np.outer(v[i], k[i]) for i in window)
+            w = w @ (alpha[t] * np.eye(3) - 2 * eta[t] * keys) + 2 * eta[t] * values
+            close(y[t], w @ q[t])
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["titans", "ttt_mlp"])
+def test_deep_rules_by_automatic_differentiation(name):
+    """Titans: S_t = θ S_{t−1} − η ∇ℓ(M_{t−1}), M_t = αM_{t−1} + S_t. TTT: M_t = M_b − Σ η ∇ℓ(M_b)."""
+    rule = preset(name, chunk=1 if name == "titans" else 4)
+
+    def memory(w, x):
+        return x + w["w1"] @ jax.nn.gelu(w["w2"] @ x)
+
+    gradient = jit(jax.grad(lambda w, k, v: jnp.sum((memory(w, k) - v) ** 2)))
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        params, y, q, k, v, eta, alpha, theta, gamma = case(rule, seed)
+        weights = anchor = params.weights
+        surprise = jax.tree.map(jnp.zeros_like, weights)
+        for t in range(LENGTH):
+            anchor = weights if t % rule.chunk == 0 else anchor
+            step = eta[t] * gamma[t]
+            kept, carried = (alpha[t], theta[t]) if name == "titans" else (1.0, 0.0)
+            surprise = jax.tree.map(lambda s, g: carried * s - step * g, surprise, gradient(anchor, k[t], v[t]))  # noqa: B023
+            weights = jax.tree.map(lambda w, s: kept * w + s, weights, surprise)  # noqa: B023
+            close(y[t], memory(weights, q[t]))
+
+    check()
+
+
+@pytest.mark.parametrize("window", [1, 3])
+def test_linear_attention_and_its_sliding_window(window):
+    rule = preset("swla", window=window) if window > 1 else preset("linear_attention")
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        _, y, q, k, v, eta, alpha, _, gamma = case(rule, seed, w0=0.0)
+        for t in range(LENGTH):
+            total = np.zeros(3)
+            for n in range(t + 1):
+                kept = np.prod(alpha[n + 1 : t + 1]) if window > 1 else 1.0
+                for i in range(max(0, n - window + 1), n + 1):
+                    total += kept * eta[n] * gamma[i] * (k[i] @ q[t]) * v[i]
+            close(y[t], total)
+
+    check()
+
+
+def test_one_gradient_step_from_zero_is_linear_attention():
+    rule = preset("deltanet", chunk=16)
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        _, y, q, k, v, eta, _, _, gamma = case(rule, seed, w0=0.0)
+        close(y, np.tril(q @ k.T * (2 * eta * gamma)) @ v)
+
+    check()
+
+
+def test_exponential_features_make_softmax_attention():
+    """With φ* the sums of values and of ones are softmax attention's numerator and denominator."""
+    rule = preset("linear_attention", features=Features(kind="exponential", degree=8))
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        params, tokens = draw_params(rule, seed), draw_tokens(rule, seed, LENGTH)
+        params.weights["w"] = jnp.zeros_like(params.weights["w"])
+        ones = jnp.ones_like(tokens.eta)
+        values = tokens.v.at[..., 2].set(1.0)
+        tokens = type(tokens)(tokens.q, tokens.k, values, ones, ones, ones, ones)
+        _, y = run_chunked(rule, params, fresh(rule, params), tokens)
+        q, k = (np.asarray(x[0] / np.linalg.norm(x[0], axis=1, keepdims=True)) for x in (tokens.q, tokens.k))
+        scores = np.where(np.tri(LENGTH) > 0, np.exp(q @ k.T), 0.0)
+        close(y[0], scores @ values[0], 1e-4)
+        attention = scores / scores.sum(axis=1, keepdims=True) @ values[0]
+        close(y[0] / y[0, :, 2:], attention, 1e-4)
+
+    check()
+
+
+def test_mesa_is_recursive_least_squares():
+    """Sherman and Morrison's recursion, which never forms the sums that the rule keeps."""
+    rule = preset("mesa", retention=False)
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        params, y, q, k, v, _, _, _, gamma = case(rule, seed)
+        w, p = np.asarray(params.weights["w"]), np.eye(3) / rule.ridge
+        for t in range(LENGTH):
+            gain = gamma[t] * p @ k[t] / (1 + gamma[t] * k[t] @ p @ k[t])
+            w = w + np.outer(v[t] - w @ k[t], gain)
+            p = p - np.outer(gain, k[t] @ p)
+            close(y[t], w @ q[t], 1e-8)
+
+    check()
+
+
+def test_an_unbounded_window_solved_exactly_is_least_squares_and_its_capacity_is_the_rank():
+    """Degree 2 in 3 variables has 10 monomials, 9 independent ones for unit keys: 9 pairs are recalled, 12 are not."""
+    rule = preset("mesa", retention=False, features=Features(kind="polynomial", degree=2), ridge=1e-11)
+    params, tokens = draw_params(rule, 0), draw_tokens(rule, 0, 12, extremes=False)
+    params.weights["w"] = jnp.zeros_like(params.weights["w"])
+    params.features["scale"] = jnp.ones(3)
+    tokens = type(tokens)(tokens.k, tokens.k, tokens.v, *(jnp.ones_like(tokens.eta),) * 4)
+    for count, recalled in ((9, True), (12, False)):
+        part = jax.tree.map(lambda x: x[:, :count], tokens)  # noqa: B023
+        state, _ = run_chunked(rule, params, fresh(rule, params), part)
+        silent = jax.tree.map(lambda x: x[:, :count] * 0, tokens)  # noqa: B023
+        silent = type(tokens)(part.q, part.k, part.v, silent.eta, 1 + silent.alpha, silent.theta, silent.gamma)
+        _, y = run_chunked(rule, params, state, silent)
+        error = float(jnp.max(jnp.abs(y - part.v)))
+        assert (error < 0.01) == recalled, (count, error)
