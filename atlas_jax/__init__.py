@@ -1,5 +1,59 @@
-"""atlas_jax: JAX-compiled transformers with ATLAS test-time memory (arXiv 2505.23735)."""
+"""atlas_jax: JAX-compiled transformers with ATLAS test-time memory (arXiv 2505.23735).
+
+The memory rules are here by name, `atlas_jax.presets.atlas(64, 64)`, and imported when first used: jax is not loaded for
+a program that only wants the version.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from atlas_jax import _platform as _platform  # sets XLA flags: must run before anything imports jax
 
+if TYPE_CHECKING:
+    from atlas_jax.memory.rules import PRESETS as PRESETS
+    from atlas_jax.memory.rules import Features as Features
+    from atlas_jax.memory.rules import MemoryRule as MemoryRule
+    from atlas_jax.memory.rules import MemoryState as MemoryState
+    from atlas_jax.memory.rules import Params as Params
+    from atlas_jax.memory.rules import Tokens as Tokens
+    from atlas_jax.memory.rules import chunked as chunked
+    from atlas_jax.memory.rules import init_params as init_params
+    from atlas_jax.memory.rules import init_state as init_state
+    from atlas_jax.memory.rules import make_tokens as make_tokens
+    from atlas_jax.memory.rules import presets as presets
+    from atlas_jax.memory.rules import read as read
+    from atlas_jax.memory.rules import scan as scan
+    from atlas_jax.memory.rules import step as step
+
 __version__ = "0.1.0"
+
+_RULES = frozenset(
+    {
+        "PRESETS",
+        "Features",
+        "MemoryRule",
+        "MemoryState",
+        "Params",
+        "Tokens",
+        "chunked",
+        "init_params",
+        "init_state",
+        "make_tokens",
+        "presets",
+        "read",
+        "scan",
+        "step",
+    }
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _RULES:
+        return getattr(importlib.import_module("atlas_jax.memory.rules"), name)
+    raise AttributeError(f"module 'atlas_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_RULES})
