@@ -6,6 +6,7 @@ Names of owners and sessions never become file names: folders, files and members
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -115,7 +116,7 @@ def read_manifest(path: Path) -> Manifest:
     with _opened(path) as archive:
         try:
             manifest = msgspec.json.decode(_member(archive, _MANIFEST, _MAX_MANIFEST), type=Manifest)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise SnapshotInvalid("archive is damaged: its manifest cannot be read") from error
         names = {member_name(session.session_id) for session in manifest.sessions}
         if len(names) != len(manifest.sessions) or names | {_MANIFEST} != set(archive.namelist()):
@@ -146,6 +147,10 @@ def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
             raise SnapshotInvalid(f"archive member of {info.file_size} bytes exceeds the limit of {limit}")
         return archive.read(info)
     except (KeyError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
+        raise SnapshotInvalid("archive is damaged") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a place before the file's beginning: its directory is damaged
+            raise
         raise SnapshotInvalid("archive is damaged") from error
 
 

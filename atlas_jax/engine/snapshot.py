@@ -60,7 +60,7 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     try:
         arrays = safetensors.numpy.load(payload)
         header = msgspec.json.decode(_metadata(payload)[_HEADER_KEY])
-    except (safetensors.SafetensorError, msgspec.DecodeError, KeyError, ValueError, TypeError) as error:
+    except (safetensors.SafetensorError, msgspec.DecodeError, KeyError, ValueError, TypeError, RecursionError) as error:
         raise SnapshotInvalid("snapshot is damaged: its contents cannot be read") from error
     if not isinstance(header, dict):
         raise SnapshotInvalid("snapshot is damaged: its header is not an object")

@@ -1,0 +1,398 @@
+"""Session files: what is saved is what is loaded, and no bytes whatever do more than be refused."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import msgspec
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
+from atlas_jax.engine import archive, snapshot
+from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StorageFull
+from atlas_jax.engine.archive import Listing, Manifest
+from atlas_jax.engine.history import History
+from atlas_jax.engine.session import (
+    Checkpoint,
+    Layout,
+    Session,
+    SessionShape,
+    SessionStats,
+    decode_session,
+    encode_session,
+)
+from atlas_jax.engine.state import Sequences, init_sequences
+from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.model.window import WindowPlan
+
+MODEL = ModelConfig(
+    family="llama",
+    vocab=50,
+    embed=8,
+    heads=2,
+    kv_heads=1,
+    head_dim=4,
+    ff=8,
+    layers=(LayerConfig(), LayerConfig()),
+    ropes=(RopeConfig(base=10_000.0, dims=4),),
+    context_length=4096,
+    norm_eps=1e-5,
+)
+MEMORY = MemoryConfig(layers=(1,), components=4, features=10, code_dim=8, max_window=256, max_omega_window=256)
+_PREFIX = 44  # magic, version, digest
+
+
+def layout(dtype: KVDtype = "int8") -> Layout:
+    return Layout(MODEL, MEMORY, dtype, "fingerprint")
+
+
+def filled(row: Sequences, random: np.random.Generator) -> Sequences:
+    """A row of plausible numbers in place of zeros."""
+
+    def fill(leaf: Any) -> np.ndarray:
+        if leaf.dtype == np.int8:
+            return random.integers(0, 2, leaf.shape, np.int8)
+        if leaf.dtype == np.float32:
+            return random.standard_normal(leaf.shape).astype(np.float32)
+        return np.zeros(leaf.shape, leaf.dtype)
+
+    return jax.tree.map(fill, row)
+
+
+def make_session(length: int, plan: WindowPlan, dtype: KVDtype, seed: int) -> Session:
+    """A session that has read `length` tokens, as the engine leaves it."""
+    random = np.random.default_rng(seed)
+    text = random.integers(0, MODEL.vocab, length).tolist()
+    history = History()
+    history.extend(text)
+    if length > 3:
+        history.first_reply = 3
+    page = (length - 1) // PAGE if length else -1
+    shapes = jax.eval_shape(lambda: init_sequences(MODEL, MEMORY, 1, max(plan.ring((page + 1) * PAGE), 4), dtype))
+    row = filled(shapes, random)
+    slots = np.full(row.context.page.shape, -1, np.int32)
+    for number in range(page + 1):
+        slots[0, plan.slot(number)] = number
+    for name, value in (
+        ("page", slots),
+        ("slot", np.asarray([plan.slot(max(page, 0))], np.int32)),
+        ("first_page", np.asarray([plan.left(max(page, 0))], np.int32)),
+        ("position", np.asarray([length], np.int32)),
+    ):
+        object.__setattr__(row.context, name, value)
+    assert row.memory is not None
+    kept = np.arange(length)[-MEMORY.ring :]
+    row.memory.tokens[0, kept % MEMORY.ring] = np.asarray(text, np.int32)[kept]  # type: ignore[index]
+    return Session(
+        key=SessionKey("owner", "a session"),
+        shape=SessionShape(plan, layers=1, degree=2),
+        history=history,
+        checkpoints=[Checkpoint(length, page, row, plan.left(max(page, 0)) * PAGE)] if length else [],
+        stats=SessionStats(updates=3, muon_iterations=4, omega_loss=0.25, last_update=123.5),
+        pending=7 if length else None,
+        state={"any": ["thing", 1, None]},
+        has_state=True,
+        created=1.5,
+        last_used=2.5,
+    )
+
+
+sessions = st.builds(
+    make_session,
+    st.integers(0, 5 * PAGE) | st.sampled_from([PAGE, 2 * PAGE, 3 * PAGE]),
+    st.sampled_from([WindowPlan(1, 1), WindowPlan(2, 1), WindowPlan(1, 2), WindowPlan(2, 2)]),
+    st.sampled_from(["int8", "float32"]),
+    st.integers(0, 2**32 - 1),
+)
+
+
+def kind_of(session: Session) -> KVDtype:
+    if not session.checkpoints:
+        return "int8"
+    return "float32" if isinstance(session.checkpoints[0].row.context.kv[0].k, np.ndarray) else "int8"
+
+
+def sealed(payload: bytes, version: int = 1) -> bytes:
+    """A payload under a right checksum: damage that only the contents can show."""
+    return struct.pack("<8sI32s", snapshot.MAGIC, version, hashlib.sha256(payload).digest()) + payload
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(sessions)
+def test_loading_what_was_saved_gives_the_session_back(session: Session) -> None:
+    where = layout(kind_of(session))
+    data = encode_session(where, session)
+    assert len(data) <= where.largest_snapshot
+    loaded = decode_session(where, data)
+    for name in ("key", "shape", "history", "stats", "pending", "state", "has_state", "created", "last_used"):
+        assert getattr(loaded, name) == getattr(session, name)
+    assert len(loaded.checkpoints) == len(session.checkpoints)
+    for old, new in zip(session.checkpoints, loaded.checkpoints, strict=True):
+        assert (new.position, new.page, new.absorbed) == (old.position, old.page, old.absorbed)
+        ring = session.shape.plan.ring((old.page + 1) * PAGE)
+        for one, other in zip(old.row.context.kv, new.row.context.kv, strict=True):
+            for part in ("k", "v"):
+                leaves = zip(jax.tree.leaves(getattr(one, part)), jax.tree.leaves(getattr(other, part)), strict=True)
+                assert all(np.array_equal(a[:, :ring], b) for a, b in leaves)
+            assert np.array_equal(one.sink_k, other.sink_k)
+            assert np.array_equal(one.sink_v, other.sink_v)
+        for name in ("weights", "momentum", "read_values", "read_scale", "seen", "loss"):
+            assert np.array_equal(getattr(old.row.memory, name), getattr(new.row.memory, name)), name
+        for name in ("slot", "first_page", "position"):
+            assert np.array_equal(getattr(old.row.context, name), getattr(new.row.context, name)), name
+    assert encode_session(where, loaded) == data, "saving again gives the same bytes"
+
+
+EXAMPLE = make_session(3 * PAGE + 5, WindowPlan(1, 1), "int8", 0)
+DATA = encode_session(layout(), EXAMPLE)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.integers(0, len(DATA) - 1), st.integers(1, 255))
+def test_any_changed_byte_is_noticed(position: int, change: int) -> None:
+    damaged = bytearray(DATA)
+    damaged[position] ^= change
+    with pytest.raises(SnapshotInvalid):
+        decode_session(layout(), bytes(damaged))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, len(DATA) - 1) | st.integers(0, 60))
+def test_any_truncation_is_noticed(length: int) -> None:
+    with pytest.raises(SnapshotInvalid):
+        decode_session(layout(), DATA[:length])
+    with pytest.raises(SnapshotInvalid):
+        decode_session(layout(), DATA + DATA[:length] + b"x")
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda tail: struct.pack("<Q", len(tail)) + tail))
+def test_hostile_payloads_under_a_right_checksum_are_refused(payload: bytes) -> None:
+    for data in (payload, sealed(payload)):
+        with pytest.raises(SnapshotInvalid):
+            decode_session(layout(), data)
+
+
+def parts() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    return snapshot.decode(DATA)
+
+
+values = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**70), 2**70),
+    st.floats(),
+    st.text(max_size=5),
+    st.lists(st.integers(0, 3), max_size=3),
+    st.dictionaries(st.text(max_size=2), st.integers(0, 2), max_size=2),
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(st.sampled_from(sorted(parts()[0])), values, st.booleans())
+def test_a_header_is_a_session_or_is_refused(name: str, value: Any, remove: bool) -> None:
+    header, arrays = parts()
+    header[name] = value
+    if remove:
+        del header[name]
+    try:
+        data = snapshot.encode(header, arrays)
+    except (TypeError, ValueError, OverflowError, msgspec.MsgspecError):
+        return  # nothing that JSON can say
+    try:
+        session = decode_session(layout(), data)
+    except SnapshotInvalid:
+        return
+    encode_session(layout(), session)
+    checkpoint = session.checkpoints[-1]
+    assert checkpoint.position == session.history.length
+    assert checkpoint.page in (checkpoint.position // PAGE, (checkpoint.position - 1) // PAGE)
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    st.sampled_from(sorted(parts()[1])),
+    st.sampled_from(["missing", "shape", "type", "nan", "inf", "huge", "negative", "large", "empty"]),
+)
+def test_an_array_is_what_the_engine_would_have_made_or_is_refused(name: str, change: str) -> None:
+    header, arrays = parts()
+    array = arrays[name].copy()
+    number = array.dtype.kind == "f"
+    if change == "missing" and name != "momentum":
+        del arrays[name]
+    elif change == "shape":
+        arrays[name] = np.concatenate([array, array]).astype(array.dtype)
+    elif change == "empty":
+        arrays[name] = array[:0]
+    elif change == "type":
+        arrays[name] = array.astype(np.float64)
+    elif change in ("nan", "inf", "huge") and number:
+        array.reshape(-1)[-1] = {"nan": np.nan, "inf": -np.inf, "huge": 1e30}[change]
+        arrays[name] = array
+    elif change in ("negative", "large") and array.dtype == np.int32 and array.size:
+        array.reshape(-1)[0] = -5 if change == "negative" else 1 << 30
+        arrays[name] = array
+    else:
+        return
+    if name == "history.digests" and change == "empty":
+        header["length"] = PAGE * 3 + 5
+    with pytest.raises(SnapshotInvalid):
+        decode_session(layout(), snapshot.encode(header, arrays))
+
+
+def test_a_deeply_nested_header_is_refused() -> None:
+    deep = "[" * 100_000 + "]" * 100_000
+    payload = safetensors.numpy.save({"a": np.zeros(1, np.float32)}, metadata={"atlas": f'{{"state": {deep}}}'})
+    with pytest.raises(SnapshotInvalid):
+        snapshot.decode(sealed(payload))
+
+
+def test_another_model_version_memory_or_cache_is_named() -> None:
+    for other, word in (
+        (Layout(MODEL, MEMORY, "int8", "other"), "model"),
+        (Layout(MODEL, MEMORY, "float32", "fingerprint"), "cache type"),
+        (Layout(MODEL, MemoryConfig(layers=(0,), components=4, features=10, code_dim=8), "int8", "fingerprint"), "mem"),
+    ):
+        with pytest.raises(SnapshotInvalid, match=word):
+            decode_session(other, DATA)
+    with pytest.raises(SnapshotInvalid, match="version 2"):
+        decode_session(layout(), sealed(DATA[_PREFIX:], version=2))
+    with pytest.raises(SnapshotInvalid, match="not a session"):
+        decode_session(layout(), b"PK\x03\x04" + DATA[4:])
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def kept(tmp_path: Path) -> Path:
+    path = tmp_path / "folder" / "session.atlas"
+    with snapshot.atomic_file(path) as file:
+        file.write(b"old")
+    return path
+
+
+def fail_half_way(path: Path, error: Exception) -> None:
+    with snapshot.atomic_file(path) as file:
+        file.write(b"new")
+        raise error
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(kept: Path) -> None:
+    with pytest.raises(RuntimeError, match="half way"):
+        fail_half_way(kept, RuntimeError("half way"))
+    assert kept.read_bytes() == b"old"
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
+def test_a_full_disk_is_said_plainly_and_loses_nothing(kept: Path, number: int) -> None:
+    with pytest.raises(StorageFull):
+        fail_half_way(kept, OSError(number, os.strerror(number)))
+    assert kept.read_bytes() == b"old"
+    assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+def test_a_reader_sees_the_old_file_or_the_new_one(kept: Path) -> None:
+    with snapshot.atomic_file(kept) as file:
+        file.write(b"new and long")
+        file.flush()
+        assert snapshot.read_file(kept, 100) == b"old"
+    assert snapshot.read_file(kept, 100) == b"new and long"
+    assert kept.stat().st_mode & 0o077 == 0, "nobody else may read it"
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda path: path.symlink_to("/etc/hostname"), lambda path: path.mkdir(), make_fifo],
+    ids=["link", "folder", "fifo"],
+)
+def test_only_a_regular_file_is_read(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    path = tmp_path / "session.atlas"
+    make(path)
+    with pytest.raises((SnapshotInvalid, IsADirectoryError)):
+        snapshot.read_file(path, 1000)
+
+
+def test_a_file_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "session.atlas"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(SnapshotInvalid, match="exceeds"):
+        snapshot.read_file(path, 1000)
+    with pytest.raises(FileNotFoundError):
+        snapshot.read_file(tmp_path / "none", 1000)
+
+
+# --- archives ---------------------------------------------------------------------------------------------------------
+def listing(name: str) -> Listing:
+    return Listing(name, tokens=1, bytes=2, created=3.0, last_used=4.0, has_state=False)
+
+
+names = st.text(min_size=1, max_size=20)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.dictionaries(names, st.binary(max_size=50), max_size=5))
+def test_an_archive_gives_back_every_session_by_any_name(tmp_path: Path, contents: dict[str, bytes]) -> None:
+    path = tmp_path / "all.atlas"
+    manifest = Manifest("model", [listing(name) for name in contents])
+    size = archive.write(path, manifest, contents.items())
+    assert size == path.stat().st_size
+    assert archive.read_manifest(path) == manifest
+    for name, data in contents.items():
+        assert archive.Location(path, archive.member_name(name)).read(1000) == data
+
+
+@settings(
+    max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.data())
+def test_a_damaged_archive_is_refused_or_reads_as_it_was(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "all.atlas"
+    manifest = Manifest("model", [listing("one"), listing("two")])
+    archive.write(path, manifest, [("one", b"1" * 30), ("two", b"2" * 30)])
+    whole = path.read_bytes()
+    damaged = bytearray(whole)
+    if data.draw(st.booleans()):
+        damaged = damaged[: data.draw(st.integers(0, len(whole) - 1))]
+    else:
+        damaged[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(bytes(damaged))
+    for name, wanted in (("one", b"1" * 30), ("two", b"2" * 30)):
+        try:
+            assert archive.read_manifest(path) == manifest
+            assert archive.Location(path, archive.member_name(name)).read(1000) == wanted
+        except SnapshotInvalid:
+            pass
+
+
+def test_an_archive_member_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "all.atlas"
+    archive.write(path, Manifest("model", [listing("one")]), [("one", bytes(10_000))])
+    with pytest.raises(SnapshotInvalid, match="exceeds"):
+        archive.Location(path, archive.member_name("one")).read(5000)
+
+
+@given(names, names, names)
+def test_names_never_choose_where_a_file_lies(owner: str, session: str, other: str) -> None:
+    root = Path("/root-of-snapshots")
+    path = archive.session_file(root, owner, session)
+    assert path.is_relative_to(root)
+    assert ".." not in path.parts
+    assert len(path.parts) == 6
+    assert (archive.session_file(root, other, session) == path) == (other == owner)
+    assert (archive.session_file(root, owner, other) == path) == (other == session)
