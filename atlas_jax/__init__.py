@@ -1,7 +1,7 @@
 """atlas_jax: JAX-compiled transformers with ATLAS test-time memory (arXiv 2505.23735).
 
-The memory rules are here by name, `atlas_jax.presets.atlas(64, 64)`, and imported when first used: jax is not loaded for
-a program that only wants the version.
+The memory rules are here by name, `atlas_jax.presets.atlas(64, 64)`, and imported when first used: jax is not loaded
+for a program that only wants the version.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def test_causal_row_by_row_and_finite(name):
 
 @pytest.mark.parametrize("name", ["atlas", "gated_deltanet", "mesa"])
 def test_gradients_are_causal_separate_and_finite(name):
-    rule = preset(name)
+    rule = preset(name, memory="matrix", residual="none") if name == "atlas" else preset(name)
 
     def reading(params, tokens, weight):
         return jnp.sum(chunked(rule, params, init_state(rule, params, (HEADS,)), tokens)[1] * weight)
