@@ -30,7 +30,7 @@ class Shape:
     """Sizes of a tiny model."""
 
     architecture: str = "llama"
-    layers: int = 3
+    layers: int = 2
     embed: int = 64
     heads: int = 4
     kv_heads: int = 2
@@ -41,7 +41,7 @@ class Shape:
 
 
 LLAMA = Shape()
-GEMMA = Shape(architecture="gemma3", layers=7, embed=48, heads=4, kv_heads=1, head_dim=16, ff=64, sliding_window=96)
+GEMMA = Shape(architecture="gemma3", layers=6, embed=48, heads=4, kv_heads=1, head_dim=16, ff=64, sliding_window=96)
 
 
 def byte_level_vocabulary() -> tuple[list[str], list[int], list[str]]:
@@ -133,7 +133,7 @@ def write_adapter(path: Path, model: Path, *, seed: int = 0) -> Path:
     random = np.random.default_rng(seed)
     with GGUFFile.open(model) as file:
         config, fingerprint = model_config(file), file.fingerprint()
-    memory = MemoryConfig(layers=(len(config.layers) - 1, 1), components=24, features=300, code_dim=64)
+    memory = MemoryConfig(layers=(len(config.layers) - 1, 0), components=24, features=300, code_dim=64)
     count = len(memory.layers)
     adapter = make_adapter(
         memory,

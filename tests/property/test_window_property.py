@@ -68,9 +68,7 @@ def test_a_write_reaches_back_to_the_last_and_its_keys_are_still_kept(
         if end is None:
             continue
         assert end - omega <= before, "no token leaves without having been in an objective"
-        assert page * PAGE - (end - omega - 1) <= largest.ring, (
-            "the oldest key of the objective has not been overwritten"
-        )
+        assert page * PAGE - (end - omega - 1) <= largest.ring, "the oldest key of the objective is still there"
         before = end
 
 

@@ -1,0 +1,274 @@
+"""The recall memory against float64 least squares, and what must hold whatever it has read."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import recall_reference
+
+from atlas_jax.config import PAGE, MemoryConfig
+from atlas_jax.memory import recall
+from atlas_jax.memory.adapter import GATE_FEATURES, Adapter, key_components, make_adapter
+from atlas_jax.memory.recall import EXACT, GRADIENT, MUON, MemorySettings, MemoryState, WriteSettings
+
+VOCAB, EMBED, ROWS = 60, 20, 2
+CONFIG = MemoryConfig(
+    layers=(1, 0), components=12, features=364, code_dim=64, max_window=PAGE, max_omega_window=2 * PAGE
+)
+seeds = st.integers(0, 2**32 - 1)
+degrees = st.integers(1, 3)
+optimizers = st.sampled_from([EXACT, GRADIENT, MUON])
+windows = st.sampled_from([8, 32, PAGE, 2 * PAGE])
+
+
+@functools.cache
+def adapter() -> Adapter:
+    random = np.random.default_rng(0)
+    count = len(CONFIG.layers)
+    mean = random.standard_normal((count, EMBED)).astype(np.float32)
+    projection = random.standard_normal((count, EMBED, CONFIG.components)).astype(np.float32)
+    return make_adapter(CONFIG, VOCAB, mean, projection, np.asarray([-1.0, 2.0, 1.0, 0.2], np.float32))
+
+
+@functools.cache
+def compiled() -> dict[str, object]:
+    return {
+        "write": jax.jit(functools.partial(recall.write, CONFIG)),
+        "remember": jax.jit(recall.remember),
+        "scores": jax.jit(recall.scores),
+        "blend": jax.jit(recall.blend),
+        "keys": jax.jit(recall.keys),
+    }
+
+
+def unit_keys(random: np.random.Generator, count: int) -> np.ndarray:
+    keys = random.standard_normal((count, CONFIG.components)).astype(np.float32)
+    return keys / np.linalg.norm(keys, axis=1, keepdims=True)
+
+
+def writing(end: int, window: int, optimizer: int = EXACT, degree: int = 2, step: float = 1.0) -> WriteSettings:
+    numbers = np.int32(end), np.int32(window), np.int32(optimizer), np.float32(step), np.int32(degree - 1)
+    return WriteSettings(*numbers)  # type: ignore[arg-type]
+
+
+def reading(degree: int = 2, read: bool = True, read_from: int = 0, log_odds: float = 0.0) -> MemorySettings:
+    def row(value: float, dtype: type) -> np.ndarray:
+        return np.full(ROWS, value, dtype)
+
+    return MemorySettings(  # type: ignore[arg-type]
+        layers=row(0, np.int32),
+        degree=row(degree - 1, np.int32),
+        read=row(read, bool),
+        read_from=row(read_from, np.int32),
+        log_odds=row(log_odds, np.float32),
+    )
+
+
+def read_text(state: MemoryState, row: int, keys: np.ndarray, tokens: np.ndarray, start: int = 0) -> MemoryState:
+    """Lets one row read whole pages; the other rows sit out."""
+    for page in range(0, len(tokens), PAGE):
+        part = slice(page, page + PAGE)
+        key = np.zeros((ROWS, PAGE, CONFIG.components), np.float32)
+        token = np.zeros((ROWS, PAGE), np.int32)
+        key[row], token[row] = keys[part], tokens[part]
+        valid = np.zeros((ROWS, PAGE), bool)
+        valid[row] = True
+        positions = np.broadcast_to(start + page + np.arange(PAGE), (ROWS, PAGE)).astype(np.int32)
+        state = compiled()["remember"](state, key, token, positions, valid)
+    return state
+
+
+def pairs(keys: np.ndarray, tokens: np.ndarray, end: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a write is about: the keys before the last `window` tokens before `end`, and those tokens' value codes."""
+    first = max(1, end - window)
+    codes = np.asarray(adapter().codes, np.float64)[tokens[first:end]] / np.sqrt(CONFIG.code_dim)
+    return keys[first - 1 : end - 1].astype(np.float64), codes
+
+
+def weights_of(state: MemoryState, row: int, degree: int) -> np.ndarray:
+    count = recall_reference.features(np.zeros((1, key_components(CONFIG, degree))), degree).shape[1]
+    return np.asarray(state.weights, np.float64)[row, :count]
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seeds, degrees, windows)
+def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, window: int) -> None:
+    random = np.random.default_rng(seed)
+    keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
+    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 1, keys, tokens)
+    for end in (PAGE, 2 * PAGE):
+        key, values = pairs(keys, tokens, end, window)
+        phi, before = recall_reference.features(key, degree), weights_of(state, 1, degree)
+        state = compiled()["write"](adapter(), state, np.int32(1), writing(end, window, EXACT, degree))
+        found, wanted = weights_of(state, 1, degree), recall_reference.exact_write(before, phi, values, CONFIG.ridge)
+        reached, least = (recall_reference.ridge_loss(m, before, phi, values, CONFIG.ridge) for m in (found, wanted))
+        assert reached < 1.02 * least, "its big products are in bfloat16"
+        assert np.linalg.norm(found - wanted) < 0.15 * np.linalg.norm(wanted)
+        left = recall_reference.omega_loss(found, phi, values)
+        assert abs(float(state.loss[1]) - left) < 0.02 + 0.1 * left, "the loss reported is the loss that is left"
+    assert int(state.updates[1]) == 2
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seeds, st.integers(2, 3))
+def test_what_was_written_is_found_again(seed: int, degree: int) -> None:
+    random = np.random.default_rng(seed)
+    keys, tokens = unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE)
+    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    state = compiled()["write"](adapter(), state, np.int32(0), writing(PAGE, 32, EXACT, degree))
+    asked = np.zeros((ROWS, 31, CONFIG.components), np.float32)
+    asked[0] = keys[-32:-1]
+    found = np.asarray(compiled()["scores"](adapter(), state, reading(degree), asked))[0]
+    assert np.array_equal(found.argmax(axis=1), tokens[-31:])
+    assert (found.max(axis=1) > 0.5).all()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seeds, degrees, windows, st.sampled_from([GRADIENT, MUON]), st.sampled_from([0.1, 0.5, 1.0]))
+def test_gradient_and_muon_writes_descend(seed: int, degree: int, window: int, optimizer: int, step: float) -> None:
+    random = np.random.default_rng(seed)
+    keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
+    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    for end in (PAGE, 2 * PAGE):
+        key, values = pairs(keys, tokens, end, window)
+        phi = recall_reference.features(key, degree)
+        before = recall_reference.omega_loss(weights_of(state, 0, degree), phi, values)
+        state = compiled()["write"](adapter(), state, np.int32(0), writing(end, window, optimizer, degree, step))
+        after = recall_reference.omega_loss(weights_of(state, 0, degree), phi, values)
+        assert after < before
+        assert abs(float(state.loss[0]) - after) < 0.02 + 0.1 * after
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seeds, st.integers(1, 3), windows, optimizers)
+def test_a_memory_speaks_only_of_tokens_it_was_given(seed: int, pages: int, window: int, optimizer: int) -> None:
+    """Also when the window is one page: the token after the last that left has not been read when it is written."""
+    random = np.random.default_rng(seed)
+    length = pages * PAGE
+    keys, tokens = unit_keys(random, length), random.integers(1, VOCAB // 2, length)
+    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    state = compiled()["write"](adapter(), state, np.int32(0), writing(length, window, optimizer))
+    given_tokens = set(tokens[max(1, length - window) :].tolist())
+    assert set(np.flatnonzero(np.asarray(state.seen[0])).tolist()) == given_tokens
+    asked = np.stack([keys[:PAGE], unit_keys(random, PAGE)])
+    found = np.asarray(compiled()["scores"](adapter(), state, reading(), asked))
+    share = np.asarray(recall.memory_distribution(found))
+    others = [token for token in range(VOCAB) if token not in given_tokens]
+    assert (share[0][:, others] == 0).all()
+    assert (found[1] == -2.0).all(), "an empty memory scores nothing"
+    logits = (random.standard_normal((ROWS, PAGE, VOCAB)) * 3).astype(np.float32)
+    positions = np.broadcast_to(np.arange(PAGE, dtype=np.int32), (ROWS, PAGE))
+    mixed, gate = compiled()["blend"](adapter(), reading(log_odds=2.0), logits, found, positions)
+    model = np.exp(logits[0] - logits[0].max(axis=1, keepdims=True))
+    model /= model.sum(axis=1, keepdims=True)
+    after = np.exp(np.asarray(mixed[0], np.float64))
+    active = np.asarray(gate[0]) > 0
+    wanted = (1 - np.asarray(gate[0]))[active, None] * model[active][:, others]
+    np.testing.assert_allclose(after[active][:, others], wanted, rtol=1e-4, atol=1e-9)
+    assert np.array_equal(mixed[1], logits[1]), "no memory, no change"
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(seeds, st.floats(-5, 5, width=32), st.sampled_from(["off", "early", "nothing to say", "on"]))
+def test_the_mixture_is_exact_and_absent_means_untouched(seed: int, log_odds: float, case: str) -> None:
+    random = np.random.default_rng(seed)
+    logits = (random.standard_normal((ROWS, PAGE, VOCAB)) * 4).astype(np.float32)
+    scores = (random.standard_normal((ROWS, PAGE, VOCAB)) * 0.3).astype(np.float32)
+    if case == "nothing to say":
+        scores = -np.abs(scores) - 1e-6
+    how = reading(read=case != "off", read_from=3 * PAGE if case == "early" else PAGE, log_odds=log_odds)
+    positions = np.broadcast_to(PAGE + np.arange(PAGE, dtype=np.int32), (ROWS, PAGE))
+    mixed, gate = compiled()["blend"](adapter(), how, logits, scores.astype(np.float32), positions)
+    if case != "on":
+        assert np.array_equal(np.asarray(mixed), logits)
+        assert not np.asarray(gate).any()
+        return
+    x, s = logits.astype(np.float64), scores.astype(np.float64)
+    p = np.exp(x - x.max(axis=-1, keepdims=True))
+    p /= p.sum(axis=-1, keepdims=True)
+    entropy = -(p * np.log(p)).sum(axis=-1)
+    ordered = np.sort(s, axis=-1)
+    inputs = np.stack([np.ones_like(entropy), ordered[..., -1], ordered[..., -1] - ordered[..., -2], entropy], axis=-1)
+    wanted = 1 / (1 + np.exp(-(inputs @ np.asarray(adapter().gate, np.float64) + log_odds)))
+    assert inputs.shape[-1] == GATE_FEATURES
+    np.testing.assert_allclose(gate, wanted, atol=1e-4)
+    for row in range(ROWS):
+        for token in range(0, PAGE, 17):
+            exact = recall_reference.mixture(x[row, token], s[row, token], float(gate[row, token]))
+            found = np.exp(np.asarray(mixed[row, token], np.float64))
+            np.testing.assert_allclose(found, exact, rtol=2e-4, atol=1e-8)
+            assert abs(found.sum() - 1) < 1e-4
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seeds, optimizers, degrees, st.integers(0, ROWS - 1))
+def test_rows_of_a_batch_never_meet(seed: int, optimizer: int, degree: int, row: int) -> None:
+    random = np.random.default_rng(seed)
+    other = 1 - row
+    state = recall.init_state(CONFIG, ROWS, VOCAB)
+    for who in (row, other):
+        state = read_text(state, who, unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE))
+        state = compiled()["write"](adapter(), state, np.int32(who), writing(PAGE, PAGE, EXACT, degree))
+    asked = np.stack([unit_keys(random, PAGE)] * ROWS)
+    before = compiled()["scores"](adapter(), state, reading(degree), asked)
+    after = read_text(state, row, unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE), start=PAGE)
+    after = compiled()["write"](adapter(), after, np.int32(row), writing(2 * PAGE, PAGE, optimizer, degree))
+    for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
+        assert np.array_equal(new[other], old[other])
+    assert not np.array_equal(after.weights[row], state.weights[row])
+    found = compiled()["scores"](adapter(), after, reading(degree), asked)
+    assert np.array_equal(found[other], before[other])
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3])
+@pytest.mark.parametrize("optimizer", [EXACT, GRADIENT, MUON])
+@pytest.mark.parametrize("text", ["one key for ever", "no key", "two opposite keys", "near copies"])
+def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: int, degree: int) -> None:
+    random = np.random.default_rng(0)
+    keys = np.repeat(unit_keys(random, 1), 6 * PAGE, axis=0)
+    if text == "no key":
+        keys *= 0
+    elif text == "two opposite keys":
+        keys[::2] *= -1
+    elif text == "near copies":
+        keys += 1e-6 * random.standard_normal(keys.shape).astype(np.float32)
+    tokens = random.integers(0, 3, 6 * PAGE)
+    state = recall.init_state(CONFIG, ROWS, VOCAB)
+    for page in range(6):
+        part = slice(page * PAGE, (page + 1) * PAGE)
+        state = read_text(state, 0, keys[part], tokens[part], start=page * PAGE)
+        how = writing((page + 1) * PAGE, 2 * PAGE, optimizer, degree, step=1.9)
+        state = compiled()["write"](adapter(), state, np.int32(0), how)
+    assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(state))
+    assert np.abs(np.asarray(state.weights)).max() < 1e3
+    found = compiled()["scores"](adapter(), state, reading(degree), np.stack([keys[:PAGE]] * ROWS))
+    assert np.isfinite(np.asarray(found)).all()
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seeds, st.integers(1, 2), degrees, st.sampled_from([0.0, 1e-4, 1.0, 1e4]))
+def test_keys_are_unit_vectors_of_the_layers_in_use(seed: int, layers: int, degree: int, size: float) -> None:
+    random = np.random.default_rng(seed)
+    streams = (random.standard_normal((2, ROWS, PAGE, EMBED)) * size).astype(np.float32)
+    how = dataclasses.replace(reading(degree), layers=np.full(ROWS, layers - 1, np.int32))  # type: ignore[arg-type]
+    found = np.asarray(compiled()["keys"](adapter(), how, tuple(streams)))
+    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1.0, atol=1e-5)
+    size_of_key = key_components(CONFIG, degree)
+    assert not found[..., size_of_key:].any()
+    mean, projection = np.asarray(adapter().mean, np.float64), np.asarray(adapter().projection, np.float64)
+    parts = [(streams[i] - mean[i]) @ projection[i] for i in range(layers)]
+    shares = [size_of_key // layers + (i < size_of_key % layers) for i in range(layers)]
+    wanted = np.concatenate([part[..., :share] for part, share in zip(parts, shares, strict=True)], axis=-1)
+    wanted /= np.linalg.norm(wanted, axis=-1, keepdims=True)
+    np.testing.assert_allclose(found[..., :size_of_key], wanted, atol=1e-4)
+    changed = streams.copy()
+    changed[layers:] += 1
+    again = compiled()["keys"](adapter(), how, tuple(jnp.asarray(changed)))
+    assert np.array_equal(again, found), "layers not in use change nothing"
