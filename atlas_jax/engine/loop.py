@@ -428,6 +428,8 @@ class Loop:
             self._deliver(*flight)
 
     def _shrink_if_oversized(self, busy: int) -> None:
+        if not any(self._places):  # the last of them ended while its surplus step was on its way
+            return
         wanted = bucket(busy, self._runner.buckets.rows)
         pages = bucket(max(w.ring_pages for w in self._places if w is not None), self._runner.buckets.pages)
         self._oversized = self._oversized + 1 if wanted < self._runner.rows or pages < self._runner.pages else 0

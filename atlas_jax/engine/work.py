@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import secrets
 import threading
 import time
@@ -25,6 +26,8 @@ from atlas_jax.engine.settings import MemoryWrite
 from atlas_jax.engine.state import Sequences
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.model.window import WindowPlan
+
+log = logging.getLogger("atlas.engine")
 
 
 @dataclass(eq=False)
@@ -103,8 +106,12 @@ class Work:
         return True
 
     def send(self, event: Event) -> None:
-        """Tells the listener; its failure is not the engine's."""
-        self.listener(event)
+        """Tells the listener; its failure is not the engine's, and ends the request."""
+        try:
+            self.listener(event)
+        except Exception:
+            log.exception("A listener failed")
+            self.cancelled.set()
 
     def fail(self, failure: Failed) -> None:
         """Ends it with an error."""
