@@ -26,7 +26,6 @@ from memory_support import (
 
 from atlas_jax.memory.rules import PRESETS, Features, MemoryRule, chunked, init_state, read, scan
 
-pytestmark = pytest.mark.timeout(120)
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31 - 1)
 LENGTH = 11
@@ -132,7 +131,7 @@ def test_variants_are_the_definition(name):
 
 
 def test_read_is_what_a_step_would_have_read():
-    for rule in (preset("atlas"), preset("mesa"), preset("atlas", ns_per="chunk")):
+    for rule in (preset("omeganet"), preset("mesa"), preset("swla", optimizer="muon", ns_per="chunk")):
         params, tokens = draw_params(rule, 3), draw_tokens(rule, 3, 5)
         state, _ = run_chunked(rule, params, fresh(rule, params), tokens)
         silent = dataclasses.replace(
@@ -140,8 +139,6 @@ def test_read_is_what_a_step_would_have_read():
         )
         queries = tokens.q[:, :4]
         found = jit(read, static_argnums=0)(rule, params, state, queries)
-        if rule.optimizer == "muon" and rule.ns_per == "token":
-            silent = dataclasses.replace(silent, theta=0 * silent.theta)
         for t in range(4):
             _, y = run_step(rule, params, state, dataclasses.replace(silent, q=queries[:, t]))
             close(found[:, t], y)

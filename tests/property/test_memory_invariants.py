@@ -15,7 +15,6 @@ from memory_support import HEADS, close, draw_params, draw_tokens, fresh, jit, p
 from atlas_jax.config import ConfigError
 from atlas_jax.memory.rules import PRESETS, Features, MemoryRule, chunked, init_params, init_state, make_tokens, step
 
-pytestmark = pytest.mark.timeout(120)
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31 - 1)
 LENGTH = 8
@@ -199,6 +198,17 @@ def test_wrong_shapes_are_named():
     tokens = make_tokens(rule, good.q, good.k, good.v, eta=0.5)
     assert tokens.gamma.shape == (*good.k.shape[:-1], 3)
     assert float(tokens.eta[0, 0, 0]) == 0.5
+
+
+def test_half_precision_goes_in_and_a_float32_state_comes_out():
+    rule = preset("deltanet")
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), draw_params(rule, 0))
+    tokens = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), draw_tokens(rule, 0, LENGTH))
+    state, y = run_chunked(rule, params, init_state(rule, params, (HEADS,)), tokens)
+    assert {x.dtype for x in jax.tree.leaves((state.weights, y))} == {jnp.dtype(jnp.float32)}
+    plain = float32(params)
+    _, wanted = run_chunked(rule, plain, init_state(rule, plain, (HEADS,)), float32(tokens))
+    close(y, wanted, 1e-6)
 
 
 def test_no_tokens_change_nothing():

@@ -151,6 +151,7 @@ def test_newton_schulz_repeats_its_last_row_and_takes_no_negative_steps():
     twin = jit(functools.partial(ref_orthogonalize, table="polar_express", steps=6))
     close(_newton_schulz("polar_express", 6)(x), twin(x), 1e-7)
     close(_newton_schulz("jordan", 0)(x), x / np.linalg.norm(x))
+    close(orthogonalize(x), _newton_schulz("jordan", 5)(x))  # the default
     with pytest.raises(ValueError, match="steps"):
         orthogonalize(x, steps=-1)
 

@@ -12,7 +12,6 @@ from memory_support import close, draw_params, draw_tokens, fresh, jit, preset, 
 
 from atlas_jax.memory.rules import Features
 
-pytestmark = pytest.mark.timeout(120)
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31 - 1)
 LENGTH = 9

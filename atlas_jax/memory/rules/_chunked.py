@@ -33,7 +33,7 @@ from atlas_jax.memory.rules._params import Params, Weights
 from atlas_jax.memory.rules._rule import MemoryRule
 from atlas_jax.memory.rules._state import MemoryState, has_momentum
 from atlas_jax.memory.rules._step import anchor_weights, begin_chunk, direction
-from atlas_jax.memory.rules._tokens import Tokens, check_tokens, effective, promote
+from atlas_jax.memory.rules._tokens import Tokens, check_tokens, prepare
 from atlas_jax.typing import Array, Bool, Float
 
 
@@ -65,7 +65,7 @@ def chunked(
       ValueError: the tokens do not have the rule's sizes.
     """
     check_tokens(rule, tokens)
-    return over_batch(partial(_sequence, rule))(params, state, effective(rule, promote(tokens)))
+    return over_batch(partial(_sequence, rule))(params, state, prepare(rule, tokens, state.tail_k.dtype))
 
 
 def _sequence(rule: MemoryRule, params: Params, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, jax.Array]:

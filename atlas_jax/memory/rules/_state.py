@@ -40,13 +40,13 @@ class MemoryState:
 
 
 def init_state(rule: MemoryRule, params: Params, batch: tuple[int, ...] = ()) -> MemoryState:
-    """A memory that has seen nothing: W₀, no momentum, no tail.
+    """A memory that has seen nothing: W₀, no momentum, no tail. At least float32, whatever the parameters are.
 
     Args:
       batch: leading axes before the heads that the parameters have, if any.
     """
     first = next(iter(params.weights.values()))
-    lead, dtype = (*batch, *first.shape[:-2]), first.dtype
+    lead, dtype = (*batch, *first.shape[:-2]), jnp.promote_types(first.dtype, jnp.float32)
 
     def copies() -> Weights:  # never one array twice: a state may be donated
         return {name: jnp.zeros((*batch, *w.shape), dtype) + w for name, w in params.weights.items()}

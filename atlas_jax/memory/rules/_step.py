@@ -16,7 +16,7 @@ from atlas_jax.memory.rules._memory import channel_axis, encode, forward, gradie
 from atlas_jax.memory.rules._params import Params, Weights
 from atlas_jax.memory.rules._rule import MemoryRule
 from atlas_jax.memory.rules._state import MemoryState, has_momentum, keeps_anchor
-from atlas_jax.memory.rules._tokens import Tokens, check_tokens, effective, promote
+from atlas_jax.memory.rules._tokens import Tokens, check_tokens, prepare
 from atlas_jax.typing import Array, Float
 
 
@@ -32,7 +32,7 @@ def step(
       ValueError: the token does not have the rule's sizes.
     """
     check_tokens(rule, token)
-    return over_batch(partial(_step, rule))(params, state, effective(rule, promote(token)))
+    return over_batch(partial(_step, rule))(params, state, prepare(rule, token, state.tail_k.dtype))
 
 
 def scan(
@@ -48,7 +48,7 @@ def scan(
     def sequence(params: Params, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, jax.Array]:
         return checkpointed_scan(lambda s, t: _step(rule, params, s, t), state, tokens, remat=rule.remat)
 
-    return over_batch(sequence)(params, state, effective(rule, promote(tokens)))
+    return over_batch(sequence)(params, state, prepare(rule, tokens, state.tail_k.dtype))
 
 
 def read(
@@ -64,7 +64,7 @@ def read(
     """
     if q.shape[-1] != rule.d_k:
         raise ValueError(f"q has shape {q.shape}; the rule asks for {rule.d_k} components")
-    q = q.astype(jnp.promote_types(jnp.float32, q.dtype))
+    q = jnp.asarray(q, state.tail_k.dtype)
 
     def one(params: Params, state: MemoryState, q: jax.Array) -> tuple[MemoryState, jax.Array]:
         inputs = encode(rule, params, q.reshape(-1, rule.d_k))

@@ -91,12 +91,7 @@ def check_tokens(rule: MemoryRule, tokens: Tokens) -> None:
             raise ValueError(f"tokens.{field} has shape {shape}; the rule and tokens.k ask for {wanted}")
 
 
-def promote(tokens: Tokens) -> Tokens:
-    """The same tokens in float32, or float64 where they are that: memory state is never kept in fewer bits."""
-    dtype = jnp.promote_types(jnp.float32, tokens.v.dtype)
-    return jax.tree.map(lambda x: x.astype(dtype), tokens)
-
-
-def effective(rule: MemoryRule, tokens: Tokens) -> Tokens:
-    """The gates as the rule uses them."""
+def prepare(rule: MemoryRule, tokens: Tokens, dtype: jnp.dtype) -> Tokens:
+    """The gates as the rule uses them, and everything in the state's type."""
+    tokens = jax.tree.map(lambda x: jnp.asarray(x, dtype), tokens)
     return tokens if rule.retention else dataclasses.replace(tokens, alpha=jnp.ones_like(tokens.alpha))
