@@ -16,7 +16,7 @@ from atlas_jax.model.lm.training import TrainConfig, train
 
 TEXT = b"the quick brown fox jumps over the lazy dog. " * 40
 RULE = MemoryRule(d_k=4, d_v=4, window=2, chunk=4, remat=False)
-MODEL = LMConfig(vocab=256, embed=16, ff=24, heads=2, pattern="MS", window=8, rule=RULE, memory_heads=2)
+MODEL = LMConfig(vocab=256, embed=16, ff=24, heads=2, pattern="M", rule=RULE, memory_heads=1)
 
 
 def test_interrupted_run_is_the_uninterrupted_one(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def contenders(dim: int) -> list[Contender]:
         Contender("omega c=16, b=16", linear(window=16, chunk=16)),
         Contender("muon c=16, b=1", linear(window=16, optimizer="muon")),
         Contender("delta c=1, keys lifted", presets.deltanet(wide, dim), lift=wide),
+        Contender("omega c=16, b=1, keys lifted", presets.deltanet(wide, dim, window=16), lift=wide),
         Contender("delta c=1, degree 2", linear(features=_DEGREE_2)),
         Contender("omega c=16, b=1, degree 2", linear(features=_DEGREE_2, window=16)),
         Contender("least squares", presets.mesa(dim, dim, ridge=1e-3)),
