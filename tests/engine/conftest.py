@@ -1,0 +1,84 @@
+"""Engines over tiny models, opened once; JAX_COMPILATION_CACHE_DIR names a folder for their programs between runs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_model
+
+from atlas_jax.engine import Engine
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("engines")
+
+
+@pytest.fixture(scope="session")
+def cache(folder: Path) -> Path:
+    """Compiled programs, shared by all engines of a run."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or folder / "cache")
+
+
+@pytest.fixture(scope="session")
+def models(folder: Path) -> dict[str, tuple[Path, Path]]:
+    """Model and adapter files by name."""
+    out = {}
+    for name, shape in (("llama", tiny_model.LLAMA), ("gemma", tiny_model.GEMMA)):
+        model = tiny_model.write_model(folder / f"{name}.gguf", shape)
+        out[name] = model, tiny_model.write_adapter(folder / f"{name}.safetensors", model)
+    return out
+
+
+@pytest.fixture(scope="session")
+def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., Any]:
+    """A context manager that opens an engine; the defaults are those of the `engine` fixture."""
+
+    @contextmanager
+    def open_engine(name: str = "llama", dtype: str = "int8", **settings: Any) -> Iterator[Engine]:
+        model, adapter = models[name]
+        defaults = {"adapter_path": adapter, "max_running": 4, "max_window": 256, "max_context": 1024}
+        engine = Engine.open(
+            model_path=model,
+            cache_path=cache,
+            weight_dtype=dtype,  # type: ignore[arg-type]
+            kv_dtype=dtype,  # type: ignore[arg-type]
+            **{**defaults, **settings},
+        )
+        try:
+            yield engine
+        finally:
+            engine.close(timeout=30)
+        assert not engine.alive()
+
+    return open_engine
+
+
+@pytest.fixture(scope="session")
+def engines(opened: Callable[..., Any]) -> Iterator[Callable[[str], Engine]]:
+    """Engines by name, each opened when it is first asked for: `int8`, `float32`, `gemma`."""
+    known = {
+        "int8": {},
+        "float32": {"dtype": "float32", "max_running": 2},
+        "gemma": {"name": "gemma", "max_running": 2},
+    }
+    found: dict[str, Engine] = {}
+    with ExitStack() as stack:
+
+        def get(name: str) -> Engine:
+            if name not in found:
+                found[name] = stack.enter_context(opened(**known[name]))
+            return found[name]
+
+        yield get
+
+
+@pytest.fixture(scope="session")
+def engine(engines: Callable[[str], Engine]) -> Engine:
+    """The int8 engine."""
+    return engines("int8")
