@@ -4,7 +4,7 @@
 
 Mutants are made on the syntax tree: flipped signs, swapped products and sums, shifted comparison edges and constants,
 swapped branches, dropped gates. Each is imported in the place of the real module in one
-subprocess that runs the fast property tests; the source tree is never written to. A mutant that no test kills is a
+fork that runs the fast property tests; the source tree is never written to. A mutant that no test kills is a
 survivor, and a survivor is either equivalent code or a missing test.
 """
 
@@ -13,15 +13,21 @@ from __future__ import annotations
 import argparse
 import ast
 import copy
+import importlib.abc
+import importlib.machinery
+import importlib.util
 import os
 import random
-import subprocess
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {
@@ -138,22 +144,21 @@ def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
                 setattr(parent, field, [new if item is old else item for item in value])
 
 
-LOADER = """
-import importlib.machinery, importlib.util, sys
-class Finder:
+class Finder(importlib.abc.MetaPathFinder):
+    """Imports one module from another file."""
+
+    def __init__(self, module: str, file: Path) -> None:
+        self.module, self.file = module, str(file)
+
     def find_spec(self, name, path=None, target=None):
-        if name != {module!r}:
+        if name != self.module:
             return None
-        loader = importlib.machinery.SourceFileLoader(name, {file!r})
-        return importlib.util.spec_from_loader(name, loader, origin={file!r})
-sys.meta_path.insert(0, Finder())
-import pytest
-sys.exit(pytest.main({arguments!r}))
-"""
+        loader = importlib.machinery.SourceFileLoader(name, self.file)
+        return importlib.util.spec_from_loader(name, loader, origin=self.file)
 
 
 def survives(mutant: Mutant, limit: float) -> tuple[bool, str]:
-    """Runs the tests of a mutant's file against it.
+    """Runs the tests of a mutant's file against it, each group in a fork of this process, which has jax loaded already.
 
     Returns:
       Whether all passed, and how it ended.
@@ -163,24 +168,35 @@ def survives(mutant: Mutant, limit: float) -> tuple[bool, str]:
         file = Path(folder) / "mutant.py"
         file.write_text(mutant.source, "utf-8")
         for group in TARGETS[mutant.path]:
-            arguments = ["-x", "-q", "--no-header", "-p", "no:cacheprovider", *TESTS[group]]
-            script = LOADER.format(module=module, file=str(file), arguments=arguments)
-            try:
-                done = subprocess.run(
-                    [sys.executable, "-c", script],
-                    cwd=ROOT,
-                    capture_output=True,
-                    timeout=limit,
-                    env=os.environ,
-                    check=False,
-                )
-            except subprocess.TimeoutExpired:
-                return False, "timeout"
-            if done.returncode not in (0, 1, 2):
-                return False, f"exit {done.returncode}"
-            if done.returncode:
-                return False, "killed"
+            child = os.fork()
+            if not child:
+                _test(module, file, group)
+            status, deadline = 0, time.monotonic() + limit
+            while not os.waitpid(child, os.WNOHANG)[0]:
+                if time.monotonic() > deadline:
+                    os.kill(child, signal.SIGKILL)
+                    os.waitpid(child, 0)
+                    return False, "timeout"
+                time.sleep(0.2)
+            status = int((Path(folder) / "status").read_text() if (Path(folder) / "status").exists() else 99)
+            (Path(folder) / "status").unlink(missing_ok=True)
+            if status:
+                return False, "killed" if status in (1, 2) else f"exit {status}"
     return True, "survived"
+
+
+def _test(module: str, file: Path, group: str) -> NoReturn:
+    """In the fork: imports the mutant for the module, runs pytest, leaves its exit status in a file, and ends."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    sys.meta_path.insert(0, Finder(module, file))
+    status = 99
+    try:
+        status = int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *TESTS[group]]))
+    finally:
+        file.with_name("status").write_text(str(status))
+        os._exit(0)
 
 
 def report(results: list[tuple[Mutant, bool, str]], total: int, seed: int, seconds: float) -> str:
@@ -224,6 +240,13 @@ def main() -> None:
     chosen = everything
     if arguments.sample:
         chosen = random.Random(arguments.seed).sample(everything, min(arguments.sample, len(everything)))
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
+    import hypothesis  # noqa: F401
+    import jax.scipy.linalg  # noqa: F401
+
+    import atlas_jax.typing  # noqa: F401  sets jax's flags; the modules under test must not be loaded here
+
     start, results = time.monotonic(), []
     for mutant in chosen:
         if arguments.budget and time.monotonic() - start > 60 * arguments.budget:
