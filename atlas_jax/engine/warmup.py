@@ -19,6 +19,8 @@ from atlas_jax.engine.runner import CHUNKS, Runner
 log = logging.getLogger("atlas.engine")
 
 _NICE = 10
+_PATIENCE = 60.0
+"""Seconds a program may take to compile while the engine is being closed."""
 
 
 class WarmUp:
@@ -54,8 +56,10 @@ class WarmUp:
         return self._done.is_set()
 
     def stop(self) -> None:
-        """Ends the thread after the program it is at."""
+        """Ends the thread after the program it is at, and waits for it: a process that exits in mid-compile aborts."""
         self._stop.set()
+        if self._thread.ident is not None:
+            self._thread.join(_PATIENCE)
 
     def _run(self) -> None:
         if hasattr(os, "setpriority"):
