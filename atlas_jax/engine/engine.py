@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import threading
@@ -40,7 +41,7 @@ from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.sampling import BIAS_SLOTS, TOP_LOGPROBS
 from atlas_jax.memory import store
 from atlas_jax.memory.adapter import Adapter
-from atlas_jax.memory.calibrate import calibrate
+from atlas_jax.memory.fit import calibrate_with
 from atlas_jax.model.loading import WeightDtype, load_params, model_config, parameter_count
 from atlas_jax.model.params import ModelParams
 
@@ -151,8 +152,9 @@ class Engine:
         context = min(max_context, config.context_length)
         memory: MemoryConfig | None = None
         adapter: Adapter | None = None
+        adapter_digest = ""
         if memory_enabled:
-            memory, adapter = _find_adapter(
+            memory, adapter, adapter_digest = _find_adapter(
                 Path(adapter_path) if adapter_path is not None else None,
                 cache / "adapters",
                 fingerprint,
@@ -165,7 +167,7 @@ class Engine:
         pages = max(context // PAGE, 1, 0 if memory is None else (max_window + _MAX_OMEGA_WINDOW) // PAGE)
         buckets = Buckets(rows=_powers(2, max_running), pages=_powers(4, pages))
         runner = Runner(step, Weights(params, adapter), kv_dtype, buckets)
-        layout = None if memory is None else Layout(config, memory, kv_dtype, fingerprint)
+        layout = None if memory is None else Layout(config, memory, kv_dtype, fingerprint, adapter_digest)
         info = ModelInfo(
             name=path.name.removesuffix(".gguf"),
             architecture=config.family,
@@ -397,8 +399,8 @@ def _find_adapter(
     tokenizer: Tokenizer,
     params: ModelParams,
     max_window: int,
-) -> tuple[MemoryConfig, Adapter]:
-    """The adapter asked for, shipped or cached; else calibrates one and keeps it."""
+) -> tuple[MemoryConfig, Adapter, str]:
+    """The adapter asked for, shipped or cached, else calibrated now and kept; and the digest of its file."""
     own = store.cached(cache, fingerprint)
     data = path.read_bytes() if path is not None else store.shipped(fingerprint)
     if data is None and own.is_file():
@@ -406,8 +408,7 @@ def _find_adapter(
     if data is None:
         started = time.monotonic()
         log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once")
-        texts = [tokenizer.encode(text, add_special=True, parse_special=False) for text in store.calibration_texts()]
-        found = calibrate(config, params, texts)
+        found = calibrate_with(tokenizer, config, params, store.calibration_texts())
         data = store.encode(fingerprint, found.config, found.adapter)
         with snapshot.atomic_file(own) as file:
             file.write(data)
@@ -418,7 +419,10 @@ def _find_adapter(
             found.loss_window,
             found.loss_memory,
         )
-    return store.decode(data, fingerprint, config, max_window=max_window, max_omega_window=_MAX_OMEGA_WINDOW)
+    found_config, adapter = store.decode(
+        data, fingerprint, config, max_window=max_window, max_omega_window=_MAX_OMEGA_WINDOW
+    )
+    return found_config, adapter, hashlib.sha256(data).hexdigest()
 
 
 def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:

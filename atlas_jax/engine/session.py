@@ -16,7 +16,7 @@ from atlas_jax.engine.api import SessionKey, SnapshotInvalid
 from atlas_jax.engine.history import History
 from atlas_jax.engine.state import Sequences
 from atlas_jax.kernels.attention import KVDtype, LayerKV, Pages, QuantPages
-from atlas_jax.memory.recall import MemoryState
+from atlas_jax.memory.recall import RECENT, MemoryState
 from atlas_jax.model.context import Context
 from atlas_jax.model.transformer import SINKS
 from atlas_jax.model.window import WindowPlan
@@ -127,12 +127,17 @@ def to_host(row: Sequences) -> Sequences:
 
 @dataclass(frozen=True)
 class Layout:
-    """What a snapshot must match to be loaded by this engine."""
+    """What a snapshot must match to be loaded by this engine.
+
+    Attributes:
+      adapter: digest of the memory's adapter; another one's keys mean something else.
+    """
 
     model: ModelConfig
     memory: MemoryConfig
     kv_dtype: KVDtype
     fingerprint: str
+    adapter: str
 
     @property
     def default_shape(self) -> SessionShape:
@@ -153,7 +158,8 @@ class Layout:
         memory = self.memory
         return {
             "model": self.fingerprint,
-            "memory": [list(memory.layers), memory.components, memory.features, memory.code_dim],
+            "memory": [list(memory.layers), memory.components, memory.trail, memory.features, memory.code_dim],
+            "adapter": self.adapter,
             "kv_dtype": self.kv_dtype,
         }
 
@@ -207,7 +213,7 @@ def decode_session(layout: Layout, data: bytes) -> Session:
         raise SnapshotInvalid("snapshot is damaged: its header does not describe a session") from error
 
 
-_BOUND = {"model": "model", "memory": "memory configuration", "kv_dtype": "cache type"}
+_BOUND = {"model": "model", "memory": "memory configuration", "adapter": "memory adapter", "kv_dtype": "cache type"}
 
 
 def _session(layout: Layout, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Session:
@@ -292,6 +298,7 @@ def _row_arrays(layout: Layout, plan: WindowPlan, checkpoint: Checkpoint) -> dic
         "read_scale": np.asarray(memory.read_scale)[0],
         "seen": np.packbits(np.asarray(memory.seen)[0].astype(bool)),
         "loss": np.asarray(memory.loss),
+        "recent": np.asarray(memory.recent)[0],
     }
     momentum = np.asarray(memory.momentum)[0]
     if momentum.any():
@@ -360,6 +367,7 @@ def _row(layout: Layout, plan: WindowPlan, position: int, page: int, arrays: Map
         momentum=momentum[None],  # type: ignore[arg-type]
         read_values=take("read_values", shape[::-1], "i1")[None],  # type: ignore[arg-type]
         read_scale=take("read_scale", shape[1:], "f4")[None],  # type: ignore[arg-type]
+        recent=take("recent", (RECENT, len(config.layers), config.trail), "f4")[None],  # type: ignore[arg-type]
         keys=keys,  # type: ignore[arg-type]
         tokens=tokens,  # type: ignore[arg-type]
         seen=seen[None],  # type: ignore[arg-type]

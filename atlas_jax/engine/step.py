@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.engine.state import Drawing, Sequences
 from atlas_jax.kernels.reduce import row_max, row_sum
-from atlas_jax.kernels.sampling import TOP_LOGPROBS, SamplingState, record, sample
+from atlas_jax.kernels.sampling import TOP_LOGPROBS, record, sample
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import Adapter
 from atlas_jax.memory.recall import MemorySettings, MemoryState, WriteSettings
@@ -88,8 +88,7 @@ def finish_read(
     valid: Bool[Array, "B T"],
 ) -> MemoryState:
     """Ends a step that reads: the memory takes note of what was read."""
-    key = recall.keys(adapter, settings, tapped)
-    return recall.remember(memory, key, tokens, positions, valid)
+    return recall.observe(adapter, memory, settings, tapped, tokens, positions, valid)[0]
 
 
 def finish_score(
@@ -170,8 +169,7 @@ def _predict(
     adapter = weights.adapter
     if memory is None or adapter is None:
         return None, scores, jnp.zeros(positions.shape, jnp.float32)
-    key = recall.keys(adapter, settings, tapped)
-    memory = recall.remember(memory, key, tokens, positions, valid)
+    memory, key = recall.observe(adapter, memory, settings, tapped, tokens, positions, valid)
 
     def with_memory() -> tuple[jax.Array, jax.Array]:
         found = recall.scores(adapter, memory, settings, key)

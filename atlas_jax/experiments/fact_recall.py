@@ -33,8 +33,8 @@ _PLACES = (
     "weather hut", "tram depot", "map library", "wine cellar", "foundry", "rope walk", "ice house", "bell tower", "mint",
 )  # fmt: skip
 _STATED = "The access code of the {place} is {code}."
-_SAME = " The access code of the {place} is"
-_OTHER = " To open the door of the {place}, one has to enter the number"
+_SAME = " The access code of the {place} is "
+_OTHER = " To open the door of the {place}, one has to enter the access code "
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Score:
 def cases(filler: str, count: int, seed: int, count_tokens: Callable[[str], int]) -> list[Case]:
     """Contexts made of a text's sentences: facts among the first, then at least 2 000 tokens."""
     rng = random.Random(seed)
-    sentences = [sentence for sentence in re.split(r"(?<=[.!?])\s+", filler) if 20 < len(sentence) < 400]
+    sentences = [" ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?])\s+", filler) if 20 < len(sentence) < 400]
     out = []
     for _ in range(count):
         start = rng.randrange(len(sentences))

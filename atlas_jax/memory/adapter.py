@@ -13,6 +13,9 @@ from atlas_jax.kernels.features import feature_count, monomial_table
 from atlas_jax.typing import Array, Float, Int8, Int32
 
 GATE_FEATURES = 4
+TRAIL_DECAY = 0.75
+TRAIL_LENGTH = 16
+"""The trail of a token is the mean of the states before it with weights 1, 0.75, 0.75², … 0.75¹⁵."""
 _CODE_SEED = 0x41544C4153
 
 
@@ -23,8 +26,9 @@ class Adapter:
 
     Attributes:
       mean, projection: the key map of each tapped layer, z = (h − mean)·projection.
-      select: for each number of layers in use and each degree, which of the concatenated z make up the key
-        (A·R: none, a zero).
+      trail_scale: factor on each layer's trail, see `recall.observe`.
+      select: for each number of layers in use and each degree, which of the concatenated z and trails make up the key
+        (the last index: none, a zero).
       factors, feature_weight: monomials of each degree over a key's components (see `MonomialTable`).
       codes: ±1; token v's value code is codes[v] / √C.
       gate: weights of the gate's features, see `recall.gate_features`.
@@ -32,6 +36,7 @@ class Adapter:
 
     mean: Float[Array, "A E"]
     projection: Float[Array, "A E R"]
+    trail_scale: Float[Array, A]
     select: Int32[Array, "A degree R"]
     factors: Int32[Array, "degree M 3"]
     feature_weight: Float[Array, "degree M"]
@@ -49,17 +54,24 @@ def key_components(config: MemoryConfig, degree: int) -> int:
 
 
 def make_adapter(
-    config: MemoryConfig, vocab: int, mean: np.ndarray, projection: np.ndarray, gate: np.ndarray
+    config: MemoryConfig,
+    vocab: int,
+    mean: np.ndarray,
+    projection: np.ndarray,
+    trail_scale: np.ndarray,
+    gate: np.ndarray,
 ) -> Adapter:
     """Completes the calibrated numbers with the tables that follow from the configuration.
 
     Args:
       mean: float32 [A, E].
       projection: float32 [A, E, R].
+      trail_scale: float32 [A].
       gate: float32 [GATE_FEATURES].
     """
     layers, _, components = projection.shape
-    select = np.full((layers, MAX_DEGREE, components), layers * components, np.int32)
+    nothing = layers * (components + config.trail)
+    select = np.full((layers, MAX_DEGREE, components), nothing, np.int32)
     factors = np.full((MAX_DEGREE, config.features, MAX_DEGREE), components, np.int32)
     weight = np.zeros((MAX_DEGREE, config.features), np.float32)
     for degree in range(1, MAX_DEGREE + 1):
@@ -69,13 +81,18 @@ def make_adapter(
         factors[degree - 1, :count, :degree] = table.factors
         weight[degree - 1, :count] = table.weight
         for used in range(1, layers + 1):
-            # the leading components of every layer in use, as even a share as goes
-            shares = [dim // used + (layer < dim % used) for layer in range(used)]
-            chosen = [layer * components + np.arange(share) for layer, share in enumerate(shares)]
+            # the leading components of every layer in use, as even a share as goes; the same of the trails
+            trail = dim * config.trail // components
+            chosen = [layer * components + np.arange(share) for layer, share in enumerate(_shares(dim - trail, used))]
+            chosen += [
+                layers * components + layer * config.trail + np.arange(share)
+                for layer, share in enumerate(_shares(trail, used))
+            ]
             select[used - 1, degree - 1, :dim] = np.concatenate(chosen)
     return Adapter(
         mean=jnp.asarray(mean, jnp.float32),
         projection=jnp.asarray(projection, jnp.float32),
+        trail_scale=jnp.asarray(trail_scale, jnp.float32),
         select=jnp.asarray(select),
         factors=jnp.asarray(factors),
         feature_weight=jnp.asarray(weight),
@@ -89,6 +106,10 @@ def value_codes(vocab: int, dim: int) -> np.ndarray:
     bits = np.random.Generator(np.random.PCG64(_CODE_SEED)).bytes((vocab * dim + 7) // 8)
     signs = np.unpackbits(np.frombuffer(bits, np.uint8))[: vocab * dim]
     return (signs.astype(np.int8) * 2 - 1).reshape(vocab, dim)
+
+
+def _shares(total: int, parts: int) -> list[int]:
+    return [total // parts + (part < total % parts) for part in range(parts)]
 
 
 def _homogeneous(degree: int) -> tuple[float, ...]:

@@ -13,10 +13,13 @@ import json
 import time
 from pathlib import Path
 
+from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.memory import store
-from atlas_jax.memory.calibrate import calibrate
+from atlas_jax.memory.calibrate import WINDOW, Calibration, calibrate
+from atlas_jax.memory.probe import make_probe
 from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.params import ModelParams
 
 
 def fit(model: Path, texts: list[str], max_tokens: int | None = None) -> tuple[bytes, dict[str, object]]:
@@ -35,19 +38,31 @@ def fit(model: Path, texts: list[str], max_tokens: int | None = None) -> tuple[b
         config = model_config(file)
         params = load_params(file, config, dtype="int8")
         fingerprint = file.fingerprint()
-    ids = [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
-    found = calibrate(config, params, ids)
+    found = calibrate_with(tokenizer, config, params, texts, max_tokens)
     report: dict[str, object] = {
         "model": fingerprint,
-        "tokens": sum(map(len, ids)),
         "layers": found.config.layers,
         "hit_rate": [round(rate, 4) for rate in found.hit_rate],
+        "found_rate": [round(rate, 4) for rate in found.found_rate],
         "gate": [round(float(weight), 4) for weight in found.adapter.gate],
         "loss_window": found.loss_window,
         "loss_memory": found.loss_memory,
         "seconds": round(time.monotonic() - started, 1),
     }
     return store.encode(fingerprint, found.config, found.adapter), report
+
+
+def calibrate_with(
+    tokenizer: Tokenizer, config: ModelConfig, params: ModelParams, texts: list[str], max_tokens: int | None = None
+) -> Calibration:
+    """Calibrates with texts that are still text; see `calibrate`."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special=False, parse_special=False)
+
+    ids = [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
+    probe = make_probe(store.probe_filler(), encode, between=(WINDOW + 4) * PAGE)
+    return calibrate(config, params, ids, probe)
 
 
 def main() -> None:

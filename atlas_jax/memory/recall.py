@@ -25,14 +25,15 @@ from atlas_jax.kernels.features import gather_monomials
 from atlas_jax.kernels.linear import LOW_TERM, quantize_rows, split_rows
 from atlas_jax.kernels.newton_schulz import gram_polynomial
 from atlas_jax.kernels.reduce import row_max, row_sum
-from atlas_jax.memory.adapter import Adapter
+from atlas_jax.memory.adapter import TRAIL_DECAY, TRAIL_LENGTH, Adapter
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 EXACT, GRADIENT, MUON = 0, 1, 2
 """Inner optimisers of a write."""
 
 _MIN_SCORE = -2.0
-_SHARPNESS = 6
+RECENT = 2 * TRAIL_LENGTH
+"""States kept for trails: as many as one needs, and room to set a row back by a few tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -44,6 +45,7 @@ class MemoryState:
       weights: M, transposed.
       momentum: S of the Muon write.
       read_values, read_scale: the weights in 8 bits, [C, M] per row, what reads use.
+      recent: leading components of the last states of every tapped layer; position p is at p mod its length.
       keys, tokens: ring of the last keys and tokens of the text; position p is at p mod ring.
       seen: 1 for tokens that have been written as values.
       loss: Omega loss after the last write.
@@ -54,6 +56,7 @@ class MemoryState:
     momentum: Float[Array, "B M C"]
     read_values: Int8[Array, "B C M"]
     read_scale: Float[Array, "B C"]
+    recent: Float[Array, "B recent A trail"]
     keys: Float[Array, "B ring R"]
     tokens: Int32[Array, "B ring"]
     seen: Int8[Array, "B V"]
@@ -109,6 +112,7 @@ def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
         momentum=jnp.zeros(shape, jnp.float32),
         read_values=jnp.zeros((batch, config.code_dim, config.features), jnp.int8),
         read_scale=jnp.zeros((batch, config.code_dim), jnp.float32),
+        recent=jnp.zeros((batch, RECENT, len(config.layers), config.trail), jnp.float32),
         keys=jnp.zeros((batch, config.ring, config.components), jnp.float32),
         tokens=jnp.zeros((batch, config.ring), jnp.int32),
         seen=jnp.zeros((batch, vocab), jnp.int8),
@@ -129,30 +133,75 @@ def init_settings(batch: int) -> MemorySettings:
     )
 
 
+def observe(
+    adapter: Adapter,
+    state: MemoryState,
+    settings: MemorySettings,
+    tapped: tuple[Float[Array, "B T E"], ...],
+    tokens: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> tuple[MemoryState, Float[Array, "B T R"]]:
+    """Makes the keys of a step's tokens, and keeps keys and tokens for when they leave the window.
+
+    Args:
+      tapped: residual streams of the tapped layers.
+      valid: which tokens are real; those that are not come last.
+    """
+    key, lead = keys(adapter, state, settings, tapped, positions)
+    return remember(state, key, lead, tokens, positions, valid), key
+
+
 def keys(
-    adapter: Adapter, settings: MemorySettings, tapped: tuple[Float[Array, "B T E"], ...]
-) -> Float[Array, "B T R"]:
-    """Unit keys of a step's tokens from the residual streams of the tapped layers."""
+    adapter: Adapter,
+    state: MemoryState,
+    settings: MemorySettings,
+    tapped: tuple[Float[Array, "B T E"], ...],
+    positions: Int32[Array, "B T"],
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T A trail"]]:
+    """Unit keys of a step's tokens, and what later tokens' trails need of them.
+
+    A key is made of the token's own states in the tapped layers, and of their trail: a decaying mean of the states of the
+    tokens before, the training-free counterpart of ATLAS's short convolution on keys. The trail tells apart places where
+    the same is being said of different things.
+    """
+    batch, length = positions.shape
+    row = jnp.arange(batch)[:, None]
     z = jnp.stack([(h - adapter.mean[i]) @ adapter.projection[i] for i, h in enumerate(tapped)], axis=2)
-    flat = jnp.pad(z.reshape(*z.shape[:2], -1), ((0, 0), (0, 0), (0, 1)))
+    lead = z[..., : state.recent.shape[3]]
+    before = positions[:, :1] - TRAIL_LENGTH + jnp.arange(TRAIL_LENGTH)
+    past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None, None]
+    extended = jnp.concatenate([past, lead], axis=1)
+    trail = jnp.zeros_like(lead)
+    for back in range(1, TRAIL_LENGTH + 1):
+        start = TRAIL_LENGTH - back
+        trail = trail + TRAIL_DECAY ** (back - 1) * extended[:, start : start + length]
+    trail = trail * adapter.trail_scale[:, None]
+
+    parts = [part.reshape(batch, length, -1) for part in (z, trail)]
+    flat = jnp.concatenate([*parts, jnp.zeros((batch, length, 1))], axis=2)
     chosen = adapter.select[settings.layers, settings.degree]
     key = jnp.take_along_axis(flat, chosen[:, None, :], axis=2)
-    return key * jax.lax.rsqrt(jnp.maximum(row_sum(key * key), 1e-12))[..., None]
+    return key * jax.lax.rsqrt(jnp.maximum(row_sum(key * key), 1e-12))[..., None], lead
 
 
 def remember(
     state: MemoryState,
     key: Float[Array, "B T R"],
+    lead: Float[Array, "B T A trail"],
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
 ) -> MemoryState:
     """Keeps a step's keys and tokens for when they leave the window."""
-    ring = state.tokens.shape[1]
     row = jnp.arange(tokens.shape[0])[:, None]
+    ring, recent = state.tokens.shape[1], state.recent.shape[1]
     index = jnp.where(valid, positions % ring, ring)
+    first = positions[:, :1] + valid.sum(axis=1, keepdims=True) - recent  # of those that end up in the short ring
+    place = jnp.where(valid & (positions >= first), positions % recent, recent)
     return dataclasses.replace(
         state,
+        recent=state.recent.at[row, place].set(lead, mode="drop"),
         keys=state.keys.at[row, index].set(key, mode="drop"),
         tokens=state.tokens.at[row, index].set(tokens, mode="drop"),
     )

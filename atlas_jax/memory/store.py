@@ -27,15 +27,17 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     layers: list[int]
     components: int
     features: int
+    trail: int
     code_dim: int
 
 
 def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
     """Serialises the calibrated part of an adapter; the rest follows from the configuration."""
-    header = _Header(_VERSION, fingerprint, list(config.layers), config.components, config.features, config.code_dim)
+    header = _Header(_VERSION, fingerprint, list(config.layers), config.components, config.features, config.trail, config.code_dim)
     arrays: dict[str, np.ndarray] = {
         "mean": np.asarray(adapter.mean, np.float16),
         "projection": np.asarray(adapter.projection, np.float16),
+        "trail_scale": np.asarray(adapter.trail_scale, np.float32),
         "gate": np.asarray(adapter.gate, np.float32),
     }
     return safetensors.numpy.save(arrays, metadata={_KEY: msgspec.json.encode(header).decode()})
@@ -65,6 +67,7 @@ def decode(
             layers=tuple(header.layers),
             components=header.components,
             features=header.features,
+            trail=header.trail,
             code_dim=header.code_dim,
             max_window=max_window,
             max_omega_window=max_omega_window,
@@ -75,6 +78,7 @@ def decode(
     wanted = {
         "mean": (count, model.embed),
         "projection": (count, model.embed, config.components),
+        "trail_scale": (count,),
         "gate": (GATE_FEATURES,),
     }
     for name, shape in wanted.items():
@@ -88,6 +92,7 @@ def decode(
         model.vocab,
         arrays["mean"].astype(np.float32),
         arrays["projection"].astype(np.float32),
+        arrays["trail_scale"].astype(np.float32),
         arrays["gate"].astype(np.float32),
     )
     return config, adapter
@@ -109,6 +114,11 @@ def calibration_texts() -> list[str]:
     folder = resources.files("atlas_jax.memory") / "texts"
     files = sorted((file for file in folder.iterdir() if file.name.endswith(".txt")), key=lambda file: file.name)
     return [file.read_text("utf-8") for file in files]
+
+
+def probe_filler() -> str:
+    """Prose that comes with the library, to hide facts in."""
+    return (resources.files("atlas_jax.memory") / "texts" / "prose.txt").read_text("utf-8")
 
 
 def cached(folder: Path, fingerprint: str) -> Path:

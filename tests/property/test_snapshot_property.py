@@ -49,12 +49,12 @@ MODEL = ModelConfig(
     context_length=4096,
     norm_eps=1e-5,
 )
-MEMORY = MemoryConfig(layers=(1,), components=4, features=10, code_dim=8, max_window=256, max_omega_window=256)
+MEMORY = MemoryConfig(layers=(1,), components=4, trail=1, features=10, code_dim=8, max_window=256, max_omega_window=256)
 _PREFIX = 44  # magic, version, digest
 
 
 def layout(dtype: KVDtype = "int8") -> Layout:
-    return Layout(MODEL, MEMORY, dtype, "fingerprint")
+    return Layout(MODEL, MEMORY, dtype, "fingerprint", "adapter")
 
 
 def filled(row: Sequences, random: np.random.Generator) -> Sequences:
@@ -260,9 +260,9 @@ def test_a_deeply_nested_header_is_refused() -> None:
 
 def test_another_model_version_memory_or_cache_is_named() -> None:
     for other, word in (
-        (Layout(MODEL, MEMORY, "int8", "other"), "model"),
-        (Layout(MODEL, MEMORY, "float32", "fingerprint"), "cache type"),
-        (Layout(MODEL, MemoryConfig(layers=(0,), components=4, features=10, code_dim=8), "int8", "fingerprint"), "mem"),
+        (Layout(MODEL, MEMORY, "int8", "other", "adapter"), "model"),
+        (Layout(MODEL, MEMORY, "float32", "fingerprint", "adapter"), "cache type"),
+        (Layout(MODEL, MemoryConfig(layers=(0,), components=4, trail=1, features=10, code_dim=8), "int8", "fingerprint", "adapter"), "mem"),
     ):
         with pytest.raises(SnapshotInvalid, match=word):
             decode_session(other, DATA)
