@@ -6,10 +6,13 @@ MODEL  ?= data/models/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA  := data/models/gemma-3-270m-q4_k_m.gguf
 ARGS   ?=
 RUN    := $(VENV)/bin/python
+# portable flags: a native build of llama.cpp crashes on some virtual machines
+PEER_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
+  -DGGML_BMI2=ON
 GOLDEN := tests/golden/peer
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench bench-memory documents recall soak lock clean
+.PHONY: help serve test check lint model gemma fit quality bench bench-memory documents recall lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,7 +21,7 @@ serve: $(VENV)/serve model ## install, bring the default model, serve it with th
 	$(VENV)/bin/atlas-jax serve --model $(MODEL) $(ARGS)
 
 test: $(VENV)/dev model ## install what tests need and run them (ARGS="-k name …")
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 check: lint test ## ruff, mypy and the tests
 
@@ -50,8 +53,17 @@ documents: $(VENV)/bench model ## loss past the window on long documents: window
 recall: $(VENV)/bench model ## facts asked for long after they left the window
 	$(RUN) -m atlas_jax.experiments.fact_recall $(MODEL)
 
+bench: $(VENV)/bench model ## speed beside llama.cpp in one run (builds llama-cpp-python: ten minutes the first time)
+	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install 	  --quiet 'llama-cpp-python>=0.3.16,<0.4' numpy)
+	$(RUN) benchmarks/speed.py $(MODEL) --peer-python data/peer/bin/python --memory --output docs/speed.md
+
+bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
+	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
+	  titans-pytorch)
+	$(RUN) benchmarks/memory_speed.py --titans-python data/titans/bin/python --output docs/memory_speed.md
+
 lock: ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra serve --extra dev --universal --no-emit-index-url \
+	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --universal --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what make has installed and built, not the models
@@ -68,9 +80,9 @@ $(VENV)/serve: $(VENV)/base pyproject.toml requirements.lock
 	touch $@
 
 $(VENV)/dev: $(VENV)/serve pyproject.toml requirements.lock
-	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev]'
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train]'
 	touch $@
 
 $(VENV)/bench: $(VENV)/dev
-	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,plots]'
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,plots]'
 	touch $@
