@@ -17,6 +17,7 @@ log = logging.getLogger("atlas.server")
 State = Literal["loading", "ready", "draining", "failed", "closed"]
 T = TypeVar("T")
 _WATCH_SECONDS = 0.5
+_SETTLE_SECONDS = 2.0
 
 
 class Abortable(Protocol):
@@ -145,6 +146,7 @@ class EngineHost:
             started = time.monotonic()
             try:
                 if not failed:
+                    _settle(engine)
                     before(engine)
             finally:
                 engine.close(timeout=max(0.5, timeout - (time.monotonic() - started)))
@@ -156,6 +158,13 @@ class EngineHost:
             log.error("The engine did not close within %.1f s", timeout)
         except Exception:
             log.exception("The engine could not be closed cleanly")
+
+
+def _settle(engine: EngineProtocol) -> None:
+    """Waits for the requests that were cut off: they hand their sessions back at the engine's next step."""
+    end = time.monotonic() + _SETTLE_SECONDS
+    while engine.alive() and engine.stats().requests_running and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 async def in_thread(work: Callable[[], T], *, name: str) -> T:
