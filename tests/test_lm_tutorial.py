@@ -10,7 +10,7 @@ from pathlib import Path
 
 def test_tutorial() -> None:
     script = Path(__file__).parents[1] / "docs" / "tutorial.py"
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     out = done.stdout
     number = r"\s+([\d.]+)$"
