@@ -226,7 +226,7 @@ class Loop:
             work.feed = prompt
             work.limit = min(work.limit, self._context - len(prompt))
             work.ring_pages = work.plan.ring(len(prompt) + work.limit)
-            work.row = self._runner.new_row(work.ring_pages)
+            work.row = self._runner.new_row(1)
         else:
             plan = WindowPlan(memory.window_size // PAGE, memory.update_frequency // PAGE)
             work.shape = SessionShape(plan, memory.memory_layers, memory.polynomial_degree)
@@ -240,7 +240,7 @@ class Loop:
                 self._resume(work, session, prompt)
             else:
                 work.feed = prompt
-                work.row = self._runner.new_row(work.ring_pages)
+                work.row = self._runner.new_row(1)
             work.write = MemoryWrite.from_params(memory, work.shape.degree)
         self._lanes.append(work)
 
@@ -268,14 +268,14 @@ class Loop:
             created=session.created,
         )
         if checkpoint is None:
-            work.row = self._runner.new_row(work.ring_pages)
+            work.row = self._runner.new_row(1)
             kept.history, kept.checkpoints, kept.stats = History(), [], SessionStats()
         else:
             kept.history.truncate(position)
             kept.checkpoints = [one for one in kept.checkpoints if one.position <= position or one is checkpoint]
             work.page = min(checkpoint.page, position // PAGE)
             slot = plan.slot(max(work.page, 0))
-            work.row = self._runner.adopt(checkpoint.row, work.ring_pages, position, slot)
+            work.row = self._runner.adopt(checkpoint.row, plan.ring(position + 1), position, slot)
             work.absorbed = checkpoint.absorbed
         work.position = position
         work.cached = position if not step.append else 0
@@ -312,6 +312,7 @@ class Loop:
             return True
         assert work.row is not None
         if work.needs_page:
+            work.row = self._runner.at_least(work.row, work.plan.ring(work.position + 1))
             work.row = self._runner.turn(work.row, *self._page_turn(work))
         count = min(left, PAGE - work.position % PAGE)
         tokens, work.feed = work.feed[:count], work.feed[count:]
@@ -366,7 +367,7 @@ class Loop:
             self._finish(work, "length")
             return
         assert work.row is not None
-        index = self._free_place(int(work.row.context.page.shape[1]))
+        index = self._free_place(work.ring_pages)
         layers, degree = self._memory_shape(work)
         self._runner.insert(
             index,

@@ -96,6 +96,13 @@ class Runner:
         row = self._put(self.new_row(pages), saved, 0, with_memory=True)
         return self._reposition(_pages(row), row, np.int32(position), np.int32(slot))
 
+    def at_least(self, row: Sequences, pages: int) -> Sequences:
+        """The row, in a ring of at least `pages` pages: a prompt starts in a small ring, for attention reads all of it."""
+        if _pages(row) >= pages:
+            return row
+        size = bucket(pages, self.buckets.pages)
+        return Sequences(self._fit((_pages(row), size), row.context, self.new_row(size).context), row.memory)
+
     def set_back(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """The same row at an earlier position whose window it still holds, with a ring of the size for `pages` pages.
 
