@@ -8,6 +8,7 @@ import os
 import stat
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import msgspec
 
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if show:
             print(msgspec.json.format(msgspec.json.encode(settings.public()), indent=2).decode())
             return 0
-        return _serve(settings)
+        _serve(settings)
     except (SettingsError, KeyFileError) as error:
         print(f"atlas-jax: {error}", file=sys.stderr)
         return _USAGE_ERROR
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _serve(settings: Settings) -> int:
+def _serve(settings: Settings) -> NoReturn:
     from server.serve import serve  # so that --print-config and a wrong flag answer at once
 
     logging.basicConfig(
@@ -65,4 +66,9 @@ def _serve(settings: Settings) -> int:
     keys = settings.server.api_keys_file
     if keys and os.path.exists(keys) and os.stat(keys).st_mode & (stat.S_IRGRP | stat.S_IROTH):
         log.warning("The API keys file can be read by other users")
-    return serve(settings, engine_factory(settings))
+    try:
+        code = serve(settings, engine_factory(settings))
+    except SystemExit as end:  # uvicorn's, where the port is taken
+        code = end.code if isinstance(end.code, int) else 1
+    logging.shutdown()
+    os._exit(code)  # a thread may be compiling, and the interpreter's own way out would abort in it
