@@ -38,7 +38,7 @@ gemma: $(VENV)/base ## bring Gemma 3 270M, for tests and benchmarks
 
 fit: $(VENV)/dev model ## fit the memory that is shipped for the default model
 	$(RUN) benchmarks/corpora.py --out data/corpora --group calibration
-	$(RUN) -m atlas_jax.memory.fit $(MODEL) --texts data/corpora/calibration/*.txt --ship
+	$(RUN) -m atlas_jax.memory.fit $(MODEL) --texts data/corpora/calibration/*.txt --max-tokens 1536 --ship
 
 quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp's golden files (30 min)
 	for dtype in int8 float32; do \

@@ -95,12 +95,17 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab", "embed", "heads", "kv_heads", "head_dim", "ff", "context_length"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        _require(self.heads % self.kv_heads == 0, f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})")
+        _require(
+            self.heads % self.kv_heads == 0, f"heads ({self.heads}) must be a multiple of kv_heads ({self.kv_heads})"
+        )
         _require(len(self.layers) > 0, "a model needs at least one layer")
         _require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}")
         for index, layer in enumerate(self.layers):
             _require(0 <= layer.rope < len(self.ropes), f"layer {index} names rope {layer.rope}, which does not exist")
-            _require(layer.sliding_window is None or layer.sliding_window > 0, f"layer {index}: sliding_window must be positive")
+            _require(
+                layer.sliding_window is None or layer.sliding_window > 0,
+                f"layer {index}: sliding_window must be positive",
+            )
         for rope in self.ropes:
             _require(rope.dims <= self.head_dim, f"rope dims {rope.dims} exceed head_dim {self.head_dim}")
 

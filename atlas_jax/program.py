@@ -42,7 +42,7 @@ class Program:
 
 def shape(of: tuple[int, ...], dtype: Any) -> Any:
     """What stands for an array while a program is compiled."""
-    return jax.ShapeDtypeStruct(of, dtype)  # type: ignore[no-untyped-call]
+    return jax.ShapeDtypeStruct(of, dtype)
 
 
 def shapes(tree: Any) -> Any:

@@ -53,7 +53,9 @@ def continuations(engine: Engine, golden: dict[str, Any]) -> dict[str, Any]:
         GenerationRequest(prompt=one["prompt"], max_tokens=golden["steps"], sampling=greedy, ignore_eos=True)
         for one in golden["prompts"]
     ]
-    answers = [[info.token for e in events if isinstance(e, Delta) for info in e.tokens] for events in ask(engine, requests)]
+    answers = [
+        [info.token for e in events if isinstance(e, Delta) for info in e.tokens] for events in ask(engine, requests)
+    ]
     out: dict[str, Any] = {"prompts": len(answers)}
     for variant in ("quantised", "float32"):
         wanted = [one[variant]["tokens"][:AGREE_ON] for one in golden["prompts"]]

@@ -99,7 +99,9 @@ def main() -> None:
     table = "\n".join(lines)
     print(table)
     if args.output:
-        args.output.write_text(f"{args.model.stem}, tokens per second, median (least–most) of {args.rounds}\n\n{table}\n")
+        args.output.write_text(
+            f"{args.model.stem}, tokens per second, median (least–most) of {args.rounds}\n\n{table}\n"
+        )
     engine.close(timeout=10)
 
 

@@ -53,7 +53,7 @@ def open_engine(
       threads: CPU threads; 0 takes every core.
       max_running: sequences that decode at once.
       max_waiting: sequences the engine may queue beyond them.
-      device_cache_bytes: 0 lets the engine choose.
+      device_cache_bytes: of idle sessions on the device; 0 keeps them in main memory.
     """
     from atlas_jax.engine import Engine  # imports JAX, which takes seconds and is not needed for `--print-config`
 

@@ -98,7 +98,9 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     max_window: Annotated[
         int, Meta(ge=MIN_WINDOW, le=1 << 20, description="Largest window_size a request may ask for")
     ] = 2048
-    l1_cache_size: Annotated[Bytes, Meta(description="Bytes of session memory on the device; 0: as fits")] = 0
+    l1_cache_size: Annotated[
+        Bytes, Meta(description="Bytes of idle sessions kept on the device; 0: they rest in main memory")
+    ] = 0
     l2_cache_size: Annotated[Bytes, Meta(description="Bytes of session memory kept on the host")] = 1 << 30
     l3_cache_size: Annotated[Bytes, Meta(description="Bytes of session memory kept on disk")] = 16 << 30
     default_config: AtlasDefaults = field(default_factory=AtlasDefaults)

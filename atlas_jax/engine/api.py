@@ -408,7 +408,9 @@ class SessionStore(Protocol):
 class Tokenizer(Protocol):
     """The part of the model's tokenizer a server needs."""
 
-    vocab_size: int
+    @property
+    def vocab_size(self) -> int:
+        """Tokens of the vocabulary."""
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
 
@@ -420,9 +422,17 @@ class Tokenizer(Protocol):
 class EngineProtocol(Protocol):
     """What a server needs of an engine; `Engine` implements it, tests may bring a simpler one."""
 
-    model: ModelInfo
-    tokenizer: Tokenizer
-    sessions: SessionStore
+    @property
+    def model(self) -> ModelInfo:
+        """Facts of the model."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer."""
+
+    @property
+    def sessions(self) -> SessionStore:
+        """The sessions; raises MemoryUnavailable in an engine without memory."""
 
     def render_chat(
         self,

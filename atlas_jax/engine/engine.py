@@ -154,9 +154,9 @@ class Engine:
         context = min(max_context, config.context_length)
         memory: MemoryConfig | None = None
         adapter: Adapter | None = None
-        adapter_digest = ""
+        adapter_digest, adapter_source = "", None
         if memory_enabled:
-            memory, adapter, adapter_digest = _find_adapter(
+            memory, adapter, adapter_digest, adapter_source = _find_adapter(
                 Path(adapter_path) if adapter_path is not None else None,
                 cache / "adapters",
                 fingerprint,
@@ -182,7 +182,7 @@ class Engine:
             embedding_size=config.embed,
             memory_layers=() if memory is None else memory.layers,
             state_bytes_per_session=_state_bytes(runner),
-            adapter=None if memory is None else str(adapter_path or "calibrated"),
+            adapter=adapter_source,
             created=int(path.stat().st_mtime),
         )
         limits = Limits(max_running, max_waiting, context, max_window)
@@ -401,10 +401,11 @@ def _find_adapter(
     tokenizer: Tokenizer,
     params: ModelParams,
     max_window: int,
-) -> tuple[MemoryConfig, Adapter, str]:
-    """The adapter asked for, shipped or cached, else calibrated now and kept; and the digest of its file."""
+) -> tuple[MemoryConfig, Adapter, str, str]:
+    """The adapter asked for, shipped or cached, else calibrated now and kept; the digest of its file; where it is from."""
     own = store.cached(cache, fingerprint)
     data = path.read_bytes() if path is not None else store.shipped(fingerprint)
+    source = "given" if path is not None else "shipped" if data is not None else "calibrated"
     if data is None and own.is_file():
         data = own.read_bytes()
     if data is None:
@@ -424,7 +425,7 @@ def _find_adapter(
     found_config, adapter = store.decode(
         data, fingerprint, config, max_window=max_window, max_omega_window=_MAX_OMEGA_WINDOW
     )
-    return found_config, adapter, hashlib.sha256(data).hexdigest()
+    return found_config, adapter, hashlib.sha256(data).hexdigest(), source
 
 
 def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:

@@ -547,7 +547,8 @@ class Loop:
     def _kept_session(self, work: Work, row: Sequences, read: int, loss: float) -> Session:
         """The session as this request leaves it."""
         session = work.kept
-        assert session is not None and work.shape is not None
+        assert session is not None
+        assert work.shape is not None
         if read > work.prompt_end >= 0:
             session.history.extend([*work.feed, *work.generated[: read - work.prompt_end - 1]])
             if work.generated and session.history.first_reply is None:

@@ -318,4 +318,3 @@ def _shape_key(batch: Sequences) -> tuple[int, int]:
 
 def _step_key(batch: Sequences, tokens: int) -> tuple[int, int, int]:
     return _rows(batch), _pages(batch), tokens
-

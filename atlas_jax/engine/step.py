@@ -147,9 +147,13 @@ def finish_decode(
         sampling=record(drawing.sampling, drawn.token, live),
         settings=settings,
     )
-    return memory, drawing, Packed(
-        integers=jnp.concatenate([drawn.token[:, None], drawn.top_token], axis=1),
-        numbers=jnp.concatenate([drawn.logprob[:, None], gate, drawn.top_logprob], axis=1),
+    return (
+        memory,
+        drawing,
+        Packed(
+            integers=jnp.concatenate([drawn.token[:, None], drawn.top_token], axis=1),
+            numbers=jnp.concatenate([drawn.logprob[:, None], gate, drawn.top_logprob], axis=1),
+        ),
     )
 
 

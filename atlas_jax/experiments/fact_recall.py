@@ -67,7 +67,9 @@ class Score:
 def cases(filler: str, count: int, seed: int, count_tokens: Callable[[str], int]) -> list[Case]:
     """Contexts made of a text's sentences: facts among the first, then at least 2 000 tokens."""
     rng = random.Random(seed)
-    sentences = [" ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?])\s+", filler) if 20 < len(sentence) < 400]
+    sentences = [
+        " ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?])\s+", filler) if 20 < len(sentence) < 400
+    ]
     out = []
     for _ in range(count):
         start = rng.randrange(len(sentences))
@@ -83,7 +85,9 @@ def cases(filler: str, count: int, seed: int, count_tokens: Callable[[str], int]
     return out
 
 
-def run(engine: Engine, contexts: Sequence[Case], params: Callable[[SessionKey, bool], MemoryParams]) -> dict[str, Score]:
+def run(
+    engine: Engine, contexts: Sequence[Case], params: Callable[[SessionKey, bool], MemoryParams]
+) -> dict[str, Score]:
     """Reads every context into a session and asks for its facts in both wordings."""
     scores = {"same": Score(), "other": Score()}
     greedy = SamplingParams(temperature=0.0)
@@ -135,7 +139,9 @@ def main() -> None:
         return len(engine.tokenizer.encode(text, add_special=False, parse_special=False))
 
     contexts = cases(filler, args.contexts, args.seed, count)
-    print(f"{len(contexts) * FACTS} facts, stated at least 2048 tokens ago; contexts of {count(contexts[0].text)} tokens")
+    print(
+        f"{len(contexts) * FACTS} facts, stated at least 2048 tokens ago; contexts of {count(contexts[0].text)} tokens"
+    )
     print("| | same words | other words |\n|---|---|---|")
     for mode in args.modes:
         scores = run(engine, contexts, modes(mode))

@@ -75,15 +75,11 @@ def _random_mlp(key: jax.Array, x: jax.Array) -> jax.Array:
 
 def _random_attention(key: jax.Array, x: jax.Array, window: int | None) -> jax.Array:
     dim = x.shape[1]
-    q, k, v = (
-        (x @ jax.random.normal(part, (dim, dim)) / dim**0.5)[None, :, None] for part in jax.random.split(key, 3)
-    )
+    q, k, v = ((x @ jax.random.normal(part, (dim, dim)) / dim**0.5)[None, :, None] for part in jax.random.split(key, 3))
     if window is not None:
         return window_attend(q, k, v, window)[0, :, 0]
     steps = jnp.arange(len(x))
-    rows = [
-        attend(q[:, i : i + 512], k, v, (steps[None, i : i + 512, None] >= steps)) for i in range(0, len(x), 512)
-    ]
+    rows = [attend(q[:, i : i + 512], k, v, (steps[None, i : i + 512, None] >= steps)) for i in range(0, len(x), 512)]
     return jnp.concatenate(rows, axis=1)[0, :, 0]
 
 

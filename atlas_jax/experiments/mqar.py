@@ -150,9 +150,7 @@ def experiment(options: Options) -> Sequence[Report]:
     for contender in CONTENDERS[:2] if options.quick else CONTENDERS:
         for width in contender.widths[:1] if options.quick else contender.widths:
             accuracy = np.asarray(
-                train_all(
-                    contender.model(width), seeds=options.seeds, rates=RATES, pairs=pairs, steps=steps, rows=rows
-                )
+                train_all(contender.model(width), seeds=options.seeds, rates=RATES, pairs=pairs, steps=steps, rows=rows)
             )
             best = int(np.argmax(accuracy.mean(axis=1)))
             report.add(contender.name, contender.state(width), accuracy[best])

@@ -34,7 +34,7 @@ def _staged(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
         else:
             x = reduce(x.reshape(*x.shape[:-1], outer, lanes), axis=-2)
             size = lanes
-        x = jax.lax.optimization_barrier(x)  # type: ignore[no-untyped-call]
+        x = jax.lax.optimization_barrier(x)
     return reduce(x, axis=-1)
 
 

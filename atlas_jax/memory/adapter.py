@@ -1,4 +1,4 @@
-"""What a memory needs to know of a model: key map, features, value codes and gate. Made by calibration, shared by sessions."""
+"""What a memory needs to know of a model: key map, features, value codes, gate. Made by calibration, shared by sessions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
 """Fits a memory to a model in under a minute, without training: key map, ranking of layers, and gate.
 
 The model reads a little ordinary text through its attention window. Means and principal components of the residual
-stream give the key map; how often a token's nearest key among those that have left the window is followed by the same
-token ranks the layers, on that text and on a probe full of facts; and the gate is the logistic mixture weight that makes the text's next tokens most likely.
+stream give the key map. How often a token's nearest key among those that have left the window is followed by the same
+token ranks the layers, on that text and on a probe full of facts. The gate is the logistic mixture weight that makes the
+text's next tokens most likely.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ WINDOW = 4
 """Pages of the window the memory is calibrated for."""
 _FIRST_CANDIDATE = 0.4
 """Depth from which a layer's state is tried as a key."""
-_TRAIL_WEIGHT = 0.65
-"""Length of a key's trail to its own part: 0.5 to 0.7 are as good; 1 loses facts asked for in other words."""
+_TRAIL_WEIGHT = 1.0
+"""Length of a key's trail to its own part: 0.65 finds 0.82 of a fact's digits asked for in the same words and 0.67 in
+others, 1 finds 0.87 and 0.63; on documents they are equal."""
 _OUTLIER = 4.0
 """Tokens whose residual is this many times the median norm are attention sinks, not text."""
 
@@ -63,7 +65,9 @@ class Calibration:
 def candidate_layers(layers: int) -> tuple[int, ...]:
     """Layers worth trying: spread over the later part of the model, the last one left out."""
     first, last = int(_FIRST_CANDIDATE * layers), max(layers - 2, 0)
-    return tuple(sorted({round(first + (last - first) * i / (MAX_MEMORY_LAYERS - 1)) for i in range(MAX_MEMORY_LAYERS)}))
+    return tuple(
+        sorted({round(first + (last - first) * i / (MAX_MEMORY_LAYERS - 1)) for i in range(MAX_MEMORY_LAYERS)})
+    )
 
 
 def calibrate(
@@ -95,7 +99,9 @@ def calibrate(
     maps = [_KeyMap(config.trail, *numbers) for numbers in zip(mean, projection, trail_scale, strict=True)]
     hit_rate = _hit_rates(readings[:-1], maps)
     found_rate = _found_rates(config, readings[-1], maps, np.asarray(probe.asked))
-    order = np.argsort(-(hit_rate / max(hit_rate.max(), 1e-9) + found_rate / max(found_rate.max(), 1e-9)), kind="stable")
+    order = np.argsort(
+        -(hit_rate / max(hit_rate.max(), 1e-9) + found_rate / max(found_rate.max(), 1e-9)), kind="stable"
+    )
     config = dataclasses.replace(config, layers=tuple(config.layers[i] for i in order))
     mean, projection, trail_scale = mean[order], projection[order], trail_scale[order]
     readings = [dataclasses.replace(r, tapped=r.tapped[order]) for r in readings]
@@ -155,9 +161,10 @@ def _read(
 
 
 def _key_maps(readings: list[_Reading], components: int) -> tuple[np.ndarray, np.ndarray]:
-    """Per layer: the mean, and the leading components over the square root of their standard deviation.
+    """Per layer: the mean, and the leading components over their standard deviation: whitened.
 
-    Between none (the largest directions drown the rest) and full whitening (the smallest are noise).
+    Dividing by the square root of the deviation instead finds 0.75 of a fact's digits where this finds 0.82, and closes as
+    much of the gap on documents.
     """
     means, projections = [], []
     for layer in range(readings[0].tapped.shape[0]):
@@ -169,7 +176,7 @@ def _key_maps(readings: list[_Reading], components: int) -> tuple[np.ndarray, np
         variance, basis = np.linalg.eigh(centred.T @ centred / len(centred))
         keep = np.argsort(variance)[::-1][:components]
         projection = np.zeros((mean.size, components), np.float32)
-        projection[:, : keep.size] = basis[:, keep] / np.maximum(variance[keep], 1e-12) ** 0.25
+        projection[:, : keep.size] = basis[:, keep] / np.sqrt(np.maximum(variance[keep], 1e-12))
         means.append(mean)
         projections.append(projection)
     return np.stack(means), np.stack(projections)
@@ -239,9 +246,7 @@ def _hit_rates(readings: list[_Reading], maps: list[_KeyMap]) -> np.ndarray:
     return np.asarray(rates)
 
 
-def _found_rates(
-    config: MemoryConfig, reading: _Reading, maps: list[_KeyMap], asked: np.ndarray
-) -> np.ndarray:
+def _found_rates(config: MemoryConfig, reading: _Reading, maps: list[_KeyMap], asked: np.ndarray) -> np.ndarray:
     """Per layer, how often a memory of degree 2, written as the text is read, names the token that follows `asked`.
 
     In the dual: M φ(k) = Σᵢ aᵢ (kᵢ·k)², so no features are needed. A nearest key would not do: it finds 0.65 to 0.88 of

@@ -17,7 +17,10 @@ _OWNERS = (
     "new porter", "second cousin", "night watchman", "retired judge", "travelling dentist",
 )  # fmt: skip
 _STATED = "The locker number of the {owner} was{code}."
-_ASKED = ("The locker number of the {owner} was{code}.", "When the {owner} was asked which locker, the answer was{code}.")
+_ASKED = (
+    "The locker number of the {owner} was{code}.",
+    "When the {owner} was asked which locker, the answer was{code}.",
+)
 _DIGITS = 5
 
 

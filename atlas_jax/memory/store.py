@@ -33,7 +33,9 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 
 def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
     """Serialises the calibrated part of an adapter; the rest follows from the configuration."""
-    header = _Header(_VERSION, fingerprint, list(config.layers), config.components, config.features, config.trail, config.code_dim)
+    header = _Header(
+        _VERSION, fingerprint, list(config.layers), config.components, config.features, config.trail, config.code_dim
+    )
     arrays: dict[str, np.ndarray] = {
         "mean": np.asarray(adapter.mean, np.float16),
         "projection": np.asarray(adapter.projection, np.float16),

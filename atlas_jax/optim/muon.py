@@ -149,9 +149,7 @@ def muon(
             ),
             "other": optax.chain(
                 average_gradients(placement),
-                optax.adam(
-                    learning_rate if adam_learning_rate is None else adam_learning_rate, b1=adam_b1, b2=adam_b2
-                ),
+                optax.adam(learning_rate if adam_learning_rate is None else adam_learning_rate, b1=adam_b1, b2=adam_b2),
             ),
         },
         matrices,

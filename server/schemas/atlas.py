@@ -19,12 +19,12 @@ WindowSize = Annotated[
     ),
 ]
 BlendRatio = Annotated[float, Meta(ge=0, le=1, description="0 window only, 0.5 as fitted, 1 memory alone")]
-LearningRate = Annotated[float, Meta(gt=0, le=100, description="Inner step size; null uses the calibrated one")]
+LearningRate = Annotated[float, Meta(gt=0, le=1, description="Inner step size; null uses the calibrated one")]
 PolynomialDegree = Annotated[int, Meta(ge=1, le=3, description="Degree of the feature map")]
 WarmupTokens = Annotated[int, Meta(ge=0, le=1 << 31, description="Tokens written to the memory before it is read")]
-UpdateFrequency = Annotated[int, Meta(ge=1, le=1 << 20, description="Tokens per memory write: a multiple of the page")]
+UpdateFrequency = Annotated[int, Meta(ge=1, le=512, description="Tokens per memory write: a multiple of the page")]
 OmegaWindow = Annotated[
-    int, Meta(ge=1, le=1 << 20, description="Tokens in the objective of one write, at least update_frequency")
+    int, Meta(ge=1, le=512, description="Tokens in the objective of one write, at least update_frequency")
 ]
 BatchSize = Annotated[int, Meta(ge=1, le=32, description="Sequences of one request that decode at once")]
 SessionId = Annotated[str, Meta(min_length=1, max_length=128, description="Name of a session, per API key")]

@@ -80,7 +80,9 @@ def plan_memory(
             cache_strategy=merged.cache_strategy,
             read=merged.read,
             write=merged.write,
-            given=frozenset(name for name in AtlasOptions.__struct_fields__ if getattr(atlas or _EMPTY, name) is not None),
+            given=frozenset(
+                name for name in AtlasOptions.__struct_fields__ if getattr(atlas or _EMPTY, name) is not None
+            ),
         ),
         batch_size=merged.batch_size,
         session_id=session_id,

@@ -37,7 +37,14 @@ def adapter() -> Adapter:
     count = len(CONFIG.layers)
     mean = random.standard_normal((count, EMBED)).astype(np.float32)
     projection = random.standard_normal((count, EMBED, CONFIG.components)).astype(np.float32)
-    return make_adapter(CONFIG, VOCAB, mean, projection, np.full(count, TRAIL_SCALE, np.float32), np.asarray([-1.0, 2.0, 1.0, 0.2], np.float32))
+    return make_adapter(
+        CONFIG,
+        VOCAB,
+        mean,
+        projection,
+        np.full(count, TRAIL_SCALE, np.float32),
+        np.asarray([-1.0, 2.0, 1.0, 0.2], np.float32),
+    )
 
 
 @functools.cache

@@ -262,7 +262,16 @@ def test_another_model_version_memory_or_cache_is_named() -> None:
     for other, word in (
         (Layout(MODEL, MEMORY, "int8", "other", "adapter"), "model"),
         (Layout(MODEL, MEMORY, "float32", "fingerprint", "adapter"), "cache type"),
-        (Layout(MODEL, MemoryConfig(layers=(0,), components=4, trail=1, features=10, code_dim=8), "int8", "fingerprint", "adapter"), "mem"),
+        (
+            Layout(
+                MODEL,
+                MemoryConfig(layers=(0,), components=4, trail=1, features=10, code_dim=8),
+                "int8",
+                "fingerprint",
+                "adapter",
+            ),
+            "mem",
+        ),
     ):
         with pytest.raises(SnapshotInvalid, match=word):
             decode_session(other, DATA)

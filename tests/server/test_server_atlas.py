@@ -35,7 +35,7 @@ def error(response: httpx.Response) -> dict[str, Any]:
         ("window_size", 200, "value must be a multiple of 128"),
         ("blend_ratio", 1.5, "value must be between 0 and 1"),
         ("blend_ratio", -0.1, "value must be between 0 and 1"),
-        ("learning_rate", 0, "value must be greater than 0 and at most 100"),
+        ("learning_rate", 0, "value must be greater than 0 and at most 1"),
         ("polynomial_degree", 4, "value must be between 1 and 3"),
         ("polynomial_degree", 0, "value must be between 1 and 3"),
         ("use_muon", "yes", "expected boolean, got string"),

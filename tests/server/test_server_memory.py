@@ -260,7 +260,7 @@ def test_config_changes_defaults_at_once(start: Start) -> None:
         ({"blend_ratio": 0.25, "metrics_interval": 0}, "metrics_interval"),
         ({"blend_ratio": 0.25, "memory_save_interval": -1}, "memory_save_interval"),
         ({"blend_ratio": 0.25, "session_id": "x"}, "session_id"),
-        ({"blend_ratio": 0.25, "update_frequency": 1024}, "omega_window"),
+        ({"blend_ratio": 0.25, "update_frequency": 1024}, "update_frequency"),
     ],
 )
 def test_config_is_all_or_nothing(live: Live, change: dict[str, Any], param: str) -> None:

@@ -82,9 +82,7 @@ class MemoryAsContext(nnx.Module):
         _, out = jax.lax.scan(step, self.memory.initial_state(batch), runs)
         return jnp.swapaxes(out, 0, 1).reshape(batch, segments * self._segment, embed)[:, :tokens]
 
-    def _segment_step(
-        self, state: MemoryState, x: Float[Array, "B S E"]
-    ) -> tuple[MemoryState, Float[Array, "B S E"]]:
+    def _segment_step(self, state: MemoryState, x: Float[Array, "B S E"]) -> tuple[MemoryState, Float[Array, "B S E"]]:
         recalled = self.memory.project(self.memory.gated(self.memory.read(state, self.memory.tokens(x).q), x))
         both = jnp.concatenate([self.recall_norm(recalled), x], axis=1)
         causal = window_mask(x.shape[1], None)

@@ -97,10 +97,9 @@ def import_gguf(path: str | os.PathLike[str]) -> tuple[LMConfig, LMParams]:
         if architecture not in (ARCHITECTURE, "llama"):
             raise GGUFError(f"architecture {architecture!r} cannot be trained (known: {ARCHITECTURE}, llama)")
         try:
-            if architecture == "llama":
-                config = _llama_config(file)
-            else:
-                config = LMConfig.from_json(file.require(CONFIG_KEY, str))
+            config = (
+                _llama_config(file) if architecture == "llama" else LMConfig.from_json(file.require(CONFIG_KEY, str))
+            )
         except ConfigError as error:
             raise GGUFError(str(error)) from error
         shapes = _flatten_shapes(config)
