@@ -64,9 +64,7 @@ def test_every_kind_is_causal() -> None:
 def test_every_parameter_trains() -> None:
     """Through segments, memory, attention with persistent tokens, and the deep memory."""
     apply, params = split(create(SMALL.replace(pattern="CD", rule=LINEAR), 0))
-    gradient = jax.jit(
-        jax.grad(lambda p: cross_entropy(apply(p, TOKENS[:, :-1]), TOKENS[:, 1:])[0])
-    )(params)
+    gradient = jax.jit(jax.grad(lambda p: cross_entropy(apply(p, TOKENS[:, :-1]), TOKENS[:, 1:])[0]))(params)
     for path, leaf in jax.tree_util.tree_flatten_with_path(gradient)[0]:
         name = jax.tree_util.keystr(path)
         assert jnp.isfinite(leaf).all(), name

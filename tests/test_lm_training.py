@@ -58,8 +58,12 @@ def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
 
 def test_learns() -> None:
     source = text_batches(TEXT, batch=4, length=32, seed=0)
-    trained = train(MODEL.replace(pattern="A", rule=None), TrainConfig(
-        steps=60, warmup=5, learning_rate=0.05, adam_learning_rate=0.05), source, show=True)
+    trained = train(
+        MODEL.replace(pattern="A", rule=None),
+        TrainConfig(steps=60, warmup=5, learning_rate=0.05, adam_learning_rate=0.05),
+        source,
+        show=True,
+    )
     assert trained.losses[0] > 5.0
     assert np.mean(trained.losses[-5:]) < 1.5
 

@@ -199,7 +199,6 @@ class Engine:
         )
         engine._warm_up.start(first_pages=buckets.pages[0])
         engine._loop.start()
-        log.info("[ATLAS] Context pool initialized with %d contexts", max_running)
         return engine
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -257,6 +256,8 @@ class Engine:
         sampling = request.sampling
         if len(sampling.logit_bias) > BIAS_SLOTS:
             raise InvalidRequest(f"logit_bias may have at most {BIAS_SLOTS} entries", param="logit_bias")
+        if sampling.logit_bias and not 0 <= min(sampling.logit_bias) <= max(sampling.logit_bias) < vocab:
+            raise InvalidRequest(f"logit_bias names token ids outside 0 … {vocab - 1}", param="logit_bias")
         for name, wanted in (("logprobs", sampling.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
             if wanted is not None and not 0 <= wanted <= TOP_LOGPROBS:
                 raise InvalidRequest(f"{name} must be between 0 and {TOP_LOGPROBS}", param=name)
@@ -364,12 +365,13 @@ class Engine:
         Sessions stay in main memory and can still be saved; nothing is written by itself.
         """
         self.drain()
-        self._warm_up.stop()
+        until = time.monotonic() + timeout
         with self._close_lock:
             if not self._loop.stop(timeout):
                 log.error("The engine's thread did not end within %.0f s", timeout)
             if self._table is not None:
                 self._table.close()
+        self._warm_up.stop(max(until - time.monotonic(), 0.0))
 
     def _wake(self) -> None:
         self._loop.wake()

@@ -184,8 +184,8 @@ class Loop:
             self._waiting.remove(work)
             self._finish(work, "cancelled")
         for work in [work for work in self._lanes if work.cancelled.is_set()]:
+            self._finish(work, "cancelled")  # first: whoever sees it gone may count on its session being back
             self._lanes.remove(work)
-            self._finish(work, "cancelled")
         for index, place in enumerate(self._places):
             if place is not None and place.cancelled.is_set():
                 self._finish(place, "cancelled", index)

@@ -19,8 +19,6 @@ from atlas_jax.engine.runner import CHUNKS, Runner
 log = logging.getLogger("atlas.engine")
 
 _NICE = 10
-_PATIENCE = 60.0
-"""Seconds a program may take to compile while the engine is being closed."""
 
 
 class WarmUp:
@@ -55,11 +53,11 @@ class WarmUp:
         """Whether everything is compiled."""
         return self._done.is_set()
 
-    def stop(self) -> None:
+    def stop(self, timeout: float) -> None:
         """Ends the thread after the program it is at, and waits for it: a process that exits in mid-compile aborts."""
         self._stop.set()
         if self._thread.ident is not None:
-            self._thread.join(_PATIENCE)
+            self._thread.join(timeout)
 
     def _run(self) -> None:
         if hasattr(os, "setpriority"):

@@ -2,7 +2,8 @@
 
 A row's keys and values lie in N pages of P tokens. `page[b, n]` says which page of the text ring slot n holds (−1: none),
 so a ring needs no order and a window is a comparison. The step's own tokens are written first and read back with the
-rest: a token sees exactly the same numbers whether it arrived alone or in a chunk.
+rest: a token sees the same stored numbers whether it arrived alone or in a chunk (sums over them round differently in
+programs of different shapes).
 
 Keys and values are int8 with one scale per token and head (`QuantPages`): for SmolLM2-135M that costs 0.04 % of
 perplexity, halves the bytes, and lets both products run on the CPU's int8 units. Probabilities are rounded to two int8
