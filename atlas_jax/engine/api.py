@@ -467,4 +467,4 @@ class EngineProtocol(Protocol):
         """Refuses new requests from now on; running ones go on."""
 
     def close(self, *, timeout: float) -> None:
-        """Ends what still runs, saves every session, frees the device; idempotent."""
+        """Ends what still runs, keeping its sessions in main memory to be saved; idempotent."""
