@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--filler", type=Path, help="text the facts are hidden in (default: prose of the library)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--blend", type=float, default=0.5)
+    parser.add_argument("--blend", type=float, default=0.98)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--modes", nargs="+", default=["window", "memory", "full"])
     args = parser.parse_args()
