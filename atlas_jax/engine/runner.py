@@ -24,8 +24,9 @@ from atlas_jax.model.stages import Trunk
 from atlas_jax.model.window import Turn, WindowPlan, bucket
 from atlas_jax.program import Program, shape, shapes
 
-CHUNKS = (8, 32, PAGE)
-"""Lengths a piece of prompt is padded to."""
+CHUNKS = (32, PAGE)
+"""Lengths a piece of prompt is padded to. Which one never depends on what is compiled yet: programs of different shapes
+round differently, and a session must go on after a restart bit for bit as without one."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ class Runner:
 
     def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Sequences:
         """Reads tokens of the current page."""
-        padded, count = self._pad(row, tokens)
+        padded, count = self._pad(tokens)
         context, view, states = self._trunk(_step_key(row, padded.shape[1]), self._params, row.context, padded, count)
         memory, ring = row.memory, view.ring
         if memory is not None:
@@ -136,8 +137,8 @@ class Runner:
         alternatives: bool,
     ) -> tuple[Sequences, Packed]:
         """Reads tokens of the current page and scores the token that follows each."""
-        padded, count = self._pad(row, tokens)
-        successors, _ = self._pad(row, following)
+        padded, count = self._pad(tokens)
+        successors, _ = self._pad(following)
         context, view, states = self._trunk(_step_key(row, padded.shape[1]), self._params, row.context, padded, count)
         rest = (states[-1], self._taps(states), padded, view.ring.positions, view.ring.valid, successors)
         memory, packed = self._finish_score(
@@ -148,11 +149,8 @@ class Runner:
     def _taps(self, states: list[Any]) -> tuple[Any, ...]:
         return tuple(states[layer] for layer in self.config.taps)
 
-    def _pad(self, row: Sequences, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens in a chunk of a size that has been compiled, or else of the best size."""
-        fitting = [size for size in CHUNKS if size >= len(tokens)]
-        ready = [size for size in fitting if self._trunk.ready(_step_key(row, size))]
-        padded = np.zeros((1, (ready or fitting)[0]), np.int32)
+    def _pad(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        padded = np.zeros((1, bucket(len(tokens), CHUNKS)), np.int32)
         padded[0, : len(tokens)] = tokens
         return padded, np.asarray([len(tokens)], np.int32)
 

@@ -38,10 +38,10 @@ class WarmUp:
         """
         runner = self._runner
         with ThreadPoolExecutor(2) as pool:  # XLA compiles one program on one core for most of the time
-            reading = pool.submit(runner.compile_reading, first_pages, CHUNKS[-1])
-            decoding = pool.submit(runner.compile_decoding, runner.buckets.rows[0], first_pages)
-            reading.result()
-            decoding.result()
+            tasks = [pool.submit(runner.compile_decoding, runner.buckets.rows[0], first_pages)]
+            tasks += [pool.submit(runner.compile_reading, first_pages, length) for length in CHUNKS]
+            for task in tasks:
+                task.result()
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:

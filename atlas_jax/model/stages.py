@@ -91,10 +91,6 @@ class Trunk:
             x = outputs[-1]
         return dataclasses.replace(context, kv=tuple(cache), position=position), view, states
 
-    def ready(self, key: Hashable) -> bool:
-        """Whether a step has been compiled."""
-        return self._enter.ready(key) and all(program.ready(key) for program in self._run.values())
-
     def compile(
         self, key: Hashable, params: ModelParams, context: Context, tokens: Any, count: Any
     ) -> tuple[StepView, list[Any]]:
