@@ -12,38 +12,15 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import Delta, Event, Failed, Finished, GenerationRequest, Prompt, SamplingParams
+from atlas_jax.engine.api import Delta, GenerationRequest, Prompt, SamplingParams
+from atlas_jax.experiments.asking import ask
 
 AGREE_ON = 16
-
-
-def ask(engine: Engine, requests: list[GenerationRequest]) -> list[list[Event]]:
-    """Runs requests together; the events of each."""
-    events: list[list[Event]] = [[] for _ in requests]
-    left = threading.Semaphore(0)
-
-    def listener(index: int) -> Any:
-        def listen(event: Event) -> None:
-            events[index].append(event)
-            if isinstance(event, Finished | Failed):
-                left.release()
-
-        return listen
-
-    for index, request in enumerate(requests):
-        engine.submit(request, listener(index))
-    for _ in requests:
-        left.acquire()
-    for received in events:
-        if isinstance(received[-1], Failed):
-            raise received[-1].error
-    return events
 
 
 def continuations(engine: Engine, golden: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ _FIRST_CANDIDATE = 0.4
 """Depth from which a layer's state is tried as a key."""
 _TRAIL_WEIGHT = 1.0
 """Length of a key's trail to its own part: 0.65 finds 0.82 of a fact's digits asked for in the same words and 0.67 in
-others, 1 finds 0.87 and 0.63; on documents they are equal."""
+others, 1 finds 0.87 and 0.63; on documents they are equal (five contexts, teacher-forced: a lead)."""
 _OUTLIER = 4.0
 """Tokens whose residual is this many times the median norm are attention sinks, not text."""
 
