@@ -139,8 +139,7 @@ class MemoryConfig:
 
     Attributes:
       layers: layers whose output may be tapped, best-ranked first; a request uses the first `memory_layers` of them.
-      components: numbers kept of a tapped state, the size of a memory key.
-      trail: how many of a key's components stand for the states of the tokens before.
+      components: numbers kept of a tapped state; a memory key is that many of the state and as many of its trail.
       features: polynomial features, the pairs one memory can hold exactly.
       code_dim: dimensions of a token's value code.
       max_window: most tokens any request may attend exactly.
@@ -151,9 +150,8 @@ class MemoryConfig:
     """
 
     layers: tuple[int, ...]
-    components: int = 128
-    trail: int = 48
-    features: int = 8256
+    components: int = 96
+    features: int = 9216
     code_dim: int = 256
     max_window: int = 4096
     max_omega_window: int = 512
@@ -166,12 +164,16 @@ class MemoryConfig:
         _require(len(set(self.layers)) == len(self.layers), f"layers must not repeat, got {self.layers}")
         for name in ("components", "features", "code_dim", "passes"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
-        _require(0 <= self.trail < self.components, f"trail must be less than components, got {self.trail}")
         for name in ("max_window", "max_omega_window"):
             value = getattr(self, name)
             _require(value >= PAGE and value % PAGE == 0, f"{name} must be a positive multiple of {PAGE}, got {value}")
         _require(self.ridge > 0, f"ridge must be positive, got {self.ridge}")
         _require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
+
+    @property
+    def key_size(self) -> int:
+        """Numbers in a memory key: a state and its trail."""
+        return 2 * self.components
 
     @property
     def ring(self) -> int:

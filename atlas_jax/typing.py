@@ -3,8 +3,8 @@
 B rows of a batch (slots)      T tokens of a step per row     N pages of a row's ring      P tokens of a page
 L layers                       E embedding size               V vocabulary                 F feed-forward size
 H query heads                  K KV heads                     G = H / K query groups       D head dimension
-S sink tokens                  R components of a memory key   M polynomial features        C value-code dimensions
-W tokens of an Omega window    A tapped layers
+S sink tokens                  R = 2·Z numbers of a memory key M polynomial features       C value-code dimensions
+W tokens of an Omega window    A tapped layers                Z components of a state
 """
 
 from __future__ import annotations

@@ -133,14 +133,13 @@ def write_adapter(path: Path, model: Path, *, seed: int = 0) -> Path:
     random = np.random.default_rng(seed)
     with GGUFFile.open(model) as file:
         config, fingerprint = model_config(file), file.fingerprint()
-    memory = MemoryConfig(layers=(len(config.layers) - 1, 0), components=24, trail=8, features=300, code_dim=64)
+    memory = MemoryConfig(layers=(len(config.layers) - 1, 0), components=16, features=256, code_dim=64)
     count = len(memory.layers)
     adapter = make_adapter(
         memory,
         config.vocab,
         np.zeros((count, config.embed), np.float32),
         random.standard_normal((count, config.embed, memory.components)).astype(np.float32),
-        np.full(count, 0.65, np.float32),
         np.asarray([-2.0, 3.0, 2.0, 0.1], np.float32),
     )
     path.write_bytes(store.encode(fingerprint, memory, adapter))

@@ -151,14 +151,14 @@ class Layout:
         number = 1 if self.kv_dtype == "int8" else 4
         cache = 2 * len(model.layers) * model.kv_heads * (memory.ring + SINKS) * (model.head_dim * number + 8)
         matrices = memory.features * memory.code_dim * 9
-        return cache + matrices + memory.ring * (memory.components + 1) * 4 + model.vocab + (16 << 20)
+        return cache + matrices + memory.ring * (memory.key_size + 1) * 4 + model.vocab + (16 << 20)
 
     def header(self) -> dict[str, Any]:
         """The part of a snapshot's header that binds it to this engine."""
         memory = self.memory
         return {
             "model": self.fingerprint,
-            "memory": [list(memory.layers), memory.components, memory.trail, memory.features, memory.code_dim],
+            "memory": [list(memory.layers), memory.components, memory.features, memory.code_dim],
             "adapter": self.adapter,
             "kv_dtype": self.kv_dtype,
         }
@@ -346,9 +346,9 @@ def _row(layout: Layout, plan: WindowPlan, position: int, page: int, arrays: Map
     if not np.array_equal(numbers, expected):
         raise SnapshotInvalid("snapshot's pages do not add up")
     kept = _kept_positions(config, plan, position)
-    keys = np.zeros((1, config.ring, config.components), np.float32)
+    keys = np.zeros((1, config.ring, config.key_size), np.float32)
     tokens = np.zeros((1, config.ring), np.int32)
-    keys[0, kept % config.ring] = take("keys", (len(kept), config.components), "f4")
+    keys[0, kept % config.ring] = take("keys", (len(kept), config.key_size), "f4")
     tokens[0, kept % config.ring] = take("tokens", (len(kept),), "i4")
     if not ((tokens >= 0) & (tokens < model.vocab)).all():
         raise SnapshotInvalid("snapshot's tokens are out of range")
@@ -367,7 +367,7 @@ def _row(layout: Layout, plan: WindowPlan, position: int, page: int, arrays: Map
         momentum=momentum[None],  # type: ignore[arg-type]
         read_values=take("read_values", shape[::-1], "i1")[None],  # type: ignore[arg-type]
         read_scale=take("read_scale", shape[1:], "f4")[None],  # type: ignore[arg-type]
-        recent=take("recent", (RECENT, len(config.layers), config.trail), "f4")[None],  # type: ignore[arg-type]
+        recent=take("recent", (RECENT, len(config.layers), config.components), "f4")[None],  # type: ignore[arg-type]
         keys=keys,  # type: ignore[arg-type]
         tokens=tokens,  # type: ignore[arg-type]
         seen=seen[None],  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import MAX_DEGREE, MemoryConfig
-from atlas_jax.kernels.features import feature_count, monomial_table
+from atlas_jax.kernels.features import MonomialTable, feature_count, monomial_table
 from atlas_jax.typing import Array, Float, Int8, Int32
 
 GATE_FEATURES = 4
@@ -26,8 +27,7 @@ class Adapter:
 
     Attributes:
       mean, projection: the key map of each tapped layer, z = (h − mean)·projection.
-      trail_scale: factor on each layer's trail, see `recall.observe`.
-      select: for each number of layers in use and each degree, which of the concatenated z and trails make up the key
+      select: for each number of layers in use and each degree, which of the layers' concatenated z make up a key's half
         (the last index: none, a zero).
       factors, feature_weight: monomials of each degree over a key's components (see `MonomialTable`).
       codes: ±1; token v's value code is codes[v] / √C.
@@ -35,9 +35,8 @@ class Adapter:
     """
 
     mean: Float[Array, "A E"]
-    projection: Float[Array, "A E R"]
-    trail_scale: Float[Array, A]
-    select: Int32[Array, "A degree R"]
+    projection: Float[Array, "A E Z"]
+    select: Int32[Array, "A degree Z"]
     factors: Int32[Array, "degree M 3"]
     feature_weight: Float[Array, "degree M"]
     codes: Int8[Array, "V C"]
@@ -45,10 +44,9 @@ class Adapter:
 
 
 def key_components(config: MemoryConfig, degree: int) -> int:
-    """Components of a key at a degree: as many as the features allow, for the state has one size whatever the degree."""
+    """Components of a key's half at a degree: as many as the features allow, for the memory's size is the same at all."""
     dim = config.components
-    coefficients = _homogeneous(degree)
-    while dim > 1 and feature_count(dim, coefficients) > config.features:
+    while dim > 1 and _feature_count(dim, degree) > config.features:
         dim -= 1
     return dim
 
@@ -58,41 +56,32 @@ def make_adapter(
     vocab: int,
     mean: np.ndarray,
     projection: np.ndarray,
-    trail_scale: np.ndarray,
     gate: np.ndarray,
 ) -> Adapter:
     """Completes the calibrated numbers with the tables that follow from the configuration.
 
     Args:
       mean: float32 [A, E].
-      projection: float32 [A, E, R].
-      trail_scale: float32 [A].
+      projection: float32 [A, E, Z].
       gate: float32 [GATE_FEATURES].
     """
     layers, _, components = projection.shape
-    nothing = layers * (components + config.trail)
-    select = np.full((layers, MAX_DEGREE, components), nothing, np.int32)
-    factors = np.full((MAX_DEGREE, config.features, MAX_DEGREE), components, np.int32)
+    select = np.full((layers, MAX_DEGREE, components), layers * components, np.int32)
+    factors = np.full((MAX_DEGREE, config.features, MAX_DEGREE), config.key_size, np.int32)
     weight = np.zeros((MAX_DEGREE, config.features), np.float32)
     for degree in range(1, MAX_DEGREE + 1):
         dim = key_components(config, degree)
-        table = monomial_table(dim, _homogeneous(degree))
+        table = _monomials(dim, components, degree)
         count = len(table.weight)
-        factors[degree - 1, :count, :degree] = table.factors
+        factors[degree - 1, :count, : table.factors.shape[1]] = table.factors
         weight[degree - 1, :count] = table.weight
         for used in range(1, layers + 1):
-            # the leading components of every layer in use, as even a share as goes; the same of the trails
-            trail = dim * config.trail // components
-            chosen = [layer * components + np.arange(share) for layer, share in enumerate(_shares(dim - trail, used))]
-            chosen += [
-                layers * components + layer * config.trail + np.arange(share)
-                for layer, share in enumerate(_shares(trail, used))
-            ]
+            # the leading components of every layer in use, as even a share as goes
+            chosen = [layer * components + np.arange(share) for layer, share in enumerate(_shares(dim, used))]
             select[used - 1, degree - 1, :dim] = np.concatenate(chosen)
     return Adapter(
         mean=jnp.asarray(mean, jnp.float32),
         projection=jnp.asarray(projection, jnp.float32),
-        trail_scale=jnp.asarray(trail_scale, jnp.float32),
         select=jnp.asarray(select),
         factors=jnp.asarray(factors),
         feature_weight=jnp.asarray(weight),
@@ -110,6 +99,21 @@ def value_codes(vocab: int, dim: int) -> np.ndarray:
 
 def _shares(total: int, parts: int) -> list[int]:
     return [total // parts + (part < total % parts) for part in range(parts)]
+
+
+def _monomials(dim: int, components: int, degree: int) -> MonomialTable:
+    """The monomials of `recall.kernel` in keys whose halves use their first `dim` of `components` numbers."""
+    if degree == 1:
+        index = np.concatenate([np.arange(dim), components + np.arange(dim)]).astype(np.int32)
+        return MonomialTable(index[:, None], np.full(2 * dim, math.sqrt(0.5), np.float32))
+    states = monomial_table(dim, _homogeneous(degree - 1))
+    trail = np.tile(components + np.arange(dim, dtype=np.int32), len(states.weight))
+    factors = np.concatenate([np.repeat(states.factors, dim, axis=0), trail[:, None]], axis=1)
+    return MonomialTable(factors, np.repeat(states.weight, dim))
+
+
+def _feature_count(dim: int, degree: int) -> int:
+    return 2 * dim if degree == 1 else dim * feature_count(dim, _homogeneous(degree - 1))
 
 
 def _homogeneous(degree: int) -> tuple[float, ...]:

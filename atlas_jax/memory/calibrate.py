@@ -34,9 +34,6 @@ WINDOW = 4
 """Pages of the window the memory is calibrated for."""
 _FIRST_CANDIDATE = 0.4
 """Depth from which a layer's state is tried as a key."""
-_TRAIL_WEIGHT = 1.0
-"""Length of a key's trail to its own part: 0.65 finds 0.82 of a fact's digits asked for in the same words and 0.67 in
-others, 1 finds 0.87 and 0.63; on documents they are equal (five contexts, teacher-forced: a lead)."""
 _OUTLIER = 4.0
 """Tokens whose residual is this many times the median norm are attention sinks, not text."""
 
@@ -95,17 +92,16 @@ def calibrate(
         raise ValueError(f"calibration needs a text of more than {WINDOW * PAGE} tokens")
     readings = _read(model, params, config, [*usable, _whole_pages(probe.tokens)], progress)
     mean, projection = _key_maps(readings[:-1], config.components)
-    trail_scale = _trail_scales(config, readings[:-1], mean, projection)
-    maps = [_KeyMap(config.trail, *numbers) for numbers in zip(mean, projection, trail_scale, strict=True)]
+    maps = [_KeyMap(*numbers) for numbers in zip(mean, projection, strict=True)]
     hit_rate = _hit_rates(readings[:-1], maps)
     found_rate = _found_rates(config, readings[-1], maps, np.asarray(probe.asked))
     order = np.argsort(
         -(hit_rate / max(hit_rate.max(), 1e-9) + found_rate / max(found_rate.max(), 1e-9)), kind="stable"
     )
     config = dataclasses.replace(config, layers=tuple(config.layers[i] for i in order))
-    mean, projection, trail_scale = mean[order], projection[order], trail_scale[order]
+    mean, projection = mean[order], projection[order]
     readings = [dataclasses.replace(r, tapped=r.tapped[order]) for r in readings]
-    adapter = make_adapter(config, model.vocab, mean, projection, trail_scale, np.zeros(GATE_FEATURES, np.float32))
+    adapter = make_adapter(config, model.vocab, mean, projection, np.zeros(GATE_FEATURES, np.float32))
     features, p_model, p_memory = _collect(model, params, config, adapter, readings, progress)
     gate = _fit_gate(features, p_model, p_memory)
     share = 1 / (1 + np.exp(-features @ gate))
@@ -163,8 +159,8 @@ def _read(
 def _key_maps(readings: list[_Reading], components: int) -> tuple[np.ndarray, np.ndarray]:
     """Per layer: the mean, and the leading components over their standard deviation: whitened.
 
-    Dividing by the square root of the deviation instead finds 0.75 of a fact's digits where this finds 0.82, and closes as
-    much of the gap on documents (five contexts, teacher-forced: a lead, not a law).
+    Dividing by the square root of the deviation instead found 0.75 of a fact's digits where this found 0.82, and closed as
+    much of the gap on documents (five contexts, teacher-forced, keys of another form: a lead, not a law).
     """
     means, projections = [], []
     for layer in range(readings[0].tapped.shape[0]):
@@ -192,38 +188,29 @@ def _whole_pages(text: Sequence[int]) -> Sequence[int]:
 class _KeyMap:
     """The key map of one layer alone, as `recall.observe` has it, in NumPy."""
 
-    trail: int
     mean: np.ndarray
     projection: np.ndarray
-    trail_scale: float
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
         z = (states.astype(np.float32) - self.mean) @ self.projection
-        own = z.shape[1] - self.trail
-        key = np.concatenate([z[:, :own], self.trail_scale * _trail(z[:, : self.trail])], axis=1)
-        return key / np.maximum(np.linalg.norm(key, axis=1, keepdims=True), 1e-6)
+        halves = (part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-6) for part in (z, _trail(z)))
+        return np.concatenate(list(halves), axis=1)
 
 
-def _trail(lead: np.ndarray) -> np.ndarray:
-    padded = np.concatenate([np.zeros((TRAIL_LENGTH, lead.shape[1]), lead.dtype), lead])
+def _trail(z: np.ndarray) -> np.ndarray:
+    padded = np.concatenate([np.zeros((TRAIL_LENGTH, z.shape[1]), z.dtype), z])
     weight = TRAIL_DECAY ** np.arange(TRAIL_LENGTH, dtype=np.float32)
-    out = np.zeros_like(lead)
+    out = np.zeros_like(z)
     for back in range(1, TRAIL_LENGTH + 1):
-        out += weight[back - 1] * padded[TRAIL_LENGTH - back :][: len(lead)]
+        out += weight[back - 1] * padded[TRAIL_LENGTH - back :][: len(z)]
     return out
 
 
-def _trail_scales(
-    config: MemoryConfig, readings: list[_Reading], mean: np.ndarray, projection: np.ndarray
-) -> np.ndarray:
-    """Factors that give every layer's trail `_TRAIL_WEIGHT` of the length of the token's own part."""
-    scales = []
-    for layer in range(mean.shape[0]):
-        z = [(r.tapped[layer].astype(np.float32) - mean[layer]) @ projection[layer] for r in readings]
-        own = np.concatenate([part[:, : config.components - config.trail] for part in z])
-        trail = np.concatenate([_trail(part[:, : config.trail]) for part in z])
-        scales.append(_TRAIL_WEIGHT * np.median(np.linalg.norm(own, axis=1)) / np.median(np.linalg.norm(trail, axis=1)))
-    return np.asarray(scales, np.float32)
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`recall.kernel` of degree 2."""
+    size = a.shape[1] // 2
+    product: np.ndarray = (a[:, :size] @ b[:, :size].T) * (a[:, size:] @ b[:, size:].T)
+    return product
 
 
 def _hit_rates(readings: list[_Reading], maps: list[_KeyMap]) -> np.ndarray:
@@ -233,7 +220,7 @@ def _hit_rates(readings: list[_Reading], maps: list[_KeyMap]) -> np.ndarray:
     def nearest(key: jax.Array) -> jax.Array:
         page = jnp.arange(key.shape[0]) // PAGE
         left = page[None, :] + WINDOW <= page[:, None]
-        return jnp.argmax(jnp.where(left, key @ key.T, -2.0), axis=1)
+        return jnp.argmax(jnp.where(left, recall.kernel(key, key, jnp.int32(1)), -2.0), axis=1)
 
     rates = []
     for layer, key_map in enumerate(maps):
@@ -249,7 +236,7 @@ def _hit_rates(readings: list[_Reading], maps: list[_KeyMap]) -> np.ndarray:
 def _found_rates(config: MemoryConfig, reading: _Reading, maps: list[_KeyMap], asked: np.ndarray) -> np.ndarray:
     """Per layer, how often a memory of degree 2, written as the text is read, names the token that follows `asked`.
 
-    In the dual: M φ(k) = Σᵢ aᵢ (kᵢ·k)², so no features are needed. A nearest key would not do: it finds 0.65 to 0.88 of
+    In the dual: M φ(k) = Σᵢ aᵢ φ(kᵢ)·φ(k), so no features are needed. A nearest key would not do: it finds 0.65 to 0.88 of
     these tokens in every layer, because it knows nothing of interference.
     """
     asked = asked[asked < len(reading.tokens) - 1]
@@ -263,11 +250,11 @@ def _found_rates(config: MemoryConfig, reading: _Reading, maps: list[_KeyMap], a
         dual = np.zeros((end, config.code_dim), np.float32)
         for now in range(PAGE, end + 1, PAGE):
             part = slice(max(0, now - config.max_omega_window), now)
-            kernel = (key[part] @ key[:now].T) ** 2
+            kernel = _kernel(key[part], key[:now])
             residual = codes[index[part]] - kernel @ dual[:now]
             system = kernel[:, part] + config.ridge * np.eye(kernel.shape[0], dtype=np.float32)
             dual[part] += np.linalg.solve(system, residual)
-        score = ((key[asked] @ key[:end].T) ** 2) @ dual @ codes.T
+        score = _kernel(key[asked], key[:end]) @ dual @ codes.T
         score[:, ~np.isin(known, following[:end])] = -np.inf
         rates.append(float((known[score.argmax(axis=1)] == following[asked]).mean()))
     return np.asarray(rates)

@@ -1,7 +1,8 @@
 """The recall memory: what a session has read, held in one matrix of fixed size, without training.
 
-Key: the residual stream after a late layer, mapped to a few whitened components and to unit length. Value: a random code
-of the token that came next. φ: all monomials of one degree. A page that leaves the attention window is written by
+Key: the residual stream after a layer, mapped to a few whitened components and to unit length, and the same of its trail,
+a decaying mean of the states before. Value: a random code of the token that came next. φ: the monomials of one degree
+that join state and trail (`kernel`). A page that leaves the attention window is written by
 reducing the Omega objective (ATLAS, arXiv 2505.23735, equation 9) over the last `omega_window` tokens that have left,
 
     min_M  Σᵢ γᵢ ‖M φ(kᵢ) − vᵢ‖²,      γᵢ ∈ {0, 1},
@@ -45,7 +46,7 @@ class MemoryState:
       weights: M, transposed.
       momentum: S of the Muon write.
       read_values, read_scale: the weights in 8 bits, [C, M] per row, what reads use.
-      recent: leading components of the last states of every tapped layer; position p is at p mod its length.
+      recent: components of the last states of every tapped layer; position p is at p mod its length.
       keys, tokens: ring of the last keys and tokens of the text; position p is at p mod ring.
       seen: 1 for tokens that have been written as values.
       loss: Omega loss after the last write.
@@ -56,7 +57,7 @@ class MemoryState:
     momentum: Float[Array, "B M C"]
     read_values: Int8[Array, "B C M"]
     read_scale: Float[Array, "B C"]
-    recent: Float[Array, "B recent A trail"]
+    recent: Float[Array, "B recent A Z"]
     keys: Float[Array, "B ring R"]
     tokens: Int32[Array, "B ring"]
     seen: Int8[Array, "B V"]
@@ -112,8 +113,8 @@ def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
         momentum=jnp.zeros(shape, jnp.float32),
         read_values=jnp.zeros((batch, config.code_dim, config.features), jnp.int8),
         read_scale=jnp.zeros((batch, config.code_dim), jnp.float32),
-        recent=jnp.zeros((batch, RECENT, len(config.layers), config.trail), jnp.float32),
-        keys=jnp.zeros((batch, config.ring, config.components), jnp.float32),
+        recent=jnp.zeros((batch, RECENT, len(config.layers), config.components), jnp.float32),
+        keys=jnp.zeros((batch, config.ring, config.key_size), jnp.float32),
         tokens=jnp.zeros((batch, config.ring), jnp.int32),
         seen=jnp.zeros((batch, vocab), jnp.int8),
         loss=jnp.zeros((batch,), jnp.float32),
@@ -148,8 +149,8 @@ def observe(
       tapped: residual streams of the tapped layers.
       valid: which tokens are real; those that are not come last.
     """
-    key, lead = keys(adapter, state, settings, tapped, positions)
-    return remember(state, key, lead, tokens, positions, valid), key
+    key, z = keys(adapter, state, settings, tapped, positions)
+    return remember(state, key, z, tokens, positions, valid), key
 
 
 def keys(
@@ -158,37 +159,55 @@ def keys(
     settings: MemorySettings,
     tapped: tuple[Float[Array, "B T E"], ...],
     positions: Int32[Array, "B T"],
-) -> tuple[Float[Array, "B T R"], Float[Array, "B T A trail"]]:
-    """Unit keys of a step's tokens, and what later tokens' trails need of them.
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T A Z"]]:
+    """Keys of a step's tokens, and their states' components, which later tokens' trails need.
 
-    A key is made of the token's own states in the tapped layers, and of their trail: a decaying mean of the states of the
-    tokens before, the training-free counterpart of ATLAS's short convolution on keys. The trail tells apart places where
-    the same is being said of different things.
+    A key is two unit vectors: the token's own state in the tapped layers, and its trail: a decaying mean of the states of
+    the tokens before, the training-free counterpart of ATLAS's short convolution on keys. The trail tells apart places
+    where the same is being said of different things. The first token of a text has no trail, hence no features.
     """
     batch, length = positions.shape
     row = jnp.arange(batch)[:, None]
     z = jnp.stack([(h - adapter.mean[i]) @ adapter.projection[i] for i, h in enumerate(tapped)], axis=2)
-    lead = z[..., : state.recent.shape[3]]
     before = positions[:, :1] - TRAIL_LENGTH + jnp.arange(TRAIL_LENGTH)
     past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None, None]
-    extended = jnp.concatenate([past, lead], axis=1)
-    trail = jnp.zeros_like(lead)
+    extended = jnp.concatenate([past, z], axis=1)
+    trail = jnp.zeros_like(z)
     for back in range(1, TRAIL_LENGTH + 1):
         start = TRAIL_LENGTH - back
         trail = trail + TRAIL_DECAY ** (back - 1) * extended[:, start : start + length]
-    trail = trail * adapter.trail_scale[:, None]
+    chosen = adapter.select[settings.layers, settings.degree][:, None, :]
 
-    parts = [part.reshape(batch, length, -1) for part in (z, trail)]
-    flat = jnp.concatenate([*parts, jnp.zeros((batch, length, 1))], axis=2)
-    chosen = adapter.select[settings.layers, settings.degree]
-    key = jnp.take_along_axis(flat, chosen[:, None, :], axis=2)
-    return key * jax.lax.rsqrt(jnp.maximum(row_sum(key * key), 1e-12))[..., None], lead
+    def half(part: jax.Array) -> jax.Array:
+        flat = jnp.concatenate([part.reshape(batch, length, -1), jnp.zeros((batch, length, 1))], axis=2)
+        picked = jnp.take_along_axis(flat, chosen, axis=2)
+        return picked * jax.lax.rsqrt(jnp.maximum(row_sum(picked * picked), 1e-12))[..., None]
+
+    return jnp.concatenate([half(z), half(trail)], axis=2), z
+
+
+def kernel(
+    a: Float[Array, "*rows n R"], b: Float[Array, "*rows m R"], degree: Int32[Array, ""]
+) -> Float[Array, "*rows n m"]:
+    """φ(a)·φ(b): (s·s′)ᵖ⁻¹(t·t′) for keys of states s and trails t, and their mean (s·s′ + t·t′)/2 at p = 1.
+
+    A product asks for both, where all monomials of the joined key would be content with either. With as many features,
+    facts asked for 2 000 tokens later are found again for 0.97 of their digits instead of 0.87 in the same words, 0.75
+    instead of 0.65 in others, and documents gain as much or more (12 contexts, 4 documents, in simulation).
+
+    Args:
+      degree: p − 1.
+    """
+    size = a.shape[-1] // 2
+    state = jnp.einsum("...nz,...mz->...nm", a[..., :size], b[..., :size])
+    trail = jnp.einsum("...nz,...mz->...nm", a[..., size:], b[..., size:])
+    return jnp.where(degree == 0, (state + trail) / 2, state**degree * trail)
 
 
 def remember(
     state: MemoryState,
     key: Float[Array, "B T R"],
-    lead: Float[Array, "B T A trail"],
+    z: Float[Array, "B T A Z"],
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
@@ -201,7 +220,7 @@ def remember(
     place = jnp.where(valid & (positions >= first), positions % recent, recent)
     return dataclasses.replace(
         state,
-        recent=state.recent.at[row, place].set(lead, mode="drop"),
+        recent=state.recent.at[row, place].set(z, mode="drop"),
         keys=state.keys.at[row, index].set(key, mode="drop"),
         tokens=state.tokens.at[row, index].set(tokens, mode="drop"),
     )
@@ -228,7 +247,7 @@ def write(
 
     features = _features(adapter, key, settings.degree)  # [M, W]; γ = 0 makes a column zero
     code = adapter.codes[token].astype(jnp.float32) * (adapter.codes.shape[1] ** -0.5) * gamma[:, None]
-    gram = (key @ key.T) ** (settings.degree + 1)
+    gram = kernel(key, key, settings.degree)
     weights, momentum = state.weights[row], state.momentum[row]
     residual = code - _product("mw,mc->wc", features, weights)
 

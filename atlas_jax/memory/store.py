@@ -27,19 +27,15 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
     layers: list[int]
     components: int
     features: int
-    trail: int
     code_dim: int
 
 
 def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
     """Serialises the calibrated part of an adapter; the rest follows from the configuration."""
-    header = _Header(
-        _VERSION, fingerprint, list(config.layers), config.components, config.features, config.trail, config.code_dim
-    )
+    header = _Header(_VERSION, fingerprint, list(config.layers), config.components, config.features, config.code_dim)
     arrays: dict[str, np.ndarray] = {
         "mean": np.asarray(adapter.mean, np.float16),
         "projection": np.asarray(adapter.projection, np.float16),
-        "trail_scale": np.asarray(adapter.trail_scale, np.float32),
         "gate": np.asarray(adapter.gate, np.float32),
     }
     return safetensors.numpy.save(arrays, metadata={_KEY: msgspec.json.encode(header).decode()})
@@ -69,7 +65,6 @@ def decode(
             layers=tuple(header.layers),
             components=header.components,
             features=header.features,
-            trail=header.trail,
             code_dim=header.code_dim,
             max_window=max_window,
             max_omega_window=max_omega_window,
@@ -80,7 +75,6 @@ def decode(
     wanted = {
         "mean": (count, model.embed),
         "projection": (count, model.embed, config.components),
-        "trail_scale": (count,),
         "gate": (GATE_FEATURES,),
     }
     for name, shape in wanted.items():
@@ -94,7 +88,6 @@ def decode(
         model.vocab,
         arrays["mean"].astype(np.float32),
         arrays["projection"].astype(np.float32),
-        arrays["trail_scale"].astype(np.float32),
         arrays["gate"].astype(np.float32),
     )
     return config, adapter

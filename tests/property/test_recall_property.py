@@ -15,15 +15,15 @@ from hypothesis import strategies as st
 from reference import recall_reference
 
 from atlas_jax.config import PAGE, MemoryConfig
+from atlas_jax.kernels.features import gather_monomials
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, key_components, make_adapter
 from atlas_jax.memory.recall import EXACT, GRADIENT, MUON, MemorySettings, MemoryState, WriteSettings
 
 VOCAB, EMBED, ROWS = 60, 20, 2
 CONFIG = MemoryConfig(
-    layers=(1, 0), components=12, trail=4, features=364, code_dim=64, max_window=PAGE, max_omega_window=2 * PAGE
+    layers=(1, 0), components=8, features=288, code_dim=64, max_window=PAGE, max_omega_window=2 * PAGE
 )
-TRAIL_SCALE = 0.65
 
 seeds = st.integers(0, 2**32 - 1)
 degrees = st.integers(1, 3)
@@ -42,7 +42,6 @@ def adapter() -> Adapter:
         VOCAB,
         mean,
         projection,
-        np.full(count, TRAIL_SCALE, np.float32),
         np.asarray([-1.0, 2.0, 1.0, 0.2], np.float32),
     )
 
@@ -60,8 +59,8 @@ def compiled() -> dict[str, object]:
 
 
 def unit_keys(random: np.random.Generator, count: int) -> np.ndarray:
-    keys = random.standard_normal((count, CONFIG.components)).astype(np.float32)
-    return keys / np.linalg.norm(keys, axis=1, keepdims=True)
+    keys = random.standard_normal((count, 2, CONFIG.components)).astype(np.float32)
+    return (keys / np.linalg.norm(keys, axis=2, keepdims=True)).reshape(count, CONFIG.key_size)
 
 
 def writing(end: int, window: int, optimizer: int = EXACT, degree: int = 2, step: float = 1.0) -> WriteSettings:
@@ -86,14 +85,14 @@ def read_text(state: MemoryState, row: int, keys: np.ndarray, tokens: np.ndarray
     """Lets one row read whole pages; the other rows sit out."""
     for page in range(0, len(tokens), PAGE):
         part = slice(page, page + PAGE)
-        key = np.zeros((ROWS, PAGE, CONFIG.components), np.float32)
-        lead = np.zeros((ROWS, PAGE, len(CONFIG.layers), CONFIG.trail), np.float32)
+        key = np.zeros((ROWS, PAGE, CONFIG.key_size), np.float32)
+        z = np.zeros((ROWS, PAGE, len(CONFIG.layers), CONFIG.components), np.float32)
         token = np.zeros((ROWS, PAGE), np.int32)
         key[row], token[row] = keys[part], tokens[part]
         valid = np.zeros((ROWS, PAGE), bool)
         valid[row] = True
         positions = np.broadcast_to(start + page + np.arange(PAGE), (ROWS, PAGE)).astype(np.int32)
-        state = compiled()["remember"](state, key, lead, token, positions, valid)
+        state = compiled()["remember"](state, key, z, token, positions, valid)
     return state
 
 
@@ -105,8 +104,25 @@ def pairs(keys: np.ndarray, tokens: np.ndarray, end: int, window: int) -> tuple[
 
 
 def weights_of(state: MemoryState, row: int, degree: int) -> np.ndarray:
-    count = recall_reference.features(np.zeros((1, key_components(CONFIG, degree))), degree).shape[1]
+    count = recall_reference.features(np.zeros((1, CONFIG.key_size)), degree).shape[1]
     return np.asarray(state.weights, np.float64)[row, :count]
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seeds, degrees, st.sampled_from([20, 60, 288]))
+def test_features_are_those_of_the_kernel(seed: int, degree: int, features: int) -> None:
+    """Also where a memory has room for some of a key's components only."""
+    config = dataclasses.replace(CONFIG, features=features)
+    found = make_adapter(config, VOCAB, np.zeros((2, EMBED)), np.zeros((2, EMBED, 8)), np.zeros(GATE_FEATURES))
+    size = key_components(config, degree)
+    keys = np.random.default_rng(seed).standard_normal((2, 5, CONFIG.key_size)).astype(np.float32)
+    phi = gather_monomials(keys, found.factors[degree - 1], found.feature_weight[degree - 1])
+    assert phi.shape[-1] == features
+    cut = keys.reshape(2, 5, 2, -1)[..., :size].reshape(2, 5, -1)
+    wanted = [recall_reference.features(part.astype(np.float64), degree) for part in cut]
+    np.testing.assert_allclose(phi[0] @ phi[1].T, wanted[0] @ wanted[1].T, rtol=1e-4, atol=1e-4)
+    kernel = recall.kernel(cut[0], cut[1], jnp.int32(degree - 1))
+    np.testing.assert_allclose(kernel, wanted[0] @ wanted[1].T, rtol=1e-4, atol=1e-4)
 
 
 @settings(max_examples=15, deadline=None, derandomize=True)
@@ -135,7 +151,7 @@ def test_what_was_written_is_found_again(seed: int, degree: int) -> None:
     keys, tokens = unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE)
     state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
     state = compiled()["write"](adapter(), state, np.int32(0), writing(PAGE, 32, EXACT, degree))
-    asked = np.zeros((ROWS, 31, CONFIG.components), np.float32)
+    asked = np.zeros((ROWS, 31, CONFIG.key_size), np.float32)
     asked[0] = keys[-32:-1]
     found = np.asarray(compiled()["scores"](adapter(), state, reading(degree), asked))[0]
     assert np.array_equal(found.argmax(axis=1), tokens[-31:])
@@ -265,12 +281,12 @@ def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: int, degree
 
 
 def trail(states: np.ndarray) -> np.ndarray:
-    """A token's trail by its definition: a weighted mean of the states before it."""
+    """A token's trail by its definition: a weighted sum of the states before it."""
     out = np.zeros_like(states)
     for t in range(states.shape[1]):
         for back in range(1, min(t, TRAIL_LENGTH) + 1):
             out[:, t] += TRAIL_DECAY ** (back - 1) * states[:, t - back]
-    return TRAIL_SCALE * out
+    return out
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -300,29 +316,26 @@ def test_keys_do_not_depend_on_how_a_text_is_cut(seed: int, cuts: list[int], ahe
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seeds, st.integers(1, 2), degrees, st.sampled_from([0.0, 1e-4, 1.0, 1e4]))
-def test_keys_are_unit_vectors_of_the_layers_in_use(seed: int, layers: int, degree: int, size: float) -> None:
+def test_keys_are_two_unit_vectors_of_the_layers_in_use(seed: int, layers: int, degree: int, size: float) -> None:
     random = np.random.default_rng(seed)
     streams = (random.standard_normal((2, ROWS, PAGE, EMBED)) * size).astype(np.float32)
     how = dataclasses.replace(reading(degree), layers=np.full(ROWS, layers - 1, np.int32))  # type: ignore[arg-type]
     state = recall.init_state(CONFIG, ROWS, VOCAB)
     positions = np.broadcast_to(np.arange(PAGE, dtype=np.int32), (ROWS, PAGE))
     found = np.asarray(compiled()["keys"](adapter(), state, how, tuple(streams), positions)[0])
-    np.testing.assert_allclose(np.linalg.norm(found, axis=-1), 1.0, atol=1e-5)
-    size_of_key = key_components(CONFIG, degree)
-    assert not found[..., size_of_key:].any()
+    halves = np.split(found, 2, axis=-1)
+    np.testing.assert_allclose(np.linalg.norm(halves[0], axis=-1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(halves[1][:, 1:], axis=-1), 1.0, atol=1e-5)
+    assert not halves[1][:, 0].any(), "nothing comes before the first token"
+    used_of_half = key_components(CONFIG, degree)
     mean, projection = np.asarray(adapter().mean, np.float64), np.asarray(adapter().projection, np.float64)
     parts = [(streams[i] - mean[i]) @ projection[i] for i in range(layers)]
-    trail_size = size_of_key * CONFIG.trail // CONFIG.components
-    wanted = np.concatenate(
-        [
-            part[..., : total // layers + (i < total % layers)]
-            for total, made in ((size_of_key - trail_size, parts), (trail_size, [trail(part) for part in parts]))
-            for i, part in enumerate(made)
-        ],
-        axis=-1,
-    )
-    wanted /= np.linalg.norm(wanted, axis=-1, keepdims=True)
-    np.testing.assert_allclose(found[..., :size_of_key], wanted, atol=1e-4)
+    for half, made in zip(halves, (parts, [trail(part) for part in parts]), strict=True):
+        assert not half[..., used_of_half:].any()
+        shares = [used_of_half // layers + (i < used_of_half % layers) for i in range(layers)]
+        wanted = np.concatenate([part[..., :share] for part, share in zip(made, shares, strict=True)], axis=-1)
+        wanted /= np.maximum(np.linalg.norm(wanted, axis=-1, keepdims=True), 1e-30)
+        np.testing.assert_allclose(half[..., :used_of_half], wanted, atol=1e-4)
     changed = streams.copy()
     changed[layers:] += 1
     again = compiled()["keys"](adapter(), state, how, tuple(jnp.asarray(changed)), positions)[0]

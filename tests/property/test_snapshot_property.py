@@ -49,7 +49,7 @@ MODEL = ModelConfig(
     context_length=4096,
     norm_eps=1e-5,
 )
-MEMORY = MemoryConfig(layers=(1,), components=4, trail=1, features=10, code_dim=8, max_window=256, max_omega_window=256)
+MEMORY = MemoryConfig(layers=(1,), components=4, features=16, code_dim=8, max_window=256, max_omega_window=256)
 _PREFIX = 44  # magic, version, digest
 
 
@@ -265,7 +265,7 @@ def test_another_model_version_memory_or_cache_is_named() -> None:
         (
             Layout(
                 MODEL,
-                MemoryConfig(layers=(0,), components=4, trail=1, features=10, code_dim=8),
+                MemoryConfig(layers=(0,), components=4, features=16, code_dim=8),
                 "int8",
                 "fingerprint",
                 "adapter",
