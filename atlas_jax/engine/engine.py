@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +51,7 @@ log = logging.getLogger("atlas.engine")
 
 MAX_LEARNING_RATE = 1.0
 _MAX_OMEGA_WINDOW = 512
+_EXIT_SECONDS = 30.0
 _CALIBRATION_TOKENS = 4096
 """Tokens read of each text when a server calibrates by itself: under a minute for a small model on two cores."""
 
@@ -199,6 +202,7 @@ class Engine:
         )
         engine._warm_up.start(first_pages=buckets.pages[0])
         engine._loop.start()
+        atexit.register(_close_at_exit, weakref.ref(engine))
         return engine
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -389,6 +393,13 @@ class _Submitted:
         if not self._work.done:
             self._work.cancelled.set()
             self._loop.wake()
+
+
+def _close_at_exit(engine: weakref.ref[Engine]) -> None:
+    """Ends an engine nobody has closed: threads still in XLA when the interpreter goes away crash the process."""
+    found = engine()
+    if found is not None:
+        found.close(timeout=_EXIT_SECONDS)
 
 
 def _out_of_range(name: str, message: str) -> InvalidRequest:

@@ -1,13 +1,14 @@
 """Facts asked for long after they have left the window: window alone, memory, full attention.
 
-    python -m atlas_jax.experiments.fact_recall MODEL.gguf [--contexts 12] [--window 512] [--http]
+    python -m atlas_jax.experiments.fact_recall MODEL.gguf --filler TEXT [--contexts 10] [--window 512] [--blend 1]
 
 A context is five facts of the same form (each the others' distractor) between sentences of a real text, followed by at
 least 2 000 tokens of that text. It is read once into a session; every fact is then asked for in the words it was stated in
 and in others, without teaching the session. Answers are greedy; a fact counts if all its digits are right, a digit if it
-is right in its place. "Full attention" is a session whose window holds the whole context.
+is right in its place. "Full attention" is a session whose window holds the whole context. A question ends where the code
+begins, so blend 1, the memory wherever it has anything to say, asks the memory alone.
 
-With --http the same goes through a server that is stopped and started again between reading and asking.
+`benchmarks/recall_http.py` does the same through the HTTP API, with a restart between reading and asking.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 from atlas_jax.engine import Engine
@@ -32,9 +32,12 @@ _PLACES = (
     "lighthouse store", "opera cloakroom", "granary", "signal cabin", "boat house", "chapel crypt", "seed bank",
     "weather hut", "tram depot", "map library", "wine cellar", "foundry", "rope walk", "ice house", "bell tower", "mint",
 )  # fmt: skip
-_STATED = "The access code of the {place} is {code}."
-_SAME = " The access code of the {place} is "
-_OTHER = " To open the door of the {place}, one has to enter the access code "
+STATED = "The access code of the {place} is {code}."
+QUESTIONS = {
+    "same": " The access code of the {place} is ",
+    "other": " To open the door of the {place}, one has to enter the access code ",
+}
+"""Facts asked for in the words they were stated in, and in others."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def cases(filler: str, count: int, seed: int, count_tokens: Callable[[str], int]
         facts = tuple((place, "".join(rng.choices("0123456789", k=DIGITS))) for place in rng.sample(_PLACES, FACTS))
         parts: list[str] = []
         for place, code in facts:
-            parts += [stream.pop(0), _STATED.format(place=place, code=code)]
+            parts += [stream.pop(0), STATED.format(place=place, code=code)]
         after: list[str] = []
         while count_tokens(" ".join(after)) < 2048:
             after += [stream.pop(0) for _ in range(8)]
@@ -95,7 +98,7 @@ def run(
         key = SessionKey("recall", f"context-{index}")
         prompt = engine.tokenizer.encode(case.text, add_special=True, parse_special=False)
         ask(engine, [GenerationRequest(prompt=prompt, max_tokens=0, memory=params(key, True))])
-        for wording, template in (("same", _SAME), ("other", _OTHER)):
+        for wording, template in QUESTIONS.items():
             for place, code in case.facts:
                 question = engine.tokenizer.encode(template.format(place=place), add_special=False, parse_special=False)
                 request = GenerationRequest(
@@ -107,19 +110,14 @@ def run(
     return scores
 
 
-def default_filler() -> str:
-    """The prose that comes with the library."""
-    return (resources.files("atlas_jax.memory") / "texts" / "prose.txt").read_text("utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--contexts", type=int, default=12, help="contexts of five facts each")
+    parser.add_argument("--contexts", type=int, default=10, help="contexts of five facts each")
     parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--filler", type=Path, help="text the facts are hidden in (default: prose of the library)")
+    parser.add_argument("--filler", type=Path, nargs="+", required=True, help="texts the facts are hidden in, in turn")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--blend", type=float, default=0.98)
+    parser.add_argument("--blend", type=float, default=1.0)
     parser.add_argument("--adapter", type=Path)
     parser.add_argument("--modes", nargs="+", default=["window", "memory", "full"])
     args = parser.parse_args()
@@ -133,12 +131,11 @@ def main() -> None:
             session=key, window_size=size, read=mode == "memory", write=teach, blend_ratio=args.blend
         )
 
-    filler = args.filler.read_text("utf-8") if args.filler else default_filler()
-
     def count(text: str) -> int:
         return len(engine.tokenizer.encode(text, add_special=False, parse_special=False))
 
-    contexts = cases(filler, args.contexts, args.seed, count)
+    fillers = [path.read_text("utf-8") for path in args.filler]
+    contexts = [cases(fillers[i % len(fillers)], 1, args.seed + i, count)[0] for i in range(args.contexts)]
     print(
         f"{len(contexts) * FACTS} facts, stated at least 2048 tokens ago; contexts of {count(contexts[0].text)} tokens"
     )
