@@ -30,7 +30,7 @@ from atlas_jax.engine.api import (
 from atlas_jax.engine.history import History, continuation
 from atlas_jax.engine.queue import FairQueue
 from atlas_jax.engine.runner import Runner
-from atlas_jax.engine.session import Checkpoint, Session, SessionShape, SessionStats
+from atlas_jax.engine.session import Appended, Checkpoint, Session, SessionShape, SessionStats
 from atlas_jax.engine.sessions import SessionTable
 from atlas_jax.engine.settings import MemoryWrite, memory_settings, sampling_state
 from atlas_jax.engine.state import Sequences
@@ -250,19 +250,24 @@ class Loop:
         plan = work.shape.plan
         history = session.history
         step = continuation(history, prompt)
+        appended: Appended | None = None
         if step.append:
-            keep, feed = history.length, ([] if session.pending is None else [session.pending]) + prompt
-        else:
-            keep, feed = step.keep, []
-        checkpoint, position = session.resume(keep)
-        if not step.append:
-            feed = prompt[position:]
+            pending = [] if session.pending is None else [session.pending]
+            appended = Appended(prompt, history.length, pending + prompt)
+            before = session.appended
+            ends = [checkpoint.position for checkpoint in session.checkpoints]
+            if work.request.choice and before is not None and before.prompt == prompt and before.position in ends:
+                appended = before  # the first choice has been answered since
+        checkpoint, position = session.resume(step.keep if appended is None else appended.position)
+        feed = prompt[position:] if appended is None else list(appended.feed)
         kept = Session(
             session.key,
             work.shape,
             history=history.copy(),
             checkpoints=list(session.checkpoints),
             stats=replace(session.stats),
+            pending=session.pending if appended is not None else None,
+            appended=appended,
             state=session.state,
             has_state=session.has_state,
             created=session.created,
@@ -278,8 +283,8 @@ class Loop:
             work.row = self._runner.adopt(checkpoint.row, plan.ring(position + 1), position, slot)
             work.absorbed = checkpoint.absorbed
         work.position = position
-        work.cached = position if not step.append else 0
-        work.cache_hit = checkpoint is not None and (position > 0 or step.append)
+        work.cached = position if appended is None else 0
+        work.cache_hit = checkpoint is not None and (position > 0 or appended is not None)
         work.feed = feed
         work.kept = kept
 
@@ -326,6 +331,7 @@ class Loop:
             self._keep_scores(work, packed, following if work.feed else following[:-1])
         if work.kept is not None:
             work.kept.history.extend(tokens)
+            work.kept.pending = None
         work.position += count
         self.counters.prompt_tokens += count
         return count == left
@@ -553,7 +559,8 @@ class Loop:
             session.history.extend([*work.feed, *work.generated[: read - work.prompt_end - 1]])
             if work.generated and session.history.first_reply is None:
                 session.history.first_reply = work.prompt_end + 1
-        session.pending = work.generated[-1] if work.generated else None
+        if work.generated:
+            session.pending = work.generated[-1]
         row = self._runner.set_back(row, work.ring_pages, read, work.plan.slot(max(work.page, 0)))
         session.checkpoints = [
             *session.checkpoints[-(_KEPT_CHECKPOINTS - 1) :],

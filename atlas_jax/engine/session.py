@@ -78,6 +78,15 @@ class SessionStats:
     last_update: float | None = None
 
 
+@dataclass(frozen=True)
+class Appended:
+    """New text a turn brought: where the session was before it, and what was read from there."""
+
+    prompt: list[int]
+    position: int
+    feed: list[int]
+
+
 @dataclass
 class Session:
     """A named conversation of one owner.
@@ -85,6 +94,7 @@ class Session:
     Attributes:
       checkpoints: states at the ends of turns, oldest first; the last is the present one.
       pending: the last token the model drew, not read yet: it precedes new text that is appended.
+      appended: the last turn, if it brought only new text: further choices of the same request answer it too.
       state: JSON a caller stored with it, or None.
       changed: counts changes, to tell whether a file is up to date.
     """
@@ -95,6 +105,7 @@ class Session:
     checkpoints: list[Checkpoint] = field(default_factory=list)
     stats: SessionStats = field(default_factory=SessionStats)
     pending: int | None = None
+    appended: Appended | None = None
     state: Any = None
     has_state: bool = False
     created: float = field(default_factory=time.time)

@@ -183,12 +183,7 @@ def test_reading_without_writing_leaves_a_session_as_it_was(engine: Engine) -> N
     assert next_turn(engine, name).infos == next_turn(engine, other).infos
 
 
-_APPENDED = pytest.mark.xfail(
-    strict=True, reason="a later choice of a turn that brings only new text goes on after the first choice's answer"
-)
-
-
-@pytest.mark.parametrize("fresh", [True, pytest.param(False, marks=_APPENDED)])
+@pytest.mark.parametrize("fresh", [True, False])
 def test_every_choice_answers_the_same_session(engine: Engine, fresh: bool) -> None:
     """n answers to one turn go on from the same text; only the first stays."""
     name, other = next(names), next(names)
