@@ -11,7 +11,6 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -21,20 +20,19 @@ from atlas_jax.engine.api import (
     EngineError,
     Failed,
     FinishReason,
-    InvalidRequest,
     MemoryStats,
     Prompt,
     SlotInfo,
     TokenInfo,
 )
-from atlas_jax.engine.history import History, continuation
+from atlas_jax.engine.counters import Counters
 from atlas_jax.engine.queue import FairQueue
 from atlas_jax.engine.runner import Runner
-from atlas_jax.engine.session import Appended, Checkpoint, Session, SessionShape, SessionStats
+from atlas_jax.engine.session import Session, SessionShape
 from atlas_jax.engine.sessions import SessionTable
 from atlas_jax.engine.settings import MemoryWrite, memory_settings, sampling_state
-from atlas_jax.engine.state import Sequences
 from atlas_jax.engine.step import Packed
+from atlas_jax.engine.turns import kept_session, resume, same_shape
 from atlas_jax.engine.work import Work
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.memory.recall import MUON
@@ -42,31 +40,8 @@ from atlas_jax.model.window import Turn, WindowPlan, bucket
 
 log = logging.getLogger("atlas.engine")
 
-_KEPT_CHECKPOINTS = 3
-"""States at the ends of turns a session keeps, the present one included, to roll back to."""
 _SHRINK_AFTER = 256
 """Steps a batch must have been too large for before it is made smaller."""
-
-
-@dataclass
-class Counters:
-    """What has happened since start; written by the engine's thread, read by anyone."""
-
-    requests: int = 0
-    completed: int = 0
-    failed: int = 0
-    cancelled: int = 0
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    generated_tokens: int = 0
-    steps: int = 0
-    step_seconds: float = 0.0
-    memory_updates: int = 0
-    muon_iterations: int = 0
-    omega_loss: float = 0.0
-    memory_utilization: float = 0.0
-    window_fill: float = 0.0
-    tokens_per_second: float = 0.0
 
 
 class Loop:
@@ -232,61 +207,17 @@ class Loop:
             work.shape = SessionShape(plan, memory.memory_layers, memory.polynomial_degree)
             session = work.lease.session if work.lease is not None else None
             if session is not None and session.history.length:
-                work.shape = _same_shape(session.shape, work.shape, memory.given)
+                work.shape = same_shape(session.shape, work.shape, memory.given)
             assert work.shape.plan.window is not None
             work.ring_pages = work.shape.plan.window + work.shape.plan.update - 1
             if work.lease is not None:
                 session = session or Session(work.lease.key, work.shape)
-                self._resume(work, session, prompt)
+                resume(self._runner, work, session, prompt)
             else:
                 work.feed = prompt
                 work.row = self._runner.new_row(1)
             work.write = MemoryWrite.from_params(memory, work.shape.degree)
         self._lanes.append(work)
-
-    def _resume(self, work: Work, session: Session, prompt: list[int]) -> None:
-        """Goes on from the session's state, rolled back where the prompt departs from what it has read."""
-        assert work.shape is not None
-        plan = work.shape.plan
-        history = session.history
-        step = continuation(history, prompt)
-        appended: Appended | None = None
-        if step.append:
-            pending = [] if session.pending is None else [session.pending]
-            appended = Appended(prompt, history.length, pending + prompt)
-            before = session.appended
-            ends = [checkpoint.position for checkpoint in session.checkpoints]
-            if work.request.choice and before is not None and before.prompt == prompt and before.position in ends:
-                appended = before  # the first choice has been answered since
-        checkpoint, position = session.resume(step.keep if appended is None else appended.position)
-        feed = prompt[position:] if appended is None else list(appended.feed)
-        kept = Session(
-            session.key,
-            work.shape,
-            history=history.copy(),
-            checkpoints=list(session.checkpoints),
-            stats=replace(session.stats),
-            pending=session.pending if appended is not None else None,
-            appended=appended,
-            state=session.state,
-            has_state=session.has_state,
-            created=session.created,
-        )
-        if checkpoint is None:
-            work.row = self._runner.new_row(1)
-            kept.history, kept.checkpoints, kept.stats = History(), [], SessionStats()
-        else:
-            kept.history.truncate(position)
-            kept.checkpoints = [one for one in kept.checkpoints if one.position <= position or one is checkpoint]
-            work.page = min(checkpoint.page, position // PAGE)
-            slot = plan.slot(max(work.page, 0))
-            work.row = self._runner.adopt(checkpoint.row, plan.ring(position + 1), position, slot)
-            work.absorbed = checkpoint.absorbed
-        work.position = position
-        work.cached = position if appended is None else 0
-        work.cache_hit = checkpoint is not None and (position > 0 or appended is not None)
-        work.feed = feed
-        work.kept = kept
 
     # --- reading prompts ------------------------------------------------------------------------------------------
     def _read_some(self) -> None:
@@ -537,7 +468,7 @@ class Loop:
         utilization = min(1.0, work.absorbed / config.features) if config is not None else 0.0
         self.counters.memory_utilization, self.counters.window_fill = utilization, fill
         keeps = memory.write and work.request.choice == 0 and work.kept is not None and row is not None
-        self._release(work, self._kept_session(work, row, read, loss) if keeps and row is not None else None)
+        self._release(work, kept_session(self._runner, work, row, read, loss) if keeps and row is not None else None)
         passes = work.gate_sum / work.gate_count if work.gate_count else 0.0
         return MemoryStats(
             memory_utilization=utilization,
@@ -549,29 +480,6 @@ class Loop:
             session_id=None if memory.session is None else memory.session.session_id,
             cache_hit=work.cache_hit,
         )
-
-    def _kept_session(self, work: Work, row: Sequences, read: int, loss: float) -> Session:
-        """The session as this request leaves it."""
-        session = work.kept
-        assert session is not None
-        assert work.shape is not None
-        if read > work.prompt_end >= 0:
-            session.history.extend([*work.feed, *work.generated[: read - work.prompt_end - 1]])
-            if work.generated and session.history.first_reply is None:
-                session.history.first_reply = work.prompt_end + 1
-        if work.generated:
-            session.pending = work.generated[-1]
-        row = self._runner.set_back(row, work.ring_pages, read, work.plan.slot(max(work.page, 0)))
-        session.checkpoints = [
-            *session.checkpoints[-(_KEPT_CHECKPOINTS - 1) :],
-            Checkpoint(read, work.page, row, work.absorbed),
-        ]
-        stats = session.stats
-        stats.updates += work.updates
-        stats.muon_iterations += work.muon_iterations
-        if work.updates:
-            stats.omega_loss, stats.last_update = loss, time.time()
-        return session
 
     def _release(self, work: Work, session: Session | None) -> None:
         lease, work.lease = work.lease, None
@@ -594,25 +502,3 @@ class Loop:
             except Exception:
                 log.exception("A request could not be ended")
         self._lanes.clear()
-
-
-def _same_shape(session: SessionShape, request: SessionShape, given: frozenset[str]) -> SessionShape:
-    """A session keeps its shape; a request may repeat it or leave it out, not contradict it.
-
-    Raises:
-      InvalidRequest: it names another value.
-    """
-    for name, have, want in (
-        ("window_size", session.plan.window, request.plan.window),
-        ("update_frequency", session.plan.update, request.plan.update),
-        ("memory_layers", session.layers, request.layers),
-        ("polynomial_degree", session.degree, request.degree),
-    ):
-        if have != want and name in given:
-            value = have * PAGE if name in ("window_size", "update_frequency") and have is not None else have
-            raise InvalidRequest(
-                f"Validation error in field 'atlas.{name}': this session was begun with {value} and keeps it; "
-                "reset the session to change it",
-                param=f"atlas.{name}",
-            )
-    return session

@@ -18,13 +18,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 
-from atlas_jax.config import PAGE
 from atlas_jax.engine import archive, snapshot
 from atlas_jax.engine.api import (
     CacheStrategy,
-    LayerMemoryInfo,
     MemoryInfo,
     MemoryUnavailable,
     SaveResult,
@@ -37,6 +34,7 @@ from atlas_jax.engine.api import (
 from atlas_jax.engine.archive import Listing, Location, Manifest
 from atlas_jax.engine.eviction import Eviction
 from atlas_jax.engine.session import Checkpoint, Layout, Session, decode_session, encode_session, to_host
+from atlas_jax.engine.session_info import describe
 
 log = logging.getLogger("atlas.engine")
 
@@ -347,29 +345,7 @@ class SessionTable:
                 found = [entry.session for key, entry in self._entries.items() if key.owner == owner]
         if session_id is not None and found[0] is None and entry.location is not None:
             found = [self._read(SessionKey(owner, session_id), entry.location)]
-        return self._describe([session for session in found if session is not None])
-
-    def _describe(self, sessions: list[Session]) -> MemoryInfo:
-        config = self._layout.memory
-        held = [(s, s.checkpoints[-1]) for s in sessions if s.checkpoints]
-        windows = [s.shape.plan.window or 0 for s, _ in held]
-        layers: dict[int, list[LayerMemoryInfo]] = {}
-        for session, checkpoint in held:
-            norm, rank = _norm_and_rank(checkpoint)
-            for layer in config.layers[: session.shape.layers]:
-                layers.setdefault(layer, []).append(
-                    LayerMemoryInfo(layer=layer, norm=norm, effective_rank=rank, omega_loss=session.stats.omega_loss)
-                )
-        updates = [s.stats.last_update for s, _ in held if s.stats.last_update is not None]
-        return MemoryInfo(
-            window_size=max(windows, default=0) * PAGE,
-            window_fill=sum(c.position - s.shape.plan.left(max(c.page, 0)) * PAGE for s, c in held),
-            memory_capacity=config.features * max(1, len(held)),
-            memory_used=sum(min(config.features, c.absorbed) for _, c in held),
-            total_updates=sum(s.stats.updates for s, _ in held),
-            last_update_time=max(updates, default=None),
-            layers=tuple(_mean_layer(infos) for _, infos in sorted(layers.items())),
-        )
+        return describe(self._layout.memory, [session for session in found if session is not None])
 
     def list(self, owner: str, *, after: str | None, limit: int) -> tuple[tuple[SessionInfo, ...], str | None]:
         """One page of the owner's sessions by name, and the cursor of the next page."""
@@ -603,27 +579,4 @@ def _listing(session: Session) -> Listing:
         created=session.created,
         last_used=session.last_used,
         has_state=session.has_state,
-    )
-
-
-def _norm_and_rank(checkpoint: Checkpoint) -> tuple[float, float]:
-    """Frobenius norm of the memory, and its effective rank: exp of the entropy of its normalised singular values."""
-    memory = checkpoint.row.memory
-    if memory is None:
-        return 0.0, 0.0
-    weights = np.asarray(memory.weights)[0]
-    values = np.sqrt(np.maximum(np.linalg.eigvalsh(weights.T.astype(np.float64) @ weights), 0.0))
-    total = values.sum()
-    if total == 0:
-        return 0.0, 0.0
-    share = values[values > 0] / total
-    return float(np.linalg.norm(weights)), float(np.exp(-(share * np.log(share)).sum()))
-
-
-def _mean_layer(infos: list[LayerMemoryInfo]) -> LayerMemoryInfo:
-    return LayerMemoryInfo(
-        layer=infos[0].layer,
-        norm=sum(info.norm for info in infos) / len(infos),
-        effective_rank=sum(info.effective_rank for info in infos) / len(infos),
-        omega_loss=sum(info.omega_loss for info in infos) / len(infos),
     )

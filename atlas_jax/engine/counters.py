@@ -1,0 +1,26 @@
+"""What an engine has done since it started."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Counters:
+    """What has happened since start; written by the engine's thread, read by anyone."""
+
+    requests: int = 0
+    completed: int = 0
+    failed: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    memory_updates: int = 0
+    muon_iterations: int = 0
+    omega_loss: float = 0.0
+    memory_utilization: float = 0.0
+    window_fill: float = 0.0
+    tokens_per_second: float = 0.0
