@@ -10,6 +10,7 @@ RUN    := $(VENV)/bin/python
 PEER_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
   -DGGML_BMI2=ON
 GOLDEN := tests/golden/peer
+FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint model gemma fit quality bench bench-memory documents recall lock clean
@@ -37,8 +38,7 @@ gemma: $(VENV)/base ## bring Gemma 3 270M, for tests and benchmarks
 	@$(RUN) tools/fetch_model.py gemma
 
 fit: $(VENV)/dev model ## fit the memory that is shipped for the default model
-	$(RUN) benchmarks/corpora.py --out data/corpora --group calibration
-	$(RUN) -m atlas_jax.memory.fit $(MODEL) --texts data/corpora/calibration/*.txt --max-tokens 1536 --ship
+	$(RUN) -m atlas_jax.memory.fit $(MODEL) --ship
 
 quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp's golden files (30 min)
 	for dtype in int8 float32; do \
@@ -50,8 +50,10 @@ documents: $(VENV)/bench model ## loss past the window on long documents: window
 	$(RUN) benchmarks/corpora.py --out data/corpora --group documents
 	$(RUN) -m atlas_jax.experiments.long_documents $(MODEL) --texts data/corpora/documents
 
-recall: $(VENV)/bench model ## facts asked for long after they left the window
-	$(RUN) -m atlas_jax.experiments.fact_recall $(MODEL)
+recall: $(VENV)/bench model ## facts asked for long after they left the window, in the library and over HTTP
+	$(RUN) benchmarks/corpora.py --out data/corpora --group documents --group perplexity
+	$(RUN) -m atlas_jax.experiments.fact_recall $(MODEL) --filler $(FILLER) --seed 41
+	$(RUN) benchmarks/recall_http.py $(MODEL) --filler $(FILLER) --seed 41
 
 bench: $(VENV)/bench model ## speed beside llama.cpp in one run (builds llama-cpp-python: ten minutes the first time)
 	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install 	  --quiet 'llama-cpp-python>=0.3.16,<0.4' numpy)

@@ -51,7 +51,7 @@ log = logging.getLogger("atlas.engine")
 
 MAX_LEARNING_RATE = 1.0
 _MAX_OMEGA_WINDOW = 512
-_EXIT_SECONDS = 30.0
+_EXIT_SECONDS = 120.0
 _CALIBRATION_TOKENS = 4096
 """Tokens read of each text when a server calibrates by itself: under a minute for a small model on two cores."""
 
