@@ -30,7 +30,7 @@ class Server:
         started = time.monotonic()
         command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0"]
         command += ["--atlas-memory-path", str(folder / "memory")]
-        log = folder / "server.log"
+        self._log = log = folder / "server.log"
         with log.open("w") as file:
             self._process = subprocess.Popen(command, stdout=file, stderr=file)
         while (found := re.search(r"running on (http://\S+)", log.read_text())) is None:
@@ -60,7 +60,8 @@ class Server:
         """Stops it as a supervisor would; seconds."""
         started = time.monotonic()
         self._process.send_signal(signal.SIGTERM)
-        assert self._process.wait(60) == 0
+        code = self._process.wait(60)
+        assert code in (0, -signal.SIGTERM), f"exit code {code}: {self._log.read_text()}"
         return time.monotonic() - started
 
 
@@ -97,8 +98,8 @@ def main() -> None:
                     scores[wording].add(code, answer)
         print(f"stopped in {stopped:.1f} s, started again in {server.seconds:.1f} s")
         server.end()
-    print("| | same words | other words |\n|---|---|---|")
-    print(f"| memory, over HTTP, after a restart | {scores['same']} | {scores['other']} |")
+    print("| | same words | other words | a question |\n|---|---|---|---|")
+    print(f"| memory, over HTTP, after a restart | {scores['same']} | {scores['other']} | {scores['question']} |")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@
 
 A context is five facts of the same form (each the others' distractor) between sentences of a real text, followed by at
 least 2 000 tokens of that text. It is read once into a session; every fact is then asked for in the words it was stated in
-and in others, without teaching the session. Answers are greedy; a fact counts if all its digits are right, a digit if it
-is right in its place. "Full attention" is a session whose window holds the whole context. A question ends where the code
+and in two other ways, without teaching the session. Answers are greedy; a fact counts if all its digits are right, a
+digit if it is right in its place. "Full attention" is a session whose window holds the whole context. A question ends where the code
 begins, so blend 1, the memory wherever it has anything to say, asks the memory alone.
 
 `benchmarks/recall_http.py` does the same through the HTTP API, with a restart between reading and asking.
@@ -36,8 +36,9 @@ STATED = "The access code of the {place} is {code}."
 QUESTIONS = {
     "same": " The access code of the {place} is ",
     "other": " To open the door of the {place}, one has to enter the access code ",
+    "question": " What is the access code of the {place}? It is ",
 }
-"""Facts asked for in the words they were stated in, and in others."""
+"""Facts asked for in the words they were stated in, in others where the place comes long before the code, and plainly."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def run(
     engine: Engine, contexts: Sequence[Case], params: Callable[[SessionKey, bool], MemoryParams]
 ) -> dict[str, Score]:
     """Reads every context into a session and asks for its facts in both wordings."""
-    scores = {"same": Score(), "other": Score()}
+    scores = {wording: Score() for wording in QUESTIONS}
     greedy = SamplingParams(temperature=0.0)
     for index, case in enumerate(contexts):
         key = SessionKey("recall", f"context-{index}")
@@ -139,10 +140,10 @@ def main() -> None:
     print(
         f"{len(contexts) * FACTS} facts, stated at least 2048 tokens ago; contexts of {count(contexts[0].text)} tokens"
     )
-    print("| | same words | other words |\n|---|---|---|")
+    print("| | same words | other words | a question |\n|---|---|---|---|")
     for mode in args.modes:
         scores = run(engine, contexts, modes(mode))
-        print(f"| {mode} | {scores['same']} | {scores['other']} |", flush=True)
+        print(f"| {mode} | {scores['same']} | {scores['other']} | {scores['question']} |", flush=True)
     engine.close(timeout=10)
 
 
