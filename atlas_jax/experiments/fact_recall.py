@@ -5,8 +5,8 @@
 A context is five facts of the same form (each the others' distractor) between sentences of a real text, followed by at
 least 2 000 tokens of that text. It is read once into a session; every fact is then asked for in the words it was stated in
 and in two other ways, without teaching the session. Answers are greedy; a fact counts if all its digits are right, a
-digit if it is right in its place. "Full attention" is a session whose window holds the whole context. A question ends where the code
-begins, so blend 1, the memory wherever it has anything to say, asks the memory alone.
+digit if it is right in its place. "Full attention" is a session whose window holds the whole context. A question ends
+where the code begins, so blend 1, the memory wherever it has anything to say, asks the memory alone.
 
 `benchmarks/recall_http.py` does the same through the HTTP API, with a restart between reading and asking.
 """
