@@ -221,6 +221,7 @@ def insert_context(batch: Context, single: Context, row: Int32[Array, ""]) -> Co
     return jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch, single)
 
 
+@jax.jit  # compiled into its caller; leaves of one shape are traced once
 def _put_row(whole: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
     start = (row,) + (jnp.zeros_like(row),) * (part.ndim - 1)
     return jax.lax.dynamic_update_slice(whole, part, start)

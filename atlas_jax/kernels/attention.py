@@ -106,6 +106,7 @@ def write(kv: LayerKV, k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], v
     return LayerKV(_write_pages(kv.k, k, view), _write_pages(kv.v, v, view), kv.sink_k, kv.sink_v)
 
 
+@jax.jit  # compiled into its caller; layers alike are traced once
 def first_tokens(
     kv: LayerKV, slot: Int32[Array, B], keep: Bool[Array, B]
 ) -> tuple[Float[Array, "B K S D"], Float[Array, "B K S D"]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -89,22 +90,31 @@ def run_layers(
     states: list[jax.Array] = []
     cache: list[LayerKV] = []
     for spec, layer, layer_kv in zip(specs, layers, kv, strict=True):
-        q, k, v = _project(config, layer, rms_norm(x, layer.attn_norm, config.norm_eps))
-        cos, sin = view.rotary[spec.rope]
-        layer_kv = attention.write(layer_kv, apply_rope(k, cos, sin), v, view.ring)
-        mixed = attention.window_attention(
-            apply_rope(q, cos, sin),
-            apply_rope(q, *view.rotary_sink[spec.rope]),
-            layer_kv,
-            *view.masks[config.windows.index(spec.sliding_window)],
-            config.scale,
-        )
-        cache.append(layer_kv)
-        attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1), precise=False)
-        x = x + _post(config, attended, layer.attn_post_norm)
-        x = x + _post(config, _mlp(config, layer, rms_norm(x, layer.ff_norm, config.norm_eps)), layer.ff_post_norm)
+        x, layer_kv = _run_layer(config, spec, layer, layer_kv, x, view)
         states.append(x)
+        cache.append(layer_kv)
     return tuple(states), tuple(cache)
+
+
+# compiled into its caller; as a jit of its own, layers alike are traced once: a warm start is mostly tracing
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=False)
+def _run_layer(
+    config: ModelConfig, spec: LayerConfig, layer: LayerParams, kv: LayerKV, x: jax.Array, view: StepView
+) -> tuple[jax.Array, LayerKV]:
+    q, k, v = _project(config, layer, rms_norm(x, layer.attn_norm, config.norm_eps))
+    cos, sin = view.rotary[spec.rope]
+    kv = attention.write(kv, apply_rope(k, cos, sin), v, view.ring)
+    mixed = attention.window_attention(
+        apply_rope(q, cos, sin),
+        apply_rope(q, *view.rotary_sink[spec.rope]),
+        kv,
+        *view.masks[config.windows.index(spec.sliding_window)],
+        config.scale,
+    )
+    attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1), precise=False)
+    x = x + _post(config, attended, layer.attn_post_norm)
+    x = x + _post(config, _mlp(config, layer, rms_norm(x, layer.ff_norm, config.norm_eps)), layer.ff_post_norm)
+    return x, kv
 
 
 def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
