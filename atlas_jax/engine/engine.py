@@ -8,7 +8,6 @@ import logging
 import os
 import threading
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,7 +201,8 @@ class Engine:
         )
         engine._warm_up.start(first_pages=buckets.pages[0])
         engine._loop.start()
-        atexit.register(_close_at_exit, weakref.ref(engine))
+        # threads still in XLA when the interpreter goes away crash the process
+        atexit.register(engine.close, timeout=_EXIT_SECONDS)
         return engine
 
     # --- requests -------------------------------------------------------------------------------------------------
@@ -376,6 +376,7 @@ class Engine:
             if self._table is not None:
                 self._table.close()
         self._warm_up.stop(max(until - time.monotonic(), 0.0))
+        atexit.unregister(self.close)
 
     def _wake(self) -> None:
         self._loop.wake()
@@ -393,13 +394,6 @@ class _Submitted:
         if not self._work.done:
             self._work.cancelled.set()
             self._loop.wake()
-
-
-def _close_at_exit(engine: weakref.ref[Engine]) -> None:
-    """Ends an engine nobody has closed: threads still in XLA when the interpreter goes away crash the process."""
-    found = engine()
-    if found is not None:
-        found.close(timeout=_EXIT_SECONDS)
 
 
 def _out_of_range(name: str, message: str) -> InvalidRequest:

@@ -164,7 +164,7 @@ def keys(
 
     A key is two unit vectors: the token's own state in the tapped layers, and its trail: a decaying mean of the states of
     the tokens before, the training-free counterpart of ATLAS's short convolution on keys. The trail tells apart places
-    where the same is being said of different things. The first token of a text has no trail, hence no features.
+    where the same is being said of different things. The first token of a text has no trail.
     """
     batch, length = positions.shape
     row = jnp.arange(batch)[:, None]
