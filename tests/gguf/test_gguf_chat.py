@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
 import time
@@ -279,6 +280,24 @@ def test_hostile_templates_end_soon(source: str) -> None:
     assert time.process_time() - start < 5
     assert len(str(caught.value)) <= 300
     assert "0x" not in str(caught.value)
+
+
+def test_the_garbage_collector_is_not_charged_to_a_template() -> None:
+    def slow(phase: str, _: dict[str, int]) -> None:
+        if phase == "start":
+            until = time.thread_time() + 0.3
+            while time.thread_time() < until:
+                pass
+
+    template = ChatTemplate("{% for i in range(4) %}{{ messages[0].content }}{% endfor %}", time_limit=0.2)
+    usual = gc.get_threshold()
+    gc.callbacks.append(slow)
+    gc.set_threshold(1, 1, 1)  # a collection at almost every object made
+    try:
+        assert template.render(HI) == HI[0]["content"] * 4
+    finally:
+        gc.set_threshold(*usual)
+        gc.callbacks.remove(slow)
 
 
 def test_a_runaway_template_ends_in_any_thread() -> None:
