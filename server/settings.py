@@ -31,6 +31,9 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     host: Annotated[str, Meta(description="Address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Port to listen on; 0 takes a free one")] = 8080
     threads: Annotated[Count, Meta(description="CPU threads of the engine; 0 takes every core")] = 0
+    speculate: Annotated[
+        bool, Meta(description="Guess tokens ahead from the text where that is free; answers are the same")
+    ] = True
     model: Annotated[str | None, Meta(description="GGUF file to serve")] = None
     model_alias: Annotated[str | None, Meta(description="Another name for the model in requests")] = None
     api_keys_file: Annotated[str | None, Meta(description="File of API keys, one a line: key[:owner][:admin]")] = None

@@ -31,7 +31,7 @@ from atlas_jax.engine.api import (
 )
 from atlas_jax.engine.compiler import CompileCounter, use_cache
 from atlas_jax.engine.loop import Loop
-from atlas_jax.engine.runner import Buckets, Runner
+from atlas_jax.engine.runner import DRAFTING, Buckets, Runner
 from atlas_jax.engine.session import Layout
 from atlas_jax.engine.sessions import Budgets, SessionTable
 from atlas_jax.engine.step import StepConfig, Weights
@@ -124,6 +124,7 @@ class Engine:
         disk_cache_bytes: int = 16 << 30,
         weight_dtype: WeightDtype = "int8",
         kv_dtype: KVDtype = "int8",
+        speculate: bool = True,
     ) -> Engine:
         """Loads a model, fits or finds its memory, compiles, and starts serving.
 
@@ -135,6 +136,7 @@ class Engine:
           threads: CPU threads; 0 takes every core. Takes effect only if JAX has not run anything yet.
           max_context: longest plain request in tokens; the model's own context if that is shorter.
           weight_dtype, kv_dtype: "float32" for both is the reference mode.
+          speculate: guess tokens ahead from the text where that is free (`runner.Buckets`). Answers are the same.
 
         Raises:
           GGUFError, UnsupportedModel, AdapterError: a file cannot be used; the message names what is wrong with it.
@@ -169,7 +171,9 @@ class Engine:
             )
         step = StepConfig(config, memory)
         pages = max(context // PAGE, 1, 0 if memory is None else (max_window + _MAX_OMEGA_WINDOW) // PAGE)
-        buckets = Buckets(rows=_powers(2, max_running), pages=_powers(4, pages))
+        # never a single row of a single token: its float products round differently from those of more rows
+        rows = _powers(1 if speculate else 2, max_running)
+        buckets = Buckets(rows, _powers(4, pages), drafting=DRAFTING if speculate else 0)
         runner = Runner(step, Weights(params, adapter), kv_dtype, buckets)
         layout = None if memory is None else Layout(config, memory, kv_dtype, fingerprint, adapter_digest)
         info = ModelInfo(
@@ -323,8 +327,8 @@ class Engine:
             prompt_tokens_total=counters.prompt_tokens,
             cached_tokens_total=counters.cached_tokens,
             generated_tokens_total=counters.generated_tokens,
-            drafted_tokens_total=0,
-            accepted_tokens_total=0,
+            drafted_tokens_total=counters.drafted_tokens,
+            accepted_tokens_total=counters.accepted_tokens,
             tokens_per_second=counters.tokens_per_second if running else 0.0,
             steps_total=counters.steps,
             step_seconds_total=counters.step_seconds,

@@ -2,7 +2,8 @@
 
 One turn of the loop reads at most one chunk of one prompt and launches one decode step, so no stream waits longer than
 one chunk. The result of a step is looked at while the next one runs: an answer's end is noticed one step late, and that
-step's surplus token is thrown away.
+step's surplus tokens are thrown away. A step with drafts ends at the page's end; the row sits out the next one, which was
+launched before anybody knew.
 """
 
 from __future__ import annotations
@@ -30,11 +31,12 @@ from atlas_jax.engine.queue import FairQueue
 from atlas_jax.engine.runner import Runner
 from atlas_jax.engine.session import Session, SessionShape
 from atlas_jax.engine.sessions import SessionTable
-from atlas_jax.engine.settings import MemoryWrite, memory_settings, sampling_state
+from atlas_jax.engine.settings import MemoryWrite, memory_settings, recent_text, sampling_state
 from atlas_jax.engine.step import Packed
 from atlas_jax.engine.turns import kept_session, resume, same_shape
 from atlas_jax.engine.work import Work
 from atlas_jax.gguf import Tokenizer
+from atlas_jax.kernels.lookup import NONE
 from atlas_jax.memory.recall import MUON
 from atlas_jax.model.window import Turn, WindowPlan, bucket
 
@@ -310,12 +312,18 @@ class Loop:
             index,
             work.row,
             work.feed[0],
+            recent_text(self._read_text(work), work.position),
             sampling_state(work.request.sampling, self._runner.config.model.vocab, work.seed, work.request.prompt),
             memory_settings(work.request.memory, layers, degree),
             with_memory=work.request.memory is not None,
         )
         work.row = None
         self._places[index] = work
+
+    def _read_text(self, work: Work) -> list[int]:
+        """The latest tokens of its text, with the one that is fed next."""
+        read = work.request.prompt[: work.position] if work.kept is None else work.kept.history.tail
+        return [*read, work.feed[0]]
 
     def _free_place(self, pages: int) -> int:
         """A free row of the batch, which grows if it must."""
@@ -339,24 +347,25 @@ class Loop:
         riders = [
             (index, work)
             for index, work in enumerate(self._places)
-            if work is not None and not work.done and work.launched < work.limit
+            if work is not None and not work.done and len(work.generated) + work.certain < work.limit
         ]
         flight, self._flight = self._flight, None
         if riders:
+            width = self._runner.width
+            wanted = np.zeros(len(self._places), np.int32)
             for index, work in riders:
-                if work.needs_page:
+                if work.page_due:
                     self._runner.turn_row(index, *self._page_turn(work))
-            active = np.zeros(len(self._places), bool)
-            active[[index for index, _ in riders]] = True
-            self._flight = (self._runner.decode(active), riders)
-            for _, work in riders:
-                work.position += 1
-                work.launched += 1
+                wanted[index] = min(width, work.limit - len(work.generated) - work.certain)
+            self._flight = (self._runner.decode(wanted), riders)
         if flight is not None:
             self._deliver(*flight)
             self.counters.steps += 1
             self.counters.step_seconds += time.perf_counter() - launched
         if riders:
+            for _, work in riders:
+                work.launched += 1
+                work.flying = width
             self._shrink_if_oversized(len(riders))
 
     def _land(self) -> None:
@@ -376,15 +385,24 @@ class Loop:
 
     def _deliver(self, packed: Packed, riders: list[tuple[int, Work]]) -> None:
         integers, numbers = np.asarray(packed.integers), np.asarray(packed.numbers)
+        before = self.counters.generated_tokens
         for index, work in riders:
+            work.flying = 0
             if work.done:
                 continue
             try:
-                self._take_token(index, work, integers[index], numbers[index])
+                fed, drawn = np.count_nonzero(integers[index, :, 0] != NONE), np.count_nonzero(integers[index, :, 0] >= 0)
+                work.drafted += max(0, fed - 1)
+                work.accepted += max(0, drawn - 1)
+                for place in range(drawn):
+                    work.position += 1
+                    self._take_token(index, work, integers[index, place], numbers[index, place])
+                    if work.done:
+                        break
             except Exception:
                 log.exception("A request failed while its answer was delivered")
                 self._fail(work, EngineError("The engine could not finish this request"), index)
-        self._count_rate(len(riders))
+        self._count_rate(self.counters.generated_tokens - before)
 
     def _count_rate(self, tokens: int) -> None:
         now = time.monotonic()
@@ -432,6 +450,8 @@ class Loop:
         if work.done:
             return
         work.done = True
+        self.counters.drafted_tokens += work.drafted
+        self.counters.accepted_tokens += work.accepted
         stats = self._close_memory(work, reason, index)
         if index is not None:
             self._places[index] = None

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.engine.api import MemoryParams, SamplingParams
+from atlas_jax.engine.state import TEXT
+from atlas_jax.kernels.lookup import NONE
 from atlas_jax.kernels.sampling import BIAS_SLOTS, SamplingState
 from atlas_jax.memory.recall import EXACT, GRADIENT, MUON, MemorySettings, WriteSettings
 
@@ -64,6 +66,14 @@ def memory_settings(params: MemoryParams | None, layers: int, degree: int) -> Me
         "log_odds": np.asarray([odds], np.float32),
     }
     return MemorySettings(**values)
+
+
+def recent_text(tokens: Sequence[int], position: int) -> np.ndarray:
+    """The text drafts are looked up in, [1, TEXT]; `tokens` are the latest, the last of them at `position`."""
+    text = np.full((1, TEXT), NONE, np.int32)
+    latest = np.asarray(tokens[-TEXT:], np.int32)
+    text[0, np.arange(position + 1 - len(latest), position + 1) % TEXT] = latest
+    return text
 
 
 def sampling_state(params: SamplingParams, vocab: int, seed: int, prompt: Sequence[int]) -> SamplingState:

@@ -13,11 +13,17 @@ import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels.lookup import NONE
 from atlas_jax.kernels.sampling import SamplingState, init_sampling
 from atlas_jax.memory import recall
 from atlas_jax.memory.recall import MemorySettings, MemoryState
 from atlas_jax.model.context import Context, init_context
 from atlas_jax.typing import Array, Int32
+
+DRAFTS = 3
+"""Tokens guessed ahead of every row."""
+TEXT = 4096
+"""Latest tokens of every row in which guesses are looked up."""
 
 
 @jax.tree_util.register_dataclass
@@ -36,9 +42,13 @@ class Drawing:
 
     Attributes:
       token: the token to feed next.
+      drafts: guesses at the tokens after it, `lookup.NONE` where there are fewer.
+      text: the latest tokens, `token` included, position p at p mod its length; `lookup.NONE` where there is none.
     """
 
     token: Int32[Array, B]
+    drafts: Int32[Array, "B drafts"]
+    text: Int32[Array, "B text"]
     sampling: SamplingState
     settings: MemorySettings
 
@@ -55,6 +65,8 @@ def init_drawing(model: ModelConfig, batch: int) -> Drawing:
     """Idle rows."""
     return Drawing(
         token=jnp.zeros((batch,), jnp.int32),
+        drafts=jnp.full((batch, DRAFTS), NONE, jnp.int32),
+        text=jnp.full((batch, TEXT), NONE, jnp.int32),
         sampling=init_sampling(batch, model.vocab),
         settings=recall.init_settings(batch),
     )

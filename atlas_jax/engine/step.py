@@ -4,7 +4,7 @@ A step is `model.stages.Trunk` followed by one of
 
 finish_read     a piece of a prompt, up to one page
 finish_score    the same, and the log-probability of every token of it
-finish_decode   one token for every active row: head, memory, sampler
+finish_decode   one token for every active row, and more where drafts were right: head, memory, sampler
 
 and between steps rows move: `extract`, `fit`, `insert_context`, `insert_memory`, `start`, `reposition`; `write_memory`
 absorbs what has left a window.
@@ -20,9 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig, ModelConfig
-from atlas_jax.engine.state import Drawing, Sequences
+from atlas_jax.engine.state import DRAFTS, TEXT, Drawing, Sequences
+from atlas_jax.kernels.lookup import NONE, drafts
 from atlas_jax.kernels.reduce import row_max, row_sum
-from atlas_jax.kernels.sampling import TOP_LOGPROBS, record, sample
+from atlas_jax.kernels.sampling import TOP_LOGPROBS, SamplingState, record, sample
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import Adapter
 from atlas_jax.memory.recall import MemorySettings, MemoryState, WriteSettings
@@ -30,6 +31,9 @@ from atlas_jax.model.context import Context
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
 from atlas_jax.typing import Array, Bool, Float, Int32
+
+WRONG = -2
+"""No token: a draft was fed in vain."""
 
 State = TypeVar("State", Sequences, Drawing)
 
@@ -59,15 +63,16 @@ class Weights:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Packed:
-    """What a decode step tells the host, in two arrays.
+    """What a step tells the host, in two arrays: [T] tokens of a scored piece, [B, T] of a decode step.
 
     Attributes:
-      integers: [B, 1 + TOP]: the token, then the alternatives.
-      numbers: [B, 2 + TOP]: its log-probability, the gate, then the alternatives' log-probabilities.
+      integers: the token, then the alternatives. In a decode step NONE where nothing was fed, WRONG where a draft was
+        fed that was not to come.
+      numbers: its log-probability, the gate, then the alternatives' log-probabilities.
     """
 
-    integers: Int32[Array, "B ints"]
-    numbers: Float[Array, "B numbers"]
+    integers: Int32[Array, "*rows ints"]
+    numbers: Float[Array, "*rows numbers"]
 
 
 def write_memory(
@@ -132,29 +137,68 @@ def finish_decode(
     weights: Weights,
     memory: MemoryState | None,
     drawing: Drawing,
-    hidden: Float[Array, "B 1 E"],
-    tapped: tuple[Float[Array, "B 1 E"], ...],
-    positions: Int32[Array, "B 1"],
-    active: Bool[Array, "B 1"],
-) -> tuple[MemoryState | None, Drawing, Packed]:
-    """Ends a step that fed every active row its token, and draws the next one; idle rows stay as they are."""
-    tokens, settings = drawing.token[:, None], drawing.settings
-    memory, mixed, gate = _predict(config, weights, memory, settings, hidden, tapped, tokens, positions, active)
-    drawn = sample(drawing.sampling, mixed[:, 0], positions[:, 0] + 1)
-    live = active[:, 0]
-    drawing = Drawing(
-        token=jnp.where(live, drawn.token, drawing.token),
-        sampling=record(drawing.sampling, drawn.token, live),
-        settings=settings,
+    hidden: Float[Array, "B T E"],
+    tapped: tuple[Float[Array, "B T E"], ...],
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> tuple[MemoryState | None, Drawing, Int32[Array, B], Packed]:
+    """Ends a step that fed every active row its token and T − 1 or fewer drafts; idle rows stay as they are.
+
+    After each fed token the next one is drawn as if it had come alone, from the row's seed and the token's position. As
+    long as the draft was what is drawn, the following draw counts too. So tokens and their distribution are those of a
+    step without drafts. What a wrong draft left in the cache and in the memory's rings lies at positions that are read
+    only after they have been written again.
+
+    Returns:
+      The memory, what to draw from next, the position of each row's next token, and a `Packed` [B, T].
+    """
+    batch, width = positions.shape
+    fed = jnp.concatenate([drawing.token[:, None], drawing.drafts[:, : width - 1]], axis=1)
+    memory, mixed, gate = _predict(
+        config, weights, memory, drawing.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid
     )
+    drawn = sample(
+        _after_drafts(drawing.sampling, fed), mixed.reshape(batch * width, -1), positions.reshape(-1) + 1
+    )
+    token = drawn.token.reshape(batch, width)
+    right = (token[:, :-1] == fed[:, 1:]) & valid[:, 1:]
+    counts = valid & jnp.concatenate([jnp.ones((batch, 1), bool), jnp.cumprod(right, axis=1).astype(bool)], axis=1)
+    count = counts.sum(axis=1, dtype=jnp.int32)
+    last = positions[:, 0] + count  # position of the latest token drawn, which is fed next
+    row = jnp.arange(batch)[:, None]
+    latest = jnp.take_along_axis(token, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
+    text = drawing.text.at[row, jnp.where(counts, (positions + 1) % TEXT, TEXT)].set(token, mode="drop")
+    drawing = Drawing(
+        token=jnp.where(count > 0, latest, drawing.token),
+        drafts=drafts(text, last, DRAFTS),
+        text=text,
+        sampling=record(drawing.sampling, token, counts),
+        settings=drawing.settings,
+    )
+
+    def packed(first: jax.Array, *rest: jax.Array) -> jax.Array:
+        return jnp.concatenate([first[..., None], *(part.reshape(batch, width, -1) for part in rest)], axis=-1)
+
     return (
         memory,
         drawing,
+        last,
         Packed(
-            integers=jnp.concatenate([drawn.token[:, None], drawn.top_token], axis=1),
-            numbers=jnp.concatenate([drawn.logprob[:, None], gate, drawn.top_logprob], axis=1),
+            integers=packed(jnp.where(counts, token, jnp.where(valid, WRONG, NONE)), drawn.top_token),
+            numbers=packed(drawn.logprob.reshape(batch, width), gate, drawn.top_logprob),
         ),
     )
+
+
+def _after_drafts(state: SamplingState, fed: Int32[Array, "B T"]) -> SamplingState:
+    """The settings of every row T times, the t-th with the first t drafts in its history."""
+    batch, width = fed.shape
+    if width == 1:
+        return state
+    state = jax.tree.map(lambda leaf: jnp.repeat(leaf, width, axis=0), state)
+    place = jnp.arange(width)
+    drafted = jnp.where((place[None, :, None] >= place) & (place > 0), fed[:, None], NONE)
+    return record(state, drafted.reshape(batch * width, width), drafted.reshape(batch * width, width) != NONE)
 
 
 def _predict(

@@ -37,7 +37,8 @@ class Work:
     Attributes:
       shape, write: of its memory, or None for the plain model.
       feed: prompt tokens still to be read, of which the last is fed by the first decode step.
-      position: position of the next token to be read or fed.
+      position: position of the next token to be read or fed, after the last step whose result is known.
+      flying: tokens per row of the step in flight if it takes part in it, else 0.
       page: the last page that has begun.
       prompt_end: position of the prompt's last token once it has joined the decode batch, −1 before.
       ring_pages: ring slots it needs.
@@ -68,6 +69,9 @@ class Work:
     muon_iterations: int = 0
     limit: int = 0
     launched: int = 0
+    flying: int = 0
+    drafted: int = 0
+    accepted: int = 0
     generated: list[int] = field(default_factory=list)
     scored: list[TokenInfo] = field(default_factory=list)
     gate_sum: float = 0.0
@@ -83,8 +87,22 @@ class Work:
 
     @property
     def needs_page(self) -> bool:
-        """Whether the next token begins a page."""
-        return self.position % PAGE == 0 and self.page < self.position // PAGE
+        """Whether the token at `position` begins a page."""
+        return self._begins_page(self.position)
+
+    @property
+    def certain(self) -> int:
+        """How many tokens the step in flight draws for sure: none if it met the end of the page."""
+        return 0 if self.flying == 0 or self.needs_page else 1
+
+    @property
+    def page_due(self) -> bool:
+        """Whether the next step begins a page. After a step with drafts that is known once its result is."""
+        exact = self.flying <= 1 or self.needs_page
+        return exact and self._begins_page(self.position + self.certain)
+
+    def _begins_page(self, position: int) -> bool:
+        return position % PAGE == 0 and self.page < position // PAGE
 
     @property
     def read_tokens(self) -> int:
@@ -95,8 +113,8 @@ class Work:
         return self.prompt_end + (len(self.generated) or min(self.launched, 1))
 
     def begin_page(self, muon_passes: int) -> bool:
-        """Accounts for the page that begins now; tells whether the memory is written with it."""
-        self.page = self.position // PAGE
+        """Accounts for the next page, which begins now; tells whether the memory is written with it."""
+        self.page += 1
         left = self.plan.left(self.page) - self.plan.left(self.page - 1)
         if left == 0 or self.write is None:
             return False
@@ -128,6 +146,8 @@ class Work:
             prompt_tokens=len(self.request.prompt),
             completion_tokens=len(self.generated),
             cached_tokens=self.cached,
+            drafted_tokens=self.drafted,
+            accepted_tokens=self.accepted,
             seed=self.seed,
             stop=self.stream.matched,
             queue_seconds=started - self.submitted,

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.kernels.reduce import row_max, row_sum
-from atlas_jax.typing import Array, Float, Int, Int32, UInt32
+from atlas_jax.typing import Array, Bool, Float, Int, Int32, UInt32
 
 NEGATIVE = -1e30
 BIAS_SLOTS = 300
@@ -124,10 +124,10 @@ def sample(state: SamplingState, scores: Float[Array, "B V"], position: Int32[Ar
     return Sample(token, logprob, top_token, top_logprob)
 
 
-def record(state: SamplingState, token: Int32[Array, B], active: Array) -> SamplingState:
-    """Adds a drawn token to the history of the active rows."""
-    row = jnp.arange(token.shape[0])
-    index = jnp.where(active, token, state.generated.shape[1])
+def record(state: SamplingState, tokens: Int32[Array, "B T"], drawn: Bool[Array, "B T"]) -> SamplingState:
+    """Adds drawn tokens to the history of each row."""
+    row = jnp.arange(tokens.shape[0])[:, None]
+    index = jnp.where(drawn, tokens, state.generated.shape[1])
     return dataclasses.replace(
         state,
         generated=state.generated.at[row, index].add(1, mode="drop"),

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from atlas_jax.config import LayerConfig, ModelConfig
+from atlas_jax.config import PAGE, LayerConfig, ModelConfig
 from atlas_jax.model.context import Context, ring_view
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import StepView, embed, run_layers, step_view
@@ -73,8 +74,10 @@ class Trunk:
         """Runs a step; the context's cache is used up.
 
         Args:
-          tokens: [B, T], or [B] for one token per row.
-          count: how many tokens of each row are real.
+          tokens: [B, T], or [B] for one token per row, or several such arrays that follow one another; −1 is no token,
+            nor is anything after it.
+          count: how many tokens of each row are wanted. A row takes no more than its page has room for, and none if that
+            page has not begun.
 
         Returns:
           The context after the step, the step's view, and every layer's output.
@@ -110,8 +113,13 @@ def bare(context: Context) -> Context:
 
 
 def _enter(
-    config: ModelConfig, table: Any, ropes: Any, context: Context, tokens: jax.Array, count: jax.Array
+    config: ModelConfig, table: Any, ropes: Any, context: Context, tokens: Any, count: jax.Array
 ) -> tuple[jax.Array, StepView, jax.Array]:
-    tokens = tokens.reshape(context.position.shape[0], -1)
+    rows = jnp.arange(context.position.shape[0])
+    tokens = jnp.concatenate([part.reshape(rows.size, -1) for part in jax.tree.leaves(tokens)], axis=1)
+    begun = context.page[rows, context.slot] == context.position // PAGE
+    real = jnp.cumprod(tokens >= 0, axis=1).sum(axis=1)
+    room = jnp.where(begun, PAGE - context.position % PAGE, 0)
+    count = jnp.minimum(count, jnp.minimum(real, room)).astype(jnp.int32)
     ring = ring_view(context, tokens.shape[1], count)
-    return embed(config, table, tokens), step_view(config, ropes, ring), context.position + count
+    return embed(config, table, jnp.maximum(tokens, 0)), step_view(config, ropes, ring), context.position + count

@@ -61,12 +61,13 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
 
 @pytest.fixture(scope="session")
 def engines(opened: Callable[..., Any]) -> Iterator[Callable[[str], Engine]]:
-    """Engines by name, each opened when it is first asked for: `int8`, `float32`, `gemma`."""
-    known = {
+    """Engines by name, each opened when it is first asked for: `int8`, `float32`, `gemma`, and each `… undrafted`."""
+    known: dict[str, dict[str, Any]] = {
         "int8": {},
         "float32": {"dtype": "float32", "max_running": 2},
         "gemma": {"name": "gemma", "max_running": 2},
     }
+    known |= {f"{name} undrafted": {**how, "max_running": 2, "speculate": False} for name, how in known.items()}
     found: dict[str, Engine] = {}
     with ExitStack() as stack:
 

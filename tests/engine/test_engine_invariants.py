@@ -203,3 +203,57 @@ def test_a_session_that_ends_at_a_page_remembers_right_though_a_neighbour_goes_o
         answers.append((first, ask(engine, request(follow, 10, memory=how))))
     assert_same(answers[0][0], answers[1][0])
     assert_same(answers[0][1], answers[1][1])
+
+
+def copied(seed: int, length: int) -> list[int]:
+    """A text that repeats itself, as code and lists do."""
+    piece = words(seed, 40)
+    return (piece * (length // len(piece) + 1))[:length]
+
+
+@kinds
+@few
+@given(
+    seed=seeds,
+    length=st.integers(2, 3 * PAGE),
+    answer=st.integers(1, PAGE + 40),
+    repeats=st.booleans(),
+    with_memory=st.booleans(),
+    sampling=st.sampled_from(
+        [
+            {},
+            {"temperature": 0.6, "seed": 3, "repeat_penalty": 0.8},
+            {"temperature": 0.9, "seed": 4, "top_p": 0.5, "frequency_penalty": -0.5, "presence_penalty": 0.3},
+        ]
+    ),
+)
+def test_drafts_change_no_answer(
+    engines: Callable[[str], Engine],
+    kind: str,
+    seed: int,
+    length: int,
+    answer: int,
+    repeats: bool,
+    with_memory: bool,
+    sampling: dict[str, Any],
+) -> None:
+    prompt = copied(seed, length) if repeats else words(seed, length)
+    asked = request(prompt, answer, memory=memory(blend_ratio=0.9) if with_memory else None, **sampling)
+    one, other = ask(engines(kind), asked), ask(engines(f"{kind} undrafted"), asked)
+    assert other.end.drafted_tokens == 0
+    assert one.end.accepted_tokens <= min(one.end.drafted_tokens, len(one.tokens))
+    if kind == "float32":
+        assert_close(kind, one, other)
+    else:
+        assert_same(one, other)
+
+
+def test_a_session_goes_on_the_same_after_drafts(engines: Callable[[str], Engine]) -> None:
+    answers = []
+    for one in (engines("int8"), engines("int8 undrafted")):
+        turns = [ask(one, request(copied(5, 300), 150, memory=memory("drafts"), repeat_penalty=0.7))]
+        turns += [ask(one, request(words(6, 40), 120, memory=memory("drafts"), repeat_penalty=0.7))]
+        answers.append(turns)
+    for one, other in zip(*answers, strict=True):
+        assert_same(one, other)
+    assert sum(turn.end.accepted_tokens for turn in answers[0]) > 20

@@ -189,7 +189,7 @@ def test_history_counts_what_active_rows_generated() -> None:
     state = jax.tree.map(jnp.asarray, stack(rows))
     token = jnp.asarray([5, 9, 9], jnp.int32)
     for active in ([True, True, False], [False, True, False]):
-        state = record(state, token, jnp.asarray(active))
+        state = record(state, token[:, None], jnp.asarray(active)[:, None])
     generated, present = np.asarray(state.generated), np.asarray(state.present)
     assert generated[0, 5] == 1
     assert generated[1, 9] == 2
