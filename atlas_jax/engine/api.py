@@ -143,6 +143,7 @@ class GenerationRequest:
       prompt_logprobs: None, or k alternatives for every prompt token (`echo` with `logprobs`).
       choice: only choice 0 of a session's request goes on as that session; the others see it and leave no trace.
       owner: whose share of the engine this request uses (fairness, prefix reuse never crosses owners).
+      reuse: take what another prompt of this owner that begins the same has left, and leave what this one reads.
       memory: None = the plain model.
     """
 
@@ -154,6 +155,7 @@ class GenerationRequest:
     prompt_logprobs: int | None = None
     choice: int = 0
     owner: str = ""
+    reuse: bool = True
     memory: MemoryParams | None = None
 
 

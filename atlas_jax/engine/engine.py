@@ -86,6 +86,7 @@ class Engine:
         memory_path: Path | None,
         budgets: Budgets,
         limits: Limits,
+        prefix_bytes: int,
         compilations: CompileCounter,
     ) -> None:
         """Use `Engine.open`."""
@@ -102,7 +103,14 @@ class Engine:
             if layout is None
             else SessionTable(layout, folder=memory_path, model_name=info.name, budgets=budgets, on_idle=self._wake)
         )
-        self._loop = Loop(runner, tokenizer, self._table, max_rows=limits.running, context=limits.context)
+        self._loop = Loop(
+            runner,
+            tokenizer,
+            self._table,
+            max_rows=limits.running,
+            context=limits.context,
+            prefix_bytes=prefix_bytes,
+        )
         self._warm_up = WarmUp(runner)
 
     @classmethod
@@ -122,6 +130,7 @@ class Engine:
         device_cache_bytes: int = 0,
         host_cache_bytes: int = 1 << 30,
         disk_cache_bytes: int = 16 << 30,
+        prefix_cache_bytes: int = 256 << 20,
         weight_dtype: WeightDtype = "int8",
         kv_dtype: KVDtype = "int8",
         speculate: bool = True,
@@ -135,6 +144,7 @@ class Engine:
           cache_path: folder for compiled programs and calibrated adapters (default: `$XDG_CACHE_HOME/atlas-jax`).
           threads: CPU threads; 0 takes every core. Takes effect only if JAX has not run anything yet.
           max_context: longest plain request in tokens; the model's own context if that is shorter.
+          prefix_cache_bytes: states of plain prompts kept on the device for prompts that begin the same.
           weight_dtype, kv_dtype: "float32" for both is the reference mode.
           speculate: guess tokens ahead from the text where that is free (`runner.Buckets`). Answers are the same.
 
@@ -201,6 +211,7 @@ class Engine:
             memory_path=None if memory_path is None else Path(memory_path),
             budgets=Budgets(device_cache_bytes, host_cache_bytes, disk_cache_bytes),
             limits=limits,
+            prefix_bytes=prefix_cache_bytes,
             compilations=compilations,
         )
         engine._warm_up.start(first_pages=buckets.pages[0])

@@ -27,13 +27,14 @@ from atlas_jax.engine.api import (
     TokenInfo,
 )
 from atlas_jax.engine.counters import Counters
+from atlas_jax.engine.prefix import PrefixCache
 from atlas_jax.engine.queue import FairQueue
 from atlas_jax.engine.runner import Runner
 from atlas_jax.engine.session import Session, SessionShape
 from atlas_jax.engine.sessions import SessionTable
 from atlas_jax.engine.settings import MemoryWrite, memory_settings, recent_text, sampling_state
 from atlas_jax.engine.step import Packed
-from atlas_jax.engine.turns import kept_session, resume, same_shape
+from atlas_jax.engine.turns import kept_session, resume, resume_plain, same_shape
 from atlas_jax.engine.work import Work
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.kernels.lookup import NONE
@@ -50,12 +51,20 @@ class Loop:
     """Owns the runner; everything but `submit`, `wake`, `cancel`, `stop` and the read-only views runs on its thread."""
 
     def __init__(
-        self, runner: Runner, tokenizer: Tokenizer, sessions: SessionTable | None, *, max_rows: int, context: int
+        self,
+        runner: Runner,
+        tokenizer: Tokenizer,
+        sessions: SessionTable | None,
+        *,
+        max_rows: int,
+        context: int,
+        prefix_bytes: int,
     ) -> None:
         self.counters = Counters()
         self._runner = runner
         self._tokenizer = tokenizer
         self._sessions = sessions
+        self._prefixes = PrefixCache(prefix_bytes)
         self._max_rows = max_rows
         self._context = context
         self._signal = threading.Condition()
@@ -200,10 +209,9 @@ class Loop:
         work.limit = self._context if request.max_tokens is None else request.max_tokens
         memory = request.memory
         if memory is None:
-            work.feed = prompt
             work.limit = min(work.limit, self._context - len(prompt))
             work.ring_pages = work.plan.ring(len(prompt) + work.limit)
-            work.row = self._runner.new_row(1)
+            resume_plain(self._runner, self._prefixes, work)
         else:
             plan = WindowPlan(memory.window_size // PAGE, memory.update_frequency // PAGE)
             work.shape = SessionShape(plan, memory.memory_layers, memory.polynomial_degree)
@@ -296,6 +304,7 @@ class Loop:
 
     def _join(self, work: Work) -> None:
         """Puts a prompt that has been read into the decode batch, or ends it if nothing is to be generated."""
+        request = work.request
         work.prompt_end = work.position if work.limit else -1
         self.counters.cached_tokens += work.cached
         if work.request.prompt_logprobs is not None:
@@ -306,6 +315,8 @@ class Loop:
             self._finish(work, "length")
             return
         assert work.row is not None
+        if work.reuses:
+            self._prefixes.keep(request.owner, request.prompt[: work.position], work.row.context)
         index = self._free_place(work.ring_pages)
         layers, degree = self._memory_shape(work)
         self._runner.insert(

@@ -1,4 +1,4 @@
-"""A session's turn: where a prompt goes on from, and the session as the turn leaves it."""
+"""Where a prompt goes on from, and a session as its turn leaves it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import replace
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import InvalidRequest
 from atlas_jax.engine.history import History, continuation
+from atlas_jax.engine.prefix import PrefixCache
 from atlas_jax.engine.runner import Runner
 from atlas_jax.engine.session import Appended, Checkpoint, Session, SessionShape, SessionStats
 from atlas_jax.engine.state import Sequences
@@ -37,6 +38,22 @@ def same_shape(session: SessionShape, request: SessionShape, given: frozenset[st
                 param=f"atlas.{name}",
             )
     return session
+
+
+def resume_plain(runner: Runner, prefixes: PrefixCache, work: Work) -> None:
+    """Goes on from the longest beginning of the prompt that has been read before, else from nothing."""
+    prompt = list(work.request.prompt)
+    # the last token is fed by the first decode step, so it is never part of what has been read
+    known = prefixes.find(work.request.owner, prompt[:-1]) if work.reuses else None
+    if known is None:
+        work.row = runner.new_row(1)
+    else:
+        context, work.position = known
+        work.page = work.position // PAGE - 1
+        saved = Sequences(context, None)
+        work.row = runner.adopt(saved, work.plan.ring(work.position + 1), work.position, work.plan.slot(work.page))
+    work.cached = work.position
+    work.feed = prompt[work.position :]
 
 
 def resume(runner: Runner, work: Work, session: Session, prompt: list[int]) -> None:

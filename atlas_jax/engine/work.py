@@ -86,6 +86,12 @@ class Work:
         return WindowPlan(window=None) if self.shape is None else self.shape.plan
 
     @property
+    def reuses(self) -> bool:
+        """Whether it takes and leaves whole pages of its prompt."""
+        request = self.request
+        return request.reuse and request.memory is None and request.prompt_logprobs is None
+
+    @property
     def needs_page(self) -> bool:
         """Whether the token at `position` begins a page."""
         return self._begins_page(self.position)

@@ -60,6 +60,7 @@ class GenerationPlan:
     max_tokens: int | None
     stop: tuple[str, ...]
     ignore_eos: bool
+    reuse: bool
     prompt_logprobs: int | None
     memory: MemoryPlan
     stream: bool
@@ -84,6 +85,7 @@ class GenerationPlan:
                         sampling=sampling,
                         stop=self.stop,
                         ignore_eos=self.ignore_eos,
+                        reuse=self.reuse,
                         prompt_logprobs=self.prompt_logprobs,
                         choice=len(out),
                         owner=owner,

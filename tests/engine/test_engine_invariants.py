@@ -257,3 +257,32 @@ def test_a_session_goes_on_the_same_after_drafts(engines: Callable[[str], Engine
     for one, other in zip(*answers, strict=True):
         assert_same(one, other)
     assert sum(turn.end.accepted_tokens for turn in answers[0]) > 20
+
+
+@kinds
+@few
+@given(
+    seed=seeds,
+    shared=st.integers(1, 3 * PAGE + 1),
+    rest=st.integers(0, PAGE + 2),
+    before=st.integers(0, 2 * PAGE),
+)
+def test_reading_on_from_another_prompts_beginning_changes_no_bit(
+    engines: Callable[[str], Engine], kind: str, seed: int, shared: int, rest: int, before: int
+) -> None:
+    engine = engines(kind)
+    prompt = words(seed, shared) + words(seed + 1, rest)
+    fresh = ask(engine, request(prompt, reuse=False))
+    ask(engine, request(words(seed, shared) + words(seed + 2, before), 1))
+    again = ask(engine, request(prompt))
+    assert fresh.end.cached_tokens == 0
+    assert again.end.cached_tokens >= min(shared, shared + before - 1, len(prompt) - 1) // PAGE * PAGE
+    assert_same(again, fresh)
+
+
+def test_prompts_are_not_shared_between_owners(engine: Engine) -> None:
+    prompt = words(77, 2 * PAGE + 5)
+    assert ask(engine, request(prompt, owner="one")).end.cached_tokens == 0
+    assert ask(engine, request(prompt, owner="other")).end.cached_tokens == 0
+    assert ask(engine, request(prompt, owner="one")).end.cached_tokens == 2 * PAGE
+    assert ask(engine, request(prompt, owner="one", prompt_logprobs=1)).end.cached_tokens == 0
