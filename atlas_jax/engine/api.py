@@ -144,6 +144,7 @@ class GenerationRequest:
       choice: only choice 0 of a session's request goes on as that session; the others see it and leave no trace.
       owner: whose share of the engine this request uses (fairness, prefix reuse never crosses owners).
       reuse: take what another prompt of this owner that begins the same has left, and leave what this one reads.
+      grammar: what the answer must match (`EngineProtocol.json_grammar`), or None.
       memory: None = the plain model.
     """
 
@@ -156,6 +157,7 @@ class GenerationRequest:
     choice: int = 0
     owner: str = ""
     reuse: bool = True
+    grammar: Any = None
     memory: MemoryParams | None = None
 
 
@@ -448,6 +450,13 @@ class EngineProtocol(Protocol):
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """The same as text, for people to read."""
+
+    def json_grammar(self, schema: Mapping[str, Any]) -> Any:
+        """A grammar of the JSON texts a schema allows, for requests to this engine; may take a second.
+
+        Raises:
+          InvalidRequest: the schema is wrong, too large, or uses what is not implemented.
+        """
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
         """Queues a request; `listener` is called from the engine's thread and must not block.

@@ -30,6 +30,7 @@ from atlas_jax.engine.api import (
     SlotInfo,
 )
 from atlas_jax.engine.compiler import CompileCounter, use_cache
+from atlas_jax.engine.grammar import Grammar, Grammars
 from atlas_jax.engine.loop import Loop
 from atlas_jax.engine.runner import DRAFTING, Buckets, Runner
 from atlas_jax.engine.session import Layout
@@ -96,6 +97,7 @@ class Engine:
         self._runner = runner
         self._limits = limits
         self._compilations = compilations
+        self._grammars = Grammars(tokenizer)
         self._draining = False
         self._close_lock = threading.Lock()
         self._table = (
@@ -251,6 +253,10 @@ class Engine:
             return self._template.render(messages, **kwargs)
         except TemplateError as error:
             raise InvalidRequest(str(error), param="messages") from error
+
+    def json_grammar(self, schema: Mapping[str, Any]) -> Grammar:
+        """A grammar of the JSON texts a schema allows; see `api.EngineProtocol.json_grammar`."""
+        return self._grammars.json(schema)
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
         """Queues a request; see `api.EngineProtocol.submit`."""

@@ -355,6 +355,8 @@ class Loop:
     # --- decoding -------------------------------------------------------------------------------------------------
     def _decode(self) -> None:
         launched = time.perf_counter()
+        if any(work is not None and work.constraint is not None for work in self._places):
+            self._land()  # which tokens may come next follows from the one before
         riders = [
             (index, work)
             for index, work in enumerate(self._places)
@@ -368,7 +370,8 @@ class Loop:
                 if work.page_due:
                     self._runner.turn_row(index, *self._page_turn(work))
                 wanted[index] = min(width, work.limit - len(work.generated) - work.certain)
-            self._flight = (self._runner.decode(wanted), riders)
+            riders, allowed = self._constrain(riders, wanted)
+            self._flight = (self._runner.decode(wanted, allowed), riders)
         if flight is not None:
             self._deliver(*flight)
             self.counters.steps += 1
@@ -378,6 +381,28 @@ class Loop:
                 work.launched += 1
                 work.flying = width
             self._shrink_if_oversized(len(riders))
+
+    def _constrain(
+        self, riders: list[tuple[int, Work]], wanted: np.ndarray
+    ) -> tuple[list[tuple[int, Work]], np.ndarray | None]:
+        """Which tokens may come next, a bit each, and who still rides; None where all may.
+
+        A row under a grammar takes no drafts: what may follow them is not known in time.
+        """
+        if all(work.constraint is None for _, work in riders):
+            return riders, None
+        allowed = self._runner.all_allowed()
+        left = []
+        for index, work in riders:
+            try:
+                if work.constraint is not None:
+                    wanted[index] = 1
+                    work.constraint.allow(allowed[index])
+                left.append((index, work))
+            except EngineError as error:
+                wanted[index] = 0
+                self._fail(work, error, index)
+        return left, allowed
 
     def _land(self) -> None:
         """Looks at the step in flight before the batch is rearranged."""
@@ -402,7 +427,8 @@ class Loop:
             if work.done:
                 continue
             try:
-                fed, drawn = np.count_nonzero(integers[index, :, 0] != NONE), np.count_nonzero(integers[index, :, 0] >= 0)
+                tokens = integers[index, :, 0]
+                fed, drawn = int((tokens != NONE).sum()), int((tokens >= 0).sum())
                 work.drafted += max(0, fed - 1)
                 work.accepted += max(0, drawn - 1)
                 for place in range(drawn):
@@ -410,6 +436,8 @@ class Loop:
                     self._take_token(index, work, integers[index, place], numbers[index, place])
                     if work.done:
                         break
+            except EngineError as error:
+                self._fail(work, error, index)
             except Exception:
                 log.exception("A request failed while its answer was delivered")
                 self._fail(work, EngineError("The engine could not finish this request"), index)
@@ -441,8 +469,13 @@ class Loop:
         if wanted is not None:
             top = integers[1 : 1 + wanted], numbers[2 : 2 + wanted]
             info = self._token_info(token, float(numbers[0]), *top)
+        if work.constraint is not None:
+            work.constraint.take(token)
         self._send_text(work, work.stream.push(token, info))
         if work.stream.matched is not None:
+            self._finish(work, "stop", index)
+        elif work.constraint is not None and work.constraint.complete:
+            self._end_text(work)
             self._finish(work, "stop", index)
         elif len(work.generated) >= work.limit:
             self._end_text(work)

@@ -18,7 +18,7 @@ from atlas_jax.engine.state import DRAFTS, Drawing, Sequences, init_drawing, ini
 from atlas_jax.engine.step import Packed, StepConfig, Weights
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.lookup import NONE
-from atlas_jax.kernels.sampling import SamplingState
+from atlas_jax.kernels.sampling import SamplingState, allowed_words
 from atlas_jax.memory.recall import MemorySettings
 from atlas_jax.model.context import page_turn, turn_page
 from atlas_jax.model.stages import Trunk
@@ -75,6 +75,7 @@ class Runner:
         self._insert_memory = Program(step.insert_memory, donate=(0,))
         self._start = Program(step.start, donate=(0,))
         self._reposition = Program(step.reposition, donate=(0,))
+        self._all_allowed: dict[int, jax.Array] = {}
         self._new: dict[tuple[int, int], Program] = {}
         self._new_drawing: dict[int, Program] = {}
         rows, pages = buckets.rows[0], buckets.pages[0]
@@ -229,11 +230,16 @@ class Runner:
         """The most tokens a row can gain in one decode step."""
         return self.buckets.width(self.rows)
 
-    def decode(self, wanted: np.ndarray) -> Packed:
+    def all_allowed(self) -> np.ndarray:
+        """A bit for every row and token, all set: int32 [rows, words]."""
+        return np.full((self.rows, allowed_words(self.config.model.vocab)), -1, np.int32)
+
+    def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> Packed:
         """One step; the result is on its way to the host when this returns, not there yet.
 
         Args:
           wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its drafts out.
+          allowed: which tokens may be drawn, see `all_allowed`; None allows all.
         """
         rows, width = self.rows, self.width
         feed = self.drawing.token if width == 1 else (self.drawing.token, self.drawing.drafts)
@@ -241,8 +247,11 @@ class Runner:
         context, view, states = self._trunk(key, self._params, self.sequences.context, feed, wanted.astype(np.int32))
         ring = view.ring
         rest = (states[-1], self._taps(states), ring.positions, ring.valid)
+        if rows not in self._all_allowed:
+            self._all_allowed[rows] = jax.device_put(self.all_allowed())
+        may = self._all_allowed[rows] if allowed is None else allowed
         memory, self.drawing, position, packed = self._finish_decode(
-            rows, self._ends, self.sequences.memory, self.drawing, *rest
+            rows, self._ends, self.sequences.memory, self.drawing, may, *rest
         )
         self.sequences = Sequences(dataclasses.replace(context, position=position), memory)
         packed.integers.copy_to_host_async()
@@ -290,7 +299,8 @@ class Runner:
         feed = drawing.token if width == 1 else (drawing.token, drawing.drafts)
         view, states = self._trunk.compile(key, self._params, batch.context, feed, count)
         rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid)
-        self._finish_decode.compile(rows, self._ends, batch.memory, drawing, *rest)
+        allowed = _integers(rows, allowed_words(self.config.model.vocab))
+        self._finish_decode.compile(rows, self._ends, batch.memory, drawing, allowed, *rest)
 
     def compile_moves(self, rows: int, pages: int) -> None:
         """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""

@@ -137,6 +137,7 @@ def finish_decode(
     weights: Weights,
     memory: MemoryState | None,
     drawing: Drawing,
+    allowed: Int32[Array, "B words"],
     hidden: Float[Array, "B T E"],
     tapped: tuple[Float[Array, "B T E"], ...],
     positions: Int32[Array, "B T"],
@@ -149,6 +150,10 @@ def finish_decode(
     step without drafts. What a wrong draft left in the cache and in the memory's rings lies at positions that are read
     only after they have been written again.
 
+    Args:
+      allowed: which tokens a row may draw, see `sampling.sample`; the same after its drafts, so a row for which that would
+        be wrong comes without drafts.
+
     Returns:
       The memory, what to draw from next, the position of each row's next token, and a `Packed` [B, T].
     """
@@ -158,7 +163,10 @@ def finish_decode(
         config, weights, memory, drawing.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid
     )
     drawn = sample(
-        _after_drafts(drawing.sampling, fed), mixed.reshape(batch * width, -1), positions.reshape(-1) + 1
+        _after_drafts(drawing.sampling, fed),
+        mixed.reshape(batch * width, -1),
+        positions.reshape(-1) + 1,
+        jnp.repeat(allowed, width, axis=0),
     )
     token = drawn.token.reshape(batch, width)
     right = (token[:, :-1] == fed[:, 1:]) & valid[:, 1:]

@@ -19,6 +19,7 @@ from atlas_jax.engine.api import (
     MemoryStats,
     TokenInfo,
 )
+from atlas_jax.engine.grammar import Constraint
 from atlas_jax.engine.output import TextStream
 from atlas_jax.engine.session import Session, SessionShape
 from atlas_jax.engine.sessions import Lease
@@ -44,6 +45,7 @@ class Work:
       ring_pages: ring slots it needs.
       row: its state while the prompt is being read.
       kept: session it goes on as when it ends, or None.
+      constraint: what the answer must match, as far as it has come.
     """
 
     request: GenerationRequest
@@ -54,6 +56,7 @@ class Work:
     cancelled: threading.Event = field(default_factory=threading.Event)
     lease: Lease | None = None
     kept: Session | None = None
+    constraint: Constraint | None = None
     shape: SessionShape | None = None
     write: MemoryWrite | None = None
     feed: list[int] = field(default_factory=list)
@@ -170,5 +173,6 @@ def new_work(request: GenerationRequest, listener: Listener, tokenizer: Tokenize
         request=request,
         listener=listener,
         seed=secrets.randbits(63) if seed is None else seed & ((1 << 64) - 1),
+        constraint=None if request.grammar is None else request.grammar.begin(),
         stream=TextStream(tokenizer, request.stop, with_tokens=request.sampling.logprobs is not None),
     )

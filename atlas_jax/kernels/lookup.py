@@ -7,7 +7,6 @@ every draft against its own draw; a wrong one changes nothing.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 

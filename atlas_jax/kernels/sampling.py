@@ -96,16 +96,29 @@ def init_sampling(batch: int, vocab: int) -> SamplingState:
     )
 
 
-def sample(state: SamplingState, scores: Float[Array, "B V"], position: Int32[Array, B]) -> Sample:
+def allowed_words(vocab: int) -> int:
+    """Words of 32 bits that hold a bit for every token."""
+    return -(-vocab // 32)
+
+
+def sample(
+    state: SamplingState,
+    scores: Float[Array, "B V"],
+    position: Int32[Array, B],
+    allowed: Int32[Array, "B words"] | None = None,
+) -> Sample:
     """Draws one token per row.
 
     Args:
       scores: logits, any additive constant per row.
       position: absolute position the token will have; with the seed it fixes the draw.
+      allowed: bit t mod 32 of word t // 32 says whether token t may be drawn, at least one per row; None allows all.
     """
     best = row_max(scores)
     log_mass = best + jnp.log(row_sum(jnp.exp(scores - best[:, None])))
     adjusted = _penalize(state, scores)
+    if allowed is not None:
+        adjusted = jax.lax.cond(jnp.any(allowed != -1), lambda x: _restrict(x, allowed), lambda x: x, adjusted)
     greedy = _first_best(adjusted)
     token = jax.lax.cond(
         jnp.any(state.temperature > 0),
@@ -151,6 +164,11 @@ def _penalize(state: SamplingState, scores: jax.Array) -> jax.Array:
 
     scores = jax.lax.cond(jnp.any(penalized), penalties, lambda x: x, scores)
     return jax.lax.cond(jnp.any(state.bias != 0), biases, lambda x: x, scores)
+
+
+def _restrict(scores: jax.Array, allowed: jax.Array) -> jax.Array:
+    bits = (allowed[:, :, None] >> jnp.arange(32)) & 1
+    return jnp.where(bits.reshape(allowed.shape[0], -1)[:, : scores.shape[1]] == 1, scores, NEGATIVE)
 
 
 def _first_best(x: jax.Array) -> jax.Array:

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 from msgspec import UNSET
@@ -52,6 +52,7 @@ class GenerationPlan:
       prompts: token ids of each prompt.
       choices: sequences a prompt.
       prompt_logprobs: None, or how many alternatives for every prompt token.
+      grammar: what every answer must match, or None.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -61,6 +62,7 @@ class GenerationPlan:
     stop: tuple[str, ...]
     ignore_eos: bool
     reuse: bool
+    grammar: Any
     prompt_logprobs: int | None
     memory: MemoryPlan
     stream: bool
@@ -86,6 +88,7 @@ class GenerationPlan:
                         stop=self.stop,
                         ignore_eos=self.ignore_eos,
                         reuse=self.reuse,
+                        grammar=self.grammar,
                         prompt_logprobs=self.prompt_logprobs,
                         choice=len(out),
                         owner=owner,

@@ -11,6 +11,7 @@ from server.schemas.completions import CompletionRequest
 from server.schemas.sampling import SamplingFields
 from server.services.chat_writer import ChatWriter
 from server.services.completion_writer import CompletionWriter
+from server.services.formats import answer_grammar
 from server.services.generation import Generation, GenerationPlan, Generator
 from server.services.memory_options import MemoryPlan, plan_memory
 from server.services.models import Models
@@ -55,6 +56,7 @@ class Inference:
             stop=stop_strings(body),
             ignore_eos=bool(body.ignore_eos),
             reuse=body.cache_prompt is not False,
+            grammar=None,
             prompt_logprobs=body.logprobs if body.echo else None,
             memory=memory,
             stream=bool(body.stream),
@@ -78,6 +80,7 @@ class Inference:
             raise invalid("top_logprobs", "needs logprobs to be true")
         model = self._admitted(body, context)
         memory = self._memory(body, context)
+        grammar = await answer_grammar(self._host, body.response_format)
         prompt = await self._texts.chat(body.messages, body.chat_template_kwargs)
         usage = _wants_usage(body)
         logprobs = body.top_logprobs or 0 if body.logprobs else None
@@ -96,6 +99,7 @@ class Inference:
             stop=stop_strings(body),
             ignore_eos=bool(body.ignore_eos),
             reuse=body.cache_prompt is not False,
+            grammar=grammar,
             prompt_logprobs=None,
             memory=memory,
             stream=bool(body.stream),

@@ -61,18 +61,13 @@ def refuse_unsupported(raw: Mapping[str, Any]) -> None:
 
 
 def refuse_unsupported_chat(body: ChatRequest) -> None:
-    """The same for the fields whose meaning depends on each other: tools, formats, modalities.
-
-    This is the one place that says what a constrained answer may be; an engine with grammars relaxes it here.
-    """
+    """The same for the fields whose meaning depends on each other: tools, modalities."""
     if body.tools and body.tool_choice != "none":
         raise unsupported("tools")
     if body.functions and body.function_call != "none":
         raise unsupported("functions")
     if body.tool_choice not in (None, "none", "auto"):
         raise unsupported("tool_choice")
-    if body.response_format and body.response_format.get("type") != "text":
-        raise unsupported("response_format")
     if body.audio:
         raise unsupported("audio")
     if body.modalities and set(body.modalities) != {"text"}:

@@ -19,7 +19,9 @@ SIZE = 64
 def state(number: int) -> Context:
     """A state of SIZE bytes that can be told apart."""
     empty = jnp.zeros((0,), jnp.int32)
-    return Context(kv=(), page=jnp.full((1, SIZE // 4), number, jnp.int32), slot=empty, first_page=empty, position=empty)
+    return Context(
+        kv=(), page=jnp.full((1, SIZE // 4), number, jnp.int32), slot=empty, first_page=empty, position=empty
+    )
 
 
 def text(pages: list[int], more: int) -> list[int]:

@@ -14,7 +14,7 @@ from reference.sampling_reference import Settings, adjusted, distribution
 
 from atlas_jax.engine.api import SamplingParams
 from atlas_jax.engine.settings import sampling_state
-from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, record, sample
+from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, allowed_words, record, sample
 
 VOCAB = 150
 COPIES, KINDS = 96, 4
@@ -197,3 +197,20 @@ def test_history_counts_what_active_rows_generated() -> None:
     assert present[:, 5].all()
     assert present[1, 9] == 1
     assert present[2, 9] == 0
+
+
+@settings(deadline=None, max_examples=30)
+@given(kind=kinds, seed=seeds, allowed=st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=VOCAB))
+def test_only_what_is_allowed_is_drawn(kind: Settings, seed: int, allowed: set[int]) -> None:
+    state = jax.tree.map(jnp.asarray, stack([one_row(kind, seed), one_row(kind, seed)]))
+    scores = np.random.default_rng(seed).normal(0, 3, (2, VOCAB)).astype(np.float32)
+    mask = np.full((2, allowed_words(VOCAB)), -1, np.int32)
+    bits = np.zeros(mask.shape[1] * 32, np.uint8)
+    bits[list(allowed)] = 1
+    mask[0] = np.packbits(bits, bitorder="little").view(np.int32)
+    found = draw(state, jnp.asarray(scores), jnp.asarray([3, 3]), jnp.asarray(mask))
+    free = draw(state, jnp.asarray(scores), jnp.asarray([3, 3]))
+    assert int(found.token[0]) in allowed
+    assert int(found.token[1]) == int(free.token[1])
+    if len(allowed) == VOCAB:
+        assert int(found.token[0]) == int(free.token[0])

@@ -250,6 +250,9 @@ class FakeEngine:
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         return self.tokenizer.decode(self.render_chat(messages))
 
+    def json_grammar(self, schema: Mapping[str, Any]) -> Any:
+        return dict(schema)
+
     def submit(self, request: GenerationRequest, listener: Listener) -> Running:
         if self.submit_errors:
             raise self.submit_errors.pop(0)

@@ -172,6 +172,19 @@ def test_temperatures_that_would_overflow_are_greedy(live: Live) -> None:
         ({"messages": [{"role": "user", "content": "x"}], "max_tokens": 1, "max_completion_tokens": 2}, "max_tokens"),
         ({"messages": [{"role": "user", "content": "x"}], "tool_choice": "required"}, "tool_choice"),
         ({"messages": [{"role": "user", "content": "x"}], "response_format": "json"}, "response_format"),
+        ({"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "xml"}}, "response_format.type"),
+        ({"messages": [{"role": "user", "content": "x"}], "response_format": {"type": ["x"]}}, "response_format.type"),
+        (
+            {"messages": [{"role": "user", "content": "x"}], "response_format": {"type": "json_schema"}},
+            "response_format.json_schema",
+        ),
+        (
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "response_format": {"type": "json_schema", "json_schema": {"schema": "x"}},
+            },
+            "response_format.json_schema.schema",
+        ),
         ({"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"__class__": 1}}, None),
     ],
 )

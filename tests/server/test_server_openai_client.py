@@ -299,8 +299,6 @@ def test_a_prompt_over_the_context_is_refused_with_both_lengths(live: Live, clie
     ("fields", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {}}}}, "response_format"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
         ({"extra_body": {"grammar": "root ::= x"}}, "grammar"),
@@ -314,6 +312,22 @@ def test_unsupported_fields_are_named(client: openai.OpenAI, fields: dict, param
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=MODEL, messages=ask("a"), **fields)
     assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("given", "schema"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_object", "schema": {"type": "array"}}, {"type": "array"}),
+        ({"type": "json_schema", "json_schema": {"name": "x"}}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"a": 1}}}, {"a": 1}),
+    ],
+)
+def test_a_response_format_becomes_a_grammar(live: Live, client: openai.OpenAI, given: Any, schema: Any) -> None:
+    client.chat.completions.create(model=MODEL, messages=ask("a"), max_tokens=2, response_format=given)
+    assert live.engine.requests[-1].grammar == schema
 
 
 def test_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
