@@ -1,9 +1,7 @@
-"""The engine's thread: admits requests, reads prompts a chunk at a time, decodes the batch, and delivers what comes out.
+"""The engine's thread: admits requests, reads prompts a chunk at a time, has the batch decode, and ends what has ended.
 
 One turn of the loop reads at most one chunk of one prompt and launches one decode step, so no stream waits longer than
-one chunk. The result of a step is looked at while the next one runs: an answer's end is noticed one step late, and that
-step's surplus tokens are thrown away. A step with drafts ends at the page's end; the row sits out the next one, which was
-launched before anybody knew.
+one chunk.
 """
 
 from __future__ import annotations
@@ -17,34 +15,29 @@ import numpy as np
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import (
-    Delta,
     EngineError,
     Failed,
     FinishReason,
     MemoryStats,
     Prompt,
     SlotInfo,
-    TokenInfo,
 )
+from atlas_jax.engine.batch import Batch
 from atlas_jax.engine.counters import Counters
+from atlas_jax.engine.output import token_info
 from atlas_jax.engine.prefix import PrefixCache
 from atlas_jax.engine.queue import FairQueue
 from atlas_jax.engine.runner import Runner
 from atlas_jax.engine.session import Session, SessionShape
 from atlas_jax.engine.sessions import SessionTable
-from atlas_jax.engine.settings import MemoryWrite, memory_settings, recent_text, sampling_state
+from atlas_jax.engine.settings import MemoryWrite, memory_settings
 from atlas_jax.engine.step import Packed
-from atlas_jax.engine.turns import kept_session, resume, resume_plain, same_shape
+from atlas_jax.engine.turns import begin_page, kept_session, resume, resume_plain, same_shape
 from atlas_jax.engine.work import Work
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.kernels.lookup import NONE
-from atlas_jax.memory.recall import MUON
-from atlas_jax.model.window import Turn, WindowPlan, bucket
+from atlas_jax.model.window import WindowPlan
 
 log = logging.getLogger("atlas.engine")
-
-_SHRINK_AFTER = 256
-"""Steps a batch must have been too large for before it is made smaller."""
 
 
 class Loop:
@@ -73,11 +66,7 @@ class Loop:
         self._poked = False
         self._waiting: FairQueue[Work] = FairQueue()
         self._lanes: deque[Work] = deque()
-        self._places: list[Work | None] = [None] * runner.rows
-        self._flight: tuple[Packed, list[tuple[int, Work]]] | None = None
-        self._oversized = 0
-        self._rate_from = time.monotonic()
-        self._rate_tokens = 0
+        self._batch = Batch(runner, tokenizer, self.counters, finish=self._finish, fail=self._fail)
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
 
@@ -116,7 +105,7 @@ class Loop:
     @property
     def running(self) -> int:
         """Requests being read or answered."""
-        return len(self._lanes) + sum(work is not None for work in self._places)
+        return len(self._lanes) + len(self._batch)
 
     @property
     def waiting(self) -> int:
@@ -125,7 +114,7 @@ class Loop:
 
     def slots(self) -> tuple[SlotInfo, ...]:
         """The decode slots."""
-        places = list(self._places)
+        places = list(self._batch.places)
         places += [None] * (self._max_rows - len(places))
         return tuple(
             SlotInfo(
@@ -145,7 +134,7 @@ class Loop:
                 self._drop_cancelled()
                 self._admit()
                 self._read_some()
-                self._decode()
+                self._batch.step(alone=not self._lanes and not len(self._waiting))
         except BaseException as error:
             log.exception("The engine's thread has died")
             self.failure = error
@@ -155,7 +144,7 @@ class Loop:
     def _wait(self) -> bool:
         """Sleeps until there is something to do; False when it is time to end."""
         with self._signal:
-            idle = not self._lanes and self._flight is None and not any(self._places)
+            idle = not self._lanes and self._batch.idle
             while idle and not self._inbox and not self._poked and not self._stopping:
                 self._signal.wait()
             self._poked = False
@@ -172,9 +161,9 @@ class Loop:
         for work in [work for work in self._lanes if work.cancelled.is_set()]:
             self._finish(work, "cancelled")  # first: whoever sees it gone may count on its session being back
             self._lanes.remove(work)
-        for index, place in enumerate(self._places):
-            if place is not None and place.cancelled.is_set():
-                self._finish(place, "cancelled", index)
+        for index, work in self._batch.sitting():
+            if work.cancelled.is_set():
+                self._finish(work, "cancelled", index)
 
     # --- admission ------------------------------------------------------------------------------------------------
     def _admit(self) -> None:
@@ -259,10 +248,10 @@ class Loop:
         assert work.row is not None
         if work.needs_page:
             work.row = self._runner.at_least(work.row, work.plan.ring(work.position + 1))
-            work.row = self._runner.turn(work.row, *self._page_turn(work))
+            work.row = self._runner.turn(work.row, *begin_page(self._runner, self.counters, work))
         count = min(left, PAGE - work.position % PAGE)
         tokens, work.feed = work.feed[:count], work.feed[count:]
-        settings = memory_settings(work.request.memory, *self._memory_shape(work))
+        settings = memory_settings(work.request.memory, *work.memory_shape)
         if work.request.prompt_logprobs is None:
             work.row = self._runner.read(work.row, settings, tokens)
         else:
@@ -280,27 +269,11 @@ class Loop:
     def _keep_scores(self, work: Work, packed: Packed, following: list[int]) -> None:
         integers, numbers = np.asarray(packed.integers), np.asarray(packed.numbers)
         if not work.scored:
-            work.scored.append(self._token_info(work.request.prompt[0], None, (), ()))
+            work.scored.append(token_info(self._tokenizer, work.request.prompt[0], None, (), ()))
         wanted = work.request.prompt_logprobs or 0
         for index, token in enumerate(following):
             top = integers[index, 1 : 1 + wanted], numbers[index, 2 : 2 + wanted]
-            work.scored.append(self._token_info(token, float(numbers[index, 0]), *top))
-
-    def _token_info(self, token: int, logprob: float | None, tokens: object, logprobs: object) -> TokenInfo:
-        pairs = zip(np.asarray(tokens, np.int64).tolist(), np.asarray(logprobs, np.float64).tolist(), strict=True)
-        top = tuple((other, self._tokenizer.token_bytes(other), value) for other, value in pairs)
-        return TokenInfo(token, self._tokenizer.token_bytes(token), logprob, top)
-
-    def _memory_shape(self, work: Work) -> tuple[int, int]:
-        return (1, 2) if work.shape is None else (work.shape.layers, work.shape.degree)
-
-    def _page_turn(self, work: Work) -> tuple[Turn, MemoryWrite | None]:
-        memory = self._runner.config.memory
-        passes = memory.passes if memory is not None and work.write is not None and work.write.optimizer == MUON else 0
-        if work.begin_page(passes):
-            self.counters.memory_updates += 1
-            self.counters.muon_iterations += passes
-        return work.plan.turn(work.page), work.write
+            work.scored.append(token_info(self._tokenizer, token, float(numbers[index, 0]), *top))
 
     def _join(self, work: Work) -> None:
         """Puts a prompt that has been read into the decode batch, or ends it if nothing is to be generated."""
@@ -309,7 +282,7 @@ class Loop:
         self.counters.cached_tokens += work.cached
         if work.request.prompt_logprobs is not None:
             if not work.scored:
-                work.scored.append(self._token_info(work.request.prompt[0], None, (), ()))
+                work.scored.append(token_info(self._tokenizer, work.request.prompt[0], None, (), ()))
             work.send(Prompt(tuple(work.scored)))
         if work.limit == 0:
             self._finish(work, "length")
@@ -317,176 +290,7 @@ class Loop:
         assert work.row is not None
         if work.reuses:
             self._prefixes.keep(request.owner, request.prompt[: work.position], work.row.context)
-        index = self._free_place(work.ring_pages)
-        layers, degree = self._memory_shape(work)
-        self._runner.insert(
-            index,
-            work.row,
-            work.feed[0],
-            recent_text(self._read_text(work), work.position),
-            sampling_state(work.request.sampling, self._runner.config.model.vocab, work.seed, work.request.prompt),
-            memory_settings(work.request.memory, layers, degree),
-            with_memory=work.request.memory is not None,
-        )
-        work.row = None
-        self._places[index] = work
-
-    def _read_text(self, work: Work) -> list[int]:
-        """The latest tokens of its text, with the one that is fed next."""
-        read = work.request.prompt[: work.position] if work.kept is None else work.kept.history.tail
-        return [*read, work.feed[0]]
-
-    def _free_place(self, pages: int) -> int:
-        """A free row of the batch, which grows if it must."""
-        busy = {index: work for index, work in enumerate(self._places) if work is not None}
-        if len(busy) == len(self._places) or pages > self._runner.pages:
-            self._resize(len(busy) + 1, max([pages, *(work.ring_pages for work in busy.values())]))
-        return self._places.index(None)
-
-    def _resize(self, rows: int, pages: int) -> None:
-        self._land()
-        rows, pages = bucket(rows, self._runner.buckets.rows), bucket(pages, self._runner.buckets.pages)
-        busy = [index for index, work in enumerate(self._places) if work is not None]
-        moves = {index: place for place, index in enumerate(busy)}
-        self._runner.resize(rows, pages, moves)
-        self._places = [self._places[index] for index in busy] + [None] * (rows - len(busy))
-        self._oversized = 0
-
-    # --- decoding -------------------------------------------------------------------------------------------------
-    def _decode(self) -> None:
-        launched = time.perf_counter()
-        if any(work is not None and work.constraint is not None for work in self._places):
-            self._land()  # which tokens may come next follows from the one before
-        riders = [
-            (index, work)
-            for index, work in enumerate(self._places)
-            if work is not None and not work.done and len(work.generated) + work.certain < work.limit
-        ]
-        flight, self._flight = self._flight, None
-        if riders:
-            width = self._runner.width
-            wanted = np.zeros(len(self._places), np.int32)
-            for index, work in riders:
-                if work.page_due:
-                    self._runner.turn_row(index, *self._page_turn(work))
-                wanted[index] = min(width, work.limit - len(work.generated) - work.certain)
-            riders, allowed = self._constrain(riders, wanted)
-            self._flight = (self._runner.decode(wanted, allowed), riders)
-        if flight is not None:
-            self._deliver(*flight)
-            self.counters.steps += 1
-            self.counters.step_seconds += time.perf_counter() - launched
-        if riders:
-            for _, work in riders:
-                work.launched += 1
-                work.flying = width
-            self._shrink_if_oversized(len(riders))
-
-    def _constrain(
-        self, riders: list[tuple[int, Work]], wanted: np.ndarray
-    ) -> tuple[list[tuple[int, Work]], np.ndarray | None]:
-        """Which tokens may come next, a bit each, and who still rides; None where all may.
-
-        A row under a grammar takes no drafts: what may follow them is not known in time.
-        """
-        if all(work.constraint is None for _, work in riders):
-            return riders, None
-        allowed = self._runner.all_allowed()
-        left = []
-        for index, work in riders:
-            try:
-                if work.constraint is not None:
-                    wanted[index] = 1
-                    work.constraint.allow(allowed[index])
-                left.append((index, work))
-            except EngineError as error:
-                wanted[index] = 0
-                self._fail(work, error, index)
-        return left, allowed
-
-    def _land(self) -> None:
-        """Looks at the step in flight before the batch is rearranged."""
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._deliver(*flight)
-
-    def _shrink_if_oversized(self, busy: int) -> None:
-        if not any(self._places):  # the last of them ended while its surplus step was on its way
-            return
-        wanted = bucket(busy, self._runner.buckets.rows)
-        pages = bucket(max(w.ring_pages for w in self._places if w is not None), self._runner.buckets.pages)
-        self._oversized = self._oversized + 1 if wanted < self._runner.rows or pages < self._runner.pages else 0
-        if self._oversized > _SHRINK_AFTER and not self._lanes and not len(self._waiting):
-            self._resize(busy, pages)
-
-    def _deliver(self, packed: Packed, riders: list[tuple[int, Work]]) -> None:
-        integers, numbers = np.asarray(packed.integers), np.asarray(packed.numbers)
-        before = self.counters.generated_tokens
-        for index, work in riders:
-            work.flying = 0
-            if work.done:
-                continue
-            try:
-                tokens = integers[index, :, 0]
-                fed, drawn = int((tokens != NONE).sum()), int((tokens >= 0).sum())
-                work.drafted += max(0, fed - 1)
-                work.accepted += max(0, drawn - 1)
-                for place in range(drawn):
-                    work.position += 1
-                    self._take_token(index, work, integers[index, place], numbers[index, place])
-                    if work.done:
-                        break
-            except EngineError as error:
-                self._fail(work, error, index)
-            except Exception:
-                log.exception("A request failed while its answer was delivered")
-                self._fail(work, EngineError("The engine could not finish this request"), index)
-        self._count_rate(self.counters.generated_tokens - before)
-
-    def _count_rate(self, tokens: int) -> None:
-        now = time.monotonic()
-        self._rate_tokens += tokens
-        if now - self._rate_from >= 1.0:
-            self.counters.tokens_per_second = self._rate_tokens / (now - self._rate_from)
-            self._rate_from, self._rate_tokens = now, 0
-
-    def _take_token(self, index: int, work: Work, integers: np.ndarray, numbers: np.ndarray) -> None:
-        token = int(integers[0])
-        if not work.generated:
-            work.read_at = time.monotonic()
-        work.generated.append(token)
-        self.counters.generated_tokens += 1
-        if numbers[1] > 0:
-            work.gate_sum += float(numbers[1])
-            work.gate_count += 1
-        request = work.request
-        if token in self._tokenizer.eog_ids and not request.ignore_eos:
-            self._end_text(work)
-            self._finish(work, "stop", index)
-            return
-        wanted = request.sampling.logprobs
-        info = None
-        if wanted is not None:
-            top = integers[1 : 1 + wanted], numbers[2 : 2 + wanted]
-            info = self._token_info(token, float(numbers[0]), *top)
-        if work.constraint is not None:
-            work.constraint.take(token)
-        self._send_text(work, work.stream.push(token, info))
-        if work.stream.matched is not None:
-            self._finish(work, "stop", index)
-        elif work.constraint is not None and work.constraint.complete:
-            self._end_text(work)
-            self._finish(work, "stop", index)
-        elif len(work.generated) >= work.limit:
-            self._end_text(work)
-            self._finish(work, "stop" if work.stream.matched is not None else "length", index)
-
-    def _end_text(self, work: Work) -> None:
-        self._send_text(work, work.stream.finish())
-
-    def _send_text(self, work: Work, delta: Delta | None) -> None:
-        if delta is not None:
-            work.send(delta)
+        self._batch.add(work, alone=not self._lanes and not len(self._waiting))
 
     # --- endings --------------------------------------------------------------------------------------------------
     def _finish(self, work: Work, reason: FinishReason, index: int | None = None) -> None:
@@ -498,7 +302,7 @@ class Loop:
         self.counters.accepted_tokens += work.accepted
         stats = self._close_memory(work, reason, index)
         if index is not None:
-            self._places[index] = None
+            self._batch.leave(index)
         work.row = None
         self.counters.completed += reason in ("stop", "length")
         self.counters.cancelled += reason == "cancelled"
@@ -508,7 +312,7 @@ class Loop:
         if work.done:
             return
         if index is not None:
-            self._places[index] = None
+            self._batch.leave(index)
         work.row = None
         self._release(work, None)
         self.counters.failed += 1
@@ -556,7 +360,7 @@ class Loop:
         with self._signal:
             arrived, self._inbox = list(self._inbox), deque()
         everyone: list[tuple[Work, int | None]] = [(work, None) for work in [*arrived, *self._waiting, *self._lanes]]
-        everyone += [(work, index) for index, work in enumerate(self._places) if work is not None]
+        everyone += [(work, index) for index, work in self._batch.sitting()]
         for work, index in everyone:
             try:
                 if self.failure is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from atlas_jax.engine.api import Delta, TokenInfo
 from atlas_jax.gguf import StreamDecoder, Tokenizer
 
@@ -77,3 +79,10 @@ class TextStream:
                     longest = length
                     break
         return longest
+
+
+def token_info(tokenizer: Tokenizer, token: int, logprob: float | None, tokens: object, logprobs: object) -> TokenInfo:
+    """A token, its log-probability, and its alternatives with theirs, best first."""
+    pairs = zip(np.asarray(tokens, np.int64).tolist(), np.asarray(logprobs, np.float64).tolist(), strict=True)
+    top = tuple((other, tokenizer.token_bytes(other), value) for other, value in pairs)
+    return TokenInfo(token, tokenizer.token_bytes(token), logprob, top)

@@ -1,4 +1,4 @@
-"""Where a prompt goes on from, and a session as its turn leaves it."""
+"""Where a prompt goes on from, how its next page begins, and a session as its turn leaves it."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from dataclasses import replace
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import InvalidRequest
+from atlas_jax.engine.counters import Counters
 from atlas_jax.engine.history import History, continuation
 from atlas_jax.engine.prefix import PrefixCache
 from atlas_jax.engine.runner import Runner
 from atlas_jax.engine.session import Appended, Checkpoint, Session, SessionShape, SessionStats
+from atlas_jax.engine.settings import MemoryWrite
 from atlas_jax.engine.state import Sequences
 from atlas_jax.engine.work import Work
+from atlas_jax.memory.recall import MUON
+from atlas_jax.model.window import Turn
 
 _KEPT_CHECKPOINTS = 3
 """States at the ends of turns a session keeps, the present one included, to roll back to."""
@@ -123,3 +127,13 @@ def kept_session(runner: Runner, work: Work, row: Sequences, read: int, loss: fl
     if work.updates:
         stats.omega_loss, stats.last_update = loss, time.time()
     return session
+
+
+def begin_page(runner: Runner, counters: Counters, work: Work) -> tuple[Turn, MemoryWrite | None]:
+    """Accounts for the page that begins with the next token; what the runner has to do, and how the memory is written."""
+    memory = runner.config.memory
+    passes = memory.passes if memory is not None and work.write is not None and work.write.optimizer == MUON else 0
+    if work.begin_page(passes):
+        counters.memory_updates += 1
+        counters.muon_iterations += passes
+    return work.plan.turn(work.page), work.write

@@ -89,6 +89,11 @@ class Work:
         return WindowPlan(window=None) if self.shape is None else self.shape.plan
 
     @property
+    def memory_shape(self) -> tuple[int, int]:
+        """Layers and degree of its memory; any valid ones if it has none."""
+        return (1, 2) if self.shape is None else (self.shape.layers, self.shape.degree)
+
+    @property
     def reuses(self) -> bool:
         """Whether it takes and leaves whole pages of its prompt."""
         request = self.request
