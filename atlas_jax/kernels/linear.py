@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atlas_jax.kernels import native
 from atlas_jax.kernels.reduce import row_max
 from atlas_jax.typing import Array, Float, Int8
 
@@ -89,6 +90,8 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"], *, precise: bool = True
         terms = jnp.concatenate([high, low])
     else:
         terms, scale = quantize_rows(flat)
+    if native.takes_linear(terms.shape[0], inner, weight.shape[0]):
+        return native.linear(terms, scale, weight.values, weight.scale).reshape(*rows, -1)
     if terms.shape[0] == 1:  # XLA's CPU int8 product of a single row is a scalar loop, 20 times slower than two rows
         terms = jnp.concatenate([terms, jnp.zeros_like(terms)])
     sums = jnp.einsum("ri,oi->ro", terms, weight.values, preferred_element_type=jnp.int32)

@@ -1,0 +1,522 @@
+/* CPU kernels of a decode step, called from compiled JAX functions through XLA's foreign function interface.
+
+   XLA's own int8 products pack one operand anew at every call, which for the few rows of a decode step costs more than the
+   product. These read weights, keys and values once, as they lie. Sums of products are exact integers, and what a row
+   gets depends on that row alone, so results are the same for any batch, any number of threads, and with or without
+   drafts. The definitions are `linear` and `ref_window_attention` in Python; the tests compare. */
+
+#define _GNU_SOURCE
+#include <cpuid.h>
+#include <immintrin.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "xla/ffi/api/c_api.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")
+
+static bool has_tiles;
+
+/* What this processor runs: 0 nothing, 1 AVX-512 VNNI, 2 AMX tiles too. To be asked before anything else. */
+int atlas_supported(void) {
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")))
+    return 0;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return 1; /* amx-tile, amx-int8 */
+#ifdef __linux__
+  const long request_permission = 0x1023, tile_data = 18; /* the kernel saves tiles only for processes that asked */
+  has_tiles = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#endif
+  return has_tiles ? 2 : 1;
+}
+
+/* ---- threads -------------------------------------------------------------------------------------------------------
+
+   A call cuts its work into parts and offers them to XLA's own pool. The caller takes parts too, until none is left, and
+   then waits only for parts that somebody has begun: with every thread of the pool in a call of its own, nobody waits for
+   a part that never starts. */
+
+typedef void Part(const void *task, int64_t part);
+
+typedef struct {
+  Part *run;
+  const void *task;
+  int64_t parts;
+  atomic_long next, finished, holders;
+} Job;
+
+static void take_parts(Job *job) {
+  for (;;) {
+    long part = atomic_fetch_add(&job->next, 1);
+    if (part >= job->parts) return;
+    job->run(job->task, part);
+    atomic_fetch_add(&job->finished, 1);
+  }
+}
+
+static void release(Job *job) {
+  if (atomic_fetch_sub(&job->holders, 1) == 1) free(job);
+}
+
+static void help(void *data) {
+  take_parts(data);
+  release(data);
+}
+
+static int64_t pool_threads(const XLA_FFI_CallFrame *frame) {
+  int64_t count = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args args = {.struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
+                                             .ctx = frame->ctx,
+                                             .num_threads = &count};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&args);
+  if (error) {
+    XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
+    frame->api->XLA_FFI_Error_Destroy(&destroy);
+    return 1;
+  }
+  return count;
+}
+
+static void run_parts(const XLA_FFI_CallFrame *frame, Part *run, const void *task, int64_t parts) {
+  int64_t helpers = pool_threads(frame) - 1;
+  if (helpers > parts - 1) helpers = parts - 1;
+  Job *job = helpers > 0 ? malloc(sizeof(Job)) : NULL;
+  if (!job) {
+    for (int64_t part = 0; part < parts; part++) run(task, part);
+    return;
+  }
+  *job = (Job){.run = run, .task = task, .parts = parts};
+  atomic_init(&job->next, 0);
+  atomic_init(&job->finished, 0);
+  atomic_init(&job->holders, 1);
+  for (int64_t i = 0; i < helpers; i++) {
+    XLA_FFI_ThreadPool_Schedule_Args args = {.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
+                                             .ctx = frame->ctx,
+                                             .task = help,
+                                             .data = job};
+    atomic_fetch_add(&job->holders, 1);
+    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&args);
+    if (error) {
+      XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
+      frame->api->XLA_FFI_Error_Destroy(&destroy);
+      release(job);
+    }
+  }
+  take_parts(job);
+  while (atomic_load(&job->finished) < parts) _mm_pause();
+  release(job);
+}
+
+/* ---- calling convention ---------------------------------------------------------------------------------------- */
+
+static XLA_FFI_Error *failed(const XLA_FFI_CallFrame *frame, const char *message) {
+  XLA_FFI_Error_Create_Args args = {.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE,
+                                    .message = message,
+                                    .errc = XLA_FFI_Error_Code_INVALID_ARGUMENT};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+/* XLA first asks every handler for the version it was built for. */
+static bool asked_for_version(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Extension_Base *extension = frame->extension_start;
+  if (!extension || extension->type != XLA_FFI_Extension_Metadata) return false;
+  XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
+  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  return true;
+}
+
+static XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int index) { return frame->args.args[index]; }
+
+static XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame, int index) { return frame->rets.rets[index]; }
+
+/* ---- linear --------------------------------------------------------------------------------------------------------
+
+   y[r, o] = (Σ high[r]·w[o] + Σ low[r]·w[o] / 254) · scale[r] · weight_scale[o], rows of `low` after those of `high`,
+   or without them. The processor multiplies unsigned by signed bytes: a weight w is read as w + 128 (its top bit
+   flipped), and 128 · Σ x is taken off the sum. */
+
+enum { OUTPUTS = 4, ROWS = 4, TILE = 16, MAX_TERMS = 64 };
+
+typedef struct {
+  const int8_t *terms;  /* [2·rows or rows, inner] */
+  const int8_t *weight; /* [outputs, inner] */
+  const float *row_scale, *weight_scale;
+  const int32_t *offset; /* 128 · Σ of each row of terms */
+  const int32_t *packed; /* the terms as AMX reads them, [groups of 16 rows, inner / 4, 16], four bytes each */
+  float *out;            /* [rows, outputs] */
+  int64_t rows, term_rows, inner, outputs, strip;
+} Linear;
+
+/* Sums of the 16 lanes of 16 vectors, as one vector. */
+static inline __m512i lane_sums(const __m512i v[16]) {
+  __m512i a[8], b[4], c[2];
+  for (int i = 0; i < 8; i++)
+    a[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+  for (int i = 0; i < 4; i++)
+    b[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
+  for (int i = 0; i < 2; i++)
+    c[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0x88),
+                            _mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0xdd));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(c[0], c[1], 0x88), _mm512_shuffle_i32x4(c[0], c[1], 0xdd));
+}
+
+/* Four outputs of up to four rows of terms; the sums lie at [row · 4 + output]. */
+static inline __attribute__((always_inline)) __m512i block(const int8_t *terms, const int8_t *weight, int64_t inner,
+                                                           int rows) {
+  const __m512i flip = _mm512_set1_epi8((char)0x80);
+  __m512i sum[16];
+  for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < inner; i += 64) {
+    __m512i w[OUTPUTS];
+    for (int o = 0; o < OUTPUTS; o++) w[o] = _mm512_xor_si512(_mm512_loadu_si512(weight + o * inner + i), flip);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      __m512i x = _mm512_loadu_si512(terms + r * inner + i);
+#pragma GCC unroll 4
+      for (int o = 0; o < OUTPUTS; o++) sum[r * OUTPUTS + o] = _mm512_dpbusd_epi32(sum[r * OUTPUTS + o], w[o], x);
+    }
+  }
+  return lane_sums(sum);
+}
+
+static void linear_part(const void *data, int64_t part) {
+  const Linear *task = data;
+  int64_t first = part * task->strip, last = first + task->strip;
+  if (last > task->outputs) last = task->outputs;
+  int32_t sums[ROWS * OUTPUTS] __attribute__((aligned(64)));
+  int32_t held[MAX_TERMS * OUTPUTS];
+  for (int64_t o = first; o < last; o += OUTPUTS) {
+    const int8_t *weight = task->weight + o * task->inner;
+    for (int64_t r = 0; r < task->term_rows; r += ROWS) {
+      const int8_t *terms = task->terms + r * task->inner;
+      int64_t rows = task->term_rows - r < ROWS ? task->term_rows - r : ROWS;
+      __m512i found = rows == 4   ? block(terms, weight, task->inner, 4)
+                      : rows == 3 ? block(terms, weight, task->inner, 3)
+                      : rows == 2 ? block(terms, weight, task->inner, 2)
+                                  : block(terms, weight, task->inner, 1);
+      _mm512_store_si512(sums, found);
+      for (int64_t i = 0; i < rows; i++)
+        for (int j = 0; j < OUTPUTS; j++) held[(r + i) * OUTPUTS + j] = sums[i * OUTPUTS + j] - task->offset[r + i];
+    }
+    for (int64_t r = 0; r < task->rows; r++)
+      for (int j = 0; j < OUTPUTS; j++) {
+        float total = (float)held[r * OUTPUTS + j];
+        if (task->term_rows > task->rows) total += (float)held[(task->rows + r) * OUTPUTS + j] * (1.0f / 254.0f);
+        task->out[r * task->outputs + o + j] = total * (task->row_scale[r] * task->weight_scale[o + j]);
+      }
+  }
+}
+
+/* Rows and columns of a 16 × 16 matrix exchanged. */
+static inline void transpose(__m512i v[16]) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+    }
+  for (int i = 0; i < 4; i++) {
+    __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+    __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+    v[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    v[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    v[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+}
+
+typedef struct {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t column_bytes[16];
+  uint8_t rows[16];
+} TileShapes;
+
+/* The same on AMX: 16 outputs by 16 rows of terms a tile, signed by signed. */
+static void linear_tiles(const void *data, int64_t part) {
+  const Linear *task = data;
+  int64_t first = part * task->strip, last = first + task->strip, inner = task->inner;
+  if (last > task->outputs) last = task->outputs;
+  int groups = (int)((task->term_rows + TILE - 1) / TILE);
+  TileShapes shapes = {.palette = 1};
+  for (int i = 0; i < 8; i++) shapes.column_bytes[i] = 64, shapes.rows[i] = TILE;
+  _tile_loadconfig(&shapes);
+  int32_t sums[MAX_TERMS][TILE] __attribute__((aligned(64)));
+  const int64_t group = inner / 4 * TILE;
+  for (int64_t o = first; o < last; o += TILE) {
+    const int8_t *weight = task->weight + o * inner;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t i = 0; i < inner; i += 64) {
+      const int32_t *terms = task->packed + i / 4 * TILE;
+      _tile_loadd(4, weight + i, inner);
+      for (int j = 0; j < TILE; j++) _mm_prefetch((const char *)(weight + (TILE + j) * inner + i), _MM_HINT_T0);
+      _tile_loadd(5, terms, 64);
+      _tile_dpbssd(0, 4, 5);
+      if (groups > 1) {
+        _tile_loadd(6, terms + group, 64);
+        _tile_dpbssd(1, 4, 6);
+      }
+      if (groups > 2) {
+        _tile_loadd(5, terms + 2 * group, 64);
+        _tile_dpbssd(2, 4, 5);
+      }
+      if (groups > 3) {
+        _tile_loadd(6, terms + 3 * group, 64);
+        _tile_dpbssd(3, 4, 6);
+      }
+    }
+    __m512i block[TILE];
+    for (int g = 0; g < groups; g++) {
+      int32_t *found = sums[g * TILE];
+      if (g == 0) _tile_stored(0, found, 64);
+      if (g == 1) _tile_stored(1, found, 64);
+      if (g == 2) _tile_stored(2, found, 64);
+      if (g == 3) _tile_stored(3, found, 64);
+      for (int j = 0; j < TILE; j++) block[j] = _mm512_load_si512(found + j * TILE);
+      transpose(block);
+      for (int j = 0; j < TILE; j++) _mm512_store_si512(found + j * TILE, block[j]);
+    }
+    __m512 unit = _mm512_loadu_ps(task->weight_scale + o);
+    for (int64_t r = 0; r < task->rows; r++) {
+      __m512 total = _mm512_cvtepi32_ps(_mm512_load_si512(sums[r]));
+      if (task->term_rows > task->rows) {
+        __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums[task->rows + r]));
+        total = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / 254.0f), total);
+      }
+      total = _mm512_mul_ps(total, _mm512_mul_ps(_mm512_set1_ps(task->row_scale[r]), unit));
+      _mm512_storeu_ps(task->out + r * task->outputs + o, total);
+    }
+  }
+  _tile_release();
+}
+
+/* (terms int8 [R or 2R, in], scale f32 [R, 1], weight int8 [out, in], its scale f32 [out]) -> f32 [R, out];
+   at most MAX_TERMS rows of terms, in a multiple of 64, out of 16. */
+XLA_FFI_Error *atlas_linear(XLA_FFI_CallFrame *frame) {
+  if (asked_for_version(frame)) return NULL;
+  XLA_FFI_Buffer *terms = argument(frame, 0), *scale = argument(frame, 1), *weight = argument(frame, 2);
+  XLA_FFI_Buffer *weight_scale = argument(frame, 3), *out = result(frame, 0);
+  int32_t offset[MAX_TERMS];
+  Linear task = {.terms = terms->data,
+                 .weight = weight->data,
+                 .row_scale = scale->data,
+                 .weight_scale = weight_scale->data,
+                 .offset = offset,
+                 .out = out->data,
+                 .rows = out->dims[0],
+                 .term_rows = terms->dims[0],
+                 .inner = weight->dims[1],
+                 .outputs = weight->dims[0]};
+  if (task.term_rows > MAX_TERMS || task.inner % 64 || task.outputs % TILE) return failed(frame, "atlas_linear: shape");
+  /* a few parts a thread, so that one that starts late does not hold up the others */
+  int64_t share = task.outputs / (4 * pool_threads(frame)) / TILE * TILE;
+  task.strip = share < 4 * TILE ? 4 * TILE : share;
+  int64_t parts = (task.outputs + task.strip - 1) / task.strip;
+  int32_t *packed = NULL;
+  if (has_tiles) {
+    int64_t words = task.inner / 4, padded = (task.term_rows + TILE - 1) / TILE * TILE;
+    packed = aligned_alloc(64, (size_t)(padded * words) * 4);
+    if (!packed) return failed(frame, "atlas_linear: out of memory");
+    task.packed = packed;
+    const int32_t *given = terms->data;
+    for (int64_t r = 0; r < padded; r += TILE)
+      for (int64_t i = 0; i < words; i += TILE) {
+        __m512i block[TILE];
+        for (int64_t j = 0; j < TILE; j++)
+          block[j] = r + j < task.term_rows ? _mm512_loadu_si512(given + (r + j) * words + i) : _mm512_setzero_si512();
+        transpose(block);
+        for (int64_t j = 0; j < TILE; j++) _mm512_store_si512(packed + r * words + (i + j) * TILE, block[j]);
+      }
+  } else {
+    for (int64_t r = 0; r < task.term_rows; r++) {
+      int32_t sum = 0;
+      for (int64_t i = 0; i < task.inner; i++) sum += task.terms[r * task.inner + i];
+      offset[r] = 128 * sum;
+    }
+  }
+  run_parts(frame, has_tiles ? linear_tiles : linear_part, &task, parts);
+  free(packed);
+  return NULL;
+}
+
+/* ---- attention -----------------------------------------------------------------------------------------------------
+
+   Softmax over a row's pages and sinks, for each row and KV head on its own: one page's scores at a time, then the
+   weighted sum of values in float32. A key that is not seen weighs exactly 0; a page nobody sees is not read. */
+
+enum { PAGE = 128 };
+
+typedef struct {
+  const float *q, *q_sink;         /* [B, T, H, D] */
+  const int8_t *k, *v;             /* [B, N, K, P, D] */
+  const float *k_scale, *v_scale;  /* [B, N, K, P] */
+  const float *sink_k, *sink_v;    /* [B, K, S, D] */
+  const uint8_t *seen, *sinks_seen; /* [B, T, N, P], [B, T] */
+  const float *scale;
+  float *out; /* [B, T, H, D] */
+  int64_t tokens, heads, kv_heads, dim, pages, sinks;
+} Attention;
+
+/* e^x for x ≤ 0 to 2 units in the last place; exactly 0 where a float would be denormal. */
+static inline __m512 exp_ps(__m512 x) {
+  __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
+  p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_maskz_scalef_ps(alive, p, n);
+}
+
+/* One row and KV head: all queries that share it. */
+static void attention_part(const void *data, int64_t part) {
+  const Attention *task = data;
+  int64_t b = part / task->kv_heads, kv = part % task->kv_heads;
+  int64_t groups = task->heads / task->kv_heads, dim = task->dim, keys = task->pages * PAGE;
+  const __m512i flip = _mm512_set1_epi8((char)0x80);
+  float *score = malloc(sizeof(float) * (size_t)(keys + 2 * dim));
+  if (!score) abort();
+  float *total = score + keys;
+  int8_t *rounded = (int8_t *)(total + dim);
+  for (int64_t t = 0; t < task->tokens; t++) {
+    const uint8_t *seen = task->seen + (b * task->tokens + t) * keys;
+    bool used[task->pages];
+    for (int64_t n = 0; n < task->pages; n++) {
+      __m512i any = _mm512_or_si512(_mm512_loadu_si512(seen + n * PAGE), _mm512_loadu_si512(seen + n * PAGE + 64));
+      used[n] = _mm512_test_epi8_mask(any, any) != 0;
+    }
+    for (int64_t g = 0; g < groups; g++) {
+      int64_t place = ((b * task->tokens + t) * task->heads + kv * groups + g) * dim;
+      const float *q = task->q + place, *q_sink = task->q_sink + place;
+      float largest = 1e-30f;
+      for (int64_t d = 0; d < dim; d++) largest = __builtin_fabsf(q[d]) > largest ? __builtin_fabsf(q[d]) : largest;
+      int32_t sum = 0;
+      for (int64_t d = 0; d < dim; d++) {
+        rounded[d] = (int8_t)__builtin_rintf(q[d] * (127.0f / largest));
+        sum += rounded[d];
+      }
+      float unit = largest * (1.0f / 127.0f) * *task->scale;
+
+      __m512 peak16 = _mm512_set1_ps(-1e30f);
+      for (int64_t n = 0; n < task->pages; n++) {
+        if (!used[n]) continue;
+        int64_t page = ((b * task->pages + n) * task->kv_heads + kv) * PAGE;
+        for (int64_t p = 0; p < PAGE; p += 16) {
+          __m512i dots[16];
+          for (int i = 0; i < 16; i++) {
+            const int8_t *key = task->k + (page + p + i) * dim;
+            dots[i] = _mm512_setzero_si512();
+            for (int64_t d = 0; d < dim; d += 64)
+              dots[i] = _mm512_dpbusd_epi32(dots[i], _mm512_xor_si512(_mm512_loadu_si512(key + d), flip),
+                                            _mm512_loadu_si512(rounded + d));
+          }
+          __m512i whole = _mm512_sub_epi32(lane_sums(dots), _mm512_set1_epi32(128 * sum));
+          __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(unit));
+          found = _mm512_mul_ps(found, _mm512_loadu_ps(task->k_scale + page + p));
+          __m128i mask = _mm_loadu_si128((const __m128i *)(seen + n * PAGE + p));
+          found = _mm512_mask_blend_ps(_mm_test_epi8_mask(mask, mask), _mm512_set1_ps(-1e30f), found);
+          peak16 = _mm512_max_ps(peak16, found);
+          _mm512_storeu_ps(score + n * PAGE + p, found);
+        }
+      }
+      float peak = _mm512_reduce_max_ps(peak16);
+      float sink_score[16];
+      const float *sink_k = task->sink_k + (b * task->kv_heads + kv) * task->sinks * dim;
+      const float *sink_v = task->sink_v + (b * task->kv_heads + kv) * task->sinks * dim;
+      int64_t sinks = task->sinks_seen[b * task->tokens + t] ? task->sinks : 0;
+      for (int64_t s = 0; s < sinks; s++) {
+        __m512 dot = _mm512_setzero_ps();
+        for (int64_t d = 0; d < dim; d += 16)
+          dot = _mm512_fmadd_ps(_mm512_loadu_ps(q_sink + d), _mm512_loadu_ps(sink_k + s * dim + d), dot);
+        sink_score[s] = _mm512_reduce_add_ps(dot) * *task->scale;
+        peak = sink_score[s] > peak ? sink_score[s] : peak;
+      }
+
+      __m512 mass16 = _mm512_setzero_ps();
+      float mass = 0;
+      memset(total, 0, sizeof(float) * (size_t)dim);
+      for (int64_t n = 0; n < task->pages; n++) {
+        if (!used[n]) continue;
+        int64_t page = ((b * task->pages + n) * task->kv_heads + kv) * PAGE;
+        float *weight = score + n * PAGE;
+        for (int64_t p = 0; p < PAGE; p += 16) {
+          __m512 w = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(weight + p), _mm512_set1_ps(peak)));
+          mass16 = _mm512_add_ps(mass16, w);
+          _mm512_storeu_ps(weight + p, _mm512_mul_ps(w, _mm512_loadu_ps(task->v_scale + page + p)));
+        }
+        for (int64_t d = 0; d < dim; d += 64) {
+          __m512 sum16[4];
+          for (int i = 0; i < 4; i++) sum16[i] = _mm512_loadu_ps(total + d + 16 * i);
+          for (int64_t p = 0; p < PAGE; p++) {
+            const int8_t *value = task->v + (page + p) * dim + d;
+            __m512 w = _mm512_set1_ps(weight[p]);
+            for (int i = 0; i < 4; i++)
+              sum16[i] = _mm512_fmadd_ps(
+                  w, _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(value + 16 * i)))), sum16[i]);
+          }
+          for (int i = 0; i < 4; i++) _mm512_storeu_ps(total + d + 16 * i, sum16[i]);
+        }
+      }
+      mass += _mm512_reduce_add_ps(mass16);
+      for (int64_t s = 0; s < sinks; s++) {
+        __m512 w = exp_ps(_mm512_set1_ps(sink_score[s] - peak));
+        mass += _mm512_cvtss_f32(w);
+        for (int64_t d = 0; d < dim; d += 16)
+          _mm512_storeu_ps(total + d, _mm512_fmadd_ps(w, _mm512_loadu_ps(sink_v + s * dim + d), _mm512_loadu_ps(total + d)));
+      }
+      for (int64_t d = 0; d < dim; d++) task->out[place + d] = total[d] / mass;
+    }
+  }
+  free(score);
+}
+
+/* (q, q_sink f32 [B, T, H, D]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; v and its scale; sink_k, sink_v f32
+   [B, K, S, D]; seen bool [B, T, N, P]; sinks_seen bool [B, T]; scale f32 []) -> f32 [B, T, H, D];
+   D a multiple of 64, P = 128, S ≤ 16. */
+XLA_FFI_Error *atlas_attention(XLA_FFI_CallFrame *frame) {
+  if (asked_for_version(frame)) return NULL;
+  XLA_FFI_Buffer *q = argument(frame, 0), *k = argument(frame, 2), *sink_k = argument(frame, 6);
+  Attention task = {.q = q->data,
+                    .q_sink = argument(frame, 1)->data,
+                    .k = k->data,
+                    .k_scale = argument(frame, 3)->data,
+                    .v = argument(frame, 4)->data,
+                    .v_scale = argument(frame, 5)->data,
+                    .sink_k = sink_k->data,
+                    .sink_v = argument(frame, 7)->data,
+                    .seen = argument(frame, 8)->data,
+                    .sinks_seen = argument(frame, 9)->data,
+                    .scale = argument(frame, 10)->data,
+                    .out = result(frame, 0)->data,
+                    .tokens = q->dims[1],
+                    .heads = q->dims[2],
+                    .kv_heads = k->dims[2],
+                    .dim = q->dims[3],
+                    .pages = k->dims[1],
+                    .sinks = sink_k->dims[2]};
+  if (task.dim % 64 || k->dims[3] != PAGE || task.sinks > 16) return failed(frame, "atlas_attention: shape");
+  run_parts(frame, attention_part, &task, q->dims[0] * task.kv_heads);
+  return NULL;
+}
