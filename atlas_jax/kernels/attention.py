@@ -190,11 +190,11 @@ def window_attention(
     """
     batch, tokens, heads, dim = q.shape
     kv_heads = kv.sink_k.shape[1]
-    if isinstance(kv.k, QuantPages) and isinstance(kv.v, QuantPages):
-        if native.takes_attention(tokens, PAGE, dim, kv.sink_k.shape[2]):
-            k, v = kv.k, kv.v
-            ring = k.values, k.scale, v.values, v.scale
-            return native.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale)
+    k, v = kv.k, kv.v
+    in_bytes = isinstance(k, QuantPages) and isinstance(v, QuantPages)
+    if in_bytes and native.takes_attention(tokens, PAGE, dim, kv.sink_k.shape[2]):
+        ring = k.values, k.scale, v.values, v.scale
+        return native.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale)
     groups = heads // kv_heads
     score = _page_scores(_group(q, kv_heads), kv.k) * scale  # [B, N, K, G·T, P]
     by_token = score.reshape(*score.shape[:3], groups, tokens, PAGE)

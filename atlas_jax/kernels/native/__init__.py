@@ -21,11 +21,11 @@ import jax.numpy as jnp
 
 from atlas_jax.typing import Array, Bool, Float, Int8
 
-__all__ = ["attention", "build", "linear", "takes_attention", "takes_linear", "use"]
+__all__ = ["attention", "build", "level", "linear", "takes_attention", "takes_linear", "use"]
 
 log = logging.getLogger("atlas.kernels")
 
-MAX_ROWS = {1: 8, 2: 64}
+MAX_ROWS = {1: 8, 2: 256}
 """Rows of int8 terms up to which our product is ahead of XLA's, by what the processor has: AVX-512 VNNI, or AMX too."""
 MAX_QUERIES = 4
 """Tokens per row up to which our attention is."""
@@ -49,7 +49,7 @@ def use(wanted: bool) -> None:
 
 def takes_linear(rows: int, inner: int, outputs: int) -> bool:
     """Whether `linear` takes a product of this shape here."""
-    return inner % 64 == 0 and outputs % 16 == 0 and _ready() and rows <= MAX_ROWS[_level()]
+    return inner % 64 == 0 and outputs % 16 == 0 and _ready() and rows <= MAX_ROWS[level()]
 
 
 def takes_attention(tokens: int, page: int, dim: int, sinks: int) -> bool:
@@ -90,25 +90,25 @@ def _call(name: str, shape: tuple[int, ...], *args: jax.Array) -> jax.Array:
 
 
 def _ready() -> bool:
-    return _wanted and jax.default_backend() == "cpu" and _level() > 0
+    return _wanted and jax.default_backend() == "cpu" and level() > 0
 
 
 @functools.cache
-def _level() -> int:
-    """What the kernels can use of this processor, 0 for nothing; registers them."""
+def level() -> int:
+    """What the kernels use of this processor: 0 nothing, 1 AVX-512 VNNI, 2 AMX too. The first call builds and registers."""
     try:
         library = ctypes.CDLL(str(build()))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("No native kernels, decoding is slower: %s", error)
         return 0
-    level = int(library.atlas_supported())
-    if level == 0:
+    found = int(library.atlas_supported())
+    if found == 0:
         log.info("This processor has no AVX-512 VNNI: XLA's own products are used")
         return 0
     for name in _TARGETS:
         capsule = jax.ffi.pycapsule(getattr(library, f"atlas_{name}"))
         jax.ffi.register_ffi_target(f"atlas_{name}_{_VERSION}", capsule, platform="cpu")
-    return level
+    return found
 
 
 def build(folder: Path | None = None) -> Path:

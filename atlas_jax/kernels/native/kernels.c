@@ -145,7 +145,7 @@ static XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame, int index) { retur
    or without them. The processor multiplies unsigned by signed bytes: a weight w is read as w + 128 (its top bit
    flipped), and 128 · Σ x is taken off the sum. */
 
-enum { OUTPUTS = 4, ROWS = 4, TILE = 16, MAX_TERMS = 64 };
+enum { OUTPUTS = 4, ROWS = 4, TILE = 16, MAX_TERMS = 256 };
 
 typedef struct {
   const int8_t *terms;  /* [2·rows or rows, inner] */
@@ -245,63 +245,81 @@ typedef struct {
   uint8_t rows[16];
 } TileShapes;
 
-/* The same on AMX: 16 outputs by 16 rows of terms a tile, signed by signed. */
+/* Two tiles of outputs by two of rows of terms, so that every tile read takes part in two products; `width` and `height`
+   say how many of them there are. */
+static inline __attribute__((always_inline)) void tile_block(const int8_t *weight, const int32_t *terms, int64_t inner,
+                                                             int64_t group, int width, int height, bool ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const int8_t *weight2 = weight + TILE * inner;
+  for (int64_t i = 0; i < inner; i += 64) {
+    _tile_loadd(4, weight + i, inner);
+    _tile_loadd(6, terms + i / 4 * TILE, 64);
+    _tile_dpbssd(0, 4, 6);
+    if (width > 1) {
+      _tile_loadd(5, weight2 + i, inner);
+      _tile_dpbssd(1, 5, 6);
+    }
+    if (height > 1) {
+      _tile_loadd(7, terms + group + i / 4 * TILE, 64);
+      _tile_dpbssd(2, 4, 7);
+      if (width > 1) _tile_dpbssd(3, 5, 7);
+    }
+    if (ahead) /* the next outputs' weights, while these are in the works */
+      for (int j = 0; j < width * TILE; j++)
+        _mm_prefetch((const char *)(weight + (width * TILE + j) * inner + i), _MM_HINT_T0);
+  }
+}
+
+/* The same on AMX, signed by signed. */
 static void linear_tiles(const void *data, int64_t part) {
   const Linear *task = data;
   int64_t first = part * task->strip, last = first + task->strip, inner = task->inner;
   if (last > task->outputs) last = task->outputs;
-  int groups = (int)((task->term_rows + TILE - 1) / TILE);
+  int64_t padded = (task->term_rows + TILE - 1) / TILE * TILE;
   TileShapes shapes = {.palette = 1};
   for (int i = 0; i < 8; i++) shapes.column_bytes[i] = 64, shapes.rows[i] = TILE;
   _tile_loadconfig(&shapes);
-  int32_t sums[MAX_TERMS][TILE] __attribute__((aligned(64)));
+  int32_t sums[MAX_TERMS][2 * TILE] __attribute__((aligned(64)));
+  int32_t found[4][TILE][TILE] __attribute__((aligned(64)));
   const int64_t group = inner / 4 * TILE;
-  for (int64_t o = first; o < last; o += TILE) {
+  for (int64_t o = first; o < last; o += 2 * TILE) {
     const int8_t *weight = task->weight + o * inner;
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int64_t i = 0; i < inner; i += 64) {
-      const int32_t *terms = task->packed + i / 4 * TILE;
-      _tile_loadd(4, weight + i, inner);
-      for (int j = 0; j < TILE; j++) _mm_prefetch((const char *)(weight + (TILE + j) * inner + i), _MM_HINT_T0);
-      _tile_loadd(5, terms, 64);
-      _tile_dpbssd(0, 4, 5);
-      if (groups > 1) {
-        _tile_loadd(6, terms + group, 64);
-        _tile_dpbssd(1, 4, 6);
-      }
-      if (groups > 2) {
-        _tile_loadd(5, terms + 2 * group, 64);
-        _tile_dpbssd(2, 4, 5);
-      }
-      if (groups > 3) {
-        _tile_loadd(6, terms + 3 * group, 64);
-        _tile_dpbssd(3, 4, 6);
+    int width = last - o > TILE ? 2 : 1;
+    for (int64_t r = 0; r < padded; r += 2 * TILE) {
+      const int32_t *terms = task->packed + r / TILE * group;
+      int height = padded - r > TILE ? 2 : 1;
+      if (width == 2 && height == 2)
+        tile_block(weight, terms, inner, group, 2, 2, r == 0);
+      else if (width == 2)
+        tile_block(weight, terms, inner, group, 2, 1, r == 0);
+      else if (height == 2)
+        tile_block(weight, terms, inner, group, 1, 2, r == 0);
+      else
+        tile_block(weight, terms, inner, group, 1, 1, r == 0);
+      _tile_stored(0, found[0], 64);
+      _tile_stored(1, found[1], 64);
+      _tile_stored(2, found[2], 64);
+      _tile_stored(3, found[3], 64);
+      for (int i = 0; i < 2 * height; i++) {
+        __m512i block[TILE];
+        for (int j = 0; j < TILE; j++) block[j] = _mm512_load_si512(found[i][j]);
+        transpose(block);
+        for (int j = 0; j < TILE; j++) _mm512_store_si512(sums[r + i / 2 * TILE + j] + i % 2 * TILE, block[j]);
       }
     }
-    __m512i block[TILE];
-    for (int g = 0; g < groups; g++) {
-      int32_t *found = sums[g * TILE];
-      if (g == 0) _tile_stored(0, found, 64);
-      if (g == 1) _tile_stored(1, found, 64);
-      if (g == 2) _tile_stored(2, found, 64);
-      if (g == 3) _tile_stored(3, found, 64);
-      for (int j = 0; j < TILE; j++) block[j] = _mm512_load_si512(found + j * TILE);
-      transpose(block);
-      for (int j = 0; j < TILE; j++) _mm512_store_si512(found + j * TILE, block[j]);
-    }
-    __m512 unit = _mm512_loadu_ps(task->weight_scale + o);
-    for (int64_t r = 0; r < task->rows; r++) {
-      __m512 total = _mm512_cvtepi32_ps(_mm512_load_si512(sums[r]));
-      if (task->term_rows > task->rows) {
-        __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums[task->rows + r]));
-        total = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / 254.0f), total);
+    for (int64_t r = 0; r < task->rows; r++)
+      for (int j = 0; j < width * TILE; j += TILE) {
+        __m512 total = _mm512_cvtepi32_ps(_mm512_load_si512(sums[r] + j));
+        if (task->term_rows > task->rows) {
+          __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums[task->rows + r] + j));
+          total = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / 254.0f), total);
+        }
+        __m512 unit = _mm512_mul_ps(_mm512_set1_ps(task->row_scale[r]), _mm512_loadu_ps(task->weight_scale + o + j));
+        _mm512_storeu_ps(task->out + r * task->outputs + o + j, _mm512_mul_ps(total, unit));
       }
-      total = _mm512_mul_ps(total, _mm512_mul_ps(_mm512_set1_ps(task->row_scale[r]), unit));
-      _mm512_storeu_ps(task->out + r * task->outputs + o, total);
-    }
   }
   _tile_release();
 }
@@ -325,7 +343,7 @@ XLA_FFI_Error *atlas_linear(XLA_FFI_CallFrame *frame) {
                  .outputs = weight->dims[0]};
   if (task.term_rows > MAX_TERMS || task.inner % 64 || task.outputs % TILE) return failed(frame, "atlas_linear: shape");
   /* a few parts a thread, so that one that starts late does not hold up the others */
-  int64_t share = task.outputs / (4 * pool_threads(frame)) / TILE * TILE;
+  int64_t share = task.outputs / (4 * pool_threads(frame)) / (2 * TILE) * (2 * TILE);
   task.strip = share < 4 * TILE ? 4 * TILE : share;
   int64_t parts = (task.outputs + task.strip - 1) / task.strip;
   int32_t *packed = NULL;

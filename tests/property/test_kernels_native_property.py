@@ -1,0 +1,192 @@
+"""The C kernels against XLA's programs and the definitions, and what they must not depend on."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from atlas_jax.config import PAGE
+from atlas_jax.kernels import native
+from atlas_jax.kernels.attention import LayerKV, QuantPages, ref_window_attention, window_attention
+from atlas_jax.kernels.linear import QuantArray, linear, quantize_weight
+
+available = native.takes_linear(2, 64, 64)
+needs_kernels = pytest.mark.skipif(not available, reason="no C compiler, or no AVX-512 VNNI")
+seeds = st.integers(0, 2**32 - 1)
+DIM, SINKS, SCALE = 64, 4, 0.125
+
+
+@pytest.fixture(autouse=True)
+def usual() -> Iterator[None]:
+    yield
+    native.use(True)
+
+
+@functools.cache
+def compiled(wanted: bool, function: Any) -> Any:
+    return jax.jit(lambda *args: function(*args))
+
+
+def run(wanted: bool, function: Any, *args: Any) -> np.ndarray:
+    """A function traced with or without the kernels."""
+    native.use(wanted)
+    return np.asarray(compiled(wanted, function)(*args))
+
+
+def precise_product(weight: QuantArray, x: jax.Array) -> jax.Array:
+    return linear(weight, x)
+
+
+def rough_product(weight: QuantArray, x: jax.Array) -> jax.Array:
+    return linear(weight, x, precise=False)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=12)
+@given(
+    seed=seeds,
+    rows=st.integers(1, 128),
+    inner=st.integers(1, 5).map(lambda n: 64 * n),
+    outputs=st.integers(1, 9).map(lambda n: 16 * n),
+    precise=st.booleans(),
+    spread=st.sampled_from([1.0, 1e-20, 1e6]),
+)
+def test_products_have_the_bits_of_xlas(
+    seed: int, rows: int, inner: int, outputs: int, precise: bool, spread: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    weight = QuantArray(*map(jnp.asarray, quantize_weight(rng.normal(size=(outputs, inner)).astype(np.float32))))
+    x = jnp.asarray((rng.normal(size=(rows, inner)) * spread).astype(np.float32)).at[0].set(0.0)
+    found, wanted = (run(use, precise_product if precise else rough_product, weight, x) for use in (True, False))
+    np.testing.assert_array_equal(found, wanted)
+
+
+def some_attention(seed: int, batch: int, tokens: int, groups: int, kv_heads: int, pages: int) -> tuple[Any, ...]:
+    """Queries, a cache, and masks in which every token sees something."""
+    rng = np.random.default_rng(seed)
+
+    def floats(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape).astype(np.float32))
+
+    def ring() -> QuantPages:
+        shape = (batch, pages, kv_heads, PAGE)
+        values = rng.integers(-127, 128, (*shape, DIM)).astype(np.int8)
+        return QuantPages(jnp.asarray(values), jnp.asarray(rng.uniform(1e-3, 0.02, shape).astype(np.float32)))
+
+    heads = (batch, tokens, groups * kv_heads, DIM)
+    kv = LayerKV(ring(), ring(), floats(batch, kv_heads, SINKS, DIM), floats(batch, kv_heads, SINKS, DIM))
+    seen = (rng.random((batch, tokens, pages, PAGE)) < 0.5) & (rng.random((batch, 1, pages, 1)) < 0.7)
+    seen[:, :, rng.integers(pages), rng.integers(PAGE)] = True
+    return floats(*heads), floats(*heads), kv, jnp.asarray(seen), jnp.asarray(rng.random((batch, tokens)) < 0.5)
+
+
+def attend(*args: Any) -> jax.Array:
+    return window_attention(*args, SCALE)
+
+
+shapes = st.sampled_from([(1, 1, 1, 1, 1), (2, 4, 3, 1, 4), (3, 1, 4, 3, 2), (2, 3, 2, 2, 6)])
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=10)
+@given(seed=seeds, shape=shapes)
+def test_attention_is_its_definition_up_to_the_rounding_of_queries(seed: int, shape: tuple[int, ...]) -> None:
+    q, q_sink, kv, seen, sinks_seen = some_attention(seed, *shape)
+    found = run(True, attend, q, q_sink, kv, seen, sinks_seen)
+    np.testing.assert_allclose(found, run(False, attend, q, q_sink, kv, seen, sinks_seen), atol=1e-3)
+    plain = [ring.values * ring.scale[..., None] for ring in (kv.k, kv.v)]
+    wanted = ref_window_attention(q, q_sink, *plain, kv.sink_k, kv.sink_v, seen, sinks_seen, SCALE)
+    np.testing.assert_allclose(found, wanted, atol=0.03)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=6)
+@given(seed=seeds, shape=shapes)
+def test_a_tokens_attention_depends_on_nothing_beside_it(seed: int, shape: tuple[int, ...]) -> None:
+    q, q_sink, kv, seen, sinks_seen = some_attention(seed, *shape)
+    together = run(True, attend, q, q_sink, kv, seen, sinks_seen)
+    for b in range(shape[0]):
+        row = jax.tree.map(lambda leaf, b=b: leaf[b : b + 1], kv)
+        for t in range(shape[1]):
+            at = np.s_[b : b + 1, t : t + 1]
+            alone = run(True, attend, q[at], q_sink[at], row, seen[at], sinks_seen[at])
+            np.testing.assert_array_equal(alone, together[at])
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=10)
+@given(seed=seeds, shape=shapes)
+def test_what_is_not_seen_does_not_count(seed: int, shape: tuple[int, ...]) -> None:
+    q, q_sink, kv, seen, sinks_seen = some_attention(seed, *shape)
+    before = run(True, attend, q, q_sink, kv, seen, sinks_seen)
+    hidden = ~np.asarray(seen).any(axis=1)  # [B, N, P]
+    noise = np.random.default_rng(seed).integers(-128, 128, kv.k.values.shape).astype(np.int8)
+
+    def disturbed(ring: QuantPages) -> QuantPages:
+        values = jnp.where(hidden[:, :, None, :, None], noise, ring.values)
+        return QuantPages(values, jnp.where(hidden[:, :, None], 1e4, ring.scale))
+
+    other = LayerKV(disturbed(kv.k), disturbed(kv.v), kv.sink_k, kv.sink_v)
+    np.testing.assert_array_equal(run(True, attend, q, q_sink, other, seen, sinks_seen), before)
+
+
+@needs_kernels
+def test_many_calls_at_once_all_end() -> None:
+    """More callers than the pool has threads: none may wait for a part that nobody begins."""
+    rng = np.random.default_rng(0)
+    weight = QuantArray(*map(jnp.asarray, quantize_weight(rng.normal(size=(1024, 256)).astype(np.float32))))
+    x = jnp.asarray(rng.normal(size=(4, 256)).astype(np.float32))
+    step = jax.jit(lambda w, x: sum(linear(w, x + i).sum() for i in range(20)))
+    wanted = float(step(weight, x))
+    wrong: list[float] = []
+
+    def work() -> None:
+        for _ in range(20):
+            found = float(step(weight, x))
+            if found != wanted:
+                wrong.append(found)
+
+    threads = [threading.Thread(target=work) for _ in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive()
+    assert not wrong
+
+
+def test_without_a_compiler_xla_does_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.level.cache_clear()
+    try:
+        with caplog.at_level(logging.WARNING, "atlas.kernels"):
+            assert not native.takes_linear(2, 64, 64)
+        assert "native kernels" in caplog.text
+        weight = QuantArray(jnp.ones((16, 64), jnp.int8), jnp.ones((16,)))
+        np.testing.assert_allclose(linear(weight, jnp.ones((2, 64))), np.full((2, 16), 64.0), rtol=1e-6)
+    finally:
+        native.level.cache_clear()
+    assert not list((tmp_path / "atlas-jax" / "native").iterdir())
+
+
+def test_shapes_they_do_not_take_are_left_to_xla() -> None:
+    assert not native.takes_linear(2, 65, 64)
+    assert not native.takes_linear(2, 64, 8)
+    assert not native.takes_linear(100_000, 64, 64)
+    assert not native.takes_attention(1, 64, 64, 4)
+    assert not native.takes_attention(1, PAGE, 80, 4)
+    assert not native.takes_attention(PAGE, PAGE, 64, 4)
