@@ -191,8 +191,8 @@ def window_attention(
     batch, tokens, heads, dim = q.shape
     kv_heads = kv.sink_k.shape[1]
     k, v = kv.k, kv.v
-    in_bytes = isinstance(k, QuantPages) and isinstance(v, QuantPages)
-    if in_bytes and native.takes_attention(tokens, PAGE, dim, kv.sink_k.shape[2]):
+    taken = native.takes_attention(tokens, PAGE, dim, kv.sink_k.shape[2])
+    if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
         return native.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale)
     groups = heads // kv_heads
