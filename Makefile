@@ -56,7 +56,8 @@ recall: $(VENV)/bench model ## facts asked for long after they left the window, 
 	$(RUN) benchmarks/recall_http.py $(MODEL) --filler $(FILLER) --seed 41
 
 bench: $(VENV)/bench model ## speed beside llama.cpp in one run (builds llama-cpp-python: ten minutes the first time)
-	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install 	  --quiet 'llama-cpp-python>=0.3.16,<0.4' numpy)
+	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install \
+	  --quiet 'llama-cpp-python>=0.3.16,<0.4' numpy)
 	$(RUN) benchmarks/speed.py $(MODEL) --peer-python data/peer/bin/python --memory --output docs/speed.md
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
