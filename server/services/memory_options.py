@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 
 from atlas_jax.config import PAGE
@@ -110,8 +109,8 @@ def check_name(name: str, field: str) -> str:
     """
     if not 0 < len(name) <= _NAME_CHARS:
         raise invalid(field, f"must have between 1 and {_NAME_CHARS} characters")
-    if any(unicodedata.category(char)[0] == "C" or unicodedata.category(char) in ("Zl", "Zp") for char in name):
-        raise invalid(field, "must not contain control characters")
+    if not name.isprintable():  # of spaces, only the common one is
+        raise invalid(field, "must not contain control characters or uncommon spaces")
     if name in (".", "..") or any(char in name for char in "/\\\uff0e\u2215\u2216\uff0f\uff3c"):
         raise invalid(field, "must not contain path separators")
     if name != name.strip():

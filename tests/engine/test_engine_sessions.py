@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -205,3 +207,26 @@ def test_a_session_keeps_the_shape_it_was_begun_with(engine: Engine) -> None:
     with pytest.raises(InvalidRequest, match="window_size"):
         ask(engine, request(NEXT, memory=memory(name, window_size=256, given=frozenset({"window_size"}))))
     assert ask(engine, request(NEXT, memory=memory(name, window_size=256))).end.memory is not None
+
+
+_UNCLOSED = """
+import sys, threading
+import atlas_jax
+from atlas_jax.engine import Engine
+from atlas_jax.engine.api import Finished, GenerationRequest
+engine = Engine.open(model_path=sys.argv[1], adapter_path=sys.argv[2], cache_path=sys.argv[3], max_window=256)
+ended = threading.Event()
+engine.submit(GenerationRequest([1, 2, 3], 4), lambda event: ended.set() if isinstance(event, Finished) else None)
+assert ended.wait(200)
+if sys.argv[4] == "raise":
+    raise SystemExit(3)
+"""
+
+
+@pytest.mark.parametrize(("how", "expected"), [("return", 0), ("raise", 3)])
+def test_a_program_that_leaves_its_engine_open_ends_cleanly(
+    models: dict[str, tuple[Path, Path]], cache: Path, how: str, expected: int
+) -> None:
+    command = [sys.executable, "-c", _UNCLOSED, *map(str, models["llama"]), str(cache), how]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    assert ended.returncode == expected, ended.stderr[-2000:]

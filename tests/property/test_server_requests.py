@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "server"))
@@ -166,6 +166,7 @@ def test_memory_plans_are_within_the_contract(atlas: Any, header: str | None, en
 
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=140))
+@example("0\u16800")
 def test_names_that_pass_are_harmless(name: str) -> None:
     try:
         checked = check_name(name, "x")

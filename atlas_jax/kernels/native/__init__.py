@@ -1,7 +1,7 @@
-"""The CPU kernels of a decode step in C (`kernels.c`): built once with the machine's own compiler, called inside jit.
+"""CPU kernels in C (`kernels.c`): int8 products and attention over int8 pages, called inside jit.
 
-They are an implementation, never a definition: without a compiler, on a processor without AVX-512 VNNI, or for shapes they
-do not take, the same functions run as XLA programs.
+They are built once with the machine's own compiler, and are an implementation, never a definition: without a compiler, on
+a processor without AVX-512 VNNI, or for shapes they do not take, the same functions run as XLA programs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ log = logging.getLogger("atlas.kernels")
 
 MAX_ROWS = {1: 8, 2: 256}
 """Rows of int8 terms up to which our product is ahead of XLA's, by what the processor has: AVX-512 VNNI, or AMX too."""
-MAX_QUERIES = 4
+MAX_TOKENS = 128
 """Tokens per row up to which our attention is."""
 _PAGE = 128
 _MAX_SINKS = 16
@@ -54,7 +54,7 @@ def takes_linear(rows: int, inner: int, outputs: int) -> bool:
 
 def takes_attention(tokens: int, page: int, dim: int, sinks: int) -> bool:
     """Whether `attention` takes a step of this shape here."""
-    return tokens <= MAX_QUERIES and page == _PAGE and dim % 64 == 0 and sinks <= _MAX_SINKS and _ready()
+    return tokens <= MAX_TOKENS and page == _PAGE and dim % 64 == 0 and sinks <= _MAX_SINKS and _ready()
 
 
 def linear(
