@@ -160,10 +160,13 @@ typedef struct {
 /* Sums of the 16 lanes of 16 vectors, as one vector. */
 static inline __m512i lane_sums(const __m512i v[16]) {
   __m512i a[8], b[4], c[2];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i++)
     a[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+#pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
     b[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_epi64(a[2 * i], a[2 * i + 1]));
+#pragma GCC unroll 2
   for (int i = 0; i < 2; i++)
     c[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0x88),
                             _mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0xdd));
@@ -218,17 +221,21 @@ static void linear_part(const void *data, int64_t part) {
 }
 
 /* Rows and columns of a 16 × 16 matrix exchanged. */
-static inline void transpose(__m512i v[16]) {
+static inline __attribute__((always_inline)) void transpose(__m512i v[16]) {
   __m512i a[16], b[16];
+#pragma GCC unroll 8
   for (int i = 0; i < 16; i += 2) {
     a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
     a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
   }
+#pragma GCC unroll 4
   for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
     for (int j = 0; j < 2; j++) {
       b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
       b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
     }
+#pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
     __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
     __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
@@ -437,15 +444,19 @@ static void round_query(Query *query, const float *q, int64_t dim, float scale) 
 }
 
 /* Scores of a page's keys, the largest of them, and −1e30 for those not seen. */
-static __m512 score_page(const Query *query, const int8_t *keys, const float *scale, int64_t n, int64_t dim, __m512 peak) {
+static inline __attribute__((always_inline)) __m512 score_page_of(const Query *query, const int8_t *keys,
+                                                                  const float *scale, int64_t n, int64_t dim,
+                                                                  __m512 peak) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   for (int64_t p = 0; p < PAGE; p += 16) {
     __m512i dots[16];
-    for (int i = 0; i < 16; i++) {
-      dots[i] = _mm512_setzero_si512();
-      for (int64_t d = 0; d < dim; d += 64)
-        dots[i] = _mm512_dpbusd_epi32(dots[i], _mm512_xor_si512(_mm512_loadu_si512(keys + (p + i) * dim + d), flip),
-                                      _mm512_loadu_si512(query->rounded + d));
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) dots[i] = _mm512_setzero_si512();
+    for (int64_t d = 0; d < dim; d += 64) {
+      __m512i q = _mm512_loadu_si512(query->rounded + d);
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; i++)
+        dots[i] = _mm512_dpbusd_epi32(dots[i], _mm512_xor_si512(_mm512_loadu_si512(keys + (p + i) * dim + d), flip), q);
     }
     __m512i whole = _mm512_sub_epi32(lane_sums(dots), _mm512_set1_epi32(query->offset));
     __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(query->unit));
@@ -458,24 +469,31 @@ static __m512 score_page(const Query *query, const int8_t *keys, const float *sc
   return peak;
 }
 
+/* The common size with its loop over dimensions gone: twice as fast. */
+static __m512 score_page(const Query *query, const int8_t *keys, const float *scale, int64_t n, int64_t dim, __m512 peak) {
+  return dim == 64 ? score_page_of(query, keys, scale, n, 64, peak) : score_page_of(query, keys, scale, n, dim, peak);
+}
+
 /* Adds a page's values to the totals of all queries, each by its weights. */
 static void add_values(Query *query, const int8_t *values, int64_t n, int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64) {
-    __m512 sum[TOGETHER][4];
-    for (int j = 0; j < TOGETHER; j++)
-      for (int i = 0; i < 4; i++) sum[j][i] = _mm512_loadu_ps(query[j].total + d + 16 * i);
+    __m512 sum[TOGETHER * 4];
+#pragma GCC unroll 16
+    for (int i = 0; i < TOGETHER * 4; i++) sum[i] = _mm512_loadu_ps(query[i / 4].total + d + i % 4 * 16);
+    const float *weight[TOGETHER];
+#pragma GCC unroll 4
+    for (int j = 0; j < TOGETHER; j++) weight[j] = query[j].score + n * PAGE;
     for (int64_t p = 0; p < PAGE; p++) {
       const int8_t *value = values + p * dim + d;
       __m512 v[4];
+#pragma GCC unroll 4
       for (int i = 0; i < 4; i++)
         v[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(value + 16 * i))));
-      for (int j = 0; j < TOGETHER; j++) {
-        __m512 weight = _mm512_set1_ps(query[j].score[n * PAGE + p]);
-        for (int i = 0; i < 4; i++) sum[j][i] = _mm512_fmadd_ps(weight, v[i], sum[j][i]);
-      }
+#pragma GCC unroll 16
+      for (int i = 0; i < TOGETHER * 4; i++) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(weight[i / 4][p]), v[i % 4], sum[i]);
     }
-    for (int j = 0; j < TOGETHER; j++)
-      for (int i = 0; i < 4; i++) _mm512_storeu_ps(query[j].total + d + 16 * i, sum[j][i]);
+#pragma GCC unroll 16
+    for (int i = 0; i < TOGETHER * 4; i++) _mm512_storeu_ps(query[i / 4].total + d + i % 4 * 16, sum[i]);
   }
 }
 
