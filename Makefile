@@ -13,7 +13,7 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench bench-memory documents recall lock clean
+.PHONY: help serve test check lint model gemma fit quality bench endless bench-memory documents recall lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,6 +59,9 @@ bench: $(VENV)/bench model ## speed beside llama.cpp in one run (builds llama-cp
 	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install \
 	  --quiet 'llama-cpp-python>=0.3.16,<0.4' numpy)
 	$(RUN) benchmarks/speed.py $(MODEL) --peer-python data/peer/bin/python --memory --output docs/speed.md
+
+endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000 and 128 000 tokens
+	$(RUN) benchmarks/endless.py $(MODEL) --output docs/endless.md
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
