@@ -40,7 +40,8 @@ class Reader:
         prompt = (self._tokens[start:] + self._tokens * (read // len(self._tokens) + 1))[:read]
         memory = MemoryParams(session=SessionKey("bench", "endless"), window_size=512)
         sampling = SamplingParams(temperature=0.0)
-        end = ask(self.engine, [GenerationRequest(prompt, write, sampling, ignore_eos=True, memory=memory)])[0][-1]
+        asked = GenerationRequest(prompt=prompt, max_tokens=write, sampling=sampling, ignore_eos=True, memory=memory)
+        end = ask(self.engine, [asked])[0][-1]
         assert isinstance(end, Finished)
         assert end.cached_tokens == 0, "the session took the text for a repetition"
         self.length += read + write

@@ -66,7 +66,9 @@ def prompts(engine: Engine, test: str, seed: int) -> list[list[int]]:
 def request(prompt: Sequence[int], steps: int, memory: MemoryParams | None) -> GenerationRequest:
     """A greedy request of fixed length that takes nothing from earlier ones."""
     greedy = SamplingParams(temperature=0.0)
-    return GenerationRequest(prompt, steps, greedy, ignore_eos=True, reuse=False, memory=memory)
+    return GenerationRequest(
+        prompt=prompt, max_tokens=steps, sampling=greedy, ignore_eos=True, reuse=False, memory=memory
+    )
 
 
 def ours(engine: Engine, test: str, memory: MemoryParams | None, seed: int) -> float:

@@ -216,17 +216,15 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, GenerationRequest
 engine = Engine.open(model_path=sys.argv[1], adapter_path=sys.argv[2], cache_path=sys.argv[3], max_window=256)
 ended = threading.Event()
-engine.submit(GenerationRequest([1, 2, 3], 4), lambda event: ended.set() if isinstance(event, Finished) else None)
+engine.submit(GenerationRequest(prompt=[1, 2, 3], max_tokens=4), lambda event: ended.set() if isinstance(event, Finished) else None)
 assert ended.wait(200)
-if sys.argv[4] == "raise":
-    raise SystemExit(3)
+raise SystemExit(3)
 """
 
 
-@pytest.mark.parametrize(("how", "expected"), [("return", 0), ("raise", 3)])
-def test_a_program_that_leaves_its_engine_open_ends_cleanly(
-    models: dict[str, tuple[Path, Path]], cache: Path, how: str, expected: int
+def test_a_program_that_leaves_its_engine_open_ends_as_it_wants(
+    models: dict[str, tuple[Path, Path]], cache: Path
 ) -> None:
-    command = [sys.executable, "-c", _UNCLOSED, *map(str, models["llama"]), str(cache), how]
+    command = [sys.executable, "-c", _UNCLOSED, *map(str, models["llama"]), str(cache)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert ended.returncode == expected, ended.stderr[-2000:]
+    assert ended.returncode == 3, ended.stderr[-2000:]
