@@ -216,7 +216,8 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, GenerationRequest
 engine = Engine.open(model_path=sys.argv[1], adapter_path=sys.argv[2], cache_path=sys.argv[3], max_window=256)
 ended = threading.Event()
-engine.submit(GenerationRequest(prompt=[1, 2, 3], max_tokens=4), lambda event: ended.set() if isinstance(event, Finished) else None)
+request = GenerationRequest(prompt=[1, 2, 3], max_tokens=4)
+engine.submit(request, lambda event: ended.set() if isinstance(event, Finished) else None)
 assert ended.wait(200)
 raise SystemExit(3)
 """
