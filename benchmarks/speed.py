@@ -28,9 +28,11 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, GenerationRequest, MemoryParams, SamplingParams
 from atlas_jax.experiments.asking import ask
 
-TESTS = ("prompt:512", "prompt:4096", "decode:1x256", "decode:4x256", "decode:16x256", "decode:32x256", "decode:1x8000")
-TESTS += ("chat", "prose", "repetitive")
-PAGED = (
+TESTS = (
+    *("prompt:512", "prompt:4096", "decode:1x256", "decode:4x256", "decode:16x256", "decode:32x256", "decode:1x8000"),
+    *("chat", "prose", "repetitive"),
+)
+STORY = (
     "The cat sat on the mat. The cat saw a mouse near the door. The cat ran after the mouse and the mouse ran away from the "
     "cat. Then the cat came back to the mat and sat on the mat again."
 )
@@ -41,7 +43,7 @@ QUESTIONS = (
     "Explain how vaccines work to a ten year old.",
     "What should I consider when I buy a used bicycle?",
 )
-COPIES = (f"Repeat this text with 'dog' instead of 'cat': {PAGED}",)
+COPIES = (f"Repeat this text with 'dog' instead of 'cat': {STORY}",)
 _STEPS = 64
 _ANSWER = 160
 COLUMNS = ("plain", "drafts", "memory", "peer")
