@@ -178,7 +178,8 @@ def finish_decode(
     text = drawing.text.at[row, jnp.where(counts, (positions + 1) % TEXT, TEXT)].set(token, mode="drop")
     drawing = Drawing(
         token=jnp.where(count > 0, latest, drawing.token),
-        drafts=drafts(text, last, DRAFTS),
+        # a batch too large for drafts does not look them up either
+        drafts=drafts(text, last, DRAFTS) if width > 1 else jnp.full_like(drawing.drafts, NONE),
         text=text,
         sampling=record(drawing.sampling, token, counts),
         settings=drawing.settings,

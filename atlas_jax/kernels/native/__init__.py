@@ -111,18 +111,16 @@ def level() -> int:
     return found
 
 
-def build(folder: Path | None = None) -> Path:
+def build() -> Path:
     """The kernels as a shared library, compiled if there is none of this source yet (1.4 s).
 
-    Args:
-      folder: where it is kept; None is `$XDG_CACHE_HOME/atlas-jax/native`. It must be as trusted as the code.
+    It is kept in `$XDG_CACHE_HOME/atlas-jax/native`, which must be as trusted as the code.
 
     Raises:
       OSError: there is no compiler, or the folder cannot be written.
       SubprocessError: the compiler fails.
     """
-    if folder is None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlas-jax" / "native"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlas-jax" / "native"
     target = folder / f"kernels-{_VERSION}.so"
     if target.exists():
         return target

@@ -1,7 +1,7 @@
 /* CPU kernels of a decode step, called from compiled JAX functions through XLA's foreign function interface.
 
-   XLA's own int8 products pack one operand anew at every call, which for the few rows of a decode step costs more than the
-   product. These read weights, keys and values once, as they lie. Sums of products are exact integers, and what a row
+   XLA's own int8 products took 1.3 to 4 times as long for 2 to 256 rows of SmolLM2-135M's weights (medians, two shared cores
+   with AMX). These read weights, keys and values once, as they lie. Sums of products are exact integers, and what a row
    gets depends on that row alone, so results are the same for any batch, any number of threads, and with or without
    drafts. The definitions are `linear` and `ref_window_attention` in Python; the tests compare. */
 
@@ -398,7 +398,7 @@ typedef struct {
   int64_t tokens, heads, kv_heads, dim, pages, sinks;
 } Attention;
 
-/* e^x for x ≤ 0 to 2 units in the last place; exactly 0 where a float would be denormal. */
+/* e^x for x ≤ 0, exactly 0 below −87, where a float would soon be denormal. */
 static inline __m512 exp_ps(__m512 x) {
   __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);
   x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
@@ -469,7 +469,7 @@ static inline __attribute__((always_inline)) __m512 score_page_of(const Query *q
   return peak;
 }
 
-/* The common size with its loop over dimensions gone: twice as fast. */
+/* For the common size the loop over dimensions is gone, and all sums stay in registers. */
 static __m512 score_page(const Query *query, const int8_t *keys, const float *scale, int64_t n, int64_t dim, __m512 peak) {
   return dim == 64 ? score_page_of(query, keys, scale, n, 64, peak) : score_page_of(query, keys, scale, n, dim, peak);
 }
