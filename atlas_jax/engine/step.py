@@ -229,8 +229,7 @@ def _predict(
     memory, key = recall.observe(adapter, memory, settings, tapped, tokens, positions, valid)
 
     def with_memory() -> tuple[jax.Array, jax.Array]:
-        found = recall.scores(adapter, memory, settings, key)
-        return recall.blend(adapter, settings, scores, found, positions)
+        return recall.read(adapter, memory, settings, key, scores, positions)
 
     def without_memory() -> tuple[jax.Array, jax.Array]:
         return scores, jnp.zeros(positions.shape, jnp.float32)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.kernels import native
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.typing import Array, Bool, Float, Int, Int32, UInt32
 
@@ -114,17 +115,12 @@ def sample(
       position: absolute position the token will have; with the seed it fixes the draw.
       allowed: bit t mod 32 of word t // 32 says whether token t may be drawn, at least one per row; None allows all.
     """
-    best = row_max(scores)
-    log_mass = best + jnp.log(row_sum(jnp.exp(scores - best[:, None])))
-    adjusted = _penalize(state, scores)
+    greedy, log_mass = _greedy(scores)
+    special = _penalizes(state) | (state.bias != 0).any(axis=1) | (state.temperature > 0)
     if allowed is not None:
-        adjusted = jax.lax.cond(jnp.any(allowed != -1), lambda x: _restrict(x, allowed), lambda x: x, adjusted)
-    greedy = _first_best(adjusted)
-    token = jax.lax.cond(
-        jnp.any(state.temperature > 0),
-        lambda: jnp.where(state.temperature > 0, _draw(state, adjusted, position), greedy),
-        lambda: greedy,
-    )
+        special |= (allowed != -1).any(axis=1)
+    # a branch hands over tokens, never scores: one that did would copy them even where it changes nothing
+    token = jax.lax.cond(jnp.any(special), lambda: _choose(state, scores, position, allowed), lambda: greedy)
     logprob = jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0] - log_mass
     top_logprob, top_token = jax.lax.cond(
         jnp.any(state.logprobs > 0),
@@ -148,9 +144,33 @@ def record(state: SamplingState, tokens: Int32[Array, "B T"], drawn: Bool[Array,
     )
 
 
+def _greedy(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The first of the best tokens, and the logarithm of Σ exp(score)."""
+    if native.takes_vocabulary():
+        return native.greedy(scores)
+    best = row_max(scores)
+    return _first_best(scores), best + jnp.log(row_sum(jnp.exp(scores - best[:, None])))
+
+
+def _choose(state: SamplingState, scores: jax.Array, position: jax.Array, allowed: jax.Array | None) -> Int32[Array, B]:
+    """The token of every row, whatever its settings."""
+    adjusted = _penalize(state, scores)
+    if allowed is not None:
+        adjusted = jax.lax.cond(jnp.any(allowed != -1), lambda x: _restrict(x, allowed), lambda x: x, adjusted)
+    greedy = _first_best(adjusted)
+    return jax.lax.cond(
+        jnp.any(state.temperature > 0),
+        lambda: jnp.where(state.temperature > 0, _draw(state, adjusted, position), greedy),
+        lambda: greedy,
+    )
+
+
+def _penalizes(state: SamplingState) -> Bool[Array, B]:
+    return (state.repeat_penalty != 1) | (state.presence_penalty != 0) | (state.frequency_penalty != 0)
+
+
 def _penalize(state: SamplingState, scores: jax.Array) -> jax.Array:
     """Repeat penalty (CTRL's, on prompt and answer), presence and frequency penalties (on the answer), logit bias."""
-    penalized = (state.repeat_penalty != 1) | (state.presence_penalty != 0) | (state.frequency_penalty != 0)
 
     def penalties(x: jax.Array) -> jax.Array:
         repeat = jnp.where(state.present > 0, state.repeat_penalty[:, None], 1.0)
@@ -162,7 +182,7 @@ def _penalize(state: SamplingState, scores: jax.Array) -> jax.Array:
         row = jnp.arange(x.shape[0])[:, None]
         return x.at[row, state.bias_token].add(state.bias, mode="drop")
 
-    scores = jax.lax.cond(jnp.any(penalized), penalties, lambda x: x, scores)
+    scores = jax.lax.cond(jnp.any(_penalizes(state)), penalties, lambda x: x, scores)
     return jax.lax.cond(jnp.any(state.bias != 0), biases, lambda x: x, scores)
 
 

@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig
+from atlas_jax.kernels import native
 from atlas_jax.kernels.features import gather_monomials
-from atlas_jax.kernels.linear import LOW_TERM, quantize_rows, split_rows
+from atlas_jax.kernels.linear import QuantArray, linear, linear_each, quantize_rows, rows_of
 from atlas_jax.kernels.newton_schulz import gram_polynomial
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.memory.adapter import TRAIL_DECAY, TRAIL_LENGTH, Adapter
@@ -168,7 +169,8 @@ def keys(
     """
     batch, length = positions.shape
     row = jnp.arange(batch)[:, None]
-    z = jnp.stack([(h - adapter.mean[i]) @ adapter.projection[i] for i, h in enumerate(tapped)], axis=2)
+    parts = [(h - adapter.mean[i]) @ adapter.projection[i] for i, h in enumerate(tapped)]
+    z = jnp.stack(parts, axis=2)
     before = positions[:, :1] - TRAIL_LENGTH + jnp.arange(TRAIL_LENGTH)
     past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None, None]
     extended = jnp.concatenate([past, z], axis=1)
@@ -246,7 +248,7 @@ def write(
     token = state.tokens[row, position % ring]
 
     features = _features(adapter, key, settings.degree)  # [M, W]; γ = 0 makes a column zero
-    code = adapter.codes[token].astype(jnp.float32) * (adapter.codes.shape[1] ** -0.5) * gamma[:, None]
+    code = rows_of(adapter.codes, token) * gamma[:, None]
     gram = kernel(key, key, settings.degree)
     weights, momentum = state.weights[row], state.momentum[row]
     residual = code - _product("mw,mc->wc", features, weights)
@@ -271,26 +273,40 @@ def write(
     )
 
 
+def read(
+    adapter: Adapter,
+    state: MemoryState,
+    settings: MemorySettings,
+    key: Float[Array, "B T R"],
+    logits: Float[Array, "B T V"],
+    positions: Int32[Array, "B T"],
+) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
+    """What comes after each token with the memory's word: `blend` of the model's logits and the memory's `scores`."""
+    if not native.takes_vocabulary():
+        return blend(adapter, settings, logits, scores(adapter, state, settings, key), positions)
+    found = _scores(adapter, state, settings, key)
+    active = _active(settings, positions)
+    return native.blend(logits, found, state.seen, active, settings.log_odds, adapter.gate)
+
+
 def scores(
     adapter: Adapter, state: MemoryState, settings: MemorySettings, key: Float[Array, "B T R"]
 ) -> Float[Array, "B T V"]:
     """s = M φ(k)·code(v) for every token v seen in the session; −2 for the others (a real score is near 0 … 1)."""
-    batch, tokens, _ = key.shape
-    factors, weight = adapter.factors[settings.degree], adapter.feature_weight[settings.degree]
-    features = jax.vmap(gather_monomials)(key, factors, weight)  # [B, T, M]
-    high, low, unit = split_rows(features)
-    terms = jnp.concatenate([high, low], axis=1)
-    sums = jax.lax.dot_general(
-        terms, state.read_values, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.int32
-    ).astype(jnp.float32)
-    value = (sums[:, :tokens] + sums[:, tokens:] * (1.0 / LOW_TERM)) * unit * state.read_scale[:, None, :]
+    return jnp.where(state.seen[:, None, :] > 0, _scores(adapter, state, settings, key), _MIN_SCORE)
 
-    code_dim = adapter.codes.shape[1]
-    high, low, unit = split_rows(value.reshape(batch * tokens, code_dim))
-    sums = jnp.einsum("rc,vc->rv", jnp.concatenate([high, low]), adapter.codes, preferred_element_type=jnp.int32)
-    sums = sums.astype(jnp.float32)
-    score = (sums[: batch * tokens] + sums[batch * tokens :] * (1.0 / LOW_TERM)) * (unit * code_dim**-0.5)
-    return jnp.where(state.seen[:, None, :] > 0, score.reshape(batch, tokens, -1), _MIN_SCORE)
+
+def _scores(adapter: Adapter, state: MemoryState, settings: MemorySettings, key: jax.Array) -> jax.Array:
+    tables = adapter.factors, adapter.feature_weight
+    if native.takes_monomials(adapter.factors.shape[1]):
+        features = native.monomials(key, *tables, settings.degree)  # [B, T, M]
+    else:
+        features = jax.vmap(gather_monomials)(key, *(table[settings.degree] for table in tables))
+    return linear(adapter.codes, linear_each(QuantArray(state.read_values, state.read_scale), features))
+
+
+def _active(settings: MemorySettings, positions: jax.Array) -> jax.Array:
+    return settings.read[:, None] & (positions >= settings.read_from[:, None])
 
 
 def gate_features(score: Float[Array, "*rows V"], entropy: Float[Array, "*rows"]) -> Float[Array, "*rows features"]:
@@ -326,7 +342,7 @@ def blend(
     mass = row_sum(weight)
     entropy = jnp.log(mass) - row_sum(weight * shifted) / mass
     odds = jnp.einsum("btf,f->bt", gate_features(score, entropy), adapter.gate) + settings.log_odds[:, None]
-    active = settings.read[:, None] & (positions >= settings.read_from[:, None]) & (row_max(score) > 0)
+    active = _active(settings, positions) & (row_max(score) > 0)
     g = jnp.where(active, jax.nn.sigmoid(odds), 0.0)
     mixed = (1.0 - g)[..., None] * (weight / mass[..., None]) + g[..., None] * memory_distribution(score)
     return jnp.where(active[..., None], jnp.log(jnp.maximum(mixed, 1e-37)), logits), g

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import logging
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -19,9 +22,11 @@ from hypothesis import strategies as st
 from atlas_jax.config import PAGE
 from atlas_jax.kernels import native
 from atlas_jax.kernels.attention import LayerKV, QuantPages, ref_window_attention, window_attention
-from atlas_jax.kernels.linear import QuantArray, linear, quantize_weight
+from atlas_jax.kernels.features import gather_monomials
+from atlas_jax.kernels.linear import QuantArray, linear, linear_each, quantize_weight
+from atlas_jax.memory import recall
 
-available = native.takes_linear(2, 64, 64)
+available = native.takes_linear(2, 64, 64, 1)
 needs_kernels = pytest.mark.skipif(not available, reason="no C compiler, or no AVX-512 VNNI")
 seeds = st.integers(0, 2**32 - 1)
 DIM, SINKS, SCALE = 64, 4, 0.125
@@ -70,6 +75,105 @@ def test_products_have_the_bits_of_xlas(
     x = jnp.asarray((rng.normal(size=(rows, inner)) * spread).astype(np.float32)).at[0].set(0.0)
     found, wanted = (run(use, precise_product if precise else rough_product, weight, x) for use in (True, False))
     np.testing.assert_array_equal(found, wanted)
+
+
+def each_product(weight: QuantArray, x: jax.Array) -> jax.Array:
+    return linear_each(weight, x)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=8)
+@given(seed=seeds, batch=st.integers(1, 5), tokens=st.integers(1, 17), outputs=st.sampled_from([16, 96, 208]))
+def test_a_matrix_for_each_row_is_one_product_after_the_other(seed: int, batch: int, tokens: int, outputs: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-127, 128, (batch, outputs, 128)).astype(np.int8)
+    weight = QuantArray(jnp.asarray(values), jnp.asarray(rng.uniform(0.1, 1.0, (batch, outputs)).astype(np.float32)))
+    x = jnp.asarray(rng.normal(size=(batch, tokens, 128)).astype(np.float32))
+    found = run(True, each_product, weight, x)
+    np.testing.assert_array_equal(found, run(False, each_product, weight, x))
+    for b in range(batch):
+        alone = run(True, precise_product, QuantArray(weight.values[b], weight.scale[b]), x[b])
+        np.testing.assert_array_equal(found[b], alone)
+
+
+@needs_kernels
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_without_amx_products_are_the_same(rows: int, tmp_path: Path) -> None:
+    """A copy of the library that has not been asked what the processor has takes the path of VNNI alone."""
+    copy = shutil.copy(native.build(), tmp_path / "copy.so")
+    library = ctypes.CDLL(copy)
+    rng = np.random.default_rng(rows)
+    weight = QuantArray(*map(jnp.asarray, quantize_weight(rng.normal(size=(80, 192)).astype(np.float32))))
+    x = jnp.asarray(rng.normal(size=(rows, 192)).astype(np.float32))
+    for name, function in (("atlas_linear", rough_product), ("atlas_precise_linear", precise_product)):
+        target = f"{name}_{tmp_path.name}"
+        jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+        call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((rows, 80), jnp.float32))
+        found = jax.jit(call)(x, weight.values, weight.scale)
+        np.testing.assert_array_equal(found, run(False, function, weight, x))
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=20)
+@given(
+    seed=seeds,
+    rows=st.integers(1, 5),
+    vocab=st.sampled_from([16, 100, 4096, 4097, 9000]),
+    spread=st.sampled_from([0.1, 30]),
+)
+def test_the_greedy_choice_is_the_first_of_the_best(seed: int, rows: int, vocab: int, spread: float) -> None:
+    rng = np.random.default_rng(seed)
+    scores = np.round(rng.normal(size=(rows, vocab)) * spread, 1).astype(np.float32)  # rounded: there are ties
+    scores[0, rng.integers(vocab)] = -1e30
+    token, log_mass = jax.jit(native.greedy)(scores)
+    np.testing.assert_array_equal(token, scores.argmax(axis=1))
+    wide = scores.astype(np.float64)
+    peak = wide.max(axis=1)
+    wanted = peak + np.log(np.exp(wide - peak[:, None]).sum(axis=1))
+    np.testing.assert_allclose(log_mass, wanted, rtol=1e-6, atol=1e-6)
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=20)
+@given(seed=seeds, tokens=st.integers(1, 3), vocab=st.sampled_from([48, 4100, 8200]), silent=st.booleans())
+def test_the_blend_is_its_definition(seed: int, tokens: int, vocab: int, silent: bool) -> None:
+    rng = np.random.default_rng(seed)
+    rows = 3
+    logits = rng.normal(size=(rows, tokens, vocab)).astype(np.float32) * 4
+    scores = rng.normal(size=(rows, tokens, vocab)).astype(np.float32) * 0.2
+    scores = -np.abs(scores) if silent else scores
+    seen = (rng.random((rows, vocab)) < 0.1).astype(np.int8)
+    seen[0] = 0
+    active = rng.random((rows, tokens)) < 0.8
+    odds = rng.normal(size=rows).astype(np.float32)
+    gate = np.asarray([-1.0, 2.0, 1.0, 0.2], np.float32)
+    mixed, passed = jax.jit(native.blend)(logits, scores, seen, active, odds, gate)
+    adapter = SimpleNamespace(gate=jnp.asarray(gate))
+    how = SimpleNamespace(read=jnp.ones(rows, bool), read_from=jnp.zeros(rows, jnp.int32), log_odds=jnp.asarray(odds))
+    masked = jnp.where(seen[:, None, :] > 0, scores, -2.0)
+    positions = jnp.where(active, 0, -1)  # before `read_from`: not yet
+    wanted, wanted_gate = recall.blend(adapter, how, jnp.asarray(logits), masked, positions)  # type: ignore[arg-type]
+    np.testing.assert_allclose(passed, wanted_gate, atol=2e-6)
+    np.testing.assert_allclose(mixed, wanted, rtol=2e-5, atol=2e-5)
+    untouched = np.asarray(passed) == 0
+    np.testing.assert_array_equal(np.asarray(mixed)[untouched], logits[untouched])
+    assert untouched[0].all()
+    assert untouched.all() or not silent
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=10)
+@given(seed=seeds, tokens=st.integers(1, 3))
+def test_monomials_are_those_of_xla(seed: int, tokens: int) -> None:
+    rng = np.random.default_rng(seed)
+    batch, size, degrees, count, order = 3, 10, 2, 32, 3
+    key = rng.normal(size=(batch, tokens, size)).astype(np.float32)
+    factors = rng.integers(0, size + 1, (degrees, count, order)).astype(np.int32)
+    weight = rng.normal(size=(degrees, count)).astype(np.float32)
+    degree = rng.integers(0, degrees, batch).astype(np.int32)
+    found = jax.jit(native.monomials)(key, factors, weight, degree)
+    wanted = jax.vmap(gather_monomials)(key, factors[degree], weight[degree])
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 def some_attention(seed: int, batch: int, tokens: int, groups: int, kv_heads: int, pages: int) -> tuple[Any, ...]:
@@ -174,7 +278,7 @@ def test_without_a_compiler_xla_does_it(
     native.level.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "atlas.kernels"):
-            assert not native.takes_linear(2, 64, 64)
+            assert not native.takes_linear(2, 64, 64, 1)
         assert "native kernels" in caplog.text
         weight = QuantArray(jnp.ones((16, 64), jnp.int8), jnp.ones((16,)))
         np.testing.assert_allclose(linear(weight, jnp.ones((2, 64))), np.full((2, 16), 64.0), rtol=1e-6)
@@ -184,9 +288,9 @@ def test_without_a_compiler_xla_does_it(
 
 
 def test_shapes_they_do_not_take_are_left_to_xla() -> None:
-    assert not native.takes_linear(2, 65, 64)
-    assert not native.takes_linear(2, 64, 8)
-    assert not native.takes_linear(100_000, 64, 64)
+    assert not native.takes_linear(2, 65, 64, 1)
+    assert not native.takes_linear(2, 64, 8, 1)
+    assert not native.takes_linear(100_000, 64, 64, 1)
     assert not native.takes_attention(1, 64, 64, 4)
     assert not native.takes_attention(1, PAGE, 80, 4)
     assert not native.takes_attention(PAGE + 1, PAGE, 64, 4)

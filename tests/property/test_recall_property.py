@@ -99,7 +99,7 @@ def read_text(state: MemoryState, row: int, keys: np.ndarray, tokens: np.ndarray
 def pairs(keys: np.ndarray, tokens: np.ndarray, end: int, window: int) -> tuple[np.ndarray, np.ndarray]:
     """What a write is about: the keys before the last `window` tokens before `end`, and those tokens' value codes."""
     first = max(1, end - window)
-    codes = np.asarray(adapter().codes, np.float64)[tokens[first:end]] / np.sqrt(CONFIG.code_dim)
+    codes = np.asarray(adapter().codes.values, np.float64)[tokens[first:end]] / np.sqrt(CONFIG.code_dim)
     return keys[first - 1 : end - 1].astype(np.float64), codes
 
 

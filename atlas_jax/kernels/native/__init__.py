@@ -1,4 +1,4 @@
-"""CPU kernels in C (`kernels.c`): int8 products and attention over int8 pages, called inside jit.
+"""CPU kernels in C: int8 products, attention over int8 pages, and what is done with a vocabulary's scores, called inside jit.
 
 They are built once with the machine's own compiler, and are an implementation, never a definition: without a compiler, on
 a processor without AVX-512 VNNI, or for shapes they do not take, the same functions run as XLA programs.
@@ -14,14 +14,28 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.typing import Array, Bool, Float, Int8
+from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
-__all__ = ["attention", "build", "level", "linear", "takes_attention", "takes_linear", "use"]
+__all__ = [
+    "attention",
+    "blend",
+    "build",
+    "greedy",
+    "level",
+    "linear",
+    "monomials",
+    "takes_attention",
+    "takes_linear",
+    "takes_monomials",
+    "takes_vocabulary",
+    "use",
+]
 
 log = logging.getLogger("atlas.kernels")
 
@@ -31,12 +45,13 @@ MAX_TOKENS = 128
 """Tokens per row up to which our attention is."""
 _PAGE = 128
 _MAX_SINKS = 16
-_SOURCE = Path(__file__).with_name("kernels.c")
-_FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC")
+_SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
+# no contraction: a product and a sum that became one instruction would round differently from XLA's
+_FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 _BUILD_SECONDS = 60
 # XLA keeps compiled programs by the names they call: a changed kernel needs a changed name
-_VERSION = hashlib.sha256(_SOURCE.read_bytes()).hexdigest()[:16]
-_TARGETS = ("linear", "attention")
+_VERSION = hashlib.sha256(b"\0".join(source.read_bytes() for source in _SOURCES)).hexdigest()[:16]
+_TARGETS = ("linear", "precise_linear", "attention", "greedy", "blend", "monomials")
 
 _wanted = True
 
@@ -47,9 +62,9 @@ def use(wanted: bool) -> None:
     _wanted = wanted
 
 
-def takes_linear(rows: int, inner: int, outputs: int) -> bool:
+def takes_linear(rows: int, inner: int, outputs: int, terms: int) -> bool:
     """Whether `linear` takes a product of this shape here."""
-    return inner % 64 == 0 and outputs % 16 == 0 and _ready() and rows <= MAX_ROWS[level()]
+    return inner % 64 == 0 and outputs % 16 == 0 and _ready() and terms * rows <= MAX_ROWS[level()]
 
 
 def takes_attention(tokens: int, page: int, dim: int, sinks: int) -> bool:
@@ -57,14 +72,62 @@ def takes_attention(tokens: int, page: int, dim: int, sinks: int) -> bool:
     return tokens <= MAX_TOKENS and page == _PAGE and dim % 64 == 0 and sinks <= _MAX_SINKS and _ready()
 
 
+def takes_monomials(features: int) -> bool:
+    """Whether `monomials` takes tables of this length here."""
+    return features % 16 == 0 and _ready()
+
+
+def takes_vocabulary() -> bool:
+    """Whether `greedy` and `blend` can be called here."""
+    return _ready()
+
+
 def linear(
-    terms: Int8[Array, "terms inp"],
-    scale: Float[Array, "rows 1"],
-    weight: Int8[Array, "out inp"],
-    weight_scale: Float[Array, out],
-) -> Float[Array, "rows out"]:
-    """x·Wᵀ of activations in one int8 term or two (the second ones, in units of 1/254, after the first)."""
-    return _call("linear", (scale.shape[0], weight.shape[0]), terms, scale, weight, weight_scale)
+    x: Float[Array, "*matrices rows inp"],
+    weight: Int8[Array, "*matrices out inp"],
+    weight_scale: Float[Array, "*matrices out"],
+    *,
+    terms: int,
+) -> Float[Array, "*matrices rows out"]:
+    """x·Wᵀ of activations rounded to one int8 term or two, for one matrix or several, each with rows of its own."""
+    shape = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[-2]), jnp.float32)
+    (out,) = _call("linear" if terms == 1 else "precise_linear", (shape,), x, weight, weight_scale)
+    return out
+
+
+def monomials(
+    key: Float[Array, "B T R"],
+    factors: Int32[Array, "degree M F"],
+    weight: Float[Array, "degree M"],
+    degree: Int32[Array, B],
+) -> Float[Array, "B T M"]:
+    """`features.gather_monomials` with the tables of each row's degree."""
+    shape = jax.ShapeDtypeStruct((*key.shape[:2], factors.shape[1]), jnp.float32)
+    (out,) = _call("monomials", (shape,), key, factors, weight, degree)
+    return out
+
+
+def greedy(scores: Float[Array, "B V"]) -> tuple[Int32[Array, B], Float[Array, B]]:
+    """The first of the best tokens of every row, and the logarithm of Σ exp(score)."""
+    rows = scores.shape[:1]
+    token, log_mass = _call(
+        "greedy", (jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32)), scores
+    )
+    return token, log_mass
+
+
+def blend(
+    logits: Float[Array, "B T V"],
+    scores: Float[Array, "B T V"],
+    seen: Int8[Array, "B V"],
+    active: Bool[Array, "B T"],
+    log_odds: Float[Array, B],
+    gate: Float[Array, features],
+) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
+    """The mixture of model and memory as logits, and the gate; see `memory.recall.blend`."""
+    like = (jax.ShapeDtypeStruct(logits.shape, jnp.float32), jax.ShapeDtypeStruct(active.shape, jnp.float32))
+    mixed, passed = _call("blend", like, logits, scores, seen, active, log_odds, gate)
+    return mixed, passed
 
 
 def attention(
@@ -82,11 +145,14 @@ def attention(
 ) -> Float[Array, "B T H D"]:
     """Softmax attention over a ring of int8 pages and the sinks; see `kernels.attention.window_attention`."""
     factor = jnp.asarray(scale, jnp.float32)
-    return _call("attention", q.shape, q, q_sink, k, k_scale, v, v_scale, sink_k, sink_v, seen, sinks_seen, factor)
+    shape = jax.ShapeDtypeStruct(q.shape, jnp.float32)
+    args = (q, q_sink, k, k_scale, v, v_scale, sink_k, sink_v, seen, sinks_seen, factor)
+    (out,) = _call("attention", (shape,), *args)
+    return out
 
 
-def _call(name: str, shape: tuple[int, ...], *args: jax.Array) -> jax.Array:
-    return jax.ffi.ffi_call(f"atlas_{name}_{_VERSION}", jax.ShapeDtypeStruct(shape, jnp.float32))(*args)
+def _call(name: str, shapes: tuple[jax.ShapeDtypeStruct, ...], *args: jax.Array) -> Sequence[jax.Array]:
+    return jax.ffi.ffi_call(f"atlas_{name}_{_VERSION}", shapes)(*args)
 
 
 def _ready() -> bool:
@@ -131,7 +197,8 @@ def build() -> Path:
     handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
-        command = [compiler, *_FLAGS, "-I", jax.ffi.include_dir(), str(_SOURCE), "-o", name]
+        code = [str(source) for source in _SOURCES if source.suffix == ".c"]
+        command = [compiler, *_FLAGS, "-I", jax.ffi.include_dir(), *code, "-o", name]
         subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)
         os.replace(name, target)
     finally:

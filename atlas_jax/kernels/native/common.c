@@ -1,0 +1,122 @@
+/* What the processor can do, work shared between XLA's threads, and XLA's calling convention. */
+
+#define _GNU_SOURCE
+#include "common.h"
+
+#include <cpuid.h>
+#include <immintrin.h>
+#include <stdatomic.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+bool atlas_has_tiles;
+
+/* What this processor runs: 0 nothing, 1 AVX-512 VNNI, 2 AMX tiles too. To be asked before anything else. */
+EXPORT int atlas_supported(void) {
+  __builtin_cpu_init();
+  if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni")))
+    return 0;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 24 & 1) || !(d >> 25 & 1)) return 1; /* amx-tile, amx-int8 */
+#ifdef __linux__
+  const long request_permission = 0x1023, tile_data = 18; /* the kernel saves tiles only for processes that asked */
+  atlas_has_tiles = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#endif
+  return atlas_has_tiles ? 2 : 1;
+}
+
+/* ---- threads -------------------------------------------------------------------------------------------------------
+
+   A call cuts its work into parts and offers them to XLA's own pool. The caller takes parts too, until none is left, and
+   then waits only for parts that somebody has begun: with every thread of the pool in a call of its own, nobody waits for
+   a part that never starts. */
+
+typedef struct {
+  Part *run;
+  const void *task;
+  int64_t parts;
+  atomic_long next, finished, holders;
+} Job;
+
+static void take_parts(Job *job) {
+  for (;;) {
+    long part = atomic_fetch_add(&job->next, 1);
+    if (part >= job->parts) return;
+    job->run(job->task, part);
+    atomic_fetch_add(&job->finished, 1);
+  }
+}
+
+static void release(Job *job) {
+  if (atomic_fetch_sub(&job->holders, 1) == 1) free(job);
+}
+
+static void help(void *data) {
+  take_parts(data);
+  release(data);
+}
+
+int64_t pool_threads(const XLA_FFI_CallFrame *frame) {
+  int64_t count = 1;
+  XLA_FFI_ThreadPool_NumThreads_Args args = {.struct_size = XLA_FFI_ThreadPool_NumThreads_Args_STRUCT_SIZE,
+                                             .ctx = frame->ctx,
+                                             .num_threads = &count};
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_NumThreads(&args);
+  if (error) {
+    XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
+    frame->api->XLA_FFI_Error_Destroy(&destroy);
+    return 1;
+  }
+  return count;
+}
+
+void run_parts(const XLA_FFI_CallFrame *frame, Part *run, const void *task, int64_t parts) {
+  int64_t helpers = pool_threads(frame) - 1;
+  if (helpers > parts - 1) helpers = parts - 1;
+  Job *job = helpers > 0 ? malloc(sizeof(Job)) : NULL;
+  if (!job) {
+    for (int64_t part = 0; part < parts; part++) run(task, part);
+    return;
+  }
+  *job = (Job){.run = run, .task = task, .parts = parts};
+  atomic_init(&job->next, 0);
+  atomic_init(&job->finished, 0);
+  atomic_init(&job->holders, 1);
+  for (int64_t i = 0; i < helpers; i++) {
+    XLA_FFI_ThreadPool_Schedule_Args args = {.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
+                                             .ctx = frame->ctx,
+                                             .task = help,
+                                             .data = job};
+    atomic_fetch_add(&job->holders, 1);
+    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&args);
+    if (error) {
+      XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
+      frame->api->XLA_FFI_Error_Destroy(&destroy);
+      release(job);
+    }
+  }
+  take_parts(job);
+  while (atomic_load(&job->finished) < parts) _mm_pause();
+  release(job);
+}
+
+/* ---- calling convention ---------------------------------------------------------------------------------------- */
+
+XLA_FFI_Error *failed(const XLA_FFI_CallFrame *frame, const char *message) {
+  XLA_FFI_Error_Create_Args args = {.struct_size = XLA_FFI_Error_Create_Args_STRUCT_SIZE,
+                                    .message = message,
+                                    .errc = XLA_FFI_Error_Code_INVALID_ARGUMENT};
+  return frame->api->XLA_FFI_Error_Create(&args);
+}
+
+bool asked_for_version(XLA_FFI_CallFrame *frame) {
+  XLA_FFI_Extension_Base *extension = frame->extension_start;
+  if (!extension || extension->type != XLA_FFI_Extension_Metadata) return false;
+  XLA_FFI_Metadata *metadata = ((XLA_FFI_Metadata_Extension *)extension)->metadata;
+  metadata->api_version.major_version = XLA_FFI_API_MAJOR;
+  metadata->api_version.minor_version = XLA_FFI_API_MINOR;
+  return true;
+}

@@ -1,0 +1,318 @@
+/* Products of float rows with 8-bit weights.
+
+   A row is rounded to one 8-bit term or two, x ≈ (high + low / 254) · unit, and
+
+     y[r, o] = (Σ high[r]·w[o] + Σ low[r]·w[o] / 254) · unit[r] · weight_scale[o]
+
+   with exact sums, so the result has the bits of the same function in Python. On AVX-512 VNNI the processor multiplies
+   unsigned by signed bytes: a weight w is read as w + 128 (its top bit flipped), and 128 · Σ x is taken off the sum. */
+
+#include "common.h"
+#include "vectors.h"
+
+enum { OUTPUTS = 4, ROWS = 4, TILE = 16, MAX_TERMS = 256 };
+
+typedef struct {
+  const float *x;       /* [matrices, rows, inner] */
+  const int8_t *weight; /* [matrices, outputs, inner] */
+  const float *weight_scale;
+  float *out; /* [matrices, rows, outputs] */
+  int64_t rows, inner, outputs;
+  int64_t strip, strips; /* outputs of one part, and parts of one matrix */
+  int64_t low;           /* distance of a row's second term from its first; 0: there is none */
+  int64_t group, groups; /* rows whose terms are one group of 16, and such groups of one matrix */
+  int64_t padded;        /* terms of one matrix */
+  int8_t *terms;         /* [matrices, padded, inner] */
+  int32_t *packed; /* the terms as AMX reads them, [matrices, groups, inner / 4, 16], four bytes each; none on VNNI */
+  float *unit;     /* [matrices, rows] */
+  int32_t *offset; /* VNNI: 128 · Σ of each term, [matrices, padded] */
+} Linear;
+
+/* Where a row's first term lies among those of its matrix. On AMX, both terms of a row are in one group. */
+static inline int64_t place(const Linear *task, int64_t row) { return row / task->group * TILE + row % task->group; }
+
+/* A product as part of a call: which matrix, and where its rows' results go. */
+typedef struct {
+  const int8_t *weight, *terms;
+  const int32_t *packed, *offset;
+  const float *scale, *unit;
+  float *out;
+  int64_t first, last;
+} Product;
+
+static Product product_of(const Linear *task, int64_t part) {
+  int64_t m = part / task->strips, first = part % task->strips * task->strip, last = first + task->strip;
+  return (Product){.weight = task->weight + m * task->outputs * task->inner,
+                   .terms = task->terms + m * task->padded * task->inner,
+                   .packed = task->packed + m * task->padded * task->inner / 4,
+                   .offset = task->offset + m * task->padded,
+                   .scale = task->weight_scale + m * task->outputs,
+                   .unit = task->unit + m * task->rows,
+                   .out = task->out + m * task->rows * task->outputs,
+                   .first = first,
+                   .last = last < task->outputs ? last : task->outputs};
+}
+
+static void round_row(const Linear *task, int64_t m, int64_t row) {
+  const float *x = task->x + (m * task->rows + row) * task->inner;
+  int8_t *high = task->terms + (m * task->padded + place(task, row)) * task->inner, *low = high + task->low * task->inner;
+  __m512 peak = _mm512_set1_ps(1e-30f);
+  for (int64_t i = 0; i < task->inner; i += 16) peak = _mm512_max_ps(peak, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  float largest = _mm512_reduce_max_ps(peak);
+  task->unit[m * task->rows + row] = largest * (1.0f / 127.0f);
+  __m512 inverse = _mm512_set1_ps(127.0f / largest);
+  for (int64_t i = 0; i < task->inner; i += 16) {
+    __m512 units = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse);
+    __m512 whole = _mm512_roundscale_ps(units, 0);
+    _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole)));
+    if (!task->low) continue;
+    __m512 rest = _mm512_mul_ps(_mm512_sub_ps(units, whole), _mm512_set1_ps(254.0f));
+    _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(rest)));
+  }
+}
+
+/* ---- AVX-512 VNNI ---------------------------------------------------------------------------------------------- */
+
+static void round_terms(const void *data, int64_t part) {
+  const Linear *task = data;
+  int64_t m = part / task->rows, row = part % task->rows;
+  round_row(task, m, row);
+  for (int64_t term = row; term <= row + task->low; term += task->low) {
+    const int8_t *terms = task->terms + (m * task->padded + term) * task->inner;
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t i = 0; i < task->inner; i += 64)
+      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(terms + i));
+    task->offset[m * task->padded + term] = 128 * _mm512_reduce_add_epi32(sum);
+    if (!task->low) break;
+  }
+}
+
+/* Four outputs of up to four rows of terms; the sums lie at [row · 4 + output]. */
+static inline __attribute__((always_inline)) __m512i block(const int8_t *terms, const int8_t *weight, int64_t inner,
+                                                           int rows) {
+  const __m512i flip = _mm512_set1_epi8((char)0x80);
+  __m512i sum[16];
+  for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
+  for (int64_t i = 0; i < inner; i += 64) {
+    __m512i w[OUTPUTS];
+    for (int o = 0; o < OUTPUTS; o++) w[o] = _mm512_xor_si512(_mm512_loadu_si512(weight + o * inner + i), flip);
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+      __m512i x = _mm512_loadu_si512(terms + r * inner + i);
+#pragma GCC unroll 4
+      for (int o = 0; o < OUTPUTS; o++) sum[r * OUTPUTS + o] = _mm512_dpbusd_epi32(sum[r * OUTPUTS + o], w[o], x);
+    }
+  }
+  return lane_sums(sum);
+}
+
+static void multiply(const void *data, int64_t part) {
+  const Linear *task = data;
+  Product p = product_of(task, part);
+  int32_t sums[ROWS * OUTPUTS] __attribute__((aligned(64)));
+  int32_t held[MAX_TERMS * OUTPUTS];
+  for (int64_t o = p.first; o < p.last; o += OUTPUTS) {
+    const int8_t *weight = p.weight + o * task->inner;
+    for (int64_t r = 0; r < task->padded; r += ROWS) {
+      const int8_t *terms = p.terms + r * task->inner;
+      int64_t rows = task->padded - r < ROWS ? task->padded - r : ROWS;
+      __m512i found = rows == 4   ? block(terms, weight, task->inner, 4)
+                      : rows == 3 ? block(terms, weight, task->inner, 3)
+                      : rows == 2 ? block(terms, weight, task->inner, 2)
+                                  : block(terms, weight, task->inner, 1);
+      _mm512_store_si512(sums, found);
+      for (int64_t i = 0; i < rows; i++)
+        for (int j = 0; j < OUTPUTS; j++) held[(r + i) * OUTPUTS + j] = sums[i * OUTPUTS + j] - p.offset[r + i];
+    }
+    for (int64_t r = 0; r < task->rows; r++)
+      for (int j = 0; j < OUTPUTS; j++) {
+        float total = (float)held[r * OUTPUTS + j];
+        if (task->low) total = __builtin_fmaf((float)held[(task->low + r) * OUTPUTS + j], 1.0f / 254.0f, total);
+        p.out[r * task->outputs + o + j] = total * (p.unit[r] * p.scale[o + j]);
+      }
+  }
+}
+
+/* ---- AMX ------------------------------------------------------------------------------------------------------- */
+
+/* Rows and columns of a 16 × 16 matrix exchanged. */
+static inline __attribute__((always_inline)) void transpose(__m512i v[16]) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+    __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+    v[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    v[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    v[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+}
+
+typedef struct {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t column_bytes[16];
+  uint8_t rows[16];
+} TileShapes;
+
+/* Two tiles of outputs by two of rows of terms, so that every tile read takes part in two products; `width` and `height`
+   say how many of them there are. */
+static inline __attribute__((always_inline)) void tile_block(const int8_t *weight, const int32_t *terms, int64_t inner,
+                                                             int64_t group, int width, int height, bool ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const int8_t *weight2 = weight + TILE * inner;
+  for (int64_t i = 0; i < inner; i += 64) {
+    _tile_loadd(4, weight + i, inner);
+    _tile_loadd(6, terms + i / 4 * TILE, 64);
+    _tile_dpbssd(0, 4, 6);
+    if (width > 1) {
+      _tile_loadd(5, weight2 + i, inner);
+      _tile_dpbssd(1, 5, 6);
+    }
+    if (height > 1) {
+      _tile_loadd(7, terms + group + i / 4 * TILE, 64);
+      _tile_dpbssd(2, 4, 7);
+      if (width > 1) _tile_dpbssd(3, 5, 7);
+    }
+    if (ahead) /* the next outputs' weights, while these are in the works */
+      for (int j = 0; j < width * TILE; j++)
+        _mm_prefetch((const char *)(weight + (width * TILE + j) * inner + i), _MM_HINT_T0);
+  }
+}
+
+/* Rounds the rows of a group of 16 terms, and lays them out as AMX reads them. */
+static void pack_terms(const void *data, int64_t part) {
+  const Linear *task = data;
+  int64_t words = task->inner / 4, m = part / task->groups, group = part % task->groups, first = group * task->group;
+  int64_t rows = task->rows - first < task->group ? task->rows - first : task->group;
+  for (int64_t r = 0; r < rows; r++) round_row(task, m, first + r);
+  const int32_t *given = (const int32_t *)(task->terms + part * TILE * task->inner);
+  int32_t *packed = task->packed + part * TILE * words;
+  bool used[TILE] = {false};
+  for (int64_t r = 0; r < rows; r++) used[r] = used[r + task->low] = true;
+  for (int64_t i = 0; i < words; i += TILE) {
+    __m512i block[TILE];
+#pragma GCC unroll 16
+    for (int j = 0; j < TILE; j++)
+      block[j] = used[j] ? _mm512_loadu_si512(given + j * words + i) : _mm512_setzero_si512();
+    transpose(block);
+#pragma GCC unroll 16
+    for (int j = 0; j < TILE; j++) _mm512_store_si512(packed + (i + j) * TILE, block[j]);
+  }
+}
+
+static void multiply_tiles(const void *data, int64_t part) {
+  const Linear *task = data;
+  Product p = product_of(task, part);
+  int64_t inner = task->inner;
+  TileShapes shapes = {.palette = 1};
+  for (int i = 0; i < 8; i++) shapes.column_bytes[i] = 64, shapes.rows[i] = TILE;
+  _tile_loadconfig(&shapes);
+  int32_t sums[MAX_TERMS][2 * TILE] __attribute__((aligned(64)));
+  int32_t found[4][TILE][TILE] __attribute__((aligned(64)));
+  const int64_t group = inner / 4 * TILE;
+  for (int64_t o = p.first; o < p.last; o += 2 * TILE) {
+    const int8_t *weight = p.weight + o * inner;
+    int width = p.last - o > TILE ? 2 : 1;
+    for (int64_t r = 0; r < task->padded; r += 2 * TILE) {
+      const int32_t *terms = p.packed + r / TILE * group;
+      int height = task->padded - r > TILE ? 2 : 1;
+      if (width == 2 && height == 2)
+        tile_block(weight, terms, inner, group, 2, 2, r == 0);
+      else if (width == 2)
+        tile_block(weight, terms, inner, group, 2, 1, r == 0);
+      else if (height == 2)
+        tile_block(weight, terms, inner, group, 1, 2, r == 0);
+      else
+        tile_block(weight, terms, inner, group, 1, 1, r == 0);
+      _tile_stored(0, found[0], 64);
+      _tile_stored(1, found[1], 64);
+      _tile_stored(2, found[2], 64);
+      _tile_stored(3, found[3], 64);
+      for (int i = 0; i < 2 * height; i++) {
+        __m512i block[TILE];
+        for (int j = 0; j < TILE; j++) block[j] = _mm512_load_si512(found[i][j]);
+        transpose(block);
+        for (int j = 0; j < TILE; j++) _mm512_store_si512(sums[r + i / 2 * TILE + j] + i % 2 * TILE, block[j]);
+      }
+    }
+    for (int64_t r = 0; r < task->rows; r++)
+      for (int j = 0; j < width * TILE; j += TILE) {
+        __m512 total = _mm512_cvtepi32_ps(_mm512_load_si512(sums[place(task, r)] + j));
+        if (task->low) {
+          __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums[place(task, r) + task->low] + j));
+          total = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / 254.0f), total);
+        }
+        __m512 unit = _mm512_mul_ps(_mm512_set1_ps(p.unit[r]), _mm512_loadu_ps(p.scale + o + j));
+        _mm512_storeu_ps(p.out + r * task->outputs + o + j, _mm512_mul_ps(total, unit));
+      }
+  }
+  _tile_release();
+}
+
+/* ---- calls ----------------------------------------------------------------------------------------------------- */
+
+static int64_t in_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
+/* (x f32 [R, in], weight int8 [out, in], its scale f32 [out]) -> f32 [R, out], in `terms` terms, or the same with one
+   leading axis on all of them; in a multiple of 64, out of 16, at most MAX_TERMS rows of terms. */
+static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int terms) {
+  XLA_FFI_Buffer *x = argument(frame, 0), *weight = argument(frame, 1), *scale = argument(frame, 2), *out = result(frame, 0);
+  int64_t each = weight->rank - 2, matrices = each ? weight->dims[0] : 1;
+  Linear task = {.x = x->data,
+                 .weight = weight->data,
+                 .weight_scale = scale->data,
+                 .out = out->data,
+                 .rows = x->dims[each],
+                 .inner = x->dims[each + 1],
+                 .outputs = weight->dims[each]};
+  bool tiles = atlas_has_tiles;
+  task.group = tiles ? TILE / terms : TILE;
+  task.groups = (task.rows + task.group - 1) / task.group;
+  task.low = terms == 1 ? 0 : tiles ? TILE / 2 : task.rows;
+  task.padded = tiles ? task.groups * TILE : terms * task.rows;
+  if (task.padded > MAX_TERMS || task.inner % 64 || task.outputs % TILE || each < 0 || each > 1)
+    return failed(frame, "atlas_linear: shape");
+  /* a few parts a thread, so that one that starts late does not hold up the others */
+  int64_t share = task.outputs * matrices / (4 * pool_threads(frame)) / (2 * TILE) * (2 * TILE);
+  task.strip = share < 4 * TILE ? 4 * TILE : share > task.outputs ? task.outputs : share;
+  task.strips = (task.outputs + task.strip - 1) / task.strip;
+  int64_t bytes = in_lines(matrices * task.padded * task.inner), units = in_lines(matrices * task.rows * 4);
+  int64_t offsets = in_lines(matrices * task.padded * 4);
+  char *room = aligned_alloc(64, (size_t)(bytes * (tiles ? 2 : 1) + units + offsets));
+  if (!room) return failed(frame, "atlas_linear: out of memory");
+  task.unit = (float *)room;
+  task.offset = (int32_t *)(room + units);
+  task.terms = (int8_t *)(room + units + offsets);
+  task.packed = (int32_t *)(room + units + offsets + bytes);
+  if (tiles)
+    run_parts(frame, pack_terms, &task, matrices * task.groups);
+  else
+    run_parts(frame, round_terms, &task, matrices * task.rows);
+  run_parts(frame, tiles ? multiply_tiles : multiply, &task, matrices * task.strips);
+  free(room);
+  return NULL;
+}
+
+EXPORT XLA_FFI_Error *atlas_linear(XLA_FFI_CallFrame *frame) {
+  return asked_for_version(frame) ? NULL : product(frame, 1);
+}
+
+EXPORT XLA_FFI_Error *atlas_precise_linear(XLA_FFI_CallFrame *frame) {
+  return asked_for_version(frame) ? NULL : product(frame, 2);
+}
