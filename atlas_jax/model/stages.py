@@ -22,7 +22,7 @@ from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import StepView, embed, run_layers, step_view
 from atlas_jax.program import Program, shapes
 
-_PREFERRED = (5, 6, 4, 7)
+_PREFERRED = (10, 9, 8, 6, 5, 7)
 """Layers per group on CPU, best first: fewer compile faster, more dispatch less."""
 
 
