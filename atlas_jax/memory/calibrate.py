@@ -100,7 +100,7 @@ def calibrate(
     )
     config = dataclasses.replace(config, layers=tuple(config.layers[i] for i in order))
     mean, projection = mean[order], projection[order]
-    readings = [dataclasses.replace(r, tapped=r.tapped[order]) for r in readings]
+    readings = [dataclasses.replace(r, tapped=r.tapped[order], exponent=r.exponent[order]) for r in readings]
     adapter = make_adapter(config, model.vocab, mean, projection, np.zeros(GATE_FEATURES, np.float32))
     features, p_model, p_memory = _collect(model, params, config, adapter, readings, progress)
     gate = _fit_gate(features, p_model, p_memory)
@@ -118,11 +118,23 @@ def calibrate(
 
 @dataclass(frozen=True)
 class _Reading:
-    """One text as the model read it: tokens [n + 1], tapped states float16 [A, n, E], last states float32 [n, E]."""
+    """One text as the model read it.
+
+    Attributes:
+      tokens: [n + 1].
+      tapped, exponent: states after the tapped layers, [A, n, E] float16 times 2 to the power of [A, n, 1] int16. In
+        float16 alone, Gemma 3's states overflow.
+      hidden: last states, float32 [n, E].
+    """
 
     tokens: np.ndarray
     tapped: np.ndarray
+    exponent: np.ndarray
     hidden: np.ndarray
+
+    def states(self, layer: int) -> np.ndarray:
+        """States after one of the tapped layers, float32 [n, E]."""
+        return np.ldexp(self.tapped[layer].astype(np.float32), self.exponent[layer])
 
 
 def _read(
@@ -143,16 +155,19 @@ def _read(
     for text in texts:
         tokens = np.asarray(text, np.int32)
         context = init_context(model, 1, WINDOW, "int8")
-        hidden, tapped = [], []
+        hidden, tapped, exponent = [], [], []
         for page in range(len(tokens) // PAGE):
             context = turn(context, page_turn(0, plan.turn(page)))
             part = tokens[None, page * PAGE : (page + 1) * PAGE]
             context, _, states = trunk((1, WINDOW, PAGE), params, context, part, count)
             hidden.append(np.asarray(states[-1][0]))
-            tapped.append(np.stack([np.asarray(states[layer][0], np.float16) for layer in config.layers]))
+            streams = np.stack([np.asarray(states[layer][0]) for layer in config.layers])
+            exponent.append(np.frexp(np.abs(streams).max(axis=2, keepdims=True))[1].astype(np.int16))
+            tapped.append(np.ldexp(streams, -exponent[-1]).astype(np.float16))
             done += 1
             progress("reading", done / total)
-        readings.append(_Reading(tokens, np.concatenate(tapped, axis=1), np.concatenate(hidden)))
+        joined = (np.concatenate(parts, axis=1) for parts in (tapped, exponent))
+        readings.append(_Reading(tokens, *joined, np.concatenate(hidden)))
     return readings
 
 
@@ -164,7 +179,7 @@ def _key_maps(readings: list[_Reading], components: int) -> tuple[np.ndarray, np
     """
     means, projections = [], []
     for layer in range(readings[0].tapped.shape[0]):
-        states = np.concatenate([r.tapped[layer] for r in readings]).astype(np.float32)
+        states = np.concatenate([r.states(layer) for r in readings])
         norm = np.linalg.norm(states, axis=1)
         states = states[norm < _OUTLIER * np.median(norm)]
         mean = states.mean(axis=0)
@@ -192,7 +207,7 @@ class _KeyMap:
     projection: np.ndarray
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
-        z = (states.astype(np.float32) - self.mean) @ self.projection
+        z = (states - self.mean) @ self.projection
         halves = (part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-6) for part in (z, _trail(z)))
         return np.concatenate(list(halves), axis=1)
 
@@ -226,7 +241,7 @@ def _hit_rates(readings: list[_Reading], maps: list[_KeyMap]) -> np.ndarray:
     for layer, key_map in enumerate(maps):
         hits = []
         for reading in readings:
-            found = np.asarray(nearest(jnp.asarray(key_map(reading.tapped[layer]))))
+            found = np.asarray(nearest(jnp.asarray(key_map(reading.states(layer)))))
             following = reading.tokens[1:]
             hits.append((following[found] == following)[WINDOW * PAGE :])
         rates.append(float(np.concatenate(hits).mean()))
@@ -246,7 +261,7 @@ def _found_rates(config: MemoryConfig, reading: _Reading, maps: list[_KeyMap], a
     end = (int(asked[0]) // PAGE - WINDOW + 1) * PAGE
     rates = []
     for layer, key_map in enumerate(maps):
-        key = key_map(reading.tapped[layer])
+        key = key_map(reading.states(layer))
         dual = np.zeros((end, config.code_dim), np.float32)
         for now in range(PAGE, end + 1, PAGE):
             part = slice(max(0, now - config.max_omega_window), now)
@@ -273,9 +288,14 @@ def _collect(
 
     @functools.partial(jax.jit, donate_argnums=1)
     def observe(
-        adapter: Adapter, state: recall.MemoryState, tapped: jax.Array, tokens: jax.Array, positions: jax.Array
+        adapter: Adapter,
+        state: recall.MemoryState,
+        tapped: jax.Array,
+        exponent: jax.Array,
+        tokens: jax.Array,
+        positions: jax.Array,
     ) -> tuple[recall.MemoryState, jax.Array]:
-        streams = tuple(t[None].astype(jnp.float32) for t in tapped)
+        streams = tuple(jnp.ldexp(tapped.astype(jnp.float32), exponent)[:, None])
         valid = jnp.ones(tokens.shape, bool)
         return recall.observe(adapter, state, settings, streams, tokens, positions, valid)
 
@@ -311,7 +331,8 @@ def _collect(
             left = plan.turn(page).absorb_end
             if left is not None:
                 state = absorb(adapter, state, np.int32(0), _exact_write(left, config.max_omega_window))
-            state, key = observe(adapter, state, reading.tapped[:, part], reading.tokens[None, part], positions)
+            streams = reading.tapped[:, part], reading.exponent[:, part]
+            state, key = observe(adapter, state, *streams, reading.tokens[None, part], positions)
             if left is not None:
                 target = reading.tokens[page * PAGE + 1 : (page + 1) * PAGE + 1]
                 judged = judge(ends, adapter, state, key, reading.hidden[part], target)

@@ -14,7 +14,7 @@ from atlas_jax.config import ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.memory.adapter import GATE_FEATURES, Adapter, make_adapter
 
 _KEY = "atlas"
-_VERSION = 1
+_VERSION = 2
 
 
 class AdapterError(ValueError):
@@ -33,9 +33,13 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
     """Serialises the calibrated part of an adapter; the rest follows from the configuration."""
     header = _Header(_VERSION, fingerprint, list(config.layers), config.components, config.features, config.code_dim)
+    projection = np.asarray(adapter.projection, np.float32)
+    # models whose states are large have projections that float16 alone could not hold
+    exponent = np.frexp(np.abs(projection).max(axis=(1, 2)))[1].astype(np.int16)
     arrays: dict[str, np.ndarray] = {
-        "mean": np.asarray(adapter.mean, np.float16),
-        "projection": np.asarray(adapter.projection, np.float16),
+        "mean": np.asarray(adapter.mean, np.float32),
+        "projection": np.ldexp(projection, -exponent[:, None, None]).astype(np.float16),
+        "exponent": exponent,
         "gate": np.asarray(adapter.gate, np.float32),
     }
     return safetensors.numpy.save(arrays, metadata={_KEY: msgspec.json.encode(header).decode()})
@@ -75,19 +79,24 @@ def decode(
     wanted = {
         "mean": (count, model.embed),
         "projection": (count, model.embed, config.components),
+        "exponent": (count,),
         "gate": (GATE_FEATURES,),
     }
     for name, shape in wanted.items():
         array = arrays.get(name)
         if array is None or array.shape != shape or not np.isfinite(array).all():
             raise AdapterError(f"adapter file: '{name}' is missing or not {list(shape)} finite numbers")
+    exponent = arrays["exponent"].astype(np.int32)[:, None, None]
+    projection = np.ldexp(arrays["projection"].astype(np.float32), exponent)
+    if not np.isfinite(projection).all():
+        raise AdapterError("adapter file: 'exponent' is out of range")
     if not all(0 <= layer < len(model.layers) for layer in config.layers):
         raise AdapterError("adapter file names layers the model does not have")
     adapter = make_adapter(
         config,
         model.vocab,
         arrays["mean"].astype(np.float32),
-        arrays["projection"].astype(np.float32),
+        projection,
         arrays["gate"].astype(np.float32),
     )
     return config, adapter
