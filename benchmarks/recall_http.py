@@ -19,7 +19,7 @@ from pathlib import Path
 
 import httpx
 
-from atlas_jax.experiments.fact_recall import DIGITS, QUESTIONS, Score, cases
+from atlas_jax.experiments.fact_recall import DIGITS, QUESTIONS, Score, cases, table_head, table_row
 from atlas_jax.gguf import GGUFFile, Tokenizer
 
 
@@ -98,8 +98,8 @@ def main() -> None:
                     scores[wording].add(code, answer)
         print(f"stopped in {stopped:.1f} s, started again in {server.seconds:.1f} s")
         server.end()
-    print("| | same words | other words | a question |\n|---|---|---|---|")
-    print(f"| memory, over HTTP, after a restart | {scores['same']} | {scores['other']} | {scores['question']} |")
+    print(table_head())
+    print(table_row("memory, over HTTP, after a restart", scores))
 
 
 if __name__ == "__main__":

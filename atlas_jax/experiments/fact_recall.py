@@ -4,7 +4,7 @@
 
 A context is five facts of the same form (each the others' distractor) between sentences of a real text, followed by at
 least 2 000 tokens of that text. It is read once into a session; every fact is then asked for in the words it was stated in
-and in two other ways, without teaching the session. Answers are greedy; a fact counts if all its digits are right, a
+and in five other ways, without teaching the session. Answers are greedy; a fact counts if all its digits are right, a
 digit if it is right in its place. "Full attention" is a session whose window holds the whole context. A question ends
 where the code begins, so blend 1, the memory wherever it has anything to say, asks the memory alone.
 
@@ -33,12 +33,17 @@ _PLACES = (
     "weather hut", "tram depot", "map library", "wine cellar", "foundry", "rope walk", "ice house", "bell tower", "mint",
 )  # fmt: skip
 STATED = "The access code of the {place} is {code}."
+SAME = "the same words"
 QUESTIONS = {
-    "same": " The access code of the {place} is ",
-    "other": " To open the door of the {place}, one has to enter the access code ",
-    "question": " What is the access code of the {place}? It is ",
+    SAME: " The access code of the {place} is ",
+    "to open the door": " To open the door of the {place}, one has to enter the access code ",
+    "a question": " What is the access code of the {place}? It is ",
+    "can be entered": " The {place} can be entered with the code ",
+    "was told": " Somebody asked for the code of the {place} and was told ",
+    "a label": " {place} access code: ",
 }
-"""Facts asked for in the words they were stated in, in others where the place comes long before the code, and plainly."""
+"""Facts asked for in the words they were stated in and in five others, chosen before any was tried but the first two of
+them, of which the first puts the place ten tokens before the code."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +69,22 @@ class Score:
         self.facts += found == code
         self.digits += sum(a == b for a, b in zip(code, found, strict=False))
 
+    def __add__(self, other: Score) -> Score:
+        return Score(self.facts + other.facts, self.digits + other.digits, self.asked + other.asked)
+
     def __str__(self) -> str:
-        return f"{self.facts / self.asked:.2f} facts, {self.digits / (self.asked * DIGITS):.2f} digits"
+        return f"{self.facts / self.asked:.2f}, {self.digits / (self.asked * DIGITS):.2f}"
+
+
+def table_head() -> str:
+    """The head of a table of `table_row`s."""
+    return f"| facts, digits | {' | '.join(QUESTIONS)} | all other words |\n|---|{'---|' * (len(QUESTIONS) + 1)}"
+
+
+def table_row(name: str, scores: dict[str, Score]) -> str:
+    """Scores by wording, and of all wordings but the first together."""
+    others = sum((score for wording, score in scores.items() if wording != SAME), Score())
+    return f"| {name} | {' | '.join(str(scores[wording]) for wording in QUESTIONS)} | {others} |"
 
 
 def cases(filler: str, count: int, seed: int, count_tokens: Callable[[str], int]) -> list[Case]:
@@ -92,7 +111,7 @@ def cases(filler: str, count: int, seed: int, count_tokens: Callable[[str], int]
 def run(
     engine: Engine, contexts: Sequence[Case], params: Callable[[SessionKey, bool], MemoryParams]
 ) -> dict[str, Score]:
-    """Reads every context into a session and asks for its facts in both wordings."""
+    """Reads every context into a session and asks for its facts in every wording."""
     scores = {wording: Score() for wording in QUESTIONS}
     greedy = SamplingParams(temperature=0.0)
     for index, case in enumerate(contexts):
@@ -140,10 +159,9 @@ def main() -> None:
     print(
         f"{len(contexts) * FACTS} facts, stated at least 2048 tokens ago; contexts of {count(contexts[0].text)} tokens"
     )
-    print("| | same words | other words | a question |\n|---|---|---|---|")
+    print(table_head())
     for mode in args.modes:
-        scores = run(engine, contexts, modes(mode))
-        print(f"| {mode} | {scores['same']} | {scores['other']} | {scores['question']} |", flush=True)
+        print(table_row(mode, run(engine, contexts, modes(mode))), flush=True)
     engine.close(timeout=10)
 
 

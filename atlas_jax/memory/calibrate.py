@@ -166,8 +166,8 @@ def _read(
             tapped.append(np.ldexp(streams, -exponent[-1]).astype(np.float16))
             done += 1
             progress("reading", done / total)
-        joined = (np.concatenate(parts, axis=1) for parts in (tapped, exponent))
-        readings.append(_Reading(tokens, *joined, np.concatenate(hidden)))
+        streams, units = (np.concatenate(parts, axis=1) for parts in (tapped, exponent))
+        readings.append(_Reading(tokens, streams, units, np.concatenate(hidden)))
     return readings
 
 

@@ -21,7 +21,9 @@ PHRASE = "The quick brown fox jumps over the lazy dog while seven wizards make t
 
 
 @pytest.mark.parametrize("gain", [1.0, 3e7])
-def test_a_memory_that_was_fitted_helps_and_survives_its_file(models: dict[str, tuple[Path, Path]], gain: float) -> None:
+def test_a_memory_that_was_fitted_helps_and_survives_its_file(
+    models: dict[str, tuple[Path, Path]], gain: float
+) -> None:
     with GGUFFile.open(models["llama"][0]) as file:
         tokenizer, config, fingerprint = Tokenizer.from_metadata(file.metadata), model_config(file), file.fingerprint()
         params = load_params(file, config, dtype="int8")
@@ -36,7 +38,11 @@ def test_a_memory_that_was_fitted_helps_and_survives_its_file(models: dict[str, 
     assert np.isfinite(found.adapter.gate).all()
     assert found.loss_memory < found.loss_window  # the text repeats itself; a model with random weights does not know
     read, adapter = store.decode(
-        store.encode(fingerprint, found.config, found.adapter), fingerprint, config, max_window=512, max_omega_window=512
+        store.encode(fingerprint, found.config, found.adapter),
+        fingerprint,
+        config,
+        max_window=512,
+        max_omega_window=512,
     )
     assert read.layers == found.config.layers
     for kept, wanted in zip(adapter.projection, found.adapter.projection, strict=True):
