@@ -199,10 +199,21 @@ def _first_best(x: jax.Array) -> jax.Array:
 
 
 def _draw(state: SamplingState, scores: jax.Array, position: jax.Array) -> jax.Array:
+    uniform = _uniform(state.seed, position)
+    if native.takes_vocabulary():
+        return native.draw(
+            scores,
+            temperature=state.temperature,
+            top_k=state.top_k,
+            typical_p=state.typical_p,
+            top_p=state.top_p,
+            min_p=state.min_p,
+            uniform=uniform,
+        )
     temperature = jnp.where(state.temperature > 0, state.temperature, 1.0)[:, None]
     # the best token's exponent is exactly 0 however small the temperature: there is always a weight to draw from
     weight = _filter(state, jnp.exp((scores - row_max(scores)[:, None]) / temperature))
-    return _inverse_cdf(weight, _uniform(state.seed, position))
+    return _inverse_cdf(weight, uniform)
 
 
 def _filter(state: SamplingState, weight: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ __all__ = [
     "attention",
     "blend",
     "build",
+    "draw",
     "greedy",
     "level",
     "linear",
@@ -51,7 +52,7 @@ _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-
 _BUILD_SECONDS = 60
 # XLA keeps compiled programs by the names they call: a changed kernel needs a changed name
 _VERSION = hashlib.sha256(b"\0".join(source.read_bytes() for source in _SOURCES)).hexdigest()[:16]
-_TARGETS = ("linear", "precise_linear", "attention", "greedy", "blend", "monomials")
+_TARGETS = ("linear", "precise_linear", "attention", "greedy", "draw", "blend", "monomials")
 
 _wanted = True
 
@@ -78,7 +79,7 @@ def takes_monomials(features: int) -> bool:
 
 
 def takes_vocabulary() -> bool:
-    """Whether `greedy` and `blend` can be called here."""
+    """Whether `greedy`, `draw` and `blend` can be called here."""
     return _ready()
 
 
@@ -114,6 +115,22 @@ def greedy(scores: Float[Array, "B V"]) -> tuple[Int32[Array, B], Float[Array, B
         "greedy", (jax.ShapeDtypeStruct(rows, jnp.int32), jax.ShapeDtypeStruct(rows, jnp.float32)), scores
     )
     return token, log_mass
+
+
+def draw(
+    scores: Float[Array, "B V"],
+    *,
+    temperature: Float[Array, B],
+    top_k: Int32[Array, B],
+    typical_p: Float[Array, B],
+    top_p: Float[Array, B],
+    min_p: Float[Array, B],
+    uniform: Float[Array, B],
+) -> Int32[Array, B]:
+    """A token for every row of a temperature above 0, as `uniform` says, from what the filters leave in this order."""
+    shape = jax.ShapeDtypeStruct(top_k.shape, jnp.int32)
+    (token,) = _call("draw", (shape,), scores, temperature, top_p, min_p, typical_p, uniform, top_k)
+    return token
 
 
 def blend(
