@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig
+from atlas_jax.kernels import pallas
 from atlas_jax.kernels.features import gather_monomials
 from atlas_jax.kernels.linear import LOW_TERM, quantize_rows, split_rows
 from atlas_jax.kernels.newton_schulz import gram_polynomial
@@ -276,6 +277,20 @@ def scores(
 ) -> Float[Array, "B T V"]:
     """s = M φ(k)·code(v) for every token v seen in the session; −2 for the others (a real score is near 0 … 1)."""
     batch, tokens, _ = key.shape
+    value = _read_out(adapter, state, settings, key)
+    code_dim = adapter.codes.shape[1]
+    high, low, unit = split_rows(value.reshape(batch * tokens, code_dim))
+    sums = jnp.einsum("rc,vc->rv", jnp.concatenate([high, low]), adapter.codes, preferred_element_type=jnp.int32)
+    sums = sums.astype(jnp.float32)
+    score = (sums[: batch * tokens] + sums[batch * tokens :] * (1.0 / LOW_TERM)) * (unit * code_dim**-0.5)
+    return jnp.where(state.seen[:, None, :] > 0, score.reshape(batch, tokens, -1), _MIN_SCORE)
+
+
+def _read_out(adapter: Adapter, state: MemoryState, settings: MemorySettings, key: jax.Array) -> jax.Array:
+    """M φ(k): [B, T, C]."""
+    tokens = key.shape[1]
+    if pallas.takes_read(tokens):
+        return pallas.read_out(key, settings.degree, state.read_values, state.read_scale, adapter.halves)
     factors, weight = adapter.factors[settings.degree], adapter.feature_weight[settings.degree]
     features = jax.vmap(gather_monomials)(key, factors, weight)  # [B, T, M]
     high, low, unit = split_rows(features)
@@ -283,14 +298,7 @@ def scores(
     sums = jax.lax.dot_general(
         terms, state.read_values, (((2,), (2,)), ((0,), (0,))), preferred_element_type=jnp.int32
     ).astype(jnp.float32)
-    value = (sums[:, :tokens] + sums[:, tokens:] * (1.0 / LOW_TERM)) * unit * state.read_scale[:, None, :]
-
-    code_dim = adapter.codes.shape[1]
-    high, low, unit = split_rows(value.reshape(batch * tokens, code_dim))
-    sums = jnp.einsum("rc,vc->rv", jnp.concatenate([high, low]), adapter.codes, preferred_element_type=jnp.int32)
-    sums = sums.astype(jnp.float32)
-    score = (sums[: batch * tokens] + sums[batch * tokens :] * (1.0 / LOW_TERM)) * (unit * code_dim**-0.5)
-    return jnp.where(state.seen[:, None, :] > 0, score.reshape(batch, tokens, -1), _MIN_SCORE)
+    return (sums[:, :tokens] + sums[:, tokens:] * (1.0 / LOW_TERM)) * unit * state.read_scale[:, None, :]
 
 
 def gate_features(score: Float[Array, "*rows V"], entropy: Float[Array, "*rows"]) -> Float[Array, "*rows features"]:
