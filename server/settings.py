@@ -32,7 +32,8 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     port: Annotated[Port, Meta(description="Port to listen on; 0 takes a free one")] = 8080
     threads: Annotated[Count, Meta(description="CPU threads of the engine; 0 takes every core")] = 0
     native_kernels: Annotated[
-        bool, Meta(description="Use the C kernels on a CPU that can run them, if there is a compiler")
+        bool,
+        Meta(description="Use our kernels: in C on a CPU that can run them, if there is a compiler; Mosaic on TPUs"),
     ] = True
     prefix_cache_size: Annotated[
         int, Meta(ge=0, le=1 << 50, description="Bytes of prompts kept for prompts that begin the same; 0 keeps none")

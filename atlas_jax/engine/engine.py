@@ -39,7 +39,7 @@ from atlas_jax.engine.step import StepConfig, Weights
 from atlas_jax.engine.warmup import WarmUp
 from atlas_jax.engine.work import Work, new_work
 from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFFile, TemplateError, Tokenizer
-from atlas_jax.kernels import native
+from atlas_jax.kernels import native, pallas
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.sampling import BIAS_SLOTS, TOP_LOGPROBS
 from atlas_jax.memory import store
@@ -151,13 +151,15 @@ class Engine:
           prefix_cache_bytes: states of plain prompts kept on the device for prompts that begin the same.
           weight_dtype, kv_dtype: "float32" for both is the reference mode.
           speculate: guess tokens ahead from the text where that is free (`runner.Buckets`). Answers are the same.
-          native_kernels: use the C kernels where a compiler and the processor allow (`kernels.native`).
+          native_kernels: use our kernels: C where a compiler and the processor allow (`kernels.native`), Mosaic on TPUs
+            (`kernels.pallas`).
 
         Raises:
           GGUFError, UnsupportedModel, AdapterError: a file cannot be used; the message names what is wrong with it.
         """
         _limit_threads(threads)
         native.use(native_kernels)
+        pallas.use(native_kernels)
         cache = Path(cache_path) if cache_path is not None else _default_cache()
         use_cache(cache / "compiled")
         compilations = CompileCounter()

@@ -44,11 +44,21 @@ class Adapter:
     codes: QuantArray
     gate: Float[Array, features]
 
+    @property
+    def halves(self) -> tuple[int, ...]:
+        """Components of a key's half at each degree."""
+        degrees, features, _ = self.factors.shape
+        return tuple(_half(self.select.shape[2], features, degree) for degree in range(1, degrees + 1))
+
 
 def key_components(config: MemoryConfig, degree: int) -> int:
     """Components of a key's half at a degree: as many as the features allow, for the memory's size is the same at all."""
-    dim = config.components
-    while dim > 1 and _feature_count(dim, degree) > config.features:
+    return _half(config.components, config.features, degree)
+
+
+def _half(components: int, features: int, degree: int) -> int:
+    dim = components
+    while dim > 1 and _feature_count(dim, degree) > features:
         dim -= 1
     return dim
 

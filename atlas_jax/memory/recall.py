@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig
-from atlas_jax.kernels import native
+from atlas_jax.kernels import native, pallas
 from atlas_jax.kernels.features import gather_monomials
 from atlas_jax.kernels.linear import QuantArray, linear, linear_each, quantize_rows, rows_of
 from atlas_jax.kernels.newton_schulz import gram_polynomial
@@ -297,12 +297,19 @@ def scores(
 
 
 def _scores(adapter: Adapter, state: MemoryState, settings: MemorySettings, key: jax.Array) -> jax.Array:
+    return linear(adapter.codes, _read_out(adapter, state, settings, key))
+
+
+def _read_out(adapter: Adapter, state: MemoryState, settings: MemorySettings, key: jax.Array) -> jax.Array:
+    """M φ(k): [B, T, C]."""
+    if pallas.takes_read(key.shape[1]):
+        return pallas.read_out(key, settings.degree, state.read_values, state.read_scale, adapter.halves)
     tables = adapter.factors, adapter.feature_weight
     if native.takes_monomials(adapter.factors.shape[1]):
         features = native.monomials(key, *tables, settings.degree)  # [B, T, M]
     else:
         features = jax.vmap(gather_monomials)(key, *(table[settings.degree] for table in tables))
-    return linear(adapter.codes, linear_each(QuantArray(state.read_values, state.read_scale), features))
+    return linear_each(QuantArray(state.read_values, state.read_scale), features)
 
 
 def _active(settings: MemorySettings, positions: jax.Array) -> jax.Array:

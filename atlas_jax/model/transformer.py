@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import LayerConfig, ModelConfig
-from atlas_jax.kernels import attention
+from atlas_jax.kernels import attention, pallas
 from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
 from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.reduce import row_sum
@@ -104,17 +104,20 @@ def _run_layer(
     q, k, v = _project(config, layer, rms_norm(x, layer.attn_norm, config.norm_eps))
     cos, sin = view.rotary[spec.rope]
     kv = attention.write(kv, apply_rope(k, cos, sin), v, view.ring)
-    mixed = attention.window_attention(
-        apply_rope(q, cos, sin),
-        apply_rope(q, *view.rotary_sink[spec.rope]),
-        kv,
-        *view.masks[config.windows.index(spec.sliding_window)],
-        config.scale,
-    )
+    mixed = _attend(config, spec, apply_rope(q, cos, sin), apply_rope(q, *view.rotary_sink[spec.rope]), kv, view)
     attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1), precise=False)
     x = x + _post(config, attended, layer.attn_post_norm)
     x = x + _post(config, _mlp(config, layer, rms_norm(x, layer.ff_norm, config.norm_eps)), layer.ff_post_norm)
     return x, kv
+
+
+def _attend(
+    config: ModelConfig, spec: LayerConfig, q: jax.Array, q_sink: jax.Array, kv: LayerKV, view: StepView
+) -> jax.Array:
+    if pallas.takes_attention(kv):
+        return pallas.attention(q, q_sink, kv, view.ring, spec.sliding_window, config.scale)
+    seen = view.masks[config.windows.index(spec.sliding_window)]
+    return attention.window_attention(q, q_sink, kv, *seen, config.scale)
 
 
 def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
