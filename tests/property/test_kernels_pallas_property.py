@@ -218,7 +218,7 @@ def test_memory_reads_have_the_bits_of_xlas_and_are_the_definition(degrees: list
         patch.setattr(pallas, "read_out", functools.partial(memory.read_out, interpret=True))
         found = np.asarray(interpreted_scores()(adapter(), state, chosen, key))
     assert np.array_equal(found, np.asarray(xla_scores()(adapter(), state, chosen, key)))
-    codes = np.asarray(adapter().codes, np.float64) / np.sqrt(MEMORY.code_dim)
+    codes = np.asarray(adapter().codes.values, np.float64) / np.sqrt(MEMORY.code_dim)
     for row, degree in enumerate(degrees):
         half = adapter().halves[degree - 1]
         cut = np.asarray(key[row], np.float64).reshape(tokens, 2, -1)[:, :, :half].reshape(tokens, -1)

@@ -113,7 +113,7 @@ def _read_kernel(
         whole = whole + sums.astype(jnp.int32)
     sums = whole.astype(jnp.float32)
     total = sums[: phi.shape[0]] + sums[phi.shape[0] :] * (1.0 / LOW_TERM)
-    out[0] = total * (peak * (1.0 / 127.0)) * scale[0]
+    out[0] = total * (peak * (1.0 / 127.0) * scale[0])
 
 
 def _joins(index: int, half: int, trail: int) -> list[tuple[tuple[int, ...], float, int]]:
