@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig
 from atlas_jax.kernels.features import gather_monomials
-from atlas_jax.kernels.linear import LOW_TERM, quantize_rows, split_rows
+from atlas_jax.kernels.linear import LOW_TERM, from_terms, quantize_rows, split_rows
 from atlas_jax.kernels.newton_schulz import gram_polynomial
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.memory.adapter import TRAIL_DECAY, TRAIL_LENGTH, Adapter
@@ -287,9 +287,9 @@ def scores(
 
     code_dim = adapter.codes.shape[1]
     high, low, unit = split_rows(value.reshape(batch * tokens, code_dim))
-    sums = jnp.einsum("rc,vc->rv", jnp.concatenate([high, low]), adapter.codes, preferred_element_type=jnp.int32)
-    sums = sums.astype(jnp.float32)
-    score = (sums[: batch * tokens] + sums[batch * tokens :] * (1.0 / LOW_TERM)) * (unit * code_dim**-0.5)
+    terms = jnp.stack([high, low], axis=1).reshape(-1, code_dim)
+    sums = jnp.einsum("rc,vc->rv", terms, adapter.codes, preferred_element_type=jnp.int32)
+    score = from_terms(sums.reshape(batch * tokens, 2, -1)) * (unit * code_dim**-0.5)
     return jnp.where(state.seen[:, None, :] > 0, score.reshape(batch, tokens, -1), _MIN_SCORE)
 
 
