@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.placement import ONE_DEVICE, Placement
+from atlas_jax.program import shape, shapes
 
 WeightDtype = Literal["int8", "float32"]
 
@@ -98,6 +99,39 @@ def load_params(
     )
     reader.finish()
     return placement.weights(params)
+
+
+def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParams:
+    """Shapes and types of what `load_params` makes of a model of this configuration."""
+
+    def vector(size: int, wanted: bool = True) -> Any:
+        return shape((size,), np.float32) if wanted else None
+
+    def matrix(outputs: int, inputs: int) -> Any:
+        if dtype == "float32":
+            return shape((outputs, inputs), np.float32)
+        return QuantArray(shape((outputs, inputs), np.int8), vector(outputs))
+
+    embed, dim = config.embed, config.head_dim
+    layer = LayerParams(
+        attn_norm=vector(embed),
+        qkv=matrix((config.heads + 2 * config.kv_heads) * dim, embed),
+        q_norm=vector(dim, config.qk_norm),
+        k_norm=vector(dim, config.qk_norm),
+        out=matrix(embed, config.heads * dim),
+        attn_post_norm=vector(embed, config.post_norms),
+        ff_norm=vector(embed),
+        gate_up=matrix(2 * config.ff, embed),
+        down=matrix(embed, config.ff),
+        ff_post_norm=vector(embed, config.post_norms),
+    )
+    return ModelParams(
+        embed=matrix(config.vocab, embed),
+        layers=(layer,) * len(config.layers),
+        final_norm=vector(embed),
+        head=None if config.tied_head else matrix(config.vocab, embed),
+        ropes=tuple(shapes(rope_table(rope)) for rope in config.ropes),
+    )
 
 
 def parameter_count(params: ModelParams) -> int:

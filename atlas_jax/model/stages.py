@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import PAGE, LayerConfig, ModelConfig
+from atlas_jax.kernels import target
 from atlas_jax.model.context import Context, ring_view
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import StepView, embed, run_layers, step_view
@@ -61,7 +62,7 @@ class Trunk:
     def __init__(self, config: ModelConfig, placement: Placement = ONE_DEVICE) -> None:
         """On accelerators all layers are one program: there the gaps between programs cost more than compiling."""
         self._config = config
-        group = preferred_group(config.layers) if jax.default_backend() == "cpu" else len(config.layers)
+        group = preferred_group(config.layers) if target.platform() == "cpu" else len(config.layers)
         self._stages = stages(config.layers, group)
         self._enter = Program(functools.partial(_enter, config), placement=placement)
         self._run: dict[tuple[LayerConfig, ...], Program] = {}
@@ -107,6 +108,15 @@ class Trunk:
             part = slice(stage.first, stage.last)
             self._run[self._config.layers[part]].compile(key, params.layers[part], context.kv[part], x, view)
         return view, [shapes(x)] * len(self._config.layers)
+
+
+def trunk(
+    config: ModelConfig, params: ModelParams, context: Context, tokens: Any, count: Any
+) -> tuple[Context, StepView, tuple[jax.Array, ...]]:
+    """What `Trunk` does, as one function to be compiled into its caller's program."""
+    x, view, position = _enter(config, params.embed, params.ropes, bare(context), tokens, count)
+    states, kv = run_layers(config, config.layers, params.layers, context.kv, x, view)
+    return dataclasses.replace(context, kv=kv, position=position), view, states
 
 
 def bare(context: Context) -> Context:

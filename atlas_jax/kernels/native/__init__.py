@@ -19,6 +19,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.kernels import target
 from atlas_jax.typing import Array, Bool, Float, Int8
 
 __all__ = ["attention", "build", "level", "linear", "takes_attention", "takes_linear", "use"]
@@ -90,7 +91,7 @@ def _call(name: str, shape: tuple[int, ...], *args: jax.Array) -> jax.Array:
 
 
 def _ready() -> bool:
-    return _wanted and jax.default_backend() == "cpu" and level() > 0
+    return _wanted and target.is_here() and target.platform() == "cpu" and level() > 0
 
 
 @functools.cache
