@@ -1,6 +1,7 @@
 """Run by `test_engine_mesh.py` in a process of its own: jax must not have started before XLA_FLAGS is set.
 
-Arguments: a folder, a dtype, and meshes as data,model. Every mesh answers as one device does.
+Arguments: a folder, a dtype, and meshes as data,model: every mesh answers as one device does. Or "collectives": what
+devices tell one another in a decode step is small.
 """
 
 from __future__ import annotations
@@ -11,11 +12,15 @@ os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 
+import functools
+import math
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 
 sys.path.append(str(Path(__file__).parents[1]))
@@ -23,7 +28,13 @@ sys.path.append(str(Path(__file__).parents[1]))
 import tiny_model
 from asking import Answer, ask, ask_all, memory, request, words
 
-from atlas_jax.engine import Engine
+from atlas_jax.config import MemoryConfig
+from atlas_jax.engine import Engine, whole
+from atlas_jax.engine.step import StepConfig
+from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels import target
+from atlas_jax.model.loading import model_config
+from atlas_jax.placement import on_mesh
 
 PLAIN, MEMORY = 1e-4, 0.2
 """Largest difference of a log-probability. Sums come in another order. A write's products are bfloat16 and a read's weights
@@ -77,7 +88,27 @@ def difference(found: Answer, wanted: Answer, tolerance: float) -> float:
     return largest
 
 
+def collectives() -> None:
+    """No cache, weight or memory is moved: the largest array that is has as many numbers as a batch's logits."""
+    with GGUFFile.open(tiny_model.write_model(Path(sys.argv[2]) / "tiny.gguf", SHAPE)) as file:
+        model = model_config(file)
+    config = StepConfig(model, MemoryConfig(layers=(0, 1), components=16, features=256, code_dim=64, max_window=128))
+    rows, pages, placement = 4, 8, on_mesh(model, 2, 2)
+    args = whole.decode_shapes(config, whole.weight_shapes(config), rows, pages, "int8", placement)
+    with placement.scope(), target.elsewhere("cpu"):
+        program = jax.jit(placement.program(functools.partial(whole.decode, config)), donate_argnums=(1, 2))
+        text = program.lower(*args).compile().as_text()
+    kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
+    found = re.findall(rf"= (\S+) (?:{kinds})(?:-start)?\(", text)
+    sizes = [math.prod(map(int, dims.split(","))) for kind in found for dims in re.findall(r"\[([\d,]+)\]", kind)]
+    assert len(sizes) > 4 * len(model.layers), "two sums and two maxima a layer, at least"
+    assert max(sizes) <= rows * model.vocab, max(sizes)
+    print(f"{len(sizes)} collectives, of {max(sizes)} numbers at most")
+
+
 def main() -> None:
+    if sys.argv[1] == "collectives":
+        return collectives()
     folder, dtype = Path(sys.argv[1]), sys.argv[2]
     model = tiny_model.write_model(folder / "tiny.gguf", SHAPE)
     tiny_model.write_adapter(folder / "tiny.safetensors", model)

@@ -25,11 +25,19 @@ from atlas_jax.placement import check_mesh
     ],
 )
 def test_a_mesh_answers_as_one_device(tmp_path: Path, dtype: str, meshes: list[str]) -> None:
-    script = Path(__file__).parent / "eight_devices.py"
-    command = [sys.executable, str(script), str(tmp_path), dtype, *meshes]
+    assert len(run(str(tmp_path), dtype, *meshes).splitlines()) == len(meshes)
+
+
+@pytest.mark.slow
+def test_no_cache_weight_or_memory_moves_between_devices(tmp_path: Path) -> None:
+    assert "collectives" in run("collectives", str(tmp_path))
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, str(Path(__file__).parent / "eight_devices.py"), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
-    assert len(done.stdout.splitlines()) == len(meshes)
+    return done.stdout
 
 
 @pytest.mark.parametrize(
