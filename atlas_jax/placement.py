@@ -8,7 +8,6 @@ that XLA's partitioner is told. `on_each_device` is for the part it would divide
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -73,7 +72,6 @@ class Placement:
         if mesh is None:
             return function
 
-        @functools.wraps(function, assigned=(), updated=())
         def placed(*args: Any) -> Any:
             out = function(*args)
             return jax.lax.with_sharding_constraint(out, _shardings(mesh, out, _ROWS, (DATA,)))
