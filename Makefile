@@ -13,7 +13,7 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench endless bench-memory documents recall lock clean
+.PHONY: help serve test check lint model gemma fit quality bench endless bench-memory documents recall tpu-compile lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
 	  titans-pytorch)
 	$(RUN) benchmarks/memory_speed.py --titans-python data/titans/bin/python --output docs/memory_speed.md
+
+tpu-compile: $(VENV)/dev ## compile decode steps and prompt pieces for four TPU chips, without a TPU (brings libtpu)
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[tpu-compile]'
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/test_tpu_compile.py
 
 lock: ## refresh requirements.lock (needs uv)
 	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --universal --no-emit-index-url \

@@ -120,6 +120,11 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     @property
+    def ff_block(self) -> int:
+        """Columns of the MLP that lie together in `LayerParams.gate_up`."""
+        return math.gcd(self.ff, 128)
+
+    @property
     def windows(self) -> tuple[int | None, ...]:
         """The different attention windows of its layers."""
         return tuple(dict.fromkeys(layer.sliding_window for layer in self.layers))

@@ -12,12 +12,20 @@ from typing import Any
 
 import jax
 
+from atlas_jax.placement import ONE_DEVICE, Placement
+
 
 class Program:
-    """A function with one executable per key; the key names all that decides the shapes of its arguments."""
+    """A function with one executable per key; the key names all that decides the shapes of its arguments.
 
-    def __init__(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> None:
-        self._jitted = jax.jit(function, donate_argnums=donate)
+    On a mesh, arguments that are not placed yet and all results have a leading axis of rows (`Placement.rows`).
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], *, donate: tuple[int, ...] = (), placement: Placement = ONE_DEVICE
+    ) -> None:
+        self._placement = placement
+        self._jitted = jax.jit(placement.program(function), donate_argnums=donate)
         self._ready: dict[Hashable, Callable[..., Any]] = {}
         self._locks: dict[Hashable, threading.Lock] = {}
 
@@ -32,7 +40,8 @@ class Program:
         """The executable for a key; `args` may be shapes instead of arrays."""
         with self._locks.setdefault(key, threading.Lock()):  # dict.setdefault is atomic
             if key not in self._ready:
-                self._ready[key] = self._jitted.lower(*args).compile()
+                with self._placement.scope():
+                    self._ready[key] = self._jitted.lower(*self._placement.rows(args)).compile()
             return self._ready[key]
 
 

@@ -41,6 +41,12 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     speculate: Annotated[
         bool, Meta(description="Guess tokens ahead from the text where that is free; answers are the same")
     ] = True
+    mesh_data: Annotated[
+        int, Meta(ge=1, le=4096, description="Devices the rows of a decode batch are divided over")
+    ] = 1
+    mesh_model: Annotated[
+        int, Meta(ge=1, le=4096, description="Devices each layer's heads and columns are divided over")
+    ] = 1
     model: Annotated[str | None, Meta(description="GGUF file to serve")] = None
     model_alias: Annotated[str | None, Meta(description="Another name for the model in requests")] = None
     api_keys_file: Annotated[str | None, Meta(description="File of API keys, one a line: key[:owner][:admin]")] = None

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 
 from atlas_jax import _platform
-from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE, MemoryConfig, ModelConfig
+from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE, ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.engine import snapshot
 from atlas_jax.engine.api import (
     EngineStats,
@@ -47,6 +47,7 @@ from atlas_jax.memory.adapter import Adapter
 from atlas_jax.memory.fit import calibrate_with
 from atlas_jax.model.loading import WeightDtype, load_params, model_config, parameter_count
 from atlas_jax.model.params import ModelParams
+from atlas_jax.placement import Placement, on_mesh
 
 log = logging.getLogger("atlas.engine")
 
@@ -138,6 +139,8 @@ class Engine:
         kv_dtype: KVDtype = "int8",
         speculate: bool = True,
         native_kernels: bool = True,
+        mesh_data: int = 1,
+        mesh_model: int = 1,
     ) -> Engine:
         """Loads a model, fits or finds its memory, compiles, and starts serving.
 
@@ -151,14 +154,17 @@ class Engine:
           prefix_cache_bytes: states of plain prompts kept on the device for prompts that begin the same.
           weight_dtype, kv_dtype: "float32" for both is the reference mode.
           speculate: guess tokens ahead from the text where that is free (`runner.Buckets`). Answers are the same.
-          native_kernels: use our kernels: C where a compiler and the processor allow (`kernels.native`), Mosaic on TPUs
-            (`kernels.pallas`).
+          native_kernels: use our kernels: C where a compiler and the processor allow (`kernels.native`), never on a mesh;
+            Mosaic on TPUs (`kernels.pallas`).
+          mesh_data, mesh_model: devices the rows of a batch, and each layer's heads and columns, are divided over
+            (`placement`).
 
         Raises:
+          ConfigError: the model cannot be divided so, or there are too few devices; the message names the setting.
           GGUFError, UnsupportedModel, AdapterError: a file cannot be used; the message names what is wrong with it.
         """
         _limit_threads(threads)
-        native.use(native_kernels)
+        native.use(native_kernels and mesh_data * mesh_model == 1)
         pallas.use(native_kernels)
         cache = Path(cache_path) if cache_path is not None else _default_cache()
         use_cache(cache / "compiled")
@@ -169,7 +175,12 @@ class Engine:
             template = _chat_template(file, tokenizer)
             config = model_config(file)
             fingerprint = file.fingerprint()
-            params = load_params(file, config, dtype=weight_dtype)
+            placement = on_mesh(config, mesh_data, mesh_model)
+            if mesh_data > max_running:
+                raise ConfigError(
+                    f"mesh_data ({mesh_data}) must not exceed the requests that run at once, {max_running}"
+                )
+            params = load_params(file, config, dtype=weight_dtype, placement=placement)
             path = file.path
         _platform.self_test()
         log.info("Loaded %s in %.1f s", path.name, time.monotonic() - started)
@@ -186,13 +197,14 @@ class Engine:
                 tokenizer,
                 params,
                 max_window,
+                placement,
             )
         step = StepConfig(config, memory)
         pages = max(context // PAGE, 1, 0 if memory is None else (max_window + _MAX_OMEGA_WINDOW) // PAGE)
         # never a single row of a single token: its float products round differently from those of more rows
-        rows = _powers(1 if speculate else 2, max_running)
+        rows = _powers(max(1 if speculate else 2, mesh_data), max_running)
         buckets = Buckets(rows, _powers(4, pages), drafting=DRAFTING if speculate else 0)
-        runner = Runner(step, Weights(params, adapter), kv_dtype, buckets)
+        runner = Runner(step, Weights(params, adapter), kv_dtype, buckets, placement)
         layout = None if memory is None else Layout(config, memory, kv_dtype, fingerprint, adapter_digest)
         info = ModelInfo(
             name=path.name.removesuffix(".gguf"),
@@ -435,6 +447,7 @@ def _find_adapter(
     tokenizer: Tokenizer,
     params: ModelParams,
     max_window: int,
+    placement: Placement,
 ) -> tuple[MemoryConfig, Adapter, str, str]:
     """The adapter asked for, shipped or cached, else calibrated now and kept; the digest of its file; where it is from."""
     own = store.cached(cache, fingerprint)
@@ -445,7 +458,7 @@ def _find_adapter(
     if data is None:
         started = time.monotonic()
         log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once")
-        found = calibrate_with(tokenizer, config, params, store.calibration_texts(), _CALIBRATION_TOKENS)
+        found = calibrate_with(tokenizer, config, params, store.calibration_texts(), _CALIBRATION_TOKENS, placement)
         data = store.encode(fingerprint, found.config, found.adapter)
         with snapshot.atomic_file(own) as file:
             file.write(data)

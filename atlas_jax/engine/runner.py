@@ -23,6 +23,7 @@ from atlas_jax.memory.recall import MemorySettings
 from atlas_jax.model.context import page_turn, turn_page
 from atlas_jax.model.stages import Trunk
 from atlas_jax.model.window import Turn, WindowPlan, bucket
+from atlas_jax.placement import ONE_DEVICE, Placement
 from atlas_jax.program import Program, shape, shapes
 
 CHUNKS = (32, PAGE)
@@ -56,25 +57,35 @@ class Buckets:
 class Runner:
     """Runs compiled steps for one engine thread; not thread-safe, but for `compile_*`."""
 
-    def __init__(self, config: StepConfig, weights: Weights, kv_dtype: KVDtype, buckets: Buckets) -> None:
+    def __init__(
+        self,
+        config: StepConfig,
+        weights: Weights,
+        kv_dtype: KVDtype,
+        buckets: Buckets,
+        placement: Placement = ONE_DEVICE,
+    ) -> None:
         self.config = config
         self.buckets = buckets
+        weights = placement.weights(weights)
+        self._placement = placement
+        self._program = functools.partial(Program, placement=placement)
         self._params = weights.params
         self._ends = Weights(dataclasses.replace(weights.params, layers=()), weights.adapter)
         self._make = functools.partial(init_sequences, config.model, config.memory, dtype=kv_dtype)
-        self._trunk = Trunk(config.model)
-        self._finish_read = Program(step.finish_read, donate=(1,))
-        self._finish_score = Program(functools.partial(step.finish_score, config), donate=(1,))
-        self._finish_decode = Program(functools.partial(step.finish_decode, config), donate=(1, 2))
-        self._write_memory = Program(functools.partial(step.write_memory, config), donate=(1,))
-        self._turn_page = Program(turn_page, donate=(0,))
-        self._extract = Program(step.extract)
-        self._extract_drawing = Program(step.extract)
-        self._fit = Program(step.fit)
-        self._insert_context = Program(step.insert_context, donate=(0,))
-        self._insert_memory = Program(step.insert_memory, donate=(0,))
-        self._start = Program(step.start, donate=(0,))
-        self._reposition = Program(step.reposition, donate=(0,))
+        self._trunk = Trunk(config.model, placement)
+        self._finish_read = self._program(step.finish_read, donate=(1,))
+        self._finish_score = self._program(functools.partial(step.finish_score, config), donate=(1,))
+        self._finish_decode = self._program(functools.partial(step.finish_decode, config), donate=(1, 2))
+        self._write_memory = self._program(functools.partial(step.write_memory, config), donate=(1,))
+        self._turn_page = self._program(turn_page, donate=(0,))
+        self._extract = self._program(step.extract)
+        self._extract_drawing = self._program(step.extract)
+        self._fit = self._program(step.fit)
+        self._insert_context = self._program(step.insert_context, donate=(0,))
+        self._insert_memory = self._program(step.insert_memory, donate=(0,))
+        self._start = self._program(step.start, donate=(0,))
+        self._reposition = self._program(step.reposition, donate=(0,))
         self._all_allowed: dict[int, jax.Array] = {}
         self._new: dict[tuple[int, int], Program] = {}
         self._new_drawing: dict[int, Program] = {}
@@ -86,14 +97,16 @@ class Runner:
         return self._maker(rows, pages)(())
 
     def _maker(self, rows: int, pages: int) -> Program:
-        return self._new.setdefault((rows, pages), Program(functools.partial(self._make, batch=rows, pages=pages)))
+        return self._new.setdefault(
+            (rows, pages), self._program(functools.partial(self._make, batch=rows, pages=pages))
+        )
 
     def _idle(self, rows: int) -> Drawing:
         return self._idle_maker(rows)(())
 
     def _idle_maker(self, rows: int) -> Program:
         make = functools.partial(init_drawing, self.config.model, rows)
-        return self._new_drawing.setdefault(rows, Program(make))
+        return self._new_drawing.setdefault(rows, self._program(make))
 
     # --- single rows ----------------------------------------------------------------------------------------------
     def new_row(self, pages: int) -> Sequences:
@@ -248,7 +261,7 @@ class Runner:
         ring = view.ring
         rest = (states[-1], self._taps(states), ring.positions, ring.valid)
         if rows not in self._all_allowed:
-            self._all_allowed[rows] = jax.device_put(self.all_allowed())
+            self._all_allowed[rows] = jax.device_put(self._placement.rows(self.all_allowed()))
         may = self._all_allowed[rows] if allowed is None else allowed
         memory, self.drawing, position, packed = self._finish_decode(
             rows, self._ends, self.sequences.memory, self.drawing, may, *rest

@@ -15,7 +15,7 @@ import numpy as np
 
 from atlas_jax.kernels import native
 from atlas_jax.kernels.reduce import row_max
-from atlas_jax.typing import Array, Float, Int8
+from atlas_jax.typing import Array, Float, Int8, Int32
 
 
 @jax.tree_util.register_dataclass
@@ -89,16 +89,15 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"], *, precise: bool = True
         return native.linear(flat, weight.values, weight.scale, terms=1 + precise).reshape(*rows, -1)
     if precise:
         high, low, scale = split_rows(flat)
-        terms = jnp.concatenate([high, low])
+        parts: tuple[jax.Array, ...] = (high, low)
     else:
-        terms, scale = quantize_rows(flat)
+        values, scale = quantize_rows(flat)
+        parts = (values,)
+    terms = jnp.stack(parts, axis=1).reshape(-1, inner)  # a row's two side by side: they stay on one device of a mesh
     if terms.shape[0] == 1:  # XLA's CPU int8 product of a single row is a scalar loop, 20 times slower than two rows
         terms = jnp.concatenate([terms, jnp.zeros_like(terms)])
     sums = jnp.einsum("ri,oi->ro", terms, weight.values, preferred_element_type=jnp.int32)
-    if precise:
-        total = sums[:count].astype(jnp.float32) + sums[count:].astype(jnp.float32) * (1.0 / LOW_TERM)
-    else:
-        total = sums[:count].astype(jnp.float32)
+    total = _from_terms(sums[: len(parts) * count].reshape(count, len(parts), -1))
     return (total * (scale * weight.scale)).reshape(*rows, -1)
 
 
@@ -115,6 +114,12 @@ def linear_each(weight: QuantArray, x: Float[Array, "B T inp"]) -> Float[Array, 
     terms = jnp.concatenate([high, low], axis=1)
     sums = jnp.einsum("bti,boi->bto", terms, weight.values, preferred_element_type=jnp.int32).astype(jnp.float32)
     return (sums[:, :tokens] + sums[:, tokens:] * (1.0 / LOW_TERM)) * (scale * weight.scale[:, None, :])
+
+
+def _from_terms(sums: Int32[Array, "rows terms out"]) -> Float[Array, "rows out"]:
+    """What products of one int8 term per row, or of the two of `split_rows`, stand for, in units of the row's scale."""
+    total = sums[:, 0].astype(jnp.float32)
+    return total if sums.shape[1] == 1 else total + sums[:, 1].astype(jnp.float32) * (1.0 / LOW_TERM)
 
 
 LOW_TERM = 254.0

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.kernels import target
 from atlas_jax.typing import Array, Float
 
 _STAGE = 32
@@ -19,7 +20,7 @@ _STAGE = 32
 
 def _staged(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
     size = x.shape[-1]
-    while size > _STAGE:
+    while size > _STAGE and target.platform() == "cpu":
         lanes = _largest_divisor(size)
         if lanes == 1:  # a prime size: nothing to stage
             break

@@ -29,6 +29,8 @@ from atlas_jax.model.params import ModelParams
 from atlas_jax.model.stages import Trunk
 from atlas_jax.model.transformer import logits
 from atlas_jax.model.window import WindowPlan
+from atlas_jax.placement import ONE_DEVICE, Placement
+from atlas_jax.program import Program
 
 WINDOW = 4
 """Pages of the window the memory is calibrated for."""
@@ -74,6 +76,7 @@ def calibrate(
     probe: Probe,
     config: MemoryConfig | None = None,
     progress: Progress = lambda stage, share: None,
+    placement: Placement = ONE_DEVICE,
 ) -> Calibration:
     """Fits a memory to a model.
 
@@ -82,6 +85,7 @@ def calibrate(
       probe: facts that left the window, asked for again; ranks the layers together with the texts.
       config: sizes of the memory; its `layers` are the candidates. Default: `candidate_layers`.
       progress: called with a stage's name and the share of it that is done.
+      placement: where the parameters lie.
 
     Raises:
       ValueError: no text reaches past the window.
@@ -90,7 +94,7 @@ def calibrate(
     usable = [_whole_pages(text) for text in texts if len(text) // PAGE > WINDOW]
     if not usable:
         raise ValueError(f"calibration needs a text of more than {WINDOW * PAGE} tokens")
-    readings = _read(model, params, config, [*usable, _whole_pages(probe.tokens)], progress)
+    readings = _read(model, params, config, [*usable, _whole_pages(probe.tokens)], progress, placement)
     mean, projection = _key_maps(readings[:-1], config.components)
     maps = [_KeyMap(*numbers) for numbers in zip(mean, projection, strict=True)]
     hit_rate = _hit_rates(readings[:-1], maps)
@@ -143,21 +147,22 @@ def _read(
     config: MemoryConfig,
     texts: Sequence[Sequence[int]],
     progress: Progress,
+    placement: Placement,
 ) -> list[_Reading]:
     plan = WindowPlan(window=WINDOW)
 
-    trunk = Trunk(model)
+    trunk = Trunk(model, placement)
     count = np.full((1,), PAGE, np.int32)
-    turn = jax.jit(turn_page, donate_argnums=0)
+    turn = Program(turn_page, donate=(0,), placement=placement)
     total = sum(len(text) // PAGE for text in texts)
     done = 0
     readings = []
     for text in texts:
         tokens = np.asarray(text, np.int32)
-        context = init_context(model, 1, WINDOW, "int8")
+        context = placement.rows(init_context(model, 1, WINDOW, "int8"))
         hidden, tapped, exponent = [], [], []
         for page in range(len(tokens) // PAGE):
-            context = turn(context, page_turn(0, plan.turn(page)))
+            context = turn((), context, page_turn(0, plan.turn(page)))
             part = tokens[None, page * PAGE : (page + 1) * PAGE]
             context, _, states = trunk((1, WINDOW, PAGE), params, context, part, count)
             hidden.append(np.asarray(states[-1][0]))

@@ -20,6 +20,7 @@ from atlas_jax.memory.calibrate import WINDOW, Calibration, calibrate
 from atlas_jax.memory.probe import make_probe
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.params import ModelParams
+from atlas_jax.placement import ONE_DEVICE, Placement
 
 
 def fit(model: Path, texts: list[str], max_tokens: int | None = None) -> tuple[bytes, dict[str, object]]:
@@ -53,7 +54,12 @@ def fit(model: Path, texts: list[str], max_tokens: int | None = None) -> tuple[b
 
 
 def calibrate_with(
-    tokenizer: Tokenizer, config: ModelConfig, params: ModelParams, texts: list[str], max_tokens: int | None = None
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    params: ModelParams,
+    texts: list[str],
+    max_tokens: int | None = None,
+    placement: Placement = ONE_DEVICE,
 ) -> Calibration:
     """Calibrates with texts that are still text; see `calibrate`."""
 
@@ -62,7 +68,7 @@ def calibrate_with(
 
     ids = [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
     probe = make_probe(store.probe_filler(), encode, between=(WINDOW + 4) * PAGE)
-    return calibrate(config, params, ids, probe)
+    return calibrate(config, params, ids, probe, placement=placement)
 
 
 def main() -> None:

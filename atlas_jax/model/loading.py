@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,8 @@ from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel
 from atlas_jax.model.params import LayerParams, ModelParams
+from atlas_jax.placement import ONE_DEVICE, Placement
+from atlas_jax.program import shape, shapes
 
 WeightDtype = Literal["int8", "float32"]
 
@@ -65,12 +67,18 @@ def _with_factors(rope: RopeConfig, factors: tuple[float, ...]) -> RopeConfig:
 
 
 def load_params(
-    file: GGUFFile, config: ModelConfig, *, dtype: WeightDtype = "int8", progress: _Progress | None = None
+    file: GGUFFile,
+    config: ModelConfig,
+    *,
+    dtype: WeightDtype = "int8",
+    placement: Placement = ONE_DEVICE,
+    progress: _Progress | None = None,
 ) -> ModelParams:
     """Reads the weights.
 
     Args:
       dtype: "int8" keeps every matrix in 8 bits with a scale per row; "float32" is the reference mode.
+      placement: where they go, layer by layer.
       progress: called with layers done and in all.
 
     Raises:
@@ -79,7 +87,7 @@ def load_params(
     reader = _Reader(file, dtype)
     layers = []
     for index in range(len(config.layers)):
-        layers.append(_layer(reader, config, index))
+        layers.append(placement.weights(_layer(reader, config, index)))
         if progress is not None:
             progress(index + 1, len(config.layers))
     params = ModelParams(
@@ -90,7 +98,40 @@ def load_params(
         ropes=tuple(rope_table(rope) for rope in config.ropes),
     )
     reader.finish()
-    return params
+    return placement.weights(params)
+
+
+def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParams:
+    """Shapes and types of what `load_params` makes of a model of this configuration."""
+
+    def vector(size: int, wanted: bool = True) -> Any:
+        return shape((size,), np.float32) if wanted else None
+
+    def matrix(outputs: int, inputs: int) -> Any:
+        if dtype == "float32":
+            return shape((outputs, inputs), np.float32)
+        return QuantArray(shape((outputs, inputs), np.int8), vector(outputs))
+
+    embed, dim = config.embed, config.head_dim
+    layer = LayerParams(
+        attn_norm=vector(embed),
+        qkv=matrix((config.heads + 2 * config.kv_heads) * dim, embed),
+        q_norm=vector(dim, config.qk_norm),
+        k_norm=vector(dim, config.qk_norm),
+        out=matrix(embed, config.heads * dim),
+        attn_post_norm=vector(embed, config.post_norms),
+        ff_norm=vector(embed),
+        gate_up=matrix(2 * config.ff, embed),
+        down=matrix(embed, config.ff),
+        ff_post_norm=vector(embed, config.post_norms),
+    )
+    return ModelParams(
+        embed=matrix(config.vocab, embed),
+        layers=(layer,) * len(config.layers),
+        final_norm=vector(embed),
+        head=None if config.tied_head else matrix(config.vocab, embed),
+        ropes=tuple(shapes(rope_table(rope)) for rope in config.ropes),
+    )
 
 
 def parameter_count(params: ModelParams) -> int:
@@ -116,14 +157,12 @@ class _Reader:
     def vector(self, name: str, size: int) -> jax.Array:
         return jnp.asarray(self._read(name, (size,)))
 
-    def matrix(
-        self, names: list[str], shapes: list[tuple[int, int]], permutations: list[np.ndarray | None] | None = None
-    ) -> Weight:
-        """Tensors stacked along their outputs, quantised row by row, so stacking changes no number."""
+    def matrix(self, names: list[str], shapes: list[tuple[int, int]], order: np.ndarray | None = None) -> Weight:
+        """Tensors stacked along their outputs, these then put in `order`; quantised row by row, so no number changes."""
         parts = [self._read(name, shape) for name, shape in zip(names, shapes, strict=True)]
-        if permutations is not None:
-            parts = [p if rows is None else p[rows] for p, rows in zip(parts, permutations, strict=True)]
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if order is not None:
+            whole = whole[order]
         if self._dtype == "float32":
             return jnp.asarray(whole)
         values, scale = quantize_weight(whole)
@@ -152,10 +191,6 @@ def _layer(reader: _Reader, config: ModelConfig, index: int) -> LayerParams:
     embed, dim = config.embed, config.head_dim
     q_size, kv_size = config.heads * dim, config.kv_heads * dim
     rope = config.ropes[config.layers[index].rope]
-    order = _half_split_order(rope, dim) if rope.interleaved else None
-
-    def per_head(heads: int) -> np.ndarray | None:
-        return None if order is None else (np.arange(heads)[:, None] * dim + order).reshape(-1)
 
     def norm(name: str, wanted: bool, size: int) -> jax.Array | None:
         return reader.vector(f"{prefix}{name}.weight", size) if wanted else None
@@ -165,17 +200,30 @@ def _layer(reader: _Reader, config: ModelConfig, index: int) -> LayerParams:
         qkv=reader.matrix(
             [f"{prefix}attn_{part}.weight" for part in "qkv"],
             [(q_size, embed), (kv_size, embed), (kv_size, embed)],
-            [per_head(config.heads), per_head(config.kv_heads), None],
+            _by_kv_head(config, rope),
         ),
         q_norm=norm("attn_q_norm", config.qk_norm, dim),
         k_norm=norm("attn_k_norm", config.qk_norm, dim),
         out=reader.matrix([f"{prefix}attn_output.weight"], [(embed, q_size)]),
         attn_post_norm=norm("post_attention_norm", config.post_norms, embed),
         ff_norm=reader.vector(f"{prefix}ffn_norm.weight", embed),
-        gate_up=reader.matrix([f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight"], [(config.ff, embed)] * 2),
+        gate_up=reader.matrix(
+            [f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight"],
+            [(config.ff, embed)] * 2,
+            np.arange(2 * config.ff).reshape(2, -1, config.ff_block).swapaxes(0, 1).reshape(-1),
+        ),
         down=reader.matrix([f"{prefix}ffn_down.weight"], [(embed, config.ff)]),
         ff_post_norm=norm("post_ffw_norm", config.post_norms, embed),
     )
+
+
+def _by_kv_head(config: ModelConfig, rope: RopeConfig) -> np.ndarray:
+    """Order of the outputs of q, k and v that `LayerParams.qkv` has."""
+    heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
+    order = _half_split_order(rope, dim) if rope.interleaved else np.arange(dim)
+    rows = np.arange((heads + 2 * kv_heads) * dim).reshape(-1, dim)
+    q, k, v = np.split(rows, [heads, heads + kv_heads])
+    return np.concatenate([q[:, order].reshape(kv_heads, -1), k[:, order], v], axis=1).reshape(-1)
 
 
 def _half_split_order(rope: RopeConfig, dim: int) -> np.ndarray:

@@ -17,8 +17,9 @@ class LayerParams:
     """One transformer layer; fields a family does not have are None.
 
     Attributes:
-      qkv: query, key and value projections, one matrix [(H + 2K)·D, E].
-      gate_up: gate and up projections of the MLP, one matrix [2F, E].
+      qkv: query, key and value projections, one matrix [(H + 2K)·D, E]; for each KV head its queries, then key and value.
+      gate_up: gate and up projections of the MLP, one matrix [2F, E]; a block of gates, then the same block of ups, …
+        (`ModelConfig.ff_block`). In this order a device's share of either matrix is a range of its rows.
     """
 
     attn_norm: Float[Array, E]

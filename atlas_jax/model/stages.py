@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import PAGE, LayerConfig, ModelConfig
+from atlas_jax.kernels import target
 from atlas_jax.model.context import Context, ring_view
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import StepView, embed, run_layers, step_view
+from atlas_jax.placement import ONE_DEVICE, Placement
 from atlas_jax.program import Program, shapes
 
 _PREFERRED = (10, 9, 8, 6, 5, 7)
@@ -57,16 +59,17 @@ class Trunk:
     The key of a step is (rows, ring pages, tokens per row).
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, placement: Placement = ONE_DEVICE) -> None:
         """On accelerators all layers are one program: there the gaps between programs cost more than compiling."""
         self._config = config
-        group = preferred_group(config.layers) if jax.default_backend() == "cpu" else len(config.layers)
+        group = preferred_group(config.layers) if target.platform() == "cpu" else len(config.layers)
         self._stages = stages(config.layers, group)
-        self._enter = Program(functools.partial(_enter, config))
+        self._enter = Program(functools.partial(_enter, config), placement=placement)
         self._run: dict[tuple[LayerConfig, ...], Program] = {}
         for stage in self._stages:
             specs = config.layers[stage.first : stage.last]
-            self._run.setdefault(specs, Program(functools.partial(run_layers, config, specs), donate=(1,)))
+            run = functools.partial(run_layers, config, specs)
+            self._run.setdefault(specs, Program(run, donate=(1,), placement=placement))
 
     def __call__(
         self, key: Hashable, params: ModelParams, context: Context, tokens: Any, count: Any
@@ -105,6 +108,15 @@ class Trunk:
             part = slice(stage.first, stage.last)
             self._run[self._config.layers[part]].compile(key, params.layers[part], context.kv[part], x, view)
         return view, [shapes(x)] * len(self._config.layers)
+
+
+def trunk(
+    config: ModelConfig, params: ModelParams, context: Context, tokens: Any, count: Any
+) -> tuple[Context, StepView, tuple[jax.Array, ...]]:
+    """What `Trunk` does, as one function to be compiled into its caller's program."""
+    x, view, position = _enter(config, params.embed, params.ropes, bare(context), tokens, count)
+    states, kv = run_layers(config, config.layers, params.layers, context.kv, x, view)
+    return dataclasses.replace(context, kv=kv, position=position), view, states
 
 
 def bare(context: Context) -> Context:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.reduce import row_sum
 from atlas_jax.kernels.rope import RopeTable, apply_rope, rotations
 from atlas_jax.model.params import LayerParams, ModelParams
+from atlas_jax.placement import on_each_device
 from atlas_jax.typing import Array, Float, Int32
 
 SINKS = 4
@@ -102,22 +104,23 @@ def _run_layer(
     config: ModelConfig, spec: LayerConfig, layer: LayerParams, kv: LayerKV, x: jax.Array, view: StepView
 ) -> tuple[jax.Array, LayerKV]:
     q, k, v = _project(config, layer, rms_norm(x, layer.attn_norm, config.norm_eps))
-    cos, sin = view.rotary[spec.rope]
-    kv = attention.write(kv, apply_rope(k, cos, sin), v, view.ring)
-    mixed = _attend(config, spec, apply_rope(q, cos, sin), apply_rope(q, *view.rotary_sink[spec.rope]), kv, view)
+    near, rotary, masks = view.rotary_sink[spec.rope], view.rotary[spec.rope], view.masks
+    heads = apply_rope(q, *rotary), apply_rope(q, *near), apply_rope(k, *rotary), v
+    rows = view.ring, masks[config.windows.index(spec.sliding_window)]
+
+    def attend(heads: Any, kv: LayerKV, rows: Any) -> tuple[jax.Array, LayerKV]:
+        q, q_sink, k, v = heads
+        ring, (seen, sinks_seen) = rows
+        kv = attention.write(kv, k, v, ring)
+        if pallas.takes_attention(kv):
+            return pallas.attention(q, q_sink, kv, ring, spec.sliding_window, config.scale), kv
+        return attention.window_attention(q, q_sink, kv, seen, sinks_seen, config.scale), kv
+
+    mixed, kv = on_each_device(attend, heads, kv, rows)
     attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1), precise=False)
     x = x + _post(config, attended, layer.attn_post_norm)
     x = x + _post(config, _mlp(config, layer, rms_norm(x, layer.ff_norm, config.norm_eps)), layer.ff_post_norm)
     return x, kv
-
-
-def _attend(
-    config: ModelConfig, spec: LayerConfig, q: jax.Array, q_sink: jax.Array, kv: LayerKV, view: StepView
-) -> jax.Array:
-    if pallas.takes_attention(kv):
-        return pallas.attention(q, q_sink, kv, view.ring, spec.sliding_window, config.scale)
-    seen = view.masks[config.windows.index(spec.sliding_window)]
-    return attention.window_attention(q, q_sink, kv, *seen, config.scale)
 
 
 def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
@@ -129,20 +132,19 @@ def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows
 
 
 def _project(config: ModelConfig, layer: LayerParams, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    qkv = linear(layer.qkv, h)
-    split = jnp.split(
-        qkv, [config.heads * config.head_dim, (config.heads + config.kv_heads) * config.head_dim], axis=-1
-    )
-    q, k, v = (part.reshape(*part.shape[:-1], -1, config.head_dim) for part in split)
+    shape = (*h.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
+    by_head = linear(layer.qkv, h).reshape(shape)
+    q, k, v = by_head[..., :-2, :].reshape(*h.shape[:-1], config.heads, -1), by_head[..., -2, :], by_head[..., -1, :]
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
     return q, k, v
 
 
 def _mlp(config: ModelConfig, layer: LayerParams, h: jax.Array) -> jax.Array:
-    gate, up = jnp.split(linear(layer.gate_up, h), 2, axis=-1)
+    blocks = linear(layer.gate_up, h).reshape(*h.shape[:-1], -1, 2, config.ff_block)
+    gate, up = blocks[..., 0, :], blocks[..., 1, :]
     activated = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return linear(layer.down, activated * up)
+    return linear(layer.down, (activated * up).reshape(*h.shape[:-1], -1))
 
 
 def _post(config: ModelConfig, x: jax.Array, gain: jax.Array | None) -> jax.Array:

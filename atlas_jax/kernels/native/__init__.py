@@ -20,6 +20,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.kernels import target
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 __all__ = [
@@ -173,7 +174,7 @@ def _call(name: str, shapes: tuple[jax.ShapeDtypeStruct, ...], *args: jax.Array)
 
 
 def _ready() -> bool:
-    return _wanted and jax.default_backend() == "cpu" and level() > 0
+    return _wanted and target.is_here() and target.platform() == "cpu" and level() > 0
 
 
 @functools.cache

@@ -1,0 +1,190 @@
+"""Where arrays lie: on one device, or on a mesh of devices by the names of the fields that hold them.
+
+A mesh has two axes. Rows of a batch are divided over `data`; heads, MLP columns, vocabulary rows and memory features over
+`model`. Programs stay as they are written: placed weights and states, and constraints on what a program returns, are all
+that XLA's partitioner is told. `on_each_device` is for the part it would divide badly.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from atlas_jax.config import ConfigError, ModelConfig
+
+DATA, MODEL = "data", "model"
+
+T = TypeVar("T")
+H = TypeVar("H")
+S = TypeVar("S")
+
+_WEIGHTS: dict[str, tuple[str | None, ...]] = {
+    "qkv": (MODEL,),
+    "gate_up": (MODEL,),
+    "out": (None, MODEL),
+    "down": (None, MODEL),
+    "embed": (MODEL,),
+    "head": (MODEL,),
+    "codes": (MODEL,),
+    "factors": (None, MODEL),
+    "feature_weight": (None, MODEL),
+}
+"""Axes of a weight by its field; every other one is whole on every device."""
+_ROWS: dict[str, tuple[str | None, ...]] = {
+    "k": (DATA, None, MODEL),
+    "v": (DATA, None, MODEL),
+    "sink_k": (DATA, MODEL),
+    "sink_v": (DATA, MODEL),
+    "weights": (DATA, MODEL),
+    "momentum": (DATA, MODEL),
+    "read_values": (DATA, None, MODEL),
+}
+"""Axes of what has a leading axis of rows; every other such array is divided by rows alone."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Places arrays.
+
+    Attributes:
+      mesh: axes DATA and MODEL; None leaves everything where JAX puts it.
+    """
+
+    mesh: Mesh | None = None
+
+    def weights(self, tree: T) -> T:
+        """Parameters, placed; shapes get their sharding."""
+        return self._put(tree, _WEIGHTS, ())
+
+    def rows(self, tree: T) -> T:
+        """What has a leading axis of rows, placed; shapes get their sharding. An array that has one already keeps it."""
+        return self._put(tree, _ROWS, (DATA,))
+
+    def program(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function with its results, which have leading axes of rows, placed as `rows` would."""
+        mesh = self.mesh
+        if mesh is None:
+            return function
+
+        def placed(*args: Any) -> Any:
+            out = function(*args)
+            return jax.lax.with_sharding_constraint(out, _shardings(mesh, out, _ROWS, (DATA,)))
+
+        return placed
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """In which programs are traced, so that `on_each_device` knows the mesh."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _put(self, tree: T, axes: dict[str, tuple[str | None, ...]], default: tuple[str | None, ...]) -> T:
+        if self.mesh is None:
+            return tree
+
+        def put(leaf: Any, sharding: NamedSharding) -> Any:
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                return leaf if leaf.sharding is not None else leaf.update(sharding=sharding)
+            if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
+                return leaf
+            return jax.device_put(leaf, sharding)
+
+        out: T = jax.tree.map(put, tree, _shardings(self.mesh, tree, axes, default))
+        return out
+
+
+ONE_DEVICE = Placement()
+
+
+def on_mesh(config: ModelConfig, data: int, model: int) -> Placement:
+    """A placement on the first `data · model` devices; one device needs no mesh.
+
+    Raises:
+      ConfigError: there are not as many devices, or the model cannot be divided so; the message names the setting.
+    """
+    if data * model == 1:
+        return ONE_DEVICE
+    check_mesh(config, data, model)
+    devices = jax.devices()
+    if len(devices) < data * model:
+        raise ConfigError(
+            f"mesh_data ({data}) times mesh_model ({model}) must not exceed the number of devices, {len(devices)}"
+        )
+    return Placement(make_mesh(devices[: data * model], data, model))
+
+
+def make_mesh(devices: Any, data: int, model: int) -> Mesh:
+    """A mesh of `data · model` devices, those of one model side by side."""
+    return Mesh(np.asarray(devices).reshape(data, model), (DATA, MODEL), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def check_mesh(config: ModelConfig, data: int, model: int) -> None:
+    """Raises ConfigError if the model cannot be divided so; the message names the setting.
+
+    Rows divide by the choice of batch sizes. Vocabulary rows and memory features that do not divide stay whole; KV heads
+    are never repeated, for a model with fewer of them than devices is better served by rows.
+    """
+    for name, value in (("mesh_data", data), ("mesh_model", model)):
+        if value < 1:
+            raise ConfigError(f"{name} must be at least 1, got {value}")
+    if config.kv_heads % model:
+        raise ConfigError(
+            f"mesh_model ({model}) must divide the model's {config.kv_heads} KV heads; mesh_data has no such limit"
+        )
+    blocks = config.ff // config.ff_block
+    if blocks % model:
+        raise ConfigError(
+            f"mesh_model ({model}) must divide the MLP's {blocks} blocks of {config.ff_block} columns; mesh_data has no "
+            "such limit"
+        )
+
+
+def on_each_device(
+    function: Callable[[H, S, Any], tuple[jax.Array, S]], heads: H, state: S, rows: Any
+) -> tuple[jax.Array, S]:
+    """`function(heads, state, rows)`, run by every device of the mesh in scope on its own; without a mesh, as it is.
+
+    XLA would gather a cache whose rows and heads are merged into one axis, and can divide no kernel of ours.
+
+    Args:
+      function: returns an array like those of `heads`, and the state.
+      heads: arrays [B, T, heads, …].
+      state, rows: divided as `Placement.rows` does.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if MODEL not in mesh.axis_names:
+        return function(heads, state, rows)
+    by_head = _specs(mesh.shape, heads, {}, (DATA, None, MODEL))
+    of_state, of_rows = (_specs(mesh.shape, tree, _ROWS, (DATA,)) for tree in (state, rows))
+    out = jax.tree.leaves(by_head, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))[0], of_state
+    run = jax.shard_map(function, in_specs=(by_head, of_state, of_rows), out_specs=out, check_vma=False)
+    found: tuple[jax.Array, S] = run(heads, state, rows)
+    return found
+
+
+def _specs(
+    sizes: Mapping[str, int], tree: Any, axes: dict[str, tuple[str | None, ...]], default: tuple[str | None, ...]
+) -> Any:
+    """Specs of a tree's arrays; an axis that a mesh axis does not divide stays whole."""
+
+    def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
+        names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        wanted = next((axes[name] for name in reversed(names) if name in axes), default)
+        shape = np.shape(leaf)
+        return PartitionSpec(
+            *(
+                name if name is not None and size % sizes[name] == 0 else None
+                for size, name in zip(shape, wanted, strict=False)
+            )
+        )
+
+    return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def _shardings(mesh: Mesh, tree: Any, axes: dict[str, tuple[str | None, ...]], default: tuple[str | None, ...]) -> Any:
+    specs = _specs(mesh.shape, tree, axes, default)
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=lambda x: isinstance(x, PartitionSpec))
