@@ -73,7 +73,7 @@ tpu-compile: $(VENV)/dev ## compile decode steps and prompt pieces for four TPU 
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/test_tpu_compile.py
 
 lock: ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --universal --no-emit-index-url \
+	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --universal --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what make has installed and built, not the models
