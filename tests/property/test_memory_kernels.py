@@ -136,6 +136,12 @@ def test_newton_schulz(table, shape):
     check()
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4)])
+def test_newton_schulz_of_a_batch_is_that_of_each_matrix(shape):
+    x = np.random.default_rng(0).standard_normal((2, 3, *shape)) * np.array([1e-3, 1.0, 1e3])[:, None, None]
+    close(_newton_schulz("jordan")(x), [[reference.newton_schulz(m, 5) for m in row] for row in x], 1e-7)
+
+
 @pytest.mark.parametrize("table", COEFFICIENTS)
 def test_stated_band_is_where_singular_values_go(table):
     sigma = np.exp(np.linspace(math.log(0.01), 0, 20_001))
@@ -150,6 +156,9 @@ def test_newton_schulz_repeats_its_last_row_and_takes_no_negative_steps():
     x = np.random.default_rng(0).standard_normal((3, 4))
     twin = jit(functools.partial(ref_orthogonalize, table="polar_express", steps=6))
     close(_newton_schulz("polar_express", 6)(x), twin(x), 1e-7)
+    for steps in (4, 6, 7):
+        wanted = reference.newton_schulz(x, steps, COEFFICIENTS["polar_express"])
+        close(_newton_schulz("polar_express", steps)(x), wanted, 1e-7)
     close(_newton_schulz("jordan", 0)(x), x / np.linalg.norm(x))
     close(orthogonalize(x), _newton_schulz("jordan", 5)(x))  # the default
     with pytest.raises(ValueError, match="steps"):
