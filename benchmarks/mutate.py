@@ -15,17 +15,20 @@ import argparse
 import ast
 import concurrent.futures
 import copy
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
 import itertools
+import json
 import multiprocessing
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,19 +38,59 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, FORMS = "tests/property/test_memory_kernels.py", "tests/property/test_memory_forms.py"
 SPECIAL = "tests/property/test_memory_special_cases.py"
-# what reaches a file; for those that need gradients or the whole library, a test run for every mutant would take hours
+FORM_TESTS = "not gradients and not training and not scan"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which tests reach a file.
+
+    Attributes:
+      chosen: pytest's -k; gradient tests and everything further away would make hours of it.
+      eager: run without `jit`. For small kernels that is ten times faster once their operations are compiled; for whole
+        memories, whose loops then run in Python, it is slower.
+    """
+
+    files: tuple[str, ...]
+    chosen: str
+    eager: bool
+
+
 TARGETS = {
-    "atlas_jax/kernels/omega.py": ([KERNELS, FORMS], "window_band or decay or dual_form or coefficients or (delta and definition)"),
-    "atlas_jax/kernels/newton_schulz.py": ([KERNELS], "newton or band"),
-    "atlas_jax/memory/rules/_exact.py": ([FORMS, SPECIAL], "mesa and not gradients"),
-    "atlas_jax/memory/rules/_step.py": ([FORMS], "not gradients and not training"),
-    "atlas_jax/memory/rules/_chunked.py": ([FORMS], "not gradients and not training"),
-    "atlas_jax/memory/rules/_memory.py": ([FORMS], "not gradients and not training"),
-    "atlas_jax/kernels/feature_maps.py": ([KERNELS], "polynomial or monomials or features"),
+    "atlas_jax/kernels/omega.py": Target((KERNELS,), "window_band or decay or dual_form or sequential", True),
+    "atlas_jax/kernels/newton_schulz.py": Target((KERNELS,), "newton or band", True),
+    "atlas_jax/memory/rules/_exact.py": Target((FORMS, SPECIAL), "mesa and not gradients", False),
+    "atlas_jax/memory/rules/_step.py": Target((FORMS,), FORM_TESTS, False),
+    "atlas_jax/memory/rules/_chunked.py": Target((FORMS,), FORM_TESTS, False),
+    "atlas_jax/memory/rules/_memory.py": Target((FORMS,), FORM_TESTS, False),
+    "atlas_jax/kernels/feature_maps.py": Target((KERNELS,), "polynomial or monomials or features", True),
 }
 # mutants that compute the same, or another error message: (file, before, after) and why
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
-BINARY = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.MatMult: ast.Mult, ast.Div: ast.Mult, ast.Mod: ast.Add}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("newton_schulz.py", "matrix.shape[-1]", "matrix.shape[-2]"): "works on the larger side: only slower",
+    ("newton_schulz.py", "gram.shape[-1]", "gram.shape[-2]"): "a Gram matrix is square",
+    ("newton_schulz.py", "jnp.where(peak > 0, peak, 1.0)", "jnp.where(peak > 0, peak, 2.0)"): "divides a zero matrix",
+    ("newton_schulz.py", "jnp.where(peak > 0, square, 1.0)", "jnp.where(peak > 0, square, 2.0)"): "scales a zero matrix",
+    ("omega.py", "mixing.shape[-1] == 1", "mixing.shape[-1] == 2"): "leaves out a short cut for one channel",
+    ("omega.py", "left.shape[-1] == 1", "left.shape[-1] == 2"): "leaves out a short cut for one channel",
+    ("omega.py", "right.shape[-1] == 1", "right.shape[-1] == 2"): "leaves out a short cut for one channel",
+    ("omega.py", "mixing[..., 0]", "mixing[..., 1]"): "one channel: jax clamps the index",
+    ("omega.py", "left[..., 0]", "left[..., 1]"): "one channel: jax clamps the index",
+    ("omega.py", "right[..., 0]", "right[..., 1]"): "one channel: jax clamps the index",
+    ("omega.py", "coefficients.tokens[..., 0]", "coefficients.tokens[..., 1]"): "one channel: jax clamps the index",
+    ("omega.py", "jnp.tril(mixing, -1)", "jnp.tril(mixing, 1)"): "the solver reads below the diagonal only",
+    ("omega.py", "before(coefficients.tokens[..., 0], 0.0)", "before(coefficients.tokens[..., 0], 1.0)"): (
+        "the first row is above the diagonal"
+    ),
+}
+BINARY = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.MatMult: ast.Mult,
+    ast.Div: ast.Mult,
+    ast.Mod: ast.Add,
+}
 COMPARE = {ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 # modules to load anew for each mutant: the memories, and the tests that have imported them
 FRESH = ("atlas_jax.kernels.omega", "atlas_jax.kernels.newton_schulz", "atlas_jax.kernels.feature_maps")
@@ -64,6 +107,11 @@ class Mutant:
     before: str
     after: str
     source: str
+
+    @property
+    def key(self) -> str:
+        """The mutant's name: the digest of its source."""
+        return hashlib.sha256(f"{self.path}\n{self.source}".encode()).hexdigest()[:16]
 
     @property
     def reason(self) -> str | None:
@@ -170,6 +218,14 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(compile(self.source, f"<mutant of {self.module}>", "exec"), module.__dict__)
 
 
+class OutOfTime(BaseException):
+    """A mutant has had its processor seconds."""
+
+
+def _out_of_time(signal_number: int, frame: object) -> None:
+    raise OutOfTime
+
+
 class Watch:
     """A pytest plugin: puts the likely killers first and keeps the name of the test that failed."""
 
@@ -182,15 +238,21 @@ class Watch:
     def pytest_runtest_logreport(self, report: Any) -> None:
         self.passed += report.when == "call" and report.passed
         if report.failed and not self.failed:
-            self.failed, self.timeout = report.nodeid, "Timeout" in str(report.longrepr)
+            self.failed, self.timeout = report.nodeid, "OutOfTime" in str(report.longrepr)
 
 
-def trial(path: str, source: str, killers: Counter[str], limit: float) -> tuple[str, str]:
+def trial(path: str, source: str, killers: Counter[str], limit: float) -> tuple[str, str, float]:
     """Runs the tests of a file with its module made of `source`, in this process.
 
     Returns:
-      How it ended (killed, timeout, survived, or error where no test ran), and the test that failed.
+      How it ended (killed, timeout, survived, or error where no test ran), the test that failed, and processor seconds.
     """
+    start = time.process_time()
+    return *_trial(path, source, killers, limit), time.process_time() - start
+
+
+def _trial(path: str, source: str, killers: Counter[str], limit: float) -> tuple[str, str]:
+    import jax
     import pytest
     from hypothesis import Phase, settings
 
@@ -202,14 +264,20 @@ def trial(path: str, source: str, killers: Counter[str], limit: float) -> tuple[
         del sys.modules[name]
     finder = Finder(path.removesuffix(".py").replace("/", "."), source)
     sys.meta_path.insert(0, finder)
-    watch, (files, chosen) = Watch(killers), TARGETS[path]
-    options = ["-x", "-q", "--no-header", "--no-summary", "-n0", f"--timeout={limit}"]
-    options += ["-p", "no:cacheprovider", "-p", "no:randomly", "-k", chosen]
+    watch, target = Watch(killers), TARGETS[path]
+    options = ["-x", "-q", "--no-header", "--no-summary", "-n0", "--timeout=0", "-p", "no:cacheprovider"]
+    options += ["-k", target.chosen, *target.files]
+    jax.config.update("jax_disable_jit", target.eager)
+    signal.signal(signal.SIGPROF, _out_of_time)
+    signal.setitimer(signal.ITIMER_PROF, limit)  # processor time: the machine may do other work too
     try:
-        status = pytest.main([*options, *files], plugins=[watch])
+        status = pytest.main(options, plugins=[watch])
+    except OutOfTime:
+        return "timeout", ""
     except BaseException as error:  # a mutant may do anything, exit included
         return "killed", type(error).__name__
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         sys.meta_path.remove(finder)
     if watch.timeout:
         return "timeout", watch.failed
@@ -230,52 +298,62 @@ def _prepare() -> None:
 
 
 class Worker:
-    """A process that runs trials, replaced when one has crashed or hung it and, for memory's sake, now and then."""
+    """A process that runs the trials of one file, replaced when a mutant has crashed it, or ended its time outside
+    Python."""
 
-    def __init__(self, limit: float) -> None:
-        self.limit, self.killers = limit, Counter[str]()
+    def __init__(self, path: str, limit: float) -> None:
+        self.path, self.limit, self.killers = path, limit, Counter[str]()
         self._pool = self._start()
 
     def _start(self) -> concurrent.futures.ProcessPoolExecutor:
         context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(1, context, _prepare, max_tasks_per_child=40)
+        # compiled programs pile up; without `jit` they are the same few for all mutants
+        tasks = None if TARGETS[self.path].eager else 100
+        return concurrent.futures.ProcessPoolExecutor(1, context, _prepare, max_tasks_per_child=tasks)
 
-    def run(self, path: str, source: str) -> tuple[str, str]:
-        """One trial."""
-        future = self._pool.submit(trial, path, source, self.killers, self.limit)
+    def run(self, source: str, patience: float = 1.0) -> tuple[str, str, float]:
+        """One trial, `patience` times the limit long."""
+        future = self._pool.submit(trial, self.path, source, self.killers, patience * self.limit)
         try:
-            how, test = future.result(timeout=10 * self.limit)
+            how, test, seconds = future.result(timeout=20 * patience * self.limit)
         except (BrokenProcessPool, TimeoutError) as error:
-            for process in list((self._pool._processes or {}).values()):
-                process.kill()
-            self._pool.shutdown(cancel_futures=True)
+            self.close()
             self._pool = self._start()
-            return ("crash" if isinstance(error, BrokenProcessPool) else "timeout"), ""
+            return ("crash" if isinstance(error, BrokenProcessPool) else "timeout"), "", self.limit
         if how == "killed":
             self.killers[test] += 1
-        return how, test
+        return how, test, seconds
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        for process in list((self._pool._processes or {}).values()):
+            process.kill()
+        self._pool.shutdown(cancel_futures=True)
 
 
-def report(results: list[tuple[Mutant, str]], spared: Iterable[Mutant], command: str, total: int, seconds: float) -> str:
+def report(results: dict[str, list[Any]], chosen: list[Mutant], spared: list[Mutant], command: str) -> str:
     """The run as Markdown."""
-    ends = Counter(how for _, how in results)
-    killed = len(results) - ends["survived"]
+    run = [(m, *results[m.key][:2]) for m in chosen if m.key in results]
+    ends = Counter(how for _, how, _ in run)
+    seconds = sum(results[m.key][2] for m, _, _ in run)
     lines = [
         "# Mutation check of the memory rules",
         "",
-        f"`{command}`: {killed} of {len(results)} mutants killed ({ends['timeout']} of them by a time limit), of {total} "
-        f"that there are; {seconds / 60:.0f} minutes. Mutants that compute the same are listed below and not counted.",
+        f"`{command}`: {len(run) - ends['survived']} of {len(run)} mutants killed, {ends['timeout']} of them by a time "
+        f"limit and {ends['crash']} by a crash; {len(chosen) - len(run)} not run; {seconds / 60:.0f} processor minutes.",
+        f"{len(spared)} mutants that compute the same are listed below and not counted.",
         "",
-        "| file | mutants | killed |",
-        "|---|---:|---:|",
+        "| file | mutants | run | killed |",
+        "|---|---:|---:|---:|",
     ]
     for path in TARGETS:
-        part = [how for mutant, how in results if mutant.path == path]
+        part = [how for mutant, how, _ in run if mutant.path == path]
+        total = sum(mutant.path == path for mutant in chosen)
         if part:
-            lines.append(f"| {path} | {len(part)} | {sum(how != 'survived' for how in part)} |")
+            lines.append(f"| {path} | {total} | {len(part)} | {sum(how != 'survived' for how in part)} |")
     lines += ["", "## Survivors", ""]
-    survivors = [mutant for mutant, how in results if how == "survived"]
-    lines += ["| where | change | from | to |", "|---|---|---|---|"] if survivors else ["None.", ""]
+    survivors = [mutant for mutant, how, _ in run if how == "survived"]
+    lines += ["| where | change | from | to |", "|---|---|---|---|"] if survivors else ["None."]
     lines += [f"| {m.path}:{m.line} | {m.kind} | {_code(m.before)} | {_code(m.after)} |" for m in survivors]
     lines += ["", "## Mutants that compute the same", "", "| where | from | to | why |", "|---|---|---|---|"]
     lines += [f"| {m.path}:{m.line} | {_code(m.before)} | {_code(m.after)} | {m.reason} |" for m in spared]
@@ -291,10 +369,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=0, help="mutants to run, drawn at random; 0: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=120.0, help="seconds one test may take")
+    parser.add_argument("--limit", type=float, default=60.0, help="processor seconds that a mutant's tests may take")
     parser.add_argument("--files", nargs="*", default=list(TARGETS), help="paths, or ends of paths")
     parser.add_argument("--match", default="", help="only mutants whose old or new code has this in it")
     parser.add_argument("--list", action="store_true", help="print the mutants and leave")
+    parser.add_argument("--results", type=Path, help="JSON lines; mutants that it has already are not run again")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     command = "python benchmarks/mutate.py " + " ".join(sys.argv[1:])
@@ -309,25 +388,31 @@ def main() -> None:
         for m in chosen:
             print(f"{m.path}:{m.line} {m.kind}: {m.before!r} -> {m.after!r}")
         return
-    start, results = time.monotonic(), []
-    worker = Worker(arguments.limit)
-    for path in {m.path: None for m in chosen}:
-        how, test = worker.run(path, (ROOT / path).read_text("utf-8"))
+    results: dict[str, list[Any]] = {}
+    if arguments.results and arguments.results.exists():
+        results = dict(json.loads(line) for line in arguments.results.read_text("utf-8").splitlines())
+    for path in TARGETS:
+        left = [m for m in chosen if m.path == path and m.key not in results]
+        if not left:
+            continue
+        worker = Worker(path, arguments.limit)
+        how, test, _ = worker.run((ROOT / path).read_text("utf-8"), patience=10.0)
         if how != "survived":
             raise SystemExit(f"the tests of {path} fail without any change: {how} {test}")
-        worker.killers.clear()
-        for mutant in (m for m in chosen if m.path == path):
-            before = time.monotonic()
-            how, test = worker.run(path, mutant.source)
-            results.append((mutant, how))
-            took = f"{time.monotonic() - before:5.1f} s"
-            place = f"{mutant.path.rpartition('/')[2]}:{mutant.line}"
-            print(f"{how:9}{took} {place} {mutant.before[:60]!r} -> {mutant.after[:60]!r} {test.rpartition('::')[2]}", flush=True)
-            if arguments.output:
-                text = report(results, spared, command, len(chosen), time.monotonic() - start)
-                arguments.output.write_text(text, "utf-8")
-    print(report(results, spared, command, len(chosen), time.monotonic() - start))
-    worker._pool.shutdown()
+        for m in left:
+            how, test, seconds = worker.run(m.source)
+            if how == "error":
+                raise SystemExit(f"pytest failed with status {test} on {m.path}:{m.line} {m.after!r}")
+            results[m.key] = [how, test, seconds]
+            print(f"{how:9}{seconds:5.1f} s {m.path}:{m.line} {m.before[:60]!r} -> {m.after[:60]!r} {test}", flush=True)
+            if arguments.results:
+                with arguments.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([m.key, results[m.key]]) + "\n")
+        worker.close()
+    text = report(results, chosen, spared, command)
+    if arguments.output:
+        arguments.output.write_text(text, "utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

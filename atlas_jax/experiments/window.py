@@ -19,7 +19,7 @@ def experiment(options: Options) -> Sequence[Report]:
     dim = 8 if options.quick else 16
     report = Report("window", "Omega window", "c", "relative squared error", log_x=True)
     windows = (1, 4) if options.quick else (1, 2, 4, 8, 16, 32)
-    for count in (dim // 2, dim) if options.quick else (dim // 2, dim, 2 * dim):
+    for count in (dim,) if options.quick else (dim // 2, dim, 2 * dim):
         for stale in (False, True):
             for window in windows:
                 rule = presets.deltanet(dim, dim, window=window, chunk=window if stale else 1)
