@@ -13,7 +13,7 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench endless bench-memory documents recall lock clean
+.PHONY: help serve test check lint model gemma fit quality bench endless bench-memory mutation documents recall lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,10 @@ bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
 	  titans-pytorch)
 	$(RUN) benchmarks/memory_speed.py --titans-python data/titans/bin/python --output docs/memory_speed.md
+
+mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a test notice? (goes on where it stopped)
+	mkdir -p data
+	$(RUN) benchmarks/mutate.py --results data/mutation.jsonl --output docs/mutation.md
 
 lock: ## refresh requirements.lock (needs uv)
 	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --universal --no-emit-index-url \

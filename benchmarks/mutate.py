@@ -70,7 +70,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("newton_schulz.py", "matrix.shape[-1]", "matrix.shape[-2]"): "works on the larger side: only slower",
     ("newton_schulz.py", "gram.shape[-1]", "gram.shape[-2]"): "a Gram matrix is square",
     ("newton_schulz.py", "jnp.where(peak > 0, peak, 1.0)", "jnp.where(peak > 0, peak, 2.0)"): "divides a zero matrix",
-    ("newton_schulz.py", "jnp.where(peak > 0, square, 1.0)", "jnp.where(peak > 0, square, 2.0)"): "scales a zero matrix",
+    (
+        "newton_schulz.py",
+        "jnp.where(peak > 0, square, 1.0)",
+        "jnp.where(peak > 0, square, 2.0)",
+    ): "scales a zero matrix",
     ("omega.py", "mixing.shape[-1] == 1", "mixing.shape[-1] == 2"): "leaves out a short cut for one channel",
     ("omega.py", "left.shape[-1] == 1", "left.shape[-1] == 2"): "leaves out a short cut for one channel",
     ("omega.py", "right.shape[-1] == 1", "right.shape[-1] == 2"): "leaves out a short cut for one channel",
@@ -373,7 +377,7 @@ def main() -> None:
     parser.add_argument("--files", nargs="*", default=list(TARGETS), help="paths, or ends of paths")
     parser.add_argument("--match", default="", help="only mutants whose old or new code has this in it")
     parser.add_argument("--list", action="store_true", help="print the mutants and leave")
-    parser.add_argument("--results", type=Path, help="JSON lines; mutants that it has already are not run again")
+    parser.add_argument("--results", type=Path, help="JSON lines; mutants that it says were killed are not run again")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     command = "python benchmarks/mutate.py " + " ".join(sys.argv[1:])
@@ -392,7 +396,7 @@ def main() -> None:
     if arguments.results and arguments.results.exists():
         results = dict(json.loads(line) for line in arguments.results.read_text("utf-8").splitlines())
     for path in TARGETS:
-        left = [m for m in chosen if m.path == path and m.key not in results]
+        left = [m for m in chosen if m.path == path and results.get(m.key, ["survived"])[0] == "survived"]
         if not left:
             continue
         worker = Worker(path, arguments.limit)

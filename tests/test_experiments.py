@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+import numpy as np
+import pytest
+
 from atlas_jax.experiments import capacity, learnability, memorise, mqar, window
 from atlas_jax.experiments._report import Estimate, Options, run_command
+from atlas_jax.model.lm import IGNORE
 
 QUICK = Options(seeds=4, quick=True)
 
@@ -36,10 +41,22 @@ def test_memorise_reports_error_and_recall_of_each_rule() -> None:
 def test_what_a_memory_cannot_see_it_does_not_learn() -> None:
     [report] = learnability.experiment(Options(seeds=2, quick=True))
     seen, unseen = report.curves["low rank, 1×"], report.curves["window attention + MLP, 1×"]
-    assert seen[400].mean < 0.5 * seen[100].mean
-    assert unseen[400].mean > seen[400].mean
+    assert seen[2000].mean < 0.7 * seen[500].mean
+    assert unseen[2000].mean > 1.3 * seen[2000].mean
 
 
+def test_mqar_asks_for_every_pair_it_has_told() -> None:
+    batch = mqar.batch_of(jax.random.key(0), rows=3, pairs=4)
+    tokens, targets = np.asarray(batch.tokens), np.asarray(batch.targets)
+    assert (targets[:, :8] == IGNORE).all()
+    for row, wanted in zip(tokens, targets, strict=True):
+        told = dict(zip(row[0:8:2], row[1:8:2], strict=True))
+        assert len(told) == 4
+        assert sorted(told) == sorted(row[8:])
+        assert [told[key] for key in row[8:]] == list(wanted[8:])
+
+
+@pytest.mark.slow  # half a minute of compiling
 def test_mqar_trains_and_its_report_is_written(tmp_path: Path) -> None:
     arguments = ["--quick", "--seeds", "2", "--out", str(tmp_path)]
     report = run_command("mqar", mqar.experiment, seeds=3, argv=arguments)["mqar"]

@@ -110,7 +110,7 @@ def learn(task: Task, key: Array, tokens: int, dim: int, width: int) -> Float[Ar
 
 def experiment(options: Options) -> Sequence[Report]:
     """Learning curves of every task."""
-    dim, tokens = (8, 400) if options.quick else (32, 10_000)
+    dim, tokens = 32, 2000 if options.quick else 10_000
     report = Report("learnability", "Learnability", "steps", "relative error", log_y=True)
     blocks = 4 if options.quick else 10
     widths = (1,) if options.quick else (1, 4)
