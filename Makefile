@@ -13,7 +13,8 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench endless bench-memory documents recall tpu-compile lock clean
+.PHONY: help serve test check lint model gemma fit quality bench endless bench-memory mutation documents recall \
+  tpu-compile lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -71,6 +72,10 @@ bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 tpu-compile: $(VENV)/dev ## compile decode steps and prompt pieces for four TPU chips, without a TPU (brings libtpu)
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[tpu-compile]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/test_tpu_compile.py
+
+mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a test notice? (goes on where it stopped)
+	mkdir -p data
+	$(RUN) benchmarks/mutate.py --results data/mutation.jsonl --output docs/mutation.md
 
 lock: ## refresh requirements.lock (needs uv)
 	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --universal --no-emit-index-url \

@@ -1,51 +1,91 @@
 """Mutation check of the memory rules: breaks the code one small way at a time and looks whether a test notices.
 
-    python benchmarks/mutate.py --sample 40 --output docs/mutation.md
+    python benchmarks/mutate.py --output docs/mutation.md
 
-Mutants are made on the syntax tree: flipped signs, swapped products and sums, shifted comparison edges and constants,
-swapped branches, dropped gates. Each is imported in the place of the real module in one
-fork that runs the fast property tests; the source tree is never written to. A mutant that no test kills is a
-survivor, and a survivor is either equivalent code or a missing test.
+Mutants are made on the syntax tree: changed operators, dropped factors, gates and signs, shifted comparison edges,
+offsets and constants, swapped branches. One process that has jax and the tests loaded imports each in the place of the
+real module and runs the property tests of its file until one fails; the tests that have killed most go first. The
+source tree is never written to. A mutant that no test kills is a survivor: a missing test, unless `EQUIVALENT` says
+why it computes the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
+import concurrent.futures
 import copy
+import hashlib
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import itertools
+import json
+import multiprocessing
 import os
 import random
 import signal
 import sys
-import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
-
-import pytest
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-TARGETS = {
-    "atlas_jax/kernels/omega.py": ["omega", "forms"],
-    "atlas_jax/kernels/newton_schulz.py": ["newton_schulz"],
-    "atlas_jax/kernels/feature_maps.py": ["features"],
-    "atlas_jax/memory/rules/_step.py": ["forms"],
-    "atlas_jax/memory/rules/_memory.py": ["forms"],
-    "atlas_jax/memory/rules/_chunked.py": ["forms"],
-    "atlas_jax/memory/rules/_exact.py": ["exact"],
-}
 KERNELS, FORMS = "tests/property/test_memory_kernels.py", "tests/property/test_memory_forms.py"
-TESTS = {
-    "omega": [KERNELS, "-k", "dual or band or decay"],
-    "newton_schulz": [KERNELS, "-k", "newton"],
-    "features": [KERNELS, "-k", "polynomial or monomials or features"],
-    "forms": [FORMS, "-k", "not gradients and not training and not atlas"],
-    "exact": [FORMS, "-k", "mesa and not gradients"],
+SPECIAL = "tests/property/test_memory_special_cases.py"
+FORM_TESTS = "not gradients and not training and not scan"
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which tests reach a file.
+
+    Attributes:
+      chosen: pytest's -k; gradient tests and everything further away would make hours of it.
+      eager: run without `jit`. For small kernels that is ten times faster once their operations are compiled; for whole
+        memories, whose loops then run in Python, it is slower.
+    """
+
+    files: tuple[str, ...]
+    chosen: str
+    eager: bool
+
+
+TARGETS = {
+    "atlas_jax/kernels/omega.py": Target((KERNELS,), "window_band or decay or dual_form or sequential", True),
+    "atlas_jax/kernels/newton_schulz.py": Target((KERNELS,), "newton or band", True),
+    "atlas_jax/memory/rules/_exact.py": Target((FORMS, SPECIAL), "mesa and not gradients", False),
+    "atlas_jax/memory/rules/_step.py": Target((FORMS,), FORM_TESTS, False),
+    "atlas_jax/memory/rules/_chunked.py": Target((FORMS,), FORM_TESTS, False),
+    "atlas_jax/memory/rules/_memory.py": Target((FORMS,), FORM_TESTS, False),
+    "atlas_jax/kernels/feature_maps.py": Target((KERNELS,), "polynomial or monomials or features", True),
+}
+# mutants that compute the same, or another error message: (file, before, after) and why
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("newton_schulz.py", "matrix.shape[-1]", "matrix.shape[-2]"): "works on the larger side: only slower",
+    ("newton_schulz.py", "gram.shape[-1]", "gram.shape[-2]"): "a Gram matrix is square",
+    ("newton_schulz.py", "jnp.where(peak > 0, peak, 1.0)", "jnp.where(peak > 0, peak, 2.0)"): "divides a zero matrix",
+    (
+        "newton_schulz.py",
+        "jnp.where(peak > 0, square, 1.0)",
+        "jnp.where(peak > 0, square, 2.0)",
+    ): "scales a zero matrix",
+    ("omega.py", "mixing.shape[-1] == 1", "mixing.shape[-1] == 2"): "leaves out a short cut for one channel",
+    ("omega.py", "left.shape[-1] == 1", "left.shape[-1] == 2"): "leaves out a short cut for one channel",
+    ("omega.py", "right.shape[-1] == 1", "right.shape[-1] == 2"): "leaves out a short cut for one channel",
+    ("omega.py", "mixing[..., 0]", "mixing[..., 1]"): "one channel: jax clamps the index",
+    ("omega.py", "left[..., 0]", "left[..., 1]"): "one channel: jax clamps the index",
+    ("omega.py", "right[..., 0]", "right[..., 1]"): "one channel: jax clamps the index",
+    ("omega.py", "coefficients.tokens[..., 0]", "coefficients.tokens[..., 1]"): "one channel: jax clamps the index",
+    ("omega.py", "jnp.tril(mixing, -1)", "jnp.tril(mixing, 1)"): "the solver reads below the diagonal only",
+    ("omega.py", "before(coefficients.tokens[..., 0], 0.0)", "before(coefficients.tokens[..., 0], 1.0)"): (
+        "the first row is above the diagonal"
+    ),
 }
 BINARY = {
     ast.Add: ast.Sub,
@@ -56,6 +96,9 @@ BINARY = {
     ast.Mod: ast.Add,
 }
 COMPARE = {ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
+# modules to load anew for each mutant: the memories, and the tests that have imported them
+FRESH = ("atlas_jax.kernels.omega", "atlas_jax.kernels.newton_schulz", "atlas_jax.kernels.feature_maps")
+FRESH += ("atlas_jax.memory.rules", "memory_support", "test_memory_")
 
 
 @dataclass(frozen=True)
@@ -69,36 +112,48 @@ class Mutant:
     after: str
     source: str
 
+    @property
+    def key(self) -> str:
+        """The mutant's name: the digest of its source."""
+        return hashlib.sha256(f"{self.path}\n{self.source}".encode()).hexdigest()[:16]
+
+    @property
+    def reason(self) -> str | None:
+        """Why the mutant computes the same, if that is known."""
+        return EQUIVALENT.get((self.path.rpartition("/")[2], self.before, self.after))
+
 
 def mutants(path: str) -> Iterator[Mutant]:
-    """All mutants of a file, except in `ref_` twins, docstrings and messages."""
+    """All mutants of a file, except in `ref_` twins, signatures, docstrings and messages."""
     tree = ast.parse((ROOT / path).read_text("utf-8"))
-    spared = _inside(tree)
-    sites = [node for function in _functions(tree) for node in ast.walk(function)]
-    for number, node in enumerate(sites):
+    spared = {node for part in _spared(tree) for node in ast.walk(part)}
+    for number, node in enumerate(ast.walk(tree)):
         if node in spared:
             continue
         for kind, change in _changes(node):
             clone = copy.deepcopy(tree)
-            twin = [n for function in _functions(clone) for n in ast.walk(function)][number]
-            before = ast.unparse(twin)
+            twin = next(itertools.islice(ast.walk(clone), number, None))
+            context = _expression(clone, twin)
+            before = ast.unparse(context)
             changed = change(twin)
             if changed is not twin:
                 _replace(clone, twin, changed)
-            after = ast.unparse(changed)
-            yield Mutant(path, getattr(node, "lineno", 0), kind, before, after, ast.unparse(clone))
+                context = changed if context is twin else context
+            yield Mutant(path, getattr(node, "lineno", 0), kind, before, ast.unparse(context), ast.unparse(clone))
 
 
-def _inside(tree: ast.AST) -> set[ast.AST]:
-    """Constants to leave alone: indices, which jax clamps to the array, and default values."""
-    parts = [node.slice for node in ast.walk(tree) if isinstance(node, ast.Subscript)]
-    signatures = [node for node in ast.walk(tree) if isinstance(node, ast.arguments)]
-    parts += [default for s in signatures for default in (*s.defaults, *s.kw_defaults) if default]
-    return {node for part in parts for node in ast.walk(part) if isinstance(node, ast.Constant)}
-
-
-def _functions(tree: ast.AST) -> list[ast.FunctionDef]:
-    return [n for n in ast.iter_child_nodes(tree) if isinstance(n, ast.FunctionDef) and not n.name.startswith("ref_")]
+def _spared(tree: ast.AST) -> Iterator[ast.AST]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arguments):  # defaults and annotations
+            yield node
+        elif isinstance(node, ast.FunctionDef):
+            yield from ([node.returns] if node.returns else []) + node.decorator_list
+            if node.name.startswith("ref_"):
+                yield node
+        elif isinstance(node, ast.AnnAssign):
+            yield node.annotation
+        elif isinstance(node, ast.Raise | ast.JoinedStr):
+            yield node
 
 
 def _changes(node: ast.AST):
@@ -116,8 +171,10 @@ def _changes(node: ast.AST):
         yield "branches swapped", _with_branches
     elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
         yield "constant shifted", lambda n: ast.copy_location(ast.Constant(n.value + 1), n)
-    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "scale":
-        yield "gate dropped", lambda n: n.args[0]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute):
+        name = node.func.id if isinstance(node.func, ast.Name) else node.func.attr
+        if name == "scale":
+            yield "gate dropped", lambda n: n.args[0]
 
 
 def _with_operator(node):
@@ -135,6 +192,14 @@ def _with_branches(node):
     return node
 
 
+def _expression(tree: ast.AST, node: ast.AST) -> ast.AST:
+    """What a report shows of a change: the smallest expression around it that has a name in it."""
+    parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+    while not isinstance(node, ast.stmt) and not any(isinstance(n, ast.Name) for n in ast.walk(node)):
+        node = parents[node]
+    return node
+
+
 def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
     for parent in ast.walk(tree):
         for field, value in ast.iter_fields(parent):
@@ -144,85 +209,163 @@ def _replace(tree: ast.AST, old: ast.AST, new: ast.AST) -> None:
                 setattr(parent, field, [new if item is old else item for item in value])
 
 
-class Finder(importlib.abc.MetaPathFinder):
-    """Imports one module from another file."""
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Imports one module from a text."""
 
-    def __init__(self, module: str, file: Path) -> None:
-        self.module, self.file = module, str(file)
+    def __init__(self, module: str, source: str) -> None:
+        self.module, self.source = module, source
 
-    def find_spec(self, name, path=None, target=None):
-        if name != self.module:
-            return None
-        loader = importlib.machinery.SourceFileLoader(name, self.file)
-        return importlib.util.spec_from_loader(name, loader, origin=self.file)
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        return importlib.util.spec_from_loader(name, self) if name == self.module else None
+
+    def exec_module(self, module: ModuleType) -> None:
+        exec(compile(self.source, f"<mutant of {self.module}>", "exec"), module.__dict__)
 
 
-def survives(mutant: Mutant, limit: float) -> tuple[bool, str]:
-    """Runs the tests of a mutant's file against it, each group in a fork of this process, which has jax loaded already.
+class OutOfTime(BaseException):
+    """A mutant has had its processor seconds."""
+
+
+def _out_of_time(signal_number: int, frame: object) -> None:
+    raise OutOfTime
+
+
+class Watch:
+    """A pytest plugin: puts the likely killers first and keeps the name of the test that failed."""
+
+    def __init__(self, killers: Counter[str]) -> None:
+        self.killers, self.failed, self.timeout, self.passed = killers, "", False, 0
+
+    def pytest_collection_modifyitems(self, items: list[Any]) -> None:
+        items.sort(key=lambda item: -self.killers[item.nodeid])
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        self.passed += report.when == "call" and report.passed
+        if report.failed and not self.failed:
+            self.failed, self.timeout = report.nodeid, "OutOfTime" in str(report.longrepr)
+
+
+def trial(path: str, source: str, killers: Counter[str], limit: float) -> tuple[str, str, float]:
+    """Runs the tests of a file with its module made of `source`, in this process.
 
     Returns:
-      Whether all passed, and how it ended.
+      How it ended (killed, timeout, survived, or error where no test ran), the test that failed, and processor seconds.
     """
-    module = mutant.path.removesuffix(".py").replace("/", ".")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "mutant.py"
-        file.write_text(mutant.source, "utf-8")
-        for group in TARGETS[mutant.path]:
-            child = os.fork()
-            if not child:
-                _test(module, file, group)
-            status, deadline = 0, time.monotonic() + limit
-            while not os.waitpid(child, os.WNOHANG)[0]:
-                if time.monotonic() > deadline:
-                    os.kill(child, signal.SIGKILL)
-                    os.waitpid(child, 0)
-                    return False, "timeout"
-                time.sleep(0.2)
-            status = int((Path(folder) / "status").read_text() if (Path(folder) / "status").exists() else 99)
-            (Path(folder) / "status").unlink(missing_ok=True)
-            if status:
-                return False, "killed" if status in (1, 2) else f"exit {status}"
-    return True, "survived"
+    start = time.process_time()
+    return *_trial(path, source, killers, limit), time.process_time() - start
 
 
-def _test(module: str, file: Path, group: str) -> NoReturn:
-    """In the fork: imports the mutant for the module, runs pytest, leaves its exit status in a file, and ends."""
+def _trial(path: str, source: str, killers: Counter[str], limit: float) -> tuple[str, str]:
+    import jax
+    import pytest
+    from hypothesis import Phase, settings
+
+    settings.register_profile("mutation", phases=[Phase.explicit, Phase.generate])  # a failure need not be shrunk
+    settings.load_profile("mutation")
+    for name in [name for name in sys.modules if name.startswith(FRESH)]:
+        parent, _, child = name.rpartition(".")
+        sys.modules[parent].__dict__.pop(child, None) if parent else None
+        del sys.modules[name]
+    finder = Finder(path.removesuffix(".py").replace("/", "."), source)
+    sys.meta_path.insert(0, finder)
+    watch, target = Watch(killers), TARGETS[path]
+    options = ["-x", "-q", "--no-header", "--no-summary", "-n0", "--timeout=0", "-p", "no:cacheprovider"]
+    options += ["-k", target.chosen, *target.files]
+    jax.config.update("jax_disable_jit", target.eager)
+    signal.signal(signal.SIGPROF, _out_of_time)
+    signal.setitimer(signal.ITIMER_PROF, limit)  # processor time: the machine may do other work too
+    try:
+        status = pytest.main(options, plugins=[watch])
+    except OutOfTime:
+        return "timeout", ""
+    except BaseException as error:  # a mutant may do anything, exit included
+        return "killed", type(error).__name__
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.meta_path.remove(finder)
+    if watch.timeout:
+        return "timeout", watch.failed
+    if status == pytest.ExitCode.OK and watch.passed:
+        return "survived", ""
+    if status in (pytest.ExitCode.TESTS_FAILED, pytest.ExitCode.INTERRUPTED):
+        return "killed", watch.failed
+    return "error", str(status)
+
+
+def _prepare() -> None:
+    """In the worker: imports from the source tree, and no output but failures of this tool."""
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT))
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
-    sys.meta_path.insert(0, Finder(module, file))
-    status = 99
-    try:
-        status = int(pytest.main(["-x", "-q", "--no-header", "-p", "no:cacheprovider", *TESTS[group]]))
-    finally:
-        file.with_name("status").write_text(str(status))
-        os._exit(0)
 
 
-def report(results: list[tuple[Mutant, bool, str]], total: int, seed: int, seconds: float) -> str:
+class Worker:
+    """A process that runs the trials of one file, replaced when a mutant has crashed it, or ended its time outside
+    Python."""
+
+    def __init__(self, path: str, limit: float) -> None:
+        self.path, self.limit, self.killers = path, limit, Counter[str]()
+        self._pool = self._start()
+
+    def _start(self) -> concurrent.futures.ProcessPoolExecutor:
+        context = multiprocessing.get_context("spawn")
+        # compiled programs pile up; without `jit` they are the same few for all mutants
+        tasks = None if TARGETS[self.path].eager else 100
+        return concurrent.futures.ProcessPoolExecutor(1, context, _prepare, max_tasks_per_child=tasks)
+
+    def run(self, source: str, patience: float = 1.0) -> tuple[str, str, float]:
+        """One trial, `patience` times the limit long."""
+        future = self._pool.submit(trial, self.path, source, self.killers, patience * self.limit)
+        try:
+            how, test, seconds = future.result(timeout=20 * patience * self.limit)
+        except (BrokenProcessPool, TimeoutError) as error:
+            self.close()
+            self._pool = self._start()
+            return ("crash" if isinstance(error, BrokenProcessPool) else "timeout"), "", self.limit
+        if how == "killed":
+            self.killers[test] += 1
+        return how, test, seconds
+
+    def close(self) -> None:
+        """Ends the process, whatever it is doing."""
+        for process in list((self._pool._processes or {}).values()):
+            process.kill()
+        self._pool.shutdown(cancel_futures=True)
+
+
+def report(results: dict[str, list[Any]], chosen: list[Mutant], spared: list[Mutant], command: str) -> str:
     """The run as Markdown."""
-    killed = sum(not alive for _, alive, _ in results)
+    run = [(m, *results[m.key][:2]) for m in chosen if m.key in results]
+    ends = Counter(how for _, how, _ in run)
+    seconds = sum(results[m.key][2] for m, _, _ in run)
     lines = [
         "# Mutation check of the memory rules",
         "",
-        f"`python benchmarks/mutate.py --sample {len(results)} --seed {seed}`: {killed} of {len(results)} mutants "
-        f"killed, drawn from {total}; {seconds / 60:.0f} minutes.",
+        f"`{command}`: {len(run) - ends['survived']} of {len(run)} mutants killed, {ends['timeout']} of them by a time "
+        f"limit and {ends['crash']} by a crash; {len(chosen) - len(run)} not run; {seconds / 60:.0f} processor minutes.",
+        f"{len(spared)} mutants that compute the same are listed below and not counted.",
         "",
-        "| file | mutants | killed |",
-        "|---|---|---|",
+        "| file | mutants | run | killed |",
+        "|---|---:|---:|---:|",
     ]
     for path in TARGETS:
-        part = [alive for mutant, alive, _ in results if mutant.path == path]
-        lines.append(f"| {path} | {len(part)} | {sum(not alive for alive in part)} |")
+        part = [how for mutant, how, _ in run if mutant.path == path]
+        total = sum(mutant.path == path for mutant in chosen)
+        if part:
+            lines.append(f"| {path} | {total} | {len(part)} | {sum(how != 'survived' for how in part)} |")
     lines += ["", "## Survivors", ""]
-    survivors = [mutant for mutant, alive, _ in results if alive]
-    if not survivors:
-        return "\n".join([*lines, "None.", ""])
-    lines += ["| where | change | from | to |", "|---|---|---|---|"]
-    for m in survivors:
-        before, after = (f"`{x[:70]}`".replace("|", "\\|").replace("\n", " ") for x in (m.before, m.after))
-        lines.append(f"| {m.path}:{m.line} | {m.kind} | {before} | {after} |")
+    survivors = [mutant for mutant, how, _ in run if how == "survived"]
+    lines += ["| where | change | from | to |", "|---|---|---|---|"] if survivors else ["None."]
+    lines += [f"| {m.path}:{m.line} | {m.kind} | {_code(m.before)} | {_code(m.after)} |" for m in survivors]
+    lines += ["", "## Mutants that compute the same", "", "| where | from | to | why |", "|---|---|---|---|"]
+    lines += [f"| {m.path}:{m.line} | {_code(m.before)} | {_code(m.after)} | {m.reason} |" for m in spared]
     return "\n".join([*lines, ""])
+
+
+def _code(text: str) -> str:
+    return f"`{text[:90]}`".replace("|", "\\|").replace("\n", " ")
 
 
 def main() -> None:
@@ -230,34 +373,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sample", type=int, default=0, help="mutants to run, drawn at random; 0: all")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=float, default=600.0, help="seconds one test run may take")
-    parser.add_argument("--files", nargs="*", default=list(TARGETS))
-    parser.add_argument("--budget", type=float, default=0.0, help="stop after so many minutes; 0: never")
+    parser.add_argument("--limit", type=float, default=60.0, help="processor seconds that a mutant's tests may take")
+    parser.add_argument("--files", nargs="*", default=list(TARGETS), help="paths, or ends of paths")
+    parser.add_argument("--match", default="", help="only mutants whose old or new code has this in it")
+    parser.add_argument("--list", action="store_true", help="print the mutants and leave")
+    parser.add_argument("--results", type=Path, help="JSON lines; mutants that it says were killed are not run again")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    command = "python benchmarks/mutate.py " + " ".join(sys.argv[1:])
 
-    everything = [mutant for path in arguments.files for mutant in mutants(path)]
-    chosen = everything
-    if arguments.sample:
-        chosen = random.Random(arguments.seed).sample(everything, min(arguments.sample, len(everything)))
-    os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
-    import hypothesis  # noqa: F401
-    import jax.scipy.linalg  # noqa: F401
-
-    import atlas_jax.typing  # noqa: F401  sets jax's flags; the modules under test must not be loaded here
-
-    start, results = time.monotonic(), []
-    for mutant in chosen:
-        if arguments.budget and time.monotonic() - start > 60 * arguments.budget:
-            break
-        alive, how = survives(mutant, arguments.limit)
-        results.append((mutant, alive, how))
-        print(f"{how:9} {mutant.path}:{mutant.line} {mutant.kind}: {mutant.before[:60]!r}", flush=True)
-        text = report(results, len(everything), arguments.seed, time.monotonic() - start)
-        if arguments.output:
-            arguments.output.write_text(text, "utf-8")
-    print(text if results else "no mutants")
+    paths = [path for path in TARGETS if any(path.endswith(name) for name in arguments.files)]
+    found = [m for path in paths for m in mutants(path) if arguments.match in m.before + "\n" + m.after]
+    spared = [m for m in found if m.reason]
+    chosen = [m for m in found if not m.reason]
+    if arguments.sample and arguments.sample < len(chosen):
+        chosen = random.Random(arguments.seed).sample(chosen, arguments.sample)
+    if arguments.list:
+        for m in chosen:
+            print(f"{m.path}:{m.line} {m.kind}: {m.before!r} -> {m.after!r}")
+        return
+    results: dict[str, list[Any]] = {}
+    if arguments.results and arguments.results.exists():
+        results = dict(json.loads(line) for line in arguments.results.read_text("utf-8").splitlines())
+    for path in TARGETS:
+        left = [m for m in chosen if m.path == path and results.get(m.key, ["survived"])[0] == "survived"]
+        if not left:
+            continue
+        worker = Worker(path, arguments.limit)
+        how, test, _ = worker.run((ROOT / path).read_text("utf-8"), patience=10.0)
+        if how != "survived":
+            raise SystemExit(f"the tests of {path} fail without any change: {how} {test}")
+        for m in left:
+            how, test, seconds = worker.run(m.source)
+            if how == "error":
+                raise SystemExit(f"pytest failed with status {test} on {m.path}:{m.line} {m.after!r}")
+            results[m.key] = [how, test, seconds]
+            print(f"{how:9}{seconds:5.1f} s {m.path}:{m.line} {m.before[:60]!r} -> {m.after[:60]!r} {test}", flush=True)
+            if arguments.results:
+                with arguments.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([m.key, results[m.key]]) + "\n")
+        worker.close()
+    text = report(results, chosen, spared, command)
+    if arguments.output:
+        arguments.output.write_text(text, "utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

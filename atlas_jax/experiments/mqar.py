@@ -147,7 +147,7 @@ def experiment(options: Options) -> Sequence[Report]:
     report = Report(
         "mqar", f"Recall of {pairs} pairs (MQAR)", "numbers in the state", "accuracy on fresh rows", log_x=True
     )
-    for contender in CONTENDERS[:2] if options.quick else CONTENDERS:
+    for contender in CONTENDERS[:1] if options.quick else CONTENDERS:
         for width in contender.widths[:1] if options.quick else contender.widths:
             accuracy = np.asarray(
                 train_all(contender.model(width), seeds=options.seeds, rates=RATES, pairs=pairs, steps=steps, rows=rows)

@@ -136,6 +136,12 @@ def test_newton_schulz(table, shape):
     check()
 
 
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4)])
+def test_newton_schulz_of_a_batch_is_that_of_each_matrix(shape):
+    x = np.random.default_rng(0).standard_normal((2, 3, *shape)) * np.array([1e-3, 1.0, 1e3])[:, None, None]
+    close(_newton_schulz("jordan")(x), [[reference.newton_schulz(m, 5) for m in row] for row in x], 1e-7)
+
+
 @pytest.mark.parametrize("table", COEFFICIENTS)
 def test_stated_band_is_where_singular_values_go(table):
     sigma = np.exp(np.linspace(math.log(0.01), 0, 20_001))
@@ -150,6 +156,9 @@ def test_newton_schulz_repeats_its_last_row_and_takes_no_negative_steps():
     x = np.random.default_rng(0).standard_normal((3, 4))
     twin = jit(functools.partial(ref_orthogonalize, table="polar_express", steps=6))
     close(_newton_schulz("polar_express", 6)(x), twin(x), 1e-7)
+    for steps in (4, 6, 7):
+        wanted = reference.newton_schulz(x, steps, COEFFICIENTS["polar_express"])
+        close(_newton_schulz("polar_express", steps)(x), wanted, 1e-7)
     close(_newton_schulz("jordan", 0)(x), x / np.linalg.norm(x))
     close(orthogonalize(x), _newton_schulz("jordan", 5)(x))  # the default
     with pytest.raises(ValueError, match="steps"):
@@ -206,12 +215,24 @@ def test_decay_products():
     check()
 
 
-@pytest.mark.parametrize("channels", ["one", "all", "some"])
+# gate channels of α, θ, the inner and the outer step (True: one per row or column), and tokens of the chunk and its tail
+CHANNELS = {
+    "one": ((False,) * 4, 5, 2),
+    "all": ((True,) * 4, 5, 2),
+    "alpha and outer": ((True, False, False, True), 5, 2),
+    "alpha": ((True, False, False, False), 5, 2),
+    "theta": ((False, True, False, False), 5, 2),
+    "all, a chunk of one token": ((True,) * 4, 1, 0),
+}
+
+
+@pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_dual_form_is_the_recurrence(axis, channels):
-    """Outputs, weights and momentum, and the weights of every token, of a chunk of 5 with a tail of 2."""
+    """Outputs, weights and momentum, and the weights of every token, of a chunk and its tail."""
     size = 4 if axis == "row" else 3
-    widths = {"one": (1, 1, 1, 1), "all": (size,) * 4, "some": (size, 1, 1, size)}[channels]
+    wide, chunk, tail = CHANNELS[channels]
+    widths = [size if w else 1 for w in wide]
 
     def both(weight, momentum, x, left, right, alpha, theta, inner, outer, band):
         c = omega.chunk_coefficients(alpha, theta, inner, outer, band)
@@ -219,9 +240,15 @@ def test_dual_form_is_the_recurrence(axis, channels):
         w, s = omega.chunk_end(weight, momentum, left, right, c, axis)
         steps = omega.momenta(momentum, left, right, c, axis)
         each = omega.accumulate(weight, steps, alpha, outer, axis)
-        full = [jnp.broadcast_to(g, (5, size)) for g in (alpha, theta, inner, outer)]
+        full = [jnp.broadcast_to(g, (chunk, size)) for g in (alpha, theta, inner, outer)]
         twin = omega.ref_omega_chunk(weight, momentum, x, left, right, *full, band, axis)
-        return (y, w, s), twin, (jnp.einsum("toi,ti->to", each, x), each[-1], steps[-1])
+        plain = omega.chunk_coefficients(alpha, None, inner, outer, band)
+        without = omega.dual_product(x, weight, None, left, right, plain, axis)
+        ends = omega.chunk_end(weight, None, left, right, plain, axis)
+        full[1] = jnp.zeros_like(full[1])
+        descent = omega.ref_omega_chunk(weight, 0 * momentum, x, left, right, *full, band, axis)
+        formed = (jnp.einsum("toi,ti->to", each, x), each[-1], steps[-1])
+        return (y, w, s), formed, twin, (without, *ends), descent
 
     compiled = jit(both)
 
@@ -230,11 +257,55 @@ def test_dual_form_is_the_recurrence(axis, channels):
     def check(seed):
         rng = np.random.default_rng(seed)
         weight, momentum = rng.standard_normal((2, 4, 3))
-        x, left, right = (rng.standard_normal(s) for s in ((5, 3), (7, 4), (7, 3)))
-        band = np.tril(rng.random((5, 7)), 2)
-        arrays = (weight, momentum, x, left, right, *(gates(rng, 5, n) for n in widths), band)
-        dual, twin, formed = compiled(*arrays)
+        x, left, right = (rng.standard_normal(s) for s in ((chunk, 3), (chunk + tail, 4), (chunk + tail, 3)))
+        band = np.tril(rng.random((chunk, chunk + tail)), tail)
+        arrays = (weight, momentum, x, left, right, *(gates(rng, chunk, n) for n in widths), band)
+        dual, formed, twin, plain, descent = compiled(*arrays)
         jax.tree.map(close, dual, twin)
         jax.tree.map(close, formed, twin)
+        assert plain[2] is None
+        jax.tree.map(close, plain[:2], descent[:2])
+        outputs, *ends = zip(*recurrence(axis, *arrays), strict=True)
+        jax.tree.map(close, dual, (np.stack(outputs), *(each[-1] for each in ends)))
 
     check()
+
+
+@pytest.mark.parametrize("gain", ["ones", "alpha"])
+@pytest.mark.parametrize("momentum", [True, False])
+def test_sequential_errors_are_those_of_one_token_after_another(momentum, gain):
+    """W_{t−1}·k_t − v_t, or α_t·W_{t−1}·k_t − v_t, with W from the errors before."""
+
+    def errors(keys, values, weight, start, alpha, theta, inner, outer, gamma):
+        c = omega.chunk_coefficients(alpha, theta if momentum else None, inner, outer, jnp.diag(gamma))
+        by = alpha if gain == "alpha" else jnp.ones_like(alpha)
+        return omega.sequential_errors(keys, values, weight, start if momentum else None, c, by)
+
+    compiled = jit(errors)
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        rng = np.random.default_rng(seed)
+        keys, values, w, s = (rng.standard_normal(shape) for shape in ((6, 3), (6, 4), (4, 3), (4, 3)))
+        alpha, theta, inner, outer = (gates(rng, 6, 1) for _ in range(4))
+        gamma = rng.random(6)
+        found = compiled(keys, values, w, s, alpha, theta, inner, outer, gamma)
+        s = s if momentum else 0 * s
+        for t in range(6):
+            error = (alpha[t] if gain == "alpha" else 1.0) * w @ keys[t] - values[t]
+            close(found[t], error)
+            s = (theta[t] if momentum else 0.0) * s + inner[t] * gamma[t] * 2 * np.outer(error, keys[t])
+            w = alpha[t] * w - outer[t] * s
+
+    check()
+
+
+def recurrence(axis, weight, momentum, x, left, right, alpha, theta, inner, outer, band):
+    """Equations 32 and 33 without Newton–Schulz, token by token, in NumPy: each token's output, W and S."""
+    for t in range(len(x)):
+        side = (lambda g: g[t][:, None]) if axis == "row" else (lambda g: g[t][None, :])  # noqa: B023
+        gradient = sum(band[t, i] * np.outer(left[i], right[i]) for i in range(len(left)))
+        momentum = side(theta) * momentum + side(inner) * gradient
+        weight = side(alpha) * weight - side(outer) * momentum
+        yield weight @ x[t], weight, momentum

@@ -65,5 +65,9 @@ def chunk(
 
 
 def _solve(rule: MemoryRule, moments: jax.Array, right: jax.Array) -> jax.Array:
+    """(λI + H)⁻¹·right. Its gradient is one more solve with the same factor, not that of a Cholesky factorisation."""
     system = moments + rule.ridge * jnp.eye(moments.shape[-1], dtype=moments.dtype)
-    return jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(system, lower=True), right)
+    factor = jax.scipy.linalg.cho_factor(jax.lax.stop_gradient(system), lower=True)
+    return jax.lax.custom_linear_solve(
+        lambda x: system @ x, right, lambda _, b: jax.scipy.linalg.cho_solve(factor, b), symmetric=True
+    )
