@@ -68,6 +68,11 @@ TARGETS = {
 # mutants that compute the same, or another error message: (file, before, after) and why
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("newton_schulz.py", "matrix.shape[-1]", "matrix.shape[-2]"): "works on the larger side: only slower",
+    (
+        "newton_schulz.py",
+        "matrix.shape[-1]",
+        "matrix.shape[1]",
+    ): "works on the larger side of some batches: only slower",
     ("newton_schulz.py", "gram.shape[-1]", "gram.shape[-2]"): "a Gram matrix is square",
     ("newton_schulz.py", "jnp.where(peak > 0, peak, 1.0)", "jnp.where(peak > 0, peak, 2.0)"): "divides a zero matrix",
     (
@@ -82,6 +87,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("omega.py", "left[..., 0]", "left[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "right[..., 0]", "right[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "coefficients.tokens[..., 0]", "coefficients.tokens[..., 1]"): "one channel: jax clamps the index",
+    (
+        "omega.py",
+        "_chain(decay, (outer * momentum_left)[:, None, :])[:, 0]",
+        "_chain(decay, (outer * momentum_left)[:, None, :])[:, 1]",
+    ): "an axis of one: jax clamps the index",
+    ("omega.py", "left.shape[-1]", "left.shape[1]"): "differs for one token only, whose decay is 1 in every channel",
+    ("omega.py", "left.shape[-1]", "left.shape[-2]"): "differs for one token only, whose decay is 1 in every channel",
     ("omega.py", "jnp.tril(mixing, -1)", "jnp.tril(mixing, 1)"): "the solver reads below the diagonal only",
     ("omega.py", "before(coefficients.tokens[..., 0], 0.0)", "before(coefficients.tokens[..., 0], 1.0)"): (
         "the first row is above the diagonal"

@@ -144,6 +144,7 @@ def test_newton_schulz_of_a_batch_is_that_of_each_matrix(shape):
 
 @pytest.mark.parametrize("table", COEFFICIENTS)
 def test_stated_band_is_where_singular_values_go(table):
+    assert len(COEFFICIENTS[table]) == 5
     sigma = np.exp(np.linspace(math.log(0.01), 0, 20_001))
     for a, b, c in COEFFICIENTS[table]:
         sigma = a * sigma + b * sigma**3 + c * sigma**5
