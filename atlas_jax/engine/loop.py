@@ -290,7 +290,7 @@ class Loop:
         assert work.row is not None
         if work.reuses:
             self._prefixes.keep(request.owner, request.prompt[: work.position], work.row.context)
-        self._batch.add(work, alone=not self._lanes and not len(self._waiting))
+        self._batch.add(work, alone=len(self._lanes) <= 1 and not len(self._waiting))  # the one lane is its own
 
     # --- endings --------------------------------------------------------------------------------------------------
     def _finish(self, work: Work, reason: FinishReason, index: int | None = None) -> None:

@@ -33,6 +33,12 @@ def test_usage_counts_tokens(engine: Engine) -> None:
     assert min(answer.end.queue_seconds, answer.end.prompt_seconds, answer.end.decode_seconds) >= 0
 
 
+def test_one_client_after_many_decodes_in_a_small_batch_at_once(engine: Engine) -> None:
+    """Only small batches take drafts, so drafts tell the size."""
+    ask_all(engine, [request(words(seed, 20), 4) for seed in range(4)])
+    assert ask(engine, request(PROMPT * 3, 6)).end.drafted_tokens > 0
+
+
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(start=st.integers(0, 10), length=st.integers(1, 4))
 def test_a_stop_string_ends_the_text_before_itself(engine: Engine, start: int, length: int) -> None:

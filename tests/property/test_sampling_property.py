@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,13 +17,31 @@ from reference.sampling_reference import Settings, adjusted, distribution
 
 from atlas_jax.engine.api import SamplingParams
 from atlas_jax.engine.settings import sampling_state
+from atlas_jax.kernels import native
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, allowed_words, record, sample
 
 VOCAB = 150
 COPIES, KINDS = 96, 4
 DRAWS = 10
 seeds = st.integers(0, 2**32 - 1)
-draw = jax.jit(sample)
+
+
+@pytest.fixture(scope="module", params=["C", "XLA"], autouse=True)
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All that is said here holds for the C kernels and for XLA's programs; without a compiler both are the latter."""
+    native.use(request.param == "C")
+    compiled.cache_clear()
+    yield
+    native.use(True)
+
+
+@functools.cache
+def compiled() -> Any:
+    return jax.jit(lambda *args: sample(*args))  # a function of its own: traces are kept by function
+
+
+def draw(*args: Any) -> Sample:
+    return compiled()(*args)
 
 
 def unit(low: float, high: float) -> st.SearchStrategy[float]:
