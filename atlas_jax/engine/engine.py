@@ -52,7 +52,6 @@ from atlas_jax.placement import Placement, on_mesh
 log = logging.getLogger("atlas.engine")
 
 MAX_LEARNING_RATE = 1.0
-_MAX_OMEGA_WINDOW = 512
 _EXIT_SECONDS = 120.0
 _CALIBRATION_TOKENS = 4096
 """Tokens read of each text when a server calibrates by itself: under a minute for a small model on two cores."""
@@ -200,7 +199,7 @@ class Engine:
                 placement,
             )
         step = StepConfig(config, memory)
-        pages = max(context // PAGE, 1, 0 if memory is None else (max_window + _MAX_OMEGA_WINDOW) // PAGE)
+        pages = max(context // PAGE, 1, 0 if memory is None else (max_window + memory.max_omega_window) // PAGE)
         # never a single row of a single token: its float products round differently from those of more rows
         rows = _powers(max(1 if speculate else 2, mesh_data), max_running)
         buckets = Buckets(rows, _powers(4, pages), drafting=DRAFTING if speculate else 0)
@@ -469,9 +468,7 @@ def _find_adapter(
             found.loss_window,
             found.loss_memory,
         )
-    found_config, adapter = store.decode(
-        data, fingerprint, config, max_window=max_window, max_omega_window=_MAX_OMEGA_WINDOW
-    )
+    found_config, adapter = store.decode(data, fingerprint, config, max_window=max_window)
     return found_config, adapter, hashlib.sha256(data).hexdigest(), source
 
 

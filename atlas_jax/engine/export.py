@@ -121,7 +121,7 @@ def main() -> None:
     data = args.adapter.read_bytes() if args.adapter is not None else store.shipped(fingerprint)
     memory = None
     if data is not None:
-        memory, _ = store.decode(data, fingerprint, config, max_window=args.max_window, max_omega_window=512)
+        memory, _ = store.decode(data, fingerprint, config, max_window=args.max_window)
     step = DecodeStep.of(StepConfig(config, memory), rows=args.rows, pages=args.pages)
     for path in write(step, args.platforms, args.out):
         print(f"{path} {path.stat().st_size} bytes")

@@ -45,9 +45,7 @@ def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
     return safetensors.numpy.save(arrays, metadata={_KEY: msgspec.json.encode(header).decode()})
 
 
-def decode(
-    data: bytes, fingerprint: str, model: ModelConfig, *, max_window: int, max_omega_window: int
-) -> tuple[MemoryConfig, Adapter]:
+def decode(data: bytes, fingerprint: str, model: ModelConfig, *, max_window: int) -> tuple[MemoryConfig, Adapter]:
     """Reads an adapter for a model.
 
     Raises:
@@ -71,7 +69,6 @@ def decode(
             features=header.features,
             code_dim=header.code_dim,
             max_window=max_window,
-            max_omega_window=max_omega_window,
         )
     except ConfigError as error:
         raise AdapterError(f"adapter file: {error}") from error

@@ -42,7 +42,6 @@ def test_a_memory_that_was_fitted_helps_and_survives_its_file(
         fingerprint,
         config,
         max_window=512,
-        max_omega_window=512,
     )
     assert read.layers == found.config.layers
     for kept, wanted in zip(adapter.projection, found.adapter.projection, strict=True):

@@ -30,9 +30,7 @@ def parts(models: dict[str, tuple[Path, Path]]) -> tuple[StepConfig, Weights]:
     model, adapter = models["llama"]
     with GGUFFile.open(model) as file:
         config, params = model_config(file), load_params(file, model_config(file))
-        found = store.decode(
-            adapter.read_bytes(), file.fingerprint(), config, max_window=2 * PAGE, max_omega_window=PAGE
-        )
+        found = store.decode(adapter.read_bytes(), file.fingerprint(), config, max_window=2 * PAGE)
     return StepConfig(config, found[0]), Weights(params, found[1])
 
 

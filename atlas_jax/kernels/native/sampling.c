@@ -75,7 +75,7 @@ static void distances(const float *weight, float *distance, int64_t vocab) {
   const __m512 least = _mm512_set1_ps(1.2e-38f), far = _mm512_set1_ps(1e30f);
   __m512d low = _mm512_setzero_pd(), high = low;
   for (int64_t i = 0; i < vocab; i += 16) {
-    __mmask16 used = vocab - i >= 16 ? 0xffff : (__mmask16)((1u << (vocab - i)) - 1);
+    __mmask16 used = lanes(i, vocab);
     __m512 p = _mm512_mul_ps(_mm512_maskz_loadu_ps(used, weight + i), inverse);
     __m512 surprise = _mm512_sub_ps(zero, log_ps(_mm512_max_ps(p, least)));
     __m512 part = _mm512_mul_ps(p, surprise);
@@ -85,7 +85,7 @@ static void distances(const float *weight, float *distance, int64_t vocab) {
   }
   const __m512 mean = _mm512_set1_ps((float)_mm512_reduce_add_pd(_mm512_add_pd(low, high)));
   for (int64_t i = 0; i < vocab; i += 16) {
-    __mmask16 used = vocab - i >= 16 ? 0xffff : (__mmask16)((1u << (vocab - i)) - 1);
+    __mmask16 used = lanes(i, vocab);
     __m512 surprise = _mm512_maskz_loadu_ps(used, distance + i);
     __mmask16 near = _mm512_cmp_ps_mask(surprise, far, _CMP_LT_OQ);
     _mm512_mask_storeu_ps(distance + i, used, _mm512_mask_abs_ps(surprise, near, _mm512_sub_ps(surprise, mean)));
@@ -122,12 +122,12 @@ static void draw_part(const void *data, int64_t row) {
   const __m512 least = _mm512_set1_ps(-3e38f);
   __m512 peak = least;
   for (int64_t i = 0; i < vocab; i += 16) {
-    __mmask16 used = vocab - i >= 16 ? 0xffff : (__mmask16)((1u << (vocab - i)) - 1);
+    __mmask16 used = lanes(i, vocab);
     peak = _mm512_max_ps(peak, _mm512_mask_loadu_ps(least, used, scores + i));
   }
   peak = _mm512_set1_ps(_mm512_reduce_max_ps(peak));
   for (int64_t i = 0; i < vocab; i += 16) {
-    __mmask16 used = vocab - i >= 16 ? 0xffff : (__mmask16)((1u << (vocab - i)) - 1);
+    __mmask16 used = lanes(i, vocab);
     /* the best token's exponent is exactly 0 however small the temperature: there is always a weight to draw from */
     __m512 x = _mm512_sub_ps(_mm512_mask_loadu_ps(least, used, scores + i), peak);
     _mm512_mask_storeu_ps(weight + i, used, exp_ps(_mm512_div_ps(x, _mm512_set1_ps(temperature))));

@@ -4,8 +4,12 @@
 #define ATLAS_VECTORS_H
 
 #include <immintrin.h>
+#include <stdint.h>
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,amx-tile,amx-int8")
+
+/* Lanes of the vector at `i` that lie before `end`. */
+static inline __mmask16 lanes(int64_t i, int64_t end) { return end - i >= 16 ? 0xffff : (__mmask16)((1u << (end - i)) - 1); }
 
 /* Sums of the 16 lanes of 16 vectors, as one vector. */
 static inline __m512i lane_sums(const __m512i v[16]) {

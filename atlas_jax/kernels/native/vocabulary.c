@@ -10,9 +10,6 @@ static inline int64_t strips_of(int64_t vocab) { return (vocab + STRIP - 1) / ST
 
 static inline int64_t strip_end(int64_t vocab, int64_t first) { return first + STRIP < vocab ? first + STRIP : vocab; }
 
-/* Lanes of the vector at `i` that lie before `end`. */
-static inline __mmask16 lanes(int64_t i, int64_t end) { return end - i >= 16 ? 0xffff : (__mmask16)((1u << (end - i)) - 1); }
-
 /* ---- greedy ---------------------------------------------------------------------------------------------------- */
 
 typedef struct {
