@@ -32,7 +32,7 @@ from atlas_jax.engine.settings import sampling_state
 from atlas_jax.experiments.asking import ask
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.attention import window_attention
-from atlas_jax.kernels.linear import QuantArray, linear
+from atlas_jax.kernels.linear import linear
 from atlas_jax.kernels.sampling import sample
 from atlas_jax.model.context import init_context, page_turn, turn_page
 from atlas_jax.model.loading import load_params, model_config
@@ -156,8 +156,7 @@ def main() -> None:
         params = load_params(file, config)
 
     def stored(tree: Any) -> int:
-        matrices = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
-        return sum(m.values.nbytes for m in matrices if isinstance(m, QuantArray))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(tree) if leaf.ndim > 1)
 
     table = params.embed if params.head is None else params.head
     limits = {"products": stored(params.layers), "head": stored(table)}

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFWriter, TokenType
+from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
 
 from atlas_jax.config import MemoryConfig
 from atlas_jax.gguf import GGUFFile
@@ -38,9 +38,11 @@ class Shape:
     ff: int = 96
     context: int = 4096
     sliding_window: int | None = None
+    nibbles: bool = False  # matrices in Q4_1 where their width allows
 
 
 LLAMA = Shape()
+NIBBLES = Shape(ff=128, nibbles=True)
 GEMMA = Shape(architecture="gemma3", layers=6, embed=48, heads=4, kv_heads=1, head_dim=16, ff=64, sliding_window=96)
 
 
@@ -94,8 +96,12 @@ def write_model(path: Path, shape: Shape = LLAMA, *, seed: int = 0) -> Path:
     writer.add_chat_template(CHAT_TEMPLATE)
 
     def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> None:
-        values = random.standard_normal((rows, columns)) * (gain / np.sqrt(columns))
-        writer.add_tensor(f"{name}.weight", values.astype(np.float32))
+        values = (random.standard_normal((rows, columns)) * (gain / np.sqrt(columns))).astype(np.float32)
+        if shape.nibbles and columns % 32 == 0:
+            kind = GGMLQuantizationType.Q4_1
+            writer.add_tensor(f"{name}.weight", quants.quantize(values, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(f"{name}.weight", values)
 
     def vector(name: str, size: int) -> None:
         writer.add_tensor(f"{name}.weight", (1.0 + 0.1 * random.standard_normal(size)).astype(np.float32))

@@ -19,6 +19,7 @@ from gguf.constants import GGMLQuantizationType
 
 from atlas_jax.gguf import _metadata
 from atlas_jax.gguf._header import GGUFError, TensorInfo, quote, scan_header
+from atlas_jax.gguf._nibbles import Nibbles, holds_nibbles, unpack_nibbles
 
 T = TypeVar("T", bool, int, float, str, list[str], np.ndarray)
 
@@ -162,6 +163,16 @@ class GGUFFile:
         for start in range(0, rows, step):
             out[start : start + step] = _unpack(info, packed[start : start + step])
         return out.reshape(info.shape)
+
+    def has_nibbles(self, name: str) -> bool:
+        """Whether a tensor is a matrix of 4-bit codes; GGUFError as `tensor`."""
+        info = self.tensor(name)
+        return len(info.shape) == 2 and holds_nibbles(info.ggml_type)
+
+    def nibbles(self, name: str) -> Nibbles:
+        """The codes of a matrix for which `has_nibbles`; GGUFError as `raw`."""
+        info = self.tensor(name)
+        return unpack_nibbles(info.ggml_type, self.raw(name).reshape(info.shape[0], -1))
 
     def fingerprint(self) -> str:
         """SHA-256 of the whole file (header, tensor table and data), as `sha256sum` prints it; computed once.

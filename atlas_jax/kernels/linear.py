@@ -2,7 +2,9 @@
 
 On CPU, XLA sends int8 × int8 → int32 products of at least two rows to AMX / VNNI kernels, at memory speed for few rows
 and 600–800 GOP/s for many; one row, or a float × int8 product, is a slow loop. So weights stay int8 with one scale per
-output, stored [out, in], and activations are quantised per row just before the product.
+output, stored [out, in], and activations are quantised per row just before the product. For few rows a product takes as
+long as its weights take to come from memory; where the processor multiplies faster than it reads, weights that a file
+has in 4 bits stay in 5 (`PackedArray`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import numpy as np
 
 from atlas_jax.kernels import native
 from atlas_jax.kernels.reduce import row_max
-from atlas_jax.typing import Array, Float, Int8, Int32
+from atlas_jax.typing import Array, Float, Int8, Int32, UInt8
 
 
 @jax.tree_util.register_dataclass
@@ -37,7 +39,30 @@ class QuantArray:
         return tuple(self.values.shape)
 
 
-Weight = QuantArray | jax.Array
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PackedArray:
+    """A weight matrix in 8 bits whose blocks of 32 inputs hold at most 16 values each, stored in 5 bits a weight.
+
+    A weight is `((code * step + base) >> 8) * scale`, in 16-bit arithmetic that wraps: 4-bit code, step and base of its
+    block, scale of its output.
+
+    Attributes:
+      blocks: uint8 [out, in / 64, 40], two blocks a record: step and base of the first and of the second, int16 in
+        little-endian order, then 64 codes, two to a byte, the even one in its lower half.
+      scale: float32 [out].
+    """
+
+    blocks: UInt8[Array, "out records 40"]
+    scale: Float[Array, out]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix it stands for."""
+        return (self.blocks.shape[0], 64 * self.blocks.shape[1])
+
+
+Weight = QuantArray | PackedArray | jax.Array
 """A matrix [out, in]: quantised, or plain float32 (reference mode)."""
 
 
@@ -54,6 +79,41 @@ def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     inverse = np.divide(127.0, peak, out=np.zeros_like(peak), where=peak > 0)
     values = np.rint(matrix * inverse[:, None]).astype(np.int8)
     return values, (peak / 127.0).astype(np.float32)
+
+
+def pack_weight(codes: np.ndarray, step: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of the `PackedArray` of a matrix of 4-bit codes: its weights rounded to 8 bits like `quantize_weight`'s.
+
+    Args:
+      codes: uint8 [out, in], 0 … 15; in a multiple of 64.
+      step, base: float32 [out, in / 32]; a weight is `codes * step + base`, with those of its block.
+
+    Returns:
+      blocks uint8 [out, in / 64, 40] and scale float32 [out]. A step is rounded to 1/256 of the scale, which adds at most
+      0.03 to the half unit that rounding to 8 bits can be off.
+    """
+    outputs, inner = codes.shape
+    by_block = codes.reshape(outputs, -1, 32)
+    ends = np.stack([base + step * by_block.min(axis=-1), base + step * by_block.max(axis=-1)])
+    peak = np.abs(ends).max(axis=(0, 2), initial=0.0).astype(np.float32)
+    inverse = np.divide(127.0, peak, out=np.zeros(outputs), where=peak > 0)[:, None] * 256.0
+    # wide integers: only their lower halves count, and step or base alone may be large where a block uses few codes
+    halves = np.stack([np.rint(step * inverse), np.rint(base * inverse) + 128.0], axis=-1).astype(np.int64)
+    records = np.empty((outputs, inner // 64, 40), np.uint8)
+    records[..., :8] = halves.astype("<i2").view(np.uint8).reshape(outputs, -1, 8)
+    pairs = codes.reshape(outputs, -1, 32, 2)
+    records[..., 8:] = pairs[..., 0] | pairs[..., 1] << 4
+    return records, peak / np.float32(127.0)
+
+
+def unpack(weight: PackedArray) -> QuantArray:
+    """The same weights in 8 bits each."""
+    blocks = weight.blocks.astype(jnp.int16)
+    halves = blocks[..., 0:8:2] | blocks[..., 1:8:2] << 8
+    codes = jnp.stack([blocks[..., 8:] & 15, blocks[..., 8:] >> 4], axis=-1)  # [..., in / 64, 32, 2]
+    by_block = codes.reshape(*codes.shape[:-2], 2, 32)
+    values = by_block * halves[..., 0::2, None] + halves[..., 1::2, None] >> 8
+    return QuantArray(values.astype(jnp.int8).reshape(*blocks.shape[:-2], -1), weight.scale)
 
 
 def quantize_rows(x: Float[Array, "*rows inp"]) -> tuple[Int8[Array, "*rows inp"], Float[Array, "*rows 1"]]:
@@ -82,9 +142,16 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"], *, precise: bool = True
     """
     rows, inner = x.shape[:-1], x.shape[-1]
     flat = x.reshape(-1, inner)
+    count = flat.shape[0]
+    if isinstance(weight, PackedArray):
+        if native.takes_packed(inner, weight.shape[0]):
+            most = native.MAX_TERMS // (1 + precise)
+            pieces = [flat[first : first + most] for first in range(0, count, most)]
+            products = [native.linear(piece, weight.blocks, weight.scale, terms=1 + precise) for piece in pieces]
+            return jnp.concatenate(products).reshape(*rows, -1)
+        weight = unpack(weight)
     if not isinstance(weight, QuantArray):
         return jnp.einsum("ri,oi->ro", flat, weight, precision=jax.lax.Precision.HIGHEST).reshape(*rows, -1)
-    count = flat.shape[0]
     if native.takes_linear(count, inner, weight.shape[0], 1 + precise):
         return native.linear(flat, weight.values, weight.scale, terms=1 + precise).reshape(*rows, -1)
     if precise:
@@ -139,6 +206,9 @@ def split_rows(
 
 def rows_of(weight: Weight, index: jax.Array) -> jax.Array:
     """Looks up rows of a matrix as float32: the embedding of token ids `index`."""
+    if isinstance(weight, PackedArray):
+        rows = unpack(PackedArray(weight.blocks[index], weight.scale[index]))
+        return rows.values.astype(jnp.float32) * rows.scale[..., None]
     if isinstance(weight, QuantArray):
         return weight.values[index].astype(jnp.float32) * weight.scale[index][..., None]
     return weight[index]

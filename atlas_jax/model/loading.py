@@ -11,7 +11,8 @@ import numpy as np
 
 from atlas_jax.config import ConfigError, ModelConfig, RopeConfig
 from atlas_jax.gguf import GGUFFile
-from atlas_jax.kernels.linear import QuantArray, Weight, quantize_weight
+from atlas_jax.kernels import native
+from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel
@@ -77,14 +78,15 @@ def load_params(
     """Reads the weights.
 
     Args:
-      dtype: "int8" keeps every matrix in 8 bits with a scale per row; "float32" is the reference mode.
+      dtype: "int8" keeps every matrix in 8 bits with a scale per row, or in 5 where the file has 4-bit codes and the
+        CPU kernels take them; "float32" is the reference mode.
       placement: where they go, layer by layer.
       progress: called with layers done and in all.
 
     Raises:
       UnsupportedModel: a tensor is missing, unknown or misshapen; the message names it.
     """
-    reader = _Reader(file, dtype)
+    reader = _Reader(file, dtype, _packed(file) if dtype == "int8" and placement.mesh is None else frozenset())
     layers = []
     for index in range(len(config.layers)):
         layers.append(placement.weights(_layer(reader, config, index)))
@@ -138,7 +140,7 @@ def parameter_count(params: ModelParams) -> int:
     """Number of weights, scales and rotary tables not counted."""
 
     def sizes() -> Iterator[int]:
-        is_weight = lambda leaf: isinstance(leaf, QuantArray)  # noqa: E731
+        is_weight = lambda leaf: isinstance(leaf, QuantArray | PackedArray)  # noqa: E731
         without_tables = (params.embed, params.layers, params.final_norm, params.head)
         for leaf in jax.tree.leaves(without_tables, is_leaf=is_weight):
             yield int(np.prod(leaf.shape))
@@ -146,12 +148,26 @@ def parameter_count(params: ModelParams) -> int:
     return sum(sizes())
 
 
+def _packed(file: GGUFFile) -> frozenset[str]:
+    """Names of the matrices that can stay in 5 bits: as every layer has them, so that layers share their programs."""
+    by_role: dict[str, list[str]] = {}
+    for name in file.tensors:
+        by_role.setdefault(name.split(".", 2)[-1] if name.startswith("blk.") else name, []).append(name)
+
+    def taken(name: str) -> bool:
+        shape = file.tensors[name].shape
+        return file.has_nibbles(name) and native.takes_packed(shape[1], shape[0])
+
+    return frozenset(name for names in by_role.values() if all(map(taken, names)) for name in names)
+
+
 class _Reader:
     """Takes tensors by name, checks shapes, and remembers what was taken."""
 
-    def __init__(self, file: GGUFFile, dtype: WeightDtype) -> None:
+    def __init__(self, file: GGUFFile, dtype: WeightDtype, packed: frozenset[str]) -> None:
         self._file = file
         self._dtype = dtype
+        self._packed = packed
         self._taken = {_ROPE_FACTORS}
 
     def vector(self, name: str, size: int) -> jax.Array:
@@ -159,6 +175,11 @@ class _Reader:
 
     def matrix(self, names: list[str], shapes: list[tuple[int, int]], order: np.ndarray | None = None) -> Weight:
         """Tensors stacked along their outputs, these then put in `order`; quantised row by row, so no number changes."""
+        if self._packed.issuperset(names):
+            packed = [self._pack(name, shape) for name, shape in zip(names, shapes, strict=True)]
+            blocks, scale = (np.concatenate(arrays) for arrays in zip(*packed, strict=True))
+            rows = slice(None) if order is None else order
+            return PackedArray(jnp.asarray(blocks[rows]), jnp.asarray(scale[rows]))
         parts = [self._read(name, shape) for name, shape in zip(names, shapes, strict=True)]
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if order is not None:
@@ -169,21 +190,34 @@ class _Reader:
         return QuantArray(jnp.asarray(values), jnp.asarray(scale))
 
     def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        self._take(name, shape)
+        values = self._file.dequantize(name)
+        _check_finite(name, values)
+        return values
+
+    def _pack(self, name: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        self._take(name, shape)
+        nibbles = self._file.nibbles(name)
+        _check_finite(name, nibbles.step, nibbles.base)
+        return pack_weight(nibbles.codes, nibbles.step, nibbles.base)
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> None:
         info = self._file.tensors.get(name)
         if info is None:
             raise UnsupportedModel(f"tensor '{name}' is missing")
         if tuple(info.shape) != shape:
             raise UnsupportedModel(f"tensor '{name}' has shape {tuple(info.shape)}, expected {shape}")
         self._taken.add(name)
-        values = self._file.dequantize(name)
-        if not np.isfinite(values).all():
-            raise UnsupportedModel(f"tensor '{name}' holds values that are not finite")
-        return values
 
     def finish(self) -> None:
         left = sorted(set(self._file.tensors) - self._taken)
         if left:
             raise UnsupportedModel(f"tensor '{left[0]}' is not understood")
+
+
+def _check_finite(name: str, *arrays: np.ndarray) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UnsupportedModel(f"tensor '{name}' holds values that are not finite")
 
 
 def _layer(reader: _Reader, config: ModelConfig, index: int) -> LayerParams:

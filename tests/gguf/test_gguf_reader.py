@@ -69,6 +69,19 @@ def test_dequantizes(sample: tuple[Path, dict[str, np.ndarray]], name: str, monk
         assert file.dequantize(name, np.float16).dtype == np.float16
 
 
+@pytest.mark.parametrize("name", TYPES)
+def test_four_bit_codes_are_what_the_floats_are_made_of(sample: tuple[Path, dict[str, np.ndarray]], name: str) -> None:
+    path, expected = sample
+    with GGUFFile.open(path) as file:
+        assert file.has_nibbles(name) == (name in ("Q4_0", "Q4_1", "Q4_K"))
+        if not file.has_nibbles(name):
+            return
+        found = file.nibbles(name)
+    assert found.codes.max() <= 15
+    blocks = found.codes.reshape(*found.step.shape, 32) * found.step[..., None] + found.base[..., None]
+    np.testing.assert_allclose(blocks.reshape(expected[name].shape), expected[name], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["Q8_K", "I32"])
 def test_names_a_type_it_cannot_unpack(sample: tuple[Path, object], name: str) -> None:
     with GGUFFile.open(sample[0]) as file, pytest.raises(GGUFError, match=f"tensor '{name}' is of type {name}"):

@@ -13,6 +13,8 @@ from reference import transformer_reference
 
 from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels import native
+from atlas_jax.kernels.linear import PackedArray
 from atlas_jax.model.context import init_context, page_turn, turn_page
 from atlas_jax.model.loading import load_params, model_config, parameter_count
 from atlas_jax.model.params import ModelParams
@@ -22,7 +24,9 @@ from atlas_jax.model.window import WindowPlan
 
 LENGTH = 2 * PAGE + 40
 TEXT = np.random.default_rng(3).integers(0, 300, LENGTH).tolist()
-families = pytest.mark.parametrize("shape", [tiny_model.LLAMA, tiny_model.GEMMA], ids=["llama", "gemma3"])
+families = pytest.mark.parametrize(
+    "shape", [tiny_model.LLAMA, tiny_model.NIBBLES, tiny_model.GEMMA], ids=["llama", "llama-q4", "gemma3"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +57,11 @@ def scores(config: ModelConfig, params: ModelParams, kv_dtype: str, plan: Window
 
 @families
 def test_scores_are_those_of_the_definition(folder: Path, shape: tiny_model.Shape) -> None:
-    path = tiny_model.write_model(folder / f"{shape.architecture}.gguf", shape)
+    path = tiny_model.write_model(folder / f"{shape.architecture}-{shape.nibbles}.gguf", shape)
     with GGUFFile.open(path) as file:
         config = model_config(file)
         exact, rounded = (load_params(file, config, dtype=dtype) for dtype in ("float32", "int8"))
+    assert isinstance(rounded.layers[0].gate_up, PackedArray) == (shape.nibbles and native.takes_packed(64, 16))
     weights = transformer_reference.tensors(path)
     assert parameter_count(exact) == parameter_count(rounded) == sum(value.size for value in weights.values())
     wanted = transformer_reference.logits(config, weights, TEXT)

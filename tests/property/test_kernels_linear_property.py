@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.kernels.linear import QuantArray, linear, quantize_rows, quantize_weight, rows_of, split_rows
+from atlas_jax.kernels.linear import (
+    PackedArray,
+    QuantArray,
+    linear,
+    pack_weight,
+    quantize_rows,
+    quantize_weight,
+    rows_of,
+    split_rows,
+    unpack,
+)
 from atlas_jax.kernels.reduce import row_max, row_sum
 
 ROWS, IN, OUT = 4, 48, 24
@@ -84,6 +94,29 @@ def test_float_products_and_lookups_are_float32_exact(seed: int, size: float) ->
     quantised = rows_of(QuantArray(jnp.asarray(values), jnp.asarray(scale)), ids)
     assert np.array_equal(quantised, values[ids].astype(np.float32) * scale[ids, None])
     assert np.array_equal(rows_of(jnp.asarray(matrix), ids), matrix[ids])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seeds, magnitudes, st.integers(1, 16))
+def test_packed_weights_err_by_little_more_than_half_a_unit(seed: int, size: float, used: int) -> None:
+    """Also where blocks use few of their codes, and step and base are far larger than what they make."""
+    random = np.random.default_rng(seed)
+    codes = random.integers(16 - used, 16, (OUT, 2 * 64)).astype(np.uint8)
+    step = (random.uniform(0.1, 1.0, (OUT, 4)) * size).astype(np.float32)
+    base = (random.normal(size=(OUT, 4)) * size - step * (16 - used)).astype(np.float32)
+    codes[0], step[0], base[0] = 0, 0.0, 0.0
+    packed = PackedArray(*map(jnp.asarray, pack_weight(codes, step, base)))
+    assert packed.shape == codes.shape
+    by_block = codes.reshape(OUT, 4, 32).astype(np.float64)
+    wanted = (by_block * step[..., None].astype(np.float64) + base[..., None]).reshape(codes.shape)
+    found = unpack(packed)
+    scale = np.asarray(found.scale, np.float64)[:, None]
+    np.testing.assert_allclose(scale[:, 0], np.abs(wanted).max(axis=1) / 127, rtol=1e-5, atol=1e-38)
+    assert (np.abs(np.asarray(found.values, np.float64) * scale - wanted) <= 0.54 * scale + 1e-38).all()
+    ids = np.asarray([[3, 0], [OUT - 1, 3]], np.int32)
+    assert np.array_equal(rows_of(packed, jnp.asarray(ids)), rows_of(found, ids))
+    x = numbers(seed + 1, (ROWS, 2 * 64), 1.0)
+    assert np.array_equal(product(packed, x), product(found, x))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -23,7 +23,16 @@ from atlas_jax.config import PAGE
 from atlas_jax.kernels import native
 from atlas_jax.kernels.attention import LayerKV, QuantPages, ref_window_attention, window_attention
 from atlas_jax.kernels.features import gather_monomials
-from atlas_jax.kernels.linear import QuantArray, linear, linear_each, quantize_weight
+from atlas_jax.kernels.linear import (
+    PackedArray,
+    QuantArray,
+    Weight,
+    linear,
+    linear_each,
+    pack_weight,
+    quantize_weight,
+    unpack,
+)
 from atlas_jax.memory import recall
 
 available = native.takes_linear(2, 64, 64, 1)
@@ -49,11 +58,11 @@ def run(wanted: bool, function: Any, *args: Any) -> np.ndarray:
     return np.asarray(compiled(wanted, function)(*args))
 
 
-def precise_product(weight: QuantArray, x: jax.Array) -> jax.Array:
+def precise_product(weight: Weight, x: jax.Array) -> jax.Array:
     return linear(weight, x)
 
 
-def rough_product(weight: QuantArray, x: jax.Array) -> jax.Array:
+def rough_product(weight: Weight, x: jax.Array) -> jax.Array:
     return linear(weight, x, precise=False)
 
 
@@ -75,6 +84,33 @@ def test_products_have_the_bits_of_xlas(
     x = jnp.asarray((rng.normal(size=(rows, inner)) * spread).astype(np.float32)).at[0].set(0.0)
     found, wanted = (run(use, precise_product if precise else rough_product, weight, x) for use in (True, False))
     np.testing.assert_array_equal(found, wanted)
+
+
+def packed_weight(rng: np.random.Generator, outputs: int, inner: int) -> PackedArray:
+    codes = rng.integers(0, 16, (outputs, inner)).astype(np.uint8)
+    step, base = (rng.normal(size=(outputs, inner // 32)).astype(np.float32) for _ in range(2))
+    return PackedArray(*map(jnp.asarray, pack_weight(codes, step, base - 8 * step)))
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=12)
+@given(
+    seed=seeds,
+    rows=st.sampled_from([1, 2, 3, 4, 5, 17, 128, 300]),
+    inner=st.integers(1, 5).map(lambda n: 64 * n),
+    outputs=st.integers(1, 9).map(lambda n: 16 * n),
+    precise=st.booleans(),
+)
+def test_products_with_packed_weights_are_those_of_the_weights_unpacked(
+    seed: int, rows: int, inner: int, outputs: int, precise: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    weight = packed_weight(rng, outputs, inner)
+    x = jnp.asarray(rng.normal(size=(rows, inner)).astype(np.float32))
+    function = precise_product if precise else rough_product
+    wanted = run(False, function, unpack(weight), x)
+    np.testing.assert_array_equal(run(True, function, weight, x), wanted)
+    np.testing.assert_array_equal(run(False, function, weight, x), wanted)
 
 
 def each_product(weight: QuantArray, x: jax.Array) -> jax.Array:
@@ -104,6 +140,7 @@ def test_without_amx_products_are_the_same(rows: int, tmp_path: Path) -> None:
     library = ctypes.CDLL(copy)
     rng = np.random.default_rng(rows)
     weight = QuantArray(*map(jnp.asarray, quantize_weight(rng.normal(size=(80, 192)).astype(np.float32))))
+    packed = packed_weight(rng, 80, 192)
     x = jnp.asarray(rng.normal(size=(rows, 192)).astype(np.float32))
     for name, function in (("atlas_linear", rough_product), ("atlas_precise_linear", precise_product)):
         target = f"{name}_{tmp_path.name}"
@@ -111,6 +148,8 @@ def test_without_amx_products_are_the_same(rows: int, tmp_path: Path) -> None:
         call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((rows, 80), jnp.float32))
         found = jax.jit(call)(x, weight.values, weight.scale)
         np.testing.assert_array_equal(found, run(False, function, weight, x))
+        found = jax.jit(call)(x, packed.blocks, packed.scale)
+        np.testing.assert_array_equal(found, run(False, function, packed, x))
 
 
 @needs_kernels
@@ -291,6 +330,8 @@ def test_shapes_they_do_not_take_are_left_to_xla() -> None:
     assert not native.takes_linear(2, 65, 64, 1)
     assert not native.takes_linear(2, 64, 8, 1)
     assert not native.takes_linear(100_000, 64, 64, 1)
+    assert not native.takes_packed(96, 64)
+    assert not native.takes_packed(64, 8)
     assert not native.takes_attention(1, 64, 64, 4)
     assert not native.takes_attention(1, PAGE, 80, 4)
     assert not native.takes_attention(PAGE + 1, PAGE, 64, 4)

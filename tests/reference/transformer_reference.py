@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-from gguf import GGUFReader
+from gguf import GGUFReader, quants
 
 from atlas_jax.config import ModelConfig
 
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
-    """Float tensors of a file."""
-    return {tensor.name: np.asarray(tensor.data, np.float64) for tensor in GGUFReader(path).tensors}
+    """The tensors of a file as floats."""
+    found = GGUFReader(path).tensors
+    return {tensor.name: quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64) for tensor in found}
 
 
 def logits(config: ModelConfig, weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:

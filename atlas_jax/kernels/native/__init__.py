@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.kernels import target
-from atlas_jax.typing import Array, Bool, Float, Int8, Int32
+from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8
 
 __all__ = [
     "attention",
@@ -35,13 +35,16 @@ __all__ = [
     "takes_attention",
     "takes_linear",
     "takes_monomials",
+    "takes_packed",
     "takes_vocabulary",
     "use",
 ]
 
 log = logging.getLogger("atlas.kernels")
 
-MAX_ROWS = {1: 8, 2: 256}
+MAX_TERMS = 256
+"""Rows of int8 terms that one product takes."""
+MAX_ROWS = {1: 8, 2: MAX_TERMS}
 """Rows of int8 terms up to which our product is ahead of XLA's, by what the processor has: AVX-512 VNNI, or AMX too."""
 MAX_TOKENS = 128
 """Tokens per row up to which our attention is."""
@@ -69,6 +72,11 @@ def takes_linear(rows: int, inner: int, outputs: int, terms: int) -> bool:
     return inner % 64 == 0 and outputs % 16 == 0 and _ready() and terms * rows <= MAX_ROWS[level()]
 
 
+def takes_packed(inner: int, outputs: int) -> bool:
+    """Whether `linear` takes coded weights of this shape here, ahead of the same in 8 bits: with AMX it does."""
+    return inner % 64 == 0 and outputs % 16 == 0 and _ready() and level() == 2
+
+
 def takes_attention(tokens: int, page: int, dim: int, sinks: int) -> bool:
     """Whether `attention` takes a step of this shape here."""
     return tokens <= MAX_TOKENS and page == _PAGE and dim % 64 == 0 and sinks <= _MAX_SINKS and _ready()
@@ -86,13 +94,16 @@ def takes_vocabulary() -> bool:
 
 def linear(
     x: Float[Array, "*matrices rows inp"],
-    weight: Int8[Array, "*matrices out inp"],
+    weight: Int8[Array, "*matrices out inp"] | UInt8[Array, "out groups record"],
     weight_scale: Float[Array, "*matrices out"],
     *,
     terms: int,
 ) -> Float[Array, "*matrices rows out"]:
-    """x·Wᵀ of activations rounded to one int8 term or two, for one matrix or several, each with rows of its own."""
-    shape = jax.ShapeDtypeStruct((*x.shape[:-1], weight.shape[-2]), jnp.float32)
+    """x·Wᵀ of activations rounded to one int8 term or two, for one matrix or several, each with rows of its own.
+
+    The weight may be that of a `linear.PackedArray`.
+    """
+    shape = jax.ShapeDtypeStruct((*x.shape[:-1], weight_scale.shape[-1]), jnp.float32)
     (out,) = _call("linear" if terms == 1 else "precise_linear", (shape,), x, weight, weight_scale)
     return out
 

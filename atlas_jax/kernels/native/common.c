@@ -5,6 +5,7 @@
 
 #include <cpuid.h>
 #include <immintrin.h>
+#include <sched.h>
 #include <stdatomic.h>
 #ifdef __linux__
 #include <sys/syscall.h>
@@ -32,14 +33,32 @@ EXPORT int atlas_supported(void) {
 
    A call cuts its work into parts and offers them to XLA's own pool. The caller takes parts too, until none is left, and
    then waits only for parts that somebody has begun: with every thread of the pool in a call of its own, nobody waits for
-   a part that never starts. */
+   a part that never starts.
+
+   To wake a thread of the pool takes about as long as half a product of one row, so a thread that has helped stays for a
+   moment and watches for the next call, which in a decode step comes soon. */
 
 typedef struct {
   Part *run;
   const void *task;
-  int64_t parts;
+  int64_t parts, helpers;
   atomic_long next, finished, holders;
 } Job;
+
+enum { STAY = 300000 /* cycles of the time stamp counter, 100 to 150 µs */, LOOKS = 200 };
+
+/* What is offered to the threads that stay. `calls` counts the offers; the rest is read and written by who holds `busy`. */
+static struct {
+  atomic_flag busy;
+  atomic_long calls, staying;
+  Job *job;
+} offer = {.busy = ATOMIC_FLAG_INIT};
+
+static void lock_offer(void) {
+  while (atomic_flag_test_and_set_explicit(&offer.busy, memory_order_acquire)) _mm_pause();
+}
+
+static void unlock_offer(void) { atomic_flag_clear_explicit(&offer.busy, memory_order_release); }
 
 static void take_parts(Job *job) {
   for (;;) {
@@ -54,9 +73,52 @@ static void release(Job *job) {
   if (atomic_fetch_sub(&job->holders, 1) == 1) free(job);
 }
 
+/* Whether there are threads that stay, who then see this job. */
+static bool offer_job(Job *job) {
+  if (!atomic_load(&offer.staying)) return false;
+  lock_offer();
+  bool free = !offer.job && atomic_load(&offer.staying);
+  if (free) {
+    offer.job = job;
+    atomic_fetch_add(&offer.calls, 1);
+  }
+  unlock_offer();
+  return free;
+}
+
+static void withdraw_job(void) {
+  lock_offer();
+  offer.job = NULL;
+  unlock_offer();
+}
+
 static void help(void *data) {
+  int64_t most = ((Job *)data)->helpers;
   take_parts(data);
   release(data);
+  if (atomic_fetch_add(&offer.staying, 1) >= most) { /* with the caller, there is one for every core */
+    atomic_fetch_sub(&offer.staying, 1);
+    return;
+  }
+  long seen = atomic_load(&offer.calls);
+  uint64_t since = __rdtsc();
+  for (int looks = 1; __rdtsc() - since < STAY; looks++) {
+    if (atomic_load_explicit(&offer.calls, memory_order_acquire) == seen) {
+      if (looks % LOOKS) _mm_pause();
+      else sched_yield(); /* whoever else wants this core goes first */
+      continue;
+    }
+    lock_offer();
+    seen = atomic_load(&offer.calls);
+    Job *job = offer.job;
+    if (job) atomic_fetch_add(&job->holders, 1);
+    unlock_offer();
+    if (!job) continue;
+    take_parts(job);
+    release(job);
+    since = __rdtsc();
+  }
+  atomic_fetch_sub(&offer.staying, 1);
 }
 
 int64_t pool_threads(const XLA_FFI_CallFrame *frame) {
@@ -73,32 +135,35 @@ int64_t pool_threads(const XLA_FFI_CallFrame *frame) {
   return count;
 }
 
+static void schedule_help(const XLA_FFI_CallFrame *frame, Job *job) {
+  XLA_FFI_ThreadPool_Schedule_Args args = {.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
+                                           .ctx = frame->ctx,
+                                           .task = help,
+                                           .data = job};
+  atomic_fetch_add(&job->holders, 1);
+  XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&args);
+  if (error) {
+    XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
+    frame->api->XLA_FFI_Error_Destroy(&destroy);
+    release(job);
+  }
+}
+
 void run_parts(const XLA_FFI_CallFrame *frame, Part *run, const void *task, int64_t parts) {
-  int64_t helpers = pool_threads(frame) - 1;
-  if (helpers > parts - 1) helpers = parts - 1;
+  int64_t most = pool_threads(frame) - 1, helpers = most < parts - 1 ? most : parts - 1;
   Job *job = helpers > 0 ? malloc(sizeof(Job)) : NULL;
   if (!job) {
     for (int64_t part = 0; part < parts; part++) run(task, part);
     return;
   }
-  *job = (Job){.run = run, .task = task, .parts = parts};
+  *job = (Job){.run = run, .task = task, .parts = parts, .helpers = most};
   atomic_init(&job->next, 0);
   atomic_init(&job->finished, 0);
   atomic_init(&job->holders, 1);
-  for (int64_t i = 0; i < helpers; i++) {
-    XLA_FFI_ThreadPool_Schedule_Args args = {.struct_size = XLA_FFI_ThreadPool_Schedule_Args_STRUCT_SIZE,
-                                             .ctx = frame->ctx,
-                                             .task = help,
-                                             .data = job};
-    atomic_fetch_add(&job->holders, 1);
-    XLA_FFI_Error *error = frame->api->XLA_FFI_ThreadPool_Schedule(&args);
-    if (error) {
-      XLA_FFI_Error_Destroy_Args destroy = {.struct_size = XLA_FFI_Error_Destroy_Args_STRUCT_SIZE, .error = error};
-      frame->api->XLA_FFI_Error_Destroy(&destroy);
-      release(job);
-    }
-  }
+  bool offered = offer_job(job);
+  for (int64_t i = offered ? atomic_load(&offer.staying) : 0; i < helpers; i++) schedule_help(frame, job);
   take_parts(job);
+  if (offered) withdraw_job();
   while (atomic_load(&job->finished) < parts) _mm_pause();
   release(job);
 }

@@ -1,0 +1,56 @@
+"""The GGML types whose weights are 4-bit codes: what they hold, without making floats of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from gguf import quants
+from gguf.constants import GGMLQuantizationType
+
+BLOCK = 32
+"""Weights that share a step and a base."""
+
+
+@dataclass(frozen=True)
+class Nibbles:
+    """A matrix of 4-bit codes: weight i of block j is `codes[i] * step[j] + base[j]`.
+
+    Attributes:
+      codes: uint8 [out, in], 0 … 15.
+      step, base: float32 [out, in / 32].
+    """
+
+    codes: npt.NDArray[np.uint8]
+    step: npt.NDArray[np.float32]
+    base: npt.NDArray[np.float32]
+
+
+def holds_nibbles(kind: GGMLQuantizationType) -> bool:
+    """Whether `unpack_nibbles` takes a type."""
+    return kind in _BYTES
+
+
+def unpack_nibbles(kind: GGMLQuantizationType, packed: npt.NDArray[np.uint8]) -> Nibbles:
+    """Rows of blocks as they lie in the file, uint8 [out, bytes], as codes, steps and bases."""
+    rows = packed.shape[0]
+    blocks = packed.reshape(-1, _BYTES[kind])
+    if kind == GGMLQuantizationType.Q4_K:
+        scale, least = (_float(blocks, at)[:, None] for at in (0, 2))
+        factor, offset = quants.Q4_K.get_scale_min(blocks[:, 4:16])
+        step, base = scale * factor.astype(np.float32), -least * offset.astype(np.float32)
+        pairs = blocks[:, 16:].reshape(-1, 4, 32)
+    else:
+        step = _float(blocks, 0)
+        base = _float(blocks, 2) if kind == GGMLQuantizationType.Q4_1 else step * -8.0
+        pairs = blocks[:, -16:].reshape(-1, 1, 16)
+    codes = np.stack([pairs & 15, pairs >> 4], axis=2)
+    return Nibbles(codes.reshape(rows, -1), step.reshape(rows, -1), base.reshape(rows, -1))
+
+
+def _float(blocks: npt.NDArray[np.uint8], at: int) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")[:, 0].astype(np.float32)
+
+
+_BYTES = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q4_1: 20, GGMLQuantizationType.Q4_K: 144}
