@@ -36,6 +36,10 @@ class Program:
             compiled = self.compile(key, *args)
         return compiled(*args)
 
+    def ready(self, key: Hashable) -> bool:
+        """Whether it is compiled for a key."""
+        return key in self._ready
+
     def compile(self, key: Hashable, *args: Any) -> Callable[..., Any]:
         """The executable for a key; `args` may be shapes instead of arrays."""
         with self._locks.setdefault(key, threading.Lock()):  # dict.setdefault is atomic

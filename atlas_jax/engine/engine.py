@@ -200,8 +200,9 @@ class Engine:
             )
         step = StepConfig(config, memory)
         pages = max(context // PAGE, 1, 0 if memory is None else (max_window + memory.max_omega_window) // PAGE)
-        # never a single row of a single token: its float products round differently from those of more rows
-        rows = _powers(max(1 if speculate else 2, mesh_data), max_running)
+        # attention over float pages is never of a single row of a single token: it would round differently
+        alone = 1 if speculate or kv_dtype == "int8" else 2
+        rows = _powers(max(alone, mesh_data), max_running)
         buckets = Buckets(rows, _powers(4, pages), drafting=DRAFTING if speculate else 0)
         runner = Runner(step, Weights(params, adapter), kv_dtype, buckets, placement)
         layout = None if memory is None else Layout(config, memory, kv_dtype, fingerprint, adapter_digest)

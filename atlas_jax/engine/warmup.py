@@ -90,4 +90,5 @@ class WarmUp:
             for j, pages in enumerate(buckets.pages):
                 add(i + j, runner.compile_decoding, rows, pages)
                 add(i + j, runner.compile_moves, rows, pages)
+                add(i + j + 1.5, runner.compile_whole, rows, pages)
         return [task for _, task in sorted(ranked, key=lambda entry: entry[0])]

@@ -1,4 +1,4 @@
-"""A step of the engine as one function of arrays, for whoever compiles it elsewhere: another platform, another runtime."""
+"""A step of the engine as one function of arrays: for small batches, and for other platforms and runtimes."""
 
 from __future__ import annotations
 

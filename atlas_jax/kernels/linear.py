@@ -151,7 +151,10 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"], *, precise: bool = True
             return jnp.concatenate(products).reshape(*rows, -1)
         weight = unpack(weight)
     if not isinstance(weight, QuantArray):
-        return jnp.einsum("ri,oi->ro", flat, weight, precision=jax.lax.Precision.HIGHEST).reshape(*rows, -1)
+        # a product of a single row rounds differently from the same row among others
+        pair = jnp.concatenate([flat, flat]) if count == 1 else flat
+        product = jnp.einsum("ri,oi->ro", pair, weight, precision=jax.lax.Precision.HIGHEST)
+        return product[:count].reshape(*rows, -1)
     if native.takes_linear(count, inner, weight.shape[0], 1 + precise):
         return native.linear(flat, weight.values, weight.scale, terms=1 + precise).reshape(*rows, -1)
     if precise:

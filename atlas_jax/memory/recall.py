@@ -169,7 +169,7 @@ def keys(
     """
     batch, length = positions.shape
     row = jnp.arange(batch)[:, None]
-    z = jnp.stack([(h - adapter.mean[i]) @ adapter.projection[i] for i, h in enumerate(tapped)], axis=2)
+    z = jnp.stack([linear(adapter.projection[i].T, h - adapter.mean[i]) for i, h in enumerate(tapped)], axis=2)
     before = positions[:, :1] - TRAIL_LENGTH + jnp.arange(TRAIL_LENGTH)
     past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None, None]
     extended = jnp.concatenate([past, z], axis=1)

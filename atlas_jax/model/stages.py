@@ -1,8 +1,8 @@
 """The transformer's layers as a few compiled programs instead of one.
 
 XLA's compile time is mostly passes over the whole program: 30 unrolled layers take 11 s on two cores, five take 2 s, and
-equal groups of layers share one program. A step of six dispatches is as fast as one of a single program (SmolLM2-135M on
-CPU: 40 against 42 ms, both under load). Scanning over stacked layers would compile as fast but copies every weight on CPU.
+equal groups of layers share one program. Scanning over stacked layers would compile as fast but copies every weight on CPU.
+`trunk` is for where the gaps between programs cost more than compiling: the same numbers from one program.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ def preferred_group(layers: Sequence[LayerConfig]) -> int:
     return next((size for size in sizes if count % size == 0), min(sizes[0], count))
 
 
+def _stages(layers: Sequence[LayerConfig]) -> tuple[Stage, ...]:
+    return stages(layers, preferred_group(layers) if target.platform() == "cpu" else len(layers))
+
+
 class Trunk:
     """Everything between token ids and the last layer's output, compiled per shape of a step.
 
@@ -62,8 +66,7 @@ class Trunk:
     def __init__(self, config: ModelConfig, placement: Placement = ONE_DEVICE) -> None:
         """On accelerators all layers are one program: there the gaps between programs cost more than compiling."""
         self._config = config
-        group = preferred_group(config.layers) if target.platform() == "cpu" else len(config.layers)
-        self._stages = stages(config.layers, group)
+        self._stages = _stages(config.layers)
         self._enter = Program(functools.partial(_enter, config), placement=placement)
         self._run: dict[tuple[LayerConfig, ...], Program] = {}
         for stage in self._stages:
@@ -97,6 +100,11 @@ class Trunk:
             x = outputs[-1]
         return dataclasses.replace(context, kv=tuple(cache), position=position), view, states
 
+    @property
+    def programs(self) -> int:
+        """How many programs a step runs between its first and its last layer."""
+        return len(self._stages)
+
     def compile(
         self, key: Hashable, params: ModelParams, context: Context, tokens: Any, count: Any
     ) -> tuple[StepView, list[Any]]:
@@ -113,10 +121,20 @@ class Trunk:
 def trunk(
     config: ModelConfig, params: ModelParams, context: Context, tokens: Any, count: Any
 ) -> tuple[Context, StepView, tuple[jax.Array, ...]]:
-    """What `Trunk` does, as one function to be compiled into its caller's program."""
+    """What `Trunk` does, bit for bit, as one function to be compiled into its caller's program."""
     x, view, position = _enter(config, params.embed, params.ropes, bare(context), tokens, count)
-    states, kv = run_layers(config, config.layers, params.layers, context.kv, x, view)
-    return dataclasses.replace(context, kv=kv, position=position), view, states
+    states: list[jax.Array] = []
+    cache: list[Any] = []
+    for stage in _stages(config.layers):
+        # without these, what is fused across the edges of stages rounds differently from `Trunk`
+        x, view = jax.lax.optimization_barrier((x, view))
+        part = slice(stage.first, stage.last)
+        outputs, kv = run_layers(config, config.layers[part], params.layers[part], context.kv[part], x, view)
+        states += outputs
+        cache += kv
+        x = outputs[-1]
+    states[-1] = jax.lax.optimization_barrier(states[-1])
+    return dataclasses.replace(context, kv=tuple(cache), position=position), view, tuple(states)
 
 
 def bare(context: Context) -> Context:

@@ -147,7 +147,7 @@ static inline __attribute__((always_inline)) __m512i block(const int8_t *terms, 
     __m512i w[OUTPUTS];
     for (int o = 0; o < OUTPUTS; o++) {
       const int8_t *next = weight + o * width + (coded ? i / 64 * RECORD : i);
-      if (coded) _mm_prefetch((const char *)next + AHEAD, _MM_HINT_T0);
+      _mm_prefetch((const char *)next + AHEAD, _MM_HINT_T0);
       w[o] = _mm512_xor_si512(coded ? decode((const uint8_t *)next) : _mm512_loadu_si512(next), flip);
     }
 #pragma GCC unroll 4
