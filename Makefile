@@ -38,8 +38,9 @@ model: $(VENV)/base ## bring the default model (SmolLM2-135M-Instruct, Q4_1)
 gemma: $(VENV)/base ## bring Gemma 3 270M, for tests and benchmarks
 	@$(RUN) tools/fetch_model.py gemma
 
-fit: $(VENV)/dev model ## fit the memory that is shipped for the default model
+fit: $(VENV)/dev model ## fit the memory and make the successor table that are shipped for the default model
 	$(RUN) -m atlas_jax.memory.fit $(MODEL) --ship
+	$(RUN) -m atlas_jax.engine.fit_successors $(MODEL) --ship
 
 quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp's golden files (30 min)
 	for dtype in int8 float32; do \

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from atlas_jax import _platform
 from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE, ConfigError, MemoryConfig, ModelConfig
-from atlas_jax.engine import snapshot
+from atlas_jax.engine import snapshot, successors
 from atlas_jax.engine.api import (
     EngineStats,
     GenerationRequest,
@@ -147,7 +148,8 @@ class Engine:
           adapter_path: adapter of the memory; None takes the one shipped for the model, or else calibrates once and
             keeps the result in `cache_path`.
           memory_path: folder of stored sessions; None keeps sessions in main memory only.
-          cache_path: folder for compiled programs and calibrated adapters (default: `$XDG_CACHE_HOME/atlas-jax`).
+          cache_path: folder for compiled programs, calibrated adapters and successor tables (default:
+            `$XDG_CACHE_HOME/atlas-jax`).
           threads: CPU threads; 0 takes every core. Takes effect only if JAX has not run anything yet.
           max_context: longest plain request in tokens; the model's own context if that is shorter.
           prefix_cache_bytes: states of plain prompts kept on the device for prompts that begin the same.
@@ -160,12 +162,12 @@ class Engine:
 
         Raises:
           ConfigError: the model cannot be divided so, or there are too few devices; the message names the setting.
-          GGUFError, UnsupportedModel, AdapterError: a file cannot be used; the message names what is wrong with it.
+          GGUFError, UnsupportedModel, AdapterError, TableError: a file cannot be used; the message names what is wrong.
         """
         _limit_threads(threads)
         native.use(native_kernels and mesh_data * mesh_model == 1)
         pallas.use(native_kernels)
-        cache = Path(cache_path) if cache_path is not None else _default_cache()
+        cache = Path(cache_path) if cache_path is not None else default_cache()
         use_cache(cache / "compiled")
         compilations = CompileCounter()
         started = time.monotonic()
@@ -198,13 +200,14 @@ class Engine:
                 max_window,
                 placement,
             )
+        successor = successors.find(cache, fingerprint, config.vocab)
         step = StepConfig(config, memory)
         pages = max(context // PAGE, 1, 0 if memory is None else (max_window + memory.max_omega_window) // PAGE)
         # attention over float pages is never of a single row of a single token: it would round differently
         alone = 1 if speculate or kv_dtype == "int8" else 2
         rows = _powers(max(alone, mesh_data), max_running)
         buckets = Buckets(rows, _powers(4, pages), drafting=DRAFTING if speculate else 0)
-        runner = Runner(step, Weights(params, adapter), kv_dtype, buckets, placement)
+        runner = Runner(step, Weights(params, adapter, jnp.asarray(successor)), kv_dtype, buckets, placement)
         layout = None if memory is None else Layout(config, memory, kv_dtype, fingerprint, adapter_digest)
         info = ModelInfo(
             name=path.name.removesuffix(".gguf"),
@@ -503,7 +506,8 @@ def _limit_threads(threads: int) -> None:
         os.environ["PJRT_NPROC"] = str(threads)  # read when JAX makes its CPU client
 
 
-def _default_cache() -> Path:
+def default_cache() -> Path:
+    """The folder for compiled programs, calibrated adapters and successor tables where none is named."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "atlas-jax"
 

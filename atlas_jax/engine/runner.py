@@ -77,7 +77,7 @@ class Runner:
         self._program = functools.partial(Program, placement=placement)
         self._weights = weights
         self._params = weights.params
-        self._ends = Weights(dataclasses.replace(weights.params, layers=()), weights.adapter)
+        self._ends = dataclasses.replace(weights, params=dataclasses.replace(weights.params, layers=()))
         self._make = functools.partial(init_sequences, config.model, config.memory, dtype=kv_dtype)
         self._trunk = Trunk(config.model, placement)
         self._finish_read = self._program(step.finish_read, donate=(1,))

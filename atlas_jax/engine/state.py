@@ -20,7 +20,7 @@ from atlas_jax.memory.recall import MemorySettings, MemoryState
 from atlas_jax.model.context import Context, init_context
 from atlas_jax.typing import Array, Int32
 
-DRAFTS = 3
+DRAFTS = 5
 """Tokens guessed ahead of every row."""
 TEXT = 4096
 """Latest tokens of every row in which guesses are looked up."""

@@ -54,10 +54,16 @@ class StepConfig:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Weights:
-    """Arrays every step reads and none changes; `adapter` is None in an engine without memory."""
+    """Arrays every step reads and none changes.
+
+    Attributes:
+      adapter: None in an engine without memory.
+      successor: what usually follows each token, for drafts; `lookup.NONE` where that is not known.
+    """
 
     params: ModelParams
     adapter: Adapter | None
+    successor: Int32[Array, V]
 
 
 @jax.tree_util.register_dataclass
@@ -179,7 +185,7 @@ def finish_decode(
     drawing = Drawing(
         token=jnp.where(count > 0, latest, drawing.token),
         # a batch too large for drafts does not look them up either
-        drafts=drafts(text, last, DRAFTS) if width > 1 else jnp.full_like(drawing.drafts, NONE),
+        drafts=drafts(text, last, weights.successor, DRAFTS) if width > 1 else jnp.full_like(drawing.drafts, NONE),
         text=text,
         sampling=record(drawing.sampling, token, counts),
         settings=drawing.settings,

@@ -87,7 +87,8 @@ def read_shapes(
 
 def weight_shapes(config: StepConfig, dtype: WeightDtype = "int8") -> Weights:
     """Shapes of all a step's weights."""
-    return Weights(param_shapes(config.model, dtype), None if config.memory is None else _adapter_shapes(config))
+    adapter = None if config.memory is None else _adapter_shapes(config)
+    return Weights(param_shapes(config.model, dtype), adapter, shape((config.model.vocab,), np.int32))
 
 
 def _adapter_shapes(config: StepConfig) -> Adapter:

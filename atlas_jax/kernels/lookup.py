@@ -1,4 +1,4 @@
-"""Drafts from the text itself: what followed the last place where the latest tokens occurred before.
+"""Drafts: what followed the last place where the latest tokens occurred before, else what usually follows the latest.
 
 Answers repeat names, code and phrases of what was read, and a decode step over four tokens of a row costs much less than
 four steps, for its weights are read once. The sampler checks every draft against its own draw; a wrong one changes nothing.
@@ -18,16 +18,19 @@ NONE = -1
 """No token."""
 
 
-def drafts(text: Int32[Array, "B ring"], last: Int32[Array, B], count: int) -> Int32[Array, "B drafts"]:
+def drafts(
+    text: Int32[Array, "B ring"], last: Int32[Array, B], successor: Int32[Array, V], count: int
+) -> Int32[Array, "B drafts"]:
     """Guesses the `count` tokens after position `last`.
 
     Args:
       text: the latest tokens of each row, position p at p mod ring; NONE where there is none.
       last: position of the latest token; it and the tokens before it are in `text`.
+      successor: of every token the one that usually follows it, or NONE.
 
     Returns:
-      The tokens, NONE throughout where the latest token has not occurred before. A match near the end is continued as a
-      period: after "ab ab a" comes "b ab a".
+      The tokens. A match near the end is continued as a period: after "ab ab a" comes "b ab a". Where the latest token has
+      not occurred before: its successor, that one's successor and so on, up to the first NONE.
     """
     ring = text.shape[1]
     index = jnp.arange(ring)
@@ -46,10 +49,13 @@ def drafts(text: Int32[Array, "B ring"], last: Int32[Array, B], count: int) -> I
     period = -best % ring  # best = length · ring − distance, 0 < distance < ring
     ahead = jnp.arange(count)[None] % jnp.maximum(period, 1)
     found = text[row, (last[:, None] - period + 1 + ahead) % ring]
-    return jnp.where(best > 0, found, NONE)
+    chain = [text[row[:, 0], last % ring]]
+    for _ in range(count):
+        chain.append(jnp.where(chain[-1] == NONE, NONE, successor[jnp.maximum(chain[-1], 0)]))
+    return jnp.where(best > 0, found, jnp.stack(chain[1:], axis=1))
 
 
-def ref_drafts(text: np.ndarray, count: int) -> list[int]:
+def ref_drafts(text: np.ndarray, successor: np.ndarray, count: int) -> list[int]:
     """`drafts` for one row's whole text, oldest token first: the definition."""
     last = len(text) - 1
     best, period = 0, 0
@@ -59,4 +65,10 @@ def ref_drafts(text: np.ndarray, count: int) -> list[int]:
             length += 1
         if length and length >= best:
             best, period = length, last - place
-    return [int(text[last - period + 1 + i % period]) for i in range(count)] if best else [NONE] * count
+    if best:
+        return [int(text[last - period + 1 + i % period]) for i in range(count)]
+    guesses, token = [], int(text[last])
+    for _ in range(count):
+        token = NONE if token == NONE else int(successor[token])
+        guesses.append(token)
+    return guesses

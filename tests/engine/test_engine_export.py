@@ -18,6 +18,7 @@ from atlas_jax.engine.settings import memory_settings, recent_text, sampling_sta
 from atlas_jax.engine.step import StepConfig, Weights
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import target
+from atlas_jax.kernels.lookup import NONE
 from atlas_jax.memory import store
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.window import WindowPlan
@@ -31,7 +32,7 @@ def parts(models: dict[str, tuple[Path, Path]]) -> tuple[StepConfig, Weights]:
     with GGUFFile.open(model) as file:
         config, params = model_config(file), load_params(file, model_config(file))
         found = store.decode(adapter.read_bytes(), file.fingerprint(), config, max_window=2 * PAGE)
-    return StepConfig(config, found[0]), Weights(params, found[1])
+    return StepConfig(config, found[0]), Weights(params, found[1], jnp.full((config.vocab,), NONE, jnp.int32))
 
 
 def test_the_exported_step_draws_what_the_live_one_does(parts: tuple[StepConfig, Weights], tmp_path: Path) -> None:
