@@ -137,7 +137,7 @@ def split_rows(
     return high.astype(jnp.int8), low.astype(jnp.int8), scale
 
 
-def rows_of(weight: Weight, index: jax.Array) -> jax.Array:
+def rows_of(weight: Weight, index: Int32[Array, "*rows"]) -> Float[Array, "*rows inp"]:
     """Looks up rows of a matrix as float32: the embedding of token ids `index`."""
     if isinstance(weight, QuantArray):
         return weight.values[index].astype(jnp.float32) * weight.scale[index][..., None]

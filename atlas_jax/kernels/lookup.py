@@ -50,7 +50,7 @@ def drafts(text: Int32[Array, "B ring"], last: Int32[Array, B], count: int) -> I
 
 
 def ref_drafts(text: np.ndarray, count: int) -> list[int]:
-    """`drafts` for one row's whole text, oldest token first: the definition."""
+    """`drafts` for one row's whole text [tokens], oldest first: the definition."""
     last = len(text) - 1
     best, period = 0, 0
     for place in range(last):
