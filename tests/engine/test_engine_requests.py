@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +220,26 @@ mixed = st.lists(
     min_size=1,
     max_size=6,
 )
+
+
+def test_an_idle_engine_gives_back_what_many_requests_needed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlas_jax.engine.loop._REST_AFTER", 0.05)
+    runner = engine._loop._runner
+    sizes, resize = [], runner.resize
+
+    def spy(rows: int, pages: int, moves: dict[int, int]) -> None:
+        sizes.append((rows, pages))
+        resize(rows, pages, moves)
+
+    monkeypatch.setattr(runner, "resize", spy)
+    alone = ask(engine, request(PROMPT, 6))
+    ask_all(engine, [request(words(20 + i, 700), 30) for i in range(4)])
+    assert max(sizes) == (4, 8)
+    end = time.monotonic() + PATIENCE
+    while (runner.rows, runner.pages) != (runner.buckets.rows[0], runner.buckets.pages[0]):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert ask(engine, request(PROMPT, 6)).infos == alone.infos
 
 
 def test_nothing_compiles_once_warm(engine: Engine) -> None:
