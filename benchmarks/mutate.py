@@ -98,6 +98,12 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("omega.py", "before(coefficients.tokens[..., 0], 0.0)", "before(coefficients.tokens[..., 0], 1.0)"): (
         "the first row is above the diagonal"
     ),
+    ("_exact.py", "token.alpha[0]", "token.alpha[1]"): "one gate: jax clamps the index",
+    ("_exact.py", "token.gamma[0]", "token.gamma[1]"): "one gate: jax clamps the index",
+    ("_exact.py", "jnp.cumprod(alpha, axis=0)[:, 0]", "jnp.cumprod(alpha, axis=0)[:, 1]"): (
+        "one gate: jax clamps the index"
+    ),
+    ("_exact.py", "decay_products(alpha)[..., 0]", "decay_products(alpha)[..., 1]"): "one gate: jax clamps the index",
 }
 BINARY = {
     ast.Add: ast.Sub,

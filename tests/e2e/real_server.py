@@ -27,7 +27,6 @@ class RealServer:
 
     Attributes:
       memory: folder of the stored sessions.
-      url: where it listens.
     """
 
     def __init__(self, model: Path, *flags: str, cache: Path, folder: Path, wait: bool = True) -> None:
@@ -45,9 +44,8 @@ class RealServer:
             self._wait(lambda: _LISTENS.search(self.log))
             match = _LISTENS.search(self.log)
             assert match is not None
-            self.url = match[1]
-            self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
-            self.openai = openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=PATIENCE)
+            self.http = httpx.Client(base_url=match[1], timeout=PATIENCE)
+            self.openai = openai.OpenAI(base_url=f"{match[1]}/v1", api_key="unused", max_retries=0, timeout=PATIENCE)
             if wait:
                 self._wait(lambda: self.http.get("/ready").status_code == 200)
         except BaseException:
@@ -70,10 +68,6 @@ class RealServer:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < end, self.log
             time.sleep(0.05)
-
-    def wait_until_warm(self) -> None:
-        """Waits until every program is compiled."""
-        self._wait(lambda: "Every program is compiled" in self.log)
 
     def post(self, path: str, body: Any = None) -> httpx.Response:
         return self.http.post(path, json={} if body is None else body)

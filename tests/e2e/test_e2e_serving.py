@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from real_server import ROOT, RealServer, content, conversation, remember, text
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import load
+from real_server import RealServer, content, conversation, remember, text
 
 CLIENTS = 32
 PROMPT = "The session reads and never again the memory. "
@@ -166,21 +161,6 @@ def test_many_clients_at_once_get_what_they_would_get_alone(server: RealServer) 
             assert stats["degraded"] is None
             assert {**stats, "session_id": None} == {**same, "session_id": None}
     assert server.http.get("/v1/atlas/status").json()["data"]["contexts_in_use"] == 0
-
-
-def test_a_hundred_streams_with_any_settings(server: RealServer) -> None:
-    """Half of them in sessions, and some clients leave: the others get what they asked for, and nothing compiles."""
-    server.wait_until_warm()
-    before = load.gauge(server.http.get("/metrics").text, "atlas_jit_compilations_total")
-    calls = load.draw("test", 100, 0, load.Limits(windows=(128,), words=100, tokens=8, vocab=300))
-    secrets = frozenset(call.secret for call in calls)
-    outcomes = asyncio.run(load.ask_all(server.url, calls))
-    wrong = [f for call, outcome in zip(calls, outcomes, strict=True) for f in load.faults(call, outcome, secrets)]
-    assert not wrong
-    assert sum(outcome.ended for outcome in outcomes) > 80
-    assert load.gauge(load.at_rest(server.http), "atlas_jit_compilations_total") == before
-    for session in {call.session for call in calls if call.session} & set(server.contexts()):
-        assert server.post("/v1/atlas/memory/delete", {"context_id": session}).status_code == 200
 
 
 # --- the memory endpoints -----------------------------------------------------------------------------------------
