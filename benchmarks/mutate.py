@@ -104,6 +104,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "one gate: jax clamps the index"
     ),
     ("_exact.py", "decay_products(alpha)[..., 0]", "decay_products(alpha)[..., 1]"): "one gate: jax clamps the index",
+    ("_exact.py", "moments.shape[-1]", "moments.shape[1]"): "the moments are square",
+    ("_exact.py", "moments.shape[-1]", "moments.shape[-2]"): "the moments are square",
 }
 BINARY = {
     ast.Add: ast.Sub,

@@ -41,7 +41,8 @@ from atlas_jax.model.window import WindowPlan
 log = logging.getLogger("atlas.engine")
 
 _REST_AFTER = 5.0
-"""Seconds without a request after which an engine gives back the memory that the last ones needed."""
+"""Seconds without a request after which an engine gives back the memory that the last ones needed. SmolLM2-135M held 6196 MiB
+after three bursts of 32 requests, 1025 of them arrays: 2587 were the C library's, 666 the batch's."""
 
 
 class Loop:

@@ -263,7 +263,7 @@ def test_nothing_compiles_once_warm(engine: Engine) -> None:
 
 
 def test_a_hundred_requests_at_once_all_end_and_nothing_stays(engine: Engine) -> None:
-    """Half of them in sessions, all with settings drawn at random; every tenth is cancelled once it has begun."""
+    """Half of them in sessions, all with settings drawn at random; ten would go on for long and are cancelled."""
     assert engine.warm_up(timeout=280)
     before = engine.stats().compilations_total
     rng = random.Random(0)
@@ -274,7 +274,7 @@ def test_a_hundred_requests_at_once_all_end_and_nothing_stays(engine: Engine) ->
     asked = []
     for number in range(100):
         how = memory(f"crowd-{number}", **draw(MEMORY)) if number % 2 else None
-        tokens = 100_000 if number % 20 in (4, 7) else rng.randint(1, 8)
+        tokens = 100_000 if number % 20 in (3, 7) else rng.randint(1, 8)
         asked.append(request(words(number, rng.randint(1, 300)), tokens, memory=how, **draw(SAMPLING)))
     answers = [Cancelled() for _ in asked]
     handles = [engine.submit(one, answer.listen) for one, answer in zip(asked, answers, strict=True)]
