@@ -13,7 +13,7 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench endless bench-memory mutation documents recall \
+.PHONY: help serve test check lint model gemma fit quality bench endless load bench-memory mutation documents recall \
   tpu-compile lock clean
 
 help: ## show this list
@@ -64,6 +64,9 @@ bench: $(VENV)/bench model ## speed beside llama.cpp in one run (builds llama-cp
 
 endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000 and 128 000 tokens
 	$(RUN) benchmarks/endless.py $(MODEL) --output docs/endless.md
+
+load: $(VENV)/bench model ## a hundred streams at once with settings drawn at random: all end, nothing compiles, memory comes back
+	$(RUN) benchmarks/load.py $(MODEL) --output docs/load.md
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \

@@ -9,60 +9,28 @@ is ended with SIGTERM, started again, and asked. Prints the same table, and how 
 from __future__ import annotations
 
 import argparse
-import re
-import signal
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
-import httpx
+from server_process import Server
 
 from atlas_jax.experiments.fact_recall import DIGITS, QUESTIONS, Score, cases, table_head, table_row
 from atlas_jax.gguf import GGUFFile, Tokenizer
 
 
-class Server:
-    """A server process on a free port, with its sessions in `folder`."""
-
-    def __init__(self, model: Path, folder: Path) -> None:
-        started = time.monotonic()
-        command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0"]
-        command += ["--atlas-memory-path", str(folder / "memory")]
-        self._log = log = folder / "server.log"
-        with log.open("w") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=file)
-        while (found := re.search(r"running on (http://\S+)", log.read_text())) is None:
-            assert self._process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        self.http = httpx.Client(base_url=found[1], timeout=600)
-        while self.http.get("/ready").status_code != 200:
-            assert self._process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        self.seconds = time.monotonic() - started
-
-    def complete(self, prompt: str, session: str, max_tokens: int, **atlas: object) -> str:
-        """A greedy completion of a session."""
-        body = {
-            "prompt": prompt,
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "ignore_eos": True,
-            "atlas": {"session_id": session, **atlas},
-        }
-        answer = self.http.post("/v1/completions", json=body)
-        assert answer.status_code == 200, answer.text
-        text: str = answer.json()["choices"][0]["text"]
-        return text
-
-    def end(self) -> float:
-        """Stops it as a supervisor would; seconds."""
-        started = time.monotonic()
-        self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait(60)
-        assert code in (0, -signal.SIGTERM), f"exit code {code}: {self._log.read_text()}"
-        return time.monotonic() - started
+def complete(server: Server, prompt: str, session: str, max_tokens: int, **atlas: object) -> str:
+    """A greedy completion of a session."""
+    body = {
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "atlas": {"session_id": session, **atlas},
+    }
+    answer = server.http.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    text: str = answer.json()["choices"][0]["text"]
+    return text
 
 
 def main() -> None:
@@ -85,15 +53,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         server = Server(args.model, Path(name))
         for index, case in enumerate(contexts):
-            server.complete(case.text, f"context-{index}", 1)
+            complete(server, case.text, f"context-{index}", 1)
         stopped = server.end()
         server = Server(args.model, Path(name))
         for index, case in enumerate(contexts):
             for wording, template in QUESTIONS.items():
                 for place, code in case.facts:
                     question = template.format(place=place)
-                    answer = server.complete(
-                        question, f"context-{index}", DIGITS + 5, write=False, blend_ratio=args.blend
+                    answer = complete(
+                        server, question, f"context-{index}", DIGITS + 5, write=False, blend_ratio=args.blend
                     )
                     scores[wording].add(code, answer)
         print(f"stopped in {stopped:.1f} s, started again in {server.seconds:.1f} s")

@@ -40,7 +40,7 @@ _GAUGES = (
     ("atlas_tokens_per_second", "Tokens generated a second, lately", "tokens_per_second"),
     ("atlas_memory_utilization", "Share of the memories' capacity in use", "memory_utilization"),
     ("atlas_window_fill_ratio", "Share of the exact windows in use", "window_fill_ratio"),
-    ("atlas_memory_bytes", "Bytes of session memory", "memory_bytes"),
+    ("atlas_memory_bytes", "Main memory the process holds", "memory_bytes"),
     ("atlas_contexts_in_use", "Memory contexts in use", "contexts_in_use"),
     ("atlas_contexts_total", "Memory contexts there are", "contexts_total"),
 )

@@ -416,11 +416,19 @@ class Tokenizer(Protocol):
     def vocab_size(self) -> int:
         """Tokens of the vocabulary."""
 
-    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]: ...
+    def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """Token ids of a text.
 
-    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str: ...
+        Args:
+          add_special: put the model's own first and last tokens around it.
+          parse_special: read names of control tokens as those tokens; text of strangers must be read without.
+        """
 
-    def token_bytes(self, token: int) -> bytes: ...
+    def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
+        """The text of token ids; bytes that are no character become U+FFFD."""
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes a token stands for, which may be part of a character."""
 
 
 class EngineProtocol(Protocol):
@@ -467,9 +475,11 @@ class EngineProtocol(Protocol):
           MemoryUnavailable: the request asked for a memory that cannot be had now; nothing was queued.
         """
 
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """Counters since start, and gauges of this moment."""
 
-    def slots(self) -> tuple[SlotInfo, ...]: ...
+    def slots(self) -> tuple[SlotInfo, ...]:
+        """What each decode slot is doing."""
 
     def alive(self) -> bool:
         """False once the engine thread has died; the process should then end and be restarted."""

@@ -129,6 +129,12 @@ class Batch:
         if self._oversized > _SHRINK_AFTER and alone:
             self._resize(*wanted)
 
+    def rest(self) -> None:
+        """Gives an empty batch its least size: nobody needs what many clients needed any more."""
+        least = self._size(1, 1)
+        if least != (self._runner.rows, self._runner.pages):
+            self._resize(*least)
+
     # --- steps ----------------------------------------------------------------------------------------------------
     def step(self, *, alone: bool) -> None:
         """Launches a step for everyone who still needs one, and delivers what the step before has drawn."""

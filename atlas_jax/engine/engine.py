@@ -33,6 +33,7 @@ from atlas_jax.engine.api import (
 from atlas_jax.engine.compiler import CompileCounter, use_cache
 from atlas_jax.engine.grammar import Grammar, Grammars
 from atlas_jax.engine.loop import Loop
+from atlas_jax.engine.resident import resident_bytes
 from atlas_jax.engine.runner import DRAFTING, Buckets, Runner
 from atlas_jax.engine.session import Layout
 from atlas_jax.engine.sessions import Budgets, SessionTable
@@ -280,7 +281,7 @@ class Engine:
         return self._grammars.json(schema)
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
-        """Queues a request; see `api.EngineProtocol.submit`."""
+        """Queues a request; what it takes and raises is said at `api.EngineProtocol.submit`."""
         if self._draining or not self._loop.alive:
             raise Overloaded("The engine is not accepting requests", retry_after=5.0)
         if self._loop.waiting >= self._limits.waiting + self._limits.running - self._loop.running:
@@ -510,9 +511,3 @@ def default_cache() -> Path:
     """The folder for compiled programs, calibrated adapters and successor tables where none is named."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "atlas-jax"
-
-
-def resident_bytes() -> int:
-    """Main memory this process holds."""
-    fields = Path("/proc/self/statm").read_text().split() if Path("/proc/self/statm").exists() else ["0", "0"]
-    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -107,6 +107,7 @@ def _entry(path: tuple[Any, ...], leaf: Any) -> dict[str, object]:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="GGUF file; only its metadata is read")
     parser.add_argument("--out", type=Path, required=True, help="folder to write to")

@@ -129,8 +129,24 @@ class Runner:
 
     def adopt(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A row that goes on from a saved one at `position`; the saved one stays as it is."""
-        row = self._put(self.new_row(pages), saved, 0, with_memory=True)
+        row = self._put(self.new_row(pages), self._whole_ring(saved), 0, with_memory=True)
         return self._reposition(_pages(row), row, np.int32(position), np.int32(slot))
+
+    def _whole_ring(self, row: Sequences) -> Sequences:
+        """A row from a file has the pages in use and no others: gives it a ring there are programs for."""
+        missing = bucket(_pages(row), self.buckets.pages) - _pages(row)
+        if not missing:
+            return row
+
+        def pad(leaf: Any, value: int = 0) -> Any:
+            return np.pad(leaf, [(0, missing if axis == 1 else 0) for axis in range(leaf.ndim)], constant_values=value)
+
+        context = row.context
+        kv = tuple(
+            dataclasses.replace(layer, k=jax.tree.map(pad, layer.k), v=jax.tree.map(pad, layer.v))
+            for layer in context.kv
+        )
+        return Sequences(dataclasses.replace(context, kv=kv, page=pad(context.page, -1)), row.memory)
 
     def at_least(self, row: Sequences, pages: int) -> Sequences:
         """The row, in a ring of at least `pages` pages: a prompt starts in a small ring, for attention reads all of it."""

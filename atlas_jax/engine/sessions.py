@@ -449,7 +449,11 @@ class SessionTable:
         return SaveResult(filename=path.name, session_id=session_id, bytes=size, sessions=1, timestamp=time.time())
 
     def save_context(self, owner: str, context_id: str, state: Any) -> SaveResult:
-        """Stores the caller's JSON with the session of that name, which is made if there is none."""
+        """Stores the caller's JSON with the session of that name, which is made if there is none.
+
+        Raises:
+          StorageFull: the JSON is too large, or the disk or the owner's quota has no room.
+        """
         if len(msgspec.json.encode(state)) > _MAX_CONTEXT_STATE:
             raise StorageFull(f"state exceeds {_MAX_CONTEXT_STATE} bytes")
         key = SessionKey(owner, context_id)

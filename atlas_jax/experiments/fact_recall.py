@@ -131,6 +131,7 @@ def run(
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--contexts", type=int, default=10, help="contexts of five facts each")

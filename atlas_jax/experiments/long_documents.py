@@ -72,6 +72,7 @@ def table(rows: list[Losses]) -> str:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--texts", type=Path, required=True, help="folder of .txt files (benchmarks/corpora.py)")

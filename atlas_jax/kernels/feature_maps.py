@@ -1,4 +1,5 @@
-"""Feature maps φ of the inner memory: monomials without gathers, their sketch, exponential and elementwise features.
+"""Feature maps φ of the inner memory: monomials without gathers, their sketch, exponential and elementwise features
+(ATLAS, arXiv 2505.23735, section 3.1).
 
 `features.py` evaluates a table of monomials that is data; here the degree is static, so a block of monomials is built
 from slices of the block one degree lower and its gradient needs no scatter.
@@ -23,7 +24,7 @@ def monomial_count(dim: int, degree: int) -> int:
 
 
 def exponential_scale(degree: int) -> np.ndarray:
-    """1/√i! for i = 0 … p: with it `polynomial` is φ* of equation 22, cut at degree p."""
+    """1/√i! for i = 0 … p, [p + 1]: with it `polynomial` is φ* of equation 22, cut at degree p."""
     return np.asarray([1 / math.sqrt(math.factorial(i)) for i in range(degree + 1)])
 
 
@@ -67,7 +68,11 @@ def polynomial_sketch(
 
 
 def sketch_shares(dim: int, degree: int, width: int) -> tuple[int, ...]:
-    """Features that each degree from 2 on gets in `polynomial_sketch`."""
+    """Features that each degree from 2 on gets in `polynomial_sketch`.
+
+    Raises:
+      ValueError: the width has no room for one feature of each.
+    """
     left, orders = width - 1 - dim, degree - 1
     if orders < 1 or left < orders:
         raise ValueError(f"a sketch of degree {degree} in {dim} variables needs a width of at least {dim + degree}")

@@ -207,7 +207,7 @@ def split_rows(
     return high.astype(jnp.int8), low.astype(jnp.int8), scale
 
 
-def rows_of(weight: Weight, index: jax.Array) -> jax.Array:
+def rows_of(weight: Weight, index: Int32[Array, "*rows"]) -> Float[Array, "*rows inp"]:
     """Looks up rows of a matrix as float32: the embedding of token ids `index`."""
     if isinstance(weight, PackedArray):
         rows = unpack(PackedArray(weight.blocks[index], weight.scale[index]))

@@ -56,7 +56,7 @@ def drafts(
 
 
 def ref_drafts(text: np.ndarray, successor: np.ndarray, count: int) -> list[int]:
-    """`drafts` for one row's whole text, oldest token first: the definition."""
+    """`drafts` for one row's whole text [tokens], oldest first, and successors [V]: the definition."""
     last = len(text) - 1
     best, period = 0, 0
     for place in range(last):

@@ -1,4 +1,5 @@
-"""Newton–Schulz orthogonalisation: the step of Muon, with the Gram form for tall matrices.
+"""Newton–Schulz orthogonalisation: the step of Muon, with the Gram form for tall matrices
+(Jordan et al., Muon, 2024; ATLAS, arXiv 2505.23735, equation 32).
 
 An odd polynomial applied to a matrix acts on its singular values alone. Five steps of a quintic take values in
 [0.01, 1] close to 1 and leave singular vectors and rank as they are.

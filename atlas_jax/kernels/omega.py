@@ -1,4 +1,5 @@
-"""The Omega rule over one chunk: windowed weighted gradients, and the dual form that needs no weights per token.
+"""The Omega rule over one chunk: windowed weighted gradients, and the dual form that needs no weights per token
+(ATLAS, arXiv 2505.23735).
 
 All of a chunk's inner gradients are taken at one anchor, and for every memory here the gradient of a token on a weight
 matrix is rank one, left_i·right_iᵀ. With momentum S and memory W,

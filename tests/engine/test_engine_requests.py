@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -187,38 +189,55 @@ def test_more_layers_than_the_adapter_has_are_all_of_them(engine: Engine) -> Non
     assert answers[0].infos == answers[1].infos == answers[2].infos
 
 
-lengths = st.integers(1, 700)
+SAMPLING: dict[str, list[Any]] = {
+    "temperature": [0.0, 0.8],
+    "top_k": [0, 5],
+    "top_p": [1.0, 0.9],
+    "typical_p": [1.0, 0.8],
+    "repeat_penalty": [1.0, 1.2],
+    "logprobs": [None, 0, 5],
+}
+MEMORY: dict[str, list[Any]] = {
+    "window_size": [128, 256],
+    "update_frequency": [128, 256],
+    "omega_window": [256, 300, 512],
+    "use_muon": [None, True, False],
+    "polynomial_degree": [1, 2, 3],
+    "memory_layers": [1, 2],
+    "blend_ratio": [0.0, 0.5, 1.0],
+    "learning_rate": [None, 0.01],
+}
 mixed = st.lists(
     st.tuples(
-        lengths,
+        st.integers(1, 700),
         st.integers(0, 12),
         st.sampled_from(["plain", "memory", "session"]),
-        st.fixed_dictionaries(
-            {
-                "temperature": st.sampled_from([0.0, 0.8]),
-                "top_k": st.sampled_from([0, 5]),
-                "top_p": st.sampled_from([1.0, 0.9]),
-                "typical_p": st.sampled_from([1.0, 0.8]),
-                "repeat_penalty": st.sampled_from([1.0, 1.2]),
-                "logprobs": st.sampled_from([None, 0, 5]),
-            }
-        ),
-        st.fixed_dictionaries(
-            {
-                "window_size": st.sampled_from([128, 256]),
-                "update_frequency": st.sampled_from([128, 256]),
-                "omega_window": st.sampled_from([256, 300, 512]),
-                "use_muon": st.sampled_from([None, True, False]),
-                "polynomial_degree": st.integers(1, 3),
-                "memory_layers": st.integers(1, 2),
-                "blend_ratio": st.sampled_from([0.0, 0.5, 1.0]),
-                "learning_rate": st.sampled_from([None, 0.01]),
-            }
-        ),
+        st.fixed_dictionaries({name: st.sampled_from(values) for name, values in SAMPLING.items()}),
+        st.fixed_dictionaries({name: st.sampled_from(values) for name, values in MEMORY.items()}),
     ),
     min_size=1,
     max_size=6,
 )
+
+
+def test_an_idle_engine_gives_back_what_many_requests_needed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("atlas_jax.engine.loop._REST_AFTER", 0.05)
+    runner = engine._loop._runner
+    sizes, resize = [], runner.resize
+
+    def spy(rows: int, pages: int, moves: dict[int, int]) -> None:
+        sizes.append((rows, pages))
+        resize(rows, pages, moves)
+
+    monkeypatch.setattr(runner, "resize", spy)
+    alone = ask(engine, request(PROMPT, 6))
+    ask_all(engine, [request(words(20 + i, 700), 30) for i in range(4)])
+    assert max(sizes) == (4, 8)
+    end = time.monotonic() + PATIENCE
+    while (runner.rows, runner.pages) != (runner.buckets.rows[0], runner.buckets.pages[0]):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert ask(engine, request(PROMPT, 6)).infos == alone.infos
 
 
 def test_nothing_compiles_once_warm(engine: Engine) -> None:
@@ -240,6 +259,38 @@ def test_nothing_compiles_once_warm(engine: Engine) -> None:
 
     ask_anything()
     engine.sessions.info("owner", None)
+    assert engine.stats().compilations_total == before
+
+
+def test_a_hundred_requests_at_once_all_end_and_nothing_stays(engine: Engine) -> None:
+    """Half of them in sessions, all with settings drawn at random; ten would go on for long and are cancelled."""
+    assert engine.warm_up(timeout=280)
+    before = engine.stats().compilations_total
+    rng = random.Random(0)
+
+    def draw(choices: dict[str, list[Any]]) -> dict[str, Any]:
+        return {name: rng.choice(values) for name, values in choices.items()}
+
+    asked = []
+    for number in range(100):
+        how = memory(f"crowd-{number}", **draw(MEMORY)) if number % 2 else None
+        tokens = 100_000 if number % 20 in (3, 7) else rng.randint(1, 8)
+        asked.append(request(words(number, rng.randint(1, 300)), tokens, memory=how, **draw(SAMPLING)))
+    answers = [Cancelled() for _ in asked]
+    handles = [engine.submit(one, answer.listen) for one, answer in zip(asked, answers, strict=True)]
+    for one, answer, handle in zip(asked, answers, handles, strict=True):
+        if one.max_tokens == 100_000:
+            assert answer.begun.wait(PATIENCE)
+            handle.cancel()
+    for one, answer in zip(asked, answers, strict=True):
+        assert answer.ended.wait(PATIENCE)
+        reason = "cancelled" if one.max_tokens == 100_000 else "length"
+        assert answer.end.reason == reason
+        if reason == "length":
+            assert answer.end.completion_tokens == one.max_tokens
+    assert busy(engine) == 0
+    for number in range(1, 100, 2):
+        engine.sessions.delete("owner", f"crowd-{number}")
     assert engine.stats().compilations_total == before
 
 

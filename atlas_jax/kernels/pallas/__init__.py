@@ -33,7 +33,7 @@ def takes_attention(kv: LayerKV) -> bool:
 
 
 def attention(*args: Any) -> jax.Array:
-    """`window.attention`."""
+    """`window.attention`: queries [B, T, H, D] to outputs of the same shape."""
     from atlas_jax.kernels.pallas import window  # here, for importing Pallas takes 0.4 s that only TPUs need
 
     return window.attention(*args)
@@ -45,7 +45,7 @@ def takes_read(tokens: int) -> bool:
 
 
 def read_out(*args: Any) -> jax.Array:
-    """`memory.read_out`."""
+    """`memory.read_out`: keys [B, T, R] to what the memory says of them, [B, T, C]."""
     from atlas_jax.kernels.pallas import memory
 
     return memory.read_out(*args)

@@ -51,6 +51,9 @@ def attention(
 
     Returns:
       The attention output; zeros for a token that sees nothing.
+
+    Raises:
+      TypeError: the pages are float ones.
     """
     if not isinstance(kv.k, QuantPages) or not isinstance(kv.v, QuantPages):
         raise TypeError("float pages are attended by XLA's program")

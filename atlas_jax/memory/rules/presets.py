@@ -1,4 +1,7 @@
-"""Named memories. Each is a configuration and nothing else; any field can be overridden."""
+"""Named memories. Each is a configuration and nothing else; any field can be overridden.
+
+Equations and sections that name no other paper are those of ATLAS (arXiv 2505.23735).
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def swla(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
 
 
 def linear_attention(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
-    """Linear attention, unnormalised: W_t = W_{t−1} + η v φ(k)ᵀ. With φ*, the sums of softmax attention."""
+    """Linear attention (arXiv 2006.16236), unnormalised: W_t = W_{t−1} + η v φ(k)ᵀ. With φ*, softmax attention's sums."""
     return _rule(d_k, d_v, overrides, objective="dot", chunk=64, retention=False)
 
 

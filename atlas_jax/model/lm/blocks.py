@@ -110,6 +110,9 @@ def make_block(config: LMConfig, kind: str, *, rngs: nnx.Rngs) -> nnx.Module:
     """The block of one letter of a pattern.
 
     Output projections start smaller by √(2 · layers), so that the residual stream keeps its size with depth.
+
+    Raises:
+      ValueError: the letter is not one of `config.LAYER_KINDS`.
     """
     gain = (2 * len(config.pattern)) ** -0.5
     mixer: nnx.Module
