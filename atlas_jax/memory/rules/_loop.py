@@ -14,7 +14,7 @@ from atlas_jax.memory.rules._state import MemoryState
 
 Carry = TypeVar("Carry")
 
-_ONE_LEVEL = 16
+_ONE_LEVEL = 64
 """Steps up to which keeping every carry is cheaper than computing a segment twice."""
 
 
