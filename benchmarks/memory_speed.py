@@ -16,9 +16,9 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,8 +74,9 @@ def rules(dim: int, chunk: int) -> dict[str, dict[str, MemoryRule]]:
         "titans-pytorch": descent | {"omeganet, plain keys": preset("omeganet", **small)},
         "titans-pytorch, Newton–Schulz per chunk": {f"{name}, per chunk": preset(name, **once) for name in muon}
         | {f"{name}, per chunk, plain keys": preset(name, **once, **small) for name in muon},
-        "titans-pytorch, Newton–Schulz per token": {name: preset(name) for name in muon}
-        | {f"{name}, plain keys": preset(name, **small) for name in muon},
+        "titans-pytorch, Newton–Schulz per token": {
+            f"{name}, per token, plain keys": preset(name, **small) for name in muon
+        },
     }
 
 
@@ -155,32 +156,45 @@ class Peer:
         return float(answer)
 
 
-def measure(contenders: dict[str, Contender], arguments: argparse.Namespace) -> None:
-    """Fills in the seconds of all cells, in turn; a longer text is left out where it would be past the limit."""
-    ready: dict[str, dict[Cell, tuple[Callable[[int], float], int]]] = {name: {} for name in contenders}
-    for name, contender in contenders.items():
-        for mode in MODES:
-            allowed = arguments.lengths[:1] if "per token" in name else arguments.lengths
-            for index, length in enumerate(allowed):
-                call, temporary = contender.prepare((length, mode))
-                call(1)
-                taken = call(1)
-                ready[name][length, mode] = call, math.ceil(arguments.least / taken)
-                if temporary is not None:
-                    contender.temporary[length, mode] = temporary
-                longer = allowed[index + 1 : index + 2]
-                if longer and taken * longer[0] / length > arguments.limit:
-                    break
-        print(f"ready: {name}", file=sys.stderr, flush=True)
+def measure(
+    contenders: dict[str, Contender], arguments: argparse.Namespace, threads: int, done: Callable[[int], None]
+) -> None:
+    """Fills in the seconds of all cells, in turn; a longer text is left out where it would be past the limit.
+
+    Args:
+      done: called after every round with how many there have been.
+    """
+    cells = {
+        (name, (n, mode)): contender
+        for name, contender in contenders.items()
+        for n in (arguments.lengths[:1] if "per token" in name else arguments.lengths)
+        for mode in MODES
+    }
+    with ThreadPoolExecutor(threads) as pool:  # the compiler uses one thread per program
+        prepared = dict(zip(cells, pool.map(lambda key: cells[key].prepare(key[1]), cells), strict=True))
+    ready: dict[tuple[str, Cell], tuple[Callable[[int], float], int]] = {}
+    past: dict[tuple[str, str], int] = {}
+    for (name, cell), contender in cells.items():
+        length, mode = cell
+        call, temporary = prepared[name, cell]
+        if temporary is not None:
+            contender.temporary[cell] = temporary
+        if length > past.get((name, mode), length):
+            continue
+        taken = min(call(1), call(1))
+        ready[name, cell] = call, math.ceil(arguments.least / taken)
+        if taken * arguments.lengths[-1] / length > arguments.limit:
+            past[name, mode] = length
     for number in range(arguments.rounds):
         for length in arguments.lengths:
             for mode in MODES:
                 for name, contender in contenders.items():
-                    if (length, mode) in ready[name]:
-                        call, calls = ready[name][length, mode]
-                        call(1)
+                    if (name, (length, mode)) in ready:
+                        call, calls = ready[name, (length, mode)]
+                        if calls > 1:
+                            call(1)  # brings its data back into the caches
                         contender.seconds.setdefault((length, mode), []).append(call(calls))
-        print(f"round {number + 1} of {arguments.rounds}", file=sys.stderr, flush=True)
+        done(number + 1)
 
 
 def speed_table(rows: dict[str, Contender], peer: Contender | None, arguments: argparse.Namespace) -> list[str]:
@@ -219,7 +233,7 @@ def growth_table(rows: dict[str, Contender], arguments: argparse.Namespace) -> l
     return lines
 
 
-def report(groups: dict[str, dict[str, Contender]], arguments: argparse.Namespace, threads: int) -> str:
+def report(groups: dict[str, dict[str, Contender]], arguments: argparse.Namespace, threads: int, rounds: int) -> str:
     """The run as Markdown."""
     seconds = "processor second of one thread" if arguments.clock == "cpu" else f"second on {threads} threads"
     lines = [
@@ -228,7 +242,7 @@ def report(groups: dict[str, dict[str, Contender]], arguments: argparse.Namespac
         f"Tokens per {seconds} of a layer [batch {arguments.batch}, T, {arguments.dim}] by T, {jax.default_backend()}, "
         f"float32, chunks of {arguments.chunk}",
         "(DeltaNets: their own of 1, in blocks). In brackets, how many times the speed of titans-pytorch in the first row.",
-        f"Medians of {arguments.rounds} interleaved rounds, without compiling. `weights` are the numbers in one memory's",
+        f"Medians of {rounds} interleaved rounds, without compiling. `weights` are the numbers in one memory's",
         "matrices. Empty cells were past the time limit. Made by",
         "`python benchmarks/memory_speed.py --titans-python data/titans/bin/python"
         f"{' --clock cpu' if arguments.clock == 'cpu' else ''} --output docs/memory_speed.md`.",
@@ -255,10 +269,12 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--least", type=float, default=0.05, help="seconds of calls that make one measurement")
-    parser.add_argument("--limit", type=float, default=2.0, help="seconds that one call may take")
+    parser.add_argument(
+        "--limit", type=float, default=2.0, help="seconds that one call may take, but for the shortest text"
+    )
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--presets", nargs="*", help="only these rows, and the peers they are compared with")
     parser.add_argument("--titans-python", help="Python of an environment with titans-pytorch; left out: not compared")
@@ -276,13 +292,17 @@ def main() -> None:
         first = {name: peer.contender(name, arguments.dim)} if peer and wanted else {}
         if wanted:
             groups[name] = first | {n: ours(rule, arguments) for n, rule in wanted.items()}
-    measure({name: row for rows in groups.values() for name, row in rows.items()}, arguments)
+
+    def done(rounds: int) -> None:
+        text = report(groups, arguments, threads, rounds)
+        if arguments.output:
+            arguments.output.write_text(text, "utf-8")
+        if rounds == arguments.rounds:
+            print(text)
+
+    measure({name: row for rows in groups.values() for name, row in rows.items()}, arguments, threads, done)
     if peer:
         peer.close()
-    text = report(groups, arguments, threads)
-    print(text)
-    if arguments.output:
-        arguments.output.write_text(text, "utf-8")
 
 
 if __name__ == "__main__":
