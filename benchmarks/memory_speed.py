@@ -3,40 +3,84 @@
     python benchmarks/memory_speed.py --titans-python PATH_TO_PYTHON --output docs/memory_speed.md
 
 Every contender is a layer on [batch, T, dim]: projections to q, k, v and gates, then one memory of width dim; an MLP
-memory has two layers and 4·dim hidden units. Chunks are equal. A time is the best of a few calls, compilation excluded.
-On a machine that does other work too, `--clock cpu` counts this process's processor seconds, on one thread, instead.
+memory has two layers and 4·dim hidden units. Batch, chunks, threads and float32 are the same for both sides. All are
+measured in turn, round after round, so what else the machine does meets them alike; a figure is the median of the rounds,
+a ratio the median of the rounds' ratios. Compiling does not count. `--clock cpu` counts processor seconds of one thread.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.memory.rules import PRESETS, MemoryRule, chunked, init_params, init_state, make_tokens
+from atlas_jax.memory.rules import PRESETS, Features, MemoryRule, chunked, init_params, init_state, make_tokens
 
-PEER = "titans-pytorch"
-Times = dict[str, dict[int, float]]
+MODES = ("forward", "both")
+SETTLE = 0.1
+"""Seconds between the two sides: a thread pool spins for a while when its work is done."""
+
+PEERS: dict[str, dict[str, Any]] = {
+    "titans-pytorch": {},
+    "titans-pytorch, Newton–Schulz per chunk": {"spectral_norm_surprises": True},
+    "titans-pytorch, Newton–Schulz per token": {"spectral_norm_surprises": True, "chunk_size": 1},
+}
+"""Options of its NeuralMemory. As it comes it averages gates over a chunk and takes all gradients at the first memory."""
+
+Cell = tuple[int, str]
+"""Tokens, and forward or both."""
 
 
-def contenders(dim: int, chunk: int) -> dict[str, MemoryRule]:
-    """Every preset with chunks of the same size, and the variants that trade exactness for speed."""
-    rules = {}
-    for name, preset in reversed(PRESETS.items()):  # quick ones first
-        plain = preset(dim, dim)
-        rules[name] = plain if plain.chunk == 1 else preset(dim, dim, chunk=chunk)
-    rules["atlas, NS per chunk"] = PRESETS["atlas"](dim, dim, chunk=chunk, ns_per="chunk")
-    rules["atlas_pp, NS per chunk"] = PRESETS["atlas_pp"](dim, dim, chunk=chunk, ns_per="chunk")
-    return rules
+@dataclass
+class Contender:
+    """One row: how to run it, and what was found.
+
+    Attributes:
+      prepare: makes a cell ready: returns a function of a number of calls, to seconds per call, and bytes of temporaries.
+      seconds: of every round, by cell.
+      temporary: bytes the compiled program needs beside inputs and outputs, by cell; empty for the peer.
+      state: numbers in the weights of one memory.
+    """
+
+    prepare: Callable[[Cell], tuple[Callable[[int], float], int | None]]
+    seconds: dict[Cell, list[float]] = field(default_factory=dict)
+    temporary: dict[Cell, int] = field(default_factory=dict)
+    state: int = 0
+
+
+def rules(dim: int, chunk: int) -> dict[str, dict[str, MemoryRule]]:
+    """By peer: the presets with its chunks, on plain keys where their own features would make them larger than it.
+
+    `omeganet` is there with its features too; with Newton–Schulz they would take minutes.
+    """
+
+    def preset(name: str, **overrides: Any) -> MemoryRule:
+        plain = PRESETS[name](dim, dim)
+        return PRESETS[name](dim, dim, **({} if plain.chunk == 1 else {"chunk": chunk}) | overrides)
+
+    small, muon = {"features": Features()}, ("atlas", "atlas_pp")
+    descent = {name: preset(name) for name in PRESETS if name not in muon}
+
+    def orthogonal(per: str) -> dict[str, MemoryRule]:
+        return {f"{name}, per {per}, plain keys": preset(name, ns_per=per, **small) for name in muon}
+
+    return {
+        "titans-pytorch": descent | {"omeganet, plain keys": preset("omeganet", **small)},
+        "titans-pytorch, Newton–Schulz per chunk": orthogonal("chunk"),
+        "titans-pytorch, Newton–Schulz per token": orthogonal("token"),
+    }
 
 
 def make_layer(rule: MemoryRule, dim: int, batch: int) -> tuple[Any, Callable[[Any, jax.Array], jax.Array]]:
@@ -56,77 +100,168 @@ def make_layer(rule: MemoryRule, dim: int, batch: int) -> tuple[Any, Callable[[A
     return params, layer
 
 
-def best_time(call: Callable[[], Any], repeats: int, limit: float, clock: Callable[[], float]) -> float:
-    """Best seconds of a few calls after one to compile; fewer where a call is slow."""
-    jax.block_until_ready(call())
-    best, spent = float("inf"), 0.0
-    for _ in range(repeats):
-        start = clock()
-        jax.block_until_ready(call())
-        taken = clock() - start
-        best, spent = min(best, taken), spent + taken
-        if spent > limit:
-            break
-    return best
-
-
-def measure(rule: MemoryRule, arguments: argparse.Namespace) -> Times:
-    """Seconds by length; longer texts are left out once one would take longer than the limit."""
+def ours(rule: MemoryRule, arguments: argparse.Namespace) -> Contender:
+    """A preset of this library."""
     params, layer = make_layer(rule, arguments.dim, arguments.batch)
     clock = time.process_time if arguments.clock == "cpu" else time.perf_counter
-    forward = jax.jit(layer)
-    both = jax.jit(jax.grad(lambda params, x: jnp.mean(layer(params, x) ** 2)))
-    times: Times = {"forward": {}, "both": {}}
-    for name, function in (("forward", forward), ("both", both)):
+    functions = {"forward": layer, "both": jax.grad(lambda params, x: jnp.mean(layer(params, x) ** 2))}
+
+    def prepare(cell: Cell) -> tuple[Callable[[int], float], int]:
+        length, mode = cell
+        x = jax.random.normal(jax.random.key(1), (arguments.batch, length, arguments.dim))
+        program = jax.jit(functions[mode]).lower(params, x).compile()
+
+        def seconds(calls: int) -> float:
+            start = clock()
+            for _ in range(calls):
+                jax.block_until_ready(program(params, x))
+            return (clock() - start) / calls
+
+        return seconds, program.memory_analysis().temp_size_in_bytes
+
+    return Contender(prepare, state=sum(w.size for w in params["memory"].weights.values()))
+
+
+class Peer:
+    """titans-pytorch in a process of its own."""
+
+    def __init__(self, arguments: argparse.Namespace, threads: int) -> None:
+        script = Path(__file__).with_name("titans_peer.py")
+        names = ("dim", "batch", "chunk", "clock")
+        options = [text for name in names for text in (f"--{name}", str(getattr(arguments, name)))]
+        command = [arguments.titans_python, str(script), *options, "--threads", str(threads)]
+        command += ["--variants", json.dumps(PEERS)]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def contender(self, name: str, dim: int) -> Contender:
+        """One of its variants."""
+
+        def prepare(cell: Cell) -> tuple[Callable[[int], float], None]:
+            return lambda calls: self._seconds(name, *cell, calls), None
+
+        return Contender(prepare, state=2 * 4 * dim * dim)
+
+    def close(self) -> None:
+        """Ends the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def _seconds(self, name: str, length: int, mode: str, calls: int) -> float:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        time.sleep(SETTLE)
+        print(json.dumps([name, length, mode, calls]), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError("titans-pytorch's process has ended; its error is above")
+        time.sleep(SETTLE)
+        return float(answer)
+
+
+def measure(
+    contenders: dict[str, Contender], arguments: argparse.Namespace, threads: int, done: Callable[[int], None]
+) -> None:
+    """Fills in the seconds of all cells, in turn; a longer text is left out where it would be past the limit.
+
+    Args:
+      done: called after every round with how many there have been.
+    """
+    cells = {
+        (name, (n, mode)): contender
+        for name, contender in contenders.items()
+        for n in (arguments.lengths[:1] if "per token" in name else arguments.lengths)
+        for mode in MODES
+    }
+    with ThreadPoolExecutor(threads) as pool:  # the compiler uses one thread per program
+        prepared = dict(zip(cells, pool.map(lambda key: cells[key].prepare(key[1]), cells), strict=True))
+    ready: dict[tuple[str, Cell], tuple[Callable[[int], float], int]] = {}
+    past: dict[tuple[str, str], int] = {}
+    for (name, cell), contender in cells.items():
+        length, mode = cell
+        call, temporary = prepared[name, cell]
+        if temporary is not None:
+            contender.temporary[cell] = temporary
+        if length > past.get((name, mode), length):
+            continue
+        taken = min(call(1), call(1))
+        ready[name, cell] = call, math.ceil(arguments.least / taken)
+        if taken * arguments.lengths[-1] / length > arguments.limit:
+            past[name, mode] = length
+    for number in range(arguments.rounds):
         for length in arguments.lengths:
-            x = jax.random.normal(jax.random.key(1), (arguments.batch, length, arguments.dim))
-            taken = best_time(partial(function, params, x), arguments.repeats, arguments.limit, clock)
-            times[name][length] = taken
-            if taken * 4 > arguments.limit:
-                break
-    return times
+            for mode in MODES:
+                for name, contender in contenders.items():
+                    if (name, (length, mode)) in ready:
+                        call, calls = ready[name, (length, mode)]
+                        if calls > 1:
+                            call(1)  # brings its data back into the caches
+                        contender.seconds.setdefault((length, mode), []).append(call(calls))
+        done(number + 1)
 
 
-def measure_peer(python: str, arguments: argparse.Namespace) -> Times:
-    """The same of titans-pytorch, in its own environment."""
-    script = Path(__file__).with_name("titans_peer.py")
-    names = ("dim", "batch", "chunk", "repeats", "clock")
-    options = [text for name in names for text in (f"--{name}", str(getattr(arguments, name)))]
-    threads = "1" if arguments.clock == "cpu" else str(len(os.sched_getaffinity(0)))
-    command = [python, str(script), *options, "--threads", threads, "--lengths", *map(str, arguments.lengths)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = json.loads(output.splitlines()[-1])
-    return {name: {int(length): seconds for length, seconds in times.items()} for name, times in found.items()}
+def speed_table(rows: dict[str, Contender], peer: Contender | None, arguments: argparse.Namespace) -> list[str]:
+    """Markdown: tokens per second by length and how many times the peer's, the first row's."""
+    cells = [(n, mode) for mode in MODES for n in arguments.lengths]
+    heads = [f"{'forward' if mode == 'forward' else 'with backward'}, {n}" for n, mode in cells]
+    lines = ["| memory | weights | " + " | ".join(heads) + " |", "|---" + "|---:" * (len(heads) + 1) + "|"]
+    for name, row in rows.items():
+        texts = []
+        for cell in cells:
+            if cell not in row.seconds:
+                texts.append("")
+                continue
+            text = f"{arguments.batch * cell[0] / statistics.median(row.seconds[cell]):,.0f}"
+            if peer is not None and peer is not row and cell in peer.seconds:
+                pairs = zip(peer.seconds[cell], row.seconds[cell], strict=True)
+                text += f" ({statistics.median(theirs / own for theirs, own in pairs):.2f}×)"
+            texts.append(text)
+        lines.append(f"| {name} | {row.state:,} | " + " | ".join(texts) + " |")
+    return lines
 
 
-def table(results: dict[str, Times], arguments: argparse.Namespace) -> str:
-    """Markdown: tokens per second by length, and how the cost grows from the first length to the last."""
-    lengths, batch = arguments.lengths, arguments.batch
-    head = [f"fwd {n}" for n in lengths] + [f"fwd+bwd {n}" for n in lengths]
-    lines = ["| memory | " + " | ".join(head) + " | cost growth |", "|---" + "|---:" * (len(head) + 1) + "|"]
-    for name, times in results.items():
-        cells = []
-        for form in ("forward", "both"):
-            cells += [f"{batch * n / times[form][n]:,.0f}" if n in times[form] else "" for n in lengths]
-        known = [n for n in lengths if n in times["both"]]
-        first, last = known[0], known[-1]
-        growth = times["both"][last] / times["both"][first]
-        cells.append(f"{growth:.1f}× for {last // first}×" if last > first else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+def growth_table(rows: dict[str, Contender], arguments: argparse.Namespace) -> list[str]:
+    """Markdown: megabytes of temporaries by length, and how the seconds of a call with backward grow."""
+    cells = [(n, mode) for mode in MODES for n in arguments.lengths]
+    heads = [f"{'forward' if mode == 'forward' else 'with backward'}, {n}" for n, mode in cells]
+    lines = ["| memory | " + " | ".join(heads) + " | growth of seconds |", "|---" + "|---:" * (len(heads) + 1) + "|"]
+    for name, row in rows.items():
+        texts = [f"{row.temporary[cell] / 1e6:.1f}" if cell in row.temporary else "" for cell in cells]
+        known = [n for n in arguments.lengths if (n, "both") in row.seconds]
+        growth = ""
+        if len(known) > 1:
+            times = statistics.median(row.seconds[known[-1], "both"]) / statistics.median(row.seconds[known[0], "both"])
+            growth = f"{times:.1f}× for {known[-1] / known[0]:.0f}×"
+        lines.append(f"| {name} | " + " | ".join(texts) + f" | {growth} |")
+    return lines
 
 
-def report(results: dict[str, Times], arguments: argparse.Namespace, threads: int) -> str:
+def report(groups: dict[str, dict[str, Contender]], arguments: argparse.Namespace, threads: int, rounds: int) -> str:
     """The run as Markdown."""
     seconds = "processor second of one thread" if arguments.clock == "cpu" else f"second on {threads} threads"
     lines = [
         "# Speed of the memories",
         "",
         f"Tokens per {seconds} of a layer [batch {arguments.batch}, T, {arguments.dim}] by T, {jax.default_backend()}, "
-        f"float32, chunks of {arguments.chunk} (DeltaNets: 1, in blocks of 64), best of {arguments.repeats}.",
-        f"Made by `python benchmarks/memory_speed.py --clock {arguments.clock}`; empty cells were past the time limit.",
+        f"float32, chunks of {arguments.chunk}",
+        "(DeltaNets: their own of 1, in blocks). In brackets, how many times the speed of titans-pytorch in the first row.",
+        f"Medians of {rounds} interleaved rounds, without compiling. `weights` are the numbers in one memory's",
+        "matrices. Empty cells were past the time limit. Made by",
+        "`python benchmarks/memory_speed.py --titans-python data/titans/bin/python"
+        f"{' --clock cpu' if arguments.clock == 'cpu' else ''} --output docs/memory_speed.md"
+        f"{' --presets ' + ' '.join(map(repr, arguments.presets)) if arguments.presets else ''}`.",
         "",
-        table(results, arguments),
+    ]
+    for peer, rows in groups.items():
+        lines += [f"## Beside {peer}", "", *speed_table(rows, rows.get(peer), arguments), ""]
+    own = {name: row for peer, rows in groups.items() for name, row in rows.items() if name != peer}
+    lines += [
+        "## Length",
+        "",
+        "Megabytes of temporaries of the compiled program (XLA's `memory_analysis`), by length, and how seconds with",
+        "backward grow from the shortest to the longest text.",
+        "",
+        *growth_table(own, arguments),
         "",
     ]
     return "\n".join(lines)
@@ -138,28 +273,40 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=64)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 1024, 4096])
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--limit", type=float, default=20.0, help="seconds that may go into one cell")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[256, 2048])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--least", type=float, default=0.05, help="seconds of calls that make one measurement")
+    parser.add_argument(
+        "--limit", type=float, default=8.0, help="seconds that one call may take, but for the shortest text"
+    )
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    parser.add_argument("--presets", nargs="*", help="only these")
+    parser.add_argument("--presets", nargs="*", help="only these rows, and the peers they are compared with")
     parser.add_argument("--titans-python", help="Python of an environment with titans-pytorch; left out: not compared")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     threads = len(os.sched_getaffinity(0))
     if arguments.clock == "cpu":
+        threads = 1
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 
-    results: dict[str, Times] = {}
-    if arguments.titans_python:
-        results[PEER] = measure_peer(arguments.titans_python, arguments)
-    for name, rule in contenders(arguments.dim, arguments.chunk).items():
-        if arguments.presets is None or name in arguments.presets:
-            results[name] = measure(rule, arguments)
-            print(table({name: results[name]}, arguments).splitlines()[-1], flush=True)
-            if arguments.output:
-                arguments.output.write_text(report(results, arguments, threads), "utf-8")
-    print(report(results, arguments, threads))
+    peer = Peer(arguments, threads) if arguments.titans_python else None
+    groups: dict[str, dict[str, Contender]] = {}
+    for name, candidates in rules(arguments.dim, arguments.chunk).items():
+        wanted = {n: r for n, r in candidates.items() if arguments.presets is None or n in arguments.presets}
+        first = {name: peer.contender(name, arguments.dim)} if peer and wanted else {}
+        if wanted:
+            groups[name] = first | {n: ours(rule, arguments) for n, rule in wanted.items()}
+
+    def done(rounds: int) -> None:
+        text = report(groups, arguments, threads, rounds)
+        if arguments.output:
+            arguments.output.write_text(text, "utf-8")
+        if rounds == arguments.rounds:
+            print(text)
+
+    measure({name: row for rows in groups.values() for name, row in rows.items()}, arguments, threads, done)
+    if peer:
+        peer.close()
 
 
 if __name__ == "__main__":

@@ -16,12 +16,14 @@ from atlas_jax.engine import step, whole
 from atlas_jax.engine.settings import MemoryWrite, memory_settings, write_settings
 from atlas_jax.engine.state import DRAFTS, Drawing, Sequences, init_drawing, init_sequences
 from atlas_jax.engine.step import Packed, StepConfig, Weights
+from atlas_jax.kernels import native
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.lookup import NONE
 from atlas_jax.kernels.sampling import SamplingState, allowed_words
 from atlas_jax.memory.recall import MemorySettings
 from atlas_jax.model.context import page_turn, turn_page
 from atlas_jax.model.stages import Trunk
+from atlas_jax.model.transformer import SINKS
 from atlas_jax.model.window import Turn, WindowPlan, bucket
 from atlas_jax.placement import ONE_DEVICE, Placement
 from atlas_jax.program import Program, shape, shapes
@@ -269,6 +271,11 @@ class Runner:
         """The most tokens a row can gain in one decode step."""
         return self.buckets.width(self.rows)
 
+    @property
+    def at_once(self) -> bool:
+        """Whether the next decode step is one program."""
+        return self._whole[self.width > 1].ready(_step_key(self.sequences, self.width))
+
     def all_allowed(self) -> np.ndarray:
         """A bit for every row and token, all set: int32 [rows, words]."""
         return np.full((self.rows, allowed_words(self.config.model.vocab)), -1, np.int32)
@@ -285,9 +292,8 @@ class Runner:
             self._all_allowed[rows] = jax.device_put(self._placement.rows(self.all_allowed()))
         may = self._all_allowed[rows] if allowed is None else allowed
         key = _step_key(self.sequences, width)
-        at_once = self._whole[width > 1]
-        if at_once.ready(key):
-            self.sequences, self.drawing, packed = at_once(
+        if self.at_once:
+            self.sequences, self.drawing, packed = self._whole[width > 1](
                 key, self._weights, self.sequences, self.drawing, wanted, may
             )
         else:
@@ -348,7 +354,10 @@ class Runner:
 
     def compile_whole(self, rows: int, pages: int) -> None:
         """Compiles the decode step of a small batch as one program, if it is several."""
-        if rows > self.buckets.whole or self._trunk.programs == 1:
+        head_dim = self.config.model.head_dim
+        # XLA's own attention is fused otherwise in one program than in several, and rounds differently
+        same = native.takes_attention(self.buckets.width(rows), PAGE, head_dim, SINKS)
+        if rows > self.buckets.whole or self._trunk.programs == 1 or not same:
             return
         batch = self._batch_shapes(rows, pages)
         drawing = jax.eval_shape(functools.partial(init_drawing, self.config.model, rows))

@@ -64,16 +64,39 @@ def window_band(age: Float[Array, "b c"], stored: Float[Array, " m"], valid: Flo
     return skewed * stored[None, :] * valid[:, None]
 
 
+@jax.custom_jvp
 def decay_products(gate: Float[Array, "b h"]) -> Float[Array, "b b h"]:
     """L[t, n] = Π_{n < τ ≤ t} gate_τ for n ≤ t, else 0.
 
-    A running product per column, not a ratio of running products: exact for gates of zero, and for products that
-    underflow.
+    Halves are joined to wholes: the products across two neighbouring blocks are an outer product of what either has.
+    No ratio of running products: exact for gates of zero, and for products that underflow.
     """
-    row = jnp.arange(gate.shape[0])
-    below = (row[:, None] > row[None, :])[..., None]
-    running = jnp.cumprod(jnp.where(below, gate[:, None, :], 1.0), axis=0)
-    return jnp.where((row[:, None] >= row[None, :])[..., None], running, 0.0)
+    length, channels = gate.shape
+    size = 1 << (length - 1).bit_length()
+    gate = jnp.concatenate([gate, jnp.ones((size - length, channels), gate.dtype)])
+    products = jnp.ones((size, 1, 1, channels), gate.dtype)  # [blocks, t, n, h]
+    while (half := products.shape[1]) < size:
+        first, second = jnp.moveaxis(products.reshape(-1, 2, half, half, channels), 1, 0)
+        entered = gate.reshape(-1, 2, half, channels)[:, 1, :1]
+        across = (second[:, :, 0] * entered)[:, :, None] * first[:, -1:]
+        top = jnp.concatenate([first, jnp.zeros_like(across)], axis=2)
+        products = jnp.concatenate([top, jnp.concatenate([across, second], axis=2)], axis=1)
+    return products[0, :length, :length]
+
+
+@decay_products.defjvp
+def _decay_products_jvp(
+    primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[Float[Array, "b b h"], Float[Array, "b b h"]]:
+    """∂L[t, n]/∂gate_s = L[t, s]·L[s − 1, n]: one product of matrices, and no gate is divided by."""
+    products = decay_products(*primals)
+    before = jnp.concatenate([jnp.zeros_like(products[:1]), products[:-1]])
+    return products, _chain(products * tangents[0][None], before)
+
+
+def kept_from_start(gate: Float[Array, "b h"], products: Float[Array, "b b h"]) -> Float[Array, "b h"]:
+    """Π_{τ ≤ t} gate_τ, from `decay_products` of the same gate."""
+    return gate[:1] * products[:, 0]
 
 
 def chunk_coefficients(
@@ -95,10 +118,11 @@ def chunk_coefficients(
     momentum_tokens = inner[:, None, :] * band[:, :, None]
     momentum_left = jnp.zeros_like(alpha[:, :1])
     if theta is not None:
-        momentum_tokens = _chain(decay_products(theta), momentum_tokens)
-        momentum_left = jnp.cumprod(theta, axis=0)
+        products = decay_products(theta)
+        momentum_tokens = _chain(products, momentum_tokens)
+        momentum_left = kept_from_start(theta, products)
     return Coefficients(
-        weights=jnp.cumprod(alpha, axis=0),
+        weights=kept_from_start(alpha, decay),
         momentum=_chain(decay, (outer * momentum_left)[:, None, :])[:, 0],
         tokens=_chain(decay, outer[:, None, :] * momentum_tokens),
         momentum_left=momentum_left,
@@ -174,8 +198,9 @@ def accumulate(
     axis: ChannelAxis = "row",
 ) -> Float[Array, "b o i"]:
     """W_t = α_t W_{t−1} − outer_t·updates_t for every token of the chunk, as one gated running sum (equation 41)."""
-    kept = scale(weight, jnp.cumprod(alpha, axis=0), axis)
-    mixing = decay_products(alpha) * outer[None, :, :]
+    products = decay_products(alpha)
+    kept = scale(weight, kept_from_start(alpha, products), axis)
+    mixing = products * outer[None, :, :]
     if mixing.shape[-1] == 1:
         return kept - jnp.einsum("tn,noi->toi", mixing[..., 0], updates)
     return kept - jnp.einsum("tno,noi->toi" if axis == "row" else "tni,noi->toi", mixing, updates)

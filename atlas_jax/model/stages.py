@@ -126,15 +126,21 @@ def trunk(
     states: list[jax.Array] = []
     cache: list[Any] = []
     for stage in _stages(config.layers):
-        # without these, what is fused across the edges of stages rounds differently from `Trunk`
-        x, view = jax.lax.optimization_barrier((x, view))
+        x, view = _edge(jnp.all(count >= 0), (x, view))
         part = slice(stage.first, stage.last)
         outputs, kv = run_layers(config, config.layers[part], params.layers[part], context.kv[part], x, view)
         states += outputs
         cache += kv
         x = outputs[-1]
-    states[-1] = jax.lax.optimization_barrier(states[-1])
     return dataclasses.replace(context, kv=tuple(cache), position=position), view, tuple(states)
+
+
+def _edge(always: jax.Array, tree: Any) -> Any:
+    """The tree, as an edge between programs leaves it: nothing is fused across, where it would round differently.
+
+    XLA removes barriers before it fuses, but nothing from around a conditional whose outcome it cannot know.
+    """
+    return jax.lax.cond(always, lambda tree: tree, lambda tree: jax.tree.map(jnp.zeros_like, tree), tree)
 
 
 def bare(context: Context) -> Context:

@@ -14,8 +14,8 @@ from atlas_jax.memory.rules._state import MemoryState
 
 Carry = TypeVar("Carry")
 
-_ONE_LEVEL = 16
-"""Steps up to which keeping every carry is cheaper than computing a segment twice."""
+_ONE_LEVEL = 80
+"""Steps up to which every carry is kept: then each step is computed once more in the backward pass, past it twice."""
 
 
 def checkpointed_scan(

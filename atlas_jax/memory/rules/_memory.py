@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.kernels.omega import ChannelAxis
+from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.memory.rules._params import Params, Weights, apply_features, unit_keys
 from atlas_jax.memory.rules._rule import MemoryRule
 from atlas_jax.typing import Array, Float
@@ -121,9 +122,9 @@ def _clip_left(left: jax.Array, right: jax.Array, bound: float) -> jax.Array:
 
 
 def _polar(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    peak = row_max(jnp.abs(jax.lax.stop_gradient(x)))[..., None]
     peak = jnp.where(peak > 0, peak, 1.0)
     scaled = x / peak
-    square = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
+    square = row_sum(scaled * scaled)[..., None]
     root = jnp.sqrt(jnp.where(square > 0, square, 1.0))
     return scaled / root, jnp.where(square > 0, root * peak, 0.0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.kernels import feature_maps
+from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.memory.rules._rule import MemoryRule
 from atlas_jax.typing import Array, Float
 
@@ -74,9 +75,9 @@ def unit_keys(rule: MemoryRule, x: Float[Array, "*rows d_k"]) -> Float[Array, "*
     if not rule.normalize:
         return x
     # scaled by the largest entry first, so that no square leaves the range; the result does not depend on that scale
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    peak = row_max(jnp.abs(jax.lax.stop_gradient(x)))[..., None]
     x = x / jnp.where(peak > 0, peak, 1.0)
-    return x * jax.lax.rsqrt(jnp.where(peak > 0, jnp.sum(x * x, axis=-1, keepdims=True), 1.0))
+    return x * jax.lax.rsqrt(jnp.where(peak > 0, row_sum(x * x)[..., None], 1.0))
 
 
 def apply_features(rule: MemoryRule, params: Params, x: Float[Array, "*rows d_k"]) -> Float[Array, "*rows D"]:

@@ -1,0 +1,63 @@
+"""A decode step as one program, against the same step in stages: no bit differs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from atlas_jax.config import PAGE
+from atlas_jax.engine.api import MemoryParams, SamplingParams
+from atlas_jax.engine.runner import Buckets, Runner
+from atlas_jax.engine.settings import memory_settings, recent_text, sampling_state
+from atlas_jax.engine.state import DRAFTS
+from atlas_jax.engine.step import StepConfig, Weights
+from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels import native
+from atlas_jax.memory import store
+from atlas_jax.model import stages
+from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.window import WindowPlan
+
+SHAPE = tiny_model.Shape(layers=3, embed=64, heads=2, kv_heads=1, head_dim=64, ff=128, nibbles=True)
+STEPS = 6
+
+
+@pytest.mark.skipif(not native.takes_attention(1, PAGE, SHAPE.head_dim, 4), reason="no native kernels")
+@pytest.mark.parametrize("drafting", [0, 1])
+def test_one_program_computes_what_the_stages_do(
+    drafting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "_PREFERRED", (1,))
+    model = tiny_model.write_model(tmp_path / "model.gguf", SHAPE)
+    adapter = tiny_model.write_adapter(tmp_path / "adapter.safetensors", model)
+    with GGUFFile.open(model) as file:
+        config, params = model_config(file), load_params(file, model_config(file))
+        memory, found = store.decode(adapter.read_bytes(), file.fingerprint(), config, max_window=2 * PAGE)
+    weights = Weights(params, found, jnp.arange(1, config.vocab + 1) % config.vocab)
+    runner = Runner(StepConfig(config, memory), weights, "int8", Buckets(rows=(1,), pages=(4,), drafting=drafting))
+    row = runner.turn(runner.new_row(4), WindowPlan(None).turn(0), None)
+    text = [3, 4, 5, 6] * 8
+    row = runner.read(row, memory_settings(MemoryParams(), 1, 1), text)
+    sampling = sampling_state(SamplingParams(temperature=0.8), config.vocab, 7, [])
+    settings = memory_settings(MemoryParams(), 1, 1)
+    runner.insert(0, row, 3, recent_text(text, len(text)), sampling, settings, with_memory=True)
+
+    def steps() -> list[np.ndarray]:
+        return [
+            np.asarray(leaf)
+            for _ in range(STEPS)
+            for leaf in jax.tree.leaves(runner.decode(np.full(1, 1 + DRAFTS, np.int32)))
+        ] + [np.asarray(leaf) for leaf in jax.tree.leaves((runner.sequences, runner.drawing))]
+
+    begun = jax.tree.map(jnp.copy, (runner.sequences, runner.drawing))
+    in_stages = steps()
+    runner.sequences, runner.drawing = begun
+    runner.compile_whole(1, 4)
+    assert runner.at_once
+    for one, other in zip(steps(), in_stages, strict=True):
+        np.testing.assert_array_equal(one, other)
