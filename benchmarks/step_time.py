@@ -1,11 +1,11 @@
 """Where a decode step's time goes, against what reading its weights from memory must take.
 
-    python benchmarks/step_time.py MODEL.gguf [--steps 1x1 1x4 16x1] [--output docs/step_time.md]
+    python benchmarks/step_time.py MODEL.gguf [--steps 1x1 1x6 16x1] [--output docs/step_time.md]
 
 A step is ROWSxTOKENS. Parts are timed on their own, programs of the same functions the engine compiles: the products of
-all layers, their attention, all layers whole, the head's product, the choice of a token. What the layers take beyond their
-products and attention is norms, rotations, cache writes and XLA's gaps. "Engine" is a whole step of the running engine, so
-it has the host's work too, which shares the cores. Times are medians of `--repeats` in milliseconds.
+all layers, their attention, all layers in groups, the head's product, the choice of a token. What the layers take beyond
+their products and attention is norms, rotations, cache writes and the gaps between programs. "Engine" is a whole step of
+the running engine, which for one row is one program without the gaps, and has the host's work beside it. Times are medians of `--repeats` in milliseconds.
 
 Memory bandwidth is what all cores together reach in reading large float32 arrays for their largest number.
 """
@@ -146,7 +146,7 @@ def engine_step(engine: Engine, rows: int, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--steps", nargs="+", default=["1x1", "1x4", "16x1"])
+    parser.add_argument("--steps", nargs="+", default=["1x1", "1x6", "16x1"])
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
