@@ -16,6 +16,7 @@ import math
 import os
 import statistics
 import subprocess
+import textwrap
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,12 @@ import jax.numpy as jnp
 from atlas_jax.memory.rules import PRESETS, Features, MemoryRule, chunked, init_params, init_state, make_tokens
 
 MODES = ("forward", "both")
+_REASONS = (
+    "Two are not ahead everywhere, for what they compute: `mesa` factors and solves one 64 × 64 system per token and",
+    "head, in LAPACK (a Cholesky factorisation written in XLA was no faster), and `omeganet` projects 2 145 monomials of",
+    "every key to 256 features, about 2.2 Mflop a token, and has 2.5 times the weights; with plain keys it is ahead. The",
+    "`atlas` presets with monomials of their own take minutes a call and are not here.",
+)
 SETTLE = 0.1
 """Seconds between the two sides: a thread pool spins for a while when its work is done."""
 
@@ -247,9 +254,14 @@ def report(groups: dict[str, dict[str, Contender]], arguments: argparse.Namespac
         "(DeltaNets: their own of 1, in blocks). In brackets, how many times the speed of titans-pytorch in the first row.",
         f"Medians of {rounds} interleaved rounds, without compiling. `weights` are the numbers in one memory's",
         "matrices. Empty cells were past the time limit. Made by",
-        "`python benchmarks/memory_speed.py --titans-python data/titans/bin/python"
-        f"{' --clock cpu' if arguments.clock == 'cpu' else ''} --output docs/memory_speed.md"
-        f"{' --presets ' + ' '.join(map(repr, arguments.presets)) if arguments.presets else ''}`.",
+        textwrap.fill(
+            "`python benchmarks/memory_speed.py --titans-python data/titans/bin/python"
+            f"{' --clock cpu' if arguments.clock == 'cpu' else ''} --output docs/memory_speed.md"
+            f"{' --presets ' + ' '.join(map(repr, arguments.presets)) if arguments.presets else ''}`.",
+            120,
+        ),
+        "",
+        *_REASONS,
         "",
     ]
     for peer, rows in groups.items():

@@ -5,7 +5,8 @@
 A step is ROWSxTOKENS. Parts are timed on their own, programs of the same functions the engine compiles: the products of
 all layers, their attention, all layers in groups, the head's product, the choice of a token. What the layers take beyond
 their products and attention is norms, rotations, cache writes and the gaps between programs. "Engine" is a whole step of
-the running engine, which for one row is one program without the gaps, and has the host's work beside it. Times are medians of `--repeats` in milliseconds.
+the running engine, which for one row is one program without the gaps, and has the host's work beside it. Times are
+medians of `--repeats` in milliseconds.
 
 Memory bandwidth is what all cores together reach in reading large float32 arrays for their largest number.
 """
