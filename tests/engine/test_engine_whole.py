@@ -33,6 +33,7 @@ def test_one_program_computes_what_the_stages_do(
     drafting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stages, "_PREFERRED", (1,))
+    monkeypatch.setattr(native, "_wanted", True)  # an engine without kernels may have been opened before
     model = tiny_model.write_model(tmp_path / "model.gguf", SHAPE)
     adapter = tiny_model.write_adapter(tmp_path / "adapter.safetensors", model)
     with GGUFFile.open(model) as file:
