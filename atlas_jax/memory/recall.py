@@ -33,6 +33,8 @@ from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 EXACT, GRADIENT, MUON = 0, 1, 2
 """Inner optimisers of a write."""
 
+_MAX_LOSS = 100.0
+"""Mean squared error that no write may leave; codes are unit vectors, so that of an empty memory is one."""
 _MIN_SCORE = -2.0
 RECENT = 2 * TRAIL_LENGTH
 """States kept for trails: as many as one needs, and room to set a row back by a few tokens."""
@@ -236,7 +238,8 @@ def write(
       row: which session of the batch.
 
     Returns:
-      The state with that row's weights, momentum, seen tokens and loss replaced; everything else untouched.
+      The state with that row's weights, momentum, seen tokens and loss replaced; everything else untouched. A step that
+      diverges, as one of a learning rate too large for the text can, is not taken: the weights stay and momentum starts anew.
     """
     width = config.max_omega_window
     offset = jnp.arange(width) - width
@@ -254,12 +257,14 @@ def write(
 
     solvers = (_exact, _descend, _muon)
     branches = [lambda *args, solve=solve: solve(config, settings.step, *args) for solve in solvers]
-    weights, momentum, left = jax.lax.switch(
+    stepped, momentum, left = jax.lax.switch(
         settings.optimizer, branches, weights, momentum, features, gram, gamma, residual
     )
-    count = jnp.maximum(gamma.sum(), 1.0)
+    loss = jnp.sum(left * left) / jnp.maximum(gamma.sum(), 1.0)
+    taken = (loss <= _MAX_LOSS) & jnp.all(jnp.isfinite(stepped)) & jnp.all(jnp.isfinite(momentum))
+    weights, momentum = jnp.where(taken, stepped, weights), jnp.where(taken, momentum, 0.0)
     values, scale = quantize_rows(weights.T)
-    written = jnp.where(gamma > 0, token, state.seen.shape[1])
+    written = jnp.where((gamma > 0) & taken, token, state.seen.shape[1])
     return dataclasses.replace(
         state,
         weights=state.weights.at[row].set(weights),
@@ -267,7 +272,7 @@ def write(
         read_values=state.read_values.at[row].set(values),
         read_scale=state.read_scale.at[row].set(scale[:, 0]),
         seen=state.seen.at[row, written].set(1, mode="drop"),
-        loss=state.loss.at[row].set(jnp.sum(left * left) / count),
+        loss=state.loss.at[row].set(jnp.where(taken, loss, state.loss[row])),
         updates=state.updates.at[row].add(1),
     )
 

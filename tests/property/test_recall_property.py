@@ -174,6 +174,27 @@ def test_gradient_and_muon_writes_descend(seed: int, degree: int, window: int, o
         assert abs(float(state.loss[0]) - after) < 0.02 + 0.1 * after
 
 
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(seeds, degrees, st.sampled_from([GRADIENT, MUON]), st.sampled_from([30.0, 1e4, 1e20, 1e38]), st.booleans())
+def test_a_step_that_diverges_is_not_taken(seed: int, degree: int, optimizer: int, step: float, same: bool) -> None:
+    """Weights, momentum and loss stay what a snapshot may hold, whatever the learning rate."""
+    random = np.random.default_rng(seed)
+    keys, tokens = unit_keys(random, 6 * PAGE), random.integers(0, VOCAB, 6 * PAGE)
+    if same:
+        keys[:] = keys[0]
+    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys[: 2 * PAGE], tokens[: 2 * PAGE])
+    state = compiled()["write"](adapter(), state, np.int32(0), writing(PAGE, PAGE, EXACT, degree))
+    for _ in range(5):
+        before = np.asarray(state.weights[0])
+        state = compiled()["write"](adapter(), state, np.int32(0), writing(2 * PAGE, PAGE, optimizer, degree, step))
+        after = np.asarray(state.weights[0])
+        for leaf in (after, state.momentum[0], state.loss[0], state.read_scale[0]):
+            assert np.isfinite(leaf).all()
+        assert float(state.loss[0]) <= 100.0
+        if step > 1e10:
+            assert np.array_equal(before, after)
+
+
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seeds, st.integers(1, 3), windows, optimizers)
 def test_a_memory_speaks_only_of_tokens_it_was_given(seed: int, pages: int, window: int, optimizer: int) -> None:
