@@ -48,13 +48,11 @@ class Buckets:
       rows: sizes of the decode batch.
       pages: sizes of a row's ring of pages.
       drafting: rows of the largest batch whose decode step also feeds every row its drafts.
-      whole: rows of the largest batch whose decode step becomes one program.
     """
 
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     pages: tuple[int, ...] = (4, 8, 16, 32, 64)
     drafting: int = DRAFTING
-    whole: int = WHOLE
 
     def width(self, rows: int) -> int:
         """Tokens per row of a decode step. It depends on nothing else: steps of different shapes round differently."""
@@ -78,7 +76,6 @@ class Runner:
         self._placement = placement
         self._program = functools.partial(Program, placement=placement)
         self._weights = weights
-        self._params = weights.params
         self._ends = dataclasses.replace(weights, params=dataclasses.replace(weights.params, layers=()))
         self._make = functools.partial(init_sequences, config.model, config.memory, dtype=kv_dtype)
         self._trunk = Trunk(config.model, placement)
@@ -173,7 +170,9 @@ class Runner:
     def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Sequences:
         """Reads tokens of the current page."""
         padded, count = self._pad(tokens)
-        context, view, states = self._trunk(_step_key(row, padded.shape[1]), self._params, row.context, padded, count)
+        context, view, states = self._trunk(
+            _step_key(row, padded.shape[1]), self._weights.params, row.context, padded, count
+        )
         memory, ring = row.memory, view.ring
         if memory is not None:
             rest = (self._taps(states), padded, ring.positions, ring.valid)
@@ -192,7 +191,9 @@ class Runner:
         """Reads tokens of the current page and scores the token that follows each."""
         padded, count = self._pad(tokens)
         successors, _ = self._pad(following)
-        context, view, states = self._trunk(_step_key(row, padded.shape[1]), self._params, row.context, padded, count)
+        context, view, states = self._trunk(
+            _step_key(row, padded.shape[1]), self._weights.params, row.context, padded, count
+        )
         rest = (states[-1], self._taps(states), padded, view.ring.positions, view.ring.valid, successors)
         memory, packed = self._finish_score(
             padded.shape, self._ends, row.memory, settings, *rest, np.bool_(alternatives)
@@ -298,7 +299,7 @@ class Runner:
             )
         else:
             feed = self.drawing.token if width == 1 else (self.drawing.token, self.drawing.drafts)
-            context, view, states = self._trunk(key, self._params, self.sequences.context, feed, wanted)
+            context, view, states = self._trunk(key, self._weights.params, self.sequences.context, feed, wanted)
             rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid)
             memory, self.drawing, position, packed = self._finish_decode(
                 rows, self._ends, self.sequences.memory, self.drawing, may, *rest
@@ -322,7 +323,7 @@ class Runner:
         row, tokens, count = self.row_shapes(pages), _integers(1, length), _integers(1)
         self._maker(1, pages).compile(())
         self._turn_page.compile((1, pages), row.context, shapes(page_turn(0, WindowPlan(None).turn(0))))
-        view, states = self._trunk.compile((1, pages, length), self._params, row.context, tokens, count)
+        view, states = self._trunk.compile((1, pages, length), self._weights.params, row.context, tokens, count)
         if row.memory is not None:
             rest = (self._taps(states), tokens, view.ring.positions, view.ring.valid)
             self._finish_read.compile((1, length), self._ends.adapter, row.memory, self._one_setting(), *rest)
@@ -347,7 +348,7 @@ class Runner:
         width = self.buckets.width(rows)
         key, count = (rows, pages, width), _integers(rows)
         feed = drawing.token if width == 1 else (drawing.token, drawing.drafts)
-        view, states = self._trunk.compile(key, self._params, batch.context, feed, count)
+        view, states = self._trunk.compile(key, self._weights.params, batch.context, feed, count)
         rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid)
         allowed = _integers(rows, allowed_words(self.config.model.vocab))
         self._finish_decode.compile(rows, self._ends, batch.memory, drawing, allowed, *rest)
@@ -357,7 +358,7 @@ class Runner:
         head_dim = self.config.model.head_dim
         # XLA's own attention is fused otherwise in one program than in several, and rounds differently
         same = native.takes_attention(self.buckets.width(rows), PAGE, head_dim, SINKS)
-        if rows > self.buckets.whole or self._trunk.programs == 1 or not same:
+        if rows > WHOLE or self._trunk.programs == 1 or not same:
             return
         batch = self._batch_shapes(rows, pages)
         drawing = jax.eval_shape(functools.partial(init_drawing, self.config.model, rows))

@@ -18,26 +18,20 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from atlas_jax import _tensors
 from atlas_jax.engine.api import SnapshotInvalid, StorageFull
 
 MAGIC = b"ATLASNAP"
 VERSION = 1
 _PREFIX = struct.Struct("<8sI32s")
 _MAX_NORM = 1e8
-_HEADER_KEY = "atlas"
 
 
 def encode(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
     """Serialises one session."""
-    payload = safetensors.numpy.save(
-        {name: np.ascontiguousarray(array) for name, array in arrays.items()},
-        metadata={_HEADER_KEY: msgspec.json.encode(header).decode()},
-    )
+    payload = _tensors.encode(header, arrays)
     return _PREFIX.pack(MAGIC, VERSION, hashlib.sha256(payload).digest()) + payload
 
 
@@ -58,21 +52,9 @@ def decode(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if hashlib.sha256(payload).digest() != digest:
         raise SnapshotInvalid("snapshot is damaged: its checksum does not match")
     try:
-        arrays = safetensors.numpy.load(payload)
-        header = msgspec.json.decode(_metadata(payload)[_HEADER_KEY])
-    except (safetensors.SafetensorError, msgspec.DecodeError, KeyError, ValueError, TypeError, RecursionError) as error:
+        return _tensors.decode(payload, dict[str, Any])
+    except _tensors.DamagedFile as error:
         raise SnapshotInvalid("snapshot is damaged: its contents cannot be read") from error
-    if not isinstance(header, dict):
-        raise SnapshotInvalid("snapshot is damaged: its header is not an object")
-    return header, arrays
-
-
-def _metadata(payload: bytes) -> dict[str, str]:
-    (length,) = struct.unpack_from("<Q", payload)
-    metadata = msgspec.json.decode(payload[8 : 8 + length])["__metadata__"]
-    if not isinstance(metadata, dict):
-        raise ValueError("no metadata")
-    return metadata
 
 
 def check_array(name: str, array: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from atlas_jax import _tensors
 from atlas_jax.kernels.lookup import NONE
 from atlas_jax.typing import Int32
 
-_KEY = "atlas"
 _VERSION = 1
 
 
@@ -45,8 +43,7 @@ def most_frequent(pairs: Int32[np.ndarray, "pairs 2"], vocab: int) -> Int32[np.n
 def encode(fingerprint: str, table: Int32[np.ndarray, V]) -> bytes:
     """Serialises a table; tokens without a successor are left out."""
     tokens = np.flatnonzero(table != NONE).astype(np.int32)
-    header = msgspec.json.encode(_Header(_VERSION, fingerprint)).decode()
-    return safetensors.numpy.save({"token": tokens, "successor": table[tokens]}, metadata={_KEY: header})
+    return _tensors.encode(_Header(_VERSION, fingerprint), {"token": tokens, "successor": table[tokens]})
 
 
 def decode(data: bytes, fingerprint: str, vocab: int) -> Int32[np.ndarray, V]:
@@ -56,11 +53,8 @@ def decode(data: bytes, fingerprint: str, vocab: int) -> Int32[np.ndarray, V]:
       TableError: it is damaged or made for another model.
     """
     try:
-        arrays = safetensors.numpy.load(data)
-        length = int.from_bytes(data[:8], "little")
-        metadata = msgspec.json.decode(data[8 : 8 + length])["__metadata__"]
-        header = msgspec.json.decode(metadata[_KEY], type=_Header)
-    except (safetensors.SafetensorError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+        header, arrays = _tensors.decode(data, _Header)
+    except _tensors.DamagedFile as error:
         raise TableError("successor table is damaged") from error
     if header.version != _VERSION:
         raise TableError(f"successor table version {header.version} is not supported")

@@ -9,9 +9,6 @@ import numpy.typing as npt
 from gguf import quants
 from gguf.constants import GGMLQuantizationType
 
-BLOCK = 32
-"""Weights that share a step and a base."""
-
 
 @dataclass(frozen=True)
 class Nibbles:

@@ -1,6 +1,6 @@
 """Drafts: what followed the last place where the latest tokens occurred before, else what usually follows the latest.
 
-Answers repeat names, code and phrases of what was read, and a decode step over four tokens of a row costs much less than
+Answers repeat names, code and phrases of what was read, and a decode step over several tokens of a row costs much less than
 four steps, for its weights are read once. The sampler checks every draft against its own draw; a wrong one changes nothing.
 """
 

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
-import safetensors
-import safetensors.numpy
 
+from atlas_jax import _tensors
 from atlas_jax.config import ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.memory.adapter import GATE_FEATURES, Adapter, make_adapter
 
-_KEY = "atlas"
 _VERSION = 2
 
 
@@ -42,7 +40,7 @@ def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
         "exponent": exponent,
         "gate": np.asarray(adapter.gate, np.float32),
     }
-    return safetensors.numpy.save(arrays, metadata={_KEY: msgspec.json.encode(header).decode()})
+    return _tensors.encode(header, arrays)
 
 
 def decode(data: bytes, fingerprint: str, model: ModelConfig, *, max_window: int) -> tuple[MemoryConfig, Adapter]:
@@ -52,11 +50,8 @@ def decode(data: bytes, fingerprint: str, model: ModelConfig, *, max_window: int
       AdapterError: it is damaged or made for another model.
     """
     try:
-        arrays = safetensors.numpy.load(data)
-        length = int.from_bytes(data[:8], "little")
-        metadata = msgspec.json.decode(data[8 : 8 + length])["__metadata__"]
-        header = msgspec.json.decode(metadata[_KEY], type=_Header)
-    except (safetensors.SafetensorError, msgspec.MsgspecError, KeyError, TypeError, ValueError) as error:
+        header, arrays = _tensors.decode(data, _Header)
+    except _tensors.DamagedFile as error:
         raise AdapterError("adapter file is damaged") from error
     if header.version != _VERSION:
         raise AdapterError(f"adapter version {header.version} is not supported")

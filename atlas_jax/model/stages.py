@@ -125,8 +125,10 @@ def trunk(
     x, view, position = _enter(config, params.embed, params.ropes, bare(context), tokens, count)
     states: list[jax.Array] = []
     cache: list[Any] = []
-    for stage in _stages(config.layers):
-        x, view = _edge(jnp.all(count >= 0), (x, view))
+    parts = _stages(config.layers)
+    for stage in parts:
+        if len(parts) > 1:
+            x, view = _edge(jnp.all(count >= 0), (x, view))
         part = slice(stage.first, stage.last)
         outputs, kv = run_layers(config, config.layers[part], params.layers[part], context.kv[part], x, view)
         states += outputs
