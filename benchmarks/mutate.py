@@ -67,6 +67,21 @@ TARGETS = {
 }
 # mutants that compute the same, or another error message: (file, before, after) and why
 EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("omega.py", "1 << (length - 1).bit_length()", "2 << (length - 1).bit_length()"): "pads with more gates of one",
+    ("omega.py", "length - 1", "length + 1"): "pads with more gates of one",
+    ("omega.py", "(0, :length, :length)", "(1, :length, :length)"): "one block is left: jax clamps the index",
+    ("omega.py", "products.shape[1]", "products.shape[2]"): "the products of a block are square",
+    (
+        "omega.py",
+        "gate.reshape(-1, 2, half, channels)[:, 1, :1]",
+        "gate.reshape(-1, 2, half, channels)[:, 2, :1]",
+    ): "a pair: jax clamps the index",
+    ("_exact.py", "products[..., 0]", "products[..., 1]"): "one gate: jax clamps the index",
+    (
+        "_exact.py",
+        "kept_from_start(alpha, products)[:, 0]",
+        "kept_from_start(alpha, products)[:, 1]",
+    ): "one gate: jax clamps the index",
     ("newton_schulz.py", "matrix.shape[-1]", "matrix.shape[-2]"): "works on the larger side: only slower",
     (
         "newton_schulz.py",

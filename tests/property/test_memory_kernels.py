@@ -216,6 +216,26 @@ def test_decay_products():
     check()
 
 
+def test_decay_products_and_their_slopes():
+    """A product is linear in each gate, so its slope is the product of the others: also where a gate is zero."""
+    slopes = jit(lambda gate, way: jax.jvp(omega.decay_products, (gate,), (way,))[1])
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        rng = np.random.default_rng(seed)
+        gate, way = gates(rng, 5, 2), rng.standard_normal((5, 2))
+        gate[rng.integers(5)] = 0.0
+        wanted = np.zeros((5, 5, 2))
+        for t, n, s in np.ndindex(5, 5, 5):
+            if n < s <= t:
+                others = [tau for tau in range(n + 1, t + 1) if tau != s]
+                wanted[t, n] += way[s] * np.prod(gate[others], axis=0)
+        close(slopes(gate, way), wanted)
+
+    check()
+
+
 # gate channels of α, θ, the inner and the outer step (True: one per row or column), and tokens of the chunk and its tail
 CHANNELS = {
     "one": ((False,) * 4, 5, 2),
