@@ -378,11 +378,11 @@ def _row(layout: Layout, plan: WindowPlan, position: int, page: int, arrays: Map
         momentum=momentum[None],  # type: ignore[arg-type]
         read_values=take("read_values", shape[::-1], "i1")[None],  # type: ignore[arg-type]
         read_scale=take("read_scale", shape[1:], "f4")[None],  # type: ignore[arg-type]
-        recent=take("recent", (RECENT, len(config.layers), config.components), "f4")[None],  # type: ignore[arg-type]
+        recent=take("recent", (RECENT, config.components), "f4")[None],  # type: ignore[arg-type]
         keys=keys,  # type: ignore[arg-type]
         tokens=tokens,  # type: ignore[arg-type]
         seen=seen[None],  # type: ignore[arg-type]
         loss=take("loss", (1,), "f4"),  # type: ignore[arg-type]
-        updates=np.zeros((1,), np.int32),  # type: ignore[arg-type]
+        written=np.asarray([seen.any()]),  # type: ignore[arg-type]
     )
     return Sequences(context, memory)

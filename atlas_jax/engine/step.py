@@ -234,13 +234,7 @@ def _predict(
         return None, scores, jnp.zeros(positions.shape, jnp.float32)
     memory, key = recall.observe(adapter, memory, settings, tapped, tokens, positions, valid)
 
-    def with_memory() -> tuple[jax.Array, jax.Array]:
-        return recall.read(adapter, memory, settings, key, scores, positions)
-
-    def without_memory() -> tuple[jax.Array, jax.Array]:
-        return scores, jnp.zeros(positions.shape, jnp.float32)
-
-    return memory, *jax.lax.cond(jnp.any(settings.read & valid.any(axis=1)), with_memory, without_memory)
+    return memory, *recall.read(adapter, memory, settings, key, scores, positions, valid)
 
 
 def extract(batch: State, row: Int32[Array, ""]) -> State:

@@ -49,23 +49,23 @@ class MemoryState:
       weights: M, transposed.
       momentum: S of the Muon write.
       read_values, read_scale: the weights in 8 bits, [C, M] per row, what reads use.
-      recent: components of the last states of every tapped layer; position p is at p mod its length.
+      recent: components of the last states, those that keys are made of; position p is at p mod its length.
       keys, tokens: ring of the last keys and tokens of the text; position p is at p mod ring.
       seen: 1 for tokens that have been written as values.
       loss: Omega loss after the last write.
-      updates: writes so far.
+      written: whether any token has been seen; without one, reading is of no use.
     """
 
     weights: Float[Array, "B M C"]
     momentum: Float[Array, "B M C"]
     read_values: Int8[Array, "B C M"]
     read_scale: Float[Array, "B C"]
-    recent: Float[Array, "B recent A Z"]
+    recent: Float[Array, "B recent Z"]
     keys: Float[Array, "B ring R"]
     tokens: Int32[Array, "B ring"]
     seen: Int8[Array, "B V"]
     loss: Float[Array, B]
-    updates: Int32[Array, B]
+    written: Bool[Array, B]
 
 
 @jax.tree_util.register_dataclass
@@ -116,12 +116,12 @@ def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
         momentum=jnp.zeros(shape, jnp.float32),
         read_values=jnp.zeros((batch, config.code_dim, config.features), jnp.int8),
         read_scale=jnp.zeros((batch, config.code_dim), jnp.float32),
-        recent=jnp.zeros((batch, RECENT, len(config.layers), config.components), jnp.float32),
+        recent=jnp.zeros((batch, RECENT, config.components), jnp.float32),
         keys=jnp.zeros((batch, config.ring, config.key_size), jnp.float32),
         tokens=jnp.zeros((batch, config.ring), jnp.int32),
         seen=jnp.zeros((batch, vocab), jnp.int8),
         loss=jnp.zeros((batch,), jnp.float32),
-        updates=jnp.zeros((batch,), jnp.int32),
+        written=jnp.zeros((batch,), bool),
     )
 
 
@@ -162,8 +162,8 @@ def keys(
     settings: MemorySettings,
     tapped: tuple[Float[Array, "B T E"], ...],
     positions: Int32[Array, "B T"],
-) -> tuple[Float[Array, "B T R"], Float[Array, "B T A Z"]]:
-    """Keys of a step's tokens, and their states' components, which later tokens' trails need.
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T Z"]]:
+    """Keys of a step's tokens, and the components they are made of, which later tokens' trails need.
 
     A key is two unit vectors: the token's own state in the tapped layers, and its trail: a decaying mean of the states of
     the tokens before, the training-free counterpart of ATLAS's short convolution on keys. The trail tells apart places
@@ -171,22 +171,21 @@ def keys(
     """
     batch, length = positions.shape
     row = jnp.arange(batch)[:, None]
-    z = jnp.stack([linear(adapter.projection[i].T, h - adapter.mean[i]) for i, h in enumerate(tapped)], axis=2)
+    taps = [linear(adapter.projection[i].T, h - adapter.mean[i]) for i, h in enumerate(tapped)]
+    tables = jnp.concatenate([*taps, jnp.zeros((batch, length, 1))], axis=2)
+    z = jnp.take_along_axis(tables, adapter.select[settings.layers, settings.degree][:, None, :], axis=2)
     before = positions[:, :1] - TRAIL_LENGTH + jnp.arange(TRAIL_LENGTH)
-    past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None, None]
+    past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None]
     extended = jnp.concatenate([past, z], axis=1)
     trail = jnp.zeros_like(z)
     for back in range(1, TRAIL_LENGTH + 1):
         start = TRAIL_LENGTH - back
         trail = trail + TRAIL_DECAY ** (back - 1) * extended[:, start : start + length]
-    chosen = adapter.select[settings.layers, settings.degree][:, None, :]
 
-    def half(part: jax.Array) -> jax.Array:
-        flat = jnp.concatenate([part.reshape(batch, length, -1), jnp.zeros((batch, length, 1))], axis=2)
-        picked = jnp.take_along_axis(flat, chosen, axis=2)
-        return picked * jax.lax.rsqrt(jnp.maximum(row_sum(picked * picked), 1e-12))[..., None]
+    def unit(part: jax.Array) -> jax.Array:
+        return part * jax.lax.rsqrt(jnp.maximum(row_sum(part * part), 1e-12))[..., None]
 
-    return jnp.concatenate([half(z), half(trail)], axis=2), z
+    return jnp.concatenate([unit(z), unit(trail)], axis=2), z
 
 
 def kernel(
@@ -210,7 +209,7 @@ def kernel(
 def remember(
     state: MemoryState,
     key: Float[Array, "B T R"],
-    z: Float[Array, "B T A Z"],
+    z: Float[Array, "B T Z"],
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
@@ -273,7 +272,7 @@ def write(
         read_scale=state.read_scale.at[row].set(scale[:, 0]),
         seen=state.seen.at[row, written].set(1, mode="drop"),
         loss=state.loss.at[row].set(jnp.where(taken, loss, state.loss[row])),
-        updates=state.updates.at[row].add(1),
+        written=state.written.at[row].set(state.written[row] | taken),
     )
 
 
@@ -284,24 +283,35 @@ def read(
     key: Float[Array, "B T R"],
     logits: Float[Array, "B T V"],
     positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
-    """What comes after each token with the memory's word: `blend` of the model's logits and the memory's `scores`."""
-    if not native.takes_vocabulary():
-        return blend(adapter, settings, logits, scores(adapter, state, settings, key), positions)
-    found = _scores(adapter, state, settings, key)
-    active = _active(settings, positions)
-    return native.blend(logits, found, state.seen, active, settings.log_odds, adapter.gate)
+    """What comes after each token with the memory's word: `blend` of the model's logits and the memory's `scores`.
+
+    Where the memory takes no part, or nothing has been written yet, the logits come back as they are and the gate is 0.
+    """
+    active = (settings.read & state.written)[:, None] & (positions >= settings.read_from[:, None]) & valid
+    if not native.takes_codes(adapter.codes.shape[1]):
+        mixed: tuple[jax.Array, jax.Array] = jax.lax.cond(
+            jnp.any(active),
+            lambda: blend(adapter, settings.log_odds, logits, scores(adapter, state, settings, key), active),
+            lambda: (logits, jnp.zeros(positions.shape, jnp.float32)),
+        )
+        return mixed
+    found = jax.lax.cond(
+        jnp.any(active),
+        lambda: _read_out(adapter, state, settings, key),
+        lambda: jnp.zeros((*positions.shape, adapter.codes.shape[1]), jnp.float32),
+    )
+    codes = adapter.codes
+    return native.blend(logits, found, codes.values, codes.scale, state.seen, active, settings.log_odds, adapter.gate)
 
 
 def scores(
     adapter: Adapter, state: MemoryState, settings: MemorySettings, key: Float[Array, "B T R"]
 ) -> Float[Array, "B T V"]:
     """s = M φ(k)·code(v) for every token v seen in the session; −2 for the others (a real score is near 0 … 1)."""
-    return jnp.where(state.seen[:, None, :] > 0, _scores(adapter, state, settings, key), _MIN_SCORE)
-
-
-def _scores(adapter: Adapter, state: MemoryState, settings: MemorySettings, key: jax.Array) -> jax.Array:
-    return linear(adapter.codes, _read_out(adapter, state, settings, key))
+    found = linear(adapter.codes, _read_out(adapter, state, settings, key))
+    return jnp.where(state.seen[:, None, :] > 0, found, _MIN_SCORE)
 
 
 def _read_out(adapter: Adapter, state: MemoryState, settings: MemorySettings, key: jax.Array) -> jax.Array:
@@ -314,10 +324,6 @@ def _read_out(adapter: Adapter, state: MemoryState, settings: MemorySettings, ke
     else:
         features = jax.vmap(gather_monomials)(key, *(table[settings.degree] for table in tables))
     return linear_each(QuantArray(state.read_values, state.read_scale), features)
-
-
-def _active(settings: MemorySettings, positions: jax.Array) -> jax.Array:
-    return settings.read[:, None] & (positions >= settings.read_from[:, None])
 
 
 def gate_features(score: Float[Array, "*rows V"], entropy: Float[Array, "*rows"]) -> Float[Array, "*rows features"]:
@@ -337,26 +343,26 @@ def memory_distribution(score: Float[Array, "*rows V"]) -> Float[Array, "*rows V
 
 def blend(
     adapter: Adapter,
-    settings: MemorySettings,
+    log_odds: Float[Array, B],
     logits: Float[Array, "B T V"],
     score: Float[Array, "B T V"],
-    positions: Int32[Array, "B T"],
+    active: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
     """p = (1 − g)·p_model + g·p_mem, as logits, and g.
 
-    The gate's log odds are a linear function of `gate_features`, plus the request's `log_odds`. Where the memory is off,
-    not warmed up or has nothing to say, g is 0 and the logits are returned as they came, bit for bit.
+    The gate's log odds are a linear function of `gate_features`, plus the request's `log_odds`. Where the memory is not
+    active or has nothing to say, g is 0 and the logits are returned as they came, bit for bit.
     """
     peak = row_max(logits)
     shifted = logits - peak[..., None]
     weight = jnp.exp(shifted)
     mass = row_sum(weight)
     entropy = jnp.log(mass) - row_sum(weight * shifted) / mass
-    odds = jnp.einsum("btf,f->bt", gate_features(score, entropy), adapter.gate) + settings.log_odds[:, None]
-    active = _active(settings, positions) & (row_max(score) > 0)
-    g = jnp.where(active, jax.nn.sigmoid(odds), 0.0)
+    odds = jnp.einsum("btf,f->bt", gate_features(score, entropy), adapter.gate) + log_odds[:, None]
+    heard = active & (row_max(score) > 0)
+    g = jnp.where(heard, jax.nn.sigmoid(odds), 0.0)
     mixed = (1.0 - g)[..., None] * (weight / mass[..., None]) + g[..., None] * memory_distribution(score)
-    return jnp.where(active[..., None], jnp.log(jnp.maximum(mixed, 1e-37)), logits), g
+    return jnp.where(heard[..., None], jnp.log(jnp.maximum(mixed, 1e-37)), logits), g
 
 
 def _features(adapter: Adapter, key: jax.Array, degree: jax.Array) -> jax.Array:

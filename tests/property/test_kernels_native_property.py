@@ -177,21 +177,20 @@ def test_the_greedy_choice_is_the_first_of_the_best(seed: int, rows: int, vocab:
 @given(seed=seeds, tokens=st.integers(1, 3), vocab=st.sampled_from([48, 4100, 8200]), silent=st.booleans())
 def test_the_blend_is_its_definition(seed: int, tokens: int, vocab: int, silent: bool) -> None:
     rng = np.random.default_rng(seed)
-    rows = 3
+    rows, size = 3, 128
     logits = rng.normal(size=(rows, tokens, vocab)).astype(np.float32) * 4
-    scores = rng.normal(size=(rows, tokens, vocab)).astype(np.float32) * 0.2
-    scores = -np.abs(scores) if silent else scores
+    codes = QuantArray(jnp.asarray(rng.integers(-127, 128, (vocab, size)).astype(np.int8)), jnp.full(vocab, 1e-3))
+    found = rng.normal(size=(rows, tokens, size)).astype(np.float32) * 0.2 * (0.0 if silent else 1.0)
     seen = (rng.random((rows, vocab)) < 0.1).astype(np.int8)
     seen[0] = 0
     active = rng.random((rows, tokens)) < 0.8
     odds = rng.normal(size=rows).astype(np.float32)
     gate = np.asarray([-1.0, 2.0, 1.0, 0.2], np.float32)
-    mixed, passed = jax.jit(native.blend)(logits, scores, seen, active, odds, gate)
+    args = found, codes.values, codes.scale, seen, active, odds, gate
+    mixed, passed = jax.jit(native.blend)(jnp.asarray(logits), *args)
+    scores = jnp.where(seen[:, None, :] > 0, run(False, linear, codes, jnp.asarray(found)), -2.0)
     adapter = SimpleNamespace(gate=jnp.asarray(gate))
-    how = SimpleNamespace(read=jnp.ones(rows, bool), read_from=jnp.zeros(rows, jnp.int32), log_odds=jnp.asarray(odds))
-    masked = jnp.where(seen[:, None, :] > 0, scores, -2.0)
-    positions = jnp.where(active, 0, -1)  # before `read_from`: not yet
-    wanted, wanted_gate = recall.blend(adapter, how, jnp.asarray(logits), masked, positions)  # type: ignore[arg-type]
+    wanted, wanted_gate = recall.blend(adapter, odds, jnp.asarray(logits), scores, active)  # type: ignore[arg-type]
     np.testing.assert_allclose(passed, wanted_gate, atol=2e-6)
     np.testing.assert_allclose(mixed, wanted, rtol=2e-5, atol=2e-5)
     untouched = np.asarray(passed) == 0

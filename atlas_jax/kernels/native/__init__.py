@@ -33,6 +33,7 @@ __all__ = [
     "linear",
     "monomials",
     "takes_attention",
+    "takes_codes",
     "takes_linear",
     "takes_monomials",
     "takes_packed",
@@ -88,8 +89,13 @@ def takes_monomials(features: int) -> bool:
 
 
 def takes_vocabulary() -> bool:
-    """Whether `greedy`, `draw` and `blend` can be called here."""
+    """Whether `greedy` and `draw` can be called here."""
     return _ready()
+
+
+def takes_codes(size: int) -> bool:
+    """Whether `blend` takes codes of this many components here."""
+    return size % 64 == 0 and _ready()
 
 
 def linear(
@@ -147,16 +153,26 @@ def draw(
 
 def blend(
     logits: Float[Array, "B T V"],
-    scores: Float[Array, "B T V"],
+    found: Float[Array, "B T C"],
+    codes: Int8[Array, "V C"],
+    code_scale: Float[Array, V],
     seen: Int8[Array, "B V"],
     active: Bool[Array, "B T"],
     log_odds: Float[Array, B],
     gate: Float[Array, features],
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
-    """The mixture of model and memory as logits, and the gate; see `memory.recall.blend`."""
-    like = (jax.ShapeDtypeStruct(logits.shape, jnp.float32), jax.ShapeDtypeStruct(active.shape, jnp.float32))
-    mixed, passed = _call("blend", like, logits, scores, seen, active, log_odds, gate)
-    return mixed, passed
+    """The mixture of model and memory as logits, and the gate; see `memory.recall.blend`.
+
+    Args:
+      found: what was read out of the memory; its products with the codes of seen tokens are their scores.
+      active: where the memory takes part; elsewhere the logits come back as they are.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])  # as `linear` made them: XLA copies what is reshaped between two calls
+    whole = jax.ShapeDtypeStruct(flat.shape, jnp.float32)
+    shapes = whole, jax.ShapeDtypeStruct(active.shape, jnp.float32), whole  # the last is room for scores
+    args = flat, found, codes, code_scale, seen, active, log_odds, gate
+    mixed, passed, _ = _call("blend", shapes, *args, in_place={0: 0})
+    return mixed.reshape(logits.shape), passed
 
 
 def attention(
@@ -180,8 +196,10 @@ def attention(
     return out
 
 
-def _call(name: str, shapes: tuple[jax.ShapeDtypeStruct, ...], *args: jax.Array) -> Sequence[jax.Array]:
-    return jax.ffi.ffi_call(f"atlas_{name}_{_VERSION}", shapes)(*args)
+def _call(
+    name: str, shapes: tuple[jax.ShapeDtypeStruct, ...], *args: jax.Array, in_place: dict[int, int] | None = None
+) -> Sequence[jax.Array]:
+    return jax.ffi.ffi_call(f"atlas_{name}_{_VERSION}", shapes, input_output_aliases=in_place)(*args)
 
 
 def _ready() -> bool:

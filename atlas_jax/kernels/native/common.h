@@ -34,6 +34,9 @@ XLA_FFI_Error *failed(const XLA_FFI_CallFrame *frame, const char *message);
 /* XLA first asks every handler for the version it was built for. */
 bool asked_for_version(XLA_FFI_CallFrame *frame);
 
+/* Bytes filled up to whole cache lines. */
+static inline int64_t in_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+
 static inline XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int index) { return frame->args.args[index]; }
 
 static inline XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame, int index) { return frame->rets.rets[index]; }

@@ -68,20 +68,8 @@ static Product product_of(const Linear *task, int64_t part) {
 
 static void round_row(const Linear *task, int64_t m, int64_t row) {
   const float *x = task->x + (m * task->rows + row) * task->inner;
-  int8_t *high = task->terms + (m * task->padded + place(task, row)) * task->inner, *low = high + task->low * task->inner;
-  __m512 peak = _mm512_set1_ps(1e-30f);
-  for (int64_t i = 0; i < task->inner; i += 16) peak = _mm512_max_ps(peak, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-  float largest = _mm512_reduce_max_ps(peak);
-  task->unit[m * task->rows + row] = largest * (1.0f / 127.0f);
-  __m512 inverse = _mm512_set1_ps(127.0f / largest);
-  for (int64_t i = 0; i < task->inner; i += 16) {
-    __m512 units = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse);
-    __m512 whole = _mm512_roundscale_ps(units, 0);
-    _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole)));
-    if (!task->low) continue;
-    __m512 rest = _mm512_mul_ps(_mm512_sub_ps(units, whole), _mm512_set1_ps(254.0f));
-    _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(rest)));
-  }
+  int8_t *high = task->terms + (m * task->padded + place(task, row)) * task->inner;
+  task->unit[m * task->rows + row] = round_terms(x, task->inner, high, task->low ? high + task->low * task->inner : NULL);
 }
 
 /* ---- coded weights ----------------------------------------------------------------------------------------------- */
@@ -127,16 +115,12 @@ static const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t 
 
 /* ---- AVX-512 VNNI ---------------------------------------------------------------------------------------------- */
 
-static void round_terms(const void *data, int64_t part) {
+static void round_rows(const void *data, int64_t part) {
   const Linear *task = data;
   int64_t m = part / task->rows, row = part % task->rows;
   round_row(task, m, row);
   for (int64_t term = row; term <= row + task->low; term += task->low) {
-    const int8_t *terms = task->terms + (m * task->padded + term) * task->inner;
-    __m512i sum = _mm512_setzero_si512();
-    for (int64_t i = 0; i < task->inner; i += 64)
-      sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(terms + i));
-    task->offset[m * task->padded + term] = 128 * _mm512_reduce_add_epi32(sum);
+    task->offset[m * task->padded + term] = offset_of(task->terms + (m * task->padded + term) * task->inner, task->inner);
     if (!task->low) break;
   }
 }
@@ -337,8 +321,6 @@ static void multiply_tiles(const void *data, int64_t part) {
 
 /* ---- calls ----------------------------------------------------------------------------------------------------- */
 
-static int64_t in_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-
 /* (x f32 [R, in], weight int8 [out, in], its scale f32 [out]) -> f32 [R, out], in `terms` terms, or the same with one
    leading axis on all of them; in a multiple of 64, out of 16, at most MAX_TERMS rows of terms. The weight may be coded
    instead, uint8 [out, in / 64, RECORD], without such an axis. */
@@ -379,7 +361,7 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int terms) {
   if (tiles)
     run_parts(frame, pack_terms, &task, matrices * task.groups);
   else
-    run_parts(frame, round_terms, &task, matrices * task.rows);
+    run_parts(frame, round_rows, &task, matrices * task.rows);
   run_parts(frame, tiles ? multiply_tiles : multiply, &task, matrices * task.strips);
   free(room);
   return no_room ? failed(frame, "atlas_linear: out of memory") : NULL;

@@ -11,6 +11,14 @@
 /* Lanes of the vector at `i` that lie before `end`. */
 static inline __mmask16 lanes(int64_t i, int64_t end) { return end - i >= 16 ? 0xffff : (__mmask16)((1u << (end - i)) - 1); }
 
+/* A row of a vocabulary's scores is cut into strips of fixed length whose results are put together in order, so that they do
+   not depend on the threads. */
+enum { STRIP = 4096 };
+
+static inline int64_t strips_of(int64_t vocab) { return (vocab + STRIP - 1) / STRIP; }
+
+static inline int64_t strip_end(int64_t vocab, int64_t first) { return first + STRIP < vocab ? first + STRIP : vocab; }
+
 /* Sums of the 16 lanes of 16 vectors, as one vector. */
 static inline __m512i lane_sums(const __m512i v[16]) {
   __m512i a[8], b[4], c[2];
@@ -25,6 +33,31 @@ static inline __m512i lane_sums(const __m512i v[16]) {
     c[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0x88),
                             _mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0xdd));
   return _mm512_add_epi32(_mm512_shuffle_i32x4(c[0], c[1], 0x88), _mm512_shuffle_i32x4(c[0], c[1], 0xdd));
+}
+
+/* Rounds x to int8 terms, `high` and, if it is wanted, `low` in units of 1/254 of it; returns the unit of `high`. */
+static inline float round_terms(const float *x, int64_t count, int8_t *high, int8_t *low) {
+  __m512 peak = _mm512_set1_ps(1e-30f);
+  for (int64_t i = 0; i < count; i += 16) peak = _mm512_max_ps(peak, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  float largest = _mm512_reduce_max_ps(peak);
+  __m512 inverse = _mm512_set1_ps(127.0f / largest);
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512 units = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse);
+    __m512 whole = _mm512_roundscale_ps(units, 0);
+    _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole)));
+    if (!low) continue;
+    __m512 rest = _mm512_mul_ps(_mm512_sub_ps(units, whole), _mm512_set1_ps(254.0f));
+    _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(rest)));
+  }
+  return largest * (1.0f / 127.0f);
+}
+
+/* What unsigned weights, whose signs were flipped, add to a product with these terms. */
+static inline int32_t offset_of(const int8_t *terms, int64_t size) {
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < size; i += 64)
+    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(terms + i));
+  return 128 * _mm512_reduce_add_epi32(sum);
 }
 
 /* e^x for x ≤ 0, exactly 0 below −87, where a float would soon be denormal. */
