@@ -191,6 +191,8 @@ class Loop:
 
     def _ready(self, work: Work) -> bool:
         """Whether a request can begin; takes its session if it can. One that cannot be had fails here."""
+        if any(lane.reads_for(work) for lane in self._lanes):
+            return False
         memory = work.request.memory
         if memory is None or memory.session is None or self._sessions is None:
             return True

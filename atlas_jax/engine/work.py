@@ -99,6 +99,21 @@ class Work:
         request = self.request
         return request.reuse and request.memory is None and request.prompt_logprobs is None
 
+    def reads_for(self, other: Work) -> bool:
+        """Whether all whole pages it reads are the beginning of another's prompt, which gets them once they are read.
+
+        So the choices of one request, and clients that ask the same at once, read a prompt once. Prompts are read one chunk
+        at a time, so waiting costs the other nothing.
+        """
+        mine, theirs = self.request.prompt, other.request.prompt
+        shared = (len(mine) - 1) // PAGE * PAGE
+        if not (
+            self.reuses and other.reuses and self.request.owner == other.request.owner and 0 < shared < len(theirs)
+        ):
+            return False
+        # the last token first: it tells most texts apart that begin with the same template
+        return mine[shared - 1] == theirs[shared - 1] and list(mine[:shared]) == list(theirs[:shared])
+
     @property
     def needs_page(self) -> bool:
         """Whether the token at `position` begins a page."""

@@ -277,6 +277,18 @@ def test_reading_on_from_another_prompts_beginning_changes_no_bit(
     assert_same(again, fresh)
 
 
+def test_a_prompt_that_is_asked_several_times_at_once_is_read_once(engine: Engine) -> None:
+    prompt = words(78, 2 * PAGE + 5)
+    alone = ask(engine, request(prompt, 6, reuse=False))
+    longer = [*prompt, *words(79, 20)]
+    one, two, three, other = ask_all(engine, [request(prompt, 6)] * 3 + [request(longer, 6, owner="other")])
+    assert one.end.cached_tokens == 0
+    assert two.end.cached_tokens == three.end.cached_tokens == 2 * PAGE
+    assert other.end.cached_tokens == 0
+    for turn in (one, two, three):
+        assert_same(turn, alone)
+
+
 def test_prompts_are_not_shared_between_owners(engine: Engine) -> None:
     prompt = words(77, 2 * PAGE + 5)
     assert ask(engine, request(prompt, owner="one")).end.cached_tokens == 0
