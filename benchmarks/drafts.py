@@ -18,7 +18,7 @@ from speed import prompts, request
 
 from atlas_jax.engine import Engine, successors
 from atlas_jax.engine.api import Finished
-from atlas_jax.experiments.asking import ask
+from atlas_jax.engine.asking import ask
 from atlas_jax.kernels.lookup import NONE
 
 QUESTIONS = (

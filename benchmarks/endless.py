@@ -16,7 +16,7 @@ from pathlib import Path
 
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, GenerationRequest, MemoryParams, SamplingParams, SessionKey
-from atlas_jax.experiments.asking import ask
+from atlas_jax.engine.asking import ask
 
 _PIECE = 4096
 _READ, _WRITE = 512, 64

@@ -18,7 +18,7 @@ from typing import Any
 
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Delta, GenerationRequest, Prompt, SamplingParams
-from atlas_jax.experiments.asking import ask
+from atlas_jax.engine.asking import ask
 
 AGREE_ON = 16
 

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, GenerationRequest, MemoryParams, SamplingParams
-from atlas_jax.experiments.asking import ask
+from atlas_jax.engine.asking import ask
 
 TESTS = (
     *("prompt:512", "prompt:4096", "decode:1x256", "decode:4x256", "decode:16x256", "decode:32x256", "decode:1x8000"),

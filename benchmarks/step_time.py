@@ -29,8 +29,8 @@ import numpy as np
 from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, GenerationRequest, SamplingParams
+from atlas_jax.engine.asking import ask
 from atlas_jax.engine.settings import sampling_state
-from atlas_jax.experiments.asking import ask
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.attention import window_attention
 from atlas_jax.kernels.linear import linear

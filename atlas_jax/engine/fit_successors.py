@@ -20,9 +20,9 @@ import numpy as np
 
 from atlas_jax.engine import successors
 from atlas_jax.engine.api import Delta, Finished, GenerationRequest, SamplingParams
+from atlas_jax.engine.asking import ask
 from atlas_jax.engine.engine import Engine, default_cache
 from atlas_jax.engine.snapshot import atomic_file
-from atlas_jax.experiments.asking import ask
 from atlas_jax.kernels.lookup import NONE
 from atlas_jax.typing import Int32
 

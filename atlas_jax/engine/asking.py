@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Delta, Event, Failed, Finished, GenerationRequest, Listener
+from atlas_jax.engine.engine import Engine
 
 
 def ask(engine: Engine, requests: Sequence[GenerationRequest]) -> list[list[Event]]:
