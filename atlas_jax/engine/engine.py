@@ -36,8 +36,9 @@ from atlas_jax.engine.loop import Loop
 from atlas_jax.engine.resident import resident_bytes
 from atlas_jax.engine.runner import DRAFTING, Buckets, Runner
 from atlas_jax.engine.session import Layout
-from atlas_jax.engine.sessions import Budgets, SessionTable
+from atlas_jax.engine.sessions import SessionTable
 from atlas_jax.engine.step import StepConfig, Weights
+from atlas_jax.engine.tiers import Budgets
 from atlas_jax.engine.warmup import WarmUp
 from atlas_jax.engine.work import Work, new_work
 from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFFile, TemplateError, Tokenizer

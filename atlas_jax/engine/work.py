@@ -22,9 +22,9 @@ from atlas_jax.engine.api import (
 from atlas_jax.engine.grammar import Constraint
 from atlas_jax.engine.output import TextStream
 from atlas_jax.engine.session import Session, SessionShape
-from atlas_jax.engine.sessions import Lease
 from atlas_jax.engine.settings import MemoryWrite
 from atlas_jax.engine.state import Sequences
+from atlas_jax.engine.tiers import Lease
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.model.window import WindowPlan
 
