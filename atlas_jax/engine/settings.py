@@ -12,7 +12,8 @@ from atlas_jax.engine.api import MemoryParams, SamplingParams
 from atlas_jax.engine.state import TEXT
 from atlas_jax.kernels.lookup import NONE
 from atlas_jax.kernels.sampling import BIAS_SLOTS, SamplingState
-from atlas_jax.memory.recall import EXACT, GRADIENT, MUON, MemorySettings, WriteSettings
+from atlas_jax.memory.inner_step import EXACT, GRADIENT, MUON
+from atlas_jax.memory.recall import MemorySettings, WriteSettings
 
 CALIBRATED_STEP = 1e-3
 """The `learning_rate` that means the calibrated inner step: one exact line search. Others are relative to it."""
@@ -24,7 +25,7 @@ class MemoryWrite:
 
     Attributes:
       window: tokens in the Omega objective.
-      optimizer: `recall.EXACT`, `GRADIENT` or `MUON`.
+      optimizer: `inner_step.EXACT`, `GRADIENT` or `MUON`.
       step: factor on the calibrated inner step.
       degree: polynomial degree.
     """

@@ -15,7 +15,7 @@ from atlas_jax.engine.session import Appended, Checkpoint, Session, SessionShape
 from atlas_jax.engine.settings import MemoryWrite
 from atlas_jax.engine.state import Sequences
 from atlas_jax.engine.work import Work
-from atlas_jax.memory.recall import MUON
+from atlas_jax.memory.inner_step import MUON
 from atlas_jax.model.window import Turn
 
 _KEPT_CHECKPOINTS = 3

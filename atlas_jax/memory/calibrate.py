@@ -22,6 +22,7 @@ from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, MemoryConfig, ModelConfig
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, make_adapter, value_codes
+from atlas_jax.memory.inner_step import EXACT
 from atlas_jax.memory.probe import Probe
 from atlas_jax.memory.recall import WriteSettings
 from atlas_jax.model.context import init_context, page_turn, turn_page
@@ -352,7 +353,7 @@ def _exact_write(end: int, window: int) -> WriteSettings:
     numbers: dict[str, Any] = {
         "end": np.int32(end),
         "window": np.int32(window),
-        "optimizer": np.int32(recall.EXACT),
+        "optimizer": np.int32(EXACT),
         "step": np.float32(1),
         "degree": np.int32(1),
     }

@@ -10,7 +10,7 @@ reducing the Omega objective (ATLAS, arXiv 2505.23735, equation 9) over the last
 to its minimum (exact), by steepest descent (OmegaNet, equation 10) or by orthogonalised momentum (ATLAS with Muon,
 equations 32–33). It is read at the head: s = M φ(k)·code(v) scores every token v the session has seen.
 
-All three writes start from one residual and one Gram matrix. Batched states are slices of the same row functions.
+The steps are in `memory.inner_step`. Batched states are slices of the same row functions.
 """
 
 from __future__ import annotations
@@ -25,13 +25,10 @@ from atlas_jax.config import MemoryConfig
 from atlas_jax.kernels import native, pallas
 from atlas_jax.kernels.features import gather_monomials
 from atlas_jax.kernels.linear import QuantArray, linear, linear_each, quantize_rows, rows_of
-from atlas_jax.kernels.newton_schulz import gram_polynomial
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.memory.adapter import TRAIL_DECAY, TRAIL_LENGTH, Adapter
+from atlas_jax.memory.inner_step import omega_step, product
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
-
-EXACT, GRADIENT, MUON = 0, 1, 2
-"""Inner optimisers of a write."""
 
 _MAX_LOSS = 100.0
 """Mean squared error that no write may leave; codes are unit vectors, so that of an empty memory is one."""
@@ -252,12 +249,10 @@ def write(
     code = rows_of(adapter.codes, token) * gamma[:, None]
     gram = kernel(key, key, settings.degree)
     weights, momentum = state.weights[row], state.momentum[row]
-    residual = code - _product("mw,mc->wc", features, weights)
+    residual = code - product("mw,mc->wc", features, weights)
 
-    solvers = (_exact, _descend, _muon)
-    branches = [lambda *args, solve=solve: solve(config, settings.step, *args) for solve in solvers]
-    stepped, momentum, left = jax.lax.switch(
-        settings.optimizer, branches, weights, momentum, features, gram, gamma, residual
+    stepped, momentum, left = omega_step(
+        config, settings.optimizer, settings.step, weights, momentum, features, gram, gamma, residual
     )
     loss = jnp.sum(left * left) / jnp.maximum(gamma.sum(), 1.0)
     taken = (loss <= _MAX_LOSS) & jnp.all(jnp.isfinite(stepped)) & jnp.all(jnp.isfinite(momentum))
@@ -372,78 +367,3 @@ def _features(adapter: Adapter, key: jax.Array, degree: jax.Array) -> jax.Array:
     for position in range(adapter.factors.shape[2]):
         product = product * extended[adapter.factors[degree, :, position]]
     return product
-
-
-def _product(subscripts: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """The big products of a write, in bfloat16 with float32 sums: 3–4 times faster on CPU, 8 on accelerators.
-
-    A write corrects the residual the rounded weights leave, so rounding does not build up.
-    """
-    return jnp.einsum(subscripts, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
-
-
-def _exact(
-    config: MemoryConfig,
-    step: jax.Array,
-    weights: jax.Array,
-    momentum: jax.Array,
-    features: jax.Array,
-    gram: jax.Array,
-    gamma: jax.Array,
-    residual: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The minimum-norm change that solves the ridge problem: ΔM = Φᵀ(ΦΦᵀ + ρI)⁻¹R."""
-    del step, gamma
-    system = gram + config.ridge * jnp.eye(gram.shape[0])
-    dual = jax.scipy.linalg.cho_solve(jax.scipy.linalg.cho_factor(system, lower=True), residual)
-    return weights + _product("mw,wc->mc", features, dual), momentum, config.ridge * dual
-
-
-def _descend(
-    config: MemoryConfig,
-    step: jax.Array,
-    weights: jax.Array,
-    momentum: jax.Array,
-    features: jax.Array,
-    gram: jax.Array,
-    gamma: jax.Array,
-    residual: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Steepest descent with exact line search, in the dual: the residual moves by −t·G·R, the weights by t·ΦᵀR."""
-    del gamma
-
-    def one(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        left, dual = carry
-        change = gram @ left
-        best = jnp.sum(left * change) / jnp.maximum(jnp.sum(change * change), 1e-30)
-        return left - step * best * change, dual + step * best * left
-
-    left, dual = jax.lax.fori_loop(0, config.passes, one, (residual, jnp.zeros_like(residual)))
-    return weights + _product("mw,wc->mc", features, dual), momentum, left
-
-
-def _muon(
-    config: MemoryConfig,
-    step: jax.Array,
-    weights: jax.Array,
-    momentum: jax.Array,
-    features: jax.Array,
-    gram: jax.Array,
-    gamma: jax.Array,
-    residual: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """S ← θS + ΦᵀR, M ← M + t·NS(S), with t from an exact line search: a constant step would never settle."""
-    del gram
-
-    def one(_: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        weights, momentum, left = carry
-        momentum = config.momentum * momentum + _product("mw,wc->mc", features, left)
-        norm = jax.lax.rsqrt(jnp.sum(momentum * momentum) + 1e-30)
-        unit = momentum * norm
-        direction = _product("mi,ij->mj", unit, gram_polynomial(_product("mi,mj->ij", unit, unit)))
-        change = _product("mw,mc->wc", features, direction)
-        best = jnp.sum(left * change) / jnp.maximum(jnp.sum(change * change), 1e-30)
-        best = step * jnp.maximum(best, 0.0)  # stale momentum may point uphill; then only the momentum is updated
-        return weights + best * direction, momentum, left - best * change * (gamma[:, None] > 0)
-
-    return jax.lax.fori_loop(0, config.passes, one, (weights, momentum, residual))

@@ -18,7 +18,8 @@ from atlas_jax.config import PAGE, MemoryConfig
 from atlas_jax.kernels.features import gather_monomials
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, key_components, make_adapter
-from atlas_jax.memory.recall import EXACT, GRADIENT, MUON, MemorySettings, MemoryState, WriteSettings
+from atlas_jax.memory.inner_step import EXACT, GRADIENT, MUON
+from atlas_jax.memory.recall import MemorySettings, MemoryState, WriteSettings
 
 VOCAB, EMBED, ROWS = 60, 20, 2
 CONFIG = MemoryConfig(
