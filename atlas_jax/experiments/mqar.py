@@ -3,8 +3,7 @@
 One-layer models read N key–value pairs, then are asked for all of them in random order.
 
 Keys and values are single tokens and stand side by side, so the layer's short convolution has to bring a pair together;
-everything else the memory must do. All seeds (and learning rates, of which the best counts) of a contender train
-together.
+everything else the memory must do. All seeds of a model train together.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ from atlas_jax.typing import Array, Float
 
 _DEGREE_1 = Features()
 _DEGREE_2 = Features(kind="polynomial", degree=2)
-_KEYS = 32
-_VALUES = 16
+_KEYS = 16
+_VALUES = 8
 _VALUE_DIM = 8
-RATES = (1e-2,)
+RATE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -45,8 +44,6 @@ class Contender:
     widths: tuple[int, ...]
     features: Features = _DEGREE_1
     window: int = 1
-    optimizer: str = "gradient"
-    eta_max: float = 0.5
 
     def rule(self, width: int) -> MemoryRule:
         """The memory of one layer."""
@@ -55,24 +52,27 @@ class Contender:
             _VALUE_DIM,
             features=self.features,
             window=self.window,
-            optimizer=self.optimizer,
             retention=True,
             remat=False,
         )
 
     def model(self, width: int) -> LMConfig:
         """A one-layer model."""
+        # a unit key has 2.5 times the square of its length in degree 2, and a window counts every token c times
+        eta_max = 0.5 if self.features is _DEGREE_1 else 0.2
         return LMConfig(
             vocab=_KEYS + _VALUES,
             embed=48,
-            ff=64,
+            ff=32,
             heads=1,
             head_dim=8,
             pattern="M",
             window=8,
             rule=self.rule(width),
             gate_rank=4,
-            gate_start=GateStart(eta_max=self.eta_max, eta=0.5, alpha=0.999),
+            gate_start=GateStart(eta_max=eta_max, eta=0.5 if self.window == 1 else 0.1, alpha=0.999),
+            # with one matrix for embedding and head, one of two seeds was still at chance after 600 steps
+            tied_head=False,
         )
 
     def state(self, width: int) -> int:
@@ -80,12 +80,12 @@ class Contender:
         return self.features.out_dim(width) * _VALUE_DIM
 
 
+# 8 features of degree 1 hold as many keys as there are pairs; 6 and 10 are also what degree 2 makes of 2 and 3
 CONTENDERS = (
-    Contender("delta c=1", (4, 15)),
-    Contender("omega c=8", (4, 15), window=8),
-    Contender("delta c=1, degree 2", (4,), features=_DEGREE_2, eta_max=0.2),
-    Contender("omega c=8, degree 2", (4,), features=_DEGREE_2, window=8, eta_max=0.2),
-    Contender("omega c=8, muon", (4,), window=8, optimizer="muon", eta_max=0.2),
+    Contender("delta c=1", (3, 6, 10)),
+    Contender("omega c=8", (3, 6, 10), window=8),
+    Contender("delta c=1, degree 2", (2, 3), features=_DEGREE_2),
+    Contender("omega c=8, degree 2", (2, 3), features=_DEGREE_2, window=8),
 )
 
 
@@ -101,24 +101,18 @@ def batch_of(key: Array, rows: int, pairs: int) -> Batch:
     return Batch(jnp.concatenate([told, asked], axis=1), jnp.concatenate([silent, answers], axis=1))
 
 
-def train_all(
-    config: LMConfig, *, seeds: int, rates: Sequence[float], pairs: int, steps: int, rows: int
-) -> Float[Array, "rates seeds"]:
-    """Accuracy on fresh rows of models trained from every seed with every learning rate."""
+def train_all(config: LMConfig, *, seeds: int, pairs: int, steps: int, rows: int) -> Float[Array, " seeds"]:
+    """Accuracy on fresh rows of models trained from every seed."""
     apply, _ = split(create(config, 0))
     params = [split(create(config, seed))[1] for seed in range(seeds)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *params)
     run = functools.partial(_train_one, apply, pairs, steps, rows)
-    over_seeds = jax.vmap(run, in_axes=(0, 0, None))
-    over_rates = jax.jit(jax.vmap(over_seeds, in_axes=(None, None, 0)))
     keys = jax.vmap(jax.random.key)(jnp.arange(seeds))
-    accuracy: jax.Array = over_rates(stacked, keys, jnp.asarray(rates))
+    accuracy: jax.Array = jax.jit(jax.vmap(run))(stacked, keys)
     return accuracy
 
 
-def _train_one(
-    apply: object, pairs: int, steps: int, rows: int, params: LMParams, key: jax.Array, rate: jax.Array
-) -> jax.Array:
+def _train_one(apply: object, pairs: int, steps: int, rows: int, params: LMParams, key: jax.Array) -> jax.Array:
     assert callable(apply)
 
     def losses(params: LMParams, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -126,7 +120,7 @@ def _train_one(
 
     def schedule(step: Any) -> jax.Array:
         warm = jnp.minimum(1.0, (step + 1) / (0.05 * steps + 1))
-        return rate * warm * (0.55 + 0.45 * jnp.cos(jnp.pi * step / steps))
+        return RATE * warm * (0.55 + 0.45 * jnp.cos(jnp.pi * step / steps))
 
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.99))
 
@@ -143,21 +137,18 @@ def _train_one(
 
 def experiment(options: Options) -> Sequence[Report]:
     """Accuracy against the size of the state, for each contender."""
-    pairs, steps, rows = (4, 20, 8) if options.quick else (8, 1500, 32)
+    pairs, steps, rows = (4, 20, 8) if options.quick else (8, 1200, 32)
     report = Report(
         "mqar", f"Recall of {pairs} pairs (MQAR)", "numbers in the state", "accuracy on fresh rows", log_x=True
     )
     for contender in CONTENDERS[:1] if options.quick else CONTENDERS:
         for width in contender.widths[:1] if options.quick else contender.widths:
-            accuracy = np.asarray(
-                train_all(contender.model(width), seeds=options.seeds, rates=RATES, pairs=pairs, steps=steps, rows=rows)
-            )
-            best = int(np.argmax(accuracy.mean(axis=1)))
-            report.add(contender.name, contender.state(width), accuracy[best])
-            print(f"{contender.name}, d_k = {width}: {accuracy[best].round(3)} at {RATES[best]:g}", flush=True)
+            accuracy = train_all(contender.model(width), seeds=options.seeds, pairs=pairs, steps=steps, rows=rows)
+            report.add(contender.name, contender.state(width), np.asarray(accuracy))
+            print(f"{contender.name}, d_k = {width}: {np.asarray(accuracy).round(3)}", flush=True)
     report.notes.append(
         f"Chance is 1/{_VALUES}. One layer, width 48, values of {_VALUE_DIM} components, b = 1, {steps} steps of "
-        f"{rows} rows, learning rate {', '.join(f'{r:g}' for r in RATES)}. The state counts the memory's matrix; a "
+        f"{rows} rows, learning rate {RATE:g}. The state counts the memory's matrix; a "
         "window of c also keeps c − 1 keys and values."
     )
     return [report]

@@ -64,13 +64,18 @@ def window_band(age: Float[Array, "b c"], stored: Float[Array, " m"], valid: Flo
     return skewed * stored[None, :] * valid[:, None]
 
 
-@jax.custom_jvp
 def decay_products(gate: Float[Array, "b h"]) -> Float[Array, "b b h"]:
     """L[t, n] = Π_{n < τ ≤ t} gate_τ for n ≤ t, else 0.
 
     Halves are joined to wholes: the products across two neighbouring blocks are an outer product of what either has.
     No ratio of running products: exact for gates of zero, and for products that underflow.
     """
+    # of one token there are none: JAX 0.10 fails to batch a custom rule inside a scan whose result is constant
+    return jnp.ones_like(gate)[None] if gate.shape[0] == 1 else _decay_products(gate)
+
+
+@jax.custom_jvp
+def _decay_products(gate: Float[Array, "b h"]) -> Float[Array, "b b h"]:
     length, channels = gate.shape
     size = 1 << (length - 1).bit_length()
     gate = jnp.concatenate([gate, jnp.ones((size - length, channels), gate.dtype)])
@@ -84,12 +89,12 @@ def decay_products(gate: Float[Array, "b h"]) -> Float[Array, "b b h"]:
     return products[0, :length, :length]
 
 
-@decay_products.defjvp
+@_decay_products.defjvp
 def _decay_products_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[Float[Array, "b b h"], Float[Array, "b b h"]]:
     """∂L[t, n]/∂gate_s = L[t, s]·L[s − 1, n]: one product of matrices, and no gate is divided by."""
-    products = decay_products(*primals)
+    products = _decay_products(*primals)
     before = jnp.concatenate([jnp.zeros_like(products[:1]), products[:-1]])
     return products, _chain(products * tangents[0][None], before)
 

@@ -236,6 +236,16 @@ def test_decay_products_and_their_slopes():
     check()
 
 
+def test_one_token_decays_by_nothing_also_in_the_slope_of_a_batch():
+    """Rules with an anchor at every token are trained so: a batch of scans over chunks of one token."""
+
+    def total(gate: jax.Array) -> jax.Array:
+        return jax.lax.scan(lambda done, g: (done + (g * omega.decay_products(g[None])).sum(), None), 0.0, gate)[0]
+
+    slopes = jax.grad(lambda gate: jax.vmap(total)(gate).sum())(jnp.full((2, 3, 1), 0.5))
+    close(slopes, np.ones((2, 3, 1)))
+
+
 # gate channels of α, θ, the inner and the outer step (True: one per row or column), and tokens of the chunk and its tail
 CHANNELS = {
     "one": ((False,) * 4, 5, 2),
