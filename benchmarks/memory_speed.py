@@ -31,10 +31,10 @@ from atlas_jax.memory.rules import PRESETS, Features, MemoryRule, chunked, init_
 
 MODES = ("forward", "both")
 _REASONS = (
-    "Two are not ahead everywhere, for what they compute: `mesa` factors and solves one 64 × 64 system per token and",
-    "head, in LAPACK (a Cholesky factorisation written in XLA was no faster), and `omeganet` projects 2 145 monomials of",
-    "every key to 256 features, about 2.2 Mflop a token, and has 2.5 times the weights; with plain keys it is ahead. The",
-    "`atlas` presets with monomials of their own take minutes a call and are not here.",
+    "`omeganet` is behind for what it computes: it projects 2 145 monomials of every key and query to 256 features, about",
+    "2.2 Mflop a token and three times that with backward, and has 2.5 times the weights; with plain keys it is ahead. The",
+    "`atlas` presets with monomials of their own orthogonalise a 256 × 256 matrix per token and are not here. `mesa` takes",
+    "longer where gates forget much within a few tokens: conjugate gradients then give way to a factor per token.",
 )
 SETTLE = 0.1
 """Seconds between the two sides: a thread pool spins for a while when its work is done."""

@@ -49,6 +49,27 @@ def test_polynomial_kernel_and_twins(dim, degree):
     check()
 
 
+@pytest.mark.parametrize(("dim", "degree"), [(3, 0), (5, 1), (8, 2), (17, 2), (10, 3)])
+def test_blocks_of_monomials_are_projected_as_the_monomials_are(dim, degree):
+    """With the slopes: an entry that repeats a monomial must take none."""
+    rng = np.random.default_rng(dim)
+    x = rng.standard_normal((4, dim))
+    scale = rng.uniform(0.5, 1.5, degree + 1)
+    projection = rng.standard_normal((feature_maps.monomial_count(dim, degree), 3))
+
+    def blocks(x, scale, projection):
+        return feature_maps.polynomial_blocks(x, degree) @ feature_maps.projection_blocks(projection, scale, dim)
+
+    def plain(x, scale, projection):
+        return feature_maps.polynomial(x, scale) @ projection
+
+    found, wanted = (
+        jit(lambda *args, f=f: (f(*args), jax.grad(lambda *a: (f(*a) ** 2).sum(), argnums=(0, 1, 2))(*args)))
+        for f in (blocks, plain)
+    )
+    jax.tree.map(close, found(x, scale, projection), wanted(x, scale, projection))
+
+
 def test_polynomial_is_the_serving_map():
     x = np.random.default_rng(0).standard_normal((4, 3))
     scale = feature_maps.exponential_scale(3)

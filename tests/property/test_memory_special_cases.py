@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_support import close, draw_params, draw_tokens, fresh, jit, preset, run_chunked
+from memory_support import close, draw_params, draw_tokens, expected, fresh, jit, preset, run_chunked
 
-from atlas_jax.memory.rules import Features
+from atlas_jax.memory.rules import PRESETS, Features, _exact, chunked, init_params, init_state, make_tokens
 
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -185,3 +185,21 @@ def test_an_unbounded_window_solved_exactly_is_least_squares_and_its_capacity_is
         _, y = run_chunked(rule, params, state, silent)
         error = float(jnp.max(jnp.abs(y - part.v)))
         assert (error < 0.01) == recalled, (count, error)
+
+
+@pytest.mark.parametrize("iterations", [0, _exact.MAX_ITERATIONS])
+@pytest.mark.parametrize("gates", [(0.97, 0.99), (0.3, 0.9)])
+def test_mesa_is_exact_however_much_it_forgets(gates, iterations, monkeypatch):
+    """In float32: conjugate gradients where they are enough, factors where they are not (or are all there is)."""
+    monkeypatch.setattr(_exact, "MAX_ITERATIONS", iterations)
+    dim, length = 24, 40
+    rule = PRESETS["mesa"](dim, dim)
+    rng = np.random.default_rng(0)
+    q, k, v = rng.standard_normal((3, 2, length, dim)).astype(np.float32)
+    alpha = rng.uniform(*gates, (2, length, 1)).astype(np.float32)
+    alpha[0, 25] = 0.0
+    tokens = make_tokens(rule, *map(jnp.asarray, (q, k, v)), alpha=jnp.asarray(alpha), gamma=0.8)
+    params = jax.tree.map(lambda x: 1 + jnp.asarray(x, jnp.float32), init_params(rule, jax.random.key(0)))
+    y = jax.jit(lambda *args: chunked(rule, *args))(params, init_state(rule, params, (2,)), tokens)[1]
+    wanted = expected(rule, jax.tree.map(lambda x: np.asarray(x, np.float64), params), tokens)
+    np.testing.assert_allclose(y, wanted, rtol=2e-4, atol=2e-4 * np.abs(wanted).max())

@@ -13,11 +13,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from atlas_jax.kernels import omega
 from atlas_jax.kernels.omega import Coefficients
 from atlas_jax.memory.rules import _exact
-from atlas_jax.memory.rules._loop import checkpointed_scan, over_batch
+from atlas_jax.memory.rules._loop import KEPT, checkpointed_scan, over_batch
 from atlas_jax.memory.rules._memory import (
     Apply,
     Factors,
@@ -29,7 +30,7 @@ from atlas_jax.memory.rules._memory import (
     per_token,
     plain,
 )
-from atlas_jax.memory.rules._params import Params, Weights
+from atlas_jax.memory.rules._params import Params, Weights, arranged
 from atlas_jax.memory.rules._rule import MemoryRule
 from atlas_jax.memory.rules._state import MemoryState, has_momentum
 from atlas_jax.memory.rules._step import anchor_weights, begin_chunk, direction
@@ -72,6 +73,7 @@ def _sequence(rule: MemoryRule, params: Params, state: MemoryState, tokens: Toke
     length = tokens.k.shape[0]
     if length == 0:
         return state, tokens.v
+    params = arranged(rule, params)
     aligned = rule.anchored and rule.chunk > 1  # whether chunks have fixed borders
     size = rule.chunk if rule.anchored and not rule.sequential else min(rule.block, length)
     offset = state.phase if aligned else jnp.zeros((), jnp.int32)
@@ -114,7 +116,8 @@ def _sequence(rule: MemoryRule, params: Params, state: MemoryState, tokens: Toke
     head = [row[: rule.reach] for row in rows]
     start = dataclasses.replace(state, tail_k=head[0], tail_v=head[1], tail_gate=head[2])
     live = first < offset + length if aligned else None
-    end, outputs = checkpointed_scan(partial(_chunk, rule, params), start, data, remat=rule.remat, live=live)
+    carry = start, encode(rule, params, head[0])
+    (end, _), outputs = checkpointed_scan(partial(_chunk, rule, params), carry, data, remat=rule.remat, live=live)
 
     def last(row: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(row, offset + length, rule.reach)
@@ -129,30 +132,33 @@ def _sequence(rule: MemoryRule, params: Params, state: MemoryState, tokens: Toke
     return end, jax.lax.dynamic_slice_in_dim(outputs.reshape(total, rule.d_v), offset, length)
 
 
-def _chunk(rule: MemoryRule, params: Params, state: MemoryState, chunk: _Chunk) -> tuple[MemoryState, jax.Array]:
-    tokens = chunk.tokens
-    queries = encode(rule, params, tokens.q)
+def _chunk(
+    rule: MemoryRule, params: Params, carry: tuple[MemoryState, Inputs], chunk: _Chunk
+) -> tuple[tuple[MemoryState, Inputs], jax.Array]:
+    """One chunk; carried are the memory and the window's tail as the memory takes it, so no key is encoded twice."""
+    (state, tail), tokens = carry, chunk.tokens
+    size = chunk.valid.shape[0]
+    both = encode(rule, params, jnp.concatenate([tokens.k, tokens.q]))
+    both = jax.tree.map(lambda x: checkpoint_name(x, KEPT), both) if rule.features.compress == "projection" else both
+    keys, queries = jax.tree.map(lambda x: x[:size], both), jax.tree.map(lambda x: x[size:], both)
     if rule.optimizer == "exact":
-        keys = encode(rule, params, tokens.k)
         weight = chunk.stored * chunk.age[:, 0] * chunk.valid
-        return _exact.chunk(rule, params, state, keys.features, queries.features, tokens.v, tokens.alpha, weight)
+        state, y = _exact.chunk(rule, params, state, keys.features, queries.features, tokens.v, tokens.alpha, weight)
+        return (state, tail), y
     state = begin_chunk(rule, state, chunk.starts)
-    k, v, stored = (
-        jnp.concatenate(pair)
-        for pair in ((state.tail_k, tokens.k), (state.tail_v, tokens.v), (state.tail_gate, chunk.stored))
-    )
+    keys = jax.tree.map(lambda *pair: jnp.concatenate(pair), tail, keys)
+    v, stored = (jnp.concatenate(pair) for pair in ((state.tail_v, tokens.v), (state.tail_gate, chunk.stored)))
     ones = jnp.ones_like(tokens.eta[:, :1])
     inner, outer = (tokens.eta, ones) if rule.step == "inside" else (ones, tokens.eta)
     band = omega.window_band(chunk.age, stored, chunk.valid)
     theta = tokens.theta if has_momentum(rule) else None
     outer = outer * chunk.valid[:, None]
     coefficients = omega.chunk_coefficients(tokens.alpha, theta, inner, outer, band)
-    factors = _factors(rule, params, state, encode(rule, params, k), v, tokens.alpha, coefficients)
+    factors = _factors(rule, params, state, keys, v, tokens.alpha, coefficients)
     form = {"token": _orthogonal_tokens, "chunk": _orthogonal_chunk}[rule.ns_per] if rule.optimizer == "muon" else _dual
     state, apply = form(rule, state, factors, coefficients, tokens.alpha, outer)
-    size = chunk.valid.shape[0]
-    state = dataclasses.replace(state, tail_k=k[size:], tail_v=v[size:], tail_gate=stored[size:])
-    return state, forward(rule, apply, queries)
+    state = dataclasses.replace(state, tail_v=v[size:], tail_gate=stored[size:])
+    return (state, jax.tree.map(lambda x: x[size:], keys)), forward(rule, apply, queries)
 
 
 def _factors(

@@ -14,6 +14,8 @@ from atlas_jax.memory.rules._state import MemoryState
 
 Carry = TypeVar("Carry")
 
+KEPT = "kept"
+"""Name of what a step keeps for its backward pass (`jax.ad_checkpoint.checkpoint_name`): it is small and long to compute."""
 _ONE_LEVEL = 80
 """Steps up to which every carry is kept: then each step is computed once more in the backward pass, past it twice."""
 
@@ -47,7 +49,8 @@ def checkpointed_scan(
 
     if not remat:
         return jax.lax.scan(taken, carry, xs if live is None else (live, xs))
-    one = jax.checkpoint(taken, prevent_cse=False)
+    policy = jax.checkpoint_policies.save_only_these_names(KEPT)
+    one = jax.checkpoint(taken, prevent_cse=False, policy=policy)
     if live is not None:
         xs = (live, xs)
     if outer == 1:

@@ -89,13 +89,25 @@ def apply_features(rule: MemoryRule, params: Params, x: Float[Array, "*rows d_k"
         return feature_maps.random_exponential(x, features.width, features.seed)
     if features.kind == "elementwise":
         return feature_maps.elementwise(x, learned["scale"].astype(x.dtype))
-    if features.kind == "polynomial":
-        scale = learned["scale"].astype(x.dtype)
-    else:
-        scale = jnp.asarray(feature_maps.exponential_scale(features.degree), x.dtype)
+    if features.compress == "projection":
+        blocks = arranged(rule, params).features["blocks"].astype(x.dtype)
+        return jnp.einsum("...n,nf->...f", feature_maps.polynomial_blocks(x, features.degree), blocks)
+    scale = _scale(rule, params, x.dtype)
     if features.compress == "sketch":
         return feature_maps.polynomial_sketch(x, scale, features.width, features.seed)
-    monomials = feature_maps.polynomial(x, scale)
-    if features.compress == "projection":
-        return jnp.einsum("...m,mf->...f", monomials, learned["projection"].astype(x.dtype))
-    return monomials
+    return feature_maps.polynomial(x, scale)
+
+
+def arranged(rule: MemoryRule, params: Params) -> Params:
+    """Parameters with a projection as `feature_maps.projection_blocks`: to be done once, before a loop over tokens."""
+    if rule.features.compress != "projection" or "blocks" in params.features:
+        return params
+    projection = params.features["projection"]
+    blocks = feature_maps.projection_blocks(projection, _scale(rule, params, projection.dtype), rule.d_k)
+    return Params(params.weights, {"blocks": blocks})
+
+
+def _scale(rule: MemoryRule, params: Params, dtype: jnp.dtype) -> jax.Array:
+    if rule.features.kind == "polynomial":
+        return params.features["scale"].astype(dtype)
+    return jnp.asarray(feature_maps.exponential_scale(rule.features.degree), dtype)

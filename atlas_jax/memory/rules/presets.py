@@ -73,7 +73,7 @@ def linear_attention(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
 
 def mesa(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
     """Mesa layer: the ridge regression of all tokens so far, exactly (arXiv 2309.05858)."""
-    return _rule(d_k, d_v, overrides, window=None, optimizer="exact", block=16)
+    return _rule(d_k, d_v, overrides, window=None, optimizer="exact", block=32)
 
 
 PRESETS: dict[str, Callable[..., MemoryRule]] = {
