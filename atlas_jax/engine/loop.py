@@ -337,10 +337,10 @@ class Loop:
         if memory is None or work.shape is None:
             self._release(work, None)
             return None
-        row = work.row if index is None else self._runner.extract(index)
+        held, place = (work.row, 0) if index is None else (self._runner.sequences, index)
         loss = 0.0
-        if row is not None and row.memory is not None and work.updates:
-            loss = float(np.asarray(row.memory.loss)[0])
+        if held is not None and held.memory is not None and work.updates:
+            loss = float(np.asarray(held.memory.loss)[place])
             self.counters.omega_loss += loss
         read = work.position if index is None else work.read_tokens
         window = work.plan.window or 0
@@ -348,8 +348,11 @@ class Loop:
         config = self._runner.config.memory
         utilization = min(1.0, work.absorbed / config.features) if config is not None else 0.0
         self.counters.memory_utilization, self.counters.window_fill = utilization, fill
-        keeps = memory.write and work.request.choice == 0 and work.kept is not None and row is not None
-        self._release(work, kept_session(self._runner, work, row, read, loss) if keeps and row is not None else None)
+        kept: Session | None = None
+        if memory.write and work.request.choice == 0 and work.kept is not None and held is not None:
+            row = held if index is None else self._runner.extract(index)  # a copy: where nothing is kept, none is made
+            kept = kept_session(self._runner, work, row, read, loss)
+        self._release(work, kept)
         passes = work.gate_sum / work.gate_count if work.gate_count else 0.0
         return MemoryStats(
             memory_utilization=utilization,
