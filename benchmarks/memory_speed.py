@@ -32,9 +32,9 @@ from atlas_jax.memory.rules import PRESETS, Features, MemoryRule, chunked, init_
 MODES = ("forward", "both")
 _REASONS = (
     "`omeganet` is behind for what it computes: it projects 2 145 monomials of every key and query to 256 features, about",
-    "2.2 Mflop a token and three times that with backward, and has 2.5 times the weights; with plain keys it is ahead. The",
-    "`atlas` presets with monomials of their own orthogonalise a 256 × 256 matrix per token and are not here. `mesa` takes",
-    "longer where gates forget much within a few tokens: conjugate gradients then give way to a factor per token.",
+    "2.2 Mflop a token and three times that with backward, and has 2.5 times the weights. The `atlas` presets with",
+    "monomials of their own orthogonalise a 256 × 256 matrix per token and are not here. `mesa` takes longer where gates",
+    "forget much within a few tokens: conjugate gradients then give way to a factor per token.",
 )
 SETTLE = 0.1
 """Seconds between the two sides: a thread pool spins for a while when its work is done."""

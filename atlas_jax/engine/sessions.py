@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -18,13 +20,27 @@ from atlas_jax.engine.api import (
     StorageFull,
 )
 from atlas_jax.engine.archive import Location, Manifest
-from atlas_jax.engine.session import Session, encode_session
+from atlas_jax.engine.session import Layout, Session, encode_session
 from atlas_jax.engine.session_info import describe
-from atlas_jax.engine.tiers import MAX_CONTEXT_STATE, Entry, SessionTiers, is_stored
+from atlas_jax.engine.tiers import MAX_CONTEXT_STATE, Budgets, Entry, SessionTiers, is_stored
 
 
 class SessionTable(SessionTiers):
     """Implements `api.SessionStore`; every public method is thread-safe."""
+
+    def __init__(
+        self,
+        layout: Layout,
+        *,
+        folder: Path | None,
+        model_name: str,
+        budgets: Budgets,
+        on_idle: Callable[[], None],
+    ) -> None:
+        """Makes an empty table; `model_name` is what its archives are called after, the rest as `SessionTiers`."""
+        super().__init__(layout, folder=folder, budgets=budgets, on_idle=on_idle)
+        self._model_name = model_name
+        self._archived: dict[Path, int] = {}
 
     def info(self, owner: str, session_id: str | None) -> MemoryInfo:
         """Memory state of one session, or totals over the owner's that are in main memory.
@@ -240,6 +256,22 @@ class SessionTable(SessionTiers):
             if self._folder is not None:
                 archive.session_file(self._folder, owner, session_id).unlink(missing_ok=True)
                 archive.bury(self._folder, owner, session_id)
+
+    def _raw(self, location: Location | None) -> bytes:
+        assert location is not None
+        return location.read(self._largest)
+
+    def _forget(self, key: SessionKey) -> None:
+        self._changes += 1
+        del self._entries[key]
+        for eviction in self._eviction.values():
+            eviction.forget(key)
+
+    def _find(self, key: SessionKey) -> Entry:
+        entry = self._entries.get(key)
+        if entry is None or not is_stored(entry):
+            raise SessionNotFound("No such session")
+        return entry
 
 
 def _change(entry: Entry) -> int:

@@ -87,7 +87,6 @@ class SessionTiers:
         layout: Layout,
         *,
         folder: Path | None,
-        model_name: str,
         budgets: Budgets,
         on_idle: Callable[[], None],
     ) -> None:
@@ -99,7 +98,6 @@ class SessionTiers:
         """
         self._layout = layout
         self._folder = folder
-        self._model_name = model_name
         self._budgets = budgets
         self._on_idle = on_idle
         self._lock = threading.RLock()
@@ -108,7 +106,6 @@ class SessionTiers:
         self._entries: dict[SessionKey, Entry] = {}
         self._eviction: dict[Tier, Eviction] = {"device": Eviction(), "host": Eviction()}
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="atlas-sessions")
-        self._archived: dict[Path, int] = {}
         self._changes = 0
         self.hits = self.misses = self.saves = self.loads = self.failures = 0
 
@@ -324,22 +321,6 @@ class SessionTiers:
         if self._folder is None:
             raise MemoryUnavailable("Memory persistence is not enabled")
         return self._folder
-
-    def _raw(self, location: Location | None) -> bytes:
-        assert location is not None
-        return location.read(self._largest)
-
-    def _forget(self, key: SessionKey) -> None:
-        self._changes += 1
-        del self._entries[key]
-        for eviction in self._eviction.values():
-            eviction.forget(key)
-
-    def _find(self, key: SessionKey) -> Entry:
-        entry = self._entries.get(key)
-        if entry is None or not is_stored(entry):
-            raise SessionNotFound("No such session")
-        return entry
 
     def close(self) -> None:
         """Waits for reads and writes under way."""
