@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,10 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, MemoryConfig, ModelConfig
-from atlas_jax.kernels.reduce import row_max, row_sum
+from atlas_jax.kernels.reduce import row_max
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, make_adapter, value_codes
-from atlas_jax.memory.inner_step import EXACT
 from atlas_jax.memory.probe import Probe
 from atlas_jax.memory.recall import WriteSettings
 from atlas_jax.model.context import init_context, page_turn, turn_page
@@ -37,6 +37,8 @@ WINDOW = 4
 """Pages of the window the memory is calibrated for."""
 _FIRST_CANDIDATE = 0.4
 """Depth from which a layer's state is tried as a key."""
+_BLOCK = 1 << 12
+"""Tokens of the vocabulary whose scores are looked at together: of few enough, they stay in the cache."""
 _OUTLIER = 4.0
 """Tokens whose residual is this many times the median norm are attention sinks, not text."""
 
@@ -107,7 +109,7 @@ def calibrate(
     mean, projection = mean[order], projection[order]
     readings = [dataclasses.replace(r, tapped=r.tapped[order], exponent=r.exponent[order]) for r in readings]
     adapter = make_adapter(config, model.vocab, mean, projection, np.zeros(GATE_FEATURES, np.float32))
-    features, p_model, p_memory = _collect(model, params, config, adapter, readings, progress)
+    features, p_model, p_memory = _collect(config, adapter, readings, progress)
     gate = _fit_gate(features, p_model, p_memory)
     share = 1 / (1 + np.exp(-features @ gate))
     adapter = dataclasses.replace(adapter, gate=jnp.asarray(gate, jnp.float32))
@@ -129,13 +131,15 @@ class _Reading:
       tokens: [n + 1].
       tapped, exponent: states after the tapped layers, [A, n, E] float16 times 2 to the power of [A, n, 1] int16. In
         float16 alone, Gemma 3's states overflow.
-      hidden: last states, float32 [n, E].
+      chance: the model's probability of the token that came next, float64 [n]; 1 inside the first window.
+      entropy: of the model's word on it, in nats, float64 [n]; 0 inside the first window.
     """
 
     tokens: np.ndarray
     tapped: np.ndarray
     exponent: np.ndarray
-    hidden: np.ndarray
+    chance: np.ndarray
+    entropy: np.ndarray
 
     def states(self, layer: int) -> np.ndarray:
         """States after one of the tapped layers, float32 [n, E]."""
@@ -152,7 +156,7 @@ def _read(
 ) -> list[_Reading]:
     plan = WindowPlan(window=WINDOW)
 
-    trunk = Trunk(model, placement)
+    trunk, judge = Trunk(model, placement), _Judge(model, params)
     count = np.full((1,), PAGE, np.int32)
     turn = Program(turn_page, donate=(0,), placement=placement)
     total = sum(len(text) // PAGE for text in texts)
@@ -161,20 +165,62 @@ def _read(
     for text in texts:
         tokens = np.asarray(text, np.int32)
         context = placement.rows(init_context(model, 1, WINDOW, "int8"))
-        hidden, tapped, exponent = [], [], []
+        chance, entropy = np.ones(len(tokens) - 1), np.zeros(len(tokens) - 1)
+        tapped, exponent = [], []
         for page in range(len(tokens) // PAGE):
             context = turn((), context, page_turn(0, plan.turn(page)))
-            part = tokens[None, page * PAGE : (page + 1) * PAGE]
-            context, _, states = trunk((1, WINDOW, PAGE), params, context, part, count)
-            hidden.append(np.asarray(states[-1][0]))
+            part = slice(page * PAGE, (page + 1) * PAGE)
+            context, _, states = trunk((1, WINDOW, PAGE), params, context, tokens[None, part], count)
+            if page >= WINDOW:
+                chance[part], entropy[part] = judge(states[-1][0], tokens[1:][part])
             streams = np.stack([np.asarray(states[layer][0]) for layer in config.layers])
             exponent.append(np.frexp(np.abs(streams).max(axis=2, keepdims=True))[1].astype(np.int16))
             tapped.append(np.ldexp(streams, -exponent[-1]).astype(np.float16))
             done += 1
             progress("reading", done / total)
         streams, units = (np.concatenate(parts, axis=1) for parts in (tapped, exponent))
-        readings.append(_Reading(tokens, streams, units, np.concatenate(hidden)))
+        readings.append(_Reading(tokens, streams, units, chance, entropy))
     return readings
+
+
+class _Judge:
+    """What a model says of the next tokens, a block of its vocabulary after the other: all of a page can be 134 MB."""
+
+    def __init__(self, model: ModelConfig, params: ModelParams) -> None:
+        head = params.embed if params.head is None else params.head
+        self._ends = dataclasses.replace(params, layers=())
+        self._blocks = [
+            jax.tree.map(operator.itemgetter(slice(first, first + _BLOCK)), head)
+            for first in range(0, model.vocab, _BLOCK)
+        ]
+
+        @jax.jit
+        def glance(params: ModelParams, hidden: jax.Array, place: jax.Array) -> tuple[jax.Array, ...]:
+            scores = logits(model, params, hidden)
+            peak = row_max(scores)
+            shifted = scores - peak[:, None]
+            weight = jnp.exp(
+                shifted
+            )  # three times as fast in plain sums as in those of `kernels.reduce`, which keep it
+            return peak, weight.sum(axis=1), (weight * shifted).sum(axis=1), scores[jnp.arange(place.size), place]
+
+        self._glance = glance
+
+    def __call__(self, hidden: jax.Array, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Probabilities of the targets, and entropies in nats, from the last states [n, E]."""
+        facts = []
+        for index, block in enumerate(self._blocks):
+            place = target - index * _BLOCK
+            inside = (place >= 0) & (place < _BLOCK)
+            found = self._glance(dataclasses.replace(self._ends, head=block), hidden, np.where(inside, place, 0))
+            *rest, score = (np.asarray(x, np.float64) for x in found)
+            facts.append([*rest, np.where(inside, score, -np.inf)])
+        peaks, masses, moments, scores = (np.stack(parts) for parts in zip(*facts, strict=True))
+        peak = peaks.max(axis=0)
+        share = np.exp(peaks - peak)
+        mass = (share * masses).sum(axis=0)
+        moment = (share * (moments + (peaks - peak) * masses)).sum(axis=0)
+        return np.exp(scores.max(axis=0) - peak) / mass, np.log(mass) - moment / mass
 
 
 def _key_maps(readings: list[_Reading], components: int) -> tuple[np.ndarray, np.ndarray]:
@@ -236,20 +282,15 @@ def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _hit_rates(readings: list[_Reading], maps: list[_KeyMap]) -> np.ndarray:
     """Per layer, how often the nearest key that has left the window is followed by the token that follows here."""
-
-    @jax.jit
-    def nearest(key: jax.Array) -> jax.Array:
-        page = jnp.arange(key.shape[0]) // PAGE
-        left = page[None, :] + WINDOW <= page[:, None]
-        return jnp.argmax(jnp.where(left, recall.kernel(key, key, jnp.int32(1)), -2.0), axis=1)
-
     rates = []
     for layer, key_map in enumerate(maps):
         hits = []
         for reading in readings:
-            found = np.asarray(nearest(jnp.asarray(key_map(reading.states(layer)))))
-            following = reading.tokens[1:]
-            hits.append((following[found] == following)[WINDOW * PAGE :])
+            key, following = key_map(reading.states(layer)), reading.tokens[1:]
+            for start in range(WINDOW * PAGE, len(key), PAGE):
+                now = slice(start, start + PAGE)
+                nearest = _kernel(key[now], key[: start - (WINDOW - 1) * PAGE]).argmax(axis=1)
+                hits.append(following[nearest] == following[now])
         rates.append(float(np.concatenate(hits).mean()))
     return np.asarray(rates)
 
@@ -282,14 +323,17 @@ def _found_rates(config: MemoryConfig, reading: _Reading, maps: list[_KeyMap], a
 
 
 def _collect(
-    model: ModelConfig,
-    params: ModelParams,
     config: MemoryConfig,
     adapter: Adapter,
     readings: list[_Reading],
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Past the window: the gate's features, and the probability model and memory give the token that came."""
+    """Past the window: the gate's features, and the probability model and memory give the token that came.
+
+    The memory's vocabulary is what the texts hold: of the other tokens it has nothing to say.
+    """
+    known = np.unique(np.concatenate([reading.tokens for reading in readings]))
+    adapter = dataclasses.replace(adapter, codes=jax.tree.map(lambda table: table[known], adapter.codes))
     settings = recall.init_settings(1)
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -307,30 +351,19 @@ def _collect(
 
     @jax.jit
     def judge(
-        params: ModelParams,
-        adapter: Adapter,
-        state: recall.MemoryState,
-        key: jax.Array,
-        hidden: jax.Array,
-        target: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        scores = logits(model, params, hidden)
-        shifted = scores - row_max(scores)[:, None]
-        weight = jnp.exp(shifted)
-        mass = row_sum(weight)
-        entropy = jnp.log(mass) - row_sum(weight * shifted) / mass
+        adapter: Adapter, state: recall.MemoryState, key: jax.Array, entropy: jax.Array, place: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         found = recall.scores(adapter, state, settings, key)[0]
-        pick = functools.partial(jnp.take_along_axis, indices=target[:, None], axis=1)
-        p_memory = pick(recall.memory_distribution(found))[:, 0]
-        return recall.gate_features(found, entropy), pick(weight)[:, 0] / mass, p_memory
+        p_memory = recall.memory_distribution(found)[jnp.arange(PAGE), place]
+        return recall.gate_features(found, entropy), p_memory
 
-    absorb = jax.jit(functools.partial(recall.write, config), donate_argnums=1)
-    ends = dataclasses.replace(params, layers=())
+    absorb = jax.jit(functools.partial(recall.write, config, "exact"), donate_argnums=1)
     plan = WindowPlan(window=WINDOW)
     total, done = sum(len(reading.tokens) // PAGE for reading in readings), 0
     samples = []
     for reading in readings:
-        state = recall.init_state(config, 1, model.vocab)
+        state = recall.init_state(config, 1, len(known))
+        places = np.searchsorted(known, reading.tokens).astype(np.int32)
         for page in range(len(reading.tokens) // PAGE):
             part = slice(page * PAGE, (page + 1) * PAGE)
             positions = np.arange(page * PAGE, (page + 1) * PAGE, dtype=np.int32)[None]
@@ -338,14 +371,14 @@ def _collect(
             if left is not None:
                 state = absorb(adapter, state, np.int32(0), _exact_write(left, config.max_omega_window))
             streams = reading.tapped[:, part], reading.exponent[:, part]
-            state, key = observe(adapter, state, *streams, reading.tokens[None, part], positions)
+            state, key = observe(adapter, state, *streams, places[None, part], positions)
             if left is not None:
-                target = reading.tokens[page * PAGE + 1 : (page + 1) * PAGE + 1]
-                judged = judge(ends, adapter, state, key, reading.hidden[part], target)
-                samples.append([np.asarray(x, np.float64) for x in judged])
+                came = slice(part.start + 1, part.stop + 1)
+                judged = judge(adapter, state, key, reading.entropy[part].astype(np.float32), places[came])
+                samples.append([*(np.asarray(x, np.float64) for x in judged), reading.chance[part]])
             done += 1
             progress("fitting the gate", done / total)
-    features, p_model, p_memory = (np.concatenate(parts) for parts in zip(*samples, strict=True))
+    features, p_memory, p_model = (np.concatenate(parts) for parts in zip(*samples, strict=True))
     return features, np.maximum(p_model, 1e-30), p_memory
 
 
@@ -353,7 +386,6 @@ def _exact_write(end: int, window: int) -> WriteSettings:
     numbers: dict[str, Any] = {
         "end": np.int32(end),
         "window": np.int32(window),
-        "optimizer": np.int32(EXACT),
         "step": np.float32(1),
         "degree": np.int32(1),
     }
