@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,29 +19,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, MemoryConfig, ModelConfig
-from atlas_jax.kernels.reduce import row_max
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, make_adapter, value_codes
 from atlas_jax.memory.probe import Probe
+from atlas_jax.memory.reading import WINDOW, Progress, Reading, read_texts, whole_pages
 from atlas_jax.memory.recall import WriteSettings
-from atlas_jax.model.context import init_context, page_turn, turn_page
 from atlas_jax.model.params import ModelParams
-from atlas_jax.model.stages import Trunk
-from atlas_jax.model.transformer import logits
 from atlas_jax.model.window import WindowPlan
 from atlas_jax.placement import ONE_DEVICE, Placement
-from atlas_jax.program import Program
 
-WINDOW = 4
-"""Pages of the window the memory is calibrated for."""
 _FIRST_CANDIDATE = 0.4
 """Depth from which a layer's state is tried as a key."""
-_BLOCK = 1 << 12
-"""Tokens of the vocabulary whose scores are looked at together: of few enough, they stay in the cache."""
 _OUTLIER = 4.0
 """Tokens whose residual is this many times the median norm are attention sinks, not text."""
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -94,10 +83,10 @@ def calibrate(
       ValueError: no text reaches past the window.
     """
     config = config or MemoryConfig(layers=candidate_layers(len(model.layers)))
-    usable = [_whole_pages(text) for text in texts if len(text) // PAGE > WINDOW]
+    usable = [whole_pages(text) for text in texts if len(text) // PAGE > WINDOW]
     if not usable:
         raise ValueError(f"calibration needs a text of more than {WINDOW * PAGE} tokens")
-    readings = _read(model, params, config, [*usable, _whole_pages(probe.tokens)], progress, placement)
+    readings = read_texts(model, params, config, [*usable, whole_pages(probe.tokens)], progress, placement)
     mean, projection = _key_maps(readings[:-1], config.components)
     maps = [_KeyMap(*numbers) for numbers in zip(mean, projection, strict=True)]
     hit_rate = _hit_rates(readings[:-1], maps)
@@ -123,107 +112,7 @@ def calibrate(
     )
 
 
-@dataclass(frozen=True)
-class _Reading:
-    """One text as the model read it.
-
-    Attributes:
-      tokens: [n + 1].
-      tapped, exponent: states after the tapped layers, [A, n, E] float16 times 2 to the power of [A, n, 1] int16. In
-        float16 alone, Gemma 3's states overflow.
-      chance: the model's probability of the token that came next, float64 [n]; 1 inside the first window.
-      entropy: of the model's word on it, in nats, float64 [n]; 0 inside the first window.
-    """
-
-    tokens: np.ndarray
-    tapped: np.ndarray
-    exponent: np.ndarray
-    chance: np.ndarray
-    entropy: np.ndarray
-
-    def states(self, layer: int) -> np.ndarray:
-        """States after one of the tapped layers, float32 [n, E]."""
-        return np.ldexp(self.tapped[layer].astype(np.float32), self.exponent[layer])
-
-
-def _read(
-    model: ModelConfig,
-    params: ModelParams,
-    config: MemoryConfig,
-    texts: Sequence[Sequence[int]],
-    progress: Progress,
-    placement: Placement,
-) -> list[_Reading]:
-    plan = WindowPlan(window=WINDOW)
-
-    trunk, judge = Trunk(model, placement), _Judge(model, params)
-    count = np.full((1,), PAGE, np.int32)
-    turn = Program(turn_page, donate=(0,), placement=placement)
-    total = sum(len(text) // PAGE for text in texts)
-    done = 0
-    readings = []
-    for text in texts:
-        tokens = np.asarray(text, np.int32)
-        context = placement.rows(init_context(model, 1, WINDOW, "int8"))
-        chance, entropy = np.ones(len(tokens) - 1), np.zeros(len(tokens) - 1)
-        tapped, exponent = [], []
-        for page in range(len(tokens) // PAGE):
-            context = turn((), context, page_turn(0, plan.turn(page)))
-            part = slice(page * PAGE, (page + 1) * PAGE)
-            context, _, states = trunk((1, WINDOW, PAGE), params, context, tokens[None, part], count)
-            if page >= WINDOW:
-                chance[part], entropy[part] = judge(states[-1][0], tokens[1:][part])
-            streams = np.stack([np.asarray(states[layer][0]) for layer in config.layers])
-            exponent.append(np.frexp(np.abs(streams).max(axis=2, keepdims=True))[1].astype(np.int16))
-            tapped.append(np.ldexp(streams, -exponent[-1]).astype(np.float16))
-            done += 1
-            progress("reading", done / total)
-        streams, units = (np.concatenate(parts, axis=1) for parts in (tapped, exponent))
-        readings.append(_Reading(tokens, streams, units, chance, entropy))
-    return readings
-
-
-class _Judge:
-    """What a model says of the next tokens, a block of its vocabulary after the other: all of a page can be 134 MB."""
-
-    def __init__(self, model: ModelConfig, params: ModelParams) -> None:
-        head = params.embed if params.head is None else params.head
-        self._ends = dataclasses.replace(params, layers=())
-        self._blocks = [
-            jax.tree.map(operator.itemgetter(slice(first, first + _BLOCK)), head)
-            for first in range(0, model.vocab, _BLOCK)
-        ]
-
-        @jax.jit
-        def glance(params: ModelParams, hidden: jax.Array, place: jax.Array) -> tuple[jax.Array, ...]:
-            scores = logits(model, params, hidden)
-            peak = row_max(scores)
-            shifted = scores - peak[:, None]
-            weight = jnp.exp(
-                shifted
-            )  # three times as fast in plain sums as in those of `kernels.reduce`, which keep it
-            return peak, weight.sum(axis=1), (weight * shifted).sum(axis=1), scores[jnp.arange(place.size), place]
-
-        self._glance = glance
-
-    def __call__(self, hidden: jax.Array, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Probabilities of the targets, and entropies in nats, from the last states [n, E]."""
-        facts = []
-        for index, block in enumerate(self._blocks):
-            place = target - index * _BLOCK
-            inside = (place >= 0) & (place < _BLOCK)
-            found = self._glance(dataclasses.replace(self._ends, head=block), hidden, np.where(inside, place, 0))
-            *rest, score = (np.asarray(x, np.float64) for x in found)
-            facts.append([*rest, np.where(inside, score, -np.inf)])
-        peaks, masses, moments, scores = (np.stack(parts) for parts in zip(*facts, strict=True))
-        peak = peaks.max(axis=0)
-        share = np.exp(peaks - peak)
-        mass = (share * masses).sum(axis=0)
-        moment = (share * (moments + (peaks - peak) * masses)).sum(axis=0)
-        return np.exp(scores.max(axis=0) - peak) / mass, np.log(mass) - moment / mass
-
-
-def _key_maps(readings: list[_Reading], components: int) -> tuple[np.ndarray, np.ndarray]:
+def _key_maps(readings: list[Reading], components: int) -> tuple[np.ndarray, np.ndarray]:
     """Per layer: the mean, and the leading components over their standard deviation: whitened.
 
     Dividing by the square root of the deviation instead found 0.75 of a fact's digits where this found 0.82, and closed as
@@ -243,12 +132,6 @@ def _key_maps(readings: list[_Reading], components: int) -> tuple[np.ndarray, np
         means.append(mean)
         projections.append(projection)
     return np.stack(means), np.stack(projections)
-
-
-def _whole_pages(text: Sequence[int]) -> Sequence[int]:
-    """The text cut to whole pages and one token more."""
-    count = (len(text) - 1) // PAGE
-    return text[: count * PAGE + 1]
 
 
 @dataclass(frozen=True)
@@ -280,7 +163,7 @@ def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return product
 
 
-def _hit_rates(readings: list[_Reading], maps: list[_KeyMap]) -> np.ndarray:
+def _hit_rates(readings: list[Reading], maps: list[_KeyMap]) -> np.ndarray:
     """Per layer, how often the nearest key that has left the window is followed by the token that follows here."""
     rates = []
     for layer, key_map in enumerate(maps):
@@ -295,7 +178,7 @@ def _hit_rates(readings: list[_Reading], maps: list[_KeyMap]) -> np.ndarray:
     return np.asarray(rates)
 
 
-def _found_rates(config: MemoryConfig, reading: _Reading, maps: list[_KeyMap], asked: np.ndarray) -> np.ndarray:
+def _found_rates(config: MemoryConfig, reading: Reading, maps: list[_KeyMap], asked: np.ndarray) -> np.ndarray:
     """Per layer, how often a memory of degree 2, written as the text is read, names the token that follows `asked`.
 
     In the dual: M φ(k) = Σᵢ aᵢ φ(kᵢ)·φ(k), so no features are needed. A nearest key would not do: it finds 0.65 to 0.88 of
@@ -325,7 +208,7 @@ def _found_rates(config: MemoryConfig, reading: _Reading, maps: list[_KeyMap], a
 def _collect(
     config: MemoryConfig,
     adapter: Adapter,
-    readings: list[_Reading],
+    readings: list[Reading],
     progress: Progress,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Past the window: the gate's features, and the probability model and memory give the token that came.

@@ -16,8 +16,9 @@ from pathlib import Path
 from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.memory import store
-from atlas_jax.memory.calibrate import WINDOW, Calibration, calibrate
+from atlas_jax.memory.calibrate import Calibration, calibrate
 from atlas_jax.memory.probe import make_probe
+from atlas_jax.memory.reading import WINDOW
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.params import ModelParams
 from atlas_jax.placement import ONE_DEVICE, Placement
