@@ -69,7 +69,7 @@ def read_texts(
     """Reads each text, of whole pages and one token more, from its first token on."""
     plan = WindowPlan(window=WINDOW)
 
-    trunk, judge = Trunk(model, placement), _Judge(model, params)
+    trunk, judge = Trunk(model, placement), Judge(model, params)
     count = np.full((1,), PAGE, np.int32)
     turn = Program(turn_page, donate=(0,), placement=placement)
     total = sum(len(text) // PAGE for text in texts)
@@ -96,7 +96,7 @@ def read_texts(
     return readings
 
 
-class _Judge:
+class Judge:
     """What a model says of the next tokens, a block of its vocabulary after the other: all of a page can be 134 MB."""
 
     def __init__(self, model: ModelConfig, params: ModelParams) -> None:

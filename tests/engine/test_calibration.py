@@ -12,10 +12,11 @@ import pytest
 from atlas_jax.config import MemoryConfig
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.kernels.linear import QuantArray
-from atlas_jax.memory import store
+from atlas_jax.memory import reading, store
 from atlas_jax.memory.calibrate import calibrate
 from atlas_jax.memory.probe import make_probe
 from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.transformer import logits
 
 PHRASE = "The quick brown fox jumps over the lazy dog while seven wizards make toxic brew for the evil queen. "
 
@@ -47,3 +48,23 @@ def test_a_memory_that_was_fitted_helps_and_survives_its_file(
     for kept, wanted in zip(adapter.projection, found.adapter.projection, strict=True):
         np.testing.assert_allclose(kept, wanted, atol=float(jnp.abs(wanted).max()) * 2**-11)
     np.testing.assert_array_equal(adapter.mean, found.adapter.mean)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_vocabulary_in_blocks_says_what_it_says_whole(
+    models: dict[str, tuple[Path, Path]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GGUFFile.open(models[name][0]) as file:
+        config = model_config(file)
+        params = load_params(file, config, dtype="int8")
+    monkeypatch.setattr(reading, "_BLOCK", 96)
+    assert config.vocab > 2 * 96
+    random = np.random.default_rng(0)
+    hidden = jnp.asarray(random.standard_normal((40, config.embed)), jnp.float32)
+    target = random.integers(0, config.vocab, 40)
+    chance, entropy = reading.Judge(config, params)(hidden, target)
+    scores = np.asarray(logits(config, params, hidden), np.float64)
+    p = np.exp(scores - scores.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(chance, p[np.arange(40), target], rtol=1e-4)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(axis=1), rtol=1e-4)
