@@ -143,20 +143,16 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"], *, precise: bool = True
     rows, inner = x.shape[:-1], x.shape[-1]
     flat = x.reshape(-1, inner)
     count = flat.shape[0]
-    if isinstance(weight, PackedArray):
-        if native.takes_packed(inner, weight.shape[0]):
-            most = native.MAX_TERMS // (1 + precise)
-            pieces = [flat[first : first + most] for first in range(0, count, most)]
-            products = [native.linear(piece, weight.blocks, weight.scale, terms=1 + precise) for piece in pieces]
-            return jnp.concatenate(products).reshape(*rows, -1)
-        weight = unpack(weight)
-    if not isinstance(weight, QuantArray):
+    if not isinstance(weight, QuantArray | PackedArray):
         # a product of a single row rounds differently from the same row among others
         pair = jnp.concatenate([flat, flat]) if count == 1 else flat
         product = jnp.einsum("ri,oi->ro", pair, weight, precision=jax.lax.Precision.HIGHEST)
         return product[:count].reshape(*rows, -1)
-    if native.takes_linear(count, inner, weight.shape[0], 1 + precise):
-        return native.linear(flat, weight.values, weight.scale, terms=1 + precise).reshape(*rows, -1)
+    if native.takes_linear(inner, weight.shape[0]):
+        stored = weight.values if isinstance(weight, QuantArray) else weight.blocks
+        return native.linear(flat, stored, weight.scale, terms=1 + precise).reshape(*rows, -1)
+    if isinstance(weight, PackedArray):
+        weight = unpack(weight)
     if precise:
         high, low, scale = split_rows(flat)
         parts: tuple[jax.Array, ...] = (high, low)
@@ -178,7 +174,7 @@ def linear_each(weight: QuantArray, x: Float[Array, "B T inp"]) -> Float[Array, 
       weight: values [B, out, in], scale [B, out].
     """
     tokens, inner = x.shape[1:]
-    if native.takes_linear(tokens, inner, weight.values.shape[1], 2):
+    if native.takes_linear(inner, weight.values.shape[1]):
         return native.linear(x, weight.values, weight.scale, terms=2)
     high, low, scale = split_rows(x)
     terms = jnp.concatenate([high, low], axis=1)

@@ -19,6 +19,7 @@ _STAGE = 32
 
 
 def _staged(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
+    """All stages but the last."""
     size = x.shape[-1]
     while size > _STAGE and target.platform() == "cpu":
         lanes = _largest_divisor(size)
@@ -36,7 +37,7 @@ def _staged(x: jax.Array, reduce: Callable[..., jax.Array]) -> jax.Array:
             x = reduce(x.reshape(*x.shape[:-1], outer, lanes), axis=-2)
             size = lanes
         x = jax.lax.optimization_barrier(x)
-    return reduce(x, axis=-1)
+    return x
 
 
 def _largest_divisor(size: int) -> int:
@@ -45,9 +46,20 @@ def _largest_divisor(size: int) -> int:
 
 def row_max(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
     """Maximum along the last axis."""
-    return _staged(x, jnp.max)
+    return jnp.max(_staged(x, jnp.max), axis=-1)
 
 
 def row_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
-    """Sum along the last axis."""
-    return _staged(x, jnp.sum)
+    """Sum along the last axis; on CPU a row's sum is the same, bit for bit, however many rows there are."""
+    x = _staged(x, jnp.sum)
+    return _sum_by_halves(x) if x.shape[-1] <= _STAGE and target.platform() == "cpu" else jnp.sum(x, axis=-1)
+
+
+def _sum_by_halves(x: jax.Array) -> jax.Array:
+    """The order of a reduction's additions along the last axis is XLA's choice, and was another for 8 rows than for 4."""
+    size = x.shape[-1]
+    if size <= 1:
+        return jnp.sum(x, axis=-1)
+    if size % 2:
+        return _sum_by_halves(x[..., :-1]) + x[..., -1]
+    return _sum_by_halves(x[..., : size // 2] + x[..., size // 2 :])

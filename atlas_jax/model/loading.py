@@ -156,7 +156,7 @@ def _packed(file: GGUFFile) -> frozenset[str]:
 
     def taken(name: str) -> bool:
         shape = file.tensors[name].shape
-        return file.has_nibbles(name) and native.takes_packed(shape[1], shape[0])
+        return file.has_nibbles(name) and native.takes_linear(shape[1], shape[0])
 
     return frozenset(name for names in by_role.values() if all(map(taken, names)) for name in names)
 

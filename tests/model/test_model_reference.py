@@ -61,7 +61,7 @@ def test_scores_are_those_of_the_definition(folder: Path, shape: tiny_model.Shap
     with GGUFFile.open(path) as file:
         config = model_config(file)
         exact, rounded = (load_params(file, config, dtype=dtype) for dtype in ("float32", "int8"))
-    assert isinstance(rounded.layers[0].gate_up, PackedArray) == (shape.nibbles and native.takes_packed(64, 16))
+    assert isinstance(rounded.layers[0].gate_up, PackedArray) == (shape.nibbles and native.takes_linear(64, 16))
     weights = transformer_reference.tensors(path)
     assert parameter_count(exact) == parameter_count(rounded) == sum(value.size for value in weights.values())
     wanted = transformer_reference.logits(config, weights, TEXT)

@@ -25,18 +25,17 @@ from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8
 
 __all__ = [
     "attention",
+    "available",
     "blend",
     "build",
     "draw",
     "greedy",
-    "level",
     "linear",
     "monomials",
     "takes_attention",
     "takes_codes",
     "takes_linear",
     "takes_monomials",
-    "takes_packed",
     "takes_vocabulary",
     "use",
 ]
@@ -44,9 +43,7 @@ __all__ = [
 log = logging.getLogger("atlas.kernels")
 
 MAX_TERMS = 256
-"""Rows of int8 terms that one product takes."""
-MAX_ROWS = {1: 8, 2: MAX_TERMS}
-"""Rows of int8 terms up to which our product is ahead of XLA's, by what the processor has: AVX-512 VNNI, or AMX too."""
+"""Rows of int8 terms that one call takes."""
 MAX_TOKENS = 128
 """Tokens per row up to which our attention is."""
 _PAGE = 128
@@ -68,14 +65,9 @@ def use(wanted: bool) -> None:
     _wanted = wanted
 
 
-def takes_linear(rows: int, inner: int, outputs: int, terms: int) -> bool:
-    """Whether `linear` takes a product of this shape here."""
-    return inner % 64 == 0 and outputs % 16 == 0 and _ready() and terms * rows <= MAX_ROWS[level()]
-
-
-def takes_packed(inner: int, outputs: int) -> bool:
-    """Whether `linear` takes coded weights of this shape here, ahead of the same in 8 bits: with AMX it does."""
-    return inner % 64 == 0 and outputs % 16 == 0 and _ready() and level() == 2
+def takes_linear(inner: int, outputs: int) -> bool:
+    """Whether `linear` takes weights of this shape here: any number of rows, or none would round as their neighbours."""
+    return inner % 64 == 0 and outputs % 16 == 0 and _ready()
 
 
 def takes_attention(tokens: int, page: int, dim: int, sinks: int) -> bool:
@@ -109,9 +101,13 @@ def linear(
 
     The weight may be that of a `linear.PackedArray`.
     """
-    shape = jax.ShapeDtypeStruct((*x.shape[:-1], weight_scale.shape[-1]), jnp.float32)
-    (out,) = _call("linear" if terms == 1 else "precise_linear", (shape,), x, weight, weight_scale)
-    return out
+    rows, most, name = x.shape[-2], MAX_TERMS // terms, "linear" if terms == 1 else "precise_linear"
+    products: list[jax.Array] = []
+    for first in range(0, rows, most):
+        piece = x[..., first : first + most, :]
+        shape = jax.ShapeDtypeStruct((*piece.shape[:-1], weight_scale.shape[-1]), jnp.float32)
+        products += _call(name, (shape,), piece, weight, weight_scale)
+    return jnp.concatenate(products, axis=-2) if len(products) > 1 else products[0]
 
 
 def monomials(
@@ -203,25 +199,24 @@ def _call(
 
 
 def _ready() -> bool:
-    return _wanted and target.is_here() and target.platform() == "cpu" and level() > 0
+    return _wanted and target.is_here() and target.platform() == "cpu" and available()
 
 
 @functools.cache
-def level() -> int:
-    """What the kernels use of this processor: 0 nothing, 1 AVX-512 VNNI, 2 AMX too. The first call builds and registers."""
+def available() -> bool:
+    """Whether there are kernels on this processor. The first call builds and registers them."""
     try:
         library = ctypes.CDLL(str(build()))
     except (OSError, subprocess.SubprocessError) as error:
         log.warning("No native kernels, decoding is slower: %s", error)
-        return 0
-    found = int(library.atlas_supported())
-    if found == 0:
+        return False
+    if not library.atlas_supported():
         log.info("This processor has no AVX-512 VNNI: XLA's own products are used")
-        return 0
+        return False
     for name in _TARGETS:
         capsule = jax.ffi.pycapsule(getattr(library, f"atlas_{name}"))
         jax.ffi.register_ffi_target(f"atlas_{name}_{_VERSION}", capsule, platform="cpu")
-    return found
+    return True
 
 
 def build() -> Path:
