@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 
 # jaxlib 0.10.2's CPU compiler silently miscompiles some fused reductions (jax issue 39103); with YNNPACK limited to
@@ -16,6 +17,20 @@ def _set_xla_flags() -> None:
 
 
 _set_xla_flags()
+
+
+def limit_lapack() -> None:
+    """Gives the LAPACK that XLA's CPU programs call, SciPy's OpenBLAS, one thread; NumPy's is another and stays.
+
+    Its own threads go on spinning after a call, on the cores XLA needs next: an exact write took 55 ms with them and 34
+    without (SmolLM2-135M's sizes, two cores, medians of two runs in turns).
+    """
+    from threadpoolctl import ThreadpoolController
+
+    importlib.import_module("scipy.linalg")  # loads the library, as jaxlib does before its first LAPACK call
+    for library in ThreadpoolController().lib_controllers:  # type: ignore[no-untyped-call]
+        if library.internal_api == "openblas" and "scipy" in library.filepath:
+            library.set_num_threads(1)
 
 
 def self_test() -> None:

@@ -167,6 +167,7 @@ class Engine:
           GGUFError, UnsupportedModel, AdapterError, TableError: a file cannot be used; the message names what is wrong.
         """
         _limit_threads(threads)
+        _platform.limit_lapack()
         native.use(native_kernels and mesh_data * mesh_model == 1)
         pallas.use(native_kernels)
         cache = Path(cache_path) if cache_path is not None else default_cache()

@@ -20,6 +20,7 @@ from atlas_jax.kernels import native
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.lookup import NONE
 from atlas_jax.kernels.sampling import SamplingState, allowed_words
+from atlas_jax.memory.inner_step import OPTIMIZERS
 from atlas_jax.memory.recall import MemorySettings
 from atlas_jax.model.context import page_turn, turn_page
 from atlas_jax.model.stages import Trunk
@@ -86,7 +87,10 @@ class Runner:
             drafts: self._program(functools.partial(whole.decode, config, drafts=drafts), donate=(1, 2))
             for drafts in (False, True)
         }
-        self._write_memory = self._program(functools.partial(step.write_memory, config), donate=(1,))
+        self._write_memory = {
+            optimizer: self._program(functools.partial(step.write_memory, config, optimizer), donate=(1,))
+            for optimizer in OPTIMIZERS
+        }
         self._turn_page = self._program(turn_page, donate=(0,))
         self._extract = self._program(step.extract)
         self._extract_drawing = self._program(step.extract)
@@ -313,7 +317,8 @@ class Runner:
         memory = sequences.memory
         if memory is not None and write is not None and turn.absorb_end is not None:
             settings = write_settings(write, turn.absorb_end)
-            memory = self._write_memory(_rows(sequences), self._ends.adapter, memory, np.int32(index), settings)
+            absorb = self._write_memory[write.optimizer]
+            memory = absorb(_rows(sequences), self._ends.adapter, memory, np.int32(index), settings)
         context = self._turn_page(_shape_key(sequences), sequences.context, page_turn(index, turn))
         return Sequences(context, memory)
 
@@ -380,8 +385,9 @@ class Runner:
         for size, state in ((1, single.memory), (rows, batch.memory)):
             if state is not None:
                 self._insert_memory.compile(size, state, single.memory, _SCALAR)
-                write = shapes(write_settings(MemoryWrite(PAGE, 0, 1.0, 1), PAGE))
-                self._write_memory.compile(size, self._ends.adapter, state, _SCALAR, write)
+                write = shapes(write_settings(MemoryWrite(PAGE, "exact", 1.0, 1), PAGE))
+                for program in self._write_memory.values():
+                    program.compile(size, self._ends.adapter, state, _SCALAR, write)
 
     def _batch_shapes(self, rows: int, pages: int) -> Sequences:
         return jax.eval_shape(functools.partial(self._make, batch=rows, pages=pages))

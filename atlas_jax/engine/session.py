@@ -363,7 +363,7 @@ def _row(layout: Layout, plan: WindowPlan, position: int, page: int, arrays: Map
     tokens[0, kept % config.ring] = take("tokens", (len(kept),), "i4")
     if not ((tokens >= 0) & (tokens < model.vocab)).all():
         raise SnapshotInvalid("snapshot's tokens are out of range")
-    shape = (config.features, config.code_dim)
+    shape = (config.code_dim, config.features)
     momentum = take("momentum", shape, "f4") if "momentum" in arrays else np.zeros(shape, np.float32)
     seen = np.unpackbits(take("seen", (-(-model.vocab // 8),), "u1"))[: model.vocab].astype(np.int8)
     context = Context(
@@ -376,8 +376,8 @@ def _row(layout: Layout, plan: WindowPlan, position: int, page: int, arrays: Map
     memory = MemoryState(
         weights=take("weights", shape, "f4")[None],  # type: ignore[arg-type]
         momentum=momentum[None],  # type: ignore[arg-type]
-        read_values=take("read_values", shape[::-1], "i1")[None],  # type: ignore[arg-type]
-        read_scale=take("read_scale", shape[1:], "f4")[None],  # type: ignore[arg-type]
+        read_values=take("read_values", shape, "i1")[None],  # type: ignore[arg-type]
+        read_scale=take("read_scale", shape[:1], "f4")[None],  # type: ignore[arg-type]
         recent=take("recent", (RECENT, config.components), "f4")[None],  # type: ignore[arg-type]
         keys=keys,  # type: ignore[arg-type]
         tokens=tokens,  # type: ignore[arg-type]

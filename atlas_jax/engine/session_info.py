@@ -38,7 +38,7 @@ def _norm_and_rank(checkpoint: Checkpoint) -> tuple[float, float]:
     if memory is None:
         return 0.0, 0.0
     weights = np.asarray(memory.weights)[0]
-    values = np.sqrt(np.maximum(np.linalg.eigvalsh(weights.T.astype(np.float64) @ weights), 0.0))
+    values = np.sqrt(np.maximum(np.linalg.eigvalsh(weights.astype(np.float64) @ weights.T), 0.0))
     total = values.sum()
     if total == 0:
         return 0.0, 0.0

@@ -12,7 +12,7 @@ from atlas_jax.engine.api import MemoryParams, SamplingParams
 from atlas_jax.engine.state import TEXT
 from atlas_jax.kernels.lookup import NONE
 from atlas_jax.kernels.sampling import BIAS_SLOTS, SamplingState
-from atlas_jax.memory.inner_step import EXACT, GRADIENT, MUON
+from atlas_jax.memory.inner_step import Optimizer
 from atlas_jax.memory.recall import MemorySettings, WriteSettings
 
 CALIBRATED_STEP = 1e-3
@@ -25,20 +25,19 @@ class MemoryWrite:
 
     Attributes:
       window: tokens in the Omega objective.
-      optimizer: `inner_step.EXACT`, `GRADIENT` or `MUON`.
       step: factor on the calibrated inner step.
       degree: polynomial degree.
     """
 
     window: int
-    optimizer: int
+    optimizer: Optimizer
     step: float
     degree: int
 
     @classmethod
     def from_params(cls, params: MemoryParams, degree: int) -> MemoryWrite:
         """What a request asks for; `degree` is its session's."""
-        optimizer = EXACT if params.use_muon is None else MUON if params.use_muon else GRADIENT
+        optimizer: Optimizer = "exact" if params.use_muon is None else "muon" if params.use_muon else "gradient"
         step = 1.0 if params.learning_rate is None else params.learning_rate / CALIBRATED_STEP
         return cls(params.omega_window, optimizer, step, degree)
 
@@ -48,7 +47,6 @@ def write_settings(write: MemoryWrite, end: int) -> WriteSettings:
     values: dict[str, Any] = {
         "end": np.int32(end),
         "window": np.int32(write.window),
-        "optimizer": np.int32(write.optimizer),
         "step": np.float32(write.step),
         "degree": np.int32(write.degree - 1),
     }

@@ -26,6 +26,7 @@ from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, SamplingState, record, sample
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import Adapter
+from atlas_jax.memory.inner_step import Optimizer
 from atlas_jax.memory.recall import MemorySettings, MemoryState, WriteSettings
 from atlas_jax.model.context import Context
 from atlas_jax.model.params import ModelParams
@@ -82,11 +83,16 @@ class Packed:
 
 
 def write_memory(
-    config: StepConfig, adapter: Adapter, memory: recall.MemoryState, row: Int32[Array, ""], settings: WriteSettings
+    config: StepConfig,
+    optimizer: Optimizer,
+    adapter: Adapter,
+    memory: recall.MemoryState,
+    row: Int32[Array, ""],
+    settings: WriteSettings,
 ) -> recall.MemoryState:
     """Absorbs what has left a row's window; see `recall.write`."""
     assert config.memory is not None
-    return recall.write(config.memory, adapter, memory, row, settings)
+    return recall.write(config.memory, optimizer, adapter, memory, row, settings)
 
 
 def finish_read(

@@ -15,7 +15,6 @@ from atlas_jax.engine.session import Appended, Checkpoint, Session, SessionShape
 from atlas_jax.engine.settings import MemoryWrite
 from atlas_jax.engine.state import Sequences
 from atlas_jax.engine.work import Work
-from atlas_jax.memory.inner_step import MUON
 from atlas_jax.model.window import Turn
 
 _KEPT_CHECKPOINTS = 3
@@ -132,7 +131,7 @@ def kept_session(runner: Runner, work: Work, row: Sequences, read: int, loss: fl
 def begin_page(runner: Runner, counters: Counters, work: Work) -> tuple[Turn, MemoryWrite | None]:
     """Accounts for the page that begins with the next token; what the runner has to do, and how the memory is written."""
     memory = runner.config.memory
-    passes = memory.passes if memory is not None and work.write is not None and work.write.optimizer == MUON else 0
+    passes = memory.passes if memory is not None and work.write is not None and work.write.optimizer == "muon" else 0
     if work.begin_page(passes):
         counters.memory_updates += 1
         counters.muon_iterations += passes

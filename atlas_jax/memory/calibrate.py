@@ -21,7 +21,6 @@ import numpy as np
 from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, MemoryConfig, ModelConfig
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, make_adapter, value_codes
-from atlas_jax.memory.inner_step import EXACT
 from atlas_jax.memory.probe import Probe
 from atlas_jax.memory.reading import WINDOW, Progress, Reading, read_texts, whole_pages
 from atlas_jax.memory.recall import WriteSettings
@@ -241,7 +240,7 @@ def _collect(
         p_memory = recall.memory_distribution(found)[jnp.arange(PAGE), place]
         return recall.gate_features(found, entropy), p_memory
 
-    absorb = jax.jit(functools.partial(recall.write, config), donate_argnums=1)
+    absorb = jax.jit(functools.partial(recall.write, config, "exact"), donate_argnums=1)
     plan = WindowPlan(window=WINDOW)
     total, done = sum(len(reading.tokens) // PAGE for reading in readings), 0
     samples = []
@@ -270,7 +269,6 @@ def _exact_write(end: int, window: int) -> WriteSettings:
     numbers: dict[str, Any] = {
         "end": np.int32(end),
         "window": np.int32(window),
-        "optimizer": np.int32(EXACT),
         "step": np.float32(1),
         "degree": np.int32(1),
     }

@@ -27,11 +27,9 @@ from atlas_jax.kernels.features import gather_monomials
 from atlas_jax.kernels.linear import QuantArray, linear, linear_each, quantize_rows, rows_of
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.memory.adapter import TRAIL_DECAY, TRAIL_LENGTH, Adapter
-from atlas_jax.memory.inner_step import omega_step, product
+from atlas_jax.memory.inner_step import Optimizer, omega_step, product
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
-_MAX_LOSS = 100.0
-"""Mean squared error that no write may leave; codes are unit vectors, so that of an empty memory is one."""
 _MIN_SCORE = -2.0
 RECENT = 2 * TRAIL_LENGTH
 """States kept for trails: as many as one needs, and room to set a row back by a few tokens."""
@@ -43,7 +41,7 @@ class MemoryState:
     """Memories of a batch of sessions.
 
     Attributes:
-      weights: M, transposed.
+      weights: M.
       momentum: S of the Muon write.
       read_values, read_scale: the weights in 8 bits, [C, M] per row, what reads use.
       recent: components of the last states, those that keys are made of; position p is at p mod its length.
@@ -53,8 +51,8 @@ class MemoryState:
       written: whether any token has been seen; without one, reading is of no use.
     """
 
-    weights: Float[Array, "B M C"]
-    momentum: Float[Array, "B M C"]
+    weights: Float[Array, "B C M"]
+    momentum: Float[Array, "B C M"]
     read_values: Int8[Array, "B C M"]
     read_scale: Float[Array, "B C"]
     recent: Float[Array, "B recent Z"]
@@ -93,25 +91,23 @@ class WriteSettings:
     Attributes:
       end: position of the first token that has not left the window.
       window: tokens in the Omega objective.
-      optimizer: EXACT, GRADIENT or MUON.
-      step: factor on the calibrated inner step of the last two.
+      step: factor on the calibrated inner step of gradient and Muon.
       degree: polynomial degree, less one.
     """
 
     end: Int32[Array, ""]
     window: Int32[Array, ""]
-    optimizer: Int32[Array, ""]
     step: Float[Array, ""]
     degree: Int32[Array, ""]
 
 
 def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
     """Empty memories."""
-    shape = (batch, config.features, config.code_dim)
+    shape = (batch, config.code_dim, config.features)
     return MemoryState(
         weights=jnp.zeros(shape, jnp.float32),
         momentum=jnp.zeros(shape, jnp.float32),
-        read_values=jnp.zeros((batch, config.code_dim, config.features), jnp.int8),
+        read_values=jnp.zeros(shape, jnp.int8),
         read_scale=jnp.zeros((batch, config.code_dim), jnp.float32),
         recent=jnp.zeros((batch, RECENT, config.components), jnp.float32),
         keys=jnp.zeros((batch, config.ring, config.key_size), jnp.float32),
@@ -200,7 +196,8 @@ def kernel(
     size = a.shape[-1] // 2
     state = jnp.einsum("...nz,...mz->...nm", a[..., :size], b[..., :size])
     trail = jnp.einsum("...nz,...mz->...nm", a[..., size:], b[..., size:])
-    return jnp.where(degree == 0, (state + trail) / 2, state**degree * trail)
+    joined = jnp.where(degree == 2, state * state, state) * trail
+    return jnp.where(degree == 0, (state + trail) / 2, joined)
 
 
 def remember(
@@ -226,7 +223,12 @@ def remember(
 
 
 def write(
-    config: MemoryConfig, adapter: Adapter, state: MemoryState, row: Int32[Array, ""], settings: WriteSettings
+    config: MemoryConfig,
+    optimizer: Optimizer,
+    adapter: Adapter,
+    state: MemoryState,
+    row: Int32[Array, ""],
+    settings: WriteSettings,
 ) -> MemoryState:
     """Absorbs the tokens before `settings.end` into the memory of one row: one Omega step.
 
@@ -234,8 +236,7 @@ def write(
       row: which session of the batch.
 
     Returns:
-      The state with that row's weights, momentum, seen tokens and loss replaced; everything else untouched. A step that
-      diverges, as one of a learning rate too large for the text can, is not taken: the weights stay and momentum starts anew.
+      The state with that row's weights, momentum, seen tokens and loss replaced; everything else untouched.
     """
     width = config.max_omega_window
     offset = jnp.arange(width) - width
@@ -245,26 +246,26 @@ def write(
     key = state.keys[row, (position - 1) % ring] * gamma[:, None]
     token = state.tokens[row, position % ring]
 
-    features = _features(adapter, key, settings.degree)  # [M, W]; γ = 0 makes a column zero
-    code = rows_of(adapter.codes, token) * gamma[:, None]
+    features = _window_features(adapter, key, settings.degree)  # [W, M]; γ = 0 makes a row zero
+    code = rows_of(adapter.codes, token).T * gamma
     gram = kernel(key, key, settings.degree)
     weights, momentum = state.weights[row], state.momentum[row]
-    residual = code - product("mw,mc->wc", features, weights)
-
-    stepped, momentum, left = omega_step(
-        config, settings.optimizer, settings.step, weights, momentum, features, gram, gamma, residual
+    residual = code - product("cm,wm->cw", weights, features)
+    weights, momentum, loss, taken = omega_step(
+        config, optimizer, settings.step, weights, momentum, features, gram, gamma, residual
     )
-    loss = jnp.sum(left * left) / jnp.maximum(gamma.sum(), 1.0)
-    taken = (loss <= _MAX_LOSS) & jnp.all(jnp.isfinite(stepped)) & jnp.all(jnp.isfinite(momentum))
-    weights, momentum = jnp.where(taken, stepped, weights), jnp.where(taken, momentum, 0.0)
-    values, scale = quantize_rows(weights.T)
+    values, scale = quantize_rows(weights)
     written = jnp.where((gamma > 0) & taken, token, state.seen.shape[1])
+
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, part, row, 0)  # `at` would copy, to allow for a row too many
+
     return dataclasses.replace(
         state,
-        weights=state.weights.at[row].set(weights),
-        momentum=state.momentum.at[row].set(momentum),
-        read_values=state.read_values.at[row].set(values),
-        read_scale=state.read_scale.at[row].set(scale[:, 0]),
+        weights=put(state.weights, weights),
+        momentum=put(state.momentum, momentum),
+        read_values=put(state.read_values, values),
+        read_scale=put(state.read_scale, scale[:, 0]),
         seen=state.seen.at[row, written].set(1, mode="drop"),
         loss=state.loss.at[row].set(jnp.where(taken, loss, state.loss[row])),
         written=state.written.at[row].set(state.written[row] | taken),
@@ -360,10 +361,13 @@ def blend(
     return jnp.where(heard[..., None], jnp.log(jnp.maximum(mixed, 1e-37)), logits), g
 
 
-def _features(adapter: Adapter, key: jax.Array, degree: jax.Array) -> jax.Array:
-    """φ of one row's window, features first: each monomial is a product of contiguous rows of W numbers."""
+def _window_features(adapter: Adapter, key: Float[Array, "W R"], degree: Int32[Array, ""]) -> Float[Array, "W M"]:
+    """φ of one row's window, in the precision of `inner_step.product`."""
+    if native.takes_monomials(adapter.factors.shape[1]):
+        tables = adapter.factors, adapter.feature_weight
+        return native.monomials(key[None], *tables, degree[None], rounded=True)[0]
     extended = jnp.concatenate([key.T, jnp.ones((1, key.shape[0]), key.dtype)])
     product = adapter.feature_weight[degree][:, None]
-    for position in range(adapter.factors.shape[2]):
+    for position in range(adapter.factors.shape[2]):  # products of contiguous rows of W numbers
         product = product * extended[adapter.factors[degree, :, position]]
-    return product
+    return product.T.astype(jnp.bfloat16)

@@ -18,7 +18,7 @@ from atlas_jax.config import PAGE, MemoryConfig
 from atlas_jax.kernels.features import gather_monomials
 from atlas_jax.memory import recall
 from atlas_jax.memory.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, key_components, make_adapter
-from atlas_jax.memory.inner_step import EXACT, GRADIENT, MUON
+from atlas_jax.memory.inner_step import OPTIMIZERS, Optimizer
 from atlas_jax.memory.recall import MemorySettings, MemoryState, WriteSettings
 
 VOCAB, EMBED, ROWS = 60, 20, 2
@@ -28,7 +28,7 @@ CONFIG = MemoryConfig(
 
 seeds = st.integers(0, 2**32 - 1)
 degrees = st.integers(1, 3)
-optimizers = st.sampled_from([EXACT, GRADIENT, MUON])
+optimizers = st.sampled_from(OPTIMIZERS)
 windows = st.sampled_from([8, 32, PAGE, 2 * PAGE])
 
 
@@ -50,7 +50,6 @@ def adapter() -> Adapter:
 @functools.cache
 def compiled() -> dict[str, object]:
     return {
-        "write": jax.jit(functools.partial(recall.write, CONFIG)),
         "remember": jax.jit(recall.remember),
         "scores": jax.jit(recall.scores),
         "blend": jax.jit(recall.blend),
@@ -65,9 +64,22 @@ def unit_keys(random: np.random.Generator, count: int) -> np.ndarray:
     return (keys / np.linalg.norm(keys, axis=2, keepdims=True)).reshape(count, CONFIG.key_size)
 
 
-def writing(end: int, window: int, optimizer: int = EXACT, degree: int = 2, step: float = 1.0) -> WriteSettings:
-    numbers = np.int32(end), np.int32(window), np.int32(optimizer), np.float32(step), np.int32(degree - 1)
-    return WriteSettings(*numbers)  # type: ignore[arg-type]
+@functools.cache
+def compiled_write(optimizer: Optimizer) -> object:
+    return jax.jit(functools.partial(recall.write, CONFIG, optimizer))
+
+
+def write(
+    state: MemoryState,
+    row: int,
+    end: int,
+    window: int,
+    optimizer: Optimizer = "exact",
+    degree: int = 2,
+    step: float = 1.0,
+) -> MemoryState:
+    how = WriteSettings(np.int32(end), np.int32(window), np.float32(step), np.int32(degree - 1))  # type: ignore[arg-type]
+    return compiled_write(optimizer)(adapter(), state, np.int32(row), how)
 
 
 def reading(degree: int = 2, read: bool = True, read_from: int = 0, log_odds: float = 0.0) -> MemorySettings:
@@ -107,7 +119,7 @@ def pairs(keys: np.ndarray, tokens: np.ndarray, end: int, window: int) -> tuple[
 
 def weights_of(state: MemoryState, row: int, degree: int) -> np.ndarray:
     count = recall_reference.features(np.zeros((1, CONFIG.key_size)), degree).shape[1]
-    return np.asarray(state.weights, np.float64)[row, :count]
+    return np.asarray(state.weights, np.float64)[row, :, :count].T
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -136,7 +148,7 @@ def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, wi
     for end in (PAGE, 2 * PAGE):
         key, values = pairs(keys, tokens, end, window)
         phi, before = recall_reference.features(key, degree), weights_of(state, 1, degree)
-        state = compiled()["write"](adapter(), state, np.int32(1), writing(end, window, EXACT, degree))
+        state = write(state, 1, end, window, "exact", degree)
         found, wanted = weights_of(state, 1, degree), recall_reference.exact_write(before, phi, values, CONFIG.ridge)
         reached, least = (recall_reference.ridge_loss(m, before, phi, values, CONFIG.ridge) for m in (found, wanted))
         assert reached < 1.02 * least, "its big products are in bfloat16"
@@ -152,7 +164,7 @@ def test_what_was_written_is_found_again(seed: int, degree: int) -> None:
     random = np.random.default_rng(seed)
     keys, tokens = unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE)
     state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
-    state = compiled()["write"](adapter(), state, np.int32(0), writing(PAGE, 32, EXACT, degree))
+    state = write(state, 0, PAGE, 32, "exact", degree)
     asked = np.zeros((ROWS, 31, CONFIG.key_size), np.float32)
     asked[0] = keys[-32:-1]
     found = np.asarray(compiled()["scores"](adapter(), state, reading(degree), asked))[0]
@@ -161,8 +173,10 @@ def test_what_was_written_is_found_again(seed: int, degree: int) -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(seeds, degrees, windows, st.sampled_from([GRADIENT, MUON]), st.sampled_from([0.1, 0.5, 1.0]))
-def test_gradient_and_muon_writes_descend(seed: int, degree: int, window: int, optimizer: int, step: float) -> None:
+@given(seeds, degrees, windows, st.sampled_from(["gradient", "muon"]), st.sampled_from([0.1, 0.5, 1.0]))
+def test_gradient_and_muon_writes_descend(
+    seed: int, degree: int, window: int, optimizer: Optimizer, step: float
+) -> None:
     random = np.random.default_rng(seed)
     keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
     state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
@@ -170,25 +184,27 @@ def test_gradient_and_muon_writes_descend(seed: int, degree: int, window: int, o
         key, values = pairs(keys, tokens, end, window)
         phi = recall_reference.features(key, degree)
         before = recall_reference.omega_loss(weights_of(state, 0, degree), phi, values)
-        state = compiled()["write"](adapter(), state, np.int32(0), writing(end, window, optimizer, degree, step))
+        state = write(state, 0, end, window, optimizer, degree, step)
         after = recall_reference.omega_loss(weights_of(state, 0, degree), phi, values)
         assert after < before
         assert abs(float(state.loss[0]) - after) < 0.02 + 0.1 * after
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(seeds, degrees, st.sampled_from([GRADIENT, MUON]), st.sampled_from([30.0, 1e4, 1e20, 1e38]), st.booleans())
-def test_a_step_that_diverges_is_not_taken(seed: int, degree: int, optimizer: int, step: float, same: bool) -> None:
+@given(seeds, degrees, st.sampled_from(["gradient", "muon"]), st.sampled_from([30.0, 1e4, 1e20, 1e38]), st.booleans())
+def test_a_step_that_diverges_is_not_taken(
+    seed: int, degree: int, optimizer: Optimizer, step: float, same: bool
+) -> None:
     """Weights, momentum and loss stay what a snapshot may hold, whatever the learning rate."""
     random = np.random.default_rng(seed)
     keys, tokens = unit_keys(random, 6 * PAGE), random.integers(0, VOCAB, 6 * PAGE)
     if same:
         keys[:] = keys[0]
     state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys[: 2 * PAGE], tokens[: 2 * PAGE])
-    state = compiled()["write"](adapter(), state, np.int32(0), writing(PAGE, PAGE, EXACT, degree))
+    state = write(state, 0, PAGE, PAGE, "exact", degree)
     for _ in range(5):
         before = np.asarray(state.weights[0])
-        state = compiled()["write"](adapter(), state, np.int32(0), writing(2 * PAGE, PAGE, optimizer, degree, step))
+        state = write(state, 0, 2 * PAGE, PAGE, optimizer, degree, step)
         after = np.asarray(state.weights[0])
         for leaf in (after, state.momentum[0], state.loss[0], state.read_scale[0]):
             assert np.isfinite(leaf).all()
@@ -199,13 +215,13 @@ def test_a_step_that_diverges_is_not_taken(seed: int, degree: int, optimizer: in
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seeds, st.integers(1, 3), windows, optimizers)
-def test_a_memory_speaks_only_of_tokens_it_was_given(seed: int, pages: int, window: int, optimizer: int) -> None:
+def test_a_memory_speaks_only_of_tokens_it_was_given(seed: int, pages: int, window: int, optimizer: Optimizer) -> None:
     """Also when the window is one page: the token after the last that left has not been read when it is written."""
     random = np.random.default_rng(seed)
     length = pages * PAGE
     keys, tokens = unit_keys(random, length), random.integers(1, VOCAB // 2, length)
     state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
-    state = compiled()["write"](adapter(), state, np.int32(0), writing(length, window, optimizer))
+    state = write(state, 0, length, window, optimizer)
     given_tokens = set(tokens[max(1, length - window) :].tolist())
     assert set(np.flatnonzero(np.asarray(state.seen[0])).tolist()) == given_tokens
     asked = np.stack([keys[:PAGE], unit_keys(random, PAGE)])
@@ -264,7 +280,7 @@ def test_reading_is_the_mixture_where_the_memory_takes_part(seed: int, degree: i
     keys, tokens = unit_keys(random, 2 * PAGE), random.integers(1, VOCAB // 2, 2 * PAGE)
     state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
     if case != "not written":
-        state = compiled()["write"](adapter(), state, np.int32(0), writing(2 * PAGE, PAGE, degree=degree))
+        state = write(state, 0, 2 * PAGE, PAGE, degree=degree)
     how = reading(degree, read=case != "off", read_from=9 * PAGE if case == "early" else 0, log_odds=1.0)
     asked = np.stack([keys[-4:], unit_keys(random, 4)])
     logits = (random.standard_normal((ROWS, 4, VOCAB)) * 3).astype(np.float32)
@@ -285,17 +301,17 @@ def test_reading_is_the_mixture_where_the_memory_takes_part(seed: int, degree: i
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seeds, optimizers, degrees, st.integers(0, ROWS - 1))
-def test_rows_of_a_batch_never_meet(seed: int, optimizer: int, degree: int, row: int) -> None:
+def test_rows_of_a_batch_never_meet(seed: int, optimizer: Optimizer, degree: int, row: int) -> None:
     random = np.random.default_rng(seed)
     other = 1 - row
     state = recall.init_state(CONFIG, ROWS, VOCAB)
     for who in (row, other):
         state = read_text(state, who, unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE))
-        state = compiled()["write"](adapter(), state, np.int32(who), writing(PAGE, PAGE, EXACT, degree))
+        state = write(state, who, PAGE, PAGE, "exact", degree)
     asked = np.stack([unit_keys(random, PAGE)] * ROWS)
     before = compiled()["scores"](adapter(), state, reading(degree), asked)
     after = read_text(state, row, unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE), start=PAGE)
-    after = compiled()["write"](adapter(), after, np.int32(row), writing(2 * PAGE, PAGE, optimizer, degree))
+    after = write(after, row, 2 * PAGE, PAGE, optimizer, degree)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         assert np.array_equal(new[other], old[other])
     assert not np.array_equal(after.weights[row], state.weights[row])
@@ -304,9 +320,9 @@ def test_rows_of_a_batch_never_meet(seed: int, optimizer: int, degree: int, row:
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3])
-@pytest.mark.parametrize("optimizer", [EXACT, GRADIENT, MUON])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("text", ["one key for ever", "no key", "two opposite keys", "near copies"])
-def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: int, degree: int) -> None:
+def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: Optimizer, degree: int) -> None:
     random = np.random.default_rng(0)
     keys = np.repeat(unit_keys(random, 1), 6 * PAGE, axis=0)
     if text == "no key":
@@ -320,8 +336,7 @@ def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: int, degree
     for page in range(6):
         part = slice(page * PAGE, (page + 1) * PAGE)
         state = read_text(state, 0, keys[part], tokens[part], start=page * PAGE)
-        how = writing((page + 1) * PAGE, 2 * PAGE, optimizer, degree, step=1.9)
-        state = compiled()["write"](adapter(), state, np.int32(0), how)
+        state = write(state, 0, (page + 1) * PAGE, 2 * PAGE, optimizer, degree, step=1.9)
     assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(state))
     assert np.abs(np.asarray(state.weights)).max() < 1e3
     found = compiled()["scores"](adapter(), state, reading(degree), np.stack([keys[:PAGE]] * ROWS))

@@ -54,7 +54,7 @@ _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-
 _BUILD_SECONDS = 60
 # XLA keeps compiled programs by the names they call: a changed kernel needs a changed name
 _VERSION = hashlib.sha256(b"\0".join(source.read_bytes() for source in _SOURCES)).hexdigest()[:16]
-_TARGETS = ("linear", "precise_linear", "attention", "greedy", "draw", "blend", "monomials")
+_TARGETS = ("linear", "precise_linear", "attention", "greedy", "draw", "blend", "monomials", "rounded_monomials")
 
 _wanted = True
 
@@ -115,10 +115,12 @@ def monomials(
     factors: Int32[Array, "degree M F"],
     weight: Float[Array, "degree M"],
     degree: Int32[Array, B],
+    *,
+    rounded: bool = False,
 ) -> Float[Array, "B T M"]:
-    """`features.gather_monomials` with the tables of each row's degree."""
-    shape = jax.ShapeDtypeStruct((*key.shape[:2], factors.shape[1]), jnp.float32)
-    (out,) = _call("monomials", (shape,), key, factors, weight, degree)
+    """`features.gather_monomials` with the tables of each row's degree; `rounded` gives bfloat16."""
+    shape = jax.ShapeDtypeStruct((*key.shape[:2], factors.shape[1]), jnp.bfloat16 if rounded else jnp.float32)
+    (out,) = _call("rounded_monomials" if rounded else "monomials", (shape,), key, factors, weight, degree)
     return out
 
 
