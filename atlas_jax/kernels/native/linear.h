@@ -1,0 +1,126 @@
+/* Products of float rows with 8-bit weights: what their parts for AVX-512 VNNI and for AMX share. */
+
+#ifndef ATLAS_LINEAR_H
+#define ATLAS_LINEAR_H
+
+#include "common.h"
+#include "vectors.h"
+
+#include <stdatomic.h>
+
+enum { TILE = 16, MAX_TERMS = 256, RECORD = 40 };
+/* Bytes ahead of the reader that are asked for (one core, from memory: 4.4 ns a record, without 7.8). */
+enum { AHEAD = 2048 };
+
+typedef struct {
+  const float *x;       /* [matrices, rows, inner] */
+  const int8_t *weight; /* [matrices, outputs, inner], or coded: [outputs, inner / 64, RECORD] */
+  const float *weight_scale;
+  float *out; /* [matrices, rows, outputs] */
+  int64_t rows, inner, outputs;
+  int64_t width; /* bytes of one output's weights */
+  int64_t strip, strips; /* outputs of one part, and parts of one matrix */
+  int64_t low;           /* distance of a row's second term from its first; 0: there is none */
+  int64_t group, groups; /* rows whose terms are one group of 16, and such groups of one matrix */
+  int64_t padded;        /* terms of one matrix */
+  int8_t *terms;         /* [matrices, padded, inner] */
+  int32_t *packed; /* the terms as AMX reads them, [matrices, groups, inner / 4, 16], four bytes each; none on VNNI */
+  float *unit;     /* [matrices, rows] */
+  atomic_bool *no_room; /* set when coded weights could not be decoded */
+  int32_t *offset; /* VNNI: 128 · Σ of each term, [matrices, padded] */
+} Linear;
+
+/* Where a row's first term lies among those of its matrix. On AMX, both terms of a row are in one group. */
+static inline int64_t place(const Linear *task, int64_t row) { return row / task->group * TILE + row % task->group; }
+
+/* A product as part of a call: which matrix, and where its rows' results go. */
+typedef struct {
+  const int8_t *weight, *terms;
+  const int32_t *packed, *offset;
+  const float *scale, *unit;
+  float *out;
+  int64_t first, last;
+} Product;
+
+static inline Product product_of(const Linear *task, int64_t part) {
+  int64_t m = part / task->strips, first = part % task->strips * task->strip, last = first + task->strip;
+  return (Product){.weight = task->weight + m * task->outputs * task->width,
+                   .terms = task->terms + m * task->padded * task->inner,
+                   .packed = task->packed + m * task->padded * task->inner / 4,
+                   .offset = task->offset + m * task->padded,
+                   .scale = task->weight_scale + m * task->outputs,
+                   .unit = task->unit + m * task->rows,
+                   .out = task->out + m * task->rows * task->outputs,
+                   .first = first,
+                   .last = last < task->outputs ? last : task->outputs};
+}
+
+/* Rounds a row to its terms. */
+void round_row(const Linear *task, int64_t m, int64_t row);
+
+/* Room of this thread's own for the weights of `outputs` outputs as bytes; NULL if there is none. */
+int8_t *room_for(const Linear *task, int64_t outputs);
+
+/* The weights of `outputs` outputs as bytes: as they lie, or decoded; NULL if there is no room. */
+const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t outputs);
+
+/* Parts of a call: rounding rows one by one, and products of few rows and of many (VNNI); the same with AMX. */
+Part round_rows, multiply_few, multiply_many, pack_terms, multiply_tiles;
+
+/* 64 weights of one output from their record: step and base of either half in 16 bits, then a byte for every two codes. A
+   weight is the upper byte of code · step + base. */
+static inline __attribute__((always_inline)) __m512i decode(const uint8_t *record) {
+  int64_t halves;
+  memcpy(&halves, record, sizeof halves);
+  const __m512i both = _mm512_set1_epi64(halves);
+  const __m512i of_step = _mm512_inserti64x4(_mm512_set1_epi16(0x0504), _mm256_set1_epi16(0x0100), 0);
+  const __m512i of_base = _mm512_add_epi8(of_step, _mm512_set1_epi8(2));
+  __m512i step = _mm512_shuffle_epi8(both, of_step), base = _mm512_shuffle_epi8(both, of_base);
+  __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(record + sizeof halves)));
+  __m512i even = _mm512_and_si512(codes, _mm512_set1_epi16(15)), odd = _mm512_srli_epi16(codes, 4);
+  even = _mm512_add_epi16(_mm512_mullo_epi16(even, step), base);
+  odd = _mm512_add_epi16(_mm512_mullo_epi16(odd, step), base);
+  return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, _mm512_srli_epi16(even, 8), odd);
+}
+
+/* Rows and columns of a 16 × 16 matrix exchanged. */
+static inline __attribute__((always_inline)) void transpose(__m512i v[16]) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+    __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+    v[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    v[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    v[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+}
+
+/* Results of `width` times 16 outputs of all rows, from the sums of their terms. */
+static inline void finish(const Linear *task, const Product *p, int64_t o, int width, int32_t sums[][2 * TILE]) {
+  for (int64_t r = 0; r < task->rows; r++)
+    for (int j = 0; j < width * TILE; j += TILE) {
+      __m512 total = _mm512_cvtepi32_ps(_mm512_load_si512(sums[place(task, r)] + j));
+      if (task->low) {
+        __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums[place(task, r) + task->low] + j));
+        total = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / 254.0f), total);
+      }
+      __m512 unit = _mm512_mul_ps(_mm512_set1_ps(p->unit[r]), _mm512_loadu_ps(p->scale + o + j));
+      _mm512_storeu_ps(p->out + r * task->outputs + o + j, _mm512_mul_ps(total, unit));
+    }
+}
+
+#endif

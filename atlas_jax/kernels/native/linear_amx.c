@@ -1,0 +1,100 @@
+/* Products on AMX, 16 outputs by 16 terms at a time: see linear.c. */
+
+#include "linear.h"
+
+typedef struct {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t column_bytes[16];
+  uint8_t rows[16];
+} TileShapes;
+
+/* Two tiles of outputs by two of rows of terms, so that every tile read takes part in two products; `width` and `height`
+   say how many of them there are. */
+static inline __attribute__((always_inline)) void tile_block(const int8_t *weight, const int32_t *terms, int64_t inner,
+                                                             int64_t group, int width, int height, bool ahead) {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  const int8_t *weight2 = weight + TILE * inner;
+  for (int64_t i = 0; i < inner; i += 64) {
+    _tile_loadd(4, weight + i, inner);
+    _tile_loadd(6, terms + i / 4 * TILE, 64);
+    _tile_dpbssd(0, 4, 6);
+    if (width > 1) {
+      _tile_loadd(5, weight2 + i, inner);
+      _tile_dpbssd(1, 5, 6);
+    }
+    if (height > 1) {
+      _tile_loadd(7, terms + group + i / 4 * TILE, 64);
+      _tile_dpbssd(2, 4, 7);
+      if (width > 1) _tile_dpbssd(3, 5, 7);
+    }
+    if (ahead) /* the next outputs' weights, while these are in the works */
+      for (int j = 0; j < width * TILE; j++)
+        _mm_prefetch((const char *)(weight + (width * TILE + j) * inner + i), _MM_HINT_T0);
+  }
+}
+
+/* Rounds the rows of a group of 16 terms, and lays them out as AMX reads them. */
+void pack_terms(const void *data, int64_t part) {
+  const Linear *task = data;
+  int64_t words = task->inner / 4, m = part / task->groups, group = part % task->groups, first = group * task->group;
+  int64_t rows = task->rows - first < task->group ? task->rows - first : task->group;
+  for (int64_t r = 0; r < rows; r++) round_row(task, m, first + r);
+  const int32_t *given = (const int32_t *)(task->terms + part * TILE * task->inner);
+  int32_t *packed = task->packed + part * TILE * words;
+  bool used[TILE] = {false};
+  for (int64_t r = 0; r < rows; r++) used[r] = used[r + task->low] = true;
+  for (int64_t i = 0; i < words; i += TILE) {
+    __m512i block[TILE];
+#pragma GCC unroll 16
+    for (int j = 0; j < TILE; j++)
+      block[j] = used[j] ? _mm512_loadu_si512(given + j * words + i) : _mm512_setzero_si512();
+    transpose(block);
+#pragma GCC unroll 16
+    for (int j = 0; j < TILE; j++) _mm512_store_si512(packed + (i + j) * TILE, block[j]);
+  }
+}
+
+void multiply_tiles(const void *data, int64_t part) {
+  const Linear *task = data;
+  Product p = product_of(task, part);
+  int64_t inner = task->inner;
+  TileShapes shapes = {.palette = 1};
+  for (int i = 0; i < 8; i++) shapes.column_bytes[i] = 64, shapes.rows[i] = TILE;
+  _tile_loadconfig(&shapes);
+  int32_t sums[MAX_TERMS][2 * TILE] __attribute__((aligned(64)));
+  int32_t found[4][TILE][TILE] __attribute__((aligned(64)));
+  const int64_t group = inner / 4 * TILE;
+  const bool ahead = task->width == inner; /* decoding looks ahead by itself */
+  for (int64_t o = p.first; o < p.last; o += 2 * TILE) {
+    int width = p.last - o > TILE ? 2 : 1;
+    const int8_t *weight = as_bytes(task, p.weight + o * task->width, width * TILE);
+    if (!weight) break;
+    for (int64_t r = 0; r < task->padded; r += 2 * TILE) {
+      const int32_t *terms = p.packed + r / TILE * group;
+      int height = task->padded - r > TILE ? 2 : 1;
+      if (width == 2 && height == 2)
+        tile_block(weight, terms, inner, group, 2, 2, ahead && r == 0);
+      else if (width == 2)
+        tile_block(weight, terms, inner, group, 2, 1, ahead && r == 0);
+      else if (height == 2)
+        tile_block(weight, terms, inner, group, 1, 2, ahead && r == 0);
+      else
+        tile_block(weight, terms, inner, group, 1, 1, ahead && r == 0);
+      _tile_stored(0, found[0], 64);
+      _tile_stored(1, found[1], 64);
+      _tile_stored(2, found[2], 64);
+      _tile_stored(3, found[3], 64);
+      for (int i = 0; i < 2 * height; i++) {
+        __m512i block[TILE];
+        for (int j = 0; j < TILE; j++) block[j] = _mm512_load_si512(found[i][j]);
+        transpose(block);
+        for (int j = 0; j < TILE; j++) _mm512_store_si512(sums[r + i / 2 * TILE + j] + i % 2 * TILE, block[j]);
+      }
+    }
+    finish(task, &p, o, width, sums);
+  }
+  _tile_release();
+}
