@@ -50,7 +50,7 @@ def row_max(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
 
 
 def row_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
-    """Sum along the last axis; on CPU a row's sum is the same, bit for bit, however many rows there are."""
+    """Sum along the last axis; on CPU its last 32 terms or fewer are added in one order, however many rows there are."""
     x = _staged(x, jnp.sum)
     return _sum_by_halves(x) if x.shape[-1] <= _STAGE and target.platform() == "cpu" else jnp.sum(x, axis=-1)
 

@@ -66,7 +66,7 @@ def use(wanted: bool) -> None:
 
 
 def takes_linear(inner: int, outputs: int) -> bool:
-    """Whether `linear` takes weights of this shape here: any number of rows, or none would round as their neighbours."""
+    """Whether `linear` takes weights of this shape here, with any number of rows: XLA's product would round differently."""
     return inner % 64 == 0 and outputs % 16 == 0 and _ready()
 
 
