@@ -31,7 +31,8 @@ typedef struct {
   int64_t sinks;
 } Query;
 
-enum { TOGETHER = 4, TOKENS = 8 };
+/* Queries that meet a page while its keys are laid out, those that meet its values together, and tokens of one part. */
+enum { QUERIES = 12, TOGETHER = 6, TOKENS = 8, GROUPS = PAGE / 16 };
 
 static void round_query(Query *query, const float *q, int64_t dim, float scale) {
   float largest = 1e-30f;
@@ -46,82 +47,137 @@ static void round_query(Query *query, const float *q, int64_t dim, float scale) 
   memset(query->total, 0, sizeof(float) * (size_t)dim);
 }
 
-/* Scores of a page's keys, the largest of them, and −1e30 for those not seen. */
-static inline __attribute__((always_inline)) __m512 score_page_of(const Query *query, const int8_t *keys,
-                                                                  const float *scale, int64_t n, int64_t dim,
-                                                                  __m512 peak) {
+/* A page's keys as [D / 4, P] of four bytes each, the top bits flipped: a vector has what 16 keys multiply with the same four
+   numbers of a query, so that sums need not be added up across lanes (128 tokens over 8 pages, one core: 2.3 ms instead of
+   3.0). The page's values and the next page's keys are asked for meanwhile (one token over 64 pages: 335 µs instead of 400). */
+static void lay_out(const int8_t *keys, const int8_t *values, const int8_t *next, int64_t dim, __m512i *laid) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
-  for (int64_t p = 0; p < PAGE; p += 16) {
-    __m512i dots[16];
+  for (int64_t d = 0; d < dim; d += 64)
+    for (int g = 0; g < GROUPS; g++) {
+      __m512i v[16];
 #pragma GCC unroll 16
-    for (int i = 0; i < 16; i++) dots[i] = _mm512_setzero_si512();
-    for (int64_t d = 0; d < dim; d += 64) {
-      __m512i q = _mm512_loadu_si512(query->rounded + d);
+      for (int i = 0; i < 16; i++) {
+        const int64_t place = (g * 16 + i) * dim + d;
+        _mm_prefetch((const char *)values + place, _MM_HINT_T1);
+        _mm_prefetch((const char *)next + place, _MM_HINT_T1);
+        v[i] = _mm512_xor_si512(_mm512_loadu_si512(keys + place), flip);
+      }
+      transpose(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; i++)
-        dots[i] = _mm512_dpbusd_epi32(dots[i], _mm512_xor_si512(_mm512_loadu_si512(keys + (p + i) * dim + d), flip), q);
+      for (int i = 0; i < 16; i++) _mm512_store_si512(laid + (d / 4 + i) * GROUPS + g, v[i]);
     }
-    __m512i whole = _mm512_sub_epi32(lane_sums(dots), _mm512_set1_epi32(query->offset));
-    __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(whole), _mm512_set1_ps(query->unit));
-    found = _mm512_mul_ps(found, _mm512_loadu_ps(scale + p));
-    __m128i mask = _mm_loadu_si128((const __m128i *)(query->seen + n * PAGE + p));
+}
+
+/* Scores of a page's keys, the largest of them, and −1e30 for those not seen. */
+static __m512 score_page(const Query *query, const __m512i *laid, const float *scale, int64_t n, int64_t dim, __m512 peak) {
+  __m512i dots[GROUPS];
+#pragma GCC unroll 8
+  for (int g = 0; g < GROUPS; g++) dots[g] = _mm512_set1_epi32(-query->offset);
+  for (int64_t d = 0; d < dim; d += 4, laid += GROUPS) {
+    int32_t four;
+    memcpy(&four, query->rounded + d, sizeof four);
+    const __m512i q = _mm512_set1_epi32(four);
+#pragma GCC unroll 8
+    for (int g = 0; g < GROUPS; g++) add_dots(&dots[g], laid[g], q);
+  }
+#pragma GCC unroll 8
+  for (int g = 0; g < GROUPS; g++) {
+    const int64_t p = n * PAGE + g * 16;
+    __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[g]), _mm512_set1_ps(query->unit));
+    found = _mm512_mul_ps(found, _mm512_loadu_ps(scale + g * 16));
+    __m128i mask = _mm_loadu_si128((const __m128i *)(query->seen + p));
     found = _mm512_mask_blend_ps(_mm_test_epi8_mask(mask, mask), _mm512_set1_ps(-1e30f), found);
     peak = _mm512_max_ps(peak, found);
-    _mm512_storeu_ps(query->score + n * PAGE + p, found);
+    _mm512_storeu_ps(query->score + p, found);
   }
   return peak;
 }
 
-/* For the common size the loop over dimensions is gone, and all sums stay in registers. */
-static __m512 score_page(const Query *query, const int8_t *keys, const float *scale, int64_t n, int64_t dim, __m512 peak) {
-  return dim == 64 ? score_page_of(query, keys, scale, n, 64, peak) : score_page_of(query, keys, scale, n, dim, peak);
-}
-
-/* Adds a page's values to the totals of all queries, each by its weights. */
-static void add_values(Query *query, const int8_t *values, int64_t n, int64_t dim) {
+/* Adds a page's values to the totals of `count` queries, each by its weights. */
+static inline __attribute__((always_inline)) void add_values_to(Query *query, int count, const int8_t *values, int64_t n,
+                                                                int64_t dim) {
   for (int64_t d = 0; d < dim; d += 64) {
     __m512 sum[TOGETHER * 4];
-#pragma GCC unroll 16
-    for (int i = 0; i < TOGETHER * 4; i++) sum[i] = _mm512_loadu_ps(query[i / 4].total + d + i % 4 * 16);
     const float *weight[TOGETHER];
-#pragma GCC unroll 4
-    for (int j = 0; j < TOGETHER; j++) weight[j] = query[j].score + n * PAGE;
+#pragma GCC unroll 24
+    for (int i = 0; i < count * 4; i++) sum[i] = _mm512_loadu_ps(query[i / 4].total + d + i % 4 * 16);
+#pragma GCC unroll 6
+    for (int j = 0; j < count; j++) weight[j] = query[j].score + n * PAGE;
     for (int64_t p = 0; p < PAGE; p++) {
       const int8_t *value = values + p * dim + d;
       __m512 v[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; i++)
         v[i] = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(value + 16 * i))));
-#pragma GCC unroll 16
-      for (int i = 0; i < TOGETHER * 4; i++) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(weight[i / 4][p]), v[i % 4], sum[i]);
+#pragma GCC unroll 24
+      for (int i = 0; i < count * 4; i++) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(weight[i / 4][p]), v[i % 4], sum[i]);
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < TOGETHER * 4; i++) _mm512_storeu_ps(query[i / 4].total + d + i % 4 * 16, sum[i]);
+#pragma GCC unroll 24
+    for (int i = 0; i < count * 4; i++) _mm512_storeu_ps(query[i / 4].total + d + i % 4 * 16, sum[i]);
   }
+}
+
+/* `add_values_to`, made for each number of queries. */
+static void add_values(Query *query, int count, const int8_t *values, int64_t n, int64_t dim) {
+  for (int j = 0; j < count; j += TOGETHER) switch (count - j) {
+      case 1: add_values_to(query + j, 1, values, n, dim); break;
+      case 2: add_values_to(query + j, 2, values, n, dim); break;
+      case 3: add_values_to(query + j, 3, values, n, dim); break;
+      case 4: add_values_to(query + j, 4, values, n, dim); break;
+      case 5: add_values_to(query + j, 5, values, n, dim); break;
+      default: add_values_to(query + j, TOGETHER, values, n, dim);
+    }
+}
+
+/* Softmax of a query's scores and sinks: its weights, not yet divided by their sum, times the scales of the values. */
+static void weigh(const Attention *task, Query *query, const bool *used, const float *sink_k, int64_t first_page,
+                  int64_t page_step) {
+  for (int64_t s = 0; s < query->sinks; s++) {
+    __m512 dot = _mm512_setzero_ps();
+    for (int64_t d = 0; d < task->dim; d += 16)
+      dot = _mm512_fmadd_ps(_mm512_loadu_ps(query->q_sink + d), _mm512_loadu_ps(sink_k + s * task->dim + d), dot);
+    float score = _mm512_reduce_add_ps(dot) * *task->scale;
+    query->sink_score[s] = score;
+    query->peak = score > query->peak ? score : query->peak;
+  }
+  __m512 mass = _mm512_setzero_ps();
+  for (int64_t n = 0; n < task->pages; n++) {
+    float *weight = query->score + n * PAGE;
+    const float *scale = task->v_scale + first_page + n * page_step;
+    for (int64_t p = 0; used[n] && p < PAGE; p += 16) {
+      __m512 w = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(weight + p), _mm512_set1_ps(query->peak)));
+      mass = _mm512_add_ps(mass, w);
+      _mm512_storeu_ps(weight + p, _mm512_mul_ps(w, _mm512_loadu_ps(scale + p)));
+    }
+  }
+  query->mass = _mm512_reduce_add_ps(mass);
 }
 
 /* Some tokens of one row and KV head, a few queries at a time. */
 static void attention_part(const void *data, int64_t part) {
+  static _Thread_local Room kept;
   const Attention *task = data;
   int64_t blocks = (task->tokens + TOKENS - 1) / TOKENS;
   int64_t first = part % blocks * TOKENS, row = part / blocks, b = row / task->kv_heads, kv = row % task->kv_heads;
   int64_t tokens = task->tokens - first < TOKENS ? task->tokens - first : TOKENS;
   int64_t groups = task->heads / task->kv_heads, dim = task->dim, keys = task->pages * PAGE;
+  /* scalars of this head's pages: page n has them from first_page + n · page_step */
+  const int64_t first_page = (b * task->pages * task->kv_heads + kv) * PAGE, page_step = task->kv_heads * PAGE;
   const float *sink_k = task->sink_k + row * task->sinks * dim, *sink_v = task->sink_v + row * task->sinks * dim;
-  size_t room = (size_t)(keys + dim) * sizeof(float) + (size_t)dim;
-  char *memory = malloc(room * TOGETHER);
+  int64_t each = (keys + dim) * (int64_t)sizeof(float) + dim;
+  char *memory = grown(&kept, PAGE * dim + each * QUERIES);
   if (!memory) abort();
-  for (int64_t i = 0; i < tokens * groups; i += TOGETHER) {
-    Query query[TOGETHER];
-    int count = tokens * groups - i < TOGETHER ? (int)(tokens * groups - i) : TOGETHER;
-    for (int j = 0; j < TOGETHER; j++) {
-      query[j].score = (float *)(memory + room * (size_t)j);
+  __m512i *laid = (__m512i *)memory;
+  memory += PAGE * dim;
+  bool used[task->pages];
+  for (int64_t i = 0; i < tokens * groups; i += QUERIES) {
+    Query query[QUERIES];
+    __m512 peak[QUERIES];
+    int count = tokens * groups - i < QUERIES ? (int)(tokens * groups - i) : QUERIES;
+    for (int j = 0; j < count; j++) {
+      query[j].score = (float *)(memory + each * j);
       query[j].total = query[j].score + keys;
       query[j].rounded = (int8_t *)(query[j].total + dim);
-      if (j >= count) { /* nobody: weights of 0 */
-        memset(query[j].score, 0, sizeof(float) * (size_t)(keys + dim));
-        continue;
-      }
       int64_t t = b * task->tokens + first + (i + j) / groups;
       int64_t place = (t * task->heads + kv * groups + (i + j) % groups) * dim;
       query[j].out = task->out + place;
@@ -129,43 +185,25 @@ static void attention_part(const void *data, int64_t part) {
       query[j].seen = task->seen + t * keys;
       query[j].sinks = task->sinks_seen[t] ? task->sinks : 0;
       round_query(&query[j], task->q + place, dim, *task->scale);
+      peak[j] = _mm512_set1_ps(-1e30f);
     }
-    bool used[task->pages];
     for (int64_t n = 0; n < task->pages; n++) {
       __m512i any = _mm512_setzero_si512();
       for (int j = 0; j < count; j++)
         for (int64_t p = 0; p < PAGE; p += 64) any = _mm512_or_si512(any, _mm512_loadu_si512(query[j].seen + n * PAGE + p));
       used[n] = _mm512_test_epi8_mask(any, any) != 0;
+      if (!used[n]) continue;
+      int64_t page = first_page + n * page_step;
+      int64_t next = n + 1 < task->pages ? page + page_step : page;
+      lay_out(task->k + page * dim, task->v + page * dim, task->k + next * dim, dim, laid);
+      for (int j = 0; j < count; j++) peak[j] = score_page(&query[j], laid, task->k_scale + page, n, dim, peak[j]);
     }
     for (int j = 0; j < count; j++) {
-      __m512 peak = _mm512_set1_ps(-1e30f);
-      for (int64_t n = 0; n < task->pages; n++) {
-        int64_t page = ((b * task->pages + n) * task->kv_heads + kv) * PAGE;
-        if (used[n]) peak = score_page(&query[j], task->k + page * dim, task->k_scale + page, n, dim, peak);
-      }
-      query[j].peak = _mm512_reduce_max_ps(peak);
-      for (int64_t s = 0; s < query[j].sinks; s++) {
-        __m512 dot = _mm512_setzero_ps();
-        for (int64_t d = 0; d < dim; d += 16)
-          dot = _mm512_fmadd_ps(_mm512_loadu_ps(query[j].q_sink + d), _mm512_loadu_ps(sink_k + s * dim + d), dot);
-        float score = _mm512_reduce_add_ps(dot) * *task->scale;
-        query[j].sink_score[s] = score;
-        query[j].peak = score > query[j].peak ? score : query[j].peak;
-      }
-      __m512 mass = _mm512_setzero_ps();
-      for (int64_t n = 0; n < task->pages; n++) {
-        int64_t page = ((b * task->pages + n) * task->kv_heads + kv) * PAGE;
-        float *weight = query[j].score + n * PAGE;
-        for (int64_t p = 0; used[n] && p < PAGE; p += 16) {
-          __m512 w = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(weight + p), _mm512_set1_ps(query[j].peak)));
-          mass = _mm512_add_ps(mass, w);
-          _mm512_storeu_ps(weight + p, _mm512_mul_ps(w, _mm512_loadu_ps(task->v_scale + page + p)));
-        }
-      }
-      query[j].mass = _mm512_reduce_add_ps(mass);
+      query[j].peak = _mm512_reduce_max_ps(peak[j]);
+      weigh(task, &query[j], used, sink_k, first_page, page_step);
     }
     for (int64_t n = 0; n < task->pages; n++)
-      if (used[n]) add_values(query, task->v + ((b * task->pages + n) * task->kv_heads + kv) * PAGE * dim, n, dim);
+      if (used[n]) add_values(query, count, task->v + (first_page + n * page_step) * dim, n, dim);
     for (int j = 0; j < count; j++) {
       float *total = query[j].total;
       for (int64_t s = 0; s < query[j].sinks; s++) {
@@ -177,7 +215,6 @@ static void attention_part(const void *data, int64_t part) {
       for (int64_t d = 0; d < dim; d++) query[j].out[d] = total[d] / query[j].mass;
     }
   }
-  free(memory);
 }
 
 /* (q, q_sink f32 [B, T, H, D]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; v and its scale; sink_k, sink_v f32

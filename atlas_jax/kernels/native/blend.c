@@ -48,12 +48,12 @@ static inline __attribute__((always_inline)) __m512i products(const int8_t *cons
                                                               const int8_t *terms) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   __m512i sum[GROUP];
+#pragma GCC unroll 16
   for (int j = 0; j < GROUP; j++) sum[j] = _mm512_setzero_si512();
   for (int64_t i = 0; i < size; i += 64) {
     __m512i x = _mm512_loadu_si512(terms + i);
 #pragma GCC unroll 16
-    for (int j = 0; j < GROUP; j++)
-      sum[j] = _mm512_dpbusd_epi32(sum[j], _mm512_xor_si512(_mm512_loadu_si512(codes[j] + i), flip), x);
+    for (int j = 0; j < GROUP; j++) add_dots(&sum[j], _mm512_xor_si512(_mm512_loadu_si512(codes[j] + i), flip), x);
   }
   return lane_sums(sum);
 }

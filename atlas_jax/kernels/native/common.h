@@ -37,6 +37,23 @@ bool asked_for_version(XLA_FFI_CallFrame *frame);
 /* Bytes filled up to whole cache lines. */
 static inline int64_t in_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
+/* A thread's own room for what a call works on. It is kept: these are threads of a pool, and fresh pages cost as much as a
+   product. */
+typedef struct {
+  char *bytes;
+  int64_t size;
+} Room;
+
+/* At least so many bytes, aligned to cache lines; NULL if there are none. */
+static inline char *grown(Room *room, int64_t needed) {
+  if (room->size < needed) {
+    free(room->bytes);
+    room->bytes = aligned_alloc(64, (size_t)in_lines(needed));
+    room->size = room->bytes ? needed : 0;
+  }
+  return room->bytes;
+}
+
 static inline XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int index) { return frame->args.args[index]; }
 
 static inline XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame, int index) { return frame->rets.rets[index]; }

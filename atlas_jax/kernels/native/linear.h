@@ -83,32 +83,6 @@ static inline __attribute__((always_inline)) __m512i decode(const uint8_t *recor
   return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, _mm512_srli_epi16(even, 8), odd);
 }
 
-/* Rows and columns of a 16 × 16 matrix exchanged. */
-static inline __attribute__((always_inline)) void transpose(__m512i v[16]) {
-  __m512i a[16], b[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4)
-#pragma GCC unroll 2
-    for (int j = 0; j < 2; j++) {
-      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
-      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
-    }
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
-    __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
-    v[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
-    v[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-    v[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
-    v[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-  }
-}
-
 /* Results of `width` times 16 outputs of all rows, from the sums of their terms. */
 static inline void finish(const Linear *task, const Product *p, int64_t o, int width, int32_t sums[][2 * TILE]) {
   for (int64_t r = 0; r < task->rows; r++)

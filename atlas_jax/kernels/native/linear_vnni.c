@@ -2,7 +2,8 @@
 
 #include "linear.h"
 
-enum { OUTPUTS = 4, ROWS = 4, BLOCK = 8 };
+/* Terms of a block of few, terms for which packed weights are decoded in registers, and terms of a block of many. */
+enum { OUTPUTS = 4, ROWS = 4, ONCE = 8, BLOCK = 8 };
 
 void round_rows(const void *data, int64_t part) {
   const Linear *task = data;
@@ -16,63 +17,77 @@ void round_rows(const void *data, int64_t part) {
 
 /* ---- few rows --------------------------------------------------------------------------------------------------- */
 
-/* Four outputs of up to four rows of terms; the sums lie at [row · 4 + output]. */
-static inline __attribute__((always_inline)) __m512i block(const int8_t *terms, const int8_t *weight, int64_t inner,
-                                                           int rows, bool coded) {
+/* `outputs` outputs of `rows` terms, at most 16 sums; a row's lie 2 · TILE after those of the row before. */
+static inline __attribute__((always_inline)) void block(const int8_t *terms, const int32_t *offset, const int8_t *weight,
+                                                        int64_t inner, int rows, int outputs, bool coded,
+                                                        int32_t *sums) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   const int64_t width = coded ? inner / 64 * RECORD : inner;
   __m512i sum[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; i++) sum[i] = _mm512_setzero_si512();
+#pragma GCC unroll 16
+  for (int i = 0; i < rows * outputs; i++) sum[i] = _mm512_zextsi128_si512(_mm_cvtsi32_si128(-offset[i / outputs]));
   for (int64_t i = 0; i < inner; i += 64) {
     __m512i w[OUTPUTS];
-    for (int o = 0; o < OUTPUTS; o++) {
+#pragma GCC unroll 4
+    for (int o = 0; o < outputs; o++) {
       const int8_t *next = weight + o * width + (coded ? i / 64 * RECORD : i);
       _mm_prefetch((const char *)next + AHEAD, _MM_HINT_T0);
       w[o] = _mm512_xor_si512(coded ? decode((const uint8_t *)next) : _mm512_loadu_si512(next), flip);
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
       __m512i x = _mm512_loadu_si512(terms + r * inner + i);
 #pragma GCC unroll 4
-      for (int o = 0; o < OUTPUTS; o++) sum[r * OUTPUTS + o] = _mm512_dpbusd_epi32(sum[r * OUTPUTS + o], w[o], x);
+      for (int o = 0; o < outputs; o++) add_dots(&sum[r * outputs + o], w[o], x);
     }
   }
-  return lane_sums(sum);
+  int32_t found[16] __attribute__((aligned(64)));
+  _mm512_store_si512(found, lane_sums(sum));
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; r++) memcpy(sums + r * 2 * TILE, found + r * outputs, sizeof(int32_t) * (size_t)outputs);
 }
 
 /* `block`, made for each number of rows. */
-static inline __attribute__((always_inline)) __m512i block_of(const int8_t *terms, const int8_t *weight, int64_t inner,
-                                                              int64_t rows, bool coded) {
-  return rows == 4   ? block(terms, weight, inner, 4, coded)
-         : rows == 3 ? block(terms, weight, inner, 3, coded)
-         : rows == 2 ? block(terms, weight, inner, 2, coded)
-                     : block(terms, weight, inner, 1, coded);
+static inline __attribute__((always_inline)) void block_of(const int8_t *terms, const int32_t *offset, const int8_t *weight,
+                                                           int64_t inner, int64_t rows, bool coded, int32_t *sums) {
+#define CASE(ROWS, OUTPUTS) \
+  case ROWS: block(terms, offset, weight, inner, ROWS, OUTPUTS, coded, sums); break
+  switch (rows) {
+    CASE(1, 4);
+    CASE(2, 4);
+    CASE(3, 4);
+    CASE(4, 4);
+    CASE(5, 2);
+    CASE(6, 2);
+    CASE(7, 2);
+    CASE(8, 2);
+  }
+#undef CASE
 }
 
 void multiply_few(const void *data, int64_t part) {
   const Linear *task = data;
   Product p = product_of(task, part);
-  int32_t sums[ROWS * OUTPUTS] __attribute__((aligned(64)));
-  int32_t held[MAX_TERMS * OUTPUTS];
-  const bool once = task->width != task->inner && task->padded <= ROWS; /* nothing decoded is read twice */
-  for (int64_t o = p.first; o < p.last; o += OUTPUTS) {
+  const int64_t inner = task->inner;
+  int32_t sums[MAX_TERMS][2 * TILE] __attribute__((aligned(64)));
+  const bool once = task->width != inner && task->padded <= ONCE; /* nothing decoded is read twice */
+  for (int64_t o = p.first; o < p.last; o += TILE) {
     const int8_t *weight = p.weight + o * task->width;
-    if (!once && !(weight = as_bytes(task, weight, OUTPUTS))) return;
-    for (int64_t r = 0; r < task->padded; r += ROWS) {
-      const int8_t *terms = p.terms + r * task->inner;
-      int64_t rows = task->padded - r < ROWS ? task->padded - r : ROWS;
-      __m512i found = once ? block_of(terms, weight, task->inner, rows, true)
-                           : block_of(terms, weight, task->inner, rows, false);
-      _mm512_store_si512(sums, found);
-      for (int64_t i = 0; i < rows; i++)
-        for (int j = 0; j < OUTPUTS; j++) held[(r + i) * OUTPUTS + j] = sums[i * OUTPUTS + j] - p.offset[r + i];
+    if (once) {
+      int step = task->padded > ROWS ? 2 : OUTPUTS;
+      for (int j = 0; j < TILE; j += step)
+        block_of(p.terms, p.offset, weight + j * task->width, inner, task->padded, true, sums[0] + j);
+    } else {
+      if (!(weight = as_bytes(task, weight, TILE))) return;
+      for (int j = 0; j < TILE; j += OUTPUTS)
+        for (int64_t r = 0; r < task->padded; r += ROWS) {
+          int64_t rows = task->padded - r < ROWS ? task->padded - r : ROWS;
+          block_of(p.terms + r * inner, p.offset + r, weight + j * inner, inner, rows, false, sums[r] + j);
+        }
     }
-    for (int64_t r = 0; r < task->rows; r++)
-      for (int j = 0; j < OUTPUTS; j++) {
-        float total = (float)held[r * OUTPUTS + j];
-        if (task->low) total = __builtin_fmaf((float)held[(task->low + r) * OUTPUTS + j], 1.0f / 254.0f, total);
-        p.out[r * task->outputs + o + j] = total * (p.unit[r] * p.scale[o + j]);
-      }
+    finish(task, &p, o, 1, sums);
   }
 }
 
@@ -90,6 +105,7 @@ static const int8_t *laid_out(const Linear *task, const int8_t *weight, int widt
       __m512i v[TILE];
       for (int j = 0; j < TILE; j++) {
         const int8_t *next = weight + (w * TILE + j) * task->width + (coded ? i / 64 * RECORD : i);
+        _mm_prefetch((const char *)next + width * TILE * task->width, _MM_HINT_T1);
         v[j] = _mm512_xor_si512(coded ? decode((const uint8_t *)next) : _mm512_loadu_si512(next), flip);
       }
       transpose(v);
@@ -101,6 +117,7 @@ static const int8_t *laid_out(const Linear *task, const int8_t *weight, int widt
 /* `width` times 16 outputs of eight terms. */
 static inline __attribute__((always_inline)) void wide_block(const int8_t *terms, const int8_t *weight, int64_t inner,
                                                              int width, __m512i sum[2 * BLOCK]) {
+#pragma GCC unroll 16
   for (int i = 0; i < 2 * BLOCK; i++) sum[i] = _mm512_setzero_si512();
   for (int64_t k = 0; k < inner; k += 4, weight += 64 * width) {
     __m512i w = _mm512_load_si512(weight), w2 = width > 1 ? _mm512_load_si512(weight + 64) : w;
@@ -109,8 +126,8 @@ static inline __attribute__((always_inline)) void wide_block(const int8_t *terms
       int32_t four;
       memcpy(&four, terms + r * inner + k, sizeof four);
       __m512i x = _mm512_set1_epi32(four);
-      sum[2 * r] = _mm512_dpbusd_epi32(sum[2 * r], w, x);
-      if (width > 1) sum[2 * r + 1] = _mm512_dpbusd_epi32(sum[2 * r + 1], w2, x);
+      add_dots(&sum[2 * r], w, x);
+      if (width > 1) add_dots(&sum[2 * r + 1], w2, x);
     }
   }
 }

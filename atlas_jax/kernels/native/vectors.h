@@ -19,6 +19,12 @@ static inline int64_t strips_of(int64_t vocab) { return (vocab + STRIP - 1) / ST
 
 static inline int64_t strip_end(int64_t vocab, int64_t first) { return first + STRIP < vocab ? first + STRIP : vocab; }
 
+/* Adds to every 32-bit lane of `sum` its four products of unsigned with signed bytes. GCC 12 copies the sum before and after
+   its own intrinsic, and runs out of registers. */
+static inline __attribute__((always_inline)) void add_dots(__m512i *sum, __m512i unsigned_bytes, __m512i signed_bytes) {
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(unsigned_bytes), "v"(signed_bytes));
+}
+
 /* Sums of the 16 lanes of 16 vectors, as one vector. */
 static inline __m512i lane_sums(const __m512i v[16]) {
   __m512i a[8], b[4], c[2];
@@ -33,6 +39,32 @@ static inline __m512i lane_sums(const __m512i v[16]) {
     c[i] = _mm512_add_epi32(_mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0x88),
                             _mm512_shuffle_i32x4(b[2 * i], b[2 * i + 1], 0xdd));
   return _mm512_add_epi32(_mm512_shuffle_i32x4(c[0], c[1], 0x88), _mm512_shuffle_i32x4(c[0], c[1], 0xdd));
+}
+
+/* Rows and columns of a 16 × 16 matrix exchanged. */
+static inline __attribute__((always_inline)) void transpose(__m512i v[16]) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4)
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; j++) {
+      b[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+      b[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+    }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    __m512i low = _mm512_shuffle_i32x4(b[i], b[4 + i], 0x88), high = _mm512_shuffle_i32x4(b[i], b[4 + i], 0xdd);
+    __m512i low2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0x88), high2 = _mm512_shuffle_i32x4(b[8 + i], b[12 + i], 0xdd);
+    v[i] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    v[8 + i] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    v[4 + i] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    v[12 + i] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
 }
 
 /* Rounds x to int8 terms, `high` and, if it is wanted, `low` in units of 1/254 of it; returns the unit of `high`. */
@@ -56,7 +88,7 @@ static inline float round_terms(const float *x, int64_t count, int8_t *high, int
 static inline int32_t offset_of(const int8_t *terms, int64_t size) {
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < size; i += 64)
-    sum = _mm512_dpbusd_epi32(sum, _mm512_set1_epi8(1), _mm512_loadu_si512(terms + i));
+    add_dots(&sum, _mm512_set1_epi8(1), _mm512_loadu_si512(terms + i));
   return 128 * _mm512_reduce_add_epi32(sum);
 }
 
