@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from atlas_jax.config import LayerConfig, ModelConfig
 from atlas_jax.kernels import attention, pallas
 from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
+from atlas_jax.kernels.fused import gated_linear, normed_linear, rms_norm
 from atlas_jax.kernels.linear import Weight, linear, rows_of
-from atlas_jax.kernels.reduce import row_sum
 from atlas_jax.kernels.rope import RopeTable, apply_rope, rotations
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.placement import on_each_device
@@ -29,12 +29,6 @@ def init_kv(config: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> tupl
     return tuple(
         attention.init_layer_kv(batch, pages, config.kv_heads, config.head_dim, SINKS, dtype) for _ in config.layers
     )
-
-
-def rms_norm(x: Float[Array, "*rows E"], gain: Float[Array, E], eps: float) -> Float[Array, "*rows E"]:
-    """x / √(mean x² + eps) · gain."""
-    mean_square = row_sum(x * x)[..., None] * (1.0 / x.shape[-1])
-    return x * jax.lax.rsqrt(mean_square + eps) * gain
 
 
 @jax.tree_util.register_dataclass
@@ -103,7 +97,7 @@ def run_layers(
 def _run_layer(
     config: ModelConfig, spec: LayerConfig, layer: LayerParams, kv: LayerKV, x: jax.Array, view: StepView
 ) -> tuple[jax.Array, LayerKV]:
-    q, k, v = _project(config, layer, rms_norm(x, layer.attn_norm, config.norm_eps))
+    q, k, v = _project(config, layer, x)
     near, rotary, masks = view.rotary_sink[spec.rope], view.rotary[spec.rope], view.masks
     heads = apply_rope(q, *rotary), apply_rope(q, *near), apply_rope(k, *rotary), v
     rows = view.ring, masks[config.windows.index(spec.sliding_window)]
@@ -119,32 +113,30 @@ def _run_layer(
     mixed, kv = on_each_device(attend, heads, kv, rows)
     attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1), precise=False)
     x = x + _post(config, attended, layer.attn_post_norm)
-    x = x + _post(config, _mlp(config, layer, rms_norm(x, layer.ff_norm, config.norm_eps)), layer.ff_post_norm)
+    x = x + _post(config, _mlp(config, layer, x), layer.ff_post_norm)
     return x, kv
 
 
 def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
     """Scores of every token of the vocabulary from the last layer's output."""
     head = params.embed if params.head is None else params.head
-    scores = linear(head, rms_norm(hidden, params.final_norm, config.norm_eps))
+    scores = normed_linear(head, hidden, params.final_norm, config.norm_eps)
     cap = config.final_softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)
 
 
-def _project(config: ModelConfig, layer: LayerParams, h: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    shape = (*h.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
-    by_head = linear(layer.qkv, h).reshape(shape)
-    q, k, v = by_head[..., :-2, :].reshape(*h.shape[:-1], config.heads, -1), by_head[..., -2, :], by_head[..., -1, :]
+def _project(config: ModelConfig, layer: LayerParams, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    shape = (*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
+    by_head = normed_linear(layer.qkv, x, layer.attn_norm, config.norm_eps).reshape(shape)
+    q, k, v = by_head[..., :-2, :].reshape(*x.shape[:-1], config.heads, -1), by_head[..., -2, :], by_head[..., -1, :]
     if layer.q_norm is not None and layer.k_norm is not None:
         q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
     return q, k, v
 
 
-def _mlp(config: ModelConfig, layer: LayerParams, h: jax.Array) -> jax.Array:
-    blocks = linear(layer.gate_up, h).reshape(*h.shape[:-1], -1, 2, config.ff_block)
-    gate, up = blocks[..., 0, :], blocks[..., 1, :]
-    activated = jax.nn.silu(gate) if config.activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return linear(layer.down, (activated * up).reshape(*h.shape[:-1], -1))
+def _mlp(config: ModelConfig, layer: LayerParams, x: jax.Array) -> jax.Array:
+    gate_up = normed_linear(layer.gate_up, x, layer.ff_norm, config.norm_eps)
+    return gated_linear(layer.down, gate_up, config.ff_block, config.activation)
 
 
 def _post(config: ModelConfig, x: jax.Array, gain: jax.Array | None) -> jax.Array:

@@ -23,6 +23,7 @@ from atlas_jax.config import PAGE
 from atlas_jax.kernels import native
 from atlas_jax.kernels.attention import LayerKV, QuantPages, ref_window_attention, window_attention
 from atlas_jax.kernels.features import gather_monomials
+from atlas_jax.kernels.fused import gated_linear, normed_linear
 from atlas_jax.kernels.linear import (
     PackedArray,
     QuantArray,
@@ -336,3 +337,56 @@ def test_shapes_they_do_not_take_are_left_to_xla() -> None:
     assert not native.takes_attention(1, 64, 64, 4)
     assert not native.takes_attention(1, PAGE, 80, 4)
     assert not native.takes_attention(PAGE + 1, PAGE, 64, 4)
+
+
+def normed_product(weight: Weight, x: jax.Array, gain: jax.Array) -> jax.Array:
+    return normed_linear(weight, x, gain, 1e-5)
+
+
+def silu_product(weight: Weight, x: jax.Array) -> jax.Array:
+    return gated_linear(weight, x, 64, "silu")
+
+
+def gelu_product(weight: Weight, x: jax.Array) -> jax.Array:
+    return gated_linear(weight, x, 64, "gelu_tanh")
+
+
+@needs_kernels
+@settings(deadline=None, max_examples=12)
+@given(
+    seed=seeds,
+    rows=st.sampled_from([1, 2, 5, 16, 130]),
+    inner=st.integers(1, 4).map(lambda n: 64 * n),
+    packed=st.booleans(),
+    spread=st.sampled_from([1.0, 1e-12, 30.0, 1e6]),
+)
+def test_a_norm_or_a_gate_before_a_product_is_the_definition(
+    seed: int, rows: int, inner: int, packed: bool, spread: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    matrix = rng.normal(size=(48, inner)).astype(np.float32)
+    weight = packed_weight(rng, 48, inner) if packed else QuantArray(*map(jnp.asarray, quantize_weight(matrix)))
+    bytes_of = unpack(weight) if isinstance(weight, PackedArray) else weight
+    exact = np.asarray(bytes_of.values, np.float64) * np.asarray(bytes_of.scale, np.float64)[:, None]
+    x = (rng.normal(size=(rows, 2 * inner)) * spread).astype(np.float32)
+    gain = rng.normal(size=inner).astype(np.float32)
+    wide = x.astype(np.float64)
+    gate, up = wide.reshape(rows, -1, 2, 64).transpose(2, 0, 1, 3).reshape(2, rows, inner)
+    half = wide[:, :inner]
+    with np.errstate(over="ignore"):  # exp of a large gate: 1 / ∞ is the 0 that is meant
+        gelu = gate / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+        silu = gate / (1 + np.exp(-gate))
+    normed = half / np.sqrt((half**2).mean(axis=1, keepdims=True) + 1e-5) * gain
+    cases = (
+        (normed_product, (x[:, :inner], gain), normed),
+        (silu_product, (x,), silu * up),
+        (gelu_product, (x,), gelu * up),
+    )
+    for function, args, before in cases:
+        given = tuple(map(jnp.asarray, args))
+        found = run(True, function, weight, *given)
+        room = (np.abs(before).max(axis=1, initial=0.0) * 2**-15)[:, None] * np.abs(exact).sum(axis=1) + 1e-30
+        np.testing.assert_array_less(np.abs(found - before @ exact.T), room)
+        np.testing.assert_array_less(np.abs(run(False, function, weight, *given) - before @ exact.T), room)
+        alone = run(True, function, weight, given[0][-1:], *given[1:])
+        np.testing.assert_array_equal(found[-1:], alone)

@@ -16,9 +16,11 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atlas_jax.kernels import target
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8
@@ -29,9 +31,11 @@ __all__ = [
     "blend",
     "build",
     "draw",
+    "gated_linear",
     "greedy",
     "linear",
     "monomials",
+    "normed_linear",
     "takes_attention",
     "takes_codes",
     "takes_linear",
@@ -54,7 +58,18 @@ _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-
 _BUILD_SECONDS = 60
 # XLA keeps compiled programs by the names they call: a changed kernel needs a changed name
 _VERSION = hashlib.sha256(b"\0".join(source.read_bytes() for source in _SOURCES)).hexdigest()[:16]
-_TARGETS = ("linear", "precise_linear", "attention", "greedy", "draw", "blend", "monomials", "rounded_monomials")
+_TARGETS = (
+    "linear",
+    "precise_linear",
+    "normed_linear",
+    "gated_linear",
+    "attention",
+    "greedy",
+    "draw",
+    "blend",
+    "monomials",
+    "rounded_monomials",
+)
 
 _wanted = True
 
@@ -101,12 +116,41 @@ def linear(
 
     The weight may be that of a `linear.PackedArray`.
     """
-    rows, most, name = x.shape[-2], MAX_TERMS // terms, "linear" if terms == 1 else "precise_linear"
+    return _product("linear" if terms == 1 else "precise_linear", terms, x, weight, weight_scale)
+
+
+def normed_linear(
+    x: Float[Array, "rows inp"],
+    gain: Float[Array, inp],
+    eps: float,
+    weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
+    weight_scale: Float[Array, out],
+) -> Float[Array, "rows out"]:
+    """`fused.rms_norm` and `linear` in two terms."""
+    return _product("normed_linear", 2, x, weight, weight_scale, gain, eps=np.float32(eps))
+
+
+def gated_linear(
+    x: Float[Array, "rows 2*inp"],
+    block: int,
+    gelu: bool,
+    weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
+    weight_scale: Float[Array, out],
+) -> Float[Array, "rows out"]:
+    """`fused.gated` and `linear` in two terms; `block` a multiple of 16."""
+    return _product("gated_linear", 2, x, weight, weight_scale, block=np.int64(block), gelu=np.int64(gelu))
+
+
+def _product(
+    name: str, terms: int, x: jax.Array, weight: jax.Array, weight_scale: jax.Array, *rest: jax.Array, **settings: Any
+) -> jax.Array:
+    """A product of any number of rows, as calls of as many as one takes."""
+    rows, most = x.shape[-2], MAX_TERMS // terms
     products: list[jax.Array] = []
     for first in range(0, rows, most):
         piece = x[..., first : first + most, :]
         shape = jax.ShapeDtypeStruct((*piece.shape[:-1], weight_scale.shape[-1]), jnp.float32)
-        products += _call(name, (shape,), piece, weight, weight_scale)
+        products += _call(name, (shape,), piece, weight, weight_scale, *rest, **settings)
     return jnp.concatenate(products, axis=-2) if len(products) > 1 else products[0]
 
 
@@ -195,9 +239,13 @@ def attention(
 
 
 def _call(
-    name: str, shapes: tuple[jax.ShapeDtypeStruct, ...], *args: jax.Array, in_place: dict[int, int] | None = None
+    name: str,
+    shapes: tuple[jax.ShapeDtypeStruct, ...],
+    *args: jax.Array,
+    in_place: dict[int, int] | None = None,
+    **settings: Any,
 ) -> Sequence[jax.Array]:
-    return jax.ffi.ffi_call(f"atlas_{name}_{_VERSION}", shapes, input_output_aliases=in_place)(*args)
+    return jax.ffi.ffi_call(f"atlas_{name}_{_VERSION}", shapes, input_output_aliases=in_place)(*args, **settings)
 
 
 def _ready() -> bool:

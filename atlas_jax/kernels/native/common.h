@@ -58,4 +58,13 @@ static inline XLA_FFI_Buffer *argument(const XLA_FFI_CallFrame *frame, int index
 
 static inline XLA_FFI_Buffer *result(const XLA_FFI_CallFrame *frame, int index) { return frame->rets.rets[index]; }
 
+/* The value of a scalar attribute, of the type Python gave it; a call without it is a fault of ours. */
+static inline const void *attribute(const XLA_FFI_CallFrame *frame, const char *name) {
+  const XLA_FFI_Attrs *attrs = &frame->attrs;
+  for (int64_t i = 0; i < attrs->size; i++)
+    if (attrs->names[i]->len == strlen(name) && !memcmp(attrs->names[i]->ptr, name, attrs->names[i]->len))
+      return ((const XLA_FFI_Scalar *)attrs->attrs[i])->value;
+  abort();
+}
+
 #endif

@@ -7,6 +7,9 @@
    with exact sums, so the result has the bits of the same function in Python. On AVX-512 VNNI the processor multiplies
    unsigned by signed bytes: a weight w is read as w + 128 (its top bit flipped), and 128 · Σ x is taken off the sum.
 
+   What usually comes just before, a norm or a gate, is done while a row is rounded: by all threads and without a trip through
+   memory (SmolLM2-135M, 128 tokens: 0.33 ms a layer for the gate alone as an XLA program, which takes one thread).
+
    Weights may lie coded, in 5 bits instead of 8 (`PackedArray`). Then a few outputs' weights are decoded to where the
    caches keep them, just before they are multiplied: for few rows a product takes as long as its weights take to come from
    memory. */
@@ -20,8 +23,51 @@ enum { FEW = 4 };
    16 terms, 280 against 264 for 22, 375 against 406 for 32, 650 against 730 for 64, 2.2 against 3.0 ms for 256). */
 enum { MANY = 24 };
 
+/* out = x / √(mean x² + eps) · gain */
+static void norm(const float *x, const float *gain, float eps, int64_t count, float *out) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512 v = _mm512_loadu_ps(x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / (float)count + eps);
+  const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(mean));
+  for (int64_t i = 0; i < count; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor), _mm512_loadu_ps(gain + i)));
+}
+
+/* out = x · σ(z) · up, where z = x for SiLU, and for GELU (by tanh) z = 2 √(2 / π) (x + 0.044715 x³) */
+static void gate(const float *x, int64_t block, bool gelu, int64_t count, float *out) {
+  const __m512 one = _mm512_set1_ps(1.0f);
+  for (int64_t b = 0; b < count; b += block)
+    for (int64_t i = b; i < b + block; i += 16) {
+      __m512 v = _mm512_loadu_ps(x + b + i), up = _mm512_loadu_ps(x + b + i + block), z = v;
+      if (gelu) {
+        __m512 square = _mm512_mul_ps(v, v);
+        z = _mm512_mul_ps(v, _mm512_fmadd_ps(square, _mm512_set1_ps(0.0713548163f), _mm512_set1_ps(1.59576912f)));
+      }
+      __m512 e = exp_ps(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z)));
+      __m512 share = _mm512_mask_blend_ps(_mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_GE_OQ), e, one);
+      v = _mm512_mul_ps(v, _mm512_div_ps(share, _mm512_add_ps(one, e)));
+      _mm512_storeu_ps(out + i, _mm512_mul_ps(v, up));
+    }
+}
+
 void round_row(const Linear *task, int64_t m, int64_t row) {
-  const float *x = task->x + (m * task->rows + row) * task->inner;
+  static _Thread_local Room room;
+  const float *x = task->x + (m * task->rows + row) * task->inner * (task->block ? 2 : 1);
+  if (task->gain || task->block) {
+    float *made = (float *)grown(&room, task->inner * (int64_t)sizeof(float));
+    if (!made) {
+      *task->no_room = true;
+      return;
+    }
+    if (task->block)
+      gate(x, task->block, task->gelu, task->inner, made);
+    else
+      norm(x, task->gain, task->eps, task->inner, made);
+    x = made;
+  }
   int8_t *high = task->terms + (m * task->padded + place(task, row)) * task->inner;
   task->unit[m * task->rows + row] = round_terms(x, task->inner, high, task->low ? high + task->low * task->inner : NULL);
 }
@@ -46,27 +92,39 @@ const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t outputs
   return room;
 }
 
+/* What is done to a row before it is rounded. */
+typedef enum { NOTHING, NORM, GATE } Before;
+
 /* (x f32 [R, in], weight int8 [out, in], its scale f32 [out]) -> f32 [R, out], in `terms` terms, or the same with one
    leading axis on all of them; in a multiple of 64, out of 16, at most MAX_TERMS rows of terms. The weight may be coded
-   instead, uint8 [out, in / 64, RECORD], without such an axis. */
-static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int terms) {
+   instead, uint8 [out, in / 64, RECORD], without such an axis. With NORM, a fourth argument is the gain, f32 [in], and an
+   attribute `eps`; with GATE, x is f32 [R, 2 · in], and attributes are `block` and `gelu`. */
+static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int terms, Before before) {
   XLA_FFI_Buffer *x = argument(frame, 0), *weight = argument(frame, 1), *scale = argument(frame, 2), *out = result(frame, 0);
   bool coded = weight->dtype == XLA_FFI_DataType_U8;
-  int64_t each = x->rank - 2, matrices = each ? weight->dims[0] : 1;
+  int64_t each = x->rank - 2, matrices = each ? weight->dims[0] : 1, given = x->dims[each + 1];
   Linear task = {.x = x->data,
                  .weight = weight->data,
                  .weight_scale = scale->data,
                  .out = out->data,
                  .rows = x->dims[each],
-                 .inner = x->dims[each + 1],
+                 .inner = before == GATE ? given / 2 : given,
                  .outputs = weight->dims[each]};
+  if (before == NORM) {
+    task.gain = argument(frame, 3)->data;
+    task.eps = *(const float *)attribute(frame, "eps");
+  } else if (before == GATE) {
+    task.block = *(const int64_t *)attribute(frame, "block");
+    task.gelu = *(const int64_t *)attribute(frame, "gelu");
+    if (task.block <= 0 || task.block % TILE || task.inner % task.block) return failed(frame, "atlas_linear: gate");
+  }
   task.width = coded ? task.inner / 64 * RECORD : task.inner;
   bool tiles = atlas_has_tiles && terms * task.rows > FEW;
   task.group = tiles ? TILE / terms : TILE;
   task.groups = (task.rows + task.group - 1) / task.group;
   task.low = terms == 1 ? 0 : tiles ? TILE / 2 : task.rows;
   task.padded = tiles ? task.groups * TILE : terms * task.rows;
-  if (task.padded > MAX_TERMS || task.inner % 64 || task.outputs % TILE || each < 0 || each > 1 ||
+  if (task.padded > MAX_TERMS || task.inner % 64 || task.outputs % TILE || each < 0 || each > (before == NOTHING) ||
       weight->rank != 2 + each + coded || (coded && (each || weight->dims[1] * 64 != task.inner || weight->dims[2] != RECORD)))
     return failed(frame, "atlas_linear: shape");
   /* a few parts a thread, so that one that starts late does not hold up the others */
@@ -94,9 +152,17 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int terms) {
 }
 
 EXPORT XLA_FFI_Error *atlas_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, 1);
+  return asked_for_version(frame) ? NULL : product(frame, 1, NOTHING);
 }
 
 EXPORT XLA_FFI_Error *atlas_precise_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, 2);
+  return asked_for_version(frame) ? NULL : product(frame, 2, NOTHING);
+}
+
+EXPORT XLA_FFI_Error *atlas_normed_linear(XLA_FFI_CallFrame *frame) {
+  return asked_for_version(frame) ? NULL : product(frame, 2, NORM);
+}
+
+EXPORT XLA_FFI_Error *atlas_gated_linear(XLA_FFI_CallFrame *frame) {
+  return asked_for_version(frame) ? NULL : product(frame, 2, GATE);
 }

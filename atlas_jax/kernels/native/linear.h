@@ -13,10 +13,14 @@ enum { TILE = 16, MAX_TERMS = 256, RECORD = 40 };
 enum { AHEAD = 2048 };
 
 typedef struct {
-  const float *x;       /* [matrices, rows, inner] */
+  const float *x;       /* [matrices, rows, inner]; gated: [rows, inner / block, 2, block] */
   const int8_t *weight; /* [matrices, outputs, inner], or coded: [outputs, inner / 64, RECORD] */
   const float *weight_scale;
   float *out; /* [matrices, rows, outputs] */
+  const float *gain; /* [inner], if rows are normed first */
+  float eps;
+  int64_t block; /* columns of a gate that lie together; 0: rows are not gated */
+  bool gelu;     /* the gate's function, else SiLU */
   int64_t rows, inner, outputs;
   int64_t width; /* bytes of one output's weights */
   int64_t strip, strips; /* outputs of one part, and parts of one matrix */
@@ -26,7 +30,7 @@ typedef struct {
   int8_t *terms;         /* [matrices, padded, inner] */
   int32_t *packed; /* the terms as AMX reads them, [matrices, groups, inner / 4, 16], four bytes each; none on VNNI */
   float *unit;     /* [matrices, rows] */
-  atomic_bool *no_room; /* set when coded weights could not be decoded */
+  atomic_bool *no_room; /* set when there was no room to work in */
   int32_t *offset; /* VNNI: 128 · Σ of each term, [matrices, padded] */
 } Linear;
 

@@ -1,0 +1,82 @@
+"""The product for AMX on processors that have none: its source compiled with AMX in plain C, against that for AVX-512 VNNI.
+
+How fast it is, and whether the processor agrees with `tiles/tiles.h`, only a processor with AMX can say: there, the tests
+of `test_kernels_native_property.py` run the product itself.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from atlas_jax.kernels import native
+from atlas_jax.kernels.linear import pack_weight
+
+HERE = Path(__file__).parent / "tiles"
+KERNELS = Path(native.__file__).parent
+
+pytestmark = pytest.mark.skipif(not native.available(), reason="no C compiler, or no AVX-512 VNNI")
+
+
+@pytest.fixture(scope="module")
+def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One call of the product as a program of its own."""
+    target = tmp_path_factory.mktemp("tiles") / "product"
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    assert compiler is not None
+    command = [compiler, "-std=gnu11", "-O1", "-ffp-contract=off", "-I", str(KERNELS), "-I", jax.ffi.include_dir()]
+    sources = [str(source) for source in (*sorted(KERNELS.glob("linear*.c")), HERE / "product.c")]
+    subprocess.run([*command, "-include", str(HERE / "tiles.h"), *sources, "-o", str(target)], check=True, timeout=120)
+    return target
+
+
+def call(product: Path, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, *, terms: int, tiles: bool) -> np.ndarray:
+    numbers = (int(tiles), terms, *x.shape, weight.shape[0], int(weight.dtype == np.uint8))
+    given = b"".join(array.tobytes() for array in (x, weight, scale))
+    words = [str(product), *(str(number) for number in numbers)]
+    done = subprocess.run(words, input=given, capture_output=True, check=True, timeout=60)
+    return np.frombuffer(done.stdout, np.float32).reshape(x.shape[0], -1)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 128),
+    inner=st.integers(1, 4).map(lambda n: 64 * n),
+    outputs=st.integers(1, 9).map(lambda n: 16 * n),
+    terms=st.sampled_from([1, 2]),
+    packed=st.booleans(),
+)
+def test_tiles_give_the_bits_of_vnni(
+    product: Path, seed: int, rows: int, inner: int, outputs: int, terms: int, packed: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    if packed:
+        codes = rng.integers(0, 16, (outputs, inner)).astype(np.uint8)
+        step, base = (rng.normal(size=(outputs, inner // 32)).astype(np.float32) for _ in range(2))
+        weight, scale = pack_weight(codes, step, base - 8 * step)
+    else:
+        weight = rng.integers(-127, 128, (outputs, inner)).astype(np.int8)
+        scale = rng.uniform(0.1, 1.0, outputs).astype(np.float32)
+    x = rng.normal(size=(rows, inner)).astype(np.float32)
+    x[0] = 0.0
+    found, wanted = (call(product, x, weight, scale, terms=terms, tiles=tiles) for tiles in (True, False))
+    np.testing.assert_array_equal(found, wanted)
+    exact = (weight if not packed else unpacked(weight)).astype(np.float64) * scale[:, None]
+    peak = np.abs(x).max(axis=1, initial=1e-30)[:, None] * np.abs(exact).sum(axis=1)
+    assert np.all(np.abs(found - x.astype(np.float64) @ exact.T) <= peak * (2**-15 if terms == 2 else 2**-7.9))
+
+
+def unpacked(blocks: np.ndarray) -> np.ndarray:
+    """The weights that records of `PackedArray` stand for, as integers."""
+    halves = blocks[..., :8].copy().view("<i2").astype(np.int64)  # [out, records, (step, base) of two blocks]
+    codes = np.stack([blocks[..., 8:] & 15, blocks[..., 8:] >> 4], axis=-1).reshape(*blocks.shape[:-1], 2, 32)
+    sums = codes * halves[..., 0::2, None] + halves[..., 1::2, None]
+    return ((sums + 2**15) % 2**16 - 2**15 >> 8).reshape(blocks.shape[0], -1)
