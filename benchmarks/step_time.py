@@ -3,10 +3,10 @@
     python benchmarks/step_time.py MODEL.gguf [--steps 1x1 1x6 16x1] [--output docs/step_time.md]
 
 A step is ROWSxTOKENS. Parts are timed on their own, programs of the same functions the engine compiles: the products of
-all layers, their attention, all layers in groups, the head's product, the choice of a token. What the layers take beyond
-their products and attention is norms, rotations, cache writes and the gaps between programs. "Engine" is a whole step of
-the running engine, which for one row is one program without the gaps, and has the host's work beside it. Times are
-medians of `--repeats` in milliseconds.
+all layers with their norms and gates, their attention, all layers in groups, the head's product, the choice of a token.
+What the layers take beyond their products and attention is rotations, cache writes and the gaps between programs.
+"Engine" is a whole step of the running engine, which for one row is one program without the gaps, and has the host's
+work beside it. Times are medians of `--repeats` in milliseconds.
 
 Memory bandwidth is what all cores together reach in reading large float32 arrays for their largest number.
 """
@@ -33,6 +33,7 @@ from atlas_jax.engine.asking import ask
 from atlas_jax.engine.settings import sampling_state
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.attention import window_attention
+from atlas_jax.kernels.fused import gated_linear, normed_linear
 from atlas_jax.kernels.linear import linear
 from atlas_jax.kernels.sampling import sample
 from atlas_jax.model.context import init_context, page_turn, turn_page
@@ -71,7 +72,7 @@ def parts(config: ModelConfig, params: ModelParams, rows: int, tokens: int, repe
     """Milliseconds of the parts of a step."""
     random = np.random.default_rng(0)
     hidden = jnp.asarray(random.standard_normal((rows, tokens, config.embed)), jnp.float32)
-    wide = jnp.asarray(random.standard_normal((rows, tokens, config.ff)), jnp.float32)
+    wide = jnp.asarray(random.standard_normal((rows, tokens, 2 * config.ff)), jnp.float32)
     mixed = jnp.asarray(random.standard_normal((rows, tokens, config.heads * config.head_dim)), jnp.float32)
     queries = mixed.reshape(rows, tokens, config.heads, config.head_dim)
     turn = jax.jit(turn_page, donate_argnums=0)
@@ -90,10 +91,10 @@ def parts(config: ModelConfig, params: ModelParams, rows: int, tokens: int, repe
             part
             for layer in layers
             for part in (
-                linear(layer.qkv, hidden),
+                normed_linear(layer.qkv, hidden, layer.attn_norm, config.norm_eps),
                 linear(layer.out, mixed, precise=False),
-                linear(layer.gate_up, hidden),
-                linear(layer.down, wide),
+                normed_linear(layer.gate_up, hidden, layer.ff_norm, config.norm_eps),
+                gated_linear(layer.down, wide, config.ff_block, config.activation),
             )
         ]
 
