@@ -1,11 +1,11 @@
 """Our engine and llama.cpp in turns on the same file: reading a prompt, and greedy decoding with several streams.
 
     python benchmarks/speed.py MODEL.gguf [--peer-python PYTHON] [--tests prompt:512 decode:16x256 chat ...] [--rounds 5]
-        [--memory] [--output docs/speed.md]
+        [--output docs/speed.md]
 
 Tests are `prompt:TOKENS`, `decode:STREAMSxCONTEXT` (prose, a place of its own for every stream), and three of a single
 stream that show what drafts bring: `chat` (ordinary questions), `prose` (text to be continued) and `repetitive` (a text to
-be copied with changes). Columns: without drafts, with drafts, with a memory (window 512, no drafts), llama.cpp.
+be copied with changes). Columns: without drafts, with drafts, llama.cpp. What a memory costs, `memory_cost.py` measures.
 
 Every round runs each test once on each engine, so that whatever else the machine does falls on all. The table has medians,
 the spread (least and most), and the ratio of the medians. Ours is measured through the whole engine: submit to last token,
@@ -47,8 +47,8 @@ QUESTIONS = (
 COPIES = (f"Repeat this text with 'dog' instead of 'cat': {STORY}",)
 _STEPS = 64
 _ANSWER = 160
-COLUMNS = ("plain", "drafts", "memory", "peer")
-TITLES = {"plain": "atlas-jax", "drafts": "with drafts", "memory": "with memory", "peer": "llama.cpp"}
+COLUMNS = ("plain", "drafts", "peer")
+TITLES = {"plain": "atlas-jax", "drafts": "with drafts", "peer": "llama.cpp"}
 
 
 def prompts(engine: Engine, test: str, seed: int) -> list[list[int]]:
@@ -66,7 +66,7 @@ def prompts(engine: Engine, test: str, seed: int) -> list[list[int]]:
     return [(tokens[start:] + tokens * (length // len(tokens) + 1))[:length] for start in starts]
 
 
-def request(prompt: Sequence[int], steps: int, memory: MemoryParams | None) -> GenerationRequest:
+def request(prompt: Sequence[int], steps: int, memory: MemoryParams | None = None) -> GenerationRequest:
     """A greedy request of fixed length that takes nothing from earlier ones."""
     greedy = SamplingParams(temperature=0.0)
     return GenerationRequest(
@@ -74,12 +74,12 @@ def request(prompt: Sequence[int], steps: int, memory: MemoryParams | None) -> G
     )
 
 
-def ours(engine: Engine, test: str, memory: MemoryParams | None, seed: int) -> float:
+def ours(engine: Engine, test: str, seed: int) -> float:
     """Tokens per second of one test."""
     kind = test.partition(":")[0]
     asked = prompts(engine, test, seed)
     steps = 1 if kind == "prompt" else _STEPS if kind == "decode" else _ANSWER
-    together = [[request(prompt, steps, memory) for prompt in asked]]
+    together = [[request(prompt, steps) for prompt in asked]]
     if kind not in ("prompt", "decode"):
         together = [[one] for one in together[0]]  # one after the other: a single stream
     ends = [[events[-1] for events in ask(engine, requests)] for requests in together]
@@ -108,13 +108,12 @@ def main() -> None:
     parser.add_argument("--peer-python")
     parser.add_argument("--tests", nargs="+", default=list(TESTS))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory", action="store_true", help="measure with a memory too")
     parser.add_argument("--output", type=Path, help="table as Markdown; the plot goes beside it")
     args = parser.parse_args()
 
     def opened(*, speculate: bool) -> Engine:
         return Engine.open(
-            model_path=args.model, memory_enabled=args.memory, max_running=32, max_context=8192, speculate=speculate
+            model_path=args.model, memory_enabled=False, max_running=32, max_context=8192, speculate=speculate
         )
 
     engines = {"plain": opened(speculate=False), "drafts": opened(speculate=True)}
@@ -123,11 +122,9 @@ def main() -> None:
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for number in range(args.rounds + 1):
         for test in args.tests:
-            columns: dict[str, Callable[[], float]] = {"plain": partial(ours, engines["plain"], test, None, number)}
+            columns: dict[str, Callable[[], float]] = {"plain": partial(ours, engines["plain"], test, number)}
             if ":" not in test or test.startswith("decode:1x"):
-                columns["drafts"] = partial(ours, engines["drafts"], test, None, number)
-            if args.memory:
-                columns["memory"] = partial(ours, engines["plain"], test, MemoryParams(window_size=512), number)
+                columns["drafts"] = partial(ours, engines["drafts"], test, number)
             if args.peer_python:
                 columns["peer"] = partial(peer, args.peer_python, args.model, test)
             # every column comes first in turn: what ran just before can matter
@@ -177,7 +174,7 @@ def plot(tests: Sequence[str], found: dict[tuple[str, str], list[float]], path: 
     for offset, name in enumerate(COLUMNS[:-1]):
         ratios = [(index, _ratio(found, test, name)) for index, test in enumerate(tests)]
         shown = [(index, ratio) for index, ratio in ratios if ratio is not None]
-        axes.bar([i + 0.27 * (offset - 1) for i, _ in shown], [r for _, r in shown], 0.25, label=TITLES[name])
+        axes.bar([i + 0.4 * (offset - 0.5) for i, _ in shown], [r for _, r in shown], 0.38, label=TITLES[name])
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.set_xticks(range(len(tests)), tests, rotation=30, ha="right")
     axes.set_ylabel("speed / llama.cpp's")
