@@ -19,8 +19,8 @@
 /* Terms up to which VNNI is ahead of AMX, which multiplies by 16 of them or none (packed weights of SmolLM2-135M, all layers:
    8.7 against 7.0 ms for one row, 12.9 against 8.0 for two; for four rows AMX, 8.8 against 10.2). */
 enum { FEW = 4 };
-/* Terms from which VNNI gains by laying weights out anew (SmolLM2-135M's gate and up, packed, one core: 218 against 203 µs for
-   16 terms, 280 against 264 for 22, 375 against 406 for 32, 650 against 730 for 64, 2.2 against 3.0 ms for 256). */
+/* Terms from which VNNI gains by laying weights out anew (SmolLM2-135M's gate and up, packed, one core, laid out against as
+   they lie: 218 and 203 µs for 16 terms, 280 and 264 for 22, 375 and 406 for 32, 650 and 730 for 64). */
 enum { MANY = 24 };
 
 /* out = x / √(mean x² + eps) · gain */

@@ -2,7 +2,8 @@
 
 #include "linear.h"
 
-/* Terms of a block of few, terms for which packed weights are decoded in registers, and terms of a block of many. */
+/* Outputs and terms of a block of few; terms up to which packed weights are decoded in registers alone; terms of a block of
+   many. */
 enum { OUTPUTS = 4, ROWS = 4, ONCE = 8, BLOCK = 8 };
 
 void round_rows(const void *data, int64_t part) {
@@ -105,7 +106,7 @@ static const int8_t *laid_out(const Linear *task, const int8_t *weight, int widt
       __m512i v[TILE];
       for (int j = 0; j < TILE; j++) {
         const int8_t *next = weight + (w * TILE + j) * task->width + (coded ? i / 64 * RECORD : i);
-        _mm_prefetch((const char *)next + width * TILE * task->width, _MM_HINT_T1);
+        _mm_prefetch((const char *)next + width * TILE * task->width, _MM_HINT_T1); /* those of the next call */
         v[j] = _mm512_xor_si512(coded ? decode((const uint8_t *)next) : _mm512_loadu_si512(next), flip);
       }
       transpose(v);

@@ -20,7 +20,8 @@ static inline int64_t strips_of(int64_t vocab) { return (vocab + STRIP - 1) / ST
 static inline int64_t strip_end(int64_t vocab, int64_t first) { return first + STRIP < vocab ? first + STRIP : vocab; }
 
 /* Adds to every 32-bit lane of `sum` its four products of unsigned with signed bytes. GCC 12 copies the sum before and after
-   its own intrinsic, and runs out of registers. */
+   its own intrinsic, and runs out of registers: 16 sums then wait for memory (gate and up of 64 terms, bytes, one core: 1.1 ms
+   with the intrinsic, 0.8 without). */
 static inline __attribute__((always_inline)) void add_dots(__m512i *sum, __m512i unsigned_bytes, __m512i signed_bytes) {
   __asm__("vpdpbusd %2, %1, %0" : "+v"(*sum) : "v"(unsigned_bytes), "v"(signed_bytes));
 }
