@@ -57,10 +57,11 @@ recall: $(VENV)/bench model ## facts asked for long after they left the window, 
 	$(RUN) -m atlas_jax.experiments.fact_recall $(MODEL) --filler $(FILLER) --seed 41
 	$(RUN) benchmarks/recall_http.py $(MODEL) --filler $(FILLER) --seed 41
 
-bench: $(VENV)/bench model ## speed beside llama.cpp in one run (builds llama-cpp-python: ten minutes the first time)
+bench: $(VENV)/bench model gemma ## speed beside llama.cpp, cost of the memory (builds llama-cpp-python: ten minutes once)
 	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install \
 	  --quiet 'llama-cpp-python>=0.3.16,<0.4' numpy)
 	$(RUN) benchmarks/speed.py $(MODEL) --peer-python data/peer/bin/python --output docs/speed.md
+	$(RUN) benchmarks/speed.py $(GEMMA) --peer-python data/peer/bin/python --output docs/speed_gemma.md
 	$(RUN) benchmarks/memory_cost.py $(MODEL) --output docs/memory_cost.md
 
 endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000 and 128 000 tokens

@@ -30,6 +30,7 @@ __all__ = [
     "available",
     "blend",
     "build",
+    "compiler",
     "draw",
     "gated_linear",
     "greedy",
@@ -269,6 +270,11 @@ def available() -> bool:
     return True
 
 
+def compiler() -> str | None:
+    """The C compiler that `build` uses: what CC says, else cc, gcc or clang."""
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+
+
 def build() -> Path:
     """The kernels as a shared library, compiled if there is none of this source yet (1.4 s).
 
@@ -282,15 +288,15 @@ def build() -> Path:
     target = folder / f"kernels-{_VERSION}.so"
     if target.exists():
         return target
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
-    if compiler is None:
+    program = compiler()
+    if program is None:
         raise OSError("no C compiler (cc, gcc or clang)")
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     handle, name = tempfile.mkstemp(suffix=".so", dir=folder)
     os.close(handle)
     try:
         code = [str(source) for source in _SOURCES if source.suffix == ".c"]
-        command = [compiler, *_FLAGS, "-I", jax.ffi.include_dir(), *code, "-o", name]
+        command = [program, *_FLAGS, "-I", jax.ffi.include_dir(), *code, "-o", name]
         subprocess.run(command, check=True, capture_output=True, timeout=_BUILD_SECONDS)
         os.replace(name, target)
     finally:
