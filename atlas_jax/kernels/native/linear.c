@@ -20,8 +20,8 @@
    8.7 against 7.0 ms for one row, 12.9 against 8.0 for two; for four rows AMX, 8.8 against 10.2). */
 enum { FEW = 4 };
 /* Terms from which VNNI gains by laying weights out anew (SmolLM2-135M's gate and up, packed, one core, laid out against as
-   they lie: 218 and 203 µs for 16 terms, 280 and 264 for 22, 375 and 406 for 32, 650 and 730 for 64). */
-enum { MANY = 24 };
+   they lie: 357 and 372 µs for 32 terms, 488 and 546 for 48; its down projection in 8 bits: 176 and 150, 242 and 221). */
+enum { MANY = 40 };
 
 /* out = x / √(mean x² + eps) · gain */
 static void norm(const float *x, const float *gain, float eps, int64_t count, float *out) {
