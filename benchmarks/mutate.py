@@ -59,13 +59,13 @@ class Target:
 TARGETS = {
     "atlas_jax/kernels/omega.py": Target((KERNELS,), "window_band or decay or dual_form or sequential", True),
     "atlas_jax/kernels/newton_schulz.py": Target((KERNELS,), "newton or band", True),
-    "atlas_jax/memory/rules/_exact.py": Target((FORMS, SPECIAL), "mesa and not gradients", False),
+    "atlas_jax/memory/rules/_exact.py": Target((FORMS, SPECIAL), "mesa and not agree", False),
     "atlas_jax/memory/rules/_step.py": Target((FORMS,), FORM_TESTS, False),
     "atlas_jax/memory/rules/_chunked.py": Target((FORMS,), FORM_TESTS, False),
     "atlas_jax/memory/rules/_memory.py": Target((FORMS,), FORM_TESTS, False),
     "atlas_jax/kernels/feature_maps.py": Target((KERNELS,), "polynomial or monomials or features", True),
 }
-# mutants that compute the same, or another error message: (file, before, after) and why
+# mutants that compute the same, or another error message: (file or file:function, before, after) and why
 EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("omega.py", "1 << (length - 1).bit_length()", "2 << (length - 1).bit_length()"): "pads with more gates of one",
     ("omega.py", "length - 1", "length + 1"): "pads with more gates of one",
@@ -121,6 +121,45 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("_exact.py", "decay_products(alpha)[..., 0]", "decay_products(alpha)[..., 1]"): "one gate: jax clamps the index",
     ("_exact.py", "moments.shape[-1]", "moments.shape[1]"): "the moments are square",
     ("_exact.py", "moments.shape[-1]", "moments.shape[-2]"): "the moments are square",
+    ("feature_maps.py", "_BLOCK = 8", "_BLOCK = 9"): "a block size that both of its users share",
+    (
+        "feature_maps.py:_block_table",
+        "(1.0,) * (degree + 1)",
+        "(2.0,) * (degree + 1)",
+    ): "of the table only the variables are read here, not the weights",
+    ("_exact.py", "MAX_ITERATIONS = 24", "MAX_ITERATIONS = 25"): "a limit: factors solve what is left then",
+    (
+        "_exact.py",
+        "jnp.max(jnp.abs(right), axis=-1, keepdims=True)",
+        "jnp.max(jnp.abs(right), axis=1, keepdims=True)",
+    ): "rows of a block: the last axis is the second",
+    ("_exact.py", "jnp.sum(x * y, axis=-1)", "jnp.sum(x * y, axis=1)"): "rows of a block: the last axis is the second",
+    ("_exact.py", "jnp.where(peak > 0, peak, 1.0)", "jnp.where(peak > 0, peak, 2.0)"): "divides a zero row",
+    ("_exact.py", "system.start.shape[0]", "system.start.shape[1]"): "the moments are square",
+    (
+        "_exact.py",
+        "carry[-1] < MAX_ITERATIONS",
+        "carry[-1] <= MAX_ITERATIONS",
+    ): "a limit: factors solve what is left then",
+    ("_exact.py", "4 * np.finfo(x.dtype).eps", "5 * np.finfo(x.dtype).eps"): "how much is a rounding error",
+    (
+        "_exact.py",
+        "4 * np.finfo(x.dtype).eps",
+        "np.finfo(x.dtype).eps",
+    ): "how much is a rounding error: factors solve what is past it",
+    (
+        "_exact.py",
+        "size * _norm(x) + _norm(right)",
+        "size * _norm(x) - _norm(right)",
+    ): "how much is a rounding error: factors solve what is past it",
+    ("_exact.py", "np.finfo(right.dtype).eps ** 2", "np.finfo(right.dtype).eps ** 3"): (
+        "a goal below rounding errors: more iterations, up to the limit"
+    ),
+    (
+        "_exact.py",
+        "np.finfo(right.dtype).eps ** 2 * _dot(right, right)",
+        "np.finfo(right.dtype).eps ** 2",
+    ): "a goal at most √D lower, as the largest component is 1: an iteration more",
 }
 BINARY = {
     ast.Add: ast.Sub,
@@ -142,6 +181,7 @@ class Mutant:
 
     path: str
     line: int
+    scope: str
     kind: str
     before: str
     after: str
@@ -155,13 +195,16 @@ class Mutant:
     @property
     def reason(self) -> str | None:
         """Why the mutant computes the same, if that is known."""
-        return EQUIVALENT.get((self.path.rpartition("/")[2], self.before, self.after))
+        file = self.path.rpartition("/")[2]
+        reasons = (EQUIVALENT.get((place, self.before, self.after)) for place in (file, f"{file}:{self.scope}"))
+        return next(filter(None, reasons), None)
 
 
 def mutants(path: str) -> Iterator[Mutant]:
     """All mutants of a file, except in `ref_` twins, signatures, docstrings and messages."""
     tree = ast.parse((ROOT / path).read_text("utf-8"))
     spared = {node for part in _spared(tree) for node in ast.walk(part)}
+    scope = {node: f.name for f in tree.body if isinstance(f, ast.FunctionDef) for node in ast.walk(f)}
     for number, node in enumerate(ast.walk(tree)):
         if node in spared:
             continue
@@ -174,7 +217,8 @@ def mutants(path: str) -> Iterator[Mutant]:
             if changed is not twin:
                 _replace(clone, twin, changed)
                 context = changed if context is twin else context
-            yield Mutant(path, getattr(node, "lineno", 0), kind, before, ast.unparse(context), ast.unparse(clone))
+            line, name = getattr(node, "lineno", 0), scope.get(node, "")
+            yield Mutant(path, line, name, kind, before, ast.unparse(context), ast.unparse(clone))
 
 
 def _spared(tree: ast.AST) -> Iterator[ast.AST]:

@@ -70,6 +70,18 @@ def test_blocks_of_monomials_are_projected_as_the_monomials_are(dim, degree):
     jax.tree.map(close, found(x, scale, projection), wanted(x, scale, projection))
 
 
+def test_blocks_of_monomials_are_the_products_that_keep_their_blocks_in_order():
+    """Each once and no other: a repeat costs time, though it would be weighted by zero."""
+    dim, degree = 17, 4
+    x = np.random.default_rng(0).standard_normal((2, dim))
+    wanted = []
+    for order in range(degree + 1):
+        factors = np.indices((dim,) * order).reshape(order, dim**order)
+        kept = (np.diff(factors // feature_maps._BLOCK, axis=0) >= 0).all(axis=0)
+        wanted.append(x[:, factors[:, kept]].prod(axis=1))
+    close(feature_maps.polynomial_blocks(x, degree), np.concatenate(wanted, axis=1))
+
+
 def test_polynomial_is_the_serving_map():
     x = np.random.default_rng(0).standard_normal((4, 3))
     scale = feature_maps.exponential_scale(3)
@@ -99,8 +111,8 @@ def test_random_features_are_unbiased(kind):
     """The mean over draws approaches the kernel as 1/√draws."""
     rng = np.random.default_rng(3)
     x, y = rng.standard_normal((2, 4, 3))
-    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x, y))
-    scale = jnp.asarray(feature_maps.exponential_scale(3))
+    x, y = (z / np.linalg.norm(z, axis=1, keepdims=True) * np.array([[0.4], [0.6], [0.8], [1.0]]) for z in (x, y))
+    scale = jnp.asarray([0.8, 1.3, 0.7, 0.5])
     if kind == "sketch":
         wanted = np.asarray(feature_maps.polynomial(x, scale) @ feature_maps.polynomial(y, scale).T)
         features = functools.partial(feature_maps.polynomial_sketch, scale=scale, width=200)
@@ -112,6 +124,43 @@ def test_random_features_are_unbiased(kind):
     deviation = found.std(axis=0)
     assert np.all(np.abs(found.mean(axis=0) - wanted) < 4 * deviation / math.sqrt(60) + 1e-9)
     assert np.all(deviation < 0.8)
+
+
+def test_sketch_features_are_shared_evenly_and_fill_the_width():
+    for dim, degree, more in np.ndindex(4, 4, 6):
+        dim, degree, width = dim + 1, degree + 2, dim + degree + 3 + more
+        shares = feature_maps.sketch_shares(dim, degree, width)
+        assert len(shares) == degree - 1
+        assert 1 + dim + sum(shares) == width
+        assert shares[0] - 1 <= shares[-1] > 0
+        assert list(shares) == sorted(shares, reverse=True)
+    for degree, width in ((3, 5), (1, 9)):
+        with pytest.raises(ValueError, match="width"):
+            feature_maps.sketch_shares(3, degree, width)
+
+
+def test_elementwise_features_are_a_power_series_in_each_component():
+    rng = np.random.default_rng(4)
+    x, coefficients = rng.standard_normal((3, 5)), rng.standard_normal(4)
+    wanted = sum(a * x ** (i + 1) for i, a in enumerate(coefficients))
+    close(feature_maps.elementwise(x, coefficients), wanted)
+
+
+MAPS = {
+    "polynomial": functools.partial(feature_maps.polynomial, scale=np.ones(3)),
+    "blocks": functools.partial(feature_maps.polynomial_blocks, degree=2),
+    "sketch": functools.partial(feature_maps.polynomial_sketch, scale=np.ones(3), width=20, seed=0),
+    "random": functools.partial(feature_maps.random_exponential, width=20, seed=0),
+}
+
+
+@pytest.mark.parametrize("name", MAPS)
+def test_features_of_a_batch_are_those_of_each_row(name):
+    x = np.random.default_rng(5).standard_normal((2, 3, 9))
+    features = jit(MAPS[name])
+    found = features(x)
+    close(found.reshape(6, -1), features(x.reshape(6, 9)))
+    close(found[1, 2], features(x[1, 2]))
 
 
 # -------------------------------------------------------------------------------------------------- Newton–Schulz

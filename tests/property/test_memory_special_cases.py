@@ -203,3 +203,95 @@ def test_mesa_is_exact_however_much_it_forgets(gates, iterations, monkeypatch):
     y = jax.jit(lambda *args: chunked(rule, *args))(params, init_state(rule, params, (2,)), tokens)[1]
     wanted = expected(rule, jax.tree.map(lambda x: np.asarray(x, np.float64), params), tokens)
     np.testing.assert_allclose(y, wanted, rtol=2e-4, atol=2e-4 * np.abs(wanted).max())
+
+
+SIZE, BLOCK, RIDGE = 10, 6, 0.1
+
+
+def block_of_systems(rng, forgotten=1.0):
+    """A block of `mesa`, as `_System` has it; a token in its middle keeps no more than `forgotten` of a history as large."""
+    past, keys = rng.standard_normal((rng.choice([0, 15]), SIZE)), rng.standard_normal((BLOCK, SIZE))
+    alpha, gamma = rng.uniform(0.6, 1.0, BLOCK), rng.random(BLOCK)
+    alpha[3] *= forgotten
+    gamma[1] = 0.0
+    mixing = [[np.prod(alpha[n + 1 : t + 1]) * gamma[n] * (n <= t) for n in range(BLOCK)] for t in range(BLOCK)]
+    return past.T @ past / forgotten, keys, np.cumprod(alpha), np.array(mixing), gamma
+
+
+def solve_systems(system, right):
+    """Each token's answer, and the matrices that they solve."""
+    start, keys, kept, mixing, _ = system
+    matrices = RIDGE * np.eye(SIZE) + kept[:, None, None] * start + np.einsum("tn,ni,nj->tij", mixing, keys, keys)
+    return np.linalg.solve(matrices, right[..., None])[..., 0], matrices
+
+
+def block_solver():
+    """A function of its own: JAX keeps what it has compiled for one, and tests change what it calls."""
+    rule = PRESETS["mesa"](SIZE, SIZE, ridge=RIDGE)
+    return lambda system, right: _exact._solve_block(rule, _exact._System(*system), right)
+
+
+def test_mesa_is_solved_by_conjugate_gradients_alone_where_little_is_forgotten(monkeypatch):
+    """Queries of zero and at the ends of the range too, and tangents of all that a block is made of."""
+    monkeypatch.setattr(_exact, "_solve_by_factors", lambda rule, system, right: jnp.full_like(right, jnp.nan))
+    solver = block_solver()
+    solve = jit(lambda at, way: jax.jvp(solver, at, way))
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        rng = np.random.default_rng(seed)
+        system, right = block_of_systems(rng), rng.standard_normal((BLOCK, SIZE))
+        way = jax.tree.map(lambda x: rng.standard_normal(x.shape), (system, right))
+        way[0][0][:] += way[0][0].T
+        ahead, behind = (
+            solve_systems(*jax.tree.map(lambda x, d: x + step * d, (system, right), way))[0]  # noqa: B023
+            for step in (1e-6, -1e-6)
+        )
+        length = np.array([[1.0], [1e-200], [1e200], [1.0], [0.0], [0.01]])
+        x, change = solve((system, right * length), (way[0], way[1] * length))
+        close(x / np.maximum(length, 1e-250), solve_systems(system, right)[0] * (length > 0))
+        close(change / np.maximum(length, 1e-250), (ahead - behind) / 2e-6 * (length > 0), 1e-5)
+
+    check()
+
+
+@pytest.mark.parametrize("forgotten", [1.0, 1e-4])
+def test_mesa_preconditioner_is_recursive_least_squares_from_the_start_of_the_block(forgotten):
+    rule = PRESETS["mesa"](SIZE, SIZE, ridge=RIDGE)
+    precondition = jit(lambda system, x: _exact._preconditioner(rule, _exact._System(*system))(x))
+
+    @FEW
+    @given(seed=SEEDS)
+    def check(seed):
+        rng = np.random.default_rng(seed)
+        system, x = block_of_systems(rng, forgotten), rng.standard_normal((BLOCK, SIZE))
+        found = precondition(system, x)
+        start, keys, kept, _, gamma = system
+        kept = np.maximum(kept, 0.01)
+        p = np.linalg.inv(start + RIDGE / max(kept[0] ** 3, 0.01) * np.eye(SIZE))
+        for t in range(BLOCK):
+            seen = p @ keys[t]
+            p = p - gamma[t] * np.outer(seen, seen) / (kept[t] + gamma[t] * keys[t] @ seen)
+            close(found[t], p @ x[t])
+
+    check()
+
+
+@pytest.mark.parametrize("iterations", [1, 6, 8])
+def test_mesa_accepts_no_more_than_a_rounding_error_from_conjugate_gradients(iterations, monkeypatch):
+    """Where they are stopped early and a token forgets nearly all, which leaves errors of every size."""
+    monkeypatch.setattr(_exact, "MAX_ITERATIONS", iterations)
+    solve = jit(block_solver())
+
+    @FEW
+    @given(seed=SEEDS, exponent=st.integers(-12, 0))
+    def check(seed, exponent):
+        rng = np.random.default_rng(seed)
+        system, right = block_of_systems(rng, 10.0**exponent), rng.standard_normal((BLOCK, SIZE))
+        x, (_, matrices) = np.asarray(solve(system, right)), solve_systems(system, right)
+        left = np.linalg.norm(np.einsum("tij,tj->ti", matrices, x) - right, axis=1)
+        size = np.trace(matrices, axis1=1, axis2=2) * np.linalg.norm(x, axis=1) + np.linalg.norm(right, axis=1)
+        assert np.all(left <= 4e-15 * size)
+
+    check()
