@@ -160,6 +160,55 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "np.finfo(right.dtype).eps ** 2 * _dot(right, right)",
         "np.finfo(right.dtype).eps ** 2",
     ): "a goal at most √D lower, as the largest component is 1: an iteration more",
+    (
+        "_exact.py",
+        "jnp.where(new > 0, new / slope, 0.0)",
+        "jnp.where(new > 0, new / slope, 1.0)",
+    ): "a row without a residual stands still, whatever its direction",
+    (
+        "_step.py",
+        "forward(rule, plain(weights), queries)[0]",
+        "forward(rule, plain(weights), queries)[1]",
+    ): "one query: jax clamps the index",
+    ("_step.py", "keys.features[0]", "keys.features[1]"): "one key: jax clamps the index",
+    (
+        "_step.py",
+        "_exact.read(rule, params, state, queries.features)[0]",
+        "_exact.read(rule, params, state, queries.features)[1]",
+    ): "one query: jax clamps the index",
+    ("_chunked.py", "first < offset + length", "first <= offset + length"): (
+        "a chunk of padding after the last border: moves what the next chunk would have moved"
+    ),
+    ("_chunked.py", "rule.features.compress == 'projection'", "rule.features.compress != 'projection'"): (
+        "which intermediates the backward pass keeps"
+    ),
+    (
+        "_chunked.py",
+        "jax.tree.map(lambda x: checkpoint_name(x, KEPT), both) if rule.features.compress == 'projection' else both",
+        "both if rule.features.compress == 'projection' else jax.tree.map(lambda x: checkpoint_name(x, KEPT), both)",
+    ): "which intermediates the backward pass keeps",
+    (
+        "_chunked.py",
+        "chunk.stored * chunk.age[:, 0] * chunk.valid",
+        "chunk.stored * chunk.age[:, 0]",
+    ): "what is stored of padding is zero already",
+    ("_chunked.py", "chunk.age[:, 0]", "chunk.age[:, 1]"): "`exact` has one gate: jax clamps the index",
+    ("_chunked.py", "not aligned", "aligned"): "leaves out a short cut; with borders the total is longer than the text",
+    ("_chunked.py", "tokens.gamma[:, 0]", "tokens.gamma[:, 1]"): "one gate, or ones of its shape",
+    ("_chunked.py", "first > 0", "first > 1"): "differs for chunks of one token only, which all start at offset 0",
+    ("_chunked.py", "alpha[0]", "alpha[1]"): "the decayed memory needs chunk 1: jax clamps the index",
+    ("_chunked.py", "size - 1", "size + 1"): "one more chunk of padding at most",
+    **{
+        ("_exact.py:read", "rule.ridge * x", after): "an operator that is differentiated by the moments only"
+        for after in ("rule.ridge + x", "rule.ridge", "x")
+    },
+    ("_chunked.py", "rule.chunk > 1", "rule.chunk >= 1"): "chunks of one have a border everywhere: the phase stays 0",
+    ("_chunked.py", "size - 1 if aligned else 0", "size - 1 if aligned else 1"): "one more chunk of padding at most",
+    ("_memory.py", "jnp.where(square > 0, square, 1.0)", "jnp.where(square > 0, square, 2.0)"): "divides a zero row",
+    ("_memory.py", "jnp.where(square > 0, root * peak, 0.0)", "jnp.where(square > 0, root * peak, 1.0)"): (
+        "the length of a zero row, whose gradient is zero however it is scaled"
+    ),
+    ("_memory.py", "jnp.where(peak > 0, peak, 1.0)", "jnp.where(peak > 0, peak, 2.0)"): "divides a zero row",
 }
 BINARY = {
     ast.Add: ast.Sub,
@@ -461,7 +510,7 @@ def main() -> None:
     parser.add_argument("--files", nargs="*", default=list(TARGETS), help="paths, or ends of paths")
     parser.add_argument("--match", default="", help="only mutants whose old or new code has this in it")
     parser.add_argument("--list", action="store_true", help="print the mutants and leave")
-    parser.add_argument("--results", type=Path, help="JSON lines; mutants that it says were killed are not run again")
+    parser.add_argument("--results", type=Path, help="JSON lines; survivors in it and crashes are run again, no others")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     command = "python benchmarks/mutate.py " + " ".join(sys.argv[1:])
@@ -480,7 +529,7 @@ def main() -> None:
     if arguments.results and arguments.results.exists():
         results = dict(json.loads(line) for line in arguments.results.read_text("utf-8").splitlines())
     for path in TARGETS:
-        left = [m for m in chosen if m.path == path and results.get(m.key, ["survived"])[0] == "survived"]
+        left = [m for m in chosen if m.path == path and results.get(m.key, ["survived"])[0] in ("survived", "crash")]
         if not left:
             continue
         worker = Worker(path, arguments.limit)

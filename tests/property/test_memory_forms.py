@@ -24,7 +24,7 @@ from memory_support import (
     run_step,
 )
 
-from atlas_jax.memory.rules import PRESETS, Features, MemoryRule, chunked, init_state, read, scan
+from atlas_jax.memory.rules import PRESETS, Features, MemoryRule, _memory, chunked, init_state, read, scan
 
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -54,6 +54,8 @@ def variants() -> dict[str, MemoryRule]:
         "Newton-Schulz per chunk": preset("atlas", ns_per="chunk", per_channel=("eta", "alpha"), gates="age"),
         "delta rule with momentum": preset("deltanet", optimizer="momentum", retention=True, normalize=False),
         "decayed with momentum": preset("gated_deltanet", optimizer="momentum", step="inside"),
+        "MLP without a residual": preset("ttt_mlp", residual="none"),
+        "exact, gates by age": preset("mesa", gates="age"),
         "tight clip": preset("titans", clip=0.3, window=2),
         "Muon on a dot product, step inside": preset(
             "swla", optimizer="muon", step="inside", features=Features(kind="elementwise", degree=2)
@@ -130,6 +132,30 @@ def test_variants_are_the_definition(name):
     check()
 
 
+SHORT = {
+    "omeganet": preset("omeganet"),
+    "chunks of two": preset("omeganet", chunk=2, window=5),
+    "Newton-Schulz per chunk": variants()["Newton-Schulz per chunk"],
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_runs_shorter_than_a_chunk_begin_and_end_anywhere(name):
+    """Also of no token at all, and where a chunk of padding follows."""
+    rule = SHORT[name]
+    params, tokens = draw_params(rule, 7), draw_tokens(rule, 7, 9)
+    wanted = expected(rule, params, tokens)
+    before = fresh(rule, params)
+    for split in range(rule.chunk):
+        for length in (0, 1, 2):
+            state, y = run_chunked(rule, params, before, at(tokens, slice(split, split + length)))
+            close(y, wanted[:, split : split + length])
+            for t in range(split + length, 9):
+                state, y = run_step(rule, params, state, at(tokens, t))
+                close(y, wanted[:, t])
+        before, _ = run_step(rule, params, before, at(tokens, split))
+
+
 def test_read_is_what_a_step_would_have_read():
     by_chunk = preset("swla", optimizer="muon", ns_per="chunk")
     for rule, length in ((preset("omeganet"), 5), (preset("mesa"), 5), (by_chunk, 5), (by_chunk, 4)):
@@ -143,6 +169,20 @@ def test_read_is_what_a_step_would_have_read():
         for t in range(4):
             _, y = run_step(rule, params, state, dataclasses.replace(silent, q=queries[:, t]))
             close(found[:, t], y)
+        by_two = jit(read, static_argnums=0)(rule, params, state, queries.reshape(HEADS, 2, 2, -1))
+        close(by_two.reshape(found.shape), found)
+
+
+@pytest.mark.parametrize("length", [1e-200, 1.0, 1e20])
+def test_clip_at_any_length(length):
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((4, 3)), rng.standard_normal((4, 5))
+    left[1] = 0.0
+    left[2] *= 0.01
+    left[3, 1:] = 0.0
+    size = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    wanted = left * np.minimum(1.0, 0.5 / np.maximum(size, 1e-9))[:, None]
+    close(_memory._clip_left(left * length, right / length, 0.5) / length, wanted)
 
 
 def test_heads_have_parameters_of_their_own():

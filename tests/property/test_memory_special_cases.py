@@ -295,3 +295,17 @@ def test_mesa_accepts_no_more_than_a_rounding_error_from_conjugate_gradients(ite
         assert np.all(left <= 4e-15 * size)
 
     check()
+
+
+def test_mesa_conjugate_gradients_stop_at_their_limit_and_leave_solved_rows_alone(monkeypatch):
+    """An eigenvector is solved at once; three steps find the best x among right, A·right and A²·right."""
+    rng = np.random.default_rng(0)
+    turn = np.linalg.qr(rng.standard_normal((SIZE, SIZE)))[0]
+    matrix = turn * np.linspace(100, 200, SIZE) @ turn.T
+    right = np.stack([turn[:, 0], rng.standard_normal(SIZE)])
+    arguments = (lambda x: x @ matrix, lambda x: 1e-16 * x, jnp.asarray(right))
+    close(100 * _exact._conjugate_gradients(*arguments), 100 * np.linalg.solve(matrix, right.T).T, 1e-11)
+    monkeypatch.setattr(_exact, "MAX_ITERATIONS", 3)
+    space = np.stack([right[1], matrix @ right[1], matrix @ matrix @ right[1]], axis=1)
+    best = space @ np.linalg.solve(space.T @ matrix @ space, space.T @ right[1])
+    close(100 * _exact._conjugate_gradients(*arguments)[1], 100 * best)
