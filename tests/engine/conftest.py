@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import tiny_model
@@ -96,3 +98,17 @@ def engines(opened: Callable[..., Any]) -> Iterator[Callable[[str], Engine]]:
 def engine(engines: Callable[[str], Engine]) -> Engine:
     """The int8 engine."""
     return engines("int8")
+
+
+@pytest.fixture(scope="session")
+def compiled() -> list[str]:
+    """Threads that have compiled, one entry a program, but those that warm an engine up: another one's may be at it."""
+    threads: list[str] = []
+
+    def note(event: str, _: float, **__: Any) -> None:
+        thread = threading.current_thread().name
+        if event.endswith("backend_compile_duration") and thread != "atlas-warm-up":
+            threads.append(thread)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    return threads
