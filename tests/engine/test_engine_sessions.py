@@ -83,6 +83,7 @@ def test_a_session_from_a_file_needs_no_program_of_its_own(
         engine.sessions.load_file("owner", saved.filename)
         before = len(compiled)
         assert before
+        assert engine.stats().compilations_total > 0
         ask(engine, request(NEXT, 6, memory=how))
         assert not compiled[before:]
 

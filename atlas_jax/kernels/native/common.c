@@ -46,7 +46,9 @@ typedef struct {
   atomic_long next, finished, holders;
 } Job;
 
-enum { STAY = 300000 /* cycles of the time stamp counter, 100 to 150 µs */, LOOKS = 200 /* 5 µs */, AWAKE = 50000 };
+/* STAY and AWAKE in cycles of the time stamp counter: how long a thread watches, 100 to 150 µs, and for how long it counts as
+   running after it was last seen to, about 20; LOOKS, after how many it gives others its core, about 5 µs. */
+enum { STAY = 300000, AWAKE = 50000, LOOKS = 200 };
 
 /* What is offered to the threads that stay. `calls` counts the offers, `looked` is when one of those threads was last seen to
    run; the rest is read and written by who holds `busy`. */
