@@ -25,7 +25,8 @@ class Program:
         self, function: Callable[..., Any], *, donate: tuple[int, ...] = (), placement: Placement = ONE_DEVICE
     ) -> None:
         self._placement = placement
-        self._jitted = jax.jit(placement.program(function), donate_argnums=donate)
+        # an argument may be there for its memory alone
+        self._jitted = jax.jit(placement.program(function), donate_argnums=donate, keep_unused=True)
         self._ready: dict[Hashable, Callable[..., Any]] = {}
         self._locks: dict[Hashable, threading.Lock] = {}
 

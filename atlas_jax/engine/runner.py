@@ -14,7 +14,7 @@ import numpy as np
 from atlas_jax.config import PAGE
 from atlas_jax.engine import step, whole
 from atlas_jax.engine.settings import MemoryWrite, memory_settings, write_settings
-from atlas_jax.engine.state import DRAFTS, Drawing, Sequences, init_drawing, init_sequences
+from atlas_jax.engine.state import DRAFTS, Drawing, Sequences, init_drawing, init_room, init_sequences
 from atlas_jax.engine.step import Packed, StepConfig, Weights
 from atlas_jax.kernels import native
 from atlas_jax.kernels.attention import KVDtype
@@ -82,9 +82,9 @@ class Runner:
         self._trunk = Trunk(config.model, placement)
         self._finish_read = self._program(step.finish_read, donate=(1,))
         self._finish_score = self._program(functools.partial(step.finish_score, config), donate=(1,))
-        self._finish_decode = self._program(functools.partial(step.finish_decode, config), donate=(1, 2))
+        self._finish_decode = self._program(functools.partial(step.finish_decode, config), donate=(1, 2, 8))
         self._whole = {
-            drafts: self._program(functools.partial(whole.decode, config, drafts=drafts), donate=(1, 2))
+            drafts: self._program(functools.partial(whole.decode, config, drafts=drafts), donate=(1, 2, 5))
             for drafts in (False, True)
         }
         self._write_memory = {
@@ -104,7 +104,8 @@ class Runner:
         self._new_drawing: dict[int, Program] = {}
         rows, pages = buckets.rows[0], buckets.pages[0]
         self.sequences: Sequences = self._sequences(rows, pages)
-        self.drawing: Drawing = self._idle(rows)
+        self.drawing: Drawing
+        self.drawing, self._room = self._idle(rows)
 
     def _sequences(self, rows: int, pages: int) -> Sequences:
         return self._maker(rows, pages)(())
@@ -114,12 +115,15 @@ class Runner:
             (rows, pages), self._program(functools.partial(self._make, batch=rows, pages=pages))
         )
 
-    def _idle(self, rows: int) -> Drawing:
-        return self._idle_maker(rows)(())
+    def _idle(self, rows: int) -> tuple[Drawing, jax.Array]:
+        drawing, room = self._idle_maker(rows)(())
+        return drawing, room
 
     def _idle_maker(self, rows: int) -> Program:
-        make = functools.partial(init_drawing, self.config.model, rows)
-        return self._new_drawing.setdefault(rows, self._program(make))
+        model, width = self.config.model, self.buckets.width(rows)
+        return self._new_drawing.setdefault(
+            rows, self._program(lambda: (init_drawing(model, rows), init_room(model, rows, width)))
+        )
 
     # --- single rows ----------------------------------------------------------------------------------------------
     def new_row(self, pages: int) -> Sequences:
@@ -226,7 +230,8 @@ class Runner:
     def resize(self, rows: int, pages: int, moves: dict[int, int]) -> None:
         """Makes the batch another size; `moves` maps each row that lives on to its new place."""
         old, drawing = self.sequences, self.drawing
-        self.sequences, self.drawing = self._sequences(rows, pages), self._idle(rows)
+        self.sequences = self._sequences(rows, pages)
+        self.drawing, self._room = self._idle(rows)
         for source, target in moves.items():
             index = np.int32(source)
             row = self._extract(_shape_key(old), old, index)
@@ -298,14 +303,14 @@ class Runner:
         may = self._all_allowed[rows] if allowed is None else allowed
         key = _step_key(self.sequences, width)
         if self.at_once:
-            self.sequences, self.drawing, packed = self._whole[width > 1](
-                key, self._weights, self.sequences, self.drawing, wanted, may
+            self.sequences, self.drawing, packed, self._room = self._whole[width > 1](
+                key, self._weights, self.sequences, self.drawing, wanted, may, self._room
             )
         else:
             feed = self.drawing.token if width == 1 else (self.drawing.token, self.drawing.drafts)
             context, view, states = self._trunk(key, self._weights.params, self.sequences.context, feed, wanted)
-            rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid)
-            memory, self.drawing, position, packed = self._finish_decode(
+            rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid, self._room)
+            memory, self.drawing, position, packed, self._room = self._finish_decode(
                 rows, self._ends, self.sequences.memory, self.drawing, may, *rest
             )
             self.sequences = Sequences(dataclasses.replace(context, position=position), memory)
@@ -354,7 +359,7 @@ class Runner:
         key, count = (rows, pages, width), _integers(rows)
         feed = drawing.token if width == 1 else (drawing.token, drawing.drafts)
         view, states = self._trunk.compile(key, self._weights.params, batch.context, feed, count)
-        rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid)
+        rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid, self._room_shape(rows))
         allowed = _integers(rows, allowed_words(self.config.model.vocab))
         self._finish_decode.compile(rows, self._ends, batch.memory, drawing, allowed, *rest)
 
@@ -368,7 +373,7 @@ class Runner:
         batch = self._batch_shapes(rows, pages)
         drawing = jax.eval_shape(functools.partial(init_drawing, self.config.model, rows))
         width = self.buckets.width(rows)
-        inputs = _integers(rows), _integers(rows, allowed_words(self.config.model.vocab))
+        inputs = _integers(rows), _integers(rows, allowed_words(self.config.model.vocab)), self._room_shape(rows)
         self._whole[width > 1].compile((rows, pages, width), self._weights, batch, drawing, *inputs)
 
     def compile_moves(self, rows: int, pages: int) -> None:
@@ -391,6 +396,9 @@ class Runner:
 
     def _batch_shapes(self, rows: int, pages: int) -> Sequences:
         return jax.eval_shape(functools.partial(self._make, batch=rows, pages=pages))
+
+    def _room_shape(self, rows: int) -> jax.Array:
+        return jax.eval_shape(lambda: init_room(self.config.model, rows, self.buckets.width(rows)))
 
     def _one_setting(self) -> MemorySettings:
         return shapes(memory_settings(None, 1, 1))

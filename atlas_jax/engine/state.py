@@ -18,7 +18,7 @@ from atlas_jax.kernels.sampling import SamplingState, init_sampling
 from atlas_jax.memory import recall
 from atlas_jax.memory.recall import MemorySettings, MemoryState
 from atlas_jax.model.context import Context, init_context
-from atlas_jax.typing import Array, Int32
+from atlas_jax.typing import Array, Float, Int32
 
 DRAFTS = 2
 """Tokens guessed ahead of every row. Tokens per second of one stream with 0, 1, 2, 3 and 5 on two cores with AVX-512 VNNI
@@ -62,6 +62,11 @@ def init_sequences(
     """Rows that have read nothing."""
     context = init_context(model, batch, pages, dtype)
     return Sequences(context, None if memory is None else recall.init_state(memory, batch, model.vocab))
+
+
+def init_room(model: ModelConfig, batch: int, tokens: int) -> Float[Array, "B*T V"]:
+    """Memory for a decode step's scores, see `step.finish_decode`."""
+    return jnp.zeros((batch * tokens, model.vocab), jnp.float32)
 
 
 def init_drawing(model: ModelConfig, batch: int) -> Drawing:

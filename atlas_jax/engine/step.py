@@ -154,7 +154,8 @@ def finish_decode(
     tapped: tuple[Float[Array, "B T E"], ...],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
-) -> tuple[MemoryState | None, Drawing, Int32[Array, B], Packed]:
+    room: Float[Array, "B*T V"] | None = None,
+) -> tuple[MemoryState | None, Drawing, Int32[Array, B], Packed, Float[Array, "B*T V"] | None]:
     """Ends a step that fed every active row its token and T − 1 or fewer drafts; idle rows stay as they are.
 
     After each fed token the next one is drawn as if it had come alone, from the row's seed and the token's position. As
@@ -165,18 +166,22 @@ def finish_decode(
     Args:
       allowed: which tokens a row may draw, see `sampling.sample`; the same after its drafts, so a row for which that would
         be wrong comes without drafts.
+      room: memory for this step's scores, donated: those of the step before. With a new allocation instead a step of 16
+        rows over 262 144 tokens met 4 000 to 6 000 page faults and took 53 ms instead of 45.
 
     Returns:
-      The memory, what to draw from next, the position of each row's next token, and a `Packed` [B, T].
+      The memory, what to draw from next, the position of each row's next token, a `Packed` [B, T], and what to give the
+      next step as `room`.
     """
     batch, width = positions.shape
     fed = jnp.concatenate([drawing.token[:, None], drawing.drafts[:, : width - 1]], axis=1)
     memory, mixed, gate = _predict(
         config, weights, memory, drawing.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid
     )
+    scores = mixed.reshape(batch * width, -1)
     drawn = sample(
         _after_drafts(drawing.sampling, fed),
-        mixed.reshape(batch * width, -1),
+        scores,
         positions.reshape(-1) + 1,
         jnp.repeat(allowed, width, axis=0),
     )
@@ -208,6 +213,7 @@ def finish_decode(
             integers=packed(jnp.where(counts, token, jnp.where(valid, WRONG, NONE)), drawn.top_token),
             numbers=packed(drawn.logprob.reshape(batch, width), gate, drawn.top_logprob),
         ),
+        None if room is None else scores,
     )
 
 

@@ -21,7 +21,7 @@ from atlas_jax.model.loading import WeightDtype, param_shapes
 from atlas_jax.model.stages import trunk
 from atlas_jax.placement import ONE_DEVICE, Placement
 from atlas_jax.program import shape, shapes
-from atlas_jax.typing import Array, Int32
+from atlas_jax.typing import Array, Float, Int32
 
 
 def decode(
@@ -31,22 +31,25 @@ def decode(
     drawing: Drawing,
     wanted: Int32[Array, B],
     allowed: Int32[Array, "B words"],
+    room: Float[Array, "B*T V"] | None = None,
     *,
     drafts: bool = False,
-) -> tuple[Sequences, Drawing, Packed]:
+) -> tuple[Sequences, Drawing, Packed, Float[Array, "B*T V"] | None]:
     """A decode step, what `Runner.decode` runs as several programs.
 
     Args:
       wanted, allowed: as for `Runner.decode`.
+      room: as for `step.finish_decode`, which returns the next one.
       drafts: feed every row its drafts too.
     """
     feed = (drawing.token, drawing.drafts) if drafts else drawing.token
     context, view, states = trunk(config.model, weights.params, sequences.context, feed, wanted)
     tapped = tuple(states[layer] for layer in config.taps)
-    memory, drawing, position, packed = step.finish_decode(
-        config, weights, sequences.memory, drawing, allowed, states[-1], tapped, view.ring.positions, view.ring.valid
+    rest = states[-1], tapped, view.ring.positions, view.ring.valid, room
+    memory, drawing, position, packed, room = step.finish_decode(
+        config, weights, sequences.memory, drawing, allowed, *rest
     )
-    return Sequences(dataclasses.replace(context, position=position), memory), drawing, packed
+    return Sequences(dataclasses.replace(context, position=position), memory), drawing, packed, room
 
 
 def read(

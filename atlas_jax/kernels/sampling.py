@@ -116,11 +116,15 @@ def sample(
       allowed: bit t mod 32 of word t // 32 says whether token t may be drawn, at least one per row; None allows all.
     """
     greedy, log_mass = _greedy(scores)
-    special = _penalizes(state) | (state.bias != 0).any(axis=1) | (state.temperature > 0)
+    changed = jnp.any(_penalizes(state)) | jnp.any(state.bias != 0)
     if allowed is not None:
-        special |= (allowed != -1).any(axis=1)
+        changed |= jnp.any(allowed != -1)
     # a branch hands over tokens, never scores: one that did would copy them even where it changes nothing
-    token = jax.lax.cond(jnp.any(special), lambda: _choose(state, scores, position, allowed), lambda: greedy)
+    token = jax.lax.cond(
+        changed,
+        lambda: _choose_changed(state, scores, position, allowed),
+        lambda: _choose(state, scores, position, greedy),
+    )
     logprob = jnp.take_along_axis(scores, token[:, None], axis=1)[:, 0] - log_mass
     top_logprob, top_token = jax.lax.cond(
         jnp.any(state.logprobs > 0),
@@ -152,16 +156,21 @@ def _greedy(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     return _first_best(scores), best + jnp.log(row_sum(jnp.exp(scores - best[:, None])))
 
 
-def _choose(state: SamplingState, scores: jax.Array, position: jax.Array, allowed: jax.Array | None) -> Int32[Array, B]:
-    """The token of every row, whatever its settings."""
-    adjusted = _penalize(state, scores)
+def _choose_changed(
+    state: SamplingState, scores: jax.Array, position: jax.Array, allowed: jax.Array | None
+) -> Int32[Array, B]:
+    """The token of every row after penalties, biases and what a grammar allows."""
+    scores = _penalize(state, scores)
     if allowed is not None:
-        adjusted = jax.lax.cond(jnp.any(allowed != -1), lambda x: _restrict(x, allowed), lambda x: x, adjusted)
-    greedy = _first_best(adjusted)
+        scores = jax.lax.cond(jnp.any(allowed != -1), lambda x: _restrict(x, allowed), lambda x: x, scores)
+    return _choose(state, scores, position, _first_best(scores))
+
+
+def _choose(state: SamplingState, scores: jax.Array, position: jax.Array, greedy: jax.Array) -> Int32[Array, B]:
+    """The best token, or for rows with a temperature one that is drawn."""
+    drawn = state.temperature > 0
     return jax.lax.cond(
-        jnp.any(state.temperature > 0),
-        lambda: jnp.where(state.temperature > 0, _draw(state, adjusted, position), greedy),
-        lambda: greedy,
+        jnp.any(drawn), lambda: jnp.where(drawn, _draw(state, scores, position), greedy), lambda: greedy
     )
 
 

@@ -58,7 +58,7 @@ def test_the_exported_step_draws_what_the_live_one_does(parts: tuple[StepConfig,
             state = jax.tree.map(jnp.copy, (runner.sequences, runner.drawing))
             live = runner.decode(wanted)
             args = jax.tree.leaves((weights, *state, wanted, runner.all_allowed()))
-            _, drawing, packed = jax.tree.unflatten(jax.tree.structure(step.results), exported.call(*args))
+            _, drawing, packed, _ = jax.tree.unflatten(jax.tree.structure(step.results), exported.call(*args))
             assert np.array_equal(packed.integers, live.integers)
             assert np.array_equal(drawing.text, runner.drawing.text)
             # one program sums floats in another order than several
