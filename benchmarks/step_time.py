@@ -1,6 +1,6 @@
 """Where a decode step's time goes, against what reading its weights from memory must take.
 
-    python benchmarks/step_time.py MODEL.gguf [--steps 1x1 1x6 16x1] [--output docs/step_time.md]
+    python benchmarks/step_time.py MODEL.gguf [--steps 1x1 1x3 16x1] [--output docs/step_time.md]
 
 A step is ROWSxTOKENS. Parts are timed on their own, programs of the same functions the engine compiles: the products of
 all layers with their norms and gates, their attention, all layers in groups, the head's product, the choice of a token.
@@ -148,7 +148,7 @@ def engine_step(engine: Engine, rows: int, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--steps", nargs="+", default=["1x1", "1x6", "16x1"])
+    parser.add_argument("--steps", nargs="+", default=["1x1", "1x3", "16x1"])
     parser.add_argument("--repeats", type=int, default=40)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -23,8 +23,8 @@ from atlas_jax.typing import Array, Float, Int32
 DRAFTS = 2
 """Tokens guessed ahead of every row. Tokens per second of one stream with 0, 1, 2, 3 and 5 on two cores with AVX-512 VNNI
 (medians of `benchmarks/speed.py`'s texts in turns): SmolLM2-135M chat 156, 173, 178, 162, 138, prose 162, 209, 228, 221, 213;
-Gemma 3 270M chat 95, 185, 223, 259, 263, prose 89, 168, 194, 196, 180. A step takes 6.4, 7.5, 8.0, 9.1, 11.0 and 10.5, 9.9,
-10.9, 11.7, 15.2 ms."""
+Gemma 3 270M chat 95, 185, 223, 259, 263, prose 89, 168, 194, 196, 180. A step of the chats takes 6.4, 7.5, 8.0, 9.1, 11.0
+and 10.5, 9.9, 10.9, 11.7, 15.2 ms."""
 TEXT = 4096
 """Latest tokens of every row in which guesses are looked up."""
 
