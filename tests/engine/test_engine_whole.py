@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,7 @@ import pytest
 import tiny_model
 
 from atlas_jax.config import PAGE
+from atlas_jax.engine import whole
 from atlas_jax.engine.api import MemoryParams, SamplingParams
 from atlas_jax.engine.runner import Buckets, Runner
 from atlas_jax.engine.settings import memory_settings, recent_text, sampling_state
@@ -22,6 +26,7 @@ from atlas_jax.memory import store
 from atlas_jax.model import stages
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.window import WindowPlan
+from atlas_jax.program import shape
 
 SHAPE = tiny_model.Shape(layers=3, embed=64, heads=2, kv_heads=1, head_dim=64, ff=128, nibbles=True)
 STEPS = 6
@@ -62,3 +67,20 @@ def test_one_program_computes_what_the_stages_do(
     assert runner.at_once
     for one, other in zip(steps(), in_stages, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.skipif(not native.takes_attention(1, PAGE, SHAPE.head_dim, 4), reason="no native kernels")
+def test_scores_need_no_memory_of_their_own(tmp_path: Path) -> None:
+    with GGUFFile.open(tiny_model.write_model(tmp_path / "model.gguf", SHAPE)) as file:
+        config = StepConfig(dataclasses.replace(model_config(file), vocab=1 << 16), None)
+    rows = 2
+    args = whole.decode_shapes(config, whole.weight_shapes(config), rows, 4, "int8")
+    room = shape((rows, config.model.vocab), np.float32)
+
+    def temporary(*rest: Any) -> int:
+        donated = (1, 2, 5)[: 2 + len(rest)]
+        step = jax.jit(functools.partial(whole.decode, config), donate_argnums=donated, keep_unused=True)
+        size: int = step.lower(*args, *rest).compile().memory_analysis().temp_size_in_bytes
+        return size
+
+    assert temporary() - temporary(room) >= rows * config.model.vocab * 4
