@@ -92,7 +92,7 @@ def parts(config: ModelConfig, params: ModelParams, rows: int, tokens: int, repe
             for layer in layers
             for part in (
                 normed_linear(layer.qkv, hidden, layer.attn_norm, config.norm_eps),
-                linear(layer.out, mixed, precise=False),
+                linear(layer.out, mixed),
                 normed_linear(layer.gate_up, hidden, layer.ff_norm, config.norm_eps),
                 gated_linear(layer.down, wide, config.ff_block, config.activation),
             )

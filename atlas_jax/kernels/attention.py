@@ -20,11 +20,14 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels import native
-from atlas_jax.kernels.linear import LOW_TERM, quantize_rows
+from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 KVDtype = Literal["int8", "float32"]
+
+LOW_TERM = 254.0
+"""The second int8 term of a probability counts in units of 1/254 of the first, so that half a unit of the first is 127."""
 
 _NEGATIVE = -1e30
 

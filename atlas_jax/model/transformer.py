@@ -111,7 +111,7 @@ def _run_layer(
         return attention.window_attention(q, q_sink, kv, seen, sinks_seen, config.scale), kv
 
     mixed, kv = on_each_device(attend, heads, kv, rows)
-    attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1), precise=False)
+    attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1))
     x = x + _post(config, attended, layer.attn_post_norm)
     x = x + _post(config, _mlp(config, layer, x), layer.ff_post_norm)
     return x, kv

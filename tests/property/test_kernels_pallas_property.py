@@ -21,6 +21,7 @@ from reference.attention_reference import attend, visible_positions
 from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
 from atlas_jax.kernels import native, pallas
 from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView, init_layer_kv
+from atlas_jax.kernels.linear import split_rows
 from atlas_jax.kernels.pallas import memory, window
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.memory import recall
@@ -225,8 +226,11 @@ def test_memory_reads_have_the_bits_of_xlas_and_are_the_definition(degrees: list
         phi = recall_reference.features(cut, degree)
         stored = np.asarray(state.read_values[row], np.float64) * np.asarray(state.read_scale[row], np.float64)[:, None]
         out = phi @ stored[:, : phi.shape[1]].T
-        # half a unit of the second term of every feature, and then of every number read out
-        bound = np.abs(phi).max() / 127 / 508 * np.abs(stored).sum(axis=1).max() + np.abs(out).max() / 127 / 508
+        # half a unit of every feature, and then of every number read out
+        wide = np.zeros((tokens, stored.shape[1]), np.float32)
+        wide[:, : phi.shape[1]] = phi
+        unit, unit_out = (np.asarray(split_rows(x)[2]).max() for x in (wide, out.astype(np.float32)))
+        bound = unit / 2 * np.abs(stored).sum(axis=1).max() + unit_out / 2
         seen = np.asarray(state.seen[row]) > 0
         assert np.abs(found[row] - out @ codes.T)[:, seen].max() <= 1.1 * bound * np.abs(codes).sum(axis=1).max()
 

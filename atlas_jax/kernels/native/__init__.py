@@ -47,8 +47,8 @@ __all__ = [
 
 log = logging.getLogger("atlas.kernels")
 
-MAX_TERMS = 256
-"""Rows of int8 terms that one call takes."""
+MAX_ROWS = 128
+"""Rows of a product that one call takes."""
 MAX_TOKENS = 128
 """Tokens per row up to which our attention is."""
 _PAGE = 128
@@ -61,7 +61,6 @@ _BUILD_SECONDS = 60
 _VERSION = hashlib.sha256(b"\0".join(source.read_bytes() for source in _SOURCES)).hexdigest()[:16]
 _TARGETS = (
     "linear",
-    "precise_linear",
     "normed_linear",
     "gated_linear",
     "attention",
@@ -110,14 +109,12 @@ def linear(
     x: Float[Array, "*matrices rows inp"],
     weight: Int8[Array, "*matrices out inp"] | UInt8[Array, "out groups record"],
     weight_scale: Float[Array, "*matrices out"],
-    *,
-    terms: int,
 ) -> Float[Array, "*matrices rows out"]:
-    """x·Wᵀ of activations rounded to one int8 term or two, for one matrix or several, each with rows of its own.
+    """x·Wᵀ of activations in the two terms of `linear.split_rows`, for one matrix or several, each with rows of its own.
 
     The weight may be that of a `linear.PackedArray`.
     """
-    return _product("linear" if terms == 1 else "precise_linear", terms, x, weight, weight_scale)
+    return _product("linear", x, weight, weight_scale)
 
 
 def normed_linear(
@@ -127,8 +124,8 @@ def normed_linear(
     weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
     weight_scale: Float[Array, out],
 ) -> Float[Array, "rows out"]:
-    """`fused.rms_norm` and `linear` in two terms."""
-    return _product("normed_linear", 2, x, weight, weight_scale, gain, eps=np.float32(eps))
+    """`fused.rms_norm` and `linear`."""
+    return _product("normed_linear", x, weight, weight_scale, gain, eps=np.float32(eps))
 
 
 def gated_linear(
@@ -138,18 +135,18 @@ def gated_linear(
     weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
     weight_scale: Float[Array, out],
 ) -> Float[Array, "rows out"]:
-    """`fused.gated` and `linear` in two terms; `block` a multiple of 16."""
-    return _product("gated_linear", 2, x, weight, weight_scale, block=np.int64(block), gelu=np.int64(gelu))
+    """`fused.gated` and `linear`; `block` a multiple of 16."""
+    return _product("gated_linear", x, weight, weight_scale, block=np.int64(block), gelu=np.int64(gelu))
 
 
 def _product(
-    name: str, terms: int, x: jax.Array, weight: jax.Array, weight_scale: jax.Array, *rest: jax.Array, **settings: Any
+    name: str, x: jax.Array, weight: jax.Array, weight_scale: jax.Array, *rest: jax.Array, **settings: Any
 ) -> jax.Array:
     """A product of any number of rows, as calls of as many as one takes."""
-    rows, most = x.shape[-2], MAX_TERMS // terms
+    rows = x.shape[-2]
     products: list[jax.Array] = []
-    for first in range(0, rows, most):
-        piece = x[..., first : first + most, :]
+    for first in range(0, rows, MAX_ROWS):
+        piece = x[..., first : first + MAX_ROWS, :]
         shape = jax.ShapeDtypeStruct((*piece.shape[:-1], weight_scale.shape[-1]), jnp.float32)
         products += _call(name, (shape,), piece, weight, weight_scale, *rest, **settings)
     return jnp.concatenate(products, axis=-2) if len(products) > 1 else products[0]

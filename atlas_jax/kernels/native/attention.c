@@ -37,7 +37,7 @@ enum { QUERIES = 32, TOGETHER = 3, TOKENS = 8, GROUPS = PAGE / 16 };
 enum { UNIT = PAGE / 2 };
 
 static void round_query(Query *query, const float *q, int64_t dim, float scale) {
-  query->unit = round_terms(q, dim, query->rounded, NULL) * scale;
+  query->unit = round_term(q, dim, query->rounded) * scale;
   query->offset = offset_of(query->rounded, dim);
   memset(query->total, 0, sizeof(float) * (size_t)dim);
 }

@@ -15,7 +15,7 @@ typedef struct {
 /* What was read out of the memory, as terms of 8 bits; `offset` is what flipping the codes' signs to unsigned adds. */
 typedef struct {
   const int8_t *high, *low;
-  int32_t offset_high, offset_low;
+  int32_t offset;
   float unit;
 } Asked;
 
@@ -63,9 +63,8 @@ static __m512 scores_of(const Blend *task, const Asked *asked, const int32_t tok
   const int8_t *codes[GROUP];
   for (int j = 0; j < GROUP; j++) codes[j] = task->codes + tokens[j] * task->size;
   __m512i high = products(codes, task->size, asked->high), low = products(codes, task->size, asked->low);
-  high = _mm512_sub_epi32(high, _mm512_set1_epi32(asked->offset_high));
-  low = _mm512_sub_epi32(low, _mm512_set1_epi32(asked->offset_low));
-  __m512 total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(low), _mm512_set1_ps(1.0f / 254.0f), _mm512_cvtepi32_ps(high));
+  const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
+  const __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(whole, _mm512_set1_epi32(asked->offset)));
   __m512 scale = _mm512_i32gather_ps(_mm512_loadu_si512(tokens), task->code_scale, sizeof(float));
   return _mm512_mul_ps(total, _mm512_mul_ps(_mm512_set1_ps(asked->unit), scale));
 }
@@ -213,8 +212,9 @@ EXPORT XLA_FFI_Error *atlas_blend(XLA_FFI_CallFrame *frame) {
   for (int64_t r = 0; r < rows; r++) {
     if (!active[r]) continue;
     int8_t *high = terms + 2 * r * size, *low = high + size;
-    float unit = round_terms(found + r * size, size, high, low);
-    asked[r] = (Asked){high, low, offset_of(high, size), offset_of(low, size), unit};
+    int32_t sum;
+    float unit = split_row(found + r * size, size, high, low, &sum);
+    asked[r] = (Asked){high, low, (int32_t)(128u * (uint32_t)sum), unit};
   }
   run_parts(frame, facts_part, &task, rows * strips);
   for (int64_t r = 0; r < rows; r++) {

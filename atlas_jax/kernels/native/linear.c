@@ -1,11 +1,14 @@
 /* Products of float rows with 8-bit weights.
 
-   A row is rounded to one 8-bit term or two, x ≈ (high + low / 254) · unit, and
+   A row is rounded to whole numbers of two 8-bit terms, x ≈ (256 · high + low) · unit, and
 
-     y[r, o] = (Σ high[r]·w[o] + Σ low[r]·w[o] / 254) · unit[r] · weight_scale[o]
+     y[r, o] = (256 · Σ high[r]·w[o] + Σ low[r]·w[o]) · unit[r] · weight_scale[o]
 
    with exact sums, so the result has the bits of the same function in Python. On AVX-512 VNNI the processor multiplies
    unsigned by signed bytes: a weight w is read as w + 128 (its top bit flipped), and 128 · Σ x is taken off the sum.
+
+   The unit is such that most numbers of a row fit the lower term, and those that stand out take the upper one: for many
+   rows it is multiplied only where four of them are not all 0.
 
    What usually comes just before, a norm or a gate, is done while a row is rounded: by all threads and without a trip through
    memory (SmolLM2-135M, 128 tokens: 0.33 ms a layer for the gate alone as an XLA program, which takes one thread).
@@ -16,12 +19,9 @@
 
 #include "linear.h"
 
-/* Terms up to which VNNI is ahead of AMX, which multiplies by 16 of them or none (packed weights of SmolLM2-135M, all layers:
-   8.7 against 7.0 ms for one row, 12.9 against 8.0 for two; for four rows AMX, 8.8 against 10.2). */
-enum { FEW = 4 };
-/* Terms from which VNNI gains by laying weights out anew (SmolLM2-135M's gate and up, packed, one core, laid out against as
-   they lie: 357 and 372 µs for 32 terms, 488 and 546 for 48; its down projection in 8 bits: 176 and 150, 242 and 221). */
-enum { MANY = 40 };
+/* Rows up to which VNNI is ahead of AMX, which multiplies by 16 terms or none (packed weights of SmolLM2-135M, all layers:
+   8.7 against 7.0 ms for one term, 12.9 against 8.0 for two; for four terms AMX, 8.8 against 10.2). */
+enum { FEW = 2 };
 
 /* out = x / √(mean x² + eps) · gain */
 static void norm(const float *x, const float *gain, float eps, int64_t count, float *out) {
@@ -53,7 +53,28 @@ static void gate(const float *x, int64_t block, bool gelu, int64_t count, float 
     }
 }
 
-void round_row(const Linear *task, int64_t m, int64_t row) {
+/* Rounds x to its lower terms and the list of the upper ones that are not 0; returns their unit, and Σ of the numbers. */
+static float split_sparsely(const float *x, int64_t count, const Fours *fours, int8_t *low, int32_t *sum) {
+  const Unit unit = unit_of(x, count);
+  const __m128i first_four = _mm_setr_epi32(0, 1, 2, 3);
+  __m512i all = _mm512_setzero_si512();
+  int32_t listed = 0;
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(unit.inverse)));
+    all = _mm512_add_epi32(all, whole);
+    _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(whole));
+    __m128i upper = upper_terms(whole), at = _mm_add_epi32(first_four, _mm_set1_epi32((int32_t)(i / 4)));
+    __mmask8 used = _mm_test_epi32_mask(upper, upper);
+    _mm_storeu_si128((__m128i *)(fours->at + listed), _mm_maskz_compress_epi32(used, at));
+    _mm_storeu_si128((__m128i *)(fours->four + listed), _mm_maskz_compress_epi32(used, upper));
+    listed += __builtin_popcount(used);
+  }
+  *fours->count = listed;
+  *sum = _mm512_reduce_add_epi32(all);
+  return unit.unit;
+}
+
+void round_row(const Linear *task, int64_t m, int64_t row, int8_t *high, int8_t *low) {
   static _Thread_local Room room;
   const float *x = task->x + (m * task->rows + row) * task->inner * (task->block ? 2 : 1);
   if (task->gain || task->block) {
@@ -68,8 +89,11 @@ void round_row(const Linear *task, int64_t m, int64_t row) {
       norm(x, task->gain, task->eps, task->inner, made);
     x = made;
   }
-  int8_t *high = task->terms + (m * task->padded + place(task, row)) * task->inner;
-  task->unit[m * task->rows + row] = round_terms(x, task->inner, high, task->low ? high + task->low * task->inner : NULL);
+  const Fours fours = fours_of(task, m, row);
+  int32_t sum;
+  task->unit[m * task->rows + row] = high ? split_row(x, task->inner, high, low, &sum)
+                                          : split_sparsely(x, task->inner, &fours, low, &sum);
+  task->offset[m * task->rows + row] = (int32_t)(128u * (uint32_t)sum);
 }
 
 int8_t *room_for(const Linear *task, int64_t outputs) {
@@ -79,27 +103,14 @@ int8_t *room_for(const Linear *task, int64_t outputs) {
   return (int8_t *)bytes;
 }
 
-const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t outputs) {
-  if (task->width == task->inner) return weight;
-  int64_t needed = outputs * task->inner;
-  int8_t *room = room_for(task, outputs);
-  if (!room) return NULL;
-  const uint8_t *record = (const uint8_t *)weight;
-  for (int64_t i = 0; i < needed; i += 64, record += RECORD) {
-    _mm_prefetch((const char *)record + outputs * task->width, _MM_HINT_T1); /* those of the next call */
-    _mm512_store_si512(room + i, decode(record));
-  }
-  return room;
-}
-
 /* What is done to a row before it is rounded. */
 typedef enum { NOTHING, NORM, GATE } Before;
 
-/* (x f32 [R, in], weight int8 [out, in], its scale f32 [out]) -> f32 [R, out], in `terms` terms, or the same with one
-   leading axis on all of them; in a multiple of 64, out of 16, at most MAX_TERMS rows of terms. The weight may be coded
-   instead, uint8 [out, in / 64, RECORD], without such an axis. With NORM, a fourth argument is the gain, f32 [in], and an
-   attribute `eps`; with GATE, x is f32 [R, 2 · in], and attributes are `block` and `gelu`. */
-static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int terms, Before before) {
+/* (x f32 [R, in], weight int8 [out, in], its scale f32 [out]) -> f32 [R, out], or the same with one leading axis on all of
+   them; in a multiple of 64, out of 16, at most MAX_ROWS rows. The weight may be coded instead, uint8 [out, in / 64,
+   RECORD], without such an axis. With NORM, a fourth argument is the gain, f32 [in], and an attribute `eps`; with GATE, x is
+   f32 [R, 2 · in], and attributes are `block` and `gelu`. */
+static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, Before before) {
   XLA_FFI_Buffer *x = argument(frame, 0), *weight = argument(frame, 1), *scale = argument(frame, 2), *out = result(frame, 0);
   bool coded = weight->dtype == XLA_FFI_DataType_U8;
   int64_t each = x->rank - 2, matrices = each ? weight->dims[0] : 1, given = x->dims[each + 1];
@@ -119,12 +130,10 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int terms, Before before
     if (task.block <= 0 || task.block % TILE || task.inner % task.block) return failed(frame, "atlas_linear: gate");
   }
   task.width = coded ? task.inner / 64 * RECORD : task.inner;
-  bool tiles = atlas_has_tiles && terms * task.rows > FEW;
-  task.group = tiles ? TILE / terms : TILE;
-  task.groups = (task.rows + task.group - 1) / task.group;
-  task.low = terms == 1 ? 0 : tiles ? TILE / 2 : task.rows;
-  task.padded = tiles ? task.groups * TILE : terms * task.rows;
-  if (task.padded > MAX_TERMS || task.inner % 64 || task.outputs % TILE || each < 0 || each > (before == NOTHING) ||
+  bool tiles = atlas_has_tiles && task.rows > FEW, few = !tiles && task.rows < BLOCK;
+  task.groups = (task.rows + TILE / 2 - 1) / (TILE / 2);
+  task.padded = tiles ? task.groups * TILE : few ? 2 * task.rows : task.rows;
+  if (task.rows > MAX_ROWS || largest_of(task.inner) < 127 || task.inner % 64 || task.outputs % TILE || each < 0 || each > (before == NOTHING) ||
       weight->rank != 2 + each + coded || (coded && (each || weight->dims[1] * 64 != task.inner || weight->dims[2] != RECORD)))
     return failed(frame, "atlas_linear: shape");
   /* a few parts a thread, so that one that starts late does not hold up the others */
@@ -132,37 +141,29 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, int terms, Before before
   task.strip = share < 4 * TILE ? 4 * TILE : share > task.outputs ? task.outputs : share;
   task.strips = (task.outputs + task.strip - 1) / task.strip;
   int64_t bytes = in_lines(matrices * task.padded * task.inner), units = in_lines(matrices * task.rows * 4);
-  int64_t offsets = in_lines(matrices * task.padded * 4);
+  int64_t listed = tiles ? bytes : few ? 0 : matrices * task.padded * fours_size(task.inner) * 4;
   static _Thread_local Room kept;
-  char *room = grown(&kept, bytes * (tiles ? 2 : 1) + units + offsets);
+  char *room = grown(&kept, 2 * units + bytes + listed);
   if (!room) return failed(frame, "atlas_linear: out of memory");
   atomic_bool no_room = false;
   task.no_room = &no_room;
   task.unit = (float *)room;
   task.offset = (int32_t *)(room + units);
-  task.terms = (int8_t *)(room + units + offsets);
-  task.packed = (int32_t *)(room + units + offsets + bytes);
-  if (tiles)
-    run_parts(frame, pack_terms, &task, matrices * task.groups);
-  else
-    run_parts(frame, round_rows, &task, matrices * task.rows);
-  Part *run = tiles ? multiply_tiles : task.padded < MANY ? multiply_few : multiply_many;
-  run_parts(frame, run, &task, matrices * task.strips);
+  task.terms = (int8_t *)(room + 2 * units);
+  task.packed = task.fours = (int32_t *)(room + 2 * units + bytes);
+  run_parts(frame, tiles ? pack_terms : few ? round_few : round_many, &task, matrices * (tiles ? task.groups : task.rows));
+  run_parts(frame, tiles ? multiply_tiles : few ? multiply_few : multiply_many, &task, matrices * task.strips);
   return no_room ? failed(frame, "atlas_linear: out of memory") : NULL;
 }
 
 EXPORT XLA_FFI_Error *atlas_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, 1, NOTHING);
-}
-
-EXPORT XLA_FFI_Error *atlas_precise_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, 2, NOTHING);
+  return asked_for_version(frame) ? NULL : product(frame, NOTHING);
 }
 
 EXPORT XLA_FFI_Error *atlas_normed_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, 2, NORM);
+  return asked_for_version(frame) ? NULL : product(frame, NORM);
 }
 
 EXPORT XLA_FFI_Error *atlas_gated_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, 2, GATE);
+  return asked_for_version(frame) ? NULL : product(frame, GATE);
 }

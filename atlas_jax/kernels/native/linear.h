@@ -8,7 +8,8 @@
 
 #include <stdatomic.h>
 
-enum { TILE = 16, MAX_TERMS = 256, RECORD = 40 };
+/* Outputs, or terms, of one tile; rows of one call; bytes of a record; rows of a block where there are many (VNNI). */
+enum { TILE = 16, MAX_ROWS = 128, RECORD = 40, BLOCK = 8 };
 /* Bytes ahead of the reader that are asked for, as far as the second cache (65 536 outputs of 640 weights in 8 bits, two rows,
    one core: 1.5 ms; 2.2 with 4096 bytes, 3.3 with 8192 as far as the first cache, 3.7 without). */
 enum { AHEAD = 32768 };
@@ -25,18 +26,28 @@ typedef struct {
   int64_t rows, inner, outputs;
   int64_t width; /* bytes of one output's weights */
   int64_t strip, strips; /* outputs of one part, and parts of one matrix */
-  int64_t low;           /* distance of a row's second term from its first; 0: there is none */
-  int64_t group, groups; /* rows whose terms are one group of 16, and such groups of one matrix */
+  int64_t groups;        /* AMX: groups of eight rows, 16 terms, of one matrix */
   int64_t padded;        /* terms of one matrix */
   int8_t *terms;         /* [matrices, padded, inner] */
-  int32_t *packed; /* the terms as AMX reads them, [matrices, groups, inner / 4, 16], four bytes each; none on VNNI */
+  int32_t *packed; /* AMX: the terms as it reads them, [matrices, groups, inner / 4, 16], four bytes each */
   float *unit;     /* [matrices, rows] */
+  int32_t *offset; /* VNNI: 128 · Σ of each row's whole numbers, [matrices, rows] */
+  int32_t *fours;  /* VNNI, many rows: where upper terms are not all 0, see `Fours` */
   atomic_bool *no_room; /* set when there was no room to work in */
-  int32_t *offset; /* VNNI: 128 · Σ of each term, [matrices, padded] */
 } Linear;
 
-/* Where a row's first term lies among those of its matrix. On AMX, both terms of a row are in one group. */
-static inline int64_t place(const Linear *task, int64_t row) { return row / task->group * TILE + row % task->group; }
+/* The upper terms of a row, four by four, those that are not all 0: how many, which of the row's fours, and their bytes. */
+typedef struct {
+  int32_t *count, *at, *four;
+} Fours;
+
+/* Numbers that the upper terms of one row take at most; fours are written four at a time. */
+static inline int64_t fours_size(int64_t inner) { return 1 + 2 * (inner / 4 + 4); }
+
+static inline Fours fours_of(const Linear *task, int64_t m, int64_t row) {
+  int32_t *first = task->fours + (m * task->padded + row) * fours_size(task->inner);
+  return (Fours){.count = first, .at = first + 1, .four = first + 1 + task->inner / 4 + 4};
+}
 
 /* A product as part of a call: which matrix, and where its rows' results go. */
 typedef struct {
@@ -44,7 +55,7 @@ typedef struct {
   const int32_t *packed, *offset;
   const float *scale, *unit;
   float *out;
-  int64_t first, last;
+  int64_t matrix, first, last;
 } Product;
 
 static inline Product product_of(const Linear *task, int64_t part) {
@@ -52,25 +63,23 @@ static inline Product product_of(const Linear *task, int64_t part) {
   return (Product){.weight = task->weight + m * task->outputs * task->width,
                    .terms = task->terms + m * task->padded * task->inner,
                    .packed = task->packed + m * task->padded * task->inner / 4,
-                   .offset = task->offset + m * task->padded,
+                   .offset = task->offset + m * task->rows,
                    .scale = task->weight_scale + m * task->outputs,
                    .unit = task->unit + m * task->rows,
                    .out = task->out + m * task->rows * task->outputs,
+                   .matrix = m,
                    .first = first,
                    .last = last < task->outputs ? last : task->outputs};
 }
 
-/* Rounds a row to its terms. */
-void round_row(const Linear *task, int64_t m, int64_t row);
+/* Rounds a row to whole numbers, 256 · high + low: writes `low`, and `high` or, if that is NULL, the row's `fours`. */
+void round_row(const Linear *task, int64_t m, int64_t row, int8_t *high, int8_t *low);
 
 /* Room of this thread's own for the weights of `outputs` outputs as bytes; NULL if there is none. */
 int8_t *room_for(const Linear *task, int64_t outputs);
 
-/* The weights of `outputs` outputs as bytes: as they lie, or decoded; NULL if there is no room. */
-const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t outputs);
-
-/* Parts of a call: rounding rows one by one, and products of few rows and of many (VNNI); the same with AMX. */
-Part round_rows, multiply_few, multiply_many, pack_terms, multiply_tiles;
+/* Parts of a call: rounding rows and multiplying them, few and many (VNNI), and with AMX. */
+Part round_few, round_many, multiply_few, multiply_many, pack_terms, multiply_tiles;
 
 /* 64 weights of one output from their record: step and base of either half in 16 bits, then a byte for every two codes. A
    weight is the upper byte of code · step + base. */
@@ -88,15 +97,11 @@ static inline __attribute__((always_inline)) __m512i decode(const uint8_t *recor
   return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, _mm512_srli_epi16(even, 8), odd);
 }
 
-/* Results of `width` times 16 outputs of all rows, from the sums of their terms. */
+/* Results of `width` times 16 outputs of all rows, from their sums. */
 static inline void finish(const Linear *task, const Product *p, int64_t o, int width, int32_t sums[][2 * TILE]) {
   for (int64_t r = 0; r < task->rows; r++)
     for (int j = 0; j < width * TILE; j += TILE) {
-      __m512 total = _mm512_cvtepi32_ps(_mm512_load_si512(sums[place(task, r)] + j));
-      if (task->low) {
-        __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(sums[place(task, r) + task->low] + j));
-        total = _mm512_fmadd_ps(low, _mm512_set1_ps(1.0f / 254.0f), total);
-      }
+      __m512 total = _mm512_cvtepi32_ps(_mm512_load_si512(sums[r] + j));
       __m512 unit = _mm512_mul_ps(_mm512_set1_ps(p->unit[r]), _mm512_loadu_ps(p->scale + o + j));
       _mm512_storeu_ps(p->out + r * task->outputs + o + j, _mm512_mul_ps(total, unit));
     }

@@ -2,6 +2,9 @@
 
 #include "linear.h"
 
+/* Rows of a group: 16 terms, the upper ones before the lower. */
+enum { ROWS = TILE / 2 };
+
 typedef struct {
   uint8_t palette, start_row, reserved[14];
   uint16_t column_bytes[16];
@@ -39,13 +42,15 @@ static inline __attribute__((always_inline)) void tile_block(const int8_t *weigh
 /* Rounds the rows of a group of 16 terms, and lays them out as AMX reads them. */
 void pack_terms(const void *data, int64_t part) {
   const Linear *task = data;
-  int64_t words = task->inner / 4, m = part / task->groups, group = part % task->groups, first = group * task->group;
-  int64_t rows = task->rows - first < task->group ? task->rows - first : task->group;
-  for (int64_t r = 0; r < rows; r++) round_row(task, m, first + r);
-  const int32_t *given = (const int32_t *)(task->terms + part * TILE * task->inner);
+  int64_t words = task->inner / 4, m = part / task->groups, first = part % task->groups * ROWS;
+  int64_t rows = task->rows - first < ROWS ? task->rows - first : ROWS;
+  int8_t *terms = task->terms + part * TILE * task->inner;
+  for (int64_t r = 0; r < rows; r++)
+    round_row(task, m, first + r, terms + r * task->inner, terms + (ROWS + r) * task->inner);
+  const int32_t *given = (const int32_t *)terms;
   int32_t *packed = task->packed + part * TILE * words;
   bool used[TILE] = {false};
-  for (int64_t r = 0; r < rows; r++) used[r] = used[r + task->low] = true;
+  for (int64_t r = 0; r < rows; r++) used[r] = used[r + ROWS] = true;
   for (int64_t i = 0; i < words; i += TILE) {
     __m512i block[TILE];
 #pragma GCC unroll 16
@@ -57,6 +62,20 @@ void pack_terms(const void *data, int64_t part) {
   }
 }
 
+/* The weights of `outputs` outputs as bytes: as they lie, or decoded; NULL if there is no room. */
+static const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t outputs) {
+  if (task->width == task->inner) return weight;
+  int64_t needed = outputs * task->inner;
+  int8_t *room = room_for(task, outputs);
+  if (!room) return NULL;
+  const uint8_t *record = (const uint8_t *)weight;
+  for (int64_t i = 0; i < needed; i += 64, record += RECORD) {
+    _mm_prefetch((const char *)record + outputs * task->width, _MM_HINT_T1); /* those of the next call */
+    _mm512_store_si512(room + i, decode(record));
+  }
+  return room;
+}
+
 void multiply_tiles(const void *data, int64_t part) {
   const Linear *task = data;
   Product p = product_of(task, part);
@@ -64,7 +83,7 @@ void multiply_tiles(const void *data, int64_t part) {
   TileShapes shapes = {.palette = 1};
   for (int i = 0; i < 8; i++) shapes.column_bytes[i] = 64, shapes.rows[i] = TILE;
   _tile_loadconfig(&shapes);
-  int32_t sums[MAX_TERMS][2 * TILE] __attribute__((aligned(64)));
+  int32_t sums[MAX_ROWS][2 * TILE] __attribute__((aligned(64)));
   int32_t found[4][TILE][TILE] __attribute__((aligned(64)));
   const int64_t group = inner / 4 * TILE;
   const bool ahead = task->width == inner; /* decoding looks ahead by itself */
@@ -91,7 +110,10 @@ void multiply_tiles(const void *data, int64_t part) {
         __m512i block[TILE];
         for (int j = 0; j < TILE; j++) block[j] = _mm512_load_si512(found[i][j]);
         transpose(block);
-        for (int j = 0; j < TILE; j++) _mm512_store_si512(sums[r + i / 2 * TILE + j] + i % 2 * TILE, block[j]);
+        for (int j = 0; j < ROWS; j++) {
+          const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(block[j], 8), block[j + ROWS]);
+          _mm512_store_si512(sums[r / 2 + i / 2 * ROWS + j] + i % 2 * TILE, total);
+        }
       }
     }
     finish(task, &p, o, width, sums);

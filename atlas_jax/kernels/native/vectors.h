@@ -68,21 +68,66 @@ static inline __attribute__((always_inline)) void transpose(__m512i v[16]) {
   }
 }
 
-/* Rounds x to int8 terms, `high` and, if it is wanted, `low` in units of 1/254 of it; returns the unit of `high`. */
-static inline float round_terms(const float *x, int64_t count, int8_t *high, int8_t *low) {
+/* max |x|, and at least 1e-30. */
+static inline float peak_of(const float *x, int64_t count) {
   __m512 peak = _mm512_set1_ps(1e-30f);
   for (int64_t i = 0; i < count; i += 16) peak = _mm512_max_ps(peak, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-  float largest = _mm512_reduce_max_ps(peak);
-  __m512 inverse = _mm512_set1_ps(127.0f / largest);
+  return _mm512_reduce_max_ps(peak);
+}
+
+/* Rounds x to one int8 term; returns its unit. */
+static inline float round_term(const float *x, int64_t count, int8_t *term) {
+  const float peak = peak_of(x, count);
+  const __m512 inverse = _mm512_set1_ps(127.0f / peak);
   for (int64_t i = 0; i < count; i += 16) {
     __m512 units = _mm512_mul_ps(_mm512_loadu_ps(x + i), inverse);
-    __m512 whole = _mm512_roundscale_ps(units, 0);
-    _mm_storeu_si128((__m128i *)(high + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(whole)));
-    if (!low) continue;
-    __m512 rest = _mm512_mul_ps(_mm512_sub_ps(units, whole), _mm512_set1_ps(254.0f));
-    _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(rest)));
+    _mm_storeu_si128((__m128i *)(term + i), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(units)));
   }
-  return largest * (1.0f / 127.0f);
+  return peak * (1.0f / 127.0f);
+}
+
+/* The unit of the whole numbers, 256 · high + low, that x is rounded to (`split_rows` in Python), and what x is multiplied by
+   to have it in units. */
+typedef struct {
+  float unit, inverse;
+} Unit;
+
+/* Largest whole number: sums of them times weights stay in 32 bits, and upper terms in 8. */
+static inline int32_t largest_of(int64_t count) {
+  const int64_t fits = INT32_MAX / (128 * count);
+  return fits < 127 * 256 ? (int32_t)fits : 127 * 256;
+}
+
+static inline Unit unit_of(const float *x, int64_t count) {
+  const float peak = peak_of(x, count), largest = (float)largest_of(count), inverse = largest / peak;
+  __m512i sum = _mm512_setzero_si512(); /* of whole numbers, and at most 2²⁴ */
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512 size = _mm512_abs_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(inverse)));
+    sum = _mm512_add_epi32(sum, _mm512_cvtps_epi32(size));
+  }
+  const float most = (float)((largest_of(count) + 126) / 127), share = (float)(5.0 / (127.0 * (double)count));
+  float coarse = (float)((int32_t)((float)_mm512_reduce_add_epi32(sum) * share) + 1);
+  coarse = coarse < most ? coarse : most;
+  return (Unit){.unit = peak * (1.0f / largest) * coarse, .inverse = inverse / coarse};
+}
+
+/* The upper terms of 16 whole numbers; the lower ones are their lowest bytes. */
+static inline __m128i upper_terms(__m512i whole) {
+  return _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8));
+}
+
+/* Rounds x to two int8 terms; returns their unit, and Σ of the whole numbers. */
+static inline float split_row(const float *x, int64_t count, int8_t *high, int8_t *low, int32_t *sum) {
+  const Unit unit = unit_of(x, count);
+  __m512i all = _mm512_setzero_si512();
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(unit.inverse)));
+    all = _mm512_add_epi32(all, whole);
+    _mm_storeu_si128((__m128i *)(high + i), upper_terms(whole));
+    _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(whole));
+  }
+  *sum = _mm512_reduce_add_epi32(all);
+  return unit.unit;
 }
 
 /* What unsigned weights, whose signs were flipped, add to a product with these terms. */

@@ -16,12 +16,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from atlas_jax.kernels.features import monomial_table
-from atlas_jax.kernels.linear import LOW_TERM
+from atlas_jax.kernels.linear import from_terms, terms_of
 from atlas_jax.typing import Array, Float, Int8, Int32
 
 _SUBLANES = 8
 _EXACT = 1024
-"""Products of two 8-bit numbers whose sum float32 holds exactly: 1024 · 127² < 2²⁴. Some TPUs multiply no integers."""
+"""Products of two 8-bit numbers whose sum float32 holds exactly: 1024 · 128² = 2²⁴. Some TPUs multiply no integers."""
 
 
 def read_out(
@@ -35,7 +35,7 @@ def read_out(
 ) -> Float[Array, "B T C"]:
     """M φ(k) from the memory's 8-bit copy.
 
-    φ is rounded to two 8-bit terms with one scale per token and sums are exact, as in XLA's program: the result has the
+    φ is rounded to two 8-bit terms with one unit per token and sums are exact, as in XLA's program: the result has the
     same bits. Per row it reads M once, 2.4 MB for 9216 features and 256 dimensions, and writes the result.
 
     Args:
@@ -101,9 +101,7 @@ def _read_kernel(
                 phi[:, end:] = jnp.zeros((phi.shape[0], phi.shape[1] - end), jnp.float32)
 
     peak = jnp.maximum(jnp.max(jnp.abs(phi[...]), axis=1, keepdims=True), 1e-30)
-    units = phi[...] * (127.0 / peak)
-    high = jnp.round(units)
-    low = jnp.round((units - high) * LOW_TERM)
+    high, low, unit = terms_of(phi[...], peak)
     terms = jnp.concatenate([high, low]).astype(jnp.bfloat16)
     whole = jnp.zeros((terms.shape[0], values.shape[1]), jnp.int32)
     for start in range(0, phi.shape[1], _EXACT):
@@ -111,9 +109,7 @@ def _read_kernel(
         block = values[0, :, part].astype(jnp.float32).astype(jnp.bfloat16)
         sums = jax.lax.dot_general(terms[:, part], block, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
         whole = whole + sums.astype(jnp.int32)
-    sums = whole.astype(jnp.float32)
-    total = sums[: phi.shape[0]] + sums[phi.shape[0] :] * (1.0 / LOW_TERM)
-    out[0] = total * (peak * (1.0 / 127.0) * scale[0])
+    out[0] = from_terms(whole[: phi.shape[0]], whole[phi.shape[0] :]) * (unit * scale[0])
 
 
 def _joins(index: int, half: int, trail: int) -> list[tuple[tuple[int, ...], float, int]]:

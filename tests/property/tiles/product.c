@@ -1,4 +1,4 @@
-/* One call of the product outside XLA, on one thread: reads "tiles terms rows inner outputs coded" from the arguments, x,
+/* One call of the product outside XLA, on one thread: reads "tiles rows inner outputs coded" from the arguments, x,
    weight and scale from the standard input, and writes the result to the standard output. */
 
 #include "common.h"
@@ -28,7 +28,7 @@ bool asked_for_version(XLA_FFI_CallFrame *frame) {
   return false;
 }
 
-XLA_FFI_Error *atlas_linear(XLA_FFI_CallFrame *), *atlas_precise_linear(XLA_FFI_CallFrame *);
+XLA_FFI_Error *atlas_linear(XLA_FFI_CallFrame *);
 
 static void *given(size_t bytes) {
   void *data = aligned_alloc(64, (size_t)in_lines((int64_t)bytes));
@@ -37,9 +37,9 @@ static void *given(size_t bytes) {
 }
 
 int main(int count, char **words) {
-  if (count != 7) return 2;
-  int64_t terms = atoi(words[2]), rows = atoi(words[3]), inner = atoi(words[4]), outputs = atoi(words[5]);
-  bool coded = atoi(words[6]);
+  if (count != 6) return 2;
+  int64_t rows = atoi(words[2]), inner = atoi(words[3]), outputs = atoi(words[4]);
+  bool coded = atoi(words[5]);
   atlas_has_tiles = atoi(words[1]);
   int64_t x_dims[] = {rows, inner}, scale_dims[] = {outputs}, out_dims[] = {rows, outputs};
   int64_t weight_dims[] = {outputs, coded ? inner / 64 : inner, 40};
@@ -55,6 +55,6 @@ int main(int count, char **words) {
   XLA_FFI_CallFrame frame = {0};
   frame.args.args = arguments;
   frame.rets.rets = results;
-  (terms == 1 ? atlas_linear : atlas_precise_linear)(&frame);
+  atlas_linear(&frame);
   return fwrite(out.data, 1, bytes, stdout) == bytes ? 0 : 2;
 }
