@@ -21,7 +21,6 @@ from atlas_jax.config import ConfigError, ModelConfig
 DATA, MODEL = "data", "model"
 
 T = TypeVar("T")
-H = TypeVar("H")
 S = TypeVar("S")
 
 _WEIGHTS: dict[str, tuple[str | None, ...]] = {
@@ -144,25 +143,26 @@ def check_mesh(config: ModelConfig, data: int, model: int) -> None:
 
 
 def on_each_device(
-    function: Callable[[H, S, Any], tuple[jax.Array, S]], heads: H, state: S, rows: Any
+    function: Callable[[jax.Array, S, Any, Any], tuple[jax.Array, S]], heads: jax.Array, state: S, rows: Any, whole: Any
 ) -> tuple[jax.Array, S]:
-    """`function(heads, state, rows)`, run by every device of the mesh in scope on its own; without a mesh, as it is.
+    """`function(heads, state, rows, whole)`, run by every device of the mesh in scope on its own; without a mesh, as it is.
 
     XLA would gather a cache whose rows and heads are merged into one axis, and can divide no kernel of ours.
 
     Args:
-      function: returns an array like those of `heads`, and the state.
-      heads: arrays [B, T, heads, …].
+      function: returns an array divided like `heads`, and the state.
+      heads: [B, T, heads, …].
       state, rows: divided as `Placement.rows` does.
+      whole: what every device has all of.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if MODEL not in mesh.axis_names:
-        return function(heads, state, rows)
+        return function(heads, state, rows, whole)
     by_head = _specs(mesh.shape, heads, {}, (DATA, None, MODEL))
     of_state, of_rows = (_specs(mesh.shape, tree, _ROWS, (DATA,)) for tree in (state, rows))
-    out = jax.tree.leaves(by_head, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec))[0], of_state
-    run = jax.shard_map(function, in_specs=(by_head, of_state, of_rows), out_specs=out, check_vma=False)
-    found: tuple[jax.Array, S] = run(heads, state, rows)
+    specs = by_head, of_state, of_rows, PartitionSpec()
+    run = jax.shard_map(function, in_specs=specs, out_specs=(by_head, of_state), check_vma=False)
+    found: tuple[jax.Array, S] = run(heads, state, rows, whole)
     return found
 
 

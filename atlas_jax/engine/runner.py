@@ -94,7 +94,7 @@ class Runner:
         self._turn_page = self._program(turn_page, donate=(0,))
         self._extract = self._program(step.extract)
         self._extract_drawing = self._program(step.extract)
-        self._fit = self._program(step.fit)
+        self._fit = self._program(step.fit, donate=(1,))
         self._insert_context = self._program(step.insert_context, donate=(0,))
         self._insert_memory = self._program(step.insert_memory, donate=(0,))
         self._start = self._program(step.start, donate=(0,))

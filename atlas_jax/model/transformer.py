@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import LayerConfig, ModelConfig
-from atlas_jax.kernels import attention, pallas
+from atlas_jax.kernels import attention, heads, pallas
 from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
 from atlas_jax.kernels.fused import gated_linear, normed_linear, rms_norm
 from atlas_jax.kernels.linear import Weight, linear, rows_of
-from atlas_jax.kernels.rope import RopeTable, apply_rope, rotations
+from atlas_jax.kernels.rope import RopeTable, rotations
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.placement import on_each_device
 from atlas_jax.typing import Array, Float, Int32
@@ -97,20 +97,20 @@ def run_layers(
 def _run_layer(
     config: ModelConfig, spec: LayerConfig, layer: LayerParams, kv: LayerKV, x: jax.Array, view: StepView
 ) -> tuple[jax.Array, LayerKV]:
-    q, k, v = _project(config, layer, x)
-    near, rotary, masks = view.rotary_sink[spec.rope], view.rotary[spec.rope], view.masks
-    heads = apply_rope(q, *rotary), apply_rope(q, *near), apply_rope(k, *rotary), v
-    rows = view.ring, masks[config.windows.index(spec.sliding_window)]
+    shape = (*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
+    by_head = normed_linear(layer.qkv, x, layer.attn_norm, config.norm_eps).reshape(shape)
+    gains = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+    rotary, near = view.rotary[spec.rope], view.rotary_sink[spec.rope]
+    rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)]
 
-    def attend(heads: Any, kv: LayerKV, rows: Any) -> tuple[jax.Array, LayerKV]:
-        q, q_sink, k, v = heads
-        ring, (seen, sinks_seen) = rows
-        kv = attention.write(kv, k, v, ring)
+    def attend(by_head: jax.Array, kv: LayerKV, rows: Any, gains: Any) -> tuple[jax.Array, LayerKV]:
+        ring, rotary, near, (seen, sinks_seen) = rows
+        q, q_sink, kv = heads.enter(by_head, gains, config.norm_eps, rotary, near, kv, ring)
         if pallas.takes_attention(kv):
             return pallas.attention(q, q_sink, kv, ring, spec.sliding_window, config.scale), kv
         return attention.window_attention(q, q_sink, kv, seen, sinks_seen, config.scale), kv
 
-    mixed, kv = on_each_device(attend, heads, kv, rows)
+    mixed, kv = on_each_device(attend, by_head, kv, rows, gains)
     attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1))
     x = x + _post(config, attended, layer.attn_post_norm)
     x = x + _post(config, _mlp(config, layer, x), layer.ff_post_norm)
@@ -123,15 +123,6 @@ def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows
     scores = normed_linear(head, hidden, params.final_norm, config.norm_eps)
     cap = config.final_softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)
-
-
-def _project(config: ModelConfig, layer: LayerParams, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    shape = (*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
-    by_head = normed_linear(layer.qkv, x, layer.attn_norm, config.norm_eps).reshape(shape)
-    q, k, v = by_head[..., :-2, :].reshape(*x.shape[:-1], config.heads, -1), by_head[..., -2, :], by_head[..., -1, :]
-    if layer.q_norm is not None and layer.k_norm is not None:
-        q, k = rms_norm(q, layer.q_norm, config.norm_eps), rms_norm(k, layer.k_norm, config.norm_eps)
-    return q, k, v
 
 
 def _mlp(config: ModelConfig, layer: LayerParams, x: jax.Array) -> jax.Array:

@@ -34,11 +34,13 @@ __all__ = [
     "draw",
     "gated_linear",
     "greedy",
+    "heads",
     "linear",
     "monomials",
     "normed_linear",
     "takes_attention",
     "takes_codes",
+    "takes_heads",
     "takes_linear",
     "takes_monomials",
     "takes_vocabulary",
@@ -63,6 +65,8 @@ _TARGETS = (
     "linear",
     "normed_linear",
     "gated_linear",
+    "heads",
+    "normed_heads",
     "attention",
     "greedy",
     "draw",
@@ -88,6 +92,11 @@ def takes_linear(inner: int, outputs: int) -> bool:
 def takes_attention(tokens: int, page: int, dim: int, sinks: int) -> bool:
     """Whether `attention` takes a step of this shape here."""
     return tokens <= MAX_TOKENS and page == _PAGE and dim % 64 == 0 and sinks <= _MAX_SINKS and _ready()
+
+
+def takes_heads(page: int, dim: int, half: int) -> bool:
+    """Whether `heads` takes heads of this many dimensions, `half` of them first of a rotated pair, here."""
+    return page == _PAGE and dim % 16 == 0 and half % 16 == 0 and _ready()
 
 
 def takes_monomials(features: int) -> bool:
@@ -213,6 +222,34 @@ def blend(
     args = flat, found, codes, code_scale, seen, active, log_odds, gate
     mixed, passed, _ = _call("blend", shapes, *args, in_place={0: 0})
     return mixed.reshape(logits.shape), passed
+
+
+def heads(
+    x: Float[Array, "B T K G+2 D"],
+    gains: tuple[Float[Array, D], Float[Array, D]] | None,
+    eps: float,
+    rotary: Sequence[Float[Array, "B T half"]],
+    near: Sequence[Float[Array, "B T half"]],
+    slot: Int32[Array, B],
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    ring: Sequence[jax.Array],
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"], Sequence[jax.Array]]:
+    """Queries for the ring and for the sinks, and the ring with the step's keys and values; see `kernels.heads.enter`.
+
+    Args:
+      ring: values and scale of the keys, then of the values; changed in place.
+    """
+    batch, tokens, kv_heads, parts, dim = x.shape
+    queries = jax.ShapeDtypeStruct((batch, tokens, kv_heads * (parts - 2), dim), jnp.float32)
+    shapes = queries, queries, *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in ring)
+    args = x, *rotary, *near, slot, positions, valid, *ring
+    in_place = {len(args) - len(ring) + i: 2 + i for i in range(len(ring))}
+    if gains is None:
+        q, q_sink, *written = _call("heads", shapes, *args, in_place=in_place)
+    else:
+        q, q_sink, *written = _call("normed_heads", shapes, *args, *gains, in_place=in_place, eps=np.float32(eps))
+    return q, q_sink, written
 
 
 def attention(

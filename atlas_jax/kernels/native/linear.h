@@ -97,14 +97,11 @@ static inline __attribute__((always_inline)) __m512i decode(const uint8_t *recor
   return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, _mm512_srli_epi16(even, 8), odd);
 }
 
-/* Results of `width` times 16 outputs of all rows, from their sums. */
-static inline void finish(const Linear *task, const Product *p, int64_t o, int width, int32_t sums[][2 * TILE]) {
-  for (int64_t r = 0; r < task->rows; r++)
-    for (int j = 0; j < width * TILE; j += TILE) {
-      __m512 total = _mm512_cvtepi32_ps(_mm512_load_si512(sums[r] + j));
-      __m512 unit = _mm512_mul_ps(_mm512_set1_ps(p->unit[r]), _mm512_loadu_ps(p->scale + o + j));
-      _mm512_storeu_ps(p->out + r * task->outputs + o + j, _mm512_mul_ps(total, unit));
-    }
+/* Results of 16 outputs of a row, from their sums. */
+static inline __attribute__((always_inline)) void finish(const Linear *task, const Product *p, int64_t row, int64_t o,
+                                                         __m512i sum) {
+  const __m512 unit = _mm512_mul_ps(_mm512_set1_ps(p->unit[row]), _mm512_loadu_ps(p->scale + o));
+  _mm512_storeu_ps(p->out + row * task->outputs + o, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit));
 }
 
 #endif

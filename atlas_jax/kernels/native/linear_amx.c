@@ -83,7 +83,6 @@ void multiply_tiles(const void *data, int64_t part) {
   TileShapes shapes = {.palette = 1};
   for (int i = 0; i < 8; i++) shapes.column_bytes[i] = 64, shapes.rows[i] = TILE;
   _tile_loadconfig(&shapes);
-  int32_t sums[MAX_ROWS][2 * TILE] __attribute__((aligned(64)));
   int32_t found[4][TILE][TILE] __attribute__((aligned(64)));
   const int64_t group = inner / 4 * TILE;
   const bool ahead = task->width == inner; /* decoding looks ahead by itself */
@@ -107,16 +106,15 @@ void multiply_tiles(const void *data, int64_t part) {
       _tile_stored(2, found[2], 64);
       _tile_stored(3, found[3], 64);
       for (int i = 0; i < 2 * height; i++) {
+        if (i % 2 >= width) continue;
         __m512i block[TILE];
         for (int j = 0; j < TILE; j++) block[j] = _mm512_load_si512(found[i][j]);
         transpose(block);
-        for (int j = 0; j < ROWS; j++) {
-          const __m512i total = _mm512_add_epi32(_mm512_slli_epi32(block[j], 8), block[j + ROWS]);
-          _mm512_store_si512(sums[r / 2 + i / 2 * ROWS + j] + i % 2 * TILE, total);
-        }
+        const int64_t row = r / 2 + i / 2 * ROWS;
+        for (int j = 0; j < ROWS && row + j < task->rows; j++)
+          finish(task, &p, row + j, o + i % 2 * TILE, _mm512_add_epi32(_mm512_slli_epi32(block[j], 8), block[j + ROWS]));
       }
     }
-    finish(task, &p, o, width, sums);
   }
   _tile_release();
 }

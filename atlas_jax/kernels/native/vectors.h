@@ -138,6 +138,19 @@ static inline int32_t offset_of(const int8_t *terms, int64_t size) {
   return 128 * _mm512_reduce_add_epi32(sum);
 }
 
+/* out = x / √(mean x² + eps) · gain */
+static inline void norm_row(const float *x, const float *gain, float eps, int64_t count, float *out) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512 v = _mm512_loadu_ps(x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / (float)count + eps);
+  const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(mean));
+  for (int64_t i = 0; i < count; i += 16)
+    _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor), _mm512_loadu_ps(gain + i)));
+}
+
 /* e^x for x ≤ 0, exactly 0 below −87, where a float would soon be denormal. */
 static inline __m512 exp_ps(__m512 x) {
   __mmask16 alive = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_GE_OQ);

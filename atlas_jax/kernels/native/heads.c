@@ -1,0 +1,117 @@
+/* What happens to a step's heads between the product they come from and attention: queries and keys are normed and rotated,
+   keys and values stored in the ring.
+
+   XLA makes several programs of this, each of one thread (Gemma 3 270M, medians in one run: a decode step of 16 rows 22.1 ms,
+   20.1 with this; 128 tokens of a prompt 37.5 and 35.4). */
+
+#include "common.h"
+#include "vectors.h"
+
+enum { PAGE = 128, TOKENS = 4 };
+
+/* Keys, or values. */
+typedef struct {
+  int8_t *values; /* [B, N, K, P, D] */
+  float *scale;   /* [B, N, K, P] */
+} Ring;
+
+/* Cosines and sines of every token, [B, T, half]. */
+typedef struct {
+  const float *cos, *sin;
+} Rotation;
+
+typedef struct {
+  const float *heads;           /* [B, T, K, G + 2, D]: a key's queries, the key, its value */
+  const float *q_gain, *k_gain; /* [D], if they are normed */
+  float eps;
+  Rotation near, far; /* how queries meet sinks, and everything else */
+  const int32_t *slot, *positions; /* [B], [B, T] */
+  const uint8_t *valid;            /* [B, T] */
+  Ring k, v;
+  float *q, *q_sink; /* [B, T, H, D] */
+  int64_t batch, tokens, kv_heads, groups, dim, half, pages;
+} Heads;
+
+/* Rotates pairs (i, i + half); what is behind them stays. */
+static void rotate(const Heads *task, Rotation by, int64_t token, const float *x, float *out) {
+  const float *cos = by.cos + token * task->half, *sin = by.sin + token * task->half;
+  for (int64_t i = 0; i < task->half; i += 16) {
+    __m512 first = _mm512_loadu_ps(x + i), second = _mm512_loadu_ps(x + i + task->half);
+    __m512 c = _mm512_loadu_ps(cos + i), s = _mm512_loadu_ps(sin + i);
+    _mm512_storeu_ps(out + i, _mm512_fmsub_ps(first, c, _mm512_mul_ps(second, s)));
+    _mm512_storeu_ps(out + i + task->half, _mm512_fmadd_ps(first, s, _mm512_mul_ps(second, c)));
+  }
+  for (int64_t i = 2 * task->half; i < task->dim; i += 16) _mm512_storeu_ps(out + i, _mm512_loadu_ps(x + i));
+}
+
+static const float *normed(const Heads *task, const float *x, const float *gain, float *room) {
+  if (!gain) return x;
+  norm_row(x, gain, task->eps, task->dim, room);
+  return room;
+}
+
+/* Rounds a key or value and stores it where the token goes. */
+static void store(const Heads *task, Ring ring, int64_t token, int64_t kv, const float *x) {
+  const int64_t b = token / task->tokens;
+  int64_t place = ((b * task->pages + task->slot[b]) * task->kv_heads + kv) * PAGE + task->positions[token] % PAGE;
+  ring.scale[place] = round_term(x, task->dim, ring.values + place * task->dim);
+}
+
+static void heads_part(const void *data, int64_t part) {
+  const Heads *task = data;
+  const int64_t dim = task->dim, first = part * TOKENS, most = task->batch * task->tokens;
+  float made[dim] __attribute__((aligned(64))), rotated[dim] __attribute__((aligned(64)));
+  for (int64_t token = first; token < first + TOKENS && token < most; token++)
+    for (int64_t kv = 0; kv < task->kv_heads; kv++) {
+      const float *x = task->heads + (token * task->kv_heads + kv) * (task->groups + 2) * dim;
+      for (int64_t g = 0; g < task->groups; g++, x += dim) {
+        const int64_t place = ((token * task->kv_heads + kv) * task->groups + g) * dim;
+        const float *q = normed(task, x, task->q_gain, made);
+        rotate(task, task->far, token, q, task->q + place);
+        rotate(task, task->near, token, q, task->q_sink + place);
+      }
+      if (!task->valid[token]) continue;
+      rotate(task, task->far, token, normed(task, x, task->k_gain, made), rotated);
+      store(task, task->k, token, kv, rotated);
+      store(task, task->v, token, kv, x + dim);
+    }
+}
+
+/* (heads f32 [B, T, K, G + 2, D]; cos, sin, near_cos, near_sin f32 [B, T, half]; slot i32 [B]; positions i32 [B, T]; valid
+   bool [B, T]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; v and its scale; with an attribute `eps` q_gain, k_gain f32
+   [D]) -> q, q_sink f32 [B, T, K · G, D] and k, v with their scales, in place; D and half multiples of 16, P = 128. */
+static XLA_FFI_Error *heads(XLA_FFI_CallFrame *frame, bool norms) {
+  XLA_FFI_Buffer *x = argument(frame, 0), *k = argument(frame, 8);
+  Heads task = {.heads = x->data,
+                .far = {argument(frame, 1)->data, argument(frame, 2)->data},
+                .near = {argument(frame, 3)->data, argument(frame, 4)->data},
+                .slot = argument(frame, 5)->data,
+                .positions = argument(frame, 6)->data,
+                .valid = argument(frame, 7)->data,
+                .q = result(frame, 0)->data,
+                .q_sink = result(frame, 1)->data,
+                .k = {result(frame, 2)->data, result(frame, 3)->data},
+                .v = {result(frame, 4)->data, result(frame, 5)->data},
+                .batch = x->dims[0],
+                .tokens = x->dims[1],
+                .kv_heads = x->dims[2],
+                .groups = x->dims[3] - 2,
+                .dim = x->dims[4],
+                .half = argument(frame, 1)->dims[2],
+                .pages = k->dims[1]};
+  if (norms) {
+    task.q_gain = argument(frame, 12)->data;
+    task.k_gain = argument(frame, 13)->data;
+    task.eps = *(const float *)attribute(frame, "eps");
+  }
+  if (task.dim % 16 || task.half % 16 || 2 * task.half > task.dim || k->dims[3] != PAGE)
+    return failed(frame, "atlas_heads: shape");
+  run_parts(frame, heads_part, &task, (task.batch * task.tokens + TOKENS - 1) / TOKENS);
+  return NULL;
+}
+
+EXPORT XLA_FFI_Error *atlas_heads(XLA_FFI_CallFrame *frame) { return asked_for_version(frame) ? NULL : heads(frame, false); }
+
+EXPORT XLA_FFI_Error *atlas_normed_heads(XLA_FFI_CallFrame *frame) {
+  return asked_for_version(frame) ? NULL : heads(frame, true);
+}
