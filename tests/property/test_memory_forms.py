@@ -97,6 +97,19 @@ def test_chunked_is_the_definition_from_any_token_on(name):
     check()
 
 
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("split", [3, 4])
+def test_a_phase_that_is_known_while_tracing_changes_nothing(name, split):
+    rule = preset(name)
+    params, tokens = draw_params(rule, split), draw_tokens(rule, split, LENGTH)
+    wanted, state = expected(rule, params, tokens), fresh(rule, params)
+    for part in (slice(0, split), slice(split, LENGTH)):
+        known = dataclasses.replace(state, phase=np.asarray(state.phase))
+        run = jit(lambda params, tokens, known=known: chunked(rule, params, known, tokens))
+        state, y = run(params, at(tokens, part))
+        close(y, wanted[:, part])
+
+
 @pytest.mark.parametrize("name", ["omeganet", "deltanet", "mesa"])
 def test_scan_is_chunked(name):
     rule = preset(name)

@@ -123,9 +123,10 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, Before before) {
   if (task.rows > MAX_ROWS || largest_of(task.inner) < 127 || task.inner % 64 || task.outputs % TILE || each < 0 || each > (before == NOTHING) ||
       weight->rank != 2 + each + coded || (coded && (each || weight->dims[1] * 64 != task.inner || weight->dims[2] != RECORD)))
     return failed(frame, "atlas_linear: shape");
-  /* a few parts a thread, so that one that starts late does not hold up the others */
-  int64_t share = task.outputs * matrices / (4 * pool_threads(frame)) / (2 * TILE) * (2 * TILE);
-  task.strip = share < 4 * TILE ? 4 * TILE : share > task.outputs ? task.outputs : share;
+  /* a few parts a thread, so that one that starts late does not hold up the others; more where a part takes long */
+  const int64_t parts = (few || tiles ? 4 : 16) * pool_threads(frame), least = (few || tiles ? 4 : 2) * TILE;
+  int64_t share = task.outputs * matrices / parts / (2 * TILE) * (2 * TILE);
+  task.strip = share < least ? least : share > task.outputs ? task.outputs : share;
   task.strips = (task.outputs + task.strip - 1) / task.strip;
   int64_t bytes = in_lines(matrices * task.padded * task.inner), units = in_lines(matrices * task.rows * 4);
   int64_t listed = tiles ? bytes : few ? 0 : matrices * task.padded * fours_size(task.inner) * 4;

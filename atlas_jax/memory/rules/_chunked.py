@@ -13,6 +13,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from atlas_jax.kernels import omega
@@ -76,13 +77,14 @@ def _sequence(rule: MemoryRule, params: Params, state: MemoryState, tokens: Toke
     params = arranged(rule, params)
     aligned = rule.anchored and rule.chunk > 1  # whether chunks have fixed borders
     size = rule.chunk if rule.anchored and not rule.sequential else min(rule.block, length)
-    offset = state.phase if aligned else jnp.zeros((), jnp.int32)
-    count = -(-(length + (size - 1 if aligned else 0)) // size)
+    known = not aligned or isinstance(state.phase, np.ndarray)
+    offset = state.phase if aligned else np.zeros((), np.int32)
+    count = -(-(length + (int(offset) if known else size - 1)) // size)
     total = count * size
 
     def place(tail: jax.Array, x: jax.Array) -> jax.Array:
         row = jnp.concatenate([tail, x])
-        if not aligned and total == length:
+        if known and not offset and total == length:
             return row
         empty = jnp.zeros((total + tail.shape[0], *x.shape[1:]), x.dtype)
         return jax.lax.dynamic_update_slice_in_dim(empty, row, offset, 0)
@@ -115,7 +117,7 @@ def _sequence(rule: MemoryRule, params: Params, state: MemoryState, tokens: Toke
     )
     head = [row[: rule.reach] for row in rows]
     start = dataclasses.replace(state, tail_k=head[0], tail_v=head[1], tail_gate=head[2])
-    live = first < offset + length if aligned else None
+    live = None if known else first < offset + length
     carry = start, encode(rule, params, head[0])
     (end, _), outputs = checkpointed_scan(partial(_chunk, rule, params), carry, data, remat=rule.remat, live=live)
 

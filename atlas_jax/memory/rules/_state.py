@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atlas_jax.memory.rules._params import Params, Weights
 from atlas_jax.memory.rules._rule import MemoryRule
@@ -25,7 +26,9 @@ class MemoryState:
       moments: for `exact`, Σ φφᵀ and Σ vφᵀ, decayed; else empty.
       pending: with `ns_per` chunk, the retention and the step that the chunk has gathered, [..., 2, channels]; else
         empty.
-      phase: tokens since the anchor; the same for every row.
+      phase: tokens since the anchor; the same for every row. A NumPy array where it is known while a function is traced,
+        as at the start: `chunked` then knows how many chunks there are, which makes it faster (`titans`, 2 048 tokens:
+        MEASURED).
     """
 
     weights: Weights
@@ -63,7 +66,7 @@ def init_state(rule: MemoryRule, params: Params, batch: tuple[int, ...] = ()) ->
         tail_gate=jnp.zeros((*lead, rule.reach), dtype),
         moments={name: jnp.zeros((*lead, *shape), dtype) for name, shape in moments.items()},
         pending={name: jnp.full((*lead, n), float(name == "retention"), dtype) for name, n in gathers.items()},
-        phase=jnp.zeros((), jnp.int32),
+        phase=np.zeros((), np.int32),  # type: ignore[arg-type]
     )
 
 
