@@ -241,6 +241,8 @@ def sequential_errors(
 
 def scale(weight: Float[Array, "o i"], gate: Float[Array, "*rows h"], axis: ChannelAxis) -> Float[Array, "*rows o i"]:
     """The weight with its rows or columns multiplied by a gate, once per row of gates."""
+    if gate.shape[-1] == 1:
+        return jnp.einsum("...,oi->...oi", gate[..., 0], weight)
     return weight * (gate[..., :, None] if axis == "row" else gate[..., None, :])
 
 
