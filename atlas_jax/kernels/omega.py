@@ -22,6 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.kernels.solve import solve_unit_lower
 from atlas_jax.typing import Array, Float
 
 ChannelAxis = Literal["row", "column"]
@@ -235,8 +236,7 @@ def sequential_errors(
     if momentum is not None:
         found = found - before(coefficients.momentum, 0.0) * jnp.einsum("oi,bi->bo", momentum, keys)
     mixing = before(coefficients.tokens[..., 0], 0.0) * jnp.einsum("ti,ni->tn", keys, keys)
-    system = jnp.eye(keys.shape[0], dtype=keys.dtype) + 2.0 * jnp.tril(mixing, -1)
-    return jax.scipy.linalg.solve_triangular(system, found, lower=True, unit_diagonal=True)
+    return solve_unit_lower(2.0 * mixing, found)
 
 
 def scale(weight: Float[Array, "o i"], gate: Float[Array, "*rows h"], axis: ChannelAxis) -> Float[Array, "*rows o i"]:

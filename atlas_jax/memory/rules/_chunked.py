@@ -119,7 +119,10 @@ def _sequence(rule: MemoryRule, params: Params, state: MemoryState, tokens: Toke
     start = dataclasses.replace(state, tail_k=head[0], tail_v=head[1], tail_gate=head[2])
     live = None if known else first < offset + length
     carry = start, encode(rule, params, head[0])
-    (end, _), outputs = checkpointed_scan(partial(_chunk, rule, params), carry, data, remat=rule.remat, live=live)
+    products = rule.optimizer not in ("muon", "exact")
+    (end, _), outputs = checkpointed_scan(
+        partial(_chunk, rule, params), carry, data, remat=rule.remat, live=live, products=products
+    )
 
     def last(row: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(row, offset + length, rule.reach)

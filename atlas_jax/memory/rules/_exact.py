@@ -22,6 +22,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from atlas_jax.kernels.omega import decay_products, kept_from_start
+from atlas_jax.kernels.solve import cholesky, solve_lower
 from atlas_jax.memory.rules._loop import KEPT
 from atlas_jax.memory.rules._params import Params
 from atlas_jax.memory.rules._rule import MemoryRule
@@ -158,13 +159,13 @@ def _preconditioner(rule: MemoryRule, system: _System) -> Callable[[Float[Array,
     kept = jnp.maximum(system.kept, _LEAST_KEPT)
     middle = jnp.maximum(kept[0] ** (kept.shape[0] // 2), _LEAST_KEPT)
     identity = jnp.eye(system.start.shape[0], dtype=system.start.dtype)
-    factor = jnp.linalg.cholesky(system.start + rule.ridge / middle * identity)
-    half = jax.scipy.linalg.solve_triangular(factor, identity, lower=True)
+    factor = cholesky(system.start + rule.ridge / middle * identity)
+    half = solve_lower(factor, identity)
     inverse = jnp.einsum("ki,kj->ij", half, half)
     keys = jnp.sqrt(system.weight / kept)[:, None] * system.keys
     seen = jnp.einsum("ti,ij->tj", keys, inverse)
-    inner = jnp.linalg.cholesky(jnp.eye(keys.shape[0], dtype=keys.dtype) + jnp.einsum("ti,ni->tn", seen, keys))
-    rows = jax.scipy.linalg.solve_triangular(inner, seen, lower=True)
+    inner = cholesky(jnp.eye(keys.shape[0], dtype=keys.dtype) + jnp.einsum("ti,ni->tn", seen, keys))
+    rows = solve_lower(inner, seen)
 
     def apply(x: jax.Array) -> jax.Array:
         overlap = jnp.tril(jnp.einsum("ti,ni->tn", x, rows))
@@ -205,11 +206,13 @@ def _solve_by_factors(rule: MemoryRule, system: _System, right: Float[Array, "b 
 
 def _factor(rule: MemoryRule, moments: jax.Array) -> jax.Array:
     """Lower Cholesky factors of λI + H."""
-    return jnp.linalg.cholesky(moments + rule.ridge * jnp.eye(moments.shape[-1], dtype=moments.dtype))
+    return cholesky(moments + rule.ridge * jnp.eye(moments.shape[-1], dtype=moments.dtype))
 
 
 def _solve(factor: jax.Array, right: jax.Array) -> jax.Array:
-    return jax.scipy.linalg.cho_solve((factor, True), right)
+    """A·x = right, by the Cholesky factor of A; of [D] or [D, rows]."""
+    columns = right.reshape(right.shape[0], -1)
+    return solve_lower(factor, solve_lower(factor, columns), transposed=True).reshape(right.shape)
 
 
 def _dot(x: jax.Array, y: jax.Array) -> jax.Array:
