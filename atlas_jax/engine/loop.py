@@ -73,6 +73,7 @@ class Loop:
         self._lanes: deque[Work] = deque()
         self._batch = Batch(runner, tokenizer, self.counters, finish=self._finish, fail=self._fail)
         self.failure: BaseException | None = None
+        self._held = 0
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
 
     # --- from other threads ---------------------------------------------------------------------------------------
@@ -150,7 +151,7 @@ class Loop:
         """Sleeps until there is something to do; False when it is time to end."""
         if not self._lanes and self._batch.idle and not self._called(_REST_AFTER):
             self._batch.rest()
-            give_back()
+            self._held = give_back(self._held)
             self._called(None)
         with self._signal:
             self._poked = False

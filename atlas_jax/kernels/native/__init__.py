@@ -233,8 +233,10 @@ def heads(
     slot: Int32[Array, B],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
-    ring: Sequence[jax.Array],
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"], Sequence[jax.Array]]:
+    ring: tuple[Int8[Array, "B N K P D"] | Float[Array, "B N K P"], ...],
+) -> tuple[
+    Float[Array, "B T H D"], Float[Array, "B T H D"], tuple[Int8[Array, "B N K P D"] | Float[Array, "B N K P"], ...]
+]:
     """Queries for the ring and for the sinks, and the ring with the step's keys and values; see `kernels.heads.enter`.
 
     Args:
@@ -249,7 +251,7 @@ def heads(
         q, q_sink, *written = _call("heads", shapes, *args, in_place=in_place)
     else:
         q, q_sink, *written = _call("normed_heads", shapes, *args, *gains, in_place=in_place, eps=np.float32(eps))
-    return q, q_sink, written
+    return q, q_sink, tuple(written)
 
 
 def attention(
