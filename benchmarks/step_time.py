@@ -33,7 +33,7 @@ from atlas_jax.engine.asking import ask
 from atlas_jax.engine.settings import sampling_state
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.attention import window_attention
-from atlas_jax.kernels.fused import gated_linear, normed_linear
+from atlas_jax.kernels.fused import gated_linear, summed_linear
 from atlas_jax.kernels.linear import linear
 from atlas_jax.kernels.sampling import sample
 from atlas_jax.model.context import init_context, page_turn, turn_page
@@ -86,14 +86,14 @@ def parts(config: ModelConfig, params: ModelParams, rows: int, tokens: int, repe
     sinks = jnp.ones((rows, tokens), bool)
 
     @jax.jit
-    def products(layers: Any) -> list[jax.Array]:
+    def products(layers: Any) -> list[Any]:
         return [
             part
             for layer in layers
             for part in (
-                normed_linear(layer.qkv, hidden, layer.attn_norm, config.norm_eps),
+                summed_linear(layer.qkv, hidden, hidden, layer.ff_post_norm, layer.attn_norm, config.norm_eps),
                 linear(layer.out, mixed),
-                normed_linear(layer.gate_up, hidden, layer.ff_norm, config.norm_eps),
+                summed_linear(layer.gate_up, hidden, hidden, layer.attn_post_norm, layer.ff_norm, config.norm_eps),
                 gated_linear(layer.down, wide, config.ff_block, config.activation),
             )
         ]

@@ -1,6 +1,6 @@
-"""Products with what a transformer does just before them, a norm or a gated activation.
+"""Products with what a transformer does just before them, a residual sum and a norm, or a gated activation.
 
-On CPU both are done while a row is rounded for the native product: by all threads, and one program's output less. As XLA
+On CPU these are done while a row is rounded for the native product: by all threads, and one program's output less. As XLA
 programs they take one thread, and for one row the gaps around them cost more than they do.
 """
 
@@ -24,6 +24,13 @@ def rms_norm(x: Float[Array, "*rows E"], gain: Float[Array, E], eps: float) -> F
     return x * jax.lax.rsqrt(mean_square + eps) * gain
 
 
+def residual_sum(
+    x: Float[Array, "*rows E"], added: Float[Array, "*rows E"], added_gain: Float[Array, E] | None, eps: float
+) -> Float[Array, "*rows E"]:
+    """x and what a layer's part gives, which has a norm of its own if there is a gain."""
+    return x + (added if added_gain is None else rms_norm(added, added_gain, eps))
+
+
 def gated(x: Float[Array, "*rows 2*F"], block: int, activation: Activation) -> Float[Array, "*rows F"]:
     """activation(gate) · up of columns that lie as `block` of the gate, then `block` of up, and so on; GELU by tanh."""
     blocks = x.reshape(*x.shape[:-1], -1, 2, block)
@@ -40,6 +47,23 @@ def normed_linear(
         return linear(weight, rms_norm(x, gain, eps))
     rows = x.reshape(-1, x.shape[-1])
     return native.normed_linear(rows, gain, eps, _stored(weight), weight.scale).reshape(*x.shape[:-1], -1)
+
+
+def summed_linear(
+    weight: Weight,
+    x: Float[Array, "*rows inp"],
+    added: Float[Array, "*rows inp"],
+    added_gain: Float[Array, inp] | None,
+    gain: Float[Array, inp],
+    eps: float,
+) -> tuple[Float[Array, "*rows out"], Float[Array, "*rows inp"]]:
+    """`residual_sum` and `normed_linear` of it: the product, and the sum."""
+    if not _taken(weight):
+        total = residual_sum(x, added, added_gain, eps)
+        return linear(weight, rms_norm(total, gain, eps)), total
+    rows, more = (array.reshape(-1, x.shape[-1]) for array in (x, added))
+    product, total = native.summed_linear(rows, more, added_gain, gain, eps, _stored(weight), weight.scale)
+    return product.reshape(*x.shape[:-1], -1), total.reshape(x.shape)
 
 
 def gated_linear(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from atlas_jax.config import LayerConfig, ModelConfig
 from atlas_jax.kernels import attention, heads, pallas
 from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
-from atlas_jax.kernels.fused import gated_linear, normed_linear, rms_norm
+from atlas_jax.kernels.fused import gated_linear, normed_linear, residual_sum, summed_linear
 from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.rope import RopeTable, rotations
 from atlas_jax.model.params import LayerParams, ModelParams
@@ -66,6 +66,20 @@ def embed(config: ModelConfig, table: Weight, tokens: Int32[Array, "B T"]) -> Fl
     return rows_of(table, tokens) * config.embed_scale
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Residual:
+    """The residual stream, x, and what is still to be added to it: the next product does so while it rounds its rows.
+
+    Attributes:
+      gain: of the norm of what is added, if it has one.
+    """
+
+    x: Float[Array, "B T E"]
+    added: Float[Array, "B T E"] | None = None
+    gain: Float[Array, E] | None = None
+
+
 def run_layers(
     config: ModelConfig,
     specs: Sequence[LayerConfig],
@@ -85,20 +99,24 @@ def run_layers(
     """
     states: list[jax.Array] = []
     cache: list[LayerKV] = []
+    residual = Residual(x)
     for spec, layer, layer_kv in zip(specs, layers, kv, strict=True):
-        x, layer_kv = _run_layer(config, spec, layer, layer_kv, x, view)
+        x, residual, layer_kv = _run_layer(config, spec, layer, layer_kv, residual, view)
         states.append(x)
         cache.append(layer_kv)
-    return tuple(states), tuple(cache)
+    assert residual.added is not None
+    last = residual_sum(residual.x, residual.added, residual.gain, config.norm_eps)
+    return (*states[1:], last), tuple(cache)
 
 
 # compiled into its caller; as a jit of its own, layers alike are traced once: a warm start is mostly tracing
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=False)
 def _run_layer(
-    config: ModelConfig, spec: LayerConfig, layer: LayerParams, kv: LayerKV, x: jax.Array, view: StepView
-) -> tuple[jax.Array, LayerKV]:
-    shape = (*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
-    by_head = normed_linear(layer.qkv, x, layer.attn_norm, config.norm_eps).reshape(shape)
+    config: ModelConfig, spec: LayerConfig, layer: LayerParams, kv: LayerKV, residual: Residual, view: StepView
+) -> tuple[jax.Array, Residual, LayerKV]:
+    """What the layer reads, what it leaves, and its cache."""
+    product, x = _product(config, layer.qkv, residual, layer.attn_norm)
+    by_head = product.reshape(*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
     gains = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
     rotary, near = view.rotary[spec.rope], view.rotary_sink[spec.rope]
     rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)]
@@ -112,9 +130,16 @@ def _run_layer(
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)
     attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1))
-    x = x + _post(config, attended, layer.attn_post_norm)
-    x = x + _post(config, _mlp(config, layer, x), layer.ff_post_norm)
-    return x, kv
+    gate_up, between = _product(config, layer.gate_up, Residual(x, attended, layer.attn_post_norm), layer.ff_norm)
+    made = gated_linear(layer.down, gate_up, config.ff_block, config.activation)
+    return x, Residual(between, made, layer.ff_post_norm), kv
+
+
+def _product(config: ModelConfig, weight: Weight, residual: Residual, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Of the normed residual stream; and the stream, with what was to be added."""
+    if residual.added is None:
+        return normed_linear(weight, residual.x, gain, config.norm_eps), residual.x
+    return summed_linear(weight, residual.x, residual.added, residual.gain, gain, config.norm_eps)
 
 
 def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
@@ -123,12 +148,3 @@ def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows
     scores = normed_linear(head, hidden, params.final_norm, config.norm_eps)
     cap = config.final_softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)
-
-
-def _mlp(config: ModelConfig, layer: LayerParams, x: jax.Array) -> jax.Array:
-    gate_up = normed_linear(layer.gate_up, x, layer.ff_norm, config.norm_eps)
-    return gated_linear(layer.down, gate_up, config.ff_block, config.activation)
-
-
-def _post(config: ModelConfig, x: jax.Array, gain: jax.Array | None) -> jax.Array:
-    return x if gain is None else rms_norm(x, gain, config.norm_eps)

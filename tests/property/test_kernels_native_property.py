@@ -23,7 +23,7 @@ from atlas_jax.config import PAGE
 from atlas_jax.kernels import native
 from atlas_jax.kernels.attention import LayerKV, QuantPages, ref_window_attention, window_attention
 from atlas_jax.kernels.features import gather_monomials
-from atlas_jax.kernels.fused import gated_linear, normed_linear
+from atlas_jax.kernels.fused import gated_linear, normed_linear, summed_linear
 from atlas_jax.kernels.linear import (
     PackedArray,
     QuantArray,
@@ -331,6 +331,10 @@ def test_shapes_they_do_not_take_are_left_to_xla() -> None:
     assert not native.takes_attention(PAGE + 1, PAGE, 64, 4)
 
 
+def norm(x: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    return x / np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5) * gain
+
+
 def normed_product(weight: Weight, x: jax.Array, gain: jax.Array) -> jax.Array:
     return normed_linear(weight, x, gain, 1e-5)
 
@@ -343,6 +347,16 @@ def gelu_product(weight: Weight, x: jax.Array) -> jax.Array:
     return gated_linear(weight, x, 64, "gelu_tanh")
 
 
+def summed_product(weight: Weight, x: jax.Array, added: jax.Array, gain: jax.Array) -> jax.Array:
+    return jnp.concatenate(summed_linear(weight, x, added, None, gain, 1e-5), axis=-1)
+
+
+def post_summed_product(
+    weight: Weight, x: jax.Array, added: jax.Array, added_gain: jax.Array, gain: jax.Array
+) -> jax.Array:
+    return jnp.concatenate(summed_linear(weight, x, added, added_gain, gain, 1e-5), axis=-1)
+
+
 @needs_kernels
 @settings(deadline=None, max_examples=12)
 @given(
@@ -352,7 +366,7 @@ def gelu_product(weight: Weight, x: jax.Array) -> jax.Array:
     packed=st.booleans(),
     spread=st.sampled_from([1.0, 1e-12, 30.0, 1e6]),
 )
-def test_a_norm_or_a_gate_before_a_product_is_the_definition(
+def test_a_sum_a_norm_or_a_gate_before_a_product_is_the_definition(
     seed: int, rows: int, inner: int, packed: bool, spread: float
 ) -> None:
     rng = np.random.default_rng(seed)
@@ -368,19 +382,28 @@ def test_a_norm_or_a_gate_before_a_product_is_the_definition(
     with np.errstate(over="ignore"):  # exp of a large gate: 1 / ∞ is the 0 that is meant
         gelu = gate / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
         silu = gate / (1 + np.exp(-gate))
-    normed = half / np.sqrt((half**2).mean(axis=1, keepdims=True) + 1e-5) * gain
+    added = wide[:, inner:]
+    added_gain = rng.normal(size=inner).astype(np.float32)
+    total, post_total = half + added, half + norm(added, added_gain)
+    first, second = x[:, :inner], x[:, inner:]
     cases = (
-        (normed_product, (x[:, :inner], gain), normed),
-        (silu_product, (x,), silu * up),
-        (gelu_product, (x,), gelu * up),
+        (normed_product, (first, gain), norm(half, gain), None),
+        (summed_product, (first, second, gain), norm(total, gain), total),
+        (post_summed_product, (first, second, added_gain, gain), norm(post_total, gain), post_total),
+        (silu_product, (x,), silu * up, None),
+        (gelu_product, (x,), gelu * up, None),
     )
-    for function, args, before in cases:
+    for function, args, before, sums in cases:
         given = tuple(map(jnp.asarray, args))
-        found = run(True, function, weight, *given)
+        by_rows = sum(array.ndim == 2 for array in args)
+        found, plain = (run(wanted, function, weight, *given) for wanted in (True, False))
+        alone = run(True, function, weight, *(array[-1:] for array in given[:by_rows]), *given[by_rows:])
+        np.testing.assert_array_equal(found[-1:], alone)
+        if sums is not None:
+            np.testing.assert_allclose(found[:, 48:], sums, rtol=1e-6, atol=1e-6 * np.abs(wide).max())
+            np.testing.assert_allclose(plain[:, 48:], sums, rtol=1e-6, atol=1e-6 * np.abs(wide).max())
         half_unit = np.asarray(split_rows(before.astype(np.float32))[2], np.float64) / 2
         off = half_unit * 1.02 + np.abs(before).max(axis=1, keepdims=True) * 2**-18  # a mean near a step of the unit
         room = off * np.abs(exact).sum(axis=1) + 1e-30
-        np.testing.assert_array_less(np.abs(found - before @ exact.T), room)
-        np.testing.assert_array_less(np.abs(run(False, function, weight, *given) - before @ exact.T), room)
-        alone = run(True, function, weight, given[0][-1:], *given[1:])
-        np.testing.assert_array_equal(found[-1:], alone)
+        np.testing.assert_array_less(np.abs(found[:, :48] - before @ exact.T), room)
+        np.testing.assert_array_less(np.abs(plain[:, :48] - before @ exact.T), room)

@@ -38,6 +38,7 @@ __all__ = [
     "linear",
     "monomials",
     "normed_linear",
+    "summed_linear",
     "takes_attention",
     "takes_codes",
     "takes_heads",
@@ -64,6 +65,7 @@ _VERSION = hashlib.sha256(b"\0".join(source.read_bytes() for source in _SOURCES)
 _TARGETS = (
     "linear",
     "normed_linear",
+    "summed_linear",
     "gated_linear",
     "heads",
     "normed_heads",
@@ -123,7 +125,8 @@ def linear(
 
     The weight may be that of a `linear.PackedArray`.
     """
-    return _product("linear", x, weight, weight_scale)
+    (product,) = _products("linear", (x,), weight, weight_scale)
+    return product
 
 
 def normed_linear(
@@ -134,7 +137,23 @@ def normed_linear(
     weight_scale: Float[Array, out],
 ) -> Float[Array, "rows out"]:
     """`fused.rms_norm` and `linear`."""
-    return _product("normed_linear", x, weight, weight_scale, gain, eps=np.float32(eps))
+    (product,) = _products("normed_linear", (x,), weight, weight_scale, gain, eps=np.float32(eps))
+    return product
+
+
+def summed_linear(
+    x: Float[Array, "rows inp"],
+    added: Float[Array, "rows inp"],
+    added_gain: Float[Array, inp] | None,
+    gain: Float[Array, inp],
+    eps: float,
+    weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
+    weight_scale: Float[Array, out],
+) -> tuple[Float[Array, "rows out"], Float[Array, "rows inp"]]:
+    """The sum of x and `added`, which is normed first if it has a gain, and `normed_linear` of it: the product, the sum."""
+    rest = (gain,) if added_gain is None else (gain, added_gain)
+    product, total = _products("summed_linear", (x, added), weight, weight_scale, *rest, eps=np.float32(eps))
+    return product, total
 
 
 def gated_linear(
@@ -145,20 +164,27 @@ def gated_linear(
     weight_scale: Float[Array, out],
 ) -> Float[Array, "rows out"]:
     """`fused.gated` and `linear`; `block` a multiple of 16."""
-    return _product("gated_linear", x, weight, weight_scale, block=np.int64(block), gelu=np.int64(gelu))
+    settings = {"block": np.int64(block), "gelu": np.int64(gelu)}
+    (product,) = _products("gated_linear", (x,), weight, weight_scale, **settings)
+    return product
 
 
-def _product(
-    name: str, x: jax.Array, weight: jax.Array, weight_scale: jax.Array, *rest: jax.Array, **settings: Any
-) -> jax.Array:
-    """A product of any number of rows, as calls of as many as one takes."""
-    rows = x.shape[-2]
-    products: list[jax.Array] = []
-    for first in range(0, rows, MAX_ROWS):
-        piece = x[..., first : first + MAX_ROWS, :]
-        shape = jax.ShapeDtypeStruct((*piece.shape[:-1], weight_scale.shape[-1]), jnp.float32)
-        products += _call(name, (shape,), piece, weight, weight_scale, *rest, **settings)
-    return jnp.concatenate(products, axis=-2) if len(products) > 1 else products[0]
+def _products(
+    name: str,
+    rows: tuple[jax.Array, ...],
+    weight: jax.Array,
+    weight_scale: jax.Array,
+    *rest: jax.Array,
+    **settings: Any,
+) -> tuple[jax.Array, ...]:
+    """The product of any number of rows, as calls of as many as one takes, and of two arrays of rows also their sum."""
+    calls: list[Sequence[jax.Array]] = []
+    for first in range(0, rows[0].shape[-2], MAX_ROWS):
+        x, *added = (array[..., first : first + MAX_ROWS, :] for array in rows)
+        widths = weight_scale.shape[-1], *(array.shape[-1] for array in added)
+        results = tuple(jax.ShapeDtypeStruct((*x.shape[:-1], width), jnp.float32) for width in widths)
+        calls.append(_call(name, results, x, weight, weight_scale, *rest[:1], *added, *rest[1:], **settings))
+    return tuple(parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-2) for parts in zip(*calls, strict=True))
 
 
 def monomials(

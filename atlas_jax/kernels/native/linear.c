@@ -10,8 +10,9 @@
    The unit is such that most numbers of a row fit the lower term, and those that stand out take the upper one: for many
    rows it is multiplied only where four of them are not all 0.
 
-   What usually comes just before, a norm or a gate, is done while a row is rounded: by all threads and without a trip through
-   memory (SmolLM2-135M, 128 tokens: 0.33 ms a layer for the gate alone as an XLA program, which takes one thread).
+   What usually comes just before, a residual sum, a norm or a gate, is done while a row is rounded: by all threads and
+   without a trip through memory (SmolLM2-135M, 128 tokens: 0.33 ms a layer for the gate alone as an XLA program, which
+   takes one thread).
 
    Weights may lie coded, in 5 bits instead of 8 (`PackedArray`). Then a few outputs' weights are decoded to where the
    caches keep them, just before they are multiplied: for few rows a product takes as long as its weights take to come from
@@ -64,6 +65,11 @@ static float split_sparsely(const float *x, int64_t count, const Fours *fours, i
 void round_row(const Linear *task, int64_t m, int64_t row, int8_t *high, int8_t *low) {
   static _Thread_local Room room;
   const float *x = task->x + (m * task->rows + row) * task->inner * (task->block ? 2 : 1);
+  if (task->added) {
+    float *sum = task->sum + row * task->inner;
+    sum_row(x, task->added + row * task->inner, task->post_gain, task->eps, task->inner, sum);
+    x = sum;
+  }
   if (task->gain || task->block) {
     float *made = (float *)grown(&room, task->inner * (int64_t)sizeof(float));
     if (!made) {
@@ -91,12 +97,13 @@ int8_t *room_for(const Linear *task, int64_t outputs) {
 }
 
 /* What is done to a row before it is rounded. */
-typedef enum { NOTHING, NORM, GATE } Before;
+typedef enum { NOTHING, NORM, SUM_NORM, GATE } Before;
 
 /* (x f32 [R, in], weight int8 [out, in], its scale f32 [out]) -> f32 [R, out], or the same with one leading axis on all of
    them; in a multiple of 64, out of 16, at most MAX_ROWS rows. The weight may be coded instead, uint8 [out, in / 64,
-   RECORD], without such an axis. With NORM, a fourth argument is the gain, f32 [in], and an attribute `eps`; with GATE, x is
-   f32 [R, 2 · in], and attributes are `block` and `gelu`. */
+   RECORD], without such an axis. With NORM, a fourth argument is the gain, f32 [in], and an attribute `eps`; with SUM_NORM,
+   a fifth is what is added to x first, f32 [R, in], a sixth, if there is one, the gain of its own norm, and a second result
+   is the sum, f32 [R, in]. With GATE, x is f32 [R, 2 · in], and attributes are `block` and `gelu`. */
 static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, Before before) {
   XLA_FFI_Buffer *x = argument(frame, 0), *weight = argument(frame, 1), *scale = argument(frame, 2), *out = result(frame, 0);
   bool coded = weight->dtype == XLA_FFI_DataType_U8;
@@ -108,9 +115,14 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, Before before) {
                  .rows = x->dims[each],
                  .inner = before == GATE ? given / 2 : given,
                  .outputs = weight->dims[each]};
-  if (before == NORM) {
+  if (before == NORM || before == SUM_NORM) {
     task.gain = argument(frame, 3)->data;
     task.eps = *(const float *)attribute(frame, "eps");
+  }
+  if (before == SUM_NORM) {
+    task.added = argument(frame, 4)->data;
+    task.post_gain = frame->args.size > 5 ? argument(frame, 5)->data : NULL;
+    task.sum = result(frame, 1)->data;
   } else if (before == GATE) {
     task.block = *(const int64_t *)attribute(frame, "block");
     task.gelu = *(const int64_t *)attribute(frame, "gelu");
@@ -150,6 +162,10 @@ EXPORT XLA_FFI_Error *atlas_linear(XLA_FFI_CallFrame *frame) {
 
 EXPORT XLA_FFI_Error *atlas_normed_linear(XLA_FFI_CallFrame *frame) {
   return asked_for_version(frame) ? NULL : product(frame, NORM);
+}
+
+EXPORT XLA_FFI_Error *atlas_summed_linear(XLA_FFI_CallFrame *frame) {
+  return asked_for_version(frame) ? NULL : product(frame, SUM_NORM);
 }
 
 EXPORT XLA_FFI_Error *atlas_gated_linear(XLA_FFI_CallFrame *frame) {

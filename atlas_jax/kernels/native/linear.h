@@ -21,6 +21,9 @@ typedef struct {
   float *out; /* [matrices, rows, outputs] */
   const float *gain; /* [inner], if rows are normed first */
   float eps;
+  const float *added;     /* [rows, inner], if it is added to x before the norm */
+  const float *post_gain; /* [inner], if what is added is normed itself */
+  float *sum;             /* [rows, inner]: the sums */
   int64_t block; /* columns of a gate that lie together; 0: rows are not gated */
   bool gelu;     /* the gate's function, else SiLU */
   int64_t rows, inner, outputs;

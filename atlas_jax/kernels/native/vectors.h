@@ -138,17 +138,32 @@ static inline int32_t offset_of(const int8_t *terms, int64_t size) {
   return 128 * _mm512_reduce_add_epi32(sum);
 }
 
-/* out = x / √(mean x² + eps) · gain */
-static inline void norm_row(const float *x, const float *gain, float eps, int64_t count, float *out) {
+/* 1 / √(mean x² + eps), in every lane. */
+static inline __m512 norm_factor(const float *x, float eps, int64_t count) {
   __m512 squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < count; i += 16) {
     __m512 v = _mm512_loadu_ps(x + i);
     squares = _mm512_fmadd_ps(v, v, squares);
   }
   const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / (float)count + eps);
-  const __m512 factor = _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(mean));
+  return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(mean));
+}
+
+/* out = x / √(mean x² + eps) · gain */
+static inline void norm_row(const float *x, const float *gain, float eps, int64_t count, float *out) {
+  const __m512 factor = norm_factor(x, eps, count);
   for (int64_t i = 0; i < count; i += 16)
     _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + i), factor), _mm512_loadu_ps(gain + i)));
+}
+
+/* out = x + y, or with a gain x + rms_norm(y). */
+static inline void sum_row(const float *x, const float *y, const float *gain, float eps, int64_t count, float *out) {
+  const __m512 factor = gain ? norm_factor(y, eps, count) : _mm512_setzero_ps();
+  for (int64_t i = 0; i < count; i += 16) {
+    __m512 v = _mm512_loadu_ps(y + i);
+    if (gain) v = _mm512_mul_ps(_mm512_mul_ps(v, factor), _mm512_loadu_ps(gain + i));
+    _mm512_storeu_ps(out + i, _mm512_add_ps(_mm512_loadu_ps(x + i), v));
+  }
 }
 
 /* e^x for x ≤ 0, exactly 0 below −87, where a float would soon be denormal. */
