@@ -7,8 +7,8 @@ Tests are `prompt:TOKENS`, `decode:STREAMSxCONTEXT` (prose, a place of its own f
 stream that show what drafts bring: `chat` (ordinary questions), `prose` (text to be continued) and `repetitive` (a text to
 be copied with changes). Columns: without drafts, with drafts, llama.cpp. What a memory costs, `memory_cost.py` measures.
 
-Every round runs each test once on each engine, so that whatever else the machine does falls on all. The table has medians,
-the spread (least and most), and the ratio of the medians. Ours is measured through the whole engine: submit to last token,
+Every round runs each test once on each engine, just after once unmeasured, so that whatever else the machine does falls on
+all. The table has medians, the spread (least and most), and the ratio of the medians. Ours is measured through the whole engine: submit to last token,
 the prompts' time apart. The peer runs in its own process (`benchmarks/peer/speed.py`), with the Python given, which needs
 llama-cpp-python; without one, only ours is measured. Beside the table a plot of the ratios is written.
 """
@@ -82,6 +82,8 @@ def ours(engine: Engine, test: str, seed: int) -> float:
     together = [[request(prompt, steps) for prompt in asked]]
     if kind not in ("prompt", "decode"):
         together = [[one] for one in together[0]]  # one after the other: a single stream
+    # the peer's process warms up like this, and the first prompt after a pause takes an eighth longer
+    ask(engine, together[0])
     ends = [[events[-1] for events in ask(engine, requests)] for requests in together]
     done = [[end for end in group if isinstance(end, Finished)] for group in ends]
     if kind == "prompt":
