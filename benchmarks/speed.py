@@ -8,9 +8,10 @@ stream that show what drafts bring: `chat` (ordinary questions), `prose` (text t
 be copied with changes). Columns: without drafts, with drafts, llama.cpp. What a memory costs, `memory_cost.py` measures.
 
 Every round runs each test once on each engine, just after once unmeasured, so that whatever else the machine does falls on
-all. The table has medians, the spread (least and most), and the ratio of the medians. Ours is measured through the whole engine: submit to last token,
-the prompts' time apart. The peer runs in its own process (`benchmarks/peer/speed.py`), with the Python given, which needs
-llama-cpp-python; without one, only ours is measured. Beside the table a plot of the ratios is written.
+all. The table has medians, the spread (least and most), and the ratio of the medians. Ours is measured through the whole
+engine: submit to last token, the prompts' time apart. The peer runs in its own process (`benchmarks/peer/speed.py`), with
+the Python given, which needs llama-cpp-python; without one, only ours is measured. Beside the table a plot of the ratios is
+written.
 """
 
 from __future__ import annotations

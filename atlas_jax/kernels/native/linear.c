@@ -44,20 +44,30 @@ static void gate(const float *x, int64_t block, bool gelu, int64_t count, float 
 /* Rounds x to its lower terms and the list of the upper ones that are not 0; returns their unit, and Σ of the numbers. */
 static float split_sparsely(const float *x, int64_t count, const Fours *fours, int8_t *low, int32_t *sum) {
   const Unit unit = unit_of(x, count);
-  const __m128i first_four = _mm_setr_epi32(0, 1, 2, 3);
+  const __m512i sixteen = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i all = _mm512_setzero_si512();
   int32_t listed = 0;
-  for (int64_t i = 0; i < count; i += 16) {
-    __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(unit.inverse)));
-    all = _mm512_add_epi32(all, whole);
-    _mm_storeu_si128((__m128i *)(low + i), _mm512_cvtepi32_epi8(whole));
-    __m128i upper = upper_terms(whole), at = _mm_add_epi32(first_four, _mm_set1_epi32((int32_t)(i / 4)));
-    __mmask8 used = _mm_test_epi32_mask(upper, upper);
-    _mm_storeu_si128((__m128i *)(fours->at + listed), _mm_maskz_compress_epi32(used, at));
-    _mm_storeu_si128((__m128i *)(fours->four + listed), _mm_maskz_compress_epi32(used, upper));
+  for (int64_t i = 0; i < count; i += 64) {
+    __m128i upper[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i + 16 * j), _mm512_set1_ps(unit.inverse)));
+      all = _mm512_add_epi32(all, whole);
+      _mm_storeu_si128((__m128i *)(low + i + 16 * j), _mm512_cvtepi32_epi8(whole));
+      upper[j] = upper_terms(whole);
+    }
+    __m512i uppers = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_set_m128i(upper[1], upper[0])),
+                                        _mm256_set_m128i(upper[3], upper[2]), 1);
+    __m512i at = _mm512_add_epi32(sixteen, _mm512_set1_epi32((int32_t)(i / 4)));
+    __mmask16 used = _mm512_test_epi32_mask(uppers, uppers);
+    _mm512_storeu_si512(fours->at + listed, _mm512_maskz_compress_epi32(used, at));
+    _mm512_storeu_si512(fours->four + listed, _mm512_maskz_compress_epi32(used, uppers));
     listed += __builtin_popcount(used);
   }
   *fours->count = listed;
+  const size_t rest = (size_t)(count / 4 - listed) * 4;
+  memset(fours->at + listed, 0, rest);
+  memset(fours->four + listed, 0, rest);
   *sum = _mm512_reduce_add_epi32(all);
   return unit.unit;
 }
@@ -136,7 +146,8 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, Before before) {
       weight->rank != 2 + each + coded || (coded && (each || weight->dims[1] * 64 != task.inner || weight->dims[2] != RECORD)))
     return failed(frame, "atlas_linear: shape");
   /* a few parts a thread, so that one that starts late does not hold up the others; more where a part takes long */
-  const int64_t parts = (few || tiles ? 4 : 16) * pool_threads(frame), least = (few || tiles ? 4 : 2) * TILE;
+  task.threads = pool_threads(frame);
+  const int64_t parts = (few || tiles ? 4 : 16) * task.threads, least = (few || tiles ? 4 : 2) * TILE;
   int64_t share = task.outputs * matrices / parts / (2 * TILE) * (2 * TILE);
   task.strip = share < least ? least : share > task.outputs ? task.outputs : share;
   task.strips = (task.outputs + task.strip - 1) / task.strip;

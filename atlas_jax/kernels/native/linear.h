@@ -29,6 +29,7 @@ typedef struct {
   int64_t rows, inner, outputs;
   int64_t width; /* bytes of one output's weights */
   int64_t strip, strips; /* outputs of one part, and parts of one matrix */
+  int64_t threads;       /* that take parts */
   int64_t groups;        /* AMX: groups of eight rows, 16 terms, of one matrix */
   int64_t padded;        /* terms of one matrix */
   int8_t *terms;         /* [matrices, padded, inner] */
@@ -39,17 +40,18 @@ typedef struct {
   atomic_bool *no_room; /* set when there was no room to work in */
 } Linear;
 
-/* The upper terms of a row, four by four, those that are not all 0: how many, which of the row's fours, and their bytes. */
+/* The upper terms of a row, four by four, those that are not all 0: how many, which of the row's fours, and their bytes; then
+   zeros, so that rows of different counts can be read side by side. */
 typedef struct {
   int32_t *count, *at, *four;
 } Fours;
 
-/* Numbers that the upper terms of one row take at most; fours are written four at a time. */
-static inline int64_t fours_size(int64_t inner) { return 1 + 2 * (inner / 4 + 4); }
+/* Numbers that the upper terms of one row take at most; fours are written 16 at a time. */
+static inline int64_t fours_size(int64_t inner) { return 1 + 2 * (inner / 4 + TILE); }
 
 static inline Fours fours_of(const Linear *task, int64_t m, int64_t row) {
   int32_t *first = task->fours + (m * task->padded + row) * fours_size(task->inner);
-  return (Fours){.count = first, .at = first + 1, .four = first + 1 + task->inner / 4 + 4};
+  return (Fours){.count = first, .at = first + 1, .four = first + 1 + task->inner / 4 + TILE};
 }
 
 /* A product as part of a call: which matrix, and where its rows' results go. */

@@ -70,9 +70,14 @@ static inline __attribute__((always_inline)) void transpose(__m512i v[16]) {
 
 /* max |x|, and at least 1e-30. */
 static inline float peak_of(const float *x, int64_t count) {
-  __m512 peak = _mm512_set1_ps(1e-30f);
-  for (int64_t i = 0; i < count; i += 16) peak = _mm512_max_ps(peak, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
-  return _mm512_reduce_max_ps(peak);
+  __m512 peak = _mm512_set1_ps(1e-30f), odd = peak; /* two, which do not wait for one another */
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    peak = _mm512_max_ps(peak, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+    odd = _mm512_max_ps(odd, _mm512_abs_ps(_mm512_loadu_ps(x + i + 16)));
+  }
+  if (i < count) peak = _mm512_max_ps(peak, _mm512_abs_ps(_mm512_loadu_ps(x + i)));
+  return _mm512_reduce_max_ps(_mm512_max_ps(peak, odd));
 }
 
 /* Rounds x to one int8 term; returns its unit. */
@@ -140,12 +145,18 @@ static inline int32_t offset_of(const int8_t *terms, int64_t size) {
 
 /* 1 / √(mean x² + eps), in every lane. */
 static inline __m512 norm_factor(const float *x, float eps, int64_t count) {
-  __m512 squares = _mm512_setzero_ps();
-  for (int64_t i = 0; i < count; i += 16) {
+  __m512 squares = _mm512_setzero_ps(), odd = squares; /* two, which do not wait for one another */
+  int64_t i = 0;
+  for (; i + 32 <= count; i += 32) {
+    __m512 v = _mm512_loadu_ps(x + i), w = _mm512_loadu_ps(x + i + 16);
+    squares = _mm512_fmadd_ps(v, v, squares);
+    odd = _mm512_fmadd_ps(w, w, odd);
+  }
+  if (i < count) {
     __m512 v = _mm512_loadu_ps(x + i);
     squares = _mm512_fmadd_ps(v, v, squares);
   }
-  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(squares) / (float)count + eps);
+  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(_mm512_add_ps(squares, odd)) / (float)count + eps);
   return _mm512_div_ps(_mm512_set1_ps(1.0f), _mm512_sqrt_ps(mean));
 }
 
