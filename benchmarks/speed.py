@@ -83,7 +83,7 @@ def ours(engine: Engine, test: str, seed: int) -> float:
     together = [[request(prompt, steps) for prompt in asked]]
     if kind not in ("prompt", "decode"):
         together = [[one] for one in together[0]]  # one after the other: a single stream
-    # the peer's process warms up like this, and the first prompt after a pause takes an eighth longer
+    # the peer's process warms up like this too
     ask(engine, together[0])
     ends = [[events[-1] for events in ask(engine, requests)] for requests in together]
     done = [[end for end in group if isinstance(end, Finished)] for group in ends]

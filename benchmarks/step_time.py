@@ -14,6 +14,7 @@ Memory bandwidth is what all cores together reach in reading large float32 array
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import statistics
 import time
@@ -77,9 +78,10 @@ def parts(config: ModelConfig, params: ModelParams, rows: int, tokens: int, repe
     queries = mixed.reshape(rows, tokens, config.heads, config.head_dim)
     turn = jax.jit(turn_page, donate_argnums=0)
     context = init_context(config, rows, PAGES, "int8")
-    for page in range(_CONTEXT // PAGE):
+    for page in range(_CONTEXT // PAGE + 1):
         for row in range(rows):
             context = turn(context, page_turn(row, WindowPlan(None).turn(page)))
+    start = jnp.full(rows, _CONTEXT, jnp.int32)
     seen = jnp.broadcast_to(
         jnp.arange(PAGES)[:, None] * PAGE + jnp.arange(PAGE) < _CONTEXT, (rows, tokens, PAGES, PAGE)
     )
@@ -113,10 +115,13 @@ def parts(config: ModelConfig, params: ModelParams, rows: int, tokens: int, repe
         "choice": median(lambda: choose(greedy, scores), repeats),
     }
     trunk, held = Trunk(config), [context]
-    fed, nothing = np.full((rows, tokens), 300, np.int32), np.zeros(rows, np.int32)
+    fed = random.integers(300, 1000, (rows, tokens)).astype(np.int32)
+    every = np.full(rows, tokens, np.int32)
 
     def layers() -> jax.Array:
-        held[0], _, states = trunk((rows, PAGES, tokens), params, held[0], fed, nothing)
+        """The same place of the text every time."""
+        here = dataclasses.replace(held[0], position=start)
+        held[0], _, states = trunk((rows, PAGES, tokens), params, here, fed, every)
         return states[-1]
 
     return {**out, "layers": median(layers, repeats)}

@@ -93,21 +93,21 @@ static const int8_t *laid_out(const Linear *task, const int8_t *weight, int widt
    while these are multiplied. All at once while laying out, each core waited for memory and then left it idle (Gemma 3 270M,
    16 rows: 1.3 times as long; a prompt: 1.05). */
 typedef struct {
-  const int8_t *next;
+  const char *next;
   int64_t half, step;
 } Ahead;
 
-static inline Ahead ahead_of(const Linear *task, const Product *p, int64_t o, int width, int64_t row) {
+static inline Ahead ahead_of(const Linear *task, const Product *p, int64_t o, int width) {
   /* parts are taken in turns: the next one is most likely another thread's, whose cache is not this one */
   const int64_t own = o + width * TILE < p->last ? o + width * TILE : p->first + task->threads * task->strip;
-  const int64_t half = width * TILE / 2 * task->width, share = half / ((task->padded + BLOCK - 1) / BLOCK);
-  return (Ahead){.next = p->weight + own * task->width + row / BLOCK * share, .half = half, .step = share * 4 / task->inner};
+  const int64_t half = width * TILE / 2 * task->width, steps = (task->padded + BLOCK - 1) / BLOCK * task->inner / 4;
+  return (Ahead){.next = (const char *)p->weight + own * task->width, .half = half, .step = (half + steps - 1) / steps};
 }
 
 /* Sums of `width` times 16 outputs of eight rows. Rows take their upper terms side by side, as many as the one that has most:
    the others' lists end in zeros. */
 static inline __attribute__((always_inline)) void wide_block(const Linear *task, const Product *p, const int8_t *weight,
-                                                             int64_t first, int width, Ahead ahead, __m512i sum[2 * BLOCK]) {
+                                                             int64_t first, int width, Ahead *ahead, __m512i sum[2 * BLOCK]) {
   const int64_t inner = task->inner;
   const int8_t *low = p->terms + first * inner;
   const int64_t next_row = fours_size(inner);
@@ -128,9 +128,9 @@ static inline __attribute__((always_inline)) void wide_block(const Linear *task,
 #pragma GCC unroll 16
   for (int i = 0; i < 2 * BLOCK; i++) sum[i] = _mm512_slli_epi32(sum[i], 8);
   for (int64_t k = 0; k < inner; k += 4, weight += 64 * width) {
-    _mm_prefetch((const char *)ahead.next, _MM_HINT_T1);
-    _mm_prefetch((const char *)ahead.next + ahead.half, _MM_HINT_T1);
-    ahead.next += ahead.step;
+    _mm_prefetch(ahead->next, _MM_HINT_T1);
+    _mm_prefetch(ahead->next + ahead->half, _MM_HINT_T1);
+    ahead->next += ahead->step;
     __m512i w = _mm512_load_si512(weight), w2 = width > 1 ? _mm512_load_si512(weight + 64) : w;
 #pragma GCC unroll 8
     for (int r = 0; r < BLOCK; r++) {
@@ -150,14 +150,14 @@ void multiply_many(const void *data, int64_t part) {
     int width = p.last - o > TILE ? 2 : 1;
     const int8_t *weight = laid_out(task, p.weight + o * task->width, width);
     if (!weight) return;
+    Ahead ahead = ahead_of(task, &p, o, width);
     for (int64_t r = 0; r < task->padded; r += BLOCK) {
       int64_t first = r < task->padded - BLOCK ? r : task->padded - BLOCK;
-      const Ahead ahead = ahead_of(task, &p, o, width, r);
       __m512i sum[2 * BLOCK];
       if (width > 1)
-        wide_block(task, &p, weight, first, 2, ahead, sum);
+        wide_block(task, &p, weight, first, 2, &ahead, sum);
       else
-        wide_block(task, &p, weight, first, 1, ahead, sum);
+        wide_block(task, &p, weight, first, 1, &ahead, sum);
 #pragma GCC unroll 8
       for (int i = 0; i < BLOCK; i++) {
         if (first + i >= task->rows) break;
