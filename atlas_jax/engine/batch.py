@@ -16,7 +16,7 @@ import numpy as np
 from atlas_jax.engine.api import Delta, EngineError, FinishReason
 from atlas_jax.engine.counters import Counters
 from atlas_jax.engine.output import token_info
-from atlas_jax.engine.runner import Runner
+from atlas_jax.engine.rows import Rows
 from atlas_jax.engine.settings import memory_settings, recent_text, sampling_state
 from atlas_jax.engine.step import Packed
 from atlas_jax.engine.turns import begin_page
@@ -52,7 +52,7 @@ class Batch:
       places: who sits in each row.
     """
 
-    def __init__(self, runner: Runner, tokenizer: Tokenizer, counters: Counters, *, finish: Finish, fail: Fail) -> None:
+    def __init__(self, runner: Rows, tokenizer: Tokenizer, counters: Counters, *, finish: Finish, fail: Fail) -> None:
         self.places: list[Work | None] = [None] * runner.rows
         self._runner = runner
         self._tokenizer = tokenizer
@@ -92,7 +92,7 @@ class Batch:
             work.row,
             work.feed[0],
             recent_text([*read, work.feed[0]], work.position),
-            sampling_state(request.sampling, self._runner.config.model.vocab, work.seed, request.prompt),
+            sampling_state(request.sampling, self._runner.vocab, work.seed, request.prompt),
             memory_settings(request.memory, *work.memory_shape),
             with_memory=request.memory is not None,
         )
@@ -113,7 +113,7 @@ class Batch:
         return bucket(rows, self._runner.buckets.rows), bucket(pages, self._runner.buckets.pages)
 
     def _resize(self, rows: int, pages: int) -> None:
-        self._land()
+        self.land()
         busy = [index for index, _ in self.sitting()]
         self._runner.resize(rows, pages, {index: place for place, index in enumerate(busy)})
         self.places = [self.places[index] for index in busy] + [None] * (rows - len(busy))
@@ -139,12 +139,14 @@ class Batch:
     def step(self, *, alone: bool) -> None:
         """Launches a step for everyone who still needs one, and delivers what the step before has drawn."""
         launched = time.perf_counter()
-        if any(work.constraint is not None for _, work in self.sitting()):
-            self._land()  # which tokens may come next follows from the one before
+        landed = False
+        if not self._runner.rewinds or any(work.constraint is not None for _, work in self.sitting()):
+            landed = self.land()  # what a row may draw, or that it must not read on, follows from the token before
         flight, width = self._flight, self._runner.width
         self._flight, riders = self._launch(width)
         if flight is not None:
             self._deliver(*flight)
+        if flight is not None or landed:
             self._counters.steps += 1
             self._counters.step_seconds += time.perf_counter() - launched
         for _, work in riders:
@@ -190,11 +192,15 @@ class Batch:
         return left, allowed
 
     # --- results --------------------------------------------------------------------------------------------------
-    def _land(self) -> None:
-        """Looks at the step in flight before the batch is rearranged."""
+    def land(self) -> bool:
+        """Looks at the step in flight, if there is one, and tells whether there was.
+
+        To be called before the batch is rearranged, or a row that cannot be set back is taken out of it.
+        """
         flight, self._flight = self._flight, None
         if flight is not None:
             self._deliver(*flight)
+        return flight is not None
 
     def _deliver(self, packed: Packed, riders: Riders) -> None:
         integers, numbers = np.asarray(packed.integers), np.asarray(packed.numbers)

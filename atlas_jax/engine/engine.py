@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import logging
 import os
 import threading
@@ -13,12 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
 from atlas_jax import _platform
-from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE, ConfigError, MemoryConfig, ModelConfig
-from atlas_jax.engine import snapshot, successors
+from atlas_jax.config import ConfigError
 from atlas_jax.engine.api import (
     EngineStats,
     GenerationRequest,
@@ -26,38 +21,28 @@ from atlas_jax.engine.api import (
     InvalidRequest,
     Listener,
     MemoryUnavailable,
-    ModelInfo,
     Overloaded,
     SlotInfo,
 )
 from atlas_jax.engine.compiler import CompileCounter, use_cache
 from atlas_jax.engine.grammar import Grammar, Grammars
 from atlas_jax.engine.loop import Loop
+from atlas_jax.engine.opening import Opened, open_pretrained, open_trained
 from atlas_jax.engine.resident import resident_bytes
-from atlas_jax.engine.runner import DRAFTING, Buckets, Runner
-from atlas_jax.engine.session import Layout
 from atlas_jax.engine.sessions import SessionTable
-from atlas_jax.engine.step import StepConfig, Weights
 from atlas_jax.engine.tiers import Budgets
 from atlas_jax.engine.warmup import WarmUp
 from atlas_jax.engine.work import Work, new_work
-from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFFile, TemplateError, Tokenizer
+from atlas_jax.gguf import GGUFFile, TemplateError
 from atlas_jax.kernels import native, pallas
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.sampling import BIAS_SLOTS, TOP_LOGPROBS
-from atlas_jax.memory import store
-from atlas_jax.memory.adapter import Adapter
-from atlas_jax.memory.fit import calibrate_with
-from atlas_jax.model.loading import WeightDtype, load_params, model_config, parameter_count
-from atlas_jax.model.params import ModelParams
-from atlas_jax.placement import Placement, on_mesh
+from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
+from atlas_jax.model.loading import WeightDtype
 
 log = logging.getLogger("atlas.engine")
 
-MAX_LEARNING_RATE = 1.0
 _EXIT_SECONDS = 120.0
-_CALIBRATION_TOKENS = 4096
-"""Tokens read of each text when a server calibrates by itself: under a minute for a small model on two cores."""
 
 
 @dataclass(frozen=True)
@@ -83,11 +68,7 @@ class Engine:
     def __init__(
         self,
         *,
-        info: ModelInfo,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        runner: Runner,
-        layout: Layout | None,
+        opened: Opened,
         memory_path: Path | None,
         budgets: Budgets,
         limits: Limits,
@@ -95,13 +76,14 @@ class Engine:
         compilations: CompileCounter,
     ) -> None:
         """Use `Engine.open`."""
+        info, runner, layout = opened.info, opened.runner, opened.layout
         self.model = info
-        self.tokenizer = tokenizer
-        self._template = template
+        self.tokenizer = opened.tokenizer
+        self._template = opened.template
         self._runner = runner
         self._limits = limits
         self._compilations = compilations
-        self._grammars = Grammars(tokenizer)
+        self._grammars = Grammars(opened.tokenizer)
         self._draining = False
         self._close_lock = threading.Lock()
         self._table = (
@@ -111,11 +93,12 @@ class Engine:
         )
         self._loop = Loop(
             runner,
-            tokenizer,
+            opened.tokenizer,
             self._table,
             max_rows=limits.running,
             context=limits.context,
-            prefix_bytes=prefix_bytes,
+            answer=info.context_length,
+            prefix_bytes=prefix_bytes if runner.rewinds else 0,
         )
         self._warm_up = WarmUp(runner)
 
@@ -173,74 +156,38 @@ class Engine:
         cache = Path(cache_path) if cache_path is not None else default_cache()
         use_cache(cache / "compiled")
         compilations = CompileCounter()
-        started = time.monotonic()
         with GGUFFile.open(model_path) as file:
-            tokenizer = Tokenizer.from_metadata(file.metadata)
-            template = _chat_template(file, tokenizer)
-            config = model_config(file)
-            fingerprint = file.fingerprint()
-            placement = on_mesh(config, mesh_data, mesh_model)
-            if mesh_data > max_running:
-                raise ConfigError(
-                    f"mesh_data ({mesh_data}) must not exceed the requests that run at once, {max_running}"
+            if file.require("general.architecture", str) == TRAINED:
+                if mesh_data * mesh_model != 1:
+                    raise ConfigError(
+                        "mesh_data and mesh_model must be 1: a model with its own memory runs on one device"
+                    )
+                opened = open_trained(file, max_running=max_running, max_context=max_context, sessions=memory_enabled)
+            else:
+                opened = open_pretrained(
+                    file,
+                    cache=cache,
+                    memory=memory_enabled,
+                    adapter_path=None if adapter_path is None else Path(adapter_path),
+                    max_running=max_running,
+                    max_context=max_context,
+                    max_window=max_window,
+                    weight_dtype=weight_dtype,
+                    kv_dtype=kv_dtype,
+                    speculate=speculate,
+                    mesh_data=mesh_data,
+                    mesh_model=mesh_model,
                 )
-            params = load_params(file, config, dtype=weight_dtype, placement=placement)
-            path = file.path
         _platform.self_test()
-        log.info("Loaded %s in %.1f s", path.name, time.monotonic() - started)
-        context = min(max_context, config.context_length)
-        memory: MemoryConfig | None = None
-        adapter: Adapter | None = None
-        adapter_digest, adapter_source = "", None
-        if memory_enabled:
-            memory, adapter, adapter_digest, adapter_source = _find_adapter(
-                Path(adapter_path) if adapter_path is not None else None,
-                cache / "adapters",
-                fingerprint,
-                config,
-                tokenizer,
-                params,
-                max_window,
-                placement,
-            )
-        successor = successors.find(cache, fingerprint, config.vocab)
-        step = StepConfig(config, memory)
-        pages = max(context // PAGE, 1, 0 if memory is None else (max_window + memory.max_omega_window) // PAGE)
-        # attention over float pages is never of a single row of a single token: it would round differently
-        alone = 1 if speculate or kv_dtype == "int8" else 2
-        rows = _powers(max(alone, mesh_data), max_running)
-        buckets = Buckets(rows, _powers(4, pages), drafting=DRAFTING if speculate else 0)
-        runner = Runner(step, Weights(params, adapter, jnp.asarray(successor)), kv_dtype, buckets, placement)
-        layout = None if memory is None else Layout(config, memory, kv_dtype, fingerprint, adapter_digest)
-        info = ModelInfo(
-            name=path.name.removesuffix(".gguf"),
-            architecture=config.family,
-            fingerprint=fingerprint,
-            parameters=parameter_count(params),
-            size_bytes=path.stat().st_size,
-            context_length=context,
-            vocab_size=config.vocab,
-            layers=len(config.layers),
-            embedding_size=config.embed,
-            memory_layers=() if memory is None else memory.layers,
-            state_bytes_per_session=_state_bytes(runner),
-            adapter=adapter_source,
-            created=int(path.stat().st_mtime),
-        )
-        limits = Limits(max_running, max_waiting, context, max_window)
         engine = cls(
-            info=info,
-            tokenizer=tokenizer,
-            template=template,
-            runner=runner,
-            layout=layout,
+            opened=opened,
             memory_path=None if memory_path is None else Path(memory_path),
             budgets=Budgets(device_cache_bytes, host_cache_bytes, disk_cache_bytes),
-            limits=limits,
+            limits=Limits(max_running, max_waiting, opened.longest_prompt, max_window),
             prefix_bytes=prefix_cache_bytes,
             compilations=compilations,
         )
-        engine._warm_up.start(first_pages=buckets.pages[0])
+        engine._warm_up.start(first_pages=opened.runner.buckets.pages[0])
         engine._loop.start()
         # threads still in XLA when the interpreter goes away crash the process
         atexit.register(engine.close, timeout=_EXIT_SECONDS)
@@ -320,31 +267,11 @@ class Engine:
                     code="context_length_exceeded",
                 )
             return
-        self._check_memory(request)
-
-    def _check_memory(self, request: GenerationRequest) -> None:
-        memory, config = request.memory, self._runner.config.memory
-        assert memory is not None
-        if config is None:
+        if self._table is None:
             raise MemoryUnavailable("ATLAS not enabled")
-        if request.prompt_logprobs is not None and memory.session is not None:
+        if request.prompt_logprobs is not None and request.memory.session is not None:
             raise InvalidRequest("log-probabilities of a prompt are not available in a session", param="echo")
-        pages = {"window_size": config.max_window, "update_frequency": config.max_omega_window}
-        for name, largest in pages.items():
-            value = getattr(memory, name)
-            if not PAGE <= value <= largest or value % PAGE:
-                raise _out_of_range(name, f"value must be a multiple of {PAGE} between {PAGE} and {largest}")
-        if not memory.update_frequency <= memory.omega_window <= config.max_omega_window:
-            least = memory.update_frequency
-            raise _out_of_range("omega_window", f"value must be between {least} and {config.max_omega_window}")
-        if not 1 <= memory.memory_layers <= MAX_MEMORY_LAYERS:
-            raise _out_of_range("memory_layers", f"value must be between 1 and {MAX_MEMORY_LAYERS}")
-        if not 1 <= memory.polynomial_degree <= MAX_DEGREE:
-            raise _out_of_range("polynomial_degree", f"value must be between 1 and {MAX_DEGREE}")
-        if not 0 <= memory.blend_ratio <= 1:
-            raise _out_of_range("blend_ratio", "value must be between 0 and 1")
-        if memory.learning_rate is not None and not 0 < memory.learning_rate <= MAX_LEARNING_RATE:
-            raise _out_of_range("learning_rate", f"value must be above 0 and at most {MAX_LEARNING_RATE}")
+        self._runner.check(request.memory)
 
     # --- what a host can ask --------------------------------------------------------------------------------------
     @property
@@ -439,69 +366,6 @@ class _Submitted:
         if not self._work.done:
             self._work.cancelled.set()
             self._loop.wake()
-
-
-def _out_of_range(name: str, message: str) -> InvalidRequest:
-    return InvalidRequest(f"Validation error in field 'atlas.{name}': {message}", param=f"atlas.{name}")
-
-
-def _find_adapter(
-    path: Path | None,
-    cache: Path,
-    fingerprint: str,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    params: ModelParams,
-    max_window: int,
-    placement: Placement,
-) -> tuple[MemoryConfig, Adapter, str, str]:
-    """The adapter asked for, shipped or cached, else calibrated now and kept; the digest of its file; where it is from."""
-    own = store.cached(cache, fingerprint)
-    data = path.read_bytes() if path is not None else store.shipped(fingerprint)
-    source = "given" if path is not None else "shipped" if data is not None else "calibrated"
-    if data is None and own.is_file():
-        data = own.read_bytes()
-    if data is None:
-        started = time.monotonic()
-        log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once")
-        found = calibrate_with(tokenizer, config, params, store.calibration_texts(), _CALIBRATION_TOKENS, placement)
-        data = store.encode(fingerprint, found.config, found.adapter)
-        with snapshot.atomic_file(own) as file:
-            file.write(data)
-        log.info(
-            "[ATLAS] Calibrated in %.0f s: layers %s, loss past the window %.3f without and %.3f with the memory",
-            time.monotonic() - started,
-            found.config.layers,
-            found.loss_window,
-            found.loss_memory,
-        )
-    found_config, adapter = store.decode(data, fingerprint, config, max_window=max_window)
-    return found_config, adapter, hashlib.sha256(data).hexdigest(), source
-
-
-def _chat_template(file: GGUFFile, tokenizer: Tokenizer) -> ChatTemplate:
-    template = ChatTemplate.from_metadata(file.metadata)
-    if template is not None:
-        return template
-
-    def text(token: int | None) -> str:
-        return "" if token is None else tokenizer.decode([token])
-
-    return ChatTemplate(FALLBACK_TEMPLATE, bos_token=text(tokenizer.bos_id), eos_token=text(tokenizer.eos_id))
-
-
-def _state_bytes(runner: Runner) -> int:
-    """Bytes of one row's memory and smallest ring."""
-    row = runner.row_shapes(runner.buckets.pages[0])
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
-
-
-def _powers(first: int, last: int) -> tuple[int, ...]:
-    """first, 2·first, 4·first … and the power that reaches `last`."""
-    sizes = [first]
-    while sizes[-1] < last:
-        sizes.append(sizes[-1] * 2)
-    return tuple(sizes)
 
 
 def _limit_threads(threads: int) -> None:

@@ -18,6 +18,7 @@ from atlas_jax.engine.api import (
     EngineError,
     Failed,
     FinishReason,
+    InvalidRequest,
     MemoryStats,
     Prompt,
     SlotInfo,
@@ -28,15 +29,14 @@ from atlas_jax.engine.output import token_info
 from atlas_jax.engine.prefix import PrefixCache
 from atlas_jax.engine.queue import FairQueue
 from atlas_jax.engine.resident import give_back
-from atlas_jax.engine.runner import Runner
-from atlas_jax.engine.session import Session, SessionShape
+from atlas_jax.engine.rows import Rows
+from atlas_jax.engine.session import Session
 from atlas_jax.engine.sessions import SessionTable
 from atlas_jax.engine.settings import MemoryWrite, memory_settings
 from atlas_jax.engine.step import Packed
 from atlas_jax.engine.turns import begin_page, kept_session, resume, resume_plain, same_shape
 from atlas_jax.engine.work import Work
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.model.window import WindowPlan
 
 log = logging.getLogger("atlas.engine")
 
@@ -50,14 +50,21 @@ class Loop:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Rows,
         tokenizer: Tokenizer,
         sessions: SessionTable | None,
         *,
         max_rows: int,
         context: int,
+        answer: int,
         prefix_bytes: int,
     ) -> None:
+        """Makes an idle loop.
+
+        Args:
+          context: tokens of the longest plain request.
+          answer: tokens of an answer that names no limit.
+        """
         self.counters = Counters()
         self._runner = runner
         self._tokenizer = tokenizer
@@ -65,6 +72,7 @@ class Loop:
         self._prefixes = PrefixCache(prefix_bytes)
         self._max_rows = max_rows
         self._context = context
+        self._answer = answer
         self._signal = threading.Condition()
         self._inbox: deque[Work] = deque()
         self._stopping = False
@@ -167,6 +175,8 @@ class Loop:
             return self._signal.wait_for(lambda: bool(self._inbox or self._poked or self._stopping), timeout)
 
     def _drop_cancelled(self) -> None:
+        if not self._runner.rewinds and any(work.cancelled.is_set() for _, work in self._batch.sitting()):
+            self._batch.land()
         for work in [work for work in self._waiting if work.cancelled.is_set()]:
             self._waiting.remove(work)
             self._finish(work, "cancelled")
@@ -192,7 +202,7 @@ class Loop:
 
     def _ready(self, work: Work) -> bool:
         """Whether a request can begin; takes its session if it can. One that cannot be had fails here."""
-        if any(lane.reads_for(work) for lane in self._lanes):
+        if self._prefixes.budget and any(lane.reads_for(work) for lane in self._lanes):
             return False
         memory = work.request.memory
         if memory is None or memory.session is None or self._sessions is None:
@@ -209,20 +219,18 @@ class Loop:
         work.started = time.monotonic()
         request = work.request
         prompt = list(request.prompt)
-        work.limit = self._context if request.max_tokens is None else request.max_tokens
+        work.limit = self._answer if request.max_tokens is None else request.max_tokens
         memory = request.memory
         if memory is None:
             work.limit = min(work.limit, self._context - len(prompt))
-            work.ring_pages = work.plan.ring(len(prompt) + work.limit)
+            work.ring_pages = self._runner.ring_pages(work.plan, len(prompt) + work.limit)
             resume_plain(self._runner, self._prefixes, work)
         else:
-            plan = WindowPlan(memory.window_size // PAGE, memory.update_frequency // PAGE)
-            work.shape = SessionShape(plan, memory.memory_layers, memory.polynomial_degree)
+            work.shape = self._runner.shape(memory)
             session = work.lease.session if work.lease is not None else None
             if session is not None and session.history.length:
                 work.shape = same_shape(session.shape, work.shape, memory.given)
-            assert work.shape.plan.window is not None
-            work.ring_pages = work.shape.plan.window + work.shape.plan.update - 1
+            work.ring_pages = self._runner.ring_pages(work.plan, len(prompt) + work.limit)
             if work.lease is not None:
                 session = session or Session(work.lease.key, work.shape)
                 resume(self._runner, work, session, prompt)
@@ -230,7 +238,28 @@ class Loop:
                 work.feed = prompt
                 work.row = self._runner.new_row(1)
             work.write = MemoryWrite.from_params(memory, work.shape.degree)
+            self._fit_context(work)
+        work.began = work.position
         self._lanes.append(work)
+
+    def _fit_context(self, work: Work) -> None:
+        """Ends a session's answer where the model has no room left for it.
+
+        Raises:
+          InvalidRequest: there is none for the prompt.
+        """
+        context = self._runner.session_context
+        if context is None:
+            return
+        room = context - work.position - len(work.feed)
+        if room < 0 or (room == 0 and work.limit):
+            raise InvalidRequest(
+                f"The session would have {work.position + len(work.feed)} tokens, but this model attends to all of them and "
+                f"its context is {context}",
+                param="prompt",
+                code="context_length_exceeded",
+            )
+        work.limit = min(work.limit, room)
 
     # --- reading prompts ------------------------------------------------------------------------------------------
     def _read_some(self) -> None:
@@ -344,10 +373,12 @@ class Loop:
             loss = float(np.asarray(held.memory.loss)[place])
             self.counters.omega_loss += loss
         read = work.position if index is None else work.read_tokens
-        window = work.plan.window or 0
-        fill = min(1.0, (read - work.plan.left(max(work.page, 0)) * PAGE) / (window * PAGE)) if window else 0.0
-        config = self._runner.config.memory
-        utilization = min(1.0, work.absorbed / config.features) if config is not None else 0.0
+        if work.plan.window is None:  # a model's own memory is written with every token
+            work.account(read)
+        window = self._runner.window if work.plan.window is None else work.plan.window * PAGE
+        fill = min(1.0, (read - work.plan.left(max(work.page, 0)) * PAGE) / window) if window else 0.0
+        capacity = self._runner.capacity
+        utilization = min(1.0, work.absorbed / capacity) if capacity else 0.0
         self.counters.memory_utilization, self.counters.window_fill = utilization, fill
         kept: Session | None = None
         if memory.write and work.request.choice == 0 and work.kept is not None and held is not None:
@@ -361,7 +392,7 @@ class Loop:
             omega_loss=loss,
             muon_iterations=work.muon_iterations,
             blend_ratio_actual=passes,
-            tokens_absorbed=work.updates * work.plan.update * PAGE,
+            tokens_absorbed=work.written,
             session_id=None if memory.session is None else memory.session.session_id,
             cache_hit=work.cache_hit,
         )
@@ -376,6 +407,8 @@ class Loop:
         """Ends what is left when the thread ends, keeping the sessions where the device still answers."""
         with self._signal:
             arrived, self._inbox = list(self._inbox), deque()
+        if self.failure is None and not self._runner.rewinds:
+            self._batch.land()
         everyone: list[tuple[Work, int | None]] = [(work, None) for work in [*arrived, *self._waiting, *self._lanes]]
         everyone += [(work, index) for index, work in self._batch.sitting()]
         for work, index in everyone:

@@ -34,11 +34,13 @@ class PrefixCache:
 
     A page's name is a digest of the owner and all tokens up to its end, so the longest known name is the longest common
     prefix: a radix tree over pages without the tree.
+
+    Attributes:
+      budget: bytes of states that are kept; 0 keeps none.
     """
 
     def __init__(self, budget: int) -> None:
-        """`budget`: bytes of states that are kept; 0 keeps none."""
-        self._budget = budget
+        self.budget = budget
         self._size = 0
         self._number = itertools.count()
         self._entries: OrderedDict[int, _Entry] = OrderedDict()
@@ -66,13 +68,13 @@ class PrefixCache:
         """Keeps the state of a single row that has read `tokens` as one prompt; nobody may donate it afterwards."""
         names = tuple(_names(owner, tokens))
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(context))
-        if not names or size > self._budget or names[-1] in self._holders:
+        if not names or size > self.budget or names[-1] in self._holders:
             return
         for name in names[:-1]:  # a prompt that this one begins with is no longer needed
             for number in list(self._holders.get(name, ())):
                 if self._entries[number].names[-1] == name:
                     self._drop(number)
-        while self._size + size > self._budget:
+        while self._size + size > self.budget:
             self._drop(next(iter(self._entries)))
         number = next(self._number)
         self._entries[number] = _Entry(context, names, size)

@@ -1,25 +1,26 @@
-"""Owns what is on the device: weights, the decode batch, and the compiled functions. No policy: the scheduler decides."""
+"""A pretrained model with the recall memory, as the scheduler runs it: weights, rows and the compiled functions."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from atlas_jax.config import PAGE
+from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
 from atlas_jax.engine import step, whole
+from atlas_jax.engine.api import MemoryParams
+from atlas_jax.engine.rows import SCALAR, Buckets, Rows, refused, sent
+from atlas_jax.engine.session import SessionShape
 from atlas_jax.engine.settings import MemoryWrite, memory_settings, write_settings
-from atlas_jax.engine.state import DRAFTS, Drawing, Sequences, init_drawing, init_room, init_sequences
+from atlas_jax.engine.state import Sequences, init_sequences
 from atlas_jax.engine.step import Packed, StepConfig, Weights
 from atlas_jax.kernels import native
 from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.kernels.lookup import NONE
-from atlas_jax.kernels.sampling import SamplingState, allowed_words
+from atlas_jax.kernels.sampling import allowed_words
 from atlas_jax.memory.inner_step import OPTIMIZERS
 from atlas_jax.memory.recall import MemorySettings
 from atlas_jax.model.context import page_turn, turn_page
@@ -32,36 +33,14 @@ from atlas_jax.program import Program, shape, shapes
 CHUNKS = (32, PAGE)
 """Lengths a piece of prompt is padded to. Which one never depends on what is compiled yet: programs of different shapes
 round differently, and a session must go on after a restart bit for bit as without one."""
-DRAFTING = 2
-"""Rows of a batch up to which drafts pay on a CPU; with more, a row pays for its neighbours' wrong guesses. SmolLM2-135M on
-two cores with the native kernels, layers alone, least of 20 in two runs: 13 and 15 ms for one row of one token, 19 and 20 for
-one of four, 28 and 35 for four of four."""
+MAX_LEARNING_RATE = 1.0
 WHOLE = 2
 """Rows of a batch up to which a decode step is one program, once that is compiled (8 s where stages take 1.5): it saves the
 gaps between programs. SmolLM2-135M, one row, greedy, medians of 7 × 100 steps in one run: 13.9 ms against 19.2."""
 
 
-@dataclass(frozen=True)
-class Buckets:
-    """Shapes there are compiled programs for.
-
-    Attributes:
-      rows: sizes of the decode batch.
-      pages: sizes of a row's ring of pages.
-      drafting: rows of the largest batch whose decode step also feeds every row its drafts.
-    """
-
-    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
-    pages: tuple[int, ...] = (4, 8, 16, 32, 64)
-    drafting: int = DRAFTING
-
-    def width(self, rows: int) -> int:
-        """Tokens per row of a decode step. It depends on nothing else: steps of different shapes round differently."""
-        return 1 + DRAFTS if rows <= self.drafting else 1
-
-
-class Runner:
-    """Runs compiled steps for one engine thread; not thread-safe, but for `compile_*`."""
+class Runner(Rows):
+    """Runs a pretrained model."""
 
     def __init__(
         self,
@@ -72,13 +51,15 @@ class Runner:
         placement: Placement = ONE_DEVICE,
     ) -> None:
         self.config = config
-        self.buckets = buckets
+        self._kv_dtype = kv_dtype
         weights = placement.weights(weights)
         self._placement = placement
-        self._program = functools.partial(Program, placement=placement)
         self._weights = weights
         self._ends = dataclasses.replace(weights, params=dataclasses.replace(weights.params, layers=()))
-        self._make = functools.partial(init_sequences, config.model, config.memory, dtype=kv_dtype)
+        capacity = 0 if config.memory is None else config.memory.features
+        super().__init__(config.model.vocab, capacity, buckets, CHUNKS)
+        if config.memory is not None:
+            self.muon_passes = config.memory.passes
         self._trunk = Trunk(config.model, placement)
         self._finish_read = self._program(step.finish_read, donate=(1,))
         self._finish_score = self._program(functools.partial(step.finish_score, config), donate=(1,))
@@ -92,48 +73,51 @@ class Runner:
             for optimizer in OPTIMIZERS
         }
         self._turn_page = self._program(turn_page, donate=(0,))
-        self._extract = self._program(step.extract)
-        self._extract_drawing = self._program(step.extract)
         self._fit = self._program(step.fit, donate=(1,))
         self._insert_context = self._program(step.insert_context, donate=(0,))
         self._insert_memory = self._program(step.insert_memory, donate=(0,))
-        self._start = self._program(step.start, donate=(0,))
         self._reposition = self._program(step.reposition, donate=(0,))
-        self._all_allowed: dict[int, jax.Array] = {}
-        self._new: dict[tuple[int, int], Program] = {}
-        self._new_drawing: dict[int, Program] = {}
-        rows, pages = buckets.rows[0], buckets.pages[0]
-        self.sequences: Sequences = self._sequences(rows, pages)
-        self.drawing: Drawing
-        self.drawing, self._room = self._idle(rows)
 
-    def _sequences(self, rows: int, pages: int) -> Sequences:
-        return self._maker(rows, pages)(())
+    def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> Program:
+        return Program(function, donate=donate, placement=self._placement)
 
-    def _maker(self, rows: int, pages: int) -> Program:
-        return self._new.setdefault(
-            (rows, pages), self._program(functools.partial(self._make, batch=rows, pages=pages))
-        )
+    def _make(self, *, batch: int, pages: int) -> Sequences:
+        return init_sequences(self.config.model, self.config.memory, batch, pages, self._kv_dtype)
 
-    def _idle(self, rows: int) -> tuple[Drawing, jax.Array]:
-        drawing, room = self._idle_maker(rows)(())
-        return drawing, room
+    def _to_device(self, rows: np.ndarray) -> jax.Array:
+        return jax.device_put(self._placement.rows(rows))
 
-    def _idle_maker(self, rows: int) -> Program:
-        model, width = self.config.model, self.buckets.width(rows)
-        return self._new_drawing.setdefault(
-            rows, self._program(lambda: (init_drawing(model, rows), init_room(model, rows, width)))
-        )
+    def shape(self, memory: MemoryParams) -> SessionShape:
+        """What the request asks for: the memory of a pretrained model is as large as one likes."""
+        plan = WindowPlan(memory.window_size // PAGE, memory.update_frequency // PAGE)
+        return SessionShape(plan, memory.memory_layers, memory.polynomial_degree)
+
+    def check(self, memory: MemoryParams) -> None:
+        """Refuses settings that are out of range; raises InvalidRequest."""
+        config = self.config.memory
+        assert config is not None
+        pages = {"window_size": config.max_window, "update_frequency": config.max_omega_window}
+        for name, largest in pages.items():
+            value = getattr(memory, name)
+            if not PAGE <= value <= largest or value % PAGE:
+                raise refused(name, f"value must be a multiple of {PAGE} between {PAGE} and {largest}")
+        if not memory.update_frequency <= memory.omega_window <= config.max_omega_window:
+            least = memory.update_frequency
+            raise refused("omega_window", f"value must be between {least} and {config.max_omega_window}")
+        if not 1 <= memory.memory_layers <= MAX_MEMORY_LAYERS:
+            raise refused("memory_layers", f"value must be between 1 and {MAX_MEMORY_LAYERS}")
+        if not 1 <= memory.polynomial_degree <= MAX_DEGREE:
+            raise refused("polynomial_degree", f"value must be between 1 and {MAX_DEGREE}")
+        if not 0 <= memory.blend_ratio <= 1:
+            raise refused("blend_ratio", "value must be between 0 and 1")
+        if memory.learning_rate is not None and not 0 < memory.learning_rate <= MAX_LEARNING_RATE:
+            raise refused("learning_rate", f"value must be above 0 and at most {MAX_LEARNING_RATE}")
+
+    def ring_pages(self, plan: WindowPlan, tokens: int) -> int:
+        """Ring slots that a row needs: all of a window's, or for a plain request all of its text's."""
+        return plan.ring(tokens) if plan.window is None else plan.window + plan.update - 1
 
     # --- single rows ----------------------------------------------------------------------------------------------
-    def new_row(self, pages: int) -> Sequences:
-        """An empty row with a ring of at least `pages` pages."""
-        return self._sequences(1, bucket(pages, self.buckets.pages))
-
-    def row_shapes(self, pages: int) -> Sequences:
-        """Shapes and types of a row with a ring of `pages` pages."""
-        return self._batch_shapes(1, pages)
-
     def adopt(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A row that goes on from a saved one at `position`; the saved one stays as it is."""
         row = self._put(self.new_row(pages), self._whole_ring(saved), 0, with_memory=True)
@@ -227,35 +211,6 @@ class Runner:
         """Ring slots of each row of the decode batch."""
         return _pages(self.sequences)
 
-    def resize(self, rows: int, pages: int, moves: dict[int, int]) -> None:
-        """Makes the batch another size; `moves` maps each row that lives on to its new place."""
-        old, drawing = self.sequences, self.drawing
-        self.sequences = self._sequences(rows, pages)
-        self.drawing, self._room = self._idle(rows)
-        for source, target in moves.items():
-            index = np.int32(source)
-            row = self._extract(_shape_key(old), old, index)
-            self.sequences = self._put(self.sequences, row, target, with_memory=True)
-            single = self._extract_drawing(_rows(old), drawing, index)
-            self.drawing = self._start(rows, self.drawing, single, np.int32(target))
-
-    def insert(
-        self,
-        index: int,
-        row: Sequences,
-        token: int,
-        text: np.ndarray,
-        sampling: SamplingState,
-        settings: MemorySettings,
-        *,
-        with_memory: bool,
-    ) -> None:
-        """Starts decoding a row at place `index`, with `token` as the next to feed; `text` is of `settings.recent_text`."""
-        self.sequences = self._put(self.sequences, row, index, with_memory=with_memory)
-        first, none = np.asarray([token], np.int32), np.full((1, DRAFTS), NONE, np.int32)
-        single = Drawing(first, none, text, sampling, settings)  # type: ignore[arg-type]
-        self.drawing = self._start(self.rows, self.drawing, single, np.int32(index))
-
     def _put(self, batch: Sequences, row: Sequences, index: int, *, with_memory: bool) -> Sequences:
         """The batch with a row written over the one at `index`."""
         place, size = np.int32(index), _pages(batch)
@@ -268,27 +223,14 @@ class Runner:
             memory = self._insert_memory(_rows(batch), memory, row.memory, place)
         return Sequences(context, memory)
 
-    def extract(self, index: int) -> Sequences:
-        """A copy of the row at place `index`."""
-        return self._extract(_shape_key(self.sequences), self.sequences, np.int32(index))
-
     def turn_row(self, index: int, turn: Turn, write: MemoryWrite | None) -> None:
         """Begins a page of the row at place `index`."""
         self.sequences = self._turn_sequences(self.sequences, index, turn, write)
 
     @property
-    def width(self) -> int:
-        """The most tokens a row can gain in one decode step."""
-        return self.buckets.width(self.rows)
-
-    @property
     def at_once(self) -> bool:
         """Whether the next decode step is one program."""
         return self._whole[self.width > 1].ready(_step_key(self.sequences, self.width))
-
-    def all_allowed(self) -> np.ndarray:
-        """A bit for every row and token, all set: int32 [rows, words]."""
-        return np.full((self.rows, allowed_words(self.config.model.vocab)), -1, np.int32)
 
     def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> Packed:
         """One step; the result is on its way to the host when this returns, not there yet.
@@ -297,10 +239,7 @@ class Runner:
           wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its drafts out.
           allowed: which tokens may be drawn, see `all_allowed`; None allows all.
         """
-        rows, width, wanted = self.rows, self.width, wanted.astype(np.int32)
-        if rows not in self._all_allowed:
-            self._all_allowed[rows] = jax.device_put(self._placement.rows(self.all_allowed()))
-        may = self._all_allowed[rows] if allowed is None else allowed
+        rows, width, wanted, may = self.rows, self.width, wanted.astype(np.int32), self._may(allowed)
         key = _step_key(self.sequences, width)
         if self.at_once:
             self.sequences, self.drawing, packed, self._room = self._whole[width > 1](
@@ -314,9 +253,7 @@ class Runner:
                 rows, self._ends, self.sequences.memory, self.drawing, may, *rest
             )
             self.sequences = Sequences(dataclasses.replace(context, position=position), memory)
-        packed.integers.copy_to_host_async()
-        packed.numbers.copy_to_host_async()
-        return packed
+        return sent(packed)
 
     def _turn_sequences(self, sequences: Sequences, index: int, turn: Turn, write: MemoryWrite | None) -> Sequences:
         memory = sequences.memory
@@ -347,20 +284,16 @@ class Runner:
 
     def compile_decoding(self, rows: int, pages: int) -> None:
         """Compiles what a batch of this size needs while its rows stay."""
-        batch, single = self._batch_shapes(rows, pages), self.row_shapes(pages)
-        idle = functools.partial(init_drawing, self.config.model)
-        drawing, one = jax.eval_shape(functools.partial(idle, rows)), jax.eval_shape(functools.partial(idle, 1))
-        self._maker(rows, pages).compile(())
-        self._idle_maker(rows).compile(())
-        self._insert_context.compile((rows, pages), batch.context, single.context, _SCALAR)
-        self._start.compile(rows, drawing, one, _SCALAR)
+        batch, single, drawing = self._batch_shapes(rows, pages), self.row_shapes(pages), self._drawing_shapes(rows)
+        self._compile_beginning(rows, pages)
+        self._insert_context.compile((rows, pages), batch.context, single.context, SCALAR)
         self._turn_page.compile((rows, pages), batch.context, shapes(page_turn(0, WindowPlan(None).turn(0))))
         width = self.buckets.width(rows)
         key, count = (rows, pages, width), _integers(rows)
         feed = drawing.token if width == 1 else (drawing.token, drawing.drafts)
         view, states = self._trunk.compile(key, self._weights.params, batch.context, feed, count)
         rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid, self._room_shape(rows))
-        allowed = _integers(rows, allowed_words(self.config.model.vocab))
+        allowed = _integers(rows, allowed_words(self.vocab))
         self._finish_decode.compile(rows, self._ends, batch.memory, drawing, allowed, *rest)
 
     def compile_whole(self, rows: int, pages: int) -> None:
@@ -371,40 +304,29 @@ class Runner:
         if rows > WHOLE or self._trunk.programs == 1 or not same:
             return
         batch = self._batch_shapes(rows, pages)
-        drawing = jax.eval_shape(functools.partial(init_drawing, self.config.model, rows))
+        drawing = self._drawing_shapes(rows)
         width = self.buckets.width(rows)
-        inputs = _integers(rows), _integers(rows, allowed_words(self.config.model.vocab)), self._room_shape(rows)
+        inputs = _integers(rows), _integers(rows, allowed_words(self.vocab)), self._room_shape(rows)
         self._whole[width > 1].compile((rows, pages, width), self._weights, batch, drawing, *inputs)
 
     def compile_moves(self, rows: int, pages: int) -> None:
         """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""
         batch, single = self._batch_shapes(rows, pages), self.row_shapes(pages)
-        drawing = jax.eval_shape(functools.partial(init_drawing, self.config.model, rows))
-        self._extract.compile((rows, pages), batch, _SCALAR)
-        self._extract_drawing.compile(rows, drawing, _SCALAR)
-        self._reposition.compile(pages, single, _SCALAR, _SCALAR)
-        self._insert_context.compile((1, pages), single.context, single.context, _SCALAR)
+        self._compile_leaving(rows, pages)
+        self._reposition.compile(pages, single, SCALAR, SCALAR)
+        self._insert_context.compile((1, pages), single.context, single.context, SCALAR)
         for other in self.buckets.pages:
             if other != pages:
                 self._fit.compile((other, pages), self.row_shapes(other).context, single.context)
         for size, state in ((1, single.memory), (rows, batch.memory)):
             if state is not None:
-                self._insert_memory.compile(size, state, single.memory, _SCALAR)
+                self._insert_memory.compile(size, state, single.memory, SCALAR)
                 write = shapes(write_settings(MemoryWrite(PAGE, "exact", 1.0, 1), PAGE))
                 for program in self._write_memory.values():
-                    program.compile(size, self._ends.adapter, state, _SCALAR, write)
-
-    def _batch_shapes(self, rows: int, pages: int) -> Sequences:
-        return jax.eval_shape(functools.partial(self._make, batch=rows, pages=pages))
-
-    def _room_shape(self, rows: int) -> jax.Array:
-        return jax.eval_shape(lambda: init_room(self.config.model, rows, self.buckets.width(rows)))
+                    program.compile(size, self._ends.adapter, state, SCALAR, write)
 
     def _one_setting(self) -> MemorySettings:
         return shapes(memory_settings(None, 1, 1))
-
-
-_SCALAR = shape((), np.int32)
 
 
 def _integers(*sizes: int) -> Any:

@@ -21,7 +21,6 @@ from atlas_jax.engine.api import (
 )
 from atlas_jax.engine.archive import Location, Manifest
 from atlas_jax.engine.session import Layout, Session, encode_session
-from atlas_jax.engine.session_info import describe
 from atlas_jax.engine.tiers import MAX_CONTEXT_STATE, Budgets, Entry, SessionTiers, is_stored
 
 
@@ -56,7 +55,7 @@ class SessionTable(SessionTiers):
                 found = [entry.session for key, entry in self._entries.items() if key.owner == owner]
         if session_id is not None and found[0] is None and entry.location is not None:
             found = [self._read(SessionKey(owner, session_id), entry.location)]
-        return describe(self._layout.memory, [session for session in found if session is not None])
+        return self._layout.describe([session for session in found if session is not None])
 
     def list(self, owner: str, *, after: str | None, limit: int) -> tuple[tuple[SessionInfo, ...], str | None]:
         """One page of the owner's sessions by name, and the cursor of the next page."""

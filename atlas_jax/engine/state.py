@@ -64,17 +64,17 @@ def init_sequences(
     return Sequences(context, None if memory is None else recall.init_state(memory, batch, model.vocab))
 
 
-def init_room(model: ModelConfig, batch: int, tokens: int) -> Float[Array, "B*T V"]:
-    """Memory for a decode step's scores, see `step.finish_decode`."""
-    return jnp.zeros((batch * tokens, model.vocab), jnp.float32)
+def init_room(vocab: int, batch: int, tokens: int) -> Float[Array, "B*T V"]:
+    """Memory for a decode step's scores, see `step.draw`."""
+    return jnp.zeros((batch * tokens, vocab), jnp.float32)
 
 
-def init_drawing(model: ModelConfig, batch: int) -> Drawing:
+def init_drawing(vocab: int, batch: int) -> Drawing:
     """Idle rows."""
     return Drawing(
         token=jnp.zeros((batch,), jnp.int32),
         drafts=jnp.full((batch, DRAFTS), NONE, jnp.int32),
         text=jnp.full((batch, TEXT), NONE, jnp.int32),
-        sampling=init_sampling(batch, model.vocab),
+        sampling=init_sampling(batch, vocab),
         settings=recall.init_settings(batch),
     )

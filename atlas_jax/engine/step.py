@@ -128,7 +128,17 @@ def finish_score(
       wanted, the best ones (zeros otherwise: finding them takes longer than the model).
     """
     memory, mixed, gate = _predict(config, weights, memory, settings, hidden, tapped, tokens, positions, valid)
-    flat = mixed.reshape(-1, mixed.shape[-1])
+    return memory, scored(mixed, gate, following, alternatives)
+
+
+def scored(
+    scores: Float[Array, "B T V"],
+    gate: Float[Array, "B T"],
+    following: Int32[Array, "B T"],
+    alternatives: Bool[Array, ""],
+) -> Packed:
+    """How likely each token's successor was, [B·T] rows; see `finish_score`."""
+    flat = scores.reshape(-1, scores.shape[-1])
     best = row_max(flat)
     flat = flat - (best + jnp.log(row_sum(jnp.exp(flat - best[:, None]))))[:, None]
     successor = following.reshape(-1, 1)
@@ -138,7 +148,7 @@ def finish_score(
         lambda: tuple(jax.lax.top_k(flat, TOP_LOGPROBS)),
         lambda: (jnp.zeros(shape, flat.dtype), jnp.zeros(shape, jnp.int32)),
     )
-    return memory, Packed(
+    return Packed(
         integers=jnp.concatenate([successor, index], axis=1),
         numbers=jnp.concatenate([jnp.take_along_axis(flat, successor, axis=1), gate.reshape(-1, 1), top], axis=1),
     )
@@ -158,30 +168,54 @@ def finish_decode(
 ) -> tuple[MemoryState | None, Drawing, Int32[Array, B], Packed, Float[Array, "B*T V"] | None]:
     """Ends a step that fed every active row its token and T − 1 or fewer drafts; idle rows stay as they are.
 
-    After each fed token the next one is drawn as if it had come alone, from the row's seed and the token's position. As
-    long as the draft was what is drawn, the following draw counts too. So tokens and their distribution are those of a
-    step without drafts. What a wrong draft left in the cache and in the memory's rings lies at positions that are read
-    only after they have been written again.
+    What a wrong draft left in the cache and in the memory's rings lies at positions that are read only after they have
+    been written again.
 
     Args:
+      allowed, room: as for `draw`.
+
+    Returns:
+      The memory, and what `draw` returns.
+    """
+    fed = _fed(drawing, positions.shape[1])
+    memory, mixed, gate = _predict(
+        config, weights, memory, drawing.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid
+    )
+    return memory, *draw(drawing, weights.successor, mixed, gate, positions, valid, allowed, room)
+
+
+def draw(
+    drawing: Drawing,
+    successor: Int32[Array, V] | None,
+    scores: Float[Array, "B T V"],
+    gate: Float[Array, "B T"],
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    allowed: Int32[Array, "B words"],
+    room: Float[Array, "B*T V"] | None = None,
+) -> tuple[Drawing, Int32[Array, B], Packed, Float[Array, "B*T V"] | None]:
+    """Draws what comes after each fed token.
+
+    The next token is drawn as if it had come alone, from the row's seed and the token's position. As long as the draft
+    was what is drawn, the following draw counts too. So tokens and their distribution are those of a step without drafts.
+
+    Args:
+      successor: as `Weights.successor`; needed where rows are fed drafts.
       allowed: which tokens a row may draw, see `sampling.sample`; the same after its drafts, so a row for which that would
         be wrong comes without drafts.
       room: memory for this step's scores, donated: those of the step before. With a new allocation instead a step of 16
         rows over 262 144 tokens met 4 000 to 6 000 page faults and took 46 ms instead of 40.
 
     Returns:
-      The memory, what to draw from next, the position of each row's next token, a `Packed` [B, T], and what to give the
-      next step as `room`.
+      What to draw from next, the position of each row's next token, a `Packed` [B, T], and what to give the next step as
+      `room`.
     """
     batch, width = positions.shape
-    fed = jnp.concatenate([drawing.token[:, None], drawing.drafts[:, : width - 1]], axis=1)
-    memory, mixed, gate = _predict(
-        config, weights, memory, drawing.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid
-    )
-    scores = mixed.reshape(batch * width, -1)
+    fed = _fed(drawing, width)
+    flat = scores.reshape(batch * width, -1)
     drawn = sample(
         _after_drafts(drawing.sampling, fed),
-        scores,
+        flat,
         positions.reshape(-1) + 1,
         jnp.repeat(allowed, width, axis=0),
     )
@@ -196,7 +230,9 @@ def finish_decode(
     drawing = Drawing(
         token=jnp.where(count > 0, latest, drawing.token),
         # a batch too large for drafts does not look them up either
-        drafts=drafts(text, last, weights.successor, DRAFTS) if width > 1 else jnp.full_like(drawing.drafts, NONE),
+        drafts=jnp.full_like(drawing.drafts, NONE)
+        if width == 1 or successor is None
+        else drafts(text, last, successor, DRAFTS),
         text=text,
         sampling=record(drawing.sampling, token, counts),
         settings=drawing.settings,
@@ -206,15 +242,19 @@ def finish_decode(
         return jnp.concatenate([first[..., None], *(part.reshape(batch, width, -1) for part in rest)], axis=-1)
 
     return (
-        memory,
         drawing,
         last,
         Packed(
             integers=packed(jnp.where(counts, token, jnp.where(valid, WRONG, NONE)), drawn.top_token),
             numbers=packed(drawn.logprob.reshape(batch, width), gate, drawn.top_logprob),
         ),
-        None if room is None else scores,
+        None if room is None else flat,
     )
+
+
+def _fed(drawing: Drawing, width: int) -> Int32[Array, "B T"]:
+    """Tokens of a step: each row's own, then its drafts."""
+    return jnp.concatenate([drawing.token[:, None], drawing.drafts[:, : width - 1]], axis=1)
 
 
 def _after_drafts(state: SamplingState, fed: Int32[Array, "B T"]) -> SamplingState:

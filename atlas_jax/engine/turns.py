@@ -10,7 +10,7 @@ from atlas_jax.engine.api import InvalidRequest
 from atlas_jax.engine.counters import Counters
 from atlas_jax.engine.history import History, continuation
 from atlas_jax.engine.prefix import PrefixCache
-from atlas_jax.engine.runner import Runner
+from atlas_jax.engine.rows import Rows
 from atlas_jax.engine.session import Appended, Checkpoint, Session, SessionShape, SessionStats
 from atlas_jax.engine.settings import MemoryWrite
 from atlas_jax.engine.state import Sequences
@@ -43,7 +43,7 @@ def same_shape(session: SessionShape, request: SessionShape, given: frozenset[st
     return session
 
 
-def resume_plain(runner: Runner, prefixes: PrefixCache, work: Work) -> None:
+def resume_plain(runner: Rows, prefixes: PrefixCache, work: Work) -> None:
     """Goes on from the longest beginning of the prompt that has been read before, else from nothing."""
     prompt = list(work.request.prompt)
     # the last token is fed by the first decode step, so it is never part of what has been read
@@ -59,7 +59,7 @@ def resume_plain(runner: Runner, prefixes: PrefixCache, work: Work) -> None:
     work.feed = prompt[work.position :]
 
 
-def resume(runner: Runner, work: Work, session: Session, prompt: list[int]) -> None:
+def resume(runner: Rows, work: Work, session: Session, prompt: list[int]) -> None:
     """Goes on from the session's state, rolled back where the prompt departs from what it has read."""
     assert work.shape is not None
     plan = work.shape.plan
@@ -104,7 +104,7 @@ def resume(runner: Runner, work: Work, session: Session, prompt: list[int]) -> N
     work.kept = kept
 
 
-def kept_session(runner: Runner, work: Work, row: Sequences, read: int, loss: float) -> Session:
+def kept_session(runner: Rows, work: Work, row: Sequences, read: int, loss: float) -> Session:
     """The session as this request leaves it."""
     session = work.kept
     assert session is not None
@@ -128,10 +128,9 @@ def kept_session(runner: Runner, work: Work, row: Sequences, read: int, loss: fl
     return session
 
 
-def begin_page(runner: Runner, counters: Counters, work: Work) -> tuple[Turn, MemoryWrite | None]:
+def begin_page(runner: Rows, counters: Counters, work: Work) -> tuple[Turn, MemoryWrite | None]:
     """Accounts for the page that begins with the next token; what the runner has to do, and how the memory is written."""
-    memory = runner.config.memory
-    passes = memory.passes if memory is not None and work.write is not None and work.write.optimizer == "muon" else 0
+    passes = runner.muon_passes if work.write is not None and work.write.optimizer == "muon" else 0
     if work.begin_page(passes):
         counters.memory_updates += 1
         counters.muon_iterations += passes

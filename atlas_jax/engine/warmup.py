@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from atlas_jax.engine.runner import CHUNKS, Runner
+from atlas_jax.engine.rows import Rows
 
 log = logging.getLogger("atlas.engine")
 
@@ -24,7 +24,7 @@ _NICE = 10
 class WarmUp:
     """A thread that compiles what is left, at low priority."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Rows) -> None:
         self._runner = runner
         self._stop = threading.Event()
         self._done = threading.Event()
@@ -39,7 +39,7 @@ class WarmUp:
         runner = self._runner
         with ThreadPoolExecutor(2) as pool:  # XLA compiles one program on one core for most of the time
             tasks = [pool.submit(runner.compile_decoding, runner.buckets.rows[0], first_pages)]
-            tasks += [pool.submit(runner.compile_reading, first_pages, length) for length in CHUNKS]
+            tasks += [pool.submit(runner.compile_reading, first_pages, length) for length in runner.chunks]
             for task in tasks:
                 task.result()
         self._thread.start()
@@ -82,7 +82,7 @@ class WarmUp:
         def add(rank: float, function: Callable[..., None], *args: int) -> None:
             ranked.append((rank, functools.partial(function, *args)))
 
-        for i, length in enumerate(reversed(CHUNKS)):
+        for i, length in enumerate(reversed(runner.chunks)):
             add(2.5 + i, runner.compile_scoring, length)
             for j, pages in enumerate(buckets.pages):
                 add(i + j, runner.compile_reading, pages, length)

@@ -39,7 +39,7 @@ def decode(
 
     Args:
       wanted, allowed: as for `Runner.decode`.
-      room: as for `step.finish_decode`, which returns the next one.
+      room: as for `step.draw`, which returns the next one.
       drafts: feed every row its drafts too.
     """
     feed = (drawing.token, drawing.drafts) if drafts else drawing.token
@@ -74,7 +74,7 @@ def decode_shapes(
 ) -> tuple[Any, ...]:
     """Shapes of the arguments of `decode` after its configuration."""
     make = functools.partial(init_sequences, config.model, config.memory, dtype=kv_dtype)
-    state = jax.eval_shape(lambda: (make(batch=rows, pages=pages), init_drawing(config.model, rows)))
+    state = jax.eval_shape(lambda: (make(batch=rows, pages=pages), init_drawing(config.model.vocab, rows)))
     step_inputs = shape((rows,), np.int32), shape((rows, allowed_words(config.model.vocab)), np.int32)
     return placement.weights(shapes(weights)), *placement.rows((*state, *step_inputs))
 

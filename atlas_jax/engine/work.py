@@ -39,12 +39,14 @@ class Work:
       shape, write: of its memory, or None for the plain model.
       feed: prompt tokens still to be read, of which the last is fed by the first decode step.
       position: position of the next token to be read or fed, after the last step whose result is known.
+      began: position from which it reads on.
       flying: tokens per row of the step in flight if it takes part in it, else 0.
       page: the last page that has begun.
       prompt_end: position of the prompt's last token once it has joined the decode batch, −1 before.
       ring_pages: ring slots it needs.
       row: its state while the prompt is being read.
       kept: session it goes on as when it ends, or None.
+      absorbed, written: tokens its memory has taken in, in all and in this request.
       constraint: what the answer must match, as far as it has come.
     """
 
@@ -61,6 +63,7 @@ class Work:
     write: MemoryWrite | None = None
     feed: list[int] = field(default_factory=list)
     position: int = 0
+    began: int = 0
     page: int = -1
     prompt_end: int = -1
     ring_pages: int = 1
@@ -68,6 +71,7 @@ class Work:
     cached: int = 0
     cache_hit: bool = False
     absorbed: int = 0
+    written: int = 0
     updates: int = 0
     muon_iterations: int = 0
     limit: int = 0
@@ -148,9 +152,15 @@ class Work:
         if left == 0 or self.write is None:
             return False
         self.absorbed += left * PAGE
+        self.written += left * PAGE
         self.updates += 1
         self.muon_iterations += muon_passes
         return True
+
+    def account(self, read: int) -> None:
+        """Accounts for a memory that is written with every token, up to position `read`."""
+        self.written = self.updates = read - self.began
+        self.absorbed = read
 
     def send(self, event: Event) -> None:
         """Tells the listener; its failure is not the engine's, and ends the request."""

@@ -16,7 +16,8 @@ import tiny_model
 from atlas_jax.config import PAGE
 from atlas_jax.engine import whole
 from atlas_jax.engine.api import MemoryParams, SamplingParams
-from atlas_jax.engine.runner import Buckets, Runner
+from atlas_jax.engine.rows import Buckets
+from atlas_jax.engine.runner import Runner
 from atlas_jax.engine.settings import memory_settings, recent_text, sampling_state
 from atlas_jax.engine.state import DRAFTS
 from atlas_jax.engine.step import StepConfig, Weights

@@ -23,9 +23,9 @@ from atlas_jax.engine import archive, snapshot
 from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StorageFull
 from atlas_jax.engine.archive import Listing, Manifest
 from atlas_jax.engine.history import History
+from atlas_jax.engine.recall_layout import RecallLayout
 from atlas_jax.engine.session import (
     Checkpoint,
-    Layout,
     Session,
     SessionShape,
     SessionStats,
@@ -53,8 +53,8 @@ MEMORY = MemoryConfig(layers=(1,), components=4, features=16, code_dim=8, max_wi
 _PREFIX = 44  # magic, version, digest
 
 
-def layout(dtype: KVDtype = "int8") -> Layout:
-    return Layout(MODEL, MEMORY, dtype, "fingerprint", "adapter")
+def layout(dtype: KVDtype = "int8") -> RecallLayout:
+    return RecallLayout(MODEL, MEMORY, dtype, "fingerprint", "adapter")
 
 
 def filled(row: Sequences, random: np.random.Generator) -> Sequences:
@@ -260,10 +260,10 @@ def test_a_deeply_nested_header_is_refused() -> None:
 
 def test_another_model_version_memory_or_cache_is_named() -> None:
     for other, word in (
-        (Layout(MODEL, MEMORY, "int8", "other", "adapter"), "model"),
-        (Layout(MODEL, MEMORY, "float32", "fingerprint", "adapter"), "cache type"),
+        (RecallLayout(MODEL, MEMORY, "int8", "other", "adapter"), "model"),
+        (RecallLayout(MODEL, MEMORY, "float32", "fingerprint", "adapter"), "cache type"),
         (
-            Layout(
+            RecallLayout(
                 MODEL,
                 MemoryConfig(layers=(0,), components=4, features=16, code_dim=8),
                 "int8",

@@ -13,14 +13,22 @@ from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.layers import weight
 from atlas_jax.typing import Array, Bool, Float
 
-_NEGATIVE = -1e30
+NEGATIVE = -1e30
+"""A score that no softmax sees."""
 
 
 def rotate(x: Float[Array, "B T heads D"], base: float, offset: int = 0) -> Float[Array, "B T heads D"]:
     """Rotary embedding of pairs (0, 1), (2, 3), … as GGUF's `llama` stores them, from position `offset` on."""
     frequency = frequencies(RopeConfig(base=base, dims=x.shape[-1]))
-    angle = (np.arange(x.shape[1]) + offset)[:, None, None] * frequency
-    cos, sin = jnp.asarray(np.cos(angle), x.dtype), jnp.asarray(np.sin(angle), x.dtype)
+    angle = (np.arange(x.shape[1]) + offset)[:, None] * frequency
+    return rotate_pairs(x, jnp.asarray(np.cos(angle), x.dtype), jnp.asarray(np.sin(angle), x.dtype))
+
+
+def rotate_pairs(
+    x: Float[Array, "*rows heads D"], cos: Float[Array, "*#rows half"], sin: Float[Array, "*#rows half"]
+) -> Float[Array, "*rows heads D"]:
+    """Rotates pairs (0, 1), (2, 3), … by the angles with these cosines and sines."""
+    cos, sin = cos[..., None, :], sin[..., None, :]
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
@@ -31,7 +39,7 @@ def attend(
     """softmax(q·k / √D) v over the keys the mask allows, each KV head serving H / K query heads."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     score = jnp.einsum("btkgd,bukd->bkgtu", grouped, k) * q.shape[-1] ** -0.5
-    score = jnp.where(mask[:, None, None], score, _NEGATIVE)
+    score = jnp.where(mask[:, None, None], score, NEGATIVE)
     out = jnp.einsum("bkgtu,bukd->btkgd", jax.nn.softmax(score, axis=-1), v)
     return out.reshape(q.shape)
 
@@ -127,10 +135,17 @@ class Attention(nnx.Module):
         self, x: Float[Array, "B T E"]
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
         """Rotated queries, rotated keys, values."""
+        q, k, v = self.heads(x)
+        return rotate(q, self._base), rotate(k, self._base), v
+
+    def heads(
+        self, x: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
+        """Queries, keys and values, before rotation."""
         q = jnp.einsum("bte,ehd->bthd", x, self.q[...])
         k = jnp.einsum("bte,ekd->btkd", x, self.k[...])
         v = jnp.einsum("bte,ekd->btkd", x, self.v[...])
-        return rotate(q, self._base), rotate(k, self._base), v
+        return q, k, v
 
     def _with_persistent(self, x: jax.Array) -> tuple[jax.Array, int]:
         if self.persistent is None:

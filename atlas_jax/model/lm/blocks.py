@@ -30,7 +30,11 @@ class Block(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
         mixer: Mixer = self.mixer
-        x = x + mixer(self.mixer_norm(x))
+        return self.after(x, mixer(self.mixer_norm(x)))
+
+    def after(self, x: Float[Array, "B T E"], mixed: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """The rest of the block once its mixer has mixed norm x."""
+        x = x + mixed
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -50,7 +54,11 @@ class MemoryAsGate(nnx.Module):
         self._gate = config.combine == "gate"
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        near, far = self.attention_norm(self.attention(x)), self.memory_norm(self.memory(x))
+        return self.combine(self.attention(x), self.memory(x))
+
+    def combine(self, near: Float[Array, "B T E"], far: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """Puts together what attention and memory made of the tokens."""
+        near, far = self.attention_norm(near), self.memory_norm(far)
         mixed = near * jax.nn.silu(far) if self._gate else near + far
         return jnp.einsum("bte,ef->btf", mixed, self.out[...])
 
@@ -83,14 +91,22 @@ class MemoryAsContext(nnx.Module):
         return jnp.swapaxes(out, 0, 1).reshape(batch, segments * self._segment, embed)[:, :tokens]
 
     def _segment_step(self, state: MemoryState, x: Float[Array, "B S E"]) -> tuple[MemoryState, Float[Array, "B S E"]]:
-        recalled = self.memory.project(self.memory.gated(self.memory.read(state, self.memory.tokens(x).q), x))
-        both = jnp.concatenate([self.recall_norm(recalled), x], axis=1)
+        recalled = self.recalled(self.memory.read(state, self.memory.tokens(x).q), x)
+        both = jnp.concatenate([recalled, x], axis=1)
         causal = window_mask(x.shape[1], None)
         mask = jnp.concatenate([causal, causal], axis=1)
         attended = self.attention.project(self.attention.mix_masked(both, jnp.tile(mask, (2, 1))))[:, x.shape[1] :]
         state, read = self.memory.scan(state, self.memory.tokens(attended))
+        return state, self.combine(attended, read)
+
+    def recalled(self, read: Float[Array, "B H T d_v"], x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+        """What stands before the tokens of a segment, from the memory's reads for them."""
+        return self.recall_norm(self.memory.project(self.memory.gated(read, x)))
+
+    def combine(self, attended: Float[Array, "B T E"], read: Float[Array, "B H T d_v"]) -> Float[Array, "B T E"]:
+        """Puts together what attention made of the tokens and what the memory, written with it, reads."""
         gate = jax.nn.silu(self.memory.project(self.memory.gated(read, attended)))
-        return state, jnp.einsum("bte,ef->btf", attended * gate, self.out[...])
+        return jnp.einsum("bte,ef->btf", attended * gate, self.out[...])
 
 
 class MemoryAsLayer(nnx.Module):

@@ -15,14 +15,16 @@ windows that have held i by time t.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from atlas_jax.model.lm.attention import rotate
+from atlas_jax.model.lm.attention import NEGATIVE, rotate
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.layers import RMSNorm, weight
-from atlas_jax.typing import Array, Float
+from atlas_jax.typing import Array, Float, Int32
 
 
 def window_weights(gamma: Float[Array, "B H T c"]) -> Float[Array, "B H T T"]:
@@ -31,11 +33,21 @@ def window_weights(gamma: Float[Array, "B H T c"]) -> Float[Array, "B H T T"]:
     Args:
       gamma: gates emitted with each token, the j-th for the token j places back.
     """
-    tokens, window = gamma.shape[-2:]
-    distance = jnp.arange(tokens)[:, None] - jnp.arange(tokens)
+    return added_weights(gamma, (jnp.arange(gamma.shape[-2])[:, None] - jnp.arange(gamma.shape[-2]))[None])
+
+
+def added_weights(gamma: Float[Array, "B H T c"], distance: Int32[Array, "#B T U"]) -> Float[Array, "B H T U"]:
+    """What a run of tokens adds to the weights of keys, up to each of its tokens.
+
+    Args:
+      gamma: as in `window_weights`.
+      distance: places from a key to a token of the run; negative for keys after it.
+    """
+    window = gamma.shape[-1]
     inside = (distance >= 0) & (distance < window)
-    age = jnp.broadcast_to(jnp.clip(distance, 0, window - 1), (*gamma.shape[:-1], tokens))
-    emitted = jnp.where(inside, jnp.take_along_axis(gamma, age, axis=-1), 0.0)
+    age = jnp.clip(distance, 0, window - 1)[:, None]
+    age = jnp.broadcast_to(age, (*gamma.shape[:-1], age.shape[-1]))
+    emitted = jnp.where(inside[:, None], jnp.take_along_axis(gamma, age, axis=-1), 0.0)
     return jnp.cumsum(emitted, axis=-2)  # over n; rows before i are zero, so the result is causal
 
 
@@ -53,14 +65,30 @@ class DeepMemory(nnx.Module):
         self.gamma_bias = nnx.Param(jnp.zeros((heads, config.dot_window), jnp.float32))
         self.norm = RMSNorm(heads, dim, eps=config.norm_eps)
         self.out = weight(rngs, (heads, dim, embed), "hde: hd -> e", heads * dim, gain=gain)
-        self._base, self._omega = config.rope_base, config.dot_window > 1
+        self.l2 = config.dot_window > 1  # else the dot-product objective
+        self._base = config.rope_base
 
     def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        q = rotate(jnp.einsum("bte,ehd->bthd", x, self.q[...]), self._base)
-        k = rotate(jnp.einsum("bte,ehd->bthd", x, self.k[...]), self._base)
+        q, k, v = self.heads(x)
+        q, k = rotate(q, self._base), rotate(k, self._base)
+        return self.project(deep_memory(q, k, v, self.w1[...], self.w2[...], self.gates(x), l2=self.l2))
+
+    def heads(
+        self, x: Float[Array, "B T E"]
+    ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"], Float[Array, "B T H D"]]:
+        """Queries, keys and values, before rotation."""
+        q = jnp.einsum("bte,ehd->bthd", x, self.q[...])
+        k = jnp.einsum("bte,ehd->bthd", x, self.k[...])
         v = jnp.einsum("bte,ehd->bthd", x, self.v[...])
+        return q, k, v
+
+    def gates(self, x: Float[Array, "B T E"]) -> Float[Array, "B H T c"]:
+        """Window gates γ of every token."""
         gamma = jax.nn.sigmoid(jnp.einsum("bte,ehc->bthc", x, self.gamma[...]) + self.gamma_bias[...])
-        y = deep_memory(q, k, v, self.w1[...], self.w2[...], jnp.swapaxes(gamma, 1, 2), l2=self._omega)
+        return jnp.swapaxes(gamma, 1, 2)
+
+    def project(self, y: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
+        """Norm and output projection."""
         return jnp.einsum("bthd,hde->bte", self.norm(y), self.out[...])
 
 
@@ -80,18 +108,66 @@ def deep_memory(
       w1, w2: the memory a sequence starts from, on the keys themselves.
       l2: errors of the ℓ2 objective; otherwise values, the dot-product objective.
     """
-    scale = q.shape[-1] ** -0.5
-    before = jnp.einsum("bthd,hdf->bthf", k, w2)
-    hidden, slope = jax.jvp(jax.nn.gelu, (before,), (jnp.ones_like(before),))
-    error = v - jnp.einsum("bthf,hfd->bthd", hidden, w1) if l2 else v
-    back = jnp.einsum("bthd,hfd->bthf", error, w1) * slope
+    place = jnp.arange(q.shape[1])
+    distance = (place[:, None] - place)[None]
+    return deep_read(q, deep_keys(k, v, w1, w2, l2=l2), window_weights(gamma), distance, place[None], w1, w2)
 
-    count = window_weights(gamma)
-    score = jnp.einsum("bthd,bihd->bhti", q, k) * scale
-    causal = jnp.tril(jnp.ones(score.shape[-2:], bool))
-    attention = jax.nn.softmax(jnp.where(causal, score, -1e30), axis=-1) * count
-    active = jax.nn.gelu(jnp.einsum("bthd,hdf->bthf", q, w2) + jnp.einsum("bhti,bihf->bthf", attention, back))
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class DeepKeys:
+    """Keys as a deep memory has learned them; heads first, so that products read them as they lie.
+
+    Attributes:
+      k: keys, rotated.
+      hidden: σ(B k), the hidden units of each key.
+      back: δ, what a key adds to hidden units that are asked for it.
+      error: e, what it adds to the output.
+    """
+
+    k: Float[Array, "B H U D"]
+    hidden: Float[Array, "B H U F"]
+    back: Float[Array, "B H U F"]
+    error: Float[Array, "B H U D"]
+
+
+def deep_keys(
+    k: Float[Array, "B T H D"],
+    v: Float[Array, "B T H D"],
+    w1: Float[Array, "H F D"],
+    w2: Float[Array, "H D F"],
+    *,
+    l2: bool,
+) -> DeepKeys:
+    """What a deep memory learns of keys and values; arguments as in `deep_memory`."""
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    before = jnp.einsum("bhtd,hdf->bhtf", k, w2)
+    hidden, slope = jax.jvp(jax.nn.gelu, (before,), (jnp.ones_like(before),))
+    error = v - jnp.einsum("bhtf,hfd->bhtd", hidden, w1) if l2 else v
+    return DeepKeys(k, hidden, jnp.einsum("bhtd,hfd->bhtf", error, w1) * slope, error)
+
+
+def deep_read(
+    q: Float[Array, "B T H D"],
+    keys: DeepKeys,
+    count: Float[Array, "B H T U"],
+    distance: Int32[Array, "#B T U"],
+    place: Int32[Array, "#B T"],
+    w1: Float[Array, "H F D"],
+    w2: Float[Array, "H D F"],
+) -> Float[Array, "B T H D"]:
+    """Outputs of a deep memory that has learned the keys (see the module's text).
+
+    Args:
+      count: weights c_{t,i}; zero for keys that are not seen.
+      distance: places from a key to a query; keys with a negative one are not seen.
+      place: of a query in its text, from 0.
+      w1, w2: as in `deep_memory`.
+    """
+    score = jnp.einsum("bthd,bhid->bhti", q, keys.k) * q.shape[-1] ** -0.5
+    attention = jax.nn.softmax(jnp.where(distance[:, None] >= 0, score, NEGATIVE), axis=-1) * count
+    active = jax.nn.gelu(jnp.einsum("bthd,hdf->bhtf", q, w2) + jnp.einsum("bhti,bhif->bhtf", attention, keys.back))
     # hidden units grow with F and tokens with T: means, not sums, keep the output's size
-    place = jnp.arange(1, q.shape[1] + 1, dtype=q.dtype)[:, None]
-    linear = jnp.einsum("bthf,bihf->bhti", active, hidden) * count / (w1.shape[1] ** 0.5 * place)
-    return jnp.einsum("bthf,hfd->bthd", active, w1) + jnp.einsum("bhti,bihd->bthd", linear, error)
+    seen = (place + 1).astype(q.dtype)[:, None, :, None]
+    linear = jnp.einsum("bhtf,bhif->bhti", active, keys.hidden) * count / (w1.shape[1] ** 0.5 * seen)
+    return jnp.einsum("bhtf,hfd->bthd", active, w1) + jnp.einsum("bhti,bhid->bthd", linear, keys.error)

@@ -93,30 +93,37 @@ def import_gguf(path: str | os.PathLike[str]) -> tuple[LMConfig, LMParams]:
       OSError: the file cannot be read.
     """
     with GGUFFile.open(path) as file:
-        architecture = file.require("general.architecture", str)
-        if architecture not in (ARCHITECTURE, "llama"):
-            raise GGUFError(f"architecture {architecture!r} cannot be trained (known: {ARCHITECTURE}, llama)")
-        try:
-            config = (
-                _llama_config(file) if architecture == "llama" else LMConfig.from_json(file.require(CONFIG_KEY, str))
-            )
-        except ConfigError as error:
-            raise GGUFError(str(error)) from error
+        return read_gguf(file)
+
+
+def read_gguf(file: GGUFFile) -> tuple[LMConfig, LMParams]:
+    """`import_gguf` of a file that is open; raises GGUFError."""
+    architecture = file.require("general.architecture", str)
+    if architecture not in (ARCHITECTURE, "llama"):
+        raise GGUFError(f"architecture {architecture!r} cannot be trained (known: {ARCHITECTURE}, llama)")
+    try:
+        config = _llama_config(file) if architecture == "llama" else LMConfig.from_json(file.require(CONFIG_KEY, str))
+        if len(config.pattern) > len(file.tensors):  # before anything is made of a layer
+            raise GGUFError(f"{CONFIG_KEY} has more layers than the file has tensors")
         shapes = _flatten_shapes(config)
-        if architecture == ARCHITECTURE:
-            layout = {place: (_tensor_name(place), shape, False) for place, shape in shapes.items()}
-        else:
-            layout = {place: _llama_layout(place, shape) for place, shape in shapes.items()}
-        extra = sorted(set(file.tensors) - {tensor for tensor, _, _ in layout.values()})
-        if extra:
-            raise GGUFError(f"tensor {extra[0]!r} is no part of the model")
-        flat = {}
-        for place, (tensor, stored, transposed) in layout.items():
-            values = file.dequantize(tensor)
-            if values.shape != stored:
-                raise GGUFError(f"tensor {tensor!r} has shape {values.shape}, expected {stored}")
-            flat[place] = jnp.asarray((values.T if transposed else values).reshape(shapes[place]))
-        return config, _unflatten(flat)
+    except (ConfigError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, GGUFError):
+            raise
+        raise GGUFError(f"{CONFIG_KEY}: {error}") from error
+    if architecture == ARCHITECTURE:
+        layout = {place: (_tensor_name(place), shape, False) for place, shape in shapes.items()}
+    else:
+        layout = {place: _llama_layout(place, shape) for place, shape in shapes.items()}
+    extra = sorted(set(file.tensors) - {tensor for tensor, _, _ in layout.values()})
+    if extra:
+        raise GGUFError(f"tensor {extra[0]!r} is no part of the model")
+    flat = {}
+    for place, (tensor, stored, transposed) in layout.items():
+        values = file.dequantize(tensor)
+        if values.shape != stored:
+            raise GGUFError(f"tensor {tensor!r} has shape {values.shape}, expected {stored}")
+        flat[place] = jnp.asarray((values.T if transposed else values).reshape(shapes[place]))
+    return config, _unflatten(flat)
 
 
 def _llama_config(file: GGUFFile) -> LMConfig:

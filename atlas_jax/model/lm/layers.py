@@ -61,7 +61,17 @@ class ShortConv(nnx.Module):
         noise = jax.random.normal(rngs.params(), (taps, *channels), jnp.float32) * (0.5 / taps**0.5)
         self.taps = nnx.Param(noise.at[-1].add(1.0))  # starts near the identity
 
-    def __call__(self, x: Float[Array, "B T *channels"]) -> Float[Array, "B T *channels"]:
+    def __call__(
+        self, x: Float[Array, "B T *channels"], before: Float[Array, "B taps-1 *channels"] | None = None
+    ) -> Float[Array, "B T *channels"]:
+        """The convolution.
+
+        Args:
+          before: what stands before x; nothing, that is zeros, if not given.
+        """
         taps = self.taps[...]
-        padded = jnp.pad(x, ((0, 0), (len(taps) - 1, 0), *((0, 0) for _ in x.shape[2:])))
+        if before is None:
+            padded = jnp.pad(x, ((0, 0), (len(taps) - 1, 0), *((0, 0) for _ in x.shape[2:])))
+        else:
+            padded = jnp.concatenate([before, x], axis=1)
         return sum((padded[:, i : i + x.shape[1]] * tap for i, tap in enumerate(taps)), start=jnp.zeros_like(x))

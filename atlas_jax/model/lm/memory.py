@@ -23,6 +23,10 @@ _OUTPUT_EPS = 1e-4
 1 / √eps; with the model's 1e-5 and less, the first tokens of a sequence dominate the gradient."""
 
 
+QKV = ("q", "k", "v")
+"""Names of what a memory layer projects and convolves."""
+
+
 class Gates(nnx.Module):
     """η, α, θ and γ of every token, each from two linear maps of the token's vector.
 
@@ -114,13 +118,24 @@ class MemoryLayer(nnx.Module):
 
     def tokens(self, x: Float[Array, "B T E"]) -> Tokens:
         """What the memory is fed."""
+        return Tokens(**{name: self.convolved(name, self.projected(name, x)) for name in QKV}, **self.gates(x))
 
-        def one(projection: nnx.Param[jax.Array], conv: ShortConv) -> jax.Array:
-            y = conv(jnp.einsum("bte,ehd->bthd", x, projection[...]))
-            return jnp.swapaxes(jax.nn.silu(y), 1, 2)
+    def projected(self, name: str, x: Float[Array, "B T E"]) -> Float[Array, "B T H d"]:
+        """Queries, keys or values (one of `QKV`) before their convolution."""
+        projection: nnx.Param[jax.Array] = getattr(self, name)
+        return jnp.einsum("bte,ehd->bthd", x, projection[...])
 
-        gates = self.gates(x)
-        return Tokens(q=one(self.q, self.q_conv), k=one(self.k, self.k_conv), v=one(self.v, self.v_conv), **gates)
+    def convolved(
+        self, name: str, y: Float[Array, "B T H d"], before: Float[Array, "B taps-1 H d"] | None = None
+    ) -> Float[Array, "B H T d"]:
+        """What the memory is fed of projections.
+
+        Args:
+          name: one of `QKV`.
+          before: projections of the tokens before; nothing, that is zeros, if not given.
+        """
+        conv: ShortConv = getattr(self, f"{name}_conv")
+        return jnp.swapaxes(jax.nn.silu(conv(y, before)), 1, 2)
 
     def params(self) -> Params:
         """The rule's own parameters: initial memory and feature map."""

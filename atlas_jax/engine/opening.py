@@ -1,0 +1,228 @@
+"""From a GGUF file to what an engine runs: a pretrained model with the recall memory, or a trained one with its own."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from atlas_jax.config import PAGE, ConfigError, MemoryConfig, ModelConfig
+from atlas_jax.engine import snapshot, successors
+from atlas_jax.engine.api import ModelInfo
+from atlas_jax.engine.recall_layout import RecallLayout
+from atlas_jax.engine.rows import DRAFTING, Buckets, Rows
+from atlas_jax.engine.runner import Runner
+from atlas_jax.engine.session import Layout
+from atlas_jax.engine.step import StepConfig, Weights
+from atlas_jax.engine.trained import TrainedRunner
+from atlas_jax.engine.trained_layout import TrainedLayout
+from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFError, GGUFFile, Tokenizer
+from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.memory import store
+from atlas_jax.memory.adapter import Adapter
+from atlas_jax.memory.fit import calibrate_with
+from atlas_jax.model.lm import streaming
+from atlas_jax.model.lm.config import MEMORY_KINDS
+from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
+from atlas_jax.model.lm.export import read_gguf
+from atlas_jax.model.loading import WeightDtype, load_params, model_config, parameter_count
+from atlas_jax.model.params import ModelParams
+from atlas_jax.placement import Placement, on_mesh
+
+log = logging.getLogger("atlas.engine")
+
+_CALIBRATION_TOKENS = 4096
+"""Tokens read of each text when a server calibrates by itself: under a minute for a small model on two cores."""
+_LARGEST_STATE = 1 << 30
+"""Bytes of one row of a trained model: what its configuration asks for is a stranger's word."""
+_LONGEST = (1 << 30) - 1
+"""Positions that rotations are exact for."""
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that is ready to be served.
+
+    Attributes:
+      layout: of its sessions' snapshots; None keeps no sessions.
+      longest_prompt: tokens of the longest plain request.
+    """
+
+    info: ModelInfo
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    runner: Rows
+    layout: Layout | None
+    longest_prompt: int
+
+
+def open_pretrained(
+    file: GGUFFile,
+    *,
+    cache: Path,
+    memory: bool,
+    adapter_path: Path | None,
+    max_running: int,
+    max_context: int,
+    max_window: int,
+    weight_dtype: WeightDtype,
+    kv_dtype: KVDtype,
+    speculate: bool,
+    mesh_data: int,
+    mesh_model: int,
+) -> Opened:
+    """A model of a known family, and unless `memory` is False its recall memory; see `Engine.open`."""
+    started = time.monotonic()
+    tokenizer, template = _text(file)
+    config, fingerprint = model_config(file), file.fingerprint()
+    placement = on_mesh(config, mesh_data, mesh_model)
+    if mesh_data > max_running:
+        raise ConfigError(f"mesh_data ({mesh_data}) must not exceed the requests that run at once, {max_running}")
+    params = load_params(file, config, dtype=weight_dtype, placement=placement)
+    log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
+    context = min(max_context, config.context_length)
+    found: MemoryConfig | None = None
+    adapter: Adapter | None = None
+    digest, source = "", None
+    if memory:
+        found, adapter, digest, source = _find_adapter(
+            adapter_path, cache / "adapters", fingerprint, config, tokenizer, params, max_window, placement
+        )
+    successor = successors.find(cache, fingerprint, config.vocab)
+    pages = max(context // PAGE, 1, 0 if found is None else (max_window + found.max_omega_window) // PAGE)
+    # attention over float pages is never of a single row of a single token: it would round differently
+    alone = 1 if speculate or kv_dtype == "int8" else 2
+    buckets = Buckets(
+        _powers(max(alone, mesh_data), max_running), _powers(4, pages), drafting=DRAFTING if speculate else 0
+    )
+    weights = Weights(params, adapter, jnp.asarray(successor))
+    runner = Runner(StepConfig(config, found), weights, kv_dtype, buckets, placement)
+    info = _info(
+        file,
+        runner,
+        architecture=config.family,
+        parameters=parameter_count(params),
+        context_length=context,
+        layers=len(config.layers),
+        embedding_size=config.embed,
+        memory_layers=() if found is None else found.layers,
+        adapter=source,
+    )
+    layout = None if found is None else RecallLayout(config, found, kv_dtype, fingerprint, digest)
+    return Opened(info, tokenizer, template, runner, layout, context)
+
+
+def open_trained(file: GGUFFile, *, max_running: int, max_context: int, sessions: bool) -> Opened:
+    """A model of `atlas_jax.model.lm` as `export_gguf` writes it; without sessions unless they are wanted.
+
+    Raises:
+      GGUFError: it cannot be served; the message says what is wrong.
+    """
+    started = time.monotonic()
+    tokenizer, template = _text(file)
+    config, params = read_gguf(file)
+    if tokenizer.vocab_size != config.vocab:
+        raise GGUFError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab}")
+    context = min(max_context, config.context_length)
+    state = jax.eval_shape(lambda: streaming.init_state(config, params, 1, context=context))
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    if size > _LARGEST_STATE:
+        raise GGUFError(
+            f"{TRAINED}.config: the state of one sequence would take {size} bytes, at most {_LARGEST_STATE}"
+        )
+    runner = TrainedRunner(config, params, context, _powers(1, max_running))
+    log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
+    info = _info(
+        file,
+        runner,
+        architecture=TRAINED,
+        parameters=sum(int(leaf.size) for leaf in jax.tree.leaves(params)),
+        context_length=context,
+        layers=len(config.pattern),
+        embedding_size=config.embed,
+        memory_layers=tuple(index for index, kind in enumerate(config.pattern) if kind in MEMORY_KINDS),
+        adapter=None,
+    )
+    layout = TrainedLayout.of(config, runner.row_shapes(1), file.fingerprint()) if sessions else None
+    longest = _LONGEST if streaming.bounded(config) else context
+    return Opened(info, tokenizer, template, runner, layout, longest)
+
+
+def _info(file: GGUFFile, runner: Rows, **facts: Any) -> ModelInfo:
+    status = file.path.stat()
+    return ModelInfo(
+        name=file.path.name.removesuffix(".gguf"),
+        fingerprint=file.fingerprint(),
+        size_bytes=status.st_size,
+        vocab_size=runner.vocab,
+        state_bytes_per_session=_state_bytes(runner),
+        created=int(status.st_mtime),
+        **facts,
+    )
+
+
+def _text(file: GGUFFile) -> tuple[Tokenizer, ChatTemplate]:
+    tokenizer = Tokenizer.from_metadata(file.metadata)
+    template = ChatTemplate.from_metadata(file.metadata)
+    if template is not None:
+        return tokenizer, template
+
+    def text(token: int | None) -> str:
+        return "" if token is None else tokenizer.decode([token])
+
+    bos, eos = text(tokenizer.bos_id), text(tokenizer.eos_id)
+    return tokenizer, ChatTemplate(FALLBACK_TEMPLATE, bos_token=bos, eos_token=eos)
+
+
+def _find_adapter(
+    path: Path | None,
+    cache: Path,
+    fingerprint: str,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    params: ModelParams,
+    max_window: int,
+    placement: Placement,
+) -> tuple[MemoryConfig, Adapter, str, str]:
+    """The adapter asked for, shipped or cached, else calibrated now and kept; the digest of its file; where it is from."""
+    own = store.cached(cache, fingerprint)
+    data = path.read_bytes() if path is not None else store.shipped(fingerprint)
+    source = "given" if path is not None else "shipped" if data is not None else "calibrated"
+    if data is None and own.is_file():
+        data = own.read_bytes()
+    if data is None:
+        started = time.monotonic()
+        log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once")
+        found = calibrate_with(tokenizer, config, params, store.calibration_texts(), _CALIBRATION_TOKENS, placement)
+        data = store.encode(fingerprint, found.config, found.adapter)
+        with snapshot.atomic_file(own) as file:
+            file.write(data)
+        log.info(
+            "[ATLAS] Calibrated in %.0f s: layers %s, loss past the window %.3f without and %.3f with the memory",
+            time.monotonic() - started,
+            found.config.layers,
+            found.loss_window,
+            found.loss_memory,
+        )
+    found_config, adapter = store.decode(data, fingerprint, config, max_window=max_window)
+    return found_config, adapter, hashlib.sha256(data).hexdigest(), source
+
+
+def _state_bytes(runner: Rows) -> int:
+    """Bytes of one row's memory and smallest ring."""
+    row = runner.row_shapes(runner.buckets.pages[0])
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
+
+
+def _powers(first: int, last: int) -> tuple[int, ...]:
+    """first, 2·first, 4·first … and the power that reaches `last`."""
+    sizes = [first]
+    while sizes[-1] < last:
+        sizes.append(sizes[-1] * 2)
+    return tuple(sizes)

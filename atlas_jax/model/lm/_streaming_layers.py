@@ -1,0 +1,352 @@
+"""Layers of a language model piece by piece: what each carries from one piece of a text to the next.
+
+A piece is a few tokens of each row. Every leaf of a layer's state has a leading axis of rows; rows may be at different
+places of their texts, and a row that is not active keeps its state bit for bit. What grows with the text is written
+where it lies and never copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax.kernels.rope import RopeTable, rotations
+from atlas_jax.memory import rules
+from atlas_jax.memory.rules import MemoryState, Tokens
+from atlas_jax.model.lm.attention import NEGATIVE, Attention, rotate_pairs
+from atlas_jax.model.lm.blocks import MemoryAsContext, MemoryAsGate
+from atlas_jax.model.lm.config import LMConfig
+from atlas_jax.model.lm.deep import DeepKeys, DeepMemory, added_weights, deep_keys, deep_read
+from atlas_jax.model.lm.memory import QKV, MemoryLayer
+from atlas_jax.typing import Array, Bool, Float, Int32
+
+MAX_PIECE = 64
+"""Tokens of a piece at most: a sliding window's ring has room for a piece beside the window."""
+
+Tree = TypeVar("Tree")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Where the tokens of a piece stand.
+
+    Attributes:
+      position: of each token in its row's text, from 0.
+      active: rows that read; the others only take part in the arithmetic.
+      table: of the model's rotations.
+    """
+
+    position: Int32[Array, "B T"]
+    active: Bool[Array, " B"]
+    table: RopeTable
+
+    def rotate(self, x: Float[Array, "B T heads D"], place: Int32[Array, "B T"]) -> Float[Array, "B T heads D"]:
+        """Queries or keys, rotated to a place each."""
+        return rotate_pairs(x, *rotations(self.table, place))
+
+    def keep(self, new: Tree, old: Tree) -> Tree:
+        """The new state in active rows, the old one in others."""
+        return where_rows(self.active, new, old)
+
+    def slots(self, index: Int32[Array, "B T"], size: int) -> Int32[Array, "B T"]:
+        """Where tokens are written: at the index, or outside in rows that are not active, each at another slot."""
+        return jnp.where(self.active[:, None], index, size + jnp.arange(index.shape[1]))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """Rotated keys, and values, of the tokens an attention may still see; heads first: a product reads them as they lie."""
+
+    k: Float[Array, "B K slots D"]
+    v: Float[Array, "B K slots D"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MemoryRun:
+    """A memory layer between two tokens.
+
+    Attributes:
+      memory: its state; `phase` has an axis of rows, as all else.
+      before: projections of the last taps − 1 tokens, by the names of `memory.QKV`, as their convolutions see them.
+    """
+
+    memory: MemoryState
+    before: dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Mixed:
+    """A memory and a sliding-window attention, beside or after each other (kinds G and L)."""
+
+    memory: MemoryRun
+    cache: Cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Segment:
+    """A memory as context, in a segment. What is left of the segment before is overwritten or not seen.
+
+    Attributes:
+      start: the memory as it was when the segment began.
+      memory: the memory now, and projections of attended tokens of the segment.
+      before: query projections of the segment's last taps − 1 tokens.
+      recalled: keys and values of what the memory recalled for each token.
+      own: those of the tokens.
+    """
+
+    start: MemoryState
+    memory: MemoryRun
+    before: Float[Array, "B taps-1 H d_k"]
+    recalled: Cache
+    own: Cache
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Deep:
+    """Keys of a deep memory, and the weight each has gathered so far."""
+
+    keys: DeepKeys
+    count: Float[Array, "B H slots"]
+
+
+def init_cache(config: LMConfig, batch: int, slots: int, dtype: jnp.dtype) -> Cache:
+    """Nothing seen."""
+    shape = (batch, config.n_kv, slots, config.dim)
+    return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+def window_slots(config: LMConfig) -> int:
+    """Slots of a sliding window's ring: a piece is written before its first token looks back."""
+    return config.window + MAX_PIECE
+
+
+def init_run(layer: MemoryLayer, config: LMConfig, batch: int, dtype: jnp.dtype) -> MemoryRun:
+    """The learned memory that every text starts from."""
+    sizes = {"q": layer.rule.d_k, "k": layer.rule.d_k, "v": layer.rule.d_v}
+    before = {n: jnp.zeros((batch, config.conv - 1, config.memory_heads, sizes[n]), dtype) for n in QKV}
+    return MemoryRun(init_memory(layer, batch), before)
+
+
+def init_memory(layer: MemoryLayer, batch: int) -> MemoryState:
+    """The memory of `init_run`, every row with a phase of its own."""
+    state = layer.initial_state(batch)
+    return _with_phase(state, jnp.zeros(batch, jnp.int32))
+
+
+def init_segment(layer: MemoryAsContext, config: LMConfig, batch: int, dtype: jnp.dtype) -> Segment:
+    """Before the first segment."""
+    return Segment(
+        start=init_memory(layer.memory, batch),
+        memory=init_run(layer.memory, config, batch, dtype),
+        before=jnp.zeros((batch, config.conv - 1, config.memory_heads, layer.memory.rule.d_k), dtype),
+        recalled=init_cache(config, batch, config.segment, dtype),
+        own=init_cache(config, batch, config.segment, dtype),
+    )
+
+
+def init_deep(config: LMConfig, batch: int, slots: int, dtype: jnp.dtype) -> Deep:
+    """Nothing learned."""
+    heads = (batch, config.heads, slots)
+    sizes = (config.dim, config.dot_hidden, config.dot_hidden, config.dim)
+    return Deep(DeepKeys(*(jnp.zeros((*heads, size), dtype) for size in sizes)), jnp.zeros(heads, dtype))
+
+
+def extend_attention(
+    layer: Attention, cache: Cache, x: Float[Array, "B T E"], piece: Piece, window: int | None
+) -> tuple[Cache, Float[Array, "B T E"]]:
+    """Attention to everything, in a cache that ends (tokens past its end are lost), or to a window, in a ring.
+
+    Args:
+      window: tokens seen; None for all.
+    """
+    first = persistent_keys(layer, x.shape[0])
+    before = first.k.shape[2]
+    q, k, v = layer.heads(x)
+    q, k = (piece.rotate(y, piece.position + before) for y in (q, k))
+    size = cache.k.shape[2]
+    cache = write(
+        cache, piece.slots(piece.position if window is None else piece.position % size, size), heads_first(k, v)
+    )
+    slot = jnp.arange(size)
+    if window is None:
+        seen = slot <= piece.position[:, :, None]
+    else:
+        last = piece.position[:, -1:]
+        held = last - (last - slot) % size  # the newest position that this slot can hold; before 0 it holds nothing
+        distance = piece.position[:, :, None] - held[:, None]
+        seen = (held[:, None] >= 0) & (distance >= 0) & (distance < window)
+    always = jnp.ones((1, x.shape[1], before), bool)
+    return cache, layer.project(attend_caches(q, [first, cache], [always, seen]))
+
+
+def attend_caches(
+    q: Float[Array, "B T H D"], caches: Sequence[Cache], masks: Sequence[Bool[Array, "#B T slots"]]
+) -> Float[Array, "B T H D"]:
+    """As `attention.attend`, over keys and values of several caches: scores are put together, keys are not."""
+    grouped = q.reshape(*q.shape[:2], caches[0].k.shape[1], -1, q.shape[3])
+    scores = []
+    for cache, mask in zip(caches, masks, strict=True):
+        score = jnp.einsum("btkgd,bkud->bkgtu", grouped, cache.k) * q.shape[-1] ** -0.5
+        scores.append(jnp.where(mask[:, None, None], score, NEGATIVE))
+    borders = np.cumsum([score.shape[-1] for score in scores])[:-1]
+    shares = jnp.split(jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1), borders, axis=-1)
+    parts = [jnp.einsum("bkgtu,bkud->btkgd", share, c.v) for share, c in zip(shares, caches, strict=True)]
+    return sum(parts[1:], start=parts[0]).reshape(q.shape)
+
+
+def persistent_keys(layer: Attention, batch: int) -> Cache:
+    """Keys and values of the persistent tokens, which stand before the text from place 0 on."""
+    if layer.persistent is None:
+        _, k, v = layer.qkv(jnp.zeros((batch, 0, layer.q.shape[0]), layer.q.dtype))
+    else:
+        _, k, v = layer.qkv(layer.persistent[...][None])
+    return heads_first(*(jnp.broadcast_to(y, (batch, *y.shape[1:])) for y in (k, v)))
+
+
+def heads_first(k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]) -> Cache:
+    """Keys and values as a cache has them."""
+    return Cache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+
+
+def extend_memory(
+    layer: MemoryLayer, run: MemoryRun, x: Float[Array, "B T E"], active: Bool[Array, " B"]
+) -> tuple[MemoryRun, Float[Array, "B H T d_v"]]:
+    """Writes tokens; outputs are read after each token's own write, before the norm."""
+    projected = {name: layer.projected(name, x) for name in QKV}
+    convolved = {name: layer.convolved(name, y, run.before[name]) for name, y in projected.items()}
+    memory, read = _write_rows(layer, run.memory, Tokens(**convolved, **layer.gates(x)))
+    before = {name: last_tokens(run.before[name], y) for name, y in projected.items()}
+    return where_rows(active, MemoryRun(memory, before), run), read
+
+
+def _write_rows(
+    layer: MemoryLayer, state: MemoryState, tokens: Tokens
+) -> tuple[MemoryState, Float[Array, "B H T d_v"]]:
+    """`rules.chunked`, or `rules.step` for one token, in every row at its own phase."""
+    if tokens.k.shape[2] > 1:
+        return jax.vmap(partial(rules.chunked, layer.rule, layer.params()))(state, tokens)
+    token = jax.tree.map(lambda x: x[:, :, 0], tokens)
+    state, read = jax.vmap(partial(rules.step, layer.rule, layer.params()))(state, token)
+    return state, read[:, :, None]
+
+
+def extend_gate(
+    layer: MemoryAsGate, state: Mixed, x: Float[Array, "B T E"], piece: Piece, window: int
+) -> tuple[Mixed, Float[Array, "B T E"]]:
+    """Kind G."""
+    cache, near = extend_attention(layer.attention, state.cache, x, piece, window)
+    memory, read = extend_memory(layer.memory, state.memory, x, piece.active)
+    return Mixed(memory, cache), layer.combine(near, layer.memory.project(layer.memory.gated(read, x)))
+
+
+def extend_segments(
+    layer: MemoryAsContext, state: Segment, x: Float[Array, "B T E"], piece: Piece
+) -> tuple[Segment, Float[Array, "B T E"]]:
+    """Kind C, token by token: where in a piece segments end differs from row to row."""
+    first = persistent_keys(layer.attention, x.shape[0])
+
+    def one(state: Segment, token: tuple[jax.Array, jax.Array]) -> tuple[Segment, jax.Array]:
+        x, position = token
+        state, y = _segment_token(layer, first, state, x[:, None], Piece(position[:, None], piece.active, piece.table))
+        return state, y[:, 0]
+
+    state, out = jax.lax.scan(one, state, (jnp.swapaxes(x, 0, 1), piece.position.T))
+    return state, jnp.swapaxes(out, 0, 1)
+
+
+def _segment_token(
+    layer: MemoryAsContext, first: Cache, state: Segment, x: Float[Array, "B 1 E"], piece: Piece
+) -> tuple[Segment, Float[Array, "B 1 E"]]:
+    size, before = state.own.k.shape[2], first.k.shape[2]
+    place = piece.position % size
+    begins = place[:, 0] == 0
+    start = where_rows(begins, state.memory.memory, state.start)
+    # convolutions begin anew with each segment
+    query_tail, tails = jax.tree.map(
+        lambda y: where_rows(begins, jnp.zeros_like(y), y), (state.before, state.memory.before)
+    )
+
+    memory, attention = layer.memory, layer.attention
+    projected = memory.projected("q", x)
+    read = _read_rows(memory, start, memory.convolved("q", projected, query_tail))
+    _, k, v = attention.heads(layer.recalled(read, x))
+    slots = piece.slots(place, size)
+    recalled = write(state.recalled, slots, heads_first(piece.rotate(k, before + place), v))
+    q, k, v = attention.heads(x)
+    q, k = (piece.rotate(y, before + size + place) for y in (q, k))
+    own = write(state.own, slots, heads_first(k, v))
+
+    seen = jnp.arange(size) <= place[:, :, None]
+    always = jnp.ones((1, 1, before), bool)
+    attended = attention.project(attend_caches(q, [first, recalled, own], [always, seen, seen]))
+    run, written = extend_memory(memory, MemoryRun(state.memory.memory, tails), attended, piece.active)
+    kept = piece.keep(
+        (start, run.before, last_tokens(query_tail, projected)), (state.start, state.memory.before, state.before)
+    )
+    new = Segment(kept[0], MemoryRun(run.memory, kept[1]), kept[2], recalled, own)
+    return new, layer.combine(attended, written)
+
+
+def _read_rows(layer: MemoryLayer, state: MemoryState, q: Float[Array, "B H T d_k"]) -> Float[Array, "B H T d_v"]:
+    return jax.vmap(partial(rules.read, layer.rule, layer.params()))(state, q)
+
+
+def extend_deep(
+    layer: DeepMemory, state: Deep, x: Float[Array, "B T E"], piece: Piece
+) -> tuple[Deep, Float[Array, "B T E"]]:
+    """Kind D, in a cache that ends: tokens past its end are lost."""
+    w1, w2, gamma = layer.w1[...], layer.w2[...], layer.gates(x)
+    q, k, v = layer.heads(x)
+    q, k = (piece.rotate(y, piece.position) for y in (q, k))
+    size = state.count.shape[2]
+    keys = write(state.keys, piece.slots(piece.position, size), deep_keys(k, v, w1, w2, l2=layer.l2))
+    distance = piece.position[:, :, None] - jnp.arange(size)
+    count = state.count[:, :, None] + added_weights(gamma, distance)
+    y = deep_read(q, keys, count, distance, piece.position, w1, w2)
+    return Deep(keys, _add_weights(state.count, gamma, piece)), layer.project(y)
+
+
+def _add_weights(count: Float[Array, "B H slots"], gamma: Float[Array, "B H T c"], piece: Piece) -> jax.Array:
+    """Weights after the piece: each token adds γ to the keys of its window, itself first."""
+    size, window = count.shape[2], gamma.shape[-1]
+    index = (piece.position[:, :, None] - jnp.arange(window)).reshape(count.shape[0], -1)
+    index = jnp.where(piece.active[:, None] & (index >= 0), index, size)  # a negative index would count from the end
+    added = jnp.moveaxis(gamma, 1, -1).reshape(*index.shape, -1)
+    return count.at[jnp.arange(count.shape[0])[:, None], :, index].add(added, mode="drop")
+
+
+def write(cache: Tree, slots: Int32[Array, "B T"], new: Tree) -> Tree:
+    """Puts the tokens of a piece where they belong; slots past the end are dropped."""
+    rows = jnp.arange(slots.shape[0])[:, None]
+
+    def one(old: Float[Array, "B heads slots d"], x: Float[Array, "B heads T d"]) -> Float[Array, "B heads slots d"]:
+        return old.at[rows, :, slots].set(jnp.swapaxes(x, 1, 2), mode="drop", unique_indices=True)
+
+    return jax.tree.map(one, cache, new)
+
+
+def last_tokens(before: Float[Array, "B t H d"], y: Float[Array, "B T H d"]) -> Float[Array, "B t H d"]:
+    """The last t of `before` and the piece together."""
+    return jnp.concatenate([before, y], axis=1)[:, y.shape[1] :]
+
+
+def where_rows(rows: Bool[Array, " B"], new: Tree, old: Tree) -> Tree:
+    """New where the row is chosen, else old."""
+    return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (b.ndim - 1)), a, b), new, old)
+
+
+def _with_phase(state: MemoryState, phase: Int32[Array, " B"]) -> MemoryState:
+    import dataclasses
+
+    return dataclasses.replace(state, phase=phase)
