@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,21 +34,21 @@ class GateStart:
     """Where a memory layer's gates start, before training, whatever the input.
 
     Attributes:
-      eta_max: greatest inner step; sizes above 1 / (window · |φ|²) can diverge for unit keys.
+      eta_max: greatest inner step; None takes one that suits the rule, `LMConfig.eta_max`.
       eta: inner step as a share of `eta_max`, in (0, 1), as are the others.
       alpha: retention; one that starts far below 1 forgets within a few tokens, and training does not recover.
       theta: momentum.
       gamma: window gates.
     """
 
-    eta_max: float = 0.5
+    eta_max: float | None = None
     eta: float = 0.2
     alpha: float = 0.995
     theta: float = 0.5
     gamma: float = 0.5
 
     def __post_init__(self) -> None:
-        _require(self.eta_max > 0, f"eta_max must be positive, got {self.eta_max}")
+        _require(self.eta_max is None or self.eta_max > 0, f"eta_max must be positive, got {self.eta_max}")
         for name in ("eta", "alpha", "theta", "gamma"):
             _require(0 < getattr(self, name) < 1, f"gate start {name} must be in (0, 1), got {getattr(self, name)}")
 
@@ -120,6 +121,28 @@ class LMConfig:
     def dim(self) -> int:
         """Head dimension: `head_dim`, or embed / heads."""
         return self.head_dim or self.embed // self.heads
+
+    @property
+    def eta_max(self) -> float:
+        """Greatest inner step of the memories: as `gate_start` says, else 0.5 / (c · b · |φ|²) for unit keys.
+
+        A chunk whose b tokens have one key takes that many steps of a window of c at one anchor before the memory moves:
+        larger ones can diverge. Muon's steps have the size of η whatever c and φ are. Byte models of a memory layer and a
+        windowed layer (width 64, 150 steps on this project's README and DESIGN, last 20 losses) by eta_max: omeganet
+        2.42 at 0.002 and 0.006, 2.65 at 0.02, 3.60 at 0.06, 3.73 at 0.5; titans 2.41, 2.41, 2.42, 2.41, 2.87.
+        """
+        if self.gate_start.eta_max is not None or self.rule is None:
+            return self.gate_start.eta_max or 0.5
+        rule = self.rule
+        seen = float(rule.chunk if rule.anchored else 1)
+        if rule.optimizer != "muon":
+            seen *= rule.window or 1
+            features = rule.features
+            if features.kind in ("polynomial", "exponential"):
+                seen *= sum(1 / math.factorial(order) for order in range(features.degree + 1))
+            elif features.kind == "random_exponential":
+                seen *= math.e
+        return 0.5 / seen
 
     @property
     def is_llama(self) -> bool:

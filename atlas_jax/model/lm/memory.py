@@ -45,7 +45,7 @@ class Gates(nnx.Module):
             up[name] = nnx.Param(jnp.zeros((rank, heads, size), jnp.float32), matrix="rhg: r -> hg")
             bias[name] = nnx.Param(jnp.full((heads, size), math.log(share / (1 - share)), jnp.float32))
         self.down, self.up, self.bias = nnx.Dict(down), nnx.Dict(up), nnx.Dict(bias)
-        self._sizes, self._eta_max, self._heads = sizes, start.eta_max, heads
+        self._sizes, self._eta_max, self._heads = sizes, config.eta_max, heads
 
     def __call__(self, x: Float[Array, "B T E"]) -> dict[str, Float[Array, "B H T gates"]]:
         """Gates by name; those the rule does not use are constant."""
