@@ -7,6 +7,7 @@ where it lies and never copied.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,10 +50,6 @@ class Piece:
     def rotate(self, x: Float[Array, "B T heads D"], place: Int32[Array, "B T"]) -> Float[Array, "B T heads D"]:
         """Queries or keys, rotated to a place each."""
         return rotate_pairs(x, *rotations(self.table, place))
-
-    def keep(self, new: Tree, old: Tree) -> Tree:
-        """The new state in active rows, the old one in others."""
-        return where_rows(self.active, new, old)
 
     def slots(self, index: Int32[Array, "B T"], size: int) -> Int32[Array, "B T"]:
         """Where tokens are written: at the index, or outside in rows that are not active, each at another slot."""
@@ -114,7 +111,7 @@ class Segment:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Deep:
-    """Keys of a deep memory, and the weight each has gathered so far."""
+    """Keys of a deep memory, with heads before slots (as `by_heads` makes them), and the weight each has gathered."""
 
     keys: DeepKeys
     count: Float[Array, "B H slots"]
@@ -141,7 +138,7 @@ def init_run(layer: MemoryLayer, config: LMConfig, batch: int, dtype: jnp.dtype)
 def init_memory(layer: MemoryLayer, batch: int) -> MemoryState:
     """The memory of `init_run`, every row with a phase of its own."""
     state = layer.initial_state(batch)
-    return _with_phase(state, jnp.zeros(batch, jnp.int32))
+    return dataclasses.replace(state, phase=jnp.zeros(batch, jnp.int32))
 
 
 def init_segment(layer: MemoryAsContext, config: LMConfig, batch: int, dtype: jnp.dtype) -> Segment:
@@ -170,14 +167,13 @@ def extend_attention(
     Args:
       window: tokens seen; None for all.
     """
-    first = persistent_keys(layer, x.shape[0])
+    first = persistent_keys(layer, x)
     before = first.k.shape[2]
     q, k, v = layer.heads(x)
     q, k = (piece.rotate(y, piece.position + before) for y in (q, k))
     size = cache.k.shape[2]
-    cache = write(
-        cache, piece.slots(piece.position if window is None else piece.position % size, size), heads_first(k, v)
-    )
+    slots = piece.slots(piece.position if window is None else piece.position % size, size)
+    cache = write(cache, slots, by_heads(Cache(k, v)))
     slot = jnp.arange(size)
     if window is None:
         seen = slot <= piece.position[:, :, None]
@@ -205,18 +201,11 @@ def attend_caches(
     return sum(parts[1:], start=parts[0]).reshape(q.shape)
 
 
-def persistent_keys(layer: Attention, batch: int) -> Cache:
-    """Keys and values of the persistent tokens, which stand before the text from place 0 on."""
-    if layer.persistent is None:
-        _, k, v = layer.qkv(jnp.zeros((batch, 0, layer.q.shape[0]), layer.q.dtype))
-    else:
-        _, k, v = layer.qkv(layer.persistent[...][None])
-    return heads_first(*(jnp.broadcast_to(y, (batch, *y.shape[1:])) for y in (k, v)))
-
-
-def heads_first(k: Float[Array, "B T K D"], v: Float[Array, "B T K D"]) -> Cache:
-    """Keys and values as a cache has them."""
-    return Cache(jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2))
+def persistent_keys(layer: Attention, x: Float[Array, "B T E"]) -> Cache:
+    """Keys and values of the persistent tokens, which stand before the text from place 0 on, for the rows of x."""
+    first, _ = layer.with_persistent(x[:1, :0])
+    _, k, v = layer.qkv(first)
+    return by_heads(Cache(*(jnp.broadcast_to(y, (x.shape[0], *y.shape[1:])) for y in (k, v))))
 
 
 def extend_memory(
@@ -254,7 +243,7 @@ def extend_segments(
     layer: MemoryAsContext, state: Segment, x: Float[Array, "B T E"], piece: Piece
 ) -> tuple[Segment, Float[Array, "B T E"]]:
     """Kind C, token by token: where in a piece segments end differs from row to row."""
-    first = persistent_keys(layer.attention, x.shape[0])
+    first = persistent_keys(layer.attention, x)
 
     def one(state: Segment, token: tuple[jax.Array, jax.Array]) -> tuple[Segment, jax.Array]:
         x, position = token
@@ -270,32 +259,27 @@ def _segment_token(
 ) -> tuple[Segment, Float[Array, "B 1 E"]]:
     size, before = state.own.k.shape[2], first.k.shape[2]
     place = piece.position % size
-    begins = place[:, 0] == 0
+    begins = piece.active & (place[:, 0] == 0)
     start = where_rows(begins, state.memory.memory, state.start)
-    # convolutions begin anew with each segment
-    query_tail, tails = jax.tree.map(
-        lambda y: where_rows(begins, jnp.zeros_like(y), y), (state.before, state.memory.before)
-    )
+    tails = (state.before, state.memory.before)
+    query_tail, tail = where_rows(begins, jax.tree.map(jnp.zeros_like, tails), tails)  # convolutions begin anew
 
     memory, attention = layer.memory, layer.attention
     projected = memory.projected("q", x)
     read = _read_rows(memory, start, memory.convolved("q", projected, query_tail))
     _, k, v = attention.heads(layer.recalled(read, x))
     slots = piece.slots(place, size)
-    recalled = write(state.recalled, slots, heads_first(piece.rotate(k, before + place), v))
+    recalled = write(state.recalled, slots, by_heads(Cache(piece.rotate(k, before + place), v)))
     q, k, v = attention.heads(x)
     q, k = (piece.rotate(y, before + size + place) for y in (q, k))
-    own = write(state.own, slots, heads_first(k, v))
+    own = write(state.own, slots, by_heads(Cache(k, v)))
 
     seen = jnp.arange(size) <= place[:, :, None]
     always = jnp.ones((1, 1, before), bool)
     attended = attention.project(attend_caches(q, [first, recalled, own], [always, seen, seen]))
-    run, written = extend_memory(memory, MemoryRun(state.memory.memory, tails), attended, piece.active)
-    kept = piece.keep(
-        (start, run.before, last_tokens(query_tail, projected)), (state.start, state.memory.before, state.before)
-    )
-    new = Segment(kept[0], MemoryRun(run.memory, kept[1]), kept[2], recalled, own)
-    return new, layer.combine(attended, written)
+    run, written = extend_memory(memory, MemoryRun(state.memory.memory, tail), attended, piece.active)
+    queries = where_rows(piece.active, last_tokens(query_tail, projected), query_tail)
+    return Segment(start, run, queries, recalled, own), layer.combine(attended, written)
 
 
 def _read_rows(layer: MemoryLayer, state: MemoryState, q: Float[Array, "B H T d_k"]) -> Float[Array, "B H T d_v"]:
@@ -310,10 +294,11 @@ def extend_deep(
     q, k, v = layer.heads(x)
     q, k = (piece.rotate(y, piece.position) for y in (q, k))
     size = state.count.shape[2]
-    keys = write(state.keys, piece.slots(piece.position, size), deep_keys(k, v, w1, w2, l2=layer.l2))
+    learned = by_heads(deep_keys(k, v, w1, w2, l2=layer.l2))
+    keys = write(state.keys, piece.slots(piece.position, size), learned)
     distance = piece.position[:, :, None] - jnp.arange(size)
     count = state.count[:, :, None] + added_weights(gamma, distance)
-    y = deep_read(q, keys, count, distance, piece.position, w1, w2)
+    y = deep_read(q, by_heads(keys), count, distance, piece.position, w1, w2)
     return Deep(keys, _add_weights(state.count, gamma, piece)), layer.project(y)
 
 
@@ -324,6 +309,11 @@ def _add_weights(count: Float[Array, "B H slots"], gamma: Float[Array, "B H T c"
     index = jnp.where(piece.active[:, None] & (index >= 0), index, size)  # a negative index would count from the end
     added = jnp.moveaxis(gamma, 1, -1).reshape(*index.shape, -1)
     return count.at[jnp.arange(count.shape[0])[:, None], :, index].add(added, mode="drop")
+
+
+def by_heads(tokens: Tree) -> Tree:
+    """Arrays [B, T, heads, ·] as caches have them, [B, heads, T, ·], and back."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), tokens)
 
 
 def write(cache: Tree, slots: Int32[Array, "B T"], new: Tree) -> Tree:
@@ -344,9 +334,3 @@ def last_tokens(before: Float[Array, "B t H d"], y: Float[Array, "B T H d"]) -> 
 def where_rows(rows: Bool[Array, " B"], new: Tree, old: Tree) -> Tree:
     """New where the row is chosen, else old."""
     return jax.tree.map(lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (b.ndim - 1)), a, b), new, old)
-
-
-def _with_phase(state: MemoryState, phase: Int32[Array, " B"]) -> MemoryState:
-    import dataclasses
-
-    return dataclasses.replace(state, phase=phase)

@@ -114,7 +114,7 @@ class Attention(nnx.Module):
 
     def mix(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H D"]:
         """Attention before the output projection."""
-        x, prefix = self._with_persistent(x)
+        x, prefix = self.with_persistent(x)
         q, k, v = self.qkv(x)
         if self._window is None:
             return attend(q, k, v, window_mask(x.shape[1], None)[None])[:, prefix:]
@@ -122,7 +122,7 @@ class Attention(nnx.Module):
 
     def mix_masked(self, x: Float[Array, "B T E"], mask: Bool[Array, "T T"]) -> Float[Array, "B T H D"]:
         """As `mix`, with a mask instead of the window; persistent tokens are seen by all."""
-        x, prefix = self._with_persistent(x)
+        x, prefix = self.with_persistent(x)
         q, k, v = self.qkv(x)
         mask = jnp.pad(mask, ((0, 0), (prefix, 0)), constant_values=True)
         return attend(q[:, prefix:], k, v, mask[None])
@@ -147,7 +147,8 @@ class Attention(nnx.Module):
         v = jnp.einsum("bte,ekd->btkd", x, self.v[...])
         return q, k, v
 
-    def _with_persistent(self, x: jax.Array) -> tuple[jax.Array, int]:
+    def with_persistent(self, x: Float[Array, "B T E"]) -> tuple[Float[Array, "B persistent+T E"], int]:
+        """The persistent tokens and x after them, and how many of them there are."""
         if self.persistent is None:
             return x, 0
         first = jnp.broadcast_to(self.persistent[...], (x.shape[0], *self.persistent[...].shape))

@@ -116,7 +116,7 @@ def deep_memory(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DeepKeys:
-    """Keys as a deep memory has learned them; heads first, so that products read them as they lie.
+    """Keys as a deep memory has learned them.
 
     Attributes:
       k: keys, rotated.
@@ -125,10 +125,10 @@ class DeepKeys:
       error: e, what it adds to the output.
     """
 
-    k: Float[Array, "B H U D"]
-    hidden: Float[Array, "B H U F"]
-    back: Float[Array, "B H U F"]
-    error: Float[Array, "B H U D"]
+    k: Float[Array, "B U H D"]
+    hidden: Float[Array, "B U H F"]
+    back: Float[Array, "B U H F"]
+    error: Float[Array, "B U H D"]
 
 
 def deep_keys(
@@ -140,11 +140,10 @@ def deep_keys(
     l2: bool,
 ) -> DeepKeys:
     """What a deep memory learns of keys and values; arguments as in `deep_memory`."""
-    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-    before = jnp.einsum("bhtd,hdf->bhtf", k, w2)
+    before = jnp.einsum("bthd,hdf->bthf", k, w2)
     hidden, slope = jax.jvp(jax.nn.gelu, (before,), (jnp.ones_like(before),))
-    error = v - jnp.einsum("bhtf,hfd->bhtd", hidden, w1) if l2 else v
-    return DeepKeys(k, hidden, jnp.einsum("bhtd,hfd->bhtf", error, w1) * slope, error)
+    error = v - jnp.einsum("bthf,hfd->bthd", hidden, w1) if l2 else v
+    return DeepKeys(k, hidden, jnp.einsum("bthd,hfd->bthf", error, w1) * slope, error)
 
 
 def deep_read(
@@ -164,10 +163,10 @@ def deep_read(
       place: of a query in its text, from 0.
       w1, w2: as in `deep_memory`.
     """
-    score = jnp.einsum("bthd,bhid->bhti", q, keys.k) * q.shape[-1] ** -0.5
+    score = jnp.einsum("bthd,bihd->bhti", q, keys.k) * q.shape[-1] ** -0.5
     attention = jax.nn.softmax(jnp.where(distance[:, None] >= 0, score, NEGATIVE), axis=-1) * count
-    active = jax.nn.gelu(jnp.einsum("bthd,hdf->bhtf", q, w2) + jnp.einsum("bhti,bhif->bhtf", attention, keys.back))
+    active = jax.nn.gelu(jnp.einsum("bthd,hdf->bthf", q, w2) + jnp.einsum("bhti,bihf->bthf", attention, keys.back))
     # hidden units grow with F and tokens with T: means, not sums, keep the output's size
     seen = (place + 1).astype(q.dtype)[:, None, :, None]
-    linear = jnp.einsum("bhtf,bhif->bhti", active, keys.hidden) * count / (w1.shape[1] ** 0.5 * seen)
-    return jnp.einsum("bhtf,hfd->bthd", active, w1) + jnp.einsum("bhti,bhid->bthd", linear, keys.error)
+    linear = jnp.einsum("bthf,bihf->bhti", active, keys.hidden) * count / (w1.shape[1] ** 0.5 * seen)
+    return jnp.einsum("bthf,hfd->bthd", active, w1) + jnp.einsum("bhti,bihd->bthd", linear, keys.error)

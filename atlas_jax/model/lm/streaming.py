@@ -36,7 +36,7 @@ class LMState:
     """What a model keeps of the texts it has read; every leaf has a leading axis of rows, which need nothing of each other.
 
     Attributes:
-      position: tokens read so far.
+      position: tokens read so far, at most 2³⁰.
       layers: what each layer keeps, one per letter of the pattern.
     """
 
@@ -54,7 +54,7 @@ def init_state(config: LMConfig, params: LMParams, batch: int, *, context: int |
 
     Args:
       context: tokens that layers of kinds A and D have room for, `config.context_length` if not given. Tokens past it
-        are read, but no later token sees them.
+        are read, but no token sees them.
 
     Raises:
       ValueError: batch or context is not positive.
