@@ -77,7 +77,11 @@ def open_pretrained(
     mesh_data: int,
     mesh_model: int,
 ) -> Opened:
-    """A model of a known family, and unless `memory` is False its recall memory; see `Engine.open`."""
+    """A model of a known family, and unless `memory` is False its recall memory; arguments as for `Engine.open`.
+
+    Raises:
+      ConfigError, GGUFError, UnsupportedModel, AdapterError, TableError: as `Engine.open`.
+    """
     started = time.monotonic()
     tokenizer, template = _text(file)
     config, fingerprint = model_config(file), file.fingerprint()
