@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 
@@ -19,6 +20,7 @@ def _set_xla_flags() -> None:
 _set_xla_flags()
 
 
+@functools.cache
 def limit_lapack() -> None:
     """Gives the LAPACK that XLA's CPU programs call, SciPy's OpenBLAS, one thread; NumPy's is another and stays.
 

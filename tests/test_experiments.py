@@ -32,10 +32,16 @@ def test_a_window_beats_the_newest_token_alone_and_stale_gradients_undo_it() -> 
 
 
 def test_memorise_reports_error_and_recall_of_each_rule() -> None:
-    error, recall = memorise.experiment(QUICK)
+    error, recall, squeezed, squeezed_recall = memorise.experiment(QUICK)
     assert error.curves.keys() == recall.curves.keys() == {"linear attention", "delta c=1", "momentum c=1"}
     assert all(0 < curve[8].mean < 1 for curve in error.curves.values())
     assert all(0.3 < curve[8].mean <= 1 for curve in recall.curves.values())
+    assert squeezed.curves.keys() == squeezed_recall.curves.keys()
+    whole, projection, sketch = (
+        squeezed.curves[f"{name}, d = 8"][8].mean for name in ("whole", "projection", "sketch")
+    )
+    assert 0 < whole < projection < 1
+    assert 0 < sketch < projection
 
 
 def test_what_a_memory_cannot_see_it_does_not_learn() -> None:

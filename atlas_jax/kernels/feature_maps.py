@@ -97,7 +97,8 @@ def polynomial_sketch(
     parts = [jnp.broadcast_to(scale[0], (*x.shape[:-1], 1)).astype(x.dtype), scale[1] * x]
     for order, share in zip(range(2, degree + 1), sketch_shares(dim, degree, width), strict=True):
         signs = jnp.asarray(_signs(dim, order, share, seed), x.dtype)
-        product = jnp.prod(jnp.einsum("...d,ndm->...nm", x, signs), axis=-2)
+        # not jnp.prod, whose gradient is longer than the product
+        product = math.prod(jnp.einsum("...d,dm->...m", x, factor) for factor in signs)
         parts.append(scale[order] * share**-0.5 * product)
     return jnp.concatenate(parts, axis=-1)
 

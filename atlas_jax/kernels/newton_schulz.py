@@ -7,11 +7,14 @@ An odd polynomial applied to a matrix acts on its singular values alone. Five st
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.kernels import pallas
+from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.typing import Array, Float
 
 CoefficientTable = Literal["jordan", "polar_express"]
@@ -29,6 +32,8 @@ COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     ),
 }
 
+_Row = tuple[float, float, float]
+
 SINGULAR_BAND: dict[str, tuple[float, float]] = {"jordan": (0.681, 1.135), "polar_express": (0.858, 1.142)}
 """Where five steps take singular values that are at least 0.01 of the Frobenius norm."""
 
@@ -42,7 +47,8 @@ def orthogonalize(
     """Replaces the singular values of a matrix by values near 1, keeping its singular vectors: ≈ U·Vᵀ.
 
     Works on the smaller side: for m ≫ n every step multiplies n×n matrices only. With X₀ the normalised matrix, each
-    iterate is X₀·Q with Q an n×n polynomial of the Gram matrix X₀ᵀX₀, so X₀ itself enters two products in all.
+    iterate is X₀·Q with Q an n×n polynomial of the Gram matrix X₀ᵀX₀, so X₀ itself enters two products in all. A matrix
+    that is square or nearly so is iterated itself: 3 products of that size a step, not 4.
 
     Args:
       matrix: any shape of at least two axes; leading axes are a batch.
@@ -54,11 +60,7 @@ def orthogonalize(
     References:
       Jordan et al., Muon (2024); ATLAS, arXiv 2505.23735, equation 32.
     """
-    if matrix.shape[-2] < matrix.shape[-1]:
-        return jnp.swapaxes(orthogonalize(jnp.swapaxes(matrix, -1, -2), steps=steps, table=table), -1, -2)
-    x = _normalize(matrix)
-    gram = jnp.einsum("...mi,...mj->...ij", x, x)
-    return jnp.einsum("...mi,...ij->...mj", x, gram_polynomial(gram, steps=steps, table=table))
+    return _mosaic(steps, table, matrix) if pallas.takes_orthogonalize(matrix.shape) else _iterate(matrix, steps, table)
 
 
 def gram_polynomial(
@@ -72,7 +74,7 @@ def gram_polynomial(
     q = identity
     for a, b, c in _coefficients(steps, table):
         p = a * identity + b * gram + c * (gram @ gram)
-        q = q @ p
+        q = p if q is identity else q @ p
         gram = p @ gram @ p
     return q
 
@@ -88,15 +90,73 @@ def ref_orthogonalize(
     return x
 
 
+def _iterate(matrix: Float[Array, "*batch m n"], steps: int, table: CoefficientTable) -> Float[Array, "*batch m n"]:
+    if matrix.shape[-2] < matrix.shape[-1]:
+        return jnp.swapaxes(_iterate(jnp.swapaxes(matrix, -1, -2), steps, table), -1, -2)
+    x = _normalize(matrix)
+    if 2 * matrix.shape[-2] < 3 * matrix.shape[-1]:
+        for row in _coefficients(steps, table):
+            x = _quintic(row, x)
+        return x
+    gram = jnp.einsum("...mi,...mj->...ij", x, x)
+    return jnp.einsum("...mi,...ij->...mj", x, gram_polynomial(gram, steps=steps, table=table))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mosaic(steps: int, table: CoefficientTable, matrix: jax.Array) -> jax.Array:
+    """`_iterate` by a TPU kernel; its gradient is that of `_iterate`, computed anew."""
+    return pallas.orthogonalize(matrix, _coefficients(steps, table))
+
+
+def _mosaic_forward(steps: int, table: CoefficientTable, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _mosaic(steps, table, matrix), matrix
+
+
+def _mosaic_backward(steps: int, table: CoefficientTable, matrix: jax.Array, slope: jax.Array) -> tuple[jax.Array]:
+    return jax.vjp(lambda x: _iterate(x, steps, table), matrix)[1](slope)
+
+
+_mosaic.defvjp(_mosaic_forward, _mosaic_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _quintic(row: _Row, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
+    """One step on the matrix itself, X·P with P as in `gram_polynomial`."""
+    return _quintic_forward(row, x)[0]
+
+
+def _quintic_forward(row: _Row, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    a, b, c = row
+    gram = jnp.einsum("...mi,...mj->...ij", x, x)
+    p = b * gram + c * (gram @ gram)
+    return a * x + x @ p, (x, gram, p)
+
+
+def _quintic_backward(row: _Row, kept: tuple[jax.Array, ...], slope: jax.Array) -> tuple[jax.Array]:
+    """Of P and the Gram matrix, being symmetric, only the symmetric part of a cotangent counts: 4 products, not 6."""
+    a, b, c = row
+    x, gram, p = kept
+    of_p = _symmetric(jnp.einsum("...mi,...mj->...ij", x, slope))
+    of_gram = b * of_p + 2 * c * _symmetric(gram @ of_p)
+    return (a * slope + slope @ p + 2 * (x @ of_gram),)
+
+
+_quintic.defvjp(_quintic_forward, _quintic_backward)
+
+
+def _symmetric(x: jax.Array) -> jax.Array:
+    return (x + jnp.swapaxes(x, -1, -2)) / 2
+
+
 def _normalize(matrix: jax.Array) -> jax.Array:
     """Divides by the Frobenius norm, so that no singular value exceeds 1.
 
     Scaled by the largest entry first: the squares of very small or very large entries would leave float32's range. The
     result does not depend on that scale, so no gradient need flow through it.
     """
-    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(matrix), axis=(-2, -1), keepdims=True))
+    peak = row_max(row_max(jnp.abs(jax.lax.stop_gradient(matrix))))[..., None, None]
     x = matrix / jnp.where(peak > 0, peak, 1.0)
-    square = jnp.sum(x * x, axis=(-2, -1), keepdims=True)
+    square = row_sum(row_sum(x * x))[..., None, None]
     return x * jax.lax.rsqrt(jnp.where(peak > 0, square, 1.0))
 
 

@@ -186,6 +186,12 @@ def test_a_sketch_too_narrow_is_refused():
         MemoryRule(d_k=8, d_v=8, features=Features(kind="polynomial", degree=3, compress="sketch", width=10))
 
 
+@pytest.mark.parametrize("name", ["atlas", "atlas_pp", "omeganet"])
+def test_presets_sketch_monomials_that_are_more_than_four_a_component(name):
+    assert PRESETS[name](4, 4).features == Features(kind="polynomial", degree=2)
+    assert PRESETS[name](5, 5).features == Features(kind="polynomial", degree=2, compress="sketch", width=20)
+
+
 def test_wrong_shapes_are_named():
     rule = preset("swla", gates="age")
     good = float32(draw_tokens(rule, 0, LENGTH))

@@ -236,6 +236,14 @@ def test_newton_schulz_repeats_its_last_row_and_takes_no_negative_steps():
         orthogonalize(x, steps=-1)
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (4, 5), (5, 2)])
+def test_newton_schulz_gradient_is_that_of_the_definition(shape):
+    rng = np.random.default_rng(0)
+    x, along = rng.standard_normal((2, 3, *shape))
+    slopes = (jax.grad(lambda x, f=f: (f(x, steps=3) * along).sum()) for f in (orthogonalize, ref_orthogonalize))
+    close(*(jit(slope)(x) for slope in slopes), 1e-7)
+
+
 def test_newton_schulz_at_zero_and_at_the_ends_of_float32():
     run = _newton_schulz("jordan", 2)
     grad = jit(jax.grad(lambda x: (orthogonalize(x, steps=2) ** 2).sum()))

@@ -1,4 +1,4 @@
-"""Mosaic kernels for TPUs: attention over int8 pages, and the products of the memory's polynomial features.
+"""Mosaic kernels for TPUs: attention over int8 pages, the recall memory's features, Newton–Schulz and the Omega rule.
 
 Like the C kernels of `kernels.native` they are an implementation, never a definition: on other platforms, and for shapes
 they do not take, the same functions run as XLA programs.
@@ -12,11 +12,25 @@ import jax
 
 from atlas_jax.kernels.attention import LayerKV, QuantPages
 
-__all__ = ["attention", "read_out", "takes_attention", "takes_read", "use"]
+__all__ = [
+    "attention",
+    "chunk_end",
+    "dual_product",
+    "orthogonalize",
+    "read_out",
+    "takes_attention",
+    "takes_omega",
+    "takes_orthogonalize",
+    "takes_read",
+    "use",
+]
 
 _INT8_SUBLANES = 32
 _MAX_READ = 32
 """Tokens per row whose features fit in VMEM beside the memory."""
+
+_MATRIX = 1 << 20
+"""Bytes of a matrix up to which what is made of it fits in VMEM beside it."""
 
 _wanted = True
 
@@ -49,6 +63,42 @@ def read_out(*args: Any) -> jax.Array:
     from atlas_jax.kernels.pallas import memory
 
     return memory.read_out(*args)
+
+
+def takes_orthogonalize(shape: tuple[int, ...]) -> bool:
+    """Whether `orthogonalize` takes matrices of this shape here."""
+    return _undivided() and 4 * shape[-2] * shape[-1] <= _MATRIX
+
+
+def orthogonalize(*args: Any) -> jax.Array:
+    """`newton_schulz.orthogonalize`: matrices [..., m, n] to matrices of the same shape."""
+    from atlas_jax.kernels.pallas import newton_schulz
+
+    return newton_schulz.orthogonalize(*args)
+
+
+def takes_omega(shape: tuple[int, ...], channels: int) -> bool:
+    """Whether `dual_product` and `chunk_end` take a weight of this shape, with gates of so many channels, here."""
+    return _undivided() and channels == 1 and 4 * shape[-2] * shape[-1] <= _MATRIX
+
+
+def dual_product(*args: Any) -> jax.Array:
+    """`omega.dual_product`: queries [b, i] to outputs [b, o]."""
+    from atlas_jax.kernels.pallas import omega
+
+    return omega.dual_product(*args)
+
+
+def chunk_end(*args: Any) -> tuple[jax.Array, jax.Array | None]:
+    """`omega.chunk_end`: the weight [o, i] and its momentum after a chunk."""
+    from atlas_jax.kernels.pallas import omega
+
+    return omega.chunk_end(*args)
+
+
+def _undivided() -> bool:
+    """Whether a program of arrays that anybody may have divided over devices surely runs on one."""
+    return _ready() and (jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty)
 
 
 def _ready() -> bool:

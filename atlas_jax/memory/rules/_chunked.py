@@ -48,14 +48,14 @@ class _Chunk:
       stored: γ of each token, 0 for padding; ones where γ is emitted per window.
       age: γ by age, ones where it is per token.
       valid: 0 for padding.
-      starts: whether the anchor moves before the chunk.
+      starts: whether the anchor moves before the chunk; None: before every one, which leaves nothing to choose.
     """
 
     tokens: Tokens
     stored: Float[Array, " b"]
     age: Float[Array, "b c"]
     valid: Float[Array, " b"]
-    starts: Bool[Array, ""]
+    starts: Bool[Array, ""] | None
 
 
 def chunked(
@@ -113,7 +113,7 @@ def _sequence(rule: MemoryRule, params: Params, state: MemoryState, tokens: Toke
         stored=chunks(rows[2][rule.reach :]),
         age=chunks(age),
         valid=chunks(valid),
-        starts=(first > 0) | (offset == 0),
+        starts=None if known and not offset else (first > 0) | (offset == 0),
     )
     head = [row[: rule.reach] for row in rows]
     start = dataclasses.replace(state, tail_k=head[0], tail_v=head[1], tail_gate=head[2])

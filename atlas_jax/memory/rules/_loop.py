@@ -52,7 +52,7 @@ def checkpointed_scan(
         empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(step, carry, x)[1])
         return jax.lax.cond(alive, step, lambda carry, _: (carry, empty), carry, x)
 
-    if not remat:
+    if not remat or length == 1:  # of one step nothing could be computed later than now
         return jax.lax.scan(taken, carry, xs if live is None else (live, xs))
     policies = jax.checkpoint_policies
     policy = policies.save_only_these_names(KEPT)

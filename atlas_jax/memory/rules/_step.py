@@ -78,13 +78,21 @@ def read(
     return over_batch(one)(params, state, q)[1]
 
 
-def begin_chunk(rule: MemoryRule, state: MemoryState, starts: jax.Array) -> MemoryState:
-    """Where a chunk starts: moves the anchor to the memory, or the memory by what its last chunk has gathered."""
+def begin_chunk(rule: MemoryRule, state: MemoryState, starts: jax.Array | None) -> MemoryState:
+    """Where a chunk starts: moves the anchor to the memory, or the memory by what its last chunk has gathered.
+
+    Args:
+      starts: whether one does; None where it is known that one does.
+    """
     if rule.ns_per == "chunk":
+        if starts is None:
+            return _settle(rule, state)
         return jax.lax.cond(starts, partial(_settle, rule), lambda s: s, state)
     if not keeps_anchor(rule):
         return state
-    anchor = jax.tree.map(lambda new, old: jnp.where(starts, new, old), state.weights, state.anchor)
+    anchor = state.weights
+    if starts is not None:
+        anchor = jax.tree.map(lambda new, old: jnp.where(starts, new, old), anchor, state.anchor)
     return dataclasses.replace(state, anchor=anchor)
 
 
