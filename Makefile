@@ -75,9 +75,10 @@ bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	  titans-pytorch)
 	$(RUN) benchmarks/memory_speed.py --titans-python data/titans/bin/python --output docs/memory_speed.md
 
-tpu-compile: $(VENV)/dev ## compile decode steps and prompt pieces for four TPU chips, without a TPU (brings libtpu)
+tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic kernels, without a TPU (brings libtpu)
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[tpu-compile]'
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/test_tpu_compile.py
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/test_tpu_compile.py \
+	  tests/property/test_kernels_pallas_property.py tests/property/test_kernels_pallas_rules_property.py
 
 mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a test notice? (goes on where it stopped)
 	mkdir -p data

@@ -44,9 +44,9 @@ _NOTES = (
     "and no norm, on the same kind of features: the key and products of two random sums of it, 256 in all.",
     "Newton–Schulz per token is on shorter texts: a matrix of 256 × 256 takes half a Gflop a token and several megabytes of "
     "intermediates, which titans-pytorch keeps for all tokens.",
-    "`mesa` solves the regression of all tokens so far, which no memory of titans-pytorch does; it is beside the MLP. Beside "
-    "the matrix it had 0.4 times the speed forward and 0.5 times with backward at 2 048 tokens, in processor seconds. It "
-    "takes longer where gates forget much within a few tokens: conjugate gradients then give way to a factor per token.",
+    "`mesa` solves the regression of all tokens so far, as no memory of titans-pytorch does, and is beside the MLP. It has "
+    "as many weights as the matrix and as many moments again; but the matrix's step is a product, and faster on long texts. "
+    "It takes longer where gates forget much within a few tokens: conjugate gradients then give way to a factor per token.",
 )
 
 Layer = Callable[[Any, jax.Array], jax.Array]

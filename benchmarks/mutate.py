@@ -38,6 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS, FORMS = "tests/property/test_memory_kernels.py", "tests/property/test_memory_forms.py"
 SPECIAL = "tests/property/test_memory_special_cases.py"
+MOSAIC = "tests/property/test_kernels_pallas_rules_property.py"
 FORM_TESTS = "not gradients and not training and not scan"
 
 
@@ -57,8 +58,10 @@ class Target:
 
 
 TARGETS = {
-    "atlas_jax/kernels/omega.py": Target((KERNELS,), "window_band or decay or dual_form or sequential", True),
-    "atlas_jax/kernels/newton_schulz.py": Target((KERNELS,), "newton or band", True),
+    "atlas_jax/kernels/omega.py": Target(
+        (KERNELS, MOSAIC), "window_band or decay or dual_form or sequential or where_they_are_called", True
+    ),
+    "atlas_jax/kernels/newton_schulz.py": Target((KERNELS, MOSAIC), "newton or band or where_they_are_called", True),
     "atlas_jax/memory/rules/_exact.py": Target((FORMS, SPECIAL), "mesa and not agree", False),
     "atlas_jax/memory/rules/_step.py": Target((FORMS,), FORM_TESTS, False),
     "atlas_jax/memory/rules/_chunked.py": Target((FORMS,), FORM_TESTS, False),

@@ -60,6 +60,51 @@ def test_a_batch_that_fills_no_grid_is_cut_off() -> None:
     np.testing.assert_allclose(found, ref_orthogonalize(jnp.asarray(x), steps=1), atol=1e-4)
 
 
+@pytest.mark.parametrize("momentum", [True, False])
+def test_the_omega_rule_where_they_are_called(momentum: bool, interpreted: None) -> None:
+    b, m, o, i = 3, 5, 4, 6
+    rng = np.random.default_rng(0)
+    x, weight, old, left, right, band = (
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((b, i), (o, i), (o, i), (m, o), (m, i), (b, m))
+    )
+    alpha, theta, inner, outer = jnp.asarray(rng.uniform(0.2, 1, (4, b, 1)), jnp.float32)
+
+    def both(x: Any, weight: Any, old: Any, left: Any, right: Any, alpha: Any, theta: Any, channels: int = 1) -> Any:
+        wide = jnp.broadcast_to(alpha, (b, channels))
+        gates = omega.chunk_coefficients(wide, theta if momentum else None, inner, outer, band)
+        start = old if momentum else None
+        args = left, right, gates, "row"
+        return omega.dual_product(x, weight, start, *args), omega.chunk_end(weight, start, *args)
+
+    def loss(*args: jax.Array) -> jax.Array:
+        return sum(jnp.sum(jnp.sin((1 + n) * y)) for n, y in enumerate(jax.tree.leaves(both(*args))))
+
+    args = x, weight, old, left, right, alpha, theta
+    text = str(jax.make_jaxpr(both)(*args))
+    assert "omega_dual_product" in text
+    assert "omega_chunk_end" in text
+    assert "pallas_call" not in str(jax.make_jaxpr(functools.partial(both, channels=o))(*args))
+    mosaic = both(*args), jax.grad(loss, argnums=range(7))(*args)
+    pallas.use(False)
+    try:
+        plain = both(*args), jax.grad(loss, argnums=range(7))(*args)
+    finally:
+        pallas.use(True)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), mosaic, plain)
+
+
+def test_newton_schulz_where_they_are_called(interpreted: None) -> None:
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 6)), jnp.float32)
+    for table in ("jordan", "polar_express"):
+        run = functools.partial(orthogonalize, steps=3, table=table)
+        assert "newton_schulz" in str(jax.make_jaxpr(run)(x))
+        mosaic = run(x), jax.grad(lambda x, run=run: jnp.sum(jnp.sin(run(x))))(x)
+        definition = functools.partial(ref_orthogonalize, steps=3, table=table)
+        plain = definition(x), jax.grad(lambda x, run=definition: jnp.sum(jnp.sin(run(x))))(x)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), mosaic, plain)
+
+
 @pytest.mark.parametrize("name", ["titans", "omeganet", "atlas", "deltanet"])
 def test_rules_and_their_gradients_are_xlas(name: str, interpreted: None) -> None:
     """Batches, momentum or none, a window's tail, Newton–Schulz per token."""
