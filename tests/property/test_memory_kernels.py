@@ -287,9 +287,11 @@ def test_decay_products():
     @FEW
     @given(seed=SEEDS)
     def check(seed):
-        gate = gates(np.random.default_rng(seed), 5, 2)
-        wanted = [[np.prod(gate[n + 1 : t + 1], axis=0) * (n <= t) for n in range(5)] for t in range(5)]
-        close(products(gate), wanted)
+        rng = np.random.default_rng(seed)
+        for size in (1, 2, 5):
+            gate = gates(rng, size, 2)
+            wanted = [[np.prod(gate[n + 1 : t + 1], axis=0) * (n <= t) for n in range(size)] for t in range(size)]
+            close(products(gate), wanted)
 
     check()
 
@@ -332,6 +334,7 @@ CHANNELS = {
     "alpha": ((True, False, False, False), 5, 2),
     "theta": ((False, True, False, False), 5, 2),
     "all, a chunk of one token": ((True,) * 4, 1, 0),
+    "all, which are two": ((True,) * 4, 5, 2),
 }
 
 
@@ -339,7 +342,8 @@ CHANNELS = {
 @pytest.mark.parametrize("axis", ["row", "column"])
 def test_dual_form_is_the_recurrence(axis, channels):
     """Outputs, weights and momentum, and the weights of every token, of a chunk and its tail."""
-    size = 4 if axis == "row" else 3
+    o, i = (2, 2) if "two" in channels else (4, 3)
+    size = o if axis == "row" else i
     wide, chunk, tail = CHANNELS[channels]
     widths = [size if w else 1 for w in wide]
 
@@ -365,8 +369,8 @@ def test_dual_form_is_the_recurrence(axis, channels):
     @given(seed=SEEDS)
     def check(seed):
         rng = np.random.default_rng(seed)
-        weight, momentum = rng.standard_normal((2, 4, 3))
-        x, left, right = (rng.standard_normal(s) for s in ((chunk, 3), (chunk + tail, 4), (chunk + tail, 3)))
+        weight, momentum = rng.standard_normal((2, o, i))
+        x, left, right = (rng.standard_normal(s) for s in ((chunk, i), (chunk + tail, o), (chunk + tail, i)))
         band = np.tril(rng.random((chunk, chunk + tail)), tail)
         arrays = (weight, momentum, x, left, right, *(gates(rng, chunk, n) for n in widths), band)
         dual, formed, twin, plain, descent = compiled(*arrays)

@@ -1,7 +1,7 @@
 """Newton–Schulz on TPU: a matrix is read once, iterated in VMEM and written once.
 
-XLA's program writes every Gram matrix and every iterate out: 873 MB for 512 matrices of 64 × 256, of which 67 are input and
-output (the TPU compiler's count for v5e), so that memory takes five times as long as the products.
+XLA's program writes every Gram matrix and every iterate out: 1 076 MB for 512 matrices of 64 × 256, of which 67 are input
+and output (the TPU compiler's count for v5e): at 819 GB/s that takes 1.3 ms, the products at 197 TFLOP/s 0.04.
 """
 
 from __future__ import annotations

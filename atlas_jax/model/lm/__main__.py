@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
+
+import jax
 
 from atlas_jax.gguf._writer import BYTE_VOCAB, byte_vocabulary
 from atlas_jax.memory.rules import PRESETS
@@ -29,8 +32,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoints", type=Path, help="directory to keep checkpoints in, and to go on from")
-    parser.add_argument("--devices", choices=["local", "pmap", "sharded"], default="local")
+    parser.add_argument(
+        "--devices",
+        choices=["local", "pmap", "sharded"],
+        default="local",
+        help="one device, or all of them, each with its part of a batch; a CPU counts as one device per core",
+    )
     args = parser.parse_args(argv)
+    if args.devices != "local":
+        # XLA runs a memory's loop over chunks on one core of a device
+        jax.config.update("jax_num_cpu_devices", len(os.sched_getaffinity(0)))
 
     dim = args.embed // args.heads
     rule = PRESETS[args.rule](dim, dim) if set(args.pattern) & MEMORY_KINDS else None
