@@ -101,6 +101,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("omega.py", "mixing.shape[-1] == 1", "mixing.shape[-1] == 2"): "leaves out a short cut for one channel",
     ("omega.py", "left.shape[-1] == 1", "left.shape[-1] == 2"): "leaves out a short cut for one channel",
     ("omega.py", "right.shape[-1] == 1", "right.shape[-1] == 2"): "leaves out a short cut for one channel",
+    **{
+        ("omega.py:momenta", f"coefficients.{gates}.shape[-1]", f"coefficients.{gates}.shape[{axis}]"): (
+            "leaves out a short cut for one channel"
+        )
+        for gates in ("momentum_tokens", "momentum_left")
+        for axis in (1, -2)
+    },
+    ("omega.py", "c.tokens[..., 0]", "c.tokens[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "mixing[..., 0]", "mixing[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "left[..., 0]", "left[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "right[..., 0]", "right[..., 1]"): "one channel: jax clamps the index",
@@ -224,7 +232,7 @@ BINARY = {
 COMPARE = {ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 # modules to load anew for each mutant: the memories, and the tests that have imported them
 FRESH = ("atlas_jax.kernels.omega", "atlas_jax.kernels.newton_schulz", "atlas_jax.kernels.feature_maps")
-FRESH += ("atlas_jax.memory.rules", "memory_support", "test_memory_")
+FRESH += ("atlas_jax.memory.rules", "memory_support", "test_memory_", "test_kernels_pallas_rules")
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,10 @@ class RealServer:
         """Log lines that tell of something wrong."""
         return [match[0] for match in _TROUBLE.finditer(self.log)]
 
+    def wait_warm(self) -> None:
+        """Waits until every program is compiled."""
+        self._wait(lambda: "Every program is compiled" in self.log)
+
     def _wait(self, condition: Any) -> None:
         end = time.monotonic() + PATIENCE
         while not condition():
