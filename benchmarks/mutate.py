@@ -108,6 +108,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         for gates in ("momentum_tokens", "momentum_left")
         for axis in (1, -2)
     },
+    ("omega.py", "gate[..., 0]", "gate[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "c.tokens[..., 0]", "c.tokens[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "mixing[..., 0]", "mixing[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "left[..., 0]", "left[..., 1]"): "one channel: jax clamps the index",

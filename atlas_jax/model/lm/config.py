@@ -127,9 +127,8 @@ class LMConfig:
         """Greatest inner step of the memories: as `gate_start` says, else 0.5 / (c · b · |φ|²) for unit keys.
 
         A chunk whose b tokens have one key takes that many steps of a window of c at one anchor before the memory moves:
-        larger ones can diverge. Muon's steps have the size of η whatever c and φ are. Byte models of a memory layer and a
-        windowed layer (width 64, 150 steps on this project's README and DESIGN, last 20 losses) by eta_max: omeganet
-        2.42 at 0.002 and 0.006, 2.65 at 0.02, 3.60 at 0.06, 3.73 at 0.5; titans 2.41, 2.41, 2.42, 2.41, 2.87.
+        larger ones can diverge: a byte model with `omeganet` layers ended at 2.28 nats with this bound and at 3.77 with 0.5
+        (docs/training.md). Muon's steps have the size of η whatever c and φ are.
         """
         if self.gate_start.eta_max is not None or self.rule is None:
             return self.gate_start.eta_max or 0.5
