@@ -91,6 +91,29 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "matrix.shape[-1]",
         "matrix.shape[1]",
     ): "works on the larger side of some batches: only slower",
+    **{
+        (
+            "newton_schulz.py:_iterate",
+            before,
+            after,
+        ): "the matrix or its Gram matrix is iterated: only the speed differs"
+        for before, afters in {
+            "2 * matrix.shape[-2] < 3 * matrix.shape[-1]": ("2 * matrix.shape[-2] <= 3 * matrix.shape[-1]",),
+            "2 * matrix.shape[-2]": (
+                "2 + matrix.shape[-2]",
+                "2",
+                "matrix.shape[-2]",
+                "3 * matrix.shape[-2]",
+            ),
+            "3 * matrix.shape[-1]": (
+                "3 + matrix.shape[-1]",
+                "3",
+                "matrix.shape[-1]",
+                "4 * matrix.shape[-1]",
+            ),
+        }.items()
+        for after in afters
+    },
     ("newton_schulz.py", "gram.shape[-1]", "gram.shape[-2]"): "a Gram matrix is square",
     ("newton_schulz.py", "jnp.where(peak > 0, peak, 1.0)", "jnp.where(peak > 0, peak, 2.0)"): "divides a zero matrix",
     (
@@ -109,6 +132,9 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         for axis in (1, -2)
     },
     ("omega.py", "gate[..., 0]", "gate[..., 1]"): "one channel: jax clamps the index",
+    ("omega.py:momenta", "coefficients.momentum_tokens[..., 0]", "coefficients.momentum_tokens[..., 1]"): (
+        "one channel: jax clamps the index"
+    ),
     ("omega.py", "c.tokens[..., 0]", "c.tokens[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "mixing[..., 0]", "mixing[..., 1]"): "one channel: jax clamps the index",
     ("omega.py", "left[..., 0]", "left[..., 1]"): "one channel: jax clamps the index",
