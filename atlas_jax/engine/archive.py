@@ -1,7 +1,7 @@
-"""Where snapshots lie: files of single sessions, and archives of all sessions of an owner.
+"""Exports: many sessions in one file, to be copied, kept, and read by another server.
 
-An archive is an uncompressed zip of snapshot files with a manifest, so it is written and read one session at a time.
-Names of owners and sessions never become file names: folders, files and members are named by digests.
+An export is an uncompressed zip of snapshots with a manifest, written and read one session at a time. Members are named by
+digests of session names. Which of two copies of a session is newer follows from their generations.
 """
 
 from __future__ import annotations
@@ -11,121 +11,95 @@ import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from atlas_jax.engine import snapshot
 from atlas_jax.engine.api import SnapshotInvalid
+from atlas_jax.engine.snapshot import Listing
 
 _MANIFEST = "manifest.json"
 _MAX_MANIFEST = 64 << 20
 _MAX_MEMBERS = 100_000
-
-
-class Listing(msgspec.Struct, frozen=True):
-    """What can be said of a stored session without reading its state."""
-
-    session_id: str
-    tokens: int
-    bytes: int
-    created: float
-    last_used: float
-    has_state: bool
+_PIECE = 1 << 20
 
 
 class Manifest(msgspec.Struct, frozen=True):
-    """Contents of an archive; `model` is the fingerprint of the model it was made with."""
+    """Contents of an export; `model` is the fingerprint of the model it was made with."""
 
     model: str
     sessions: list[Listing]
 
 
-@dataclass(frozen=True)
-class Location:
-    """A stored session: a snapshot file, or a member of an archive."""
-
-    path: Path
-    member: str | None = None
-
-    def read(self, limit: int) -> bytes:
-        """The snapshot's bytes.
-
-        Raises:
-          SnapshotInvalid: it is damaged or larger than `limit`.
-          OSError: it cannot be read.
-        """
-        if self.member is None:
-            return snapshot.read_file(self.path, limit)
-        with _opened(self.path) as archive:
-            return _member(archive, self.member, limit)
-
-
-def owner_folder(root: Path, owner: str) -> Path:
-    """An owner's folder."""
-    name = _digest(owner)
-    return root / name[:2] / name
-
-
-def session_file(root: Path, owner: str, session_id: str) -> Path:
-    """A session's own snapshot file."""
-    return owner_folder(root, owner) / "sessions" / f"{_digest(session_id)}.atlas"
-
-
 def member_name(session_id: str) -> str:
-    """A session's member in an archive."""
-    return f"{_digest(session_id)}.atlas"
+    """A session's member in an export."""
+    return f"{hashlib.sha256(session_id.encode('utf-8', 'surrogatepass')).hexdigest()}.atlas"
 
 
-def bury(root: Path, owner: str, session_id: str) -> None:
-    """Marks a session as deleted, so that an older archive does not bring it back."""
-    grave = owner_folder(root, owner) / "deleted" / member_name(session_id)
-    grave.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    grave.touch(mode=0o600)
-
-
-def buried(folder: Path) -> frozenset[str]:
-    """Members marked as deleted in an owner's folder."""
-    return frozenset(grave.name for grave in (folder / "deleted").glob("*.atlas"))
-
-
-def unbury(folder: Path) -> None:
-    """Removes the marks: the archive has been written without the deleted sessions."""
-    for grave in (folder / "deleted").glob("*.atlas"):
-        grave.unlink(missing_ok=True)
-
-
-def write(path: Path, manifest: Manifest, snapshots: Iterable[tuple[str, bytes]]) -> int:
-    """Writes an archive of (session id, snapshot) pairs, replacing `path` at the end; returns its size in bytes."""
-    with snapshot.atomic_file(path) as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for session_id, data in snapshots:
-                archive.writestr(zipfile.ZipInfo(member_name(session_id)), data)
-            archive.writestr(zipfile.ZipInfo(_MANIFEST), msgspec.json.encode(manifest))
-        return int(file.tell())
-
-
-def read_manifest(path: Path) -> Manifest:
-    """Contents of an archive.
+def write(path: Path, model: str, sessions: Iterable[tuple[Listing, bytes]]) -> tuple[int, int]:
+    """Writes an export of (listing, snapshot) pairs, replacing `path` at the end; returns its bytes and sessions.
 
     Raises:
-      FileNotFoundError: there is none.
-      SnapshotInvalid: it is not an archive, or is damaged.
+      StorageFull, OSError: `path` is as it was.
     """
-    with _opened(path) as archive:
+    listings: list[Listing] = []
+    with snapshot.atomic_file(path) as file:
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            for listing, data in sessions:
+                archive.writestr(zipfile.ZipInfo(member_name(listing.session_id)), data)
+                listings.append(listing)
+            archive.writestr(zipfile.ZipInfo(_MANIFEST), msgspec.json.encode(Manifest(model, listings)))
+        return int(file.tell()), len(listings)
+
+
+class Reader:
+    """An export that is open for reading; make it with `opened`.
+
+    Attributes:
+      manifest: what it says it holds; every name in it has a member.
+    """
+
+    def __init__(self, archive: zipfile.ZipFile) -> None:
+        """Raises SnapshotInvalid where the manifest cannot be read or does not match the contents."""
+        self._archive = archive
         try:
-            manifest = msgspec.json.decode(_member(archive, _MANIFEST, _MAX_MANIFEST), type=Manifest)
+            self.manifest = msgspec.json.decode(self._member(_MANIFEST, _MAX_MANIFEST), type=Manifest)
         except (msgspec.DecodeError, RecursionError) as error:
             raise SnapshotInvalid("archive is damaged: its manifest cannot be read") from error
-        names = {member_name(session.session_id) for session in manifest.sessions}
-        if len(names) != len(manifest.sessions) or names | {_MANIFEST} != set(archive.namelist()):
+        names = {member_name(session.session_id) for session in self.manifest.sessions}
+        if len(names) != len(self.manifest.sessions) or names | {_MANIFEST} != set(archive.namelist()):
             raise SnapshotInvalid("archive is damaged: its manifest does not match its contents")
-        return manifest
+
+    def read(self, session_id: str, limit: int) -> bytes:
+        """One session's snapshot; raises SnapshotInvalid for damage or more than `limit` bytes."""
+        return self._member(member_name(session_id), limit)
+
+    def check(self) -> None:
+        """Reads all of it; raises SnapshotInvalid where some of it is damaged."""
+        for info in self._archive.infolist():
+            with _damage(), self._archive.open(info) as member:
+                while member.read(_PIECE):
+                    pass
+
+    def _member(self, name: str, limit: int) -> bytes:
+        with _damage():
+            info = self._archive.getinfo(name)
+            if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+                raise SnapshotInvalid("archive holds a member that is not stored plainly")
+            if info.file_size > limit:
+                raise SnapshotInvalid(f"archive member of {info.file_size} bytes exceeds the limit of {limit}")
+            return self._archive.read(info)
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
+def opened(path: Path) -> Iterator[Reader]:
+    """An export to be read.
+
+    Raises:
+      FileNotFoundError: there is none.
+      SnapshotInvalid: it is not an export, or is damaged.
+    """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise SnapshotInvalid("archive is not a regular file")
     try:
@@ -135,24 +109,17 @@ def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     with archive:
         if len(archive.namelist()) > _MAX_MEMBERS:
             raise SnapshotInvalid("archive holds too many sessions")
-        yield archive
+        yield Reader(archive)
 
 
-def _member(archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+@contextmanager
+def _damage() -> Iterator[None]:
+    """Turns what the zip library says of a damaged file into SnapshotInvalid."""
     try:
-        info = archive.getinfo(name)
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise SnapshotInvalid("archive holds a member that is not stored plainly")
-        if info.file_size > limit:
-            raise SnapshotInvalid(f"archive member of {info.file_size} bytes exceeds the limit of {limit}")
-        return archive.read(info)
+        yield
     except (KeyError, zipfile.BadZipFile, EOFError, ValueError, NotImplementedError) as error:
         raise SnapshotInvalid("archive is damaged") from error
     except OSError as error:
         if error.errno != errno.EINVAL:  # a place before the file's beginning: its directory is damaged
             raise
         raise SnapshotInvalid("archive is damaged") from error
-
-
-def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()

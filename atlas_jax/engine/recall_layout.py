@@ -46,6 +46,11 @@ class RecallLayout:
         return SessionShape(WindowPlan(window=4), layers=1, degree=2)
 
     @property
+    def largest_window(self) -> int:
+        """Tokens of the largest window this engine has room for."""
+        return self.memory.max_window
+
+    @property
     def largest_snapshot(self) -> int:
         """Bytes of the largest snapshot this engine could write, a little rounded up."""
         model, memory = self.model, self.memory
@@ -95,6 +100,10 @@ class RecallLayout:
         return summary(sessions, features, layers)
 
 
+_ZERO_AT_FIRST = ("weights", "momentum", "read_values", "read_scale")
+"""Arrays of a memory that are left out of a snapshot where they are zero."""
+
+
 def _kept_positions(memory: MemoryConfig, plan: WindowPlan, position: int) -> np.ndarray:
     """Positions whose memory keys a later write can still need."""
     assert plan.window is not None
@@ -109,16 +118,14 @@ def _row_arrays(layout: RecallLayout, plan: WindowPlan, checkpoint: Checkpoint) 
     ring = plan.ring((checkpoint.page + 1) * PAGE)
     out: dict[str, np.ndarray] = {
         "page": np.asarray(context.page)[0, :ring],
-        "weights": np.asarray(memory.weights)[0],
-        "read_values": np.asarray(memory.read_values)[0],
-        "read_scale": np.asarray(memory.read_scale)[0],
         "seen": np.packbits(np.asarray(memory.seen)[0].astype(bool)),
         "loss": np.asarray(memory.loss),
         "recent": np.asarray(memory.recent)[0],
     }
-    momentum = np.asarray(memory.momentum)[0]
-    if momentum.any():
-        out["momentum"] = momentum
+    for name in _ZERO_AT_FIRST:  # the memory is most of a snapshot, and nothing while the text is inside the window
+        array = np.asarray(getattr(memory, name))[0]
+        if array.any():
+            out[name] = array
     kept = _kept_positions(layout.memory, plan, checkpoint.position)
     slots = kept % layout.memory.ring
     out["keys"], out["tokens"] = np.asarray(memory.keys)[0, slots], np.asarray(memory.tokens)[0, slots]
@@ -171,7 +178,10 @@ def _row(
     if not ((tokens >= 0) & (tokens < model.vocab)).all():
         raise SnapshotInvalid("snapshot's tokens are out of range")
     shape = (config.code_dim, config.features)
-    momentum = take("momentum", shape, "f4") if "momentum" in arrays else np.zeros(shape, np.float32)
+    matrices = {
+        name: take(name, size, kind)[None] if name in arrays else np.zeros((1, *size), kind)
+        for name, size, kind in zip(_ZERO_AT_FIRST, (shape, shape, shape, shape[:1]), ("f4", "f4", "i1", "f4"), strict=True)
+    }
     seen = np.unpackbits(take("seen", (-(-model.vocab // 8),), "u1"))[: model.vocab].astype(np.int8)
     context = Context(
         kv=kv,
@@ -181,10 +191,7 @@ def _row(
         position=np.asarray([position], np.int32),  # type: ignore[arg-type]
     )
     memory = MemoryState(
-        weights=take("weights", shape, "f4")[None],  # type: ignore[arg-type]
-        momentum=momentum[None],  # type: ignore[arg-type]
-        read_values=take("read_values", shape, "i1")[None],  # type: ignore[arg-type]
-        read_scale=take("read_scale", shape[:1], "f4")[None],  # type: ignore[arg-type]
+        **matrices,  # type: ignore[arg-type]
         recent=take("recent", (RECENT, config.components), "f4")[None],  # type: ignore[arg-type]
         keys=keys,  # type: ignore[arg-type]
         tokens=tokens,  # type: ignore[arg-type]

@@ -1,8 +1,9 @@
-"""Session files: versioned, checksummed, bound to one model, and never trusted until checked.
+"""Snapshots of sessions: versioned, checksummed, bound to one model, and never trusted until checked.
 
-Layout: 8 bytes magic, u32 version, sha256 of the rest, then a safetensors payload whose metadata carries a JSON header.
-Nothing in it is code. Shapes and types are compared with what the engine expects before an array is touched, and numbers
-must be finite and of plausible size. Files are written beside their place, synced, and renamed.
+Layout: 8 bytes magic, u32 version, u32 length of the head, SHA-256 of the head; the head, JSON that says whose session this
+is and what the payload's SHA-256 is; the payload, safetensors whose metadata carries a JSON header. The head alone is
+enough to list a session. Nothing in it is code. Shapes and types are compared with what the engine expects before an array
+is touched, and numbers must be finite and of plausible size. Files are written beside their place, synced, and renamed.
 """
 
 from __future__ import annotations
@@ -18,43 +19,117 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from atlas_jax import _tensors
 from atlas_jax.engine.api import SnapshotInvalid, StorageFull
 
 MAGIC = b"ATLASNAP"
-VERSION = 1
-_PREFIX = struct.Struct("<8sI32s")
+VERSION = 2
+_PREFIX = struct.Struct("<8sII32s")
+_MAX_HEAD = 64 << 10
 _MAX_NORM = 1e8
 
 
-def encode(header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> bytes:
+class Listing(msgspec.Struct, frozen=True):
+    """What can be said of a stored session without reading its state.
+
+    Attributes:
+      generation: orders everything that was ever done to a session: later changes have greater numbers, on every machine
+        whose clock is about right.
+      tokens: length of its text.
+      floor: the earliest position to which the state can be set back; a journal after it must not go back further.
+      bytes: of its state in main memory.
+      has_state: a caller stored JSON with it.
+      window, window_fill, absorbed, updates, last_update: what its memory held, for totals over many sessions.
+    """
+
+    owner: str
+    session_id: str
+    generation: int
+    tokens: int
+    floor: int
+    bytes: int
+    created: float
+    last_used: float
+    has_state: bool
+    window: int = 0
+    window_fill: int = 0
+    absorbed: int = 0
+    updates: int = 0
+    last_update: float | None = None
+
+
+class Head(msgspec.Struct, frozen=True):
+    """The beginning of a snapshot.
+
+    Attributes:
+      bound: what the engine that made it and one that reads it must have in common.
+    """
+
+    listing: Listing
+    bound: dict[str, Any]
+    payload_bytes: int
+    payload_sha256: str
+
+
+def encode(
+    listing: Listing, bound: Mapping[str, Any], header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
+) -> bytes:
     """Serialises one session."""
     payload = _tensors.encode(header, arrays)
-    return _PREFIX.pack(MAGIC, VERSION, hashlib.sha256(payload).digest()) + payload
+    head = msgspec.json.encode(Head(listing, dict(bound), len(payload), hashlib.sha256(payload).hexdigest()))
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(head), hashlib.sha256(head).digest())
+    return b"".join((prefix, head, payload))
 
 
-def decode(data: bytes) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def read_head(data: bytes) -> tuple[Head, int]:
+    """The head of a snapshot from its first bytes, and where the payload begins.
+
+    Raises:
+      SnapshotInvalid: they are damaged, of another version, or not of a snapshot.
+    """
+    if len(data) < _PREFIX.size:
+        raise SnapshotInvalid("snapshot is truncated")
+    magic, version, length, digest = _PREFIX.unpack_from(data)
+    if magic != MAGIC:
+        raise SnapshotInvalid("not a session snapshot")
+    if version != VERSION:
+        raise SnapshotInvalid(f"snapshot version {version} is not supported (this server reads version {VERSION})")
+    head = data[_PREFIX.size : _PREFIX.size + length]
+    if length > _MAX_HEAD or len(head) != length or hashlib.sha256(head).digest() != digest:
+        raise SnapshotInvalid("snapshot is damaged: its head cannot be read")
+    try:
+        return msgspec.json.decode(head, type=Head), _PREFIX.size + length
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise SnapshotInvalid("snapshot is damaged: its head cannot be read") from error
+
+
+def with_generation(head: Head, generation: int) -> Head:
+    """The same head for another generation: a save point that was made the present state keeps its bytes."""
+    return msgspec.structs.replace(head, listing=msgspec.structs.replace(head.listing, generation=generation))
+
+
+HEAD_BYTES = _PREFIX.size + _MAX_HEAD
+"""As many of a snapshot's first bytes hold its head."""
+
+
+def decode(data: bytes) -> tuple[Head, dict[str, Any], dict[str, np.ndarray]]:
     """Reads what `encode` wrote.
 
     Raises:
       SnapshotInvalid: it is damaged, of another version, or not a snapshot; nothing was kept.
     """
-    if len(data) < _PREFIX.size:
-        raise SnapshotInvalid("snapshot is truncated")
-    magic, version, digest = _PREFIX.unpack_from(data)
-    if magic != MAGIC:
-        raise SnapshotInvalid("not a session snapshot")
-    if version != VERSION:
-        raise SnapshotInvalid(f"snapshot version {version} is not supported (this server reads version {VERSION})")
-    payload = data[_PREFIX.size :]
-    if hashlib.sha256(payload).digest() != digest:
+    head, start = read_head(data)
+    payload = memoryview(data)[start:]
+    if len(payload) != head.payload_bytes or hashlib.sha256(payload).hexdigest() != head.payload_sha256:
         raise SnapshotInvalid("snapshot is damaged: its checksum does not match")
     try:
-        return _tensors.decode(payload, dict[str, Any])
+        header, arrays = _tensors.decode(bytes(payload), dict[str, Any])
     except _tensors.DamagedFile as error:
         raise SnapshotInvalid("snapshot is damaged: its contents cannot be read") from error
+    return head, header, arrays
 
 
 def check_array(name: str, array: np.ndarray | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
@@ -75,8 +150,8 @@ def check_array(name: str, array: np.ndarray | None, shape: tuple[int, ...], dty
     return array
 
 
-def read_file(path: Path, limit: int) -> bytes:
-    """Reads a regular file of at most `limit` bytes, following no link.
+def read_file(path: Path, limit: int | None, *, first: int | None = None) -> bytes:
+    """Reads a regular file of at most `limit` bytes, or its `first` bytes, following no link.
 
     Raises:
       FileNotFoundError: there is none.
@@ -92,9 +167,9 @@ def read_file(path: Path, limit: int) -> bytes:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise SnapshotInvalid("snapshot is not a regular file")
-        if status.st_size > limit:
+        if limit is not None and status.st_size > limit:
             raise SnapshotInvalid(f"snapshot of {status.st_size} bytes exceeds the limit of {limit}")
-        return file.read(limit + 1)
+        return file.read(first)
 
 
 @contextlib.contextmanager
@@ -108,7 +183,7 @@ def atomic_file(path: Path) -> Iterator[Any]:
     try:
         descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
     except OSError as error:
-        raise _storage_error(error) from error
+        raise storage_error(error) from error
     temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -116,22 +191,24 @@ def atomic_file(path: Path) -> Iterator[Any]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise _storage_error(error) from error
+        raise storage_error(error) from error
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def _storage_error(error: OSError) -> Exception:
+def storage_error(error: OSError) -> Exception:
+    """What an error of the file system is to a client."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageFull("no space left for session snapshots")
     return error
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Brings names made or removed in a folder to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

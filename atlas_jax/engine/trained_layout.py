@@ -48,6 +48,11 @@ class TrainedLayout:
         return session_shape()
 
     @property
+    def largest_window(self) -> int:
+        """Tokens of the largest window this engine has room for."""
+        return 0
+
+    @property
     def largest_snapshot(self) -> int:
         """Bytes of the largest snapshot this engine could write, a little rounded up."""
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.state)) + (16 << 20)

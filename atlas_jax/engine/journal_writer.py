@@ -1,0 +1,115 @@
+"""The thread that writes what was answered, before the answer's last event is sent, and the one that syncs it.
+
+The engine's thread never waits for a disk: it hands a turn over and goes on. One slow write delays the ends of answers, not
+their tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+log = logging.getLogger("atlas.engine")
+
+
+class Syncs(Protocol):
+    """Something whose writes can be brought to the disk."""
+
+    def sync(self) -> None:
+        """Waits until they are there."""
+
+
+Write = Callable[[], Syncs | None]
+Done = Callable[[Exception | None], None]
+
+
+class JournalWriter:
+    """Runs writes in the order they came; makes them durable together.
+
+    Args:
+      sync_seconds: how far the disk may be behind; 0 syncs each write before it is called done.
+    """
+
+    def __init__(self, sync_seconds: float) -> None:
+        self._seconds = sync_seconds
+        self._changed = threading.Condition()
+        self._queue: deque[tuple[Write, Done]] = deque()
+        self._at_work = False
+        self._behind: dict[Syncs, None] = {}
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._write_all, name="atlas-journal", daemon=True),
+            threading.Thread(target=self._sync_all, name="atlas-journal-sync", daemon=True),
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, write: Write, done: Done) -> None:
+        """Queues a write; `done` is called from the journal's thread with what went wrong, or None."""
+        with self._changed:
+            self._queue.append((write, done))
+            self._changed.notify_all()
+
+    @property
+    def pending(self) -> int:
+        """Writes that have not been called done."""
+        return len(self._queue) + self._at_work
+
+    def flush(self, timeout: float) -> bool:
+        """Waits until everything submitted so far has been written; tells whether it has."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self.pending, timeout)
+
+    def close(self, timeout: float) -> bool:
+        """Writes and syncs what is left and ends the threads; tells whether they ended in time."""
+        end = time.monotonic() + timeout
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join(max(0.0, end - time.monotonic()))
+        return not any(thread.is_alive() for thread in self._threads)
+
+    def _write_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._queue) or self._closing)
+                if not self._queue:
+                    return
+                write, done = self._queue.popleft()
+                self._at_work = True
+            failure: Exception | None = None
+            written: Syncs | None = None
+            try:
+                written = write()
+                if written is not None and self._seconds == 0:
+                    written.sync()
+            except Exception as error:
+                failure = error
+            try:
+                done(failure)
+            except Exception:
+                log.exception("A turn's end could not be told")
+            with self._changed:
+                self._at_work = False
+                if written is not None and self._seconds > 0:
+                    self._behind[written] = None
+                self._changed.notify_all()
+
+    def _sync_all(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._behind) or (self._closing and not self.pending))
+                if not self._behind:
+                    return
+                self._changed.wait_for(lambda: self._closing, self._seconds)
+                behind, self._behind = self._behind, {}
+            for one in behind:
+                try:
+                    one.sync()
+                except OSError as error:
+                    log.error("[ATLAS] A session's journal could not be brought to the disk: %s", error.strerror)
