@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -27,12 +27,17 @@ class History:
       digests: after each full page, a digest of everything up to there.
       tail: the last tokens; those before `tail_start` are known by digest only.
       first_reply: position of the first token the model wrote, or None.
+      replies: where the model wrote: begin and end of each of its answers that reaches into the tail, in order. An answer's
+        last token counts as part of it, although it is read only with what follows.
+      preamble: digest of what a chat last put before its first message, a system message mostly; None if not known.
     """
 
     length: int = 0
     digests: list[bytes] = field(default_factory=list)
     tail: list[int] = field(default_factory=list)
     first_reply: int | None = None
+    replies: list[tuple[int, int]] = field(default_factory=list)
+    preamble: bytes | None = None
 
     @property
     def tail_start(self) -> int:
@@ -41,14 +46,23 @@ class History:
 
     def extend(self, tokens: Sequence[int]) -> None:
         """Adds tokens at the end."""
-        for token in tokens:
-            self.tail.append(token)
-            self.length += 1
-            if self.length % PAGE == 0:
-                before = self.digests[-1] if self.digests else b""
-                self.digests.append(_digest(before, self.tail[-PAGE:]))
-                if len(self.tail) >= _TAIL + PAGE:
-                    del self.tail[:PAGE]
+        start = self.tail_start
+        self.tail.extend(tokens)
+        self.length += len(tokens)
+        while (len(self.digests) + 1) * PAGE <= self.length:
+            at = len(self.digests) * PAGE - start
+            before = self.digests[-1] if self.digests else b""
+            self.digests.append(_digest(before, np.asarray(self.tail[at : at + PAGE], "<i4").tobytes()))
+        surplus = len(self.tail) // PAGE * PAGE - _TAIL
+        if surplus > 0:
+            del self.tail[:surplus]
+            self.replies = [one for one in self.replies if one[1] > self.tail_start]
+
+    def answered(self, start: int, end: int) -> None:
+        """Notes that the tokens from `start` up to `end` are the model's."""
+        if self.first_reply is None:
+            self.first_reply = start
+        self.replies.append((start, end))
 
     def truncate(self, length: int) -> None:
         """Forgets everything from position `length` on; what the tail no longer holds is known by digest only.
@@ -56,75 +70,80 @@ class History:
         Raises:
           ValueError: `length` lies before the tail and is not 0.
         """
+        if length == self.length:
+            return
         if length == 0:
-            self.length, self.digests, self.tail, self.first_reply = 0, [], [], None
+            self.length, self.digests, self.tail, self.first_reply, self.replies, self.preamble = (
+                0,
+                [],
+                [],
+                None,
+                [],
+                None,
+            )
             return
         if length < self.tail_start or length > self.length:
             raise ValueError(f"cannot truncate a history of {self.length} tokens to {length}")
         del self.tail[length - self.tail_start :]
         self.length = length
         del self.digests[length // PAGE :]
+        self.truncate_replies(length)
+
+    def adopt_replies(self, other: History, length: int) -> None:
+        """Takes over what is known of the answers in the first `length` tokens of another history.
+
+        They are this one's too, or about to be read again.
+        """
+        if length < other.length:
+            other = other.copy()
+            other.truncate_replies(length)
+        self.first_reply, self.replies = other.first_reply, list(other.replies)
+
+    def truncate_replies(self, length: int) -> None:
+        """Forgets the answers from position `length` on."""
         if self.first_reply is not None and self.first_reply >= length:
             self.first_reply = None
+        self.replies = [(start, min(end, length)) for start, end in self.replies if start < length]
 
     def copy(self) -> History:
         """An independent copy."""
-        return History(self.length, list(self.digests), list(self.tail), self.first_reply)
+        return replace(self, digests=list(self.digests), tail=list(self.tail), replies=list(self.replies))
 
-    def common_prefix(self, prompt: Sequence[int]) -> int:
+    def tokens(self, start: int, end: int) -> list[int]:
+        """The text from position `start`, which the tail must hold, up to `end`."""
+        return self.tail[start - self.tail_start : end - self.tail_start] if start < end else []
+
+    def common_prefix(self, prompt: Sequence[int] | np.ndarray) -> int:
         """How many leading tokens of `prompt` are known to be this history's own.
 
         Exact where the prompt departs within the tail; otherwise rounded down to a page.
         """
-        pages = min(len(prompt) // PAGE, len(self.digests))
+        prompt = np.ascontiguousarray(prompt, "<i4")
+        data = memoryview(prompt.tobytes())
+        size = PAGE * prompt.itemsize
         matched, digest = 0, b""
-        for page in range(pages):
-            digest = _digest(digest, prompt[page * PAGE : (page + 1) * PAGE])
+        for page in range(min(len(prompt) // PAGE, len(self.digests))):
+            digest = _digest(digest, data[page * size : (page + 1) * size])
             if digest != self.digests[page]:
                 break
             matched = page + 1
         known = matched * PAGE
         if known < self.tail_start:
             return known
-        limit = min(len(prompt), self.length)
-        offset = self.tail_start
-        while known < limit and prompt[known] == self.tail[known - offset]:
-            known += 1
-        return known
+        return known + shared(prompt[known:], np.asarray(self.tail[known - self.tail_start :], "<i4"))
 
 
-def _digest(before: bytes, page: Sequence[int]) -> bytes:
-    data = np.asarray(page, "<i4").tobytes()
-    return hashlib.blake2b(before + data, digest_size=_DIGEST_SIZE).digest()
+def _digest(before: bytes, page: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(before + page, digest_size=_DIGEST_SIZE).digest()
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """How a prompt continues a session.
-
-    Attributes:
-      keep: tokens of the session's text the prompt builds on; less than its length means a rollback.
-      append: the prompt is new text that follows the session's whole text, rather than a repeat of it.
-    """
-
-    keep: int
-    append: bool
+def text_digest(tokens: Sequence[int]) -> bytes:
+    """A digest of some tokens."""
+    return _digest(b"", np.asarray(tokens, "<i4").tobytes())
 
 
-def continuation(history: History, prompt: Sequence[int]) -> Continuation:
-    """Tells a continued conversation, an edited one and new text apart.
-
-    * The prompt begins with everything the session has read: it goes on from there.
-    * The prompt is a beginning of it, or repeats it at least up to the first reply and then departs: a regenerated or
-      edited turn, which goes on from where they part.
-    * Otherwise the client has sent only what is new, and it follows what the session has read.
-
-    At least one token of the prompt is always left to process, for an answer starts from a token being read.
-    """
-    common = history.common_prefix(prompt)
-    if common == history.length and len(prompt) > common:
-        return Continuation(keep=common, append=False)
-    edited = history.first_reply is not None and common >= history.first_reply
-    if common == len(prompt) or edited:
-        return Continuation(keep=min(common, len(prompt) - 1), append=False)
-    return Continuation(keep=history.length, append=True)
+def shared(one: np.ndarray, other: np.ndarray) -> int:
+    """How many tokens two texts begin with in common."""
+    length = min(len(one), len(other))
+    different = one[:length] != other[:length]
+    return int(different.argmax()) if different.any() else length
