@@ -12,6 +12,8 @@ from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 CacheStrategy = Literal["lru", "lfu", "adaptive"]
+HistoryEffect = Literal["new", "continued", "appended", "rolled_back"]
+"""What a prompt did to what its session holds; `engine.continuation` has the rules."""
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -111,6 +113,7 @@ class MemoryParams:
       omega_window: tokens in the objective of one write; at least `update_frequency`.
       read: whether the memory takes part in the answer.
       write: whether the request teaches the session (False leaves it exactly as it was).
+      regenerate: a prompt the session has been asked before is answered anew: what followed it there is forgotten.
       given: fields the client wrote itself; a session keeps the window, update frequency, layers and degree it was
         begun with, and refuses a request that names others, but not one whose defaults differ.
     """
@@ -128,7 +131,25 @@ class MemoryParams:
     cache_strategy: CacheStrategy = "adaptive"
     read: bool = True
     write: bool = True
+    regenerate: bool = False
     given: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ChatFrame:
+    """What the chat template put around the messages of a prompt, and what the messages are.
+
+    Attributes:
+      preamble: tokens before the first message that is not a system message; None if that place is not known.
+      own: whether the template put them there by itself, and no words of the client's are in them.
+      closing: the tokens by which it ends an answer.
+      answers: whether there are answers among the messages: the client sends a conversation, not only what is new.
+    """
+
+    preamble: tuple[int, ...] | None = None
+    own: bool = True
+    closing: tuple[int, ...] = ()
+    answers: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,6 +166,7 @@ class GenerationRequest:
       owner: whose share of the engine this request uses (fairness, prefix reuse never crosses owners).
       reuse: take what another prompt of this owner that begins the same has left, and leave what this one reads.
       grammar: what the answer must match (`EngineProtocol.json_grammar`), or None.
+      chat: what is known of a prompt that is a chat (`EngineProtocol.chat_frame`); a session then knows its parts.
       memory: None = the plain model.
     """
 
@@ -158,6 +180,7 @@ class GenerationRequest:
     owner: str = ""
     reuse: bool = True
     grammar: Any = None
+    chat: ChatFrame | None = None
     memory: MemoryParams | None = None
 
 
@@ -195,7 +218,12 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryStats:
-    """What the memory did in this request; every figure is measured in it."""
+    """What the memory did in this request; every figure is measured in it.
+
+    Attributes:
+      history: what the prompt did to what the session holds; "new" without a session.
+      tokens_reused: tokens of the prompt that the session held already and that were not read again.
+    """
 
     memory_utilization: float
     window_fill_ratio: float
@@ -205,6 +233,8 @@ class MemoryStats:
     tokens_absorbed: int
     session_id: str | None
     cache_hit: bool
+    history: HistoryEffect = "new"
+    tokens_reused: int = 0
     degraded: str | None = None
 
 
@@ -455,6 +485,11 @@ class EngineProtocol(Protocol):
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation; control tokens come from the template alone, never from message text."""
+
+    def chat_frame(
+        self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
+    ) -> ChatFrame:
+        """What the template puts around these messages, for requests that go on with a session."""
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """The same as text, for people to read."""

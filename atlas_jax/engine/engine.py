@@ -12,9 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from atlas_jax import _platform
 from atlas_jax.config import ConfigError
 from atlas_jax.engine.api import (
+    ChatFrame,
     EngineStats,
     GenerationRequest,
     Handle,
@@ -24,6 +27,7 @@ from atlas_jax.engine.api import (
     Overloaded,
     SlotInfo,
 )
+from atlas_jax.engine.chat_frame import chat_frame
 from atlas_jax.engine.compiler import CompileCounter, use_cache
 from atlas_jax.engine.grammar import Grammar, Grammars
 from atlas_jax.engine.loop import Loop
@@ -218,6 +222,18 @@ class Engine:
         except TemplateError as error:
             raise InvalidRequest(str(error), param="messages") from error
 
+    def chat_frame(
+        self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
+    ) -> ChatFrame:
+        """What the template puts around these messages, for requests that go on with a session."""
+
+        def render(messages: Sequence[Mapping[str, Any]], begin_answer: bool) -> list[int]:
+            return self._template.render_tokens(
+                self.tokenizer, messages, add_generation_prompt=begin_answer, variables=variables
+            )
+
+        return chat_frame(render, messages, own=not variables)
+
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """A conversation as the template writes it, for people to read; raises InvalidRequest."""
         try:
@@ -235,18 +251,23 @@ class Engine:
             raise Overloaded("The engine is not accepting requests", retry_after=5.0)
         if self._loop.waiting >= self._limits.waiting + self._limits.running - self._loop.running:
             raise Overloaded("Too many requests are waiting", retry_after=1.0)
-        self._check(request)
-        work = new_work(request, listener, self.tokenizer)
+        tokens = self._check(request)
+        work = new_work(request, tokens, listener, self.tokenizer)
         self._loop.submit(work)
         return _Submitted(work, self._loop)
 
-    def _check(self, request: GenerationRequest) -> None:
-        """Refuses what can never succeed, or would crash a compiled step."""
+    def _check(self, request: GenerationRequest) -> np.ndarray:
+        """Refuses what can never succeed, or would crash a compiled step; the prompt as an array."""
         prompt, vocab = request.prompt, self.model.vocab_size
         if not len(prompt):
             raise InvalidRequest("prompt must hold at least one token", param="prompt")
-        if min(prompt) < 0 or max(prompt) >= vocab:
+        try:
+            tokens = np.asarray(prompt, np.int64)
+        except OverflowError:
+            tokens = np.array([-1])
+        if tokens.min() < 0 or tokens.max() >= vocab:
             raise InvalidRequest(f"prompt holds token ids outside 0 … {vocab - 1}", param="prompt")
+        tokens = tokens.astype("<i4")
         if request.max_tokens is not None and request.max_tokens < 0:
             raise InvalidRequest("max_tokens must not be negative", param="max_tokens")
         sampling = request.sampling
@@ -266,12 +287,13 @@ class Engine:
                     param="prompt",
                     code="context_length_exceeded",
                 )
-            return
+            return tokens
         if self._table is None:
             raise MemoryUnavailable("ATLAS not enabled")
         if request.prompt_logprobs is not None and request.memory.session is not None:
             raise InvalidRequest("log-probabilities of a prompt are not available in a session", param="echo")
         self._runner.check(request.memory)
+        return tokens
 
     # --- what a host can ask --------------------------------------------------------------------------------------
     @property

@@ -218,7 +218,7 @@ class Loop:
         """Finds where the prompt goes on from, and gives it a row."""
         work.started = time.monotonic()
         request = work.request
-        prompt = list(request.prompt)
+        prompt = request.prompt
         work.limit = self._answer if request.max_tokens is None else request.max_tokens
         memory = request.memory
         if memory is None:
@@ -233,9 +233,9 @@ class Loop:
             work.ring_pages = self._runner.ring_pages(work.plan, len(prompt) + work.limit)
             if work.lease is not None:
                 session = session or Session(work.lease.key, work.shape)
-                resume(self._runner, work, session, prompt)
+                resume(self._runner, work, session, self._tokenizer.bos_id if self._tokenizer.add_bos else None)
             else:
-                work.feed = prompt
+                work.feed = list(request.prompt)
                 work.row = self._runner.new_row(1)
             work.write = MemoryWrite.from_params(memory, work.shape.degree)
             self._fit_context(work)
@@ -395,6 +395,8 @@ class Loop:
             tokens_absorbed=work.written,
             session_id=None if memory.session is None else memory.session.session_id,
             cache_hit=work.cache_hit,
+            history=work.history,
+            tokens_reused=work.cached,
         )
 
     def _release(self, work: Work, session: Session | None) -> None:

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import InvalidRequest
+from atlas_jax.engine.continuation import Continuation, Prompt, appending, continuation, preamble_after
 from atlas_jax.engine.counters import Counters
-from atlas_jax.engine.history import History, continuation
+from atlas_jax.engine.history import History
 from atlas_jax.engine.prefix import PrefixCache
 from atlas_jax.engine.rows import Rows
 from atlas_jax.engine.session import Appended, Checkpoint, Session, SessionShape, SessionStats
@@ -59,29 +60,28 @@ def resume_plain(runner: Rows, prefixes: PrefixCache, work: Work) -> None:
     work.feed = prompt[work.position :]
 
 
-def resume(runner: Rows, work: Work, session: Session, prompt: list[int]) -> None:
-    """Goes on from the session's state, rolled back where the prompt departs from what it has read."""
+def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
+    """Goes on from the session's state, set back where the prompt replaces some of what it has read (`continuation`)."""
     assert work.shape is not None
-    plan = work.shape.plan
-    history = session.history
-    step = continuation(history, prompt)
-    appended: Appended | None = None
-    if step.append:
-        pending = [] if session.pending is None else [session.pending]
-        appended = Appended(prompt, history.length, pending + prompt)
-        before = session.appended
-        ends = [checkpoint.position for checkpoint in session.checkpoints]
-        if work.request.choice and before is not None and before.prompt == prompt and before.position in ends:
-            appended = before  # the first choice has been answered since
-    checkpoint, position = session.resume(step.keep if appended is None else appended.position)
-    feed = prompt[position:] if appended is None else list(appended.feed)
+    plan, request, history = work.shape.plan, work.request, session.history
+    regenerate = request.memory is not None and request.memory.regenerate
+    prompt = Prompt(work.tokens, session.pending, bos, request.chat, regenerate)
+    step, appended = _step(work, session, prompt)
+    checkpoint, position = session.resume(step.keep)
+    if not step.repeats and position < min(step.keep, history.tail_start):  # what lies between is not known any more
+        step = appending(history, prompt)
+        checkpoint, position = session.resume(step.keep)
+    between = request.prompt[position : step.keep] if step.repeats else history.tokens(position, step.keep)
+    new = [*step.insert, *request.prompt[step.skip :]] if appended is None else appended.feed
+    if step.effect in ("new", "appended"):
+        appended = appended or Appended(list(request.prompt), step.keep, new)
     kept = Session(
         session.key,
         work.shape,
         history=history.copy(),
         checkpoints=list(session.checkpoints),
         stats=replace(session.stats),
-        pending=session.pending if appended is not None else None,
+        pending=session.pending if step.keep == history.length else None,
         appended=appended,
         state=session.state,
         has_state=session.has_state,
@@ -97,11 +97,24 @@ def resume(runner: Rows, work: Work, session: Session, prompt: list[int]) -> Non
         slot = plan.slot(max(work.page, 0))
         work.row = runner.adopt(checkpoint.row, plan.ring(position + 1), position, slot)
         work.absorbed = checkpoint.absorbed
+    kept.history.adopt_replies(history, step.keep)
+    kept.history.preamble = preamble_after(history, request.chat)
     work.position = position
-    work.cached = position if appended is None else 0
-    work.cache_hit = checkpoint is not None and (position > 0 or appended is not None)
-    work.feed = feed
+    work.feed = [*between, *new]
+    work.history = step.effect
+    work.cached = max(0, len(request.prompt) - len(work.feed))
+    work.cache_hit = checkpoint is not None and (position > 0 or step.effect == "appended")
     work.kept = kept
+
+
+def _step(work: Work, session: Session, prompt: Prompt) -> tuple[Continuation, Appended | None]:
+    """What the prompt does to the session; a further choice of a request that brought new text does what the first did."""
+    before = session.appended
+    if work.request.choice and before is not None and before.prompt == list(work.request.prompt):
+        ends = [0, *(checkpoint.position for checkpoint in session.checkpoints)]
+        if before.position in ends:
+            return Continuation("appended" if before.position else "new", before.position), before
+    return continuation(session.history, prompt), None
 
 
 def kept_session(runner: Rows, work: Work, row: Sequences, read: int, loss: float) -> Session:
@@ -109,10 +122,11 @@ def kept_session(runner: Rows, work: Work, row: Sequences, read: int, loss: floa
     session = work.kept
     assert session is not None
     assert work.shape is not None
+    session.history.truncate_replies(session.history.length + 1)  # a prompt that was not read to its end
     if read > work.prompt_end >= 0:
         session.history.extend([*work.feed, *work.generated[: read - work.prompt_end - 1]])
-        if work.generated and session.history.first_reply is None:
-            session.history.first_reply = work.prompt_end + 1
+        if work.generated:
+            session.history.answered(work.prompt_end + 1, read + 1)
     if work.generated:
         session.pending = work.generated[-1]
     row = runner.set_back(row, work.ring_pages, read, work.plan.slot(max(work.page, 0)))

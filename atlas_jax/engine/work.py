@@ -8,6 +8,8 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import (
     Event,
@@ -15,6 +17,7 @@ from atlas_jax.engine.api import (
     Finished,
     FinishReason,
     GenerationRequest,
+    HistoryEffect,
     Listener,
     MemoryStats,
     TokenInfo,
@@ -36,6 +39,8 @@ class Work:
     """A request and everything the engine's thread knows of it.
 
     Attributes:
+      tokens: the prompt as an array.
+      history: what the prompt did to what its session holds.
       shape, write: of its memory, or None for the plain model.
       feed: prompt tokens still to be read, of which the last is fed by the first decode step.
       position: position of the next token to be read or fed, after the last step whose result is known.
@@ -51,6 +56,7 @@ class Work:
     """
 
     request: GenerationRequest
+    tokens: np.ndarray
     listener: Listener
     seed: int
     stream: TextStream
@@ -69,6 +75,7 @@ class Work:
     ring_pages: int = 1
     row: Sequences | None = None
     cached: int = 0
+    history: HistoryEffect = "new"
     cache_hit: bool = False
     absorbed: int = 0
     written: int = 0
@@ -196,11 +203,12 @@ class Work:
         )
 
 
-def new_work(request: GenerationRequest, listener: Listener, tokenizer: Tokenizer) -> Work:
-    """A request that has just arrived."""
+def new_work(request: GenerationRequest, tokens: np.ndarray, listener: Listener, tokenizer: Tokenizer) -> Work:
+    """A request that has just arrived, and its prompt as an array."""
     seed = request.sampling.seed
     return Work(
         request=request,
+        tokens=tokens,
         listener=listener,
         seed=secrets.randbits(63) if seed is None else seed & ((1 << 64) - 1),
         constraint=None if request.grammar is None else request.grammar.begin(),
