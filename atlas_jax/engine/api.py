@@ -60,7 +60,13 @@ class SnapshotInvalid(EngineError):
 
 
 class StorageFull(EngineError):
-    """The disk or the owner's quota has no room; nothing was changed."""
+    """The disk or the owner's quota has no room; nothing was changed.
+
+    Attributes:
+      retry_after: seconds after which it may be otherwise.
+    """
+
+    retry_after = 30.0
 
 
 # --- requests ---------------------------------------------------------------------------------------------------
@@ -350,6 +356,28 @@ class SessionInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SetAside:
+    """A stored session or file that cannot be used; it is kept as it is.
+
+    Attributes:
+      name: of the session or file; where damage has made a session's name unreadable, a digest of it.
+    """
+
+    name: str
+    kind: Literal["session", "file"]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredFile:
+    """One row of a listing of exports; `modified` in Unix seconds."""
+
+    filename: str
+    bytes: int
+    modified: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SaveResult:
     """What a save wrote."""
 
@@ -417,26 +445,47 @@ class SessionStore(Protocol):
     def list(self, owner: str, *, after: str | None, limit: int) -> tuple[tuple[SessionInfo, ...], str | None]:
         """One page of the owner's sessions by id, and the cursor of the next page."""
 
+    def files(self, owner: str) -> tuple[StoredFile, ...]:
+        """The owner's files of sessions, by name."""
+
+    def set_aside(self, owner: str) -> tuple[SetAside, ...]:
+        """The owner's sessions and files that cannot be used, with the reason."""
+
+    def save_changed(self, *, timeout: float | None = None) -> int:
+        """Writes a snapshot of every session that has gone on since its last, whoever owns it; returns how many are left."""
+
     def save_all(self, owner: str, filename: str | None) -> SaveResult:
         """Writes every session of the owner into one file of the memory folder (default `<model>_memory.atlas`)."""
 
+    def save_default(self, owner: str, *, timeout: float | None = None) -> SaveResult | None:
+        """The same into the default file, unless it would take too long, or has just taken long; then None."""
+
     def save_session(self, owner: str, session_id: str) -> SaveResult:
-        """Writes one session to its file on disk."""
+        """Makes a save point of one session, which stays as it is until the next."""
 
     def save_context(self, owner: str, context_id: str, state: Any) -> SaveResult:
-        """Stores the caller's JSON with the neural memory of the session of that name, if there is one."""
+        """Stores the caller's JSON with the session of that name and makes a save point of both."""
 
     def load_file(self, owner: str, filename: str) -> int:
         """Replaces the owner's sessions named in the file; returns how many were loaded."""
 
+    def load_default(self, owner: str) -> int | None:
+        """Brings in what the default file has that is newer than what is stored; None where there is no file."""
+
     def load_context(self, owner: str, context_id: str) -> Any:
-        """The caller's JSON as saved (None if only neural memory was), with the session's memory restored."""
+        """The caller's JSON as saved (None if only neural memory was), with the session set back to its save point."""
 
     def reset(self, owner: str, session_id: str | None) -> int:
         """Empties one session's memory, or all of the owner's; returns how many."""
 
     def delete(self, owner: str, session_id: str) -> None:
         """Removes a session and its files; raises SessionNotFound."""
+
+    def delete_file(self, owner: str, filename: str) -> None:
+        """Removes a file of sessions; raises SessionNotFound."""
+
+    def expire(self, idle: float) -> int:
+        """Deletes every session that nobody has used for `idle` seconds; returns how many."""
 
 
 class Tokenizer(Protocol):
@@ -523,4 +572,4 @@ class EngineProtocol(Protocol):
         """Refuses new requests from now on; running ones go on."""
 
     def close(self, *, timeout: float) -> None:
-        """Ends what still runs, keeping its sessions in main memory to be saved; idempotent."""
+        """Ends what still runs and brings every answered turn to the disk; idempotent."""

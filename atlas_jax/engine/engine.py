@@ -74,6 +74,8 @@ class Engine:
         *,
         opened: Opened,
         memory_path: Path | None,
+        memory_file: str | None,
+        journal_sync: float,
         budgets: Budgets,
         limits: Limits,
         prefix_bytes: int,
@@ -93,12 +95,19 @@ class Engine:
         self._table = (
             None
             if layout is None
-            else SessionTable(layout, folder=memory_path, model_name=info.name, budgets=budgets, on_idle=self._wake)
+            else SessionTable(
+                layout,
+                folder=memory_path,
+                default_file=memory_file or f"{info.name}_memory.atlas",
+                budgets=budgets,
+                on_idle=self._wake,
+                sync_seconds=journal_sync,
+            )
         )
         self._loop = Loop(
             runner,
             opened.tokenizer,
-            self._table,
+            None if self._table is None else self._table.tiers,
             max_rows=limits.running,
             context=limits.context,
             answer=info.context_length,
@@ -114,6 +123,8 @@ class Engine:
         adapter_path: str | os.PathLike[str] | None = None,
         memory_enabled: bool = True,
         memory_path: str | os.PathLike[str] | None = None,
+        memory_file: str | None = None,
+        journal_sync: float = 1.0,
         cache_path: str | os.PathLike[str] | None = None,
         threads: int = 0,
         max_running: int = 32,
@@ -123,6 +134,7 @@ class Engine:
         device_cache_bytes: int = 0,
         host_cache_bytes: int = 1 << 30,
         disk_cache_bytes: int = 16 << 30,
+        owner_quota_bytes: int | None = None,
         prefix_cache_bytes: int = 256 << 20,
         weight_dtype: WeightDtype = "int8",
         kv_dtype: KVDtype = "int8",
@@ -136,7 +148,12 @@ class Engine:
         Args:
           adapter_path: adapter of the memory; None takes the one shipped for the model, or else calibrates once and
             keeps the result in `cache_path`.
-          memory_path: folder of stored sessions; None keeps sessions in main memory only.
+          memory_path: folder of stored sessions, for one engine at a time; None keeps sessions in main memory only.
+          memory_file: name of the file that many sessions are exported to and imported from (default:
+            `<model>_memory.atlas`).
+          journal_sync: seconds the disk may be behind what was answered; 0 waits for it before an answer ends. What was
+            answered outlives this process in any case.
+          owner_quota_bytes: what one owner's sessions and files may take on disk; None is all of `disk_cache_bytes`.
           cache_path: folder for compiled programs, calibrated adapters and successor tables (default:
             `$XDG_CACHE_HOME/atlas-jax`).
           threads: CPU threads; 0 takes every core. Takes effect only if JAX has not run anything yet.
@@ -186,7 +203,9 @@ class Engine:
         engine = cls(
             opened=opened,
             memory_path=None if memory_path is None else Path(memory_path),
-            budgets=Budgets(device_cache_bytes, host_cache_bytes, disk_cache_bytes),
+            memory_file=memory_file,
+            journal_sync=journal_sync,
+            budgets=Budgets(device_cache_bytes, host_cache_bytes, disk_cache_bytes, owner_quota_bytes),
             limits=Limits(max_running, max_waiting, opened.longest_prompt, max_window),
             prefix_bytes=prefix_cache_bytes,
             compilations=compilations,
@@ -305,11 +324,11 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters since start, and gauges of this moment."""
-        counters, table = self._loop.counters, self._table
+        counters, table = self._loop.counters, None if self._table is None else self._table.tiers
         running = self._loop.running
         return EngineStats(
             requests_total=counters.requests,
-            requests_running=running,
+            requests_running=running + (0 if table is None else table.pending),
             requests_waiting=self._loop.waiting,
             requests_completed=counters.completed,
             requests_failed=counters.failed,
@@ -358,17 +377,14 @@ class Engine:
         self._draining = True
 
     def close(self, *, timeout: float) -> None:
-        """Ends what still runs, keeping its sessions, and the thread; idempotent.
-
-        Sessions stay in main memory and can still be saved; nothing is written by itself.
-        """
+        """Ends what still runs, keeping its sessions, and the thread; brings every answered turn to the disk; idempotent."""
         self.drain()
         until = time.monotonic() + timeout
         with self._close_lock:
             if not self._loop.stop(timeout):
                 log.error("The engine's thread did not end within %.0f s", timeout)
             if self._table is not None:
-                self._table.close()
+                self._table.close(max(until - time.monotonic(), 0.0))
         self._warm_up.stop(max(until - time.monotonic(), 0.0))
         atexit.unregister(self.close)
 

@@ -7,10 +7,12 @@ turn that was never acknowledged. Damage before the end is an error, for what fo
 
 from __future__ import annotations
 
+import itertools
 import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import msgspec
 
@@ -44,14 +46,14 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
       window, update: pages of the exact window (None where the memory is the model's own) and of one write.
-      optimizer, omega_window, step: of the memory's writes; None where there are none.
+      optimizer, omega_window, step: of the memory's writes.
     """
 
     window: int | None
     update: int
     layers: int
     degree: int
-    optimizer: str | None
+    optimizer: Literal["exact", "gradient", "muon"]
     omega_window: int
     step: float
 
@@ -133,7 +135,7 @@ def decode(data: bytes) -> Journal | None:
         turns = [_turns.decode(payload) for payload in payloads[1:]]
     except (msgspec.MsgspecError, RecursionError) as error:
         raise SnapshotInvalid("journal is damaged: a record does not describe a turn") from error
-    for before, turn in zip(turns, turns[1:], strict=False):
+    for before, turn in itertools.pairwise(turns):
         if turn.after != before.generation:
             raise SnapshotInvalid("journal is damaged: a turn is missing")
     return Journal(origin, turns, end)

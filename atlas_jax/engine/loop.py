@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections import deque
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from atlas_jax.config import PAGE
 from atlas_jax.engine.api import (
     EngineError,
     Failed,
+    Finished,
     FinishReason,
     InvalidRequest,
     MemoryStats,
@@ -31,10 +33,10 @@ from atlas_jax.engine.queue import FairQueue
 from atlas_jax.engine.resident import give_back
 from atlas_jax.engine.rows import Rows
 from atlas_jax.engine.session import Session
-from atlas_jax.engine.sessions import SessionTable
 from atlas_jax.engine.settings import MemoryWrite, memory_settings
 from atlas_jax.engine.step import Packed
-from atlas_jax.engine.turns import begin_page, kept_session, resume, resume_plain, same_shape
+from atlas_jax.engine.tiers import SessionTiers
+from atlas_jax.engine.turns import begin_page, kept_session, new_text, resume, resume_plain, same_shape
 from atlas_jax.engine.work import Work
 from atlas_jax.gguf import Tokenizer
 
@@ -52,7 +54,7 @@ class Loop:
         self,
         runner: Rows,
         tokenizer: Tokenizer,
-        sessions: SessionTable | None,
+        sessions: SessionTiers | None,
         *,
         max_rows: int,
         context: int,
@@ -228,7 +230,7 @@ class Loop:
         else:
             work.shape = self._runner.shape(memory)
             session = work.lease.session if work.lease is not None else None
-            if session is not None and session.history.length:
+            if session is not None and session.tokens:
                 work.shape = same_shape(session.shape, work.shape, memory.given)
             work.ring_pages = self._runner.ring_pages(work.plan, len(prompt) + work.limit)
             if work.lease is not None:
@@ -343,13 +345,30 @@ class Loop:
         work.done = True
         self.counters.drafted_tokens += work.drafted
         self.counters.accepted_tokens += work.accepted
-        stats = self._close_memory(work, reason, index)
+        stats, kept = self._close_memory(work, reason, index)
         if index is not None:
             self._batch.leave(index)
         work.row = None
         self.counters.completed += reason in ("stop", "length")
         self.counters.cancelled += reason == "cancelled"
-        work.send(work.finished(reason, stats))
+        self._give_back(work, kept, work.finished(reason, stats))
+
+    def _give_back(self, work: Work, kept: Session | None, end: Finished) -> None:
+        """Returns the session as this request leaves it, or as it was; the last event follows once it is durable."""
+        lease, memory = work.lease, work.request.memory
+        if kept is None or lease is None or memory is None or self._sessions is None:
+            self._release(work)
+            work.send(end)
+            return
+        work.lease = None
+
+        def done(problem: str | None) -> None:
+            if problem is not None and end.memory is not None:
+                work.send(replace(end, memory=replace(end.memory, degraded=problem)))
+            else:
+                work.send(end)
+
+        self._sessions.commit(lease, kept, new_text(work, kept), memory.cache_strategy, done)
 
     def _fail(self, work: Work, error: EngineError, index: int | None = None) -> None:
         if work.done:
@@ -357,16 +376,17 @@ class Loop:
         if index is not None:
             self._batch.leave(index)
         work.row = None
-        self._release(work, None)
+        self._release(work)
         self.counters.failed += 1
         work.fail(Failed(error))
 
-    def _close_memory(self, work: Work, reason: FinishReason, index: int | None) -> MemoryStats | None:
-        """Keeps what a session has learned, and measures what the memory did."""
+    def _close_memory(
+        self, work: Work, reason: FinishReason, index: int | None
+    ) -> tuple[MemoryStats | None, Session | None]:
+        """What the memory did, and the session as it goes on; None where it is to stay as it was."""
         memory = work.request.memory
         if memory is None or work.shape is None:
-            self._release(work, None)
-            return None
+            return None, None
         held, place = (work.row, 0) if index is None else (self._runner.sequences, index)
         loss = 0.0
         if held is not None and held.memory is not None and work.updates:
@@ -381,12 +401,14 @@ class Loop:
         utilization = min(1.0, work.absorbed / capacity) if capacity else 0.0
         self.counters.memory_utilization, self.counters.window_fill = utilization, fill
         kept: Session | None = None
-        if memory.write and work.request.choice == 0 and work.kept is not None and held is not None:
+        goes_on = (
+            memory.write and work.request.choice == 0 and read >= work.keep
+        )  # else it would be shorter than it was
+        if goes_on and work.kept is not None and held is not None:
             row = held if index is None else self._runner.extract(index)  # a copy: where nothing is kept, none is made
             kept = kept_session(self._runner, work, row, read, loss)
-        self._release(work, kept)
         passes = work.gate_sum / work.gate_count if work.gate_count else 0.0
-        return MemoryStats(
+        stats = MemoryStats(
             memory_utilization=utilization,
             window_fill_ratio=fill,
             omega_loss=loss,
@@ -398,12 +420,14 @@ class Loop:
             history=work.history,
             tokens_reused=work.cached,
         )
+        return stats, kept
 
-    def _release(self, work: Work, session: Session | None) -> None:
+    def _release(self, work: Work) -> None:
+        """Gives a session back as it was."""
         lease, work.lease = work.lease, None
         memory = work.request.memory
         if lease is not None and self._sessions is not None and memory is not None:
-            self._sessions.release(lease, session, memory.cache_strategy)
+            self._sessions.release(lease, None, memory.cache_strategy)
 
     def _end_everything(self) -> None:
         """Ends what is left when the thread ends, keeping the sessions where the device still answers."""

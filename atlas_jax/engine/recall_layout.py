@@ -46,6 +46,11 @@ class RecallLayout:
         return SessionShape(WindowPlan(window=4), layers=1, degree=2)
 
     @property
+    def capacity(self) -> int:
+        """Independent pairs that one session's memory can hold."""
+        return self.memory.features
+
+    @property
     def largest_window(self) -> int:
         """Tokens of the largest window this engine has room for."""
         return self.memory.max_window
@@ -180,7 +185,9 @@ def _row(
     shape = (config.code_dim, config.features)
     matrices = {
         name: take(name, size, kind)[None] if name in arrays else np.zeros((1, *size), kind)
-        for name, size, kind in zip(_ZERO_AT_FIRST, (shape, shape, shape, shape[:1]), ("f4", "f4", "i1", "f4"), strict=True)
+        for name, size, kind in zip(
+            _ZERO_AT_FIRST, (shape, shape, shape, shape[:1]), ("f4", "f4", "i1", "f4"), strict=True
+        )
     }
     seen = np.unpackbits(take("seen", (-(-model.vocab // 8),), "u1"))[: model.vocab].astype(np.int8)
     context = Context(

@@ -142,8 +142,8 @@ class Session:
         return self.history.length + sum(len(part.tokens) for part in self.unread)
 
     @property
-    def bytes(self) -> int:
-        """What it takes of main memory."""
+    def size(self) -> int:
+        """Bytes it takes of main memory."""
         return sum(checkpoint.bytes for checkpoint in self.checkpoints) + len(self.state or b"")
 
     def text(self) -> History:
@@ -157,6 +157,17 @@ class Session:
             whole.extend(part.tokens)
         whole.preamble = self.preamble
         return whole
+
+    def between(self, start: int, end: int) -> list[int] | None:
+        """The text from position `start`, which is not after what its state has read, to `end`; None if not known."""
+        if start < self.history.tail_start and start < min(end, self.history.length):
+            return None
+        read = min(end, self.history.length)
+        out = self.history.tokens(start, read) if start < read else []
+        for part in self.unread:
+            out.extend(part.tokens[: max(0, end - read)])
+            read += len(part.tokens)
+        return out
 
     def resume(self, keep: int) -> tuple[Checkpoint | None, int]:
         """The state from which to read on after the first `keep` tokens, and the position it will be at.
@@ -205,6 +216,10 @@ class Layout(Protocol):
         """Shape of a session that has read nothing yet; its first request replaces it."""
 
     @property
+    def capacity(self) -> int:
+        """Independent pairs that one session's memory can hold."""
+
+    @property
     def largest_window(self) -> int:
         """Tokens of the largest window this engine has room for."""
 
@@ -241,7 +256,7 @@ def listing_of(session: Session) -> Listing:
         generation=session.generation,
         tokens=session.tokens,
         floor=session.floor(),
-        bytes=session.bytes,
+        bytes=session.size,
         created=session.created,
         last_used=session.last_used,
         has_state=session.state is not None,
@@ -318,9 +333,7 @@ BOUND = {"model": "model", "memory": "memory configuration", "adapter": "memory 
 """What a snapshot is bound to, by the header's key."""
 
 
-def _session(
-    layout: Layout, listing: Listing, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]
-) -> Session:
+def _session(layout: Layout, listing: Listing, header: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> Session:
     shape = layout.shape(header)
     length = integer(header, "length", 0, 1 << 30)
     tail = _tokens(layout, arrays, "history.tail")
@@ -376,7 +389,8 @@ def _replies(given: Any) -> list[tuple[int, int]]:
 
 
 def _tokens(layout: Layout, arrays: Mapping[str, np.ndarray], name: str) -> list[int]:
-    array = snapshot.check_array(name, arrays.get(name), np.shape(arrays.get(name))[:1], np.dtype("i4"))
+    given = arrays.get(name)
+    array = snapshot.check_array(name, given, () if given is None else given.shape[:1], np.dtype("i4"))
     if array.size and not (array.min() >= 0 and array.max() < layout.vocab):
         raise SnapshotInvalid(f"snapshot's '{name}' holds unknown tokens")
     tokens: list[int] = array.tolist()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo
 from atlas_jax.engine.session import Checkpoint, Session
+from atlas_jax.engine.snapshot import Listing
 
 
 def summary(
@@ -44,6 +45,25 @@ def summary(
         total_updates=sum(s.stats.updates for s, _ in held),
         last_update_time=max(updates, default=None),
         layers=tuple(_mean_layer(infos) for _, infos in sorted(layers.items())),
+    )
+
+
+def totals(listings: Sequence[Listing], capacity: int, layers: tuple[LayerMemoryInfo, ...]) -> MemoryInfo:
+    """What the memories of many sessions hold, whether they are in main memory or not.
+
+    Args:
+      capacity: as `summary`.
+      layers: of those in main memory.
+    """
+    held = [one for one in listings if one.tokens]
+    return MemoryInfo(
+        window_size=max((one.window for one in held), default=0),
+        window_fill=sum(one.window_fill for one in held),
+        memory_capacity=capacity * max(1, len(held)),
+        memory_used=sum(min(capacity, one.absorbed) for one in held),
+        total_updates=sum(one.updates for one in held),
+        last_update_time=max((one.last_update for one in held if one.last_update is not None), default=None),
+        layers=layers,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -189,7 +189,7 @@ class SessionTable:
             store.forget_deletions(owner, until)
         return _saved(name, None, written, count)
 
-    def _members(self, chosen: list[tuple[SessionKey, Entry]]) -> Iterator[tuple[Listing, bytes]]:
+    def _members(self, chosen: Sequence[tuple[SessionKey, Entry]]) -> Iterator[tuple[Listing, bytes]]:
         for key, entry in chosen:
             with self._lock:
                 session, listing = entry.session, entry.listing
@@ -239,7 +239,9 @@ class SessionTable:
         return self._save_point(key, entry)
 
     def _save_point(self, key: SessionKey, entry: Entry) -> SaveResult:
-        while not is_clean(entry):  # where a turn has ended meanwhile, the snapshot is of the state before and not written
+        while not is_clean(
+            entry
+        ):  # where a turn has ended meanwhile, the snapshot is of the state before and not written
             self.tiers.write(key, entry, entry.session or self.tiers.read(key, entry))
             with self._lock:
                 self.tiers.find(key)
@@ -261,7 +263,9 @@ class SessionTable:
         with self.tiers.held(key, create=True) as entry:
             session = entry.session
             if session is None:
-                session = Session(key, self._layout.default_shape) if not is_kept(entry) else self.tiers.read(key, entry)
+                session = (
+                    Session(key, self._layout.default_shape) if not is_kept(entry) else self.tiers.read(key, entry)
+                )
             if session.state != data or not is_kept(entry):
                 self._replace(key, entry, replace(session, state=data))
             return self._save_point(key, entry)
@@ -427,9 +431,7 @@ class SessionTable:
                     with contextlib.suppress(SnapshotInvalid):
                         session = self.tiers.read(key, entry)
                 session = session or Session(key, self._layout.default_shape, created=entry.listing.created)
-                self._replace(
-                    key, entry, Session(key, session.shape, state=session.state, created=session.created)
-                )
+                self._replace(key, entry, Session(key, session.shape, state=session.state, created=session.created))
         return len(keys)
 
     def delete(self, owner: str, session_id: str) -> None:
@@ -498,10 +500,8 @@ def _row(name: str, entry: Entry) -> SessionInfo:
 
 
 def _saved(filename: str, session_id: str | None, size: int, sessions: int) -> SaveResult:
-    return SaveResult(
-        filename=filename, session_id=session_id, bytes=size, sessions=sessions, timestamp=time.time()
-    )
+    return SaveResult(filename=filename, session_id=session_id, bytes=size, sessions=sessions, timestamp=time.time())
 
 
 def _bytes(entry: Entry) -> int:
-    return 0 if entry.stored is None else entry.stored.bytes
+    return 0 if entry.stored is None else entry.stored.size

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.engine.api import MemoryParams, SamplingParams
+from atlas_jax.engine.journal import Reading
+from atlas_jax.engine.session import SessionShape
 from atlas_jax.engine.state import TEXT
 from atlas_jax.kernels.lookup import NONE
 from atlas_jax.kernels.sampling import BIAS_SLOTS, SamplingState
@@ -40,6 +42,16 @@ class MemoryWrite:
         optimizer: Optimizer = "exact" if params.use_muon is None else "muon" if params.use_muon else "gradient"
         step = 1.0 if params.learning_rate is None else params.learning_rate / CALIBRATED_STEP
         return cls(params.omega_window, optimizer, step, degree)
+
+    @classmethod
+    def from_reading(cls, reading: Reading) -> MemoryWrite:
+        """What a journal says of a turn."""
+        return cls(reading.omega_window, reading.optimizer, reading.step, reading.degree)
+
+    def reading(self, shape: SessionShape) -> Reading:
+        """What a journal keeps of a turn that is written so."""
+        plan = shape.plan
+        return Reading(plan.window, plan.update, shape.layers, shape.degree, self.optimizer, self.window, self.step)
 
 
 def write_settings(write: MemoryWrite, end: int) -> WriteSettings:

@@ -77,8 +77,8 @@ class StoredSession(Protocol):
         """Whether there is a save point."""
 
     @property
-    def bytes(self) -> int:
-        """What it takes of the store."""
+    def size(self) -> int:
+        """Bytes it takes of the store."""
 
     def read(self, limit: int) -> tuple[bytes | None, Journal | None]:
         """Its snapshot and its journal.
@@ -301,8 +301,8 @@ class FolderSession:
         return str(self.folder)
 
     @property
-    def bytes(self) -> int:
-        """What it takes of the disk."""
+    def size(self) -> int:
+        """Bytes it takes of the disk."""
         return self._snapshot + self._journal_bytes + self._saved_bytes
 
     @property

@@ -161,6 +161,7 @@ class SessionTiers:
         self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="atlas-sessions-in")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="atlas-sessions-out")
         self._journal = None if store is None else JournalWriter(sync_seconds)
+        self._closed = False
         if store is not None:
             for found in store.list():
                 self._adopt(found)
@@ -538,11 +539,11 @@ class SessionTiers:
 
     def _count(self, key: SessionKey, entry: Entry) -> None:
         """Counts what an entry takes of its tier, and of its owner's share of the disk; the lock is held."""
-        resting = (entry.tier, 0 if entry.session is None else entry.session.bytes)
+        resting = (entry.tier, 0 if entry.session is None else entry.session.size)
         self._sizes[entry.resting[0]] -= entry.resting[1]
         self._sizes[resting[0]] += resting[1]
         entry.resting = resting
-        charged = 0 if entry.stored is None else entry.stored.bytes
+        charged = 0 if entry.stored is None else entry.stored.size
         if entry.session is not None and not is_clean(entry):  # what it will take once it is written
             last = entry.session.checkpoints[-1].bytes if entry.session.checkpoints else 0
             charged = max(charged, last + len(entry.session.state or b""))
@@ -669,6 +670,9 @@ class SessionTiers:
     def close(self, timeout: float) -> None:
         """Writes the journals, then as many snapshots as there is time for, and lets another server have the store."""
         end = time.monotonic() + timeout
+        if self._closed:
+            return
+        self._closed = True
         self._reader.shutdown(wait=False, cancel_futures=True)
         self._writer.shutdown(wait=False, cancel_futures=True)
         if self._journal is not None and not self._journal.close(max(0.5, timeout)):

@@ -48,6 +48,11 @@ class TrainedLayout:
         return session_shape()
 
     @property
+    def capacity(self) -> int:
+        """Independent pairs that one session's memory can hold."""
+        return capacity(self.config)
+
+    @property
     def largest_window(self) -> int:
         """Tokens of the largest window this engine has room for."""
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import replace
 
 from atlas_jax.config import PAGE
@@ -15,6 +16,7 @@ from atlas_jax.engine.rows import Rows
 from atlas_jax.engine.session import Appended, Checkpoint, Session, SessionShape, SessionStats
 from atlas_jax.engine.settings import MemoryWrite
 from atlas_jax.engine.state import Sequences
+from atlas_jax.engine.tiers import NewText
 from atlas_jax.engine.work import Work
 from atlas_jax.model.window import Turn
 
@@ -63,15 +65,17 @@ def resume_plain(runner: Rows, prefixes: PrefixCache, work: Work) -> None:
 def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
     """Goes on from the session's state, set back where the prompt replaces some of what it has read (`continuation`)."""
     assert work.shape is not None
-    plan, request, history = work.shape.plan, work.request, session.history
+    plan, request, history = work.shape.plan, work.request, session.text()
     regenerate = request.memory is not None and request.memory.regenerate
     prompt = Prompt(work.tokens, session.pending, bos, request.chat, regenerate)
-    step, appended = _step(work, session, prompt)
+    step, appended = _step(work, session, history, prompt)
     checkpoint, position = session.resume(step.keep)
-    if not step.repeats and position < min(step.keep, history.tail_start):  # what lies between is not known any more
+    between = request.prompt[position : step.keep] if step.repeats else session.between(position, step.keep)
+    if between is None:  # what lies between is not known any more
         step = appending(history, prompt)
         checkpoint, position = session.resume(step.keep)
-    between = request.prompt[position : step.keep] if step.repeats else history.tokens(position, step.keep)
+        between = session.between(position, step.keep)
+        assert between is not None
     new = [*step.insert, *request.prompt[step.skip :]] if appended is None else appended.feed
     if step.effect in ("new", "appended"):
         appended = appended or Appended(list(request.prompt), step.keep, new)
@@ -84,7 +88,6 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
         pending=session.pending if step.keep == history.length else None,
         appended=appended,
         state=session.state,
-        has_state=session.has_state,
         created=session.created,
     )
     if checkpoint is None:
@@ -101,20 +104,33 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
     kept.history.preamble = preamble_after(history, request.chat)
     work.position = position
     work.feed = [*between, *new]
+    work.keep, work.new = step.keep, new
+    work.repeats = step.repeats
+    work.replayed = _writes(session)
     work.history = step.effect
     work.cached = max(0, len(request.prompt) - len(work.feed))
     work.cache_hit = checkpoint is not None and (position > 0 or step.effect == "appended")
     work.kept = kept
 
 
-def _step(work: Work, session: Session, prompt: Prompt) -> tuple[Continuation, Appended | None]:
+def _writes(session: Session) -> deque[tuple[int, MemoryWrite]]:
+    """How the memory is written while text is read that the state has not read yet: to which position, and how."""
+    writes: deque[tuple[int, MemoryWrite]] = deque()
+    end = session.history.length
+    for part in session.unread:
+        end += len(part.tokens)
+        writes.append((end, MemoryWrite.from_reading(part.reading)))
+    return writes
+
+
+def _step(work: Work, session: Session, history: History, prompt: Prompt) -> tuple[Continuation, Appended | None]:
     """What the prompt does to the session; a further choice of a request that brought new text does what the first did."""
     before = session.appended
     if work.request.choice and before is not None and before.prompt == list(work.request.prompt):
         ends = [0, *(checkpoint.position for checkpoint in session.checkpoints)]
         if before.position in ends:
             return Continuation("appended" if before.position else "new", before.position), before
-    return continuation(session.history, prompt), None
+    return continuation(history, prompt), None
 
 
 def kept_session(runner: Rows, work: Work, row: Sequences, read: int, loss: float) -> Session:
@@ -142,10 +158,23 @@ def kept_session(runner: Rows, work: Work, row: Sequences, read: int, loss: floa
     return session
 
 
+def new_text(work: Work, session: Session) -> NewText:
+    """What this request has done to its session's text, for the journal."""
+    request, keep = work.request, work.keep
+    tokens = [*work.new, *work.generated][: session.history.length - keep]
+    assert work.write is not None
+
+    def whole() -> list[int]:
+        return [*request.prompt[:keep], *tokens]
+
+    return NewText(keep, tokens, whole if work.repeats else None, work.write.reading(session.shape))
+
+
 def begin_page(runner: Rows, counters: Counters, work: Work) -> tuple[Turn, MemoryWrite | None]:
     """Accounts for the page that begins with the next token; what the runner has to do, and how the memory is written."""
-    passes = runner.muon_passes if work.write is not None and work.write.optimizer == "muon" else 0
+    write = work.write_now()
+    passes = runner.muon_passes if write is not None and write.optimizer == "muon" else 0
     if work.begin_page(passes):
         counters.memory_updates += 1
         counters.muon_iterations += passes
-    return work.plan.turn(work.page), work.write
+    return work.plan.turn(work.page), write

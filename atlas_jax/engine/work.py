@@ -6,6 +6,7 @@ import logging
 import secrets
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,6 +52,9 @@ class Work:
       ring_pages: ring slots it needs.
       row: its state while the prompt is being read.
       kept: session it goes on as when it ends, or None.
+      keep, new, repeats: tokens of its session's text that stay, what follows them before the answer, and whether they are
+        the prompt's own first ones.
+      replayed: how the memory is written while text is read that came before this request: to which position, and how.
       absorbed, written: tokens its memory has taken in, in all and in this request.
       constraint: what the answer must match, as far as it has come.
     """
@@ -64,6 +68,10 @@ class Work:
     cancelled: threading.Event = field(default_factory=threading.Event)
     lease: Lease | None = None
     kept: Session | None = None
+    keep: int = 0
+    new: list[int] = field(default_factory=list)
+    repeats: bool = False
+    replayed: deque[tuple[int, MemoryWrite]] = field(default_factory=deque)
     constraint: Constraint | None = None
     shape: SessionShape | None = None
     write: MemoryWrite | None = None
@@ -151,6 +159,12 @@ class Work:
         The last drawn token has not been read; the step in flight may have read it, which setting the row back undoes.
         """
         return self.prompt_end + (len(self.generated) or min(self.launched, 1))
+
+    def write_now(self) -> MemoryWrite | None:
+        """How the memory is written when the page begins that `position` is in."""
+        while self.replayed and self.replayed[0][0] <= self.position:
+            self.replayed.popleft()
+        return self.replayed[0][1] if self.replayed else self.write
 
     def begin_page(self, muon_passes: int) -> bool:
         """Accounts for the next page, which begins now; tells whether the memory is written with it."""
