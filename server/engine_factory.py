@@ -22,6 +22,8 @@ def engine_factory(settings: Settings) -> EngineFactory:
         adapter_path=atlas.adapter,
         memory_enabled=atlas.enabled,
         memory_path=atlas.memory_path if atlas.memory_persist else None,
+        memory_file=atlas.memory_file,
+        journal_sync=atlas.journal_sync,
         threads=server.threads,
         speculate=server.speculate,
         native_kernels=server.native_kernels,
@@ -34,6 +36,7 @@ def engine_factory(settings: Settings) -> EngineFactory:
         device_cache_bytes=atlas.l1_cache_size,
         host_cache_bytes=atlas.l2_cache_size,
         disk_cache_bytes=atlas.l3_cache_size,
+        owner_quota_bytes=_owner_quota(settings),
     )
 
 
@@ -43,6 +46,8 @@ def open_engine(
     adapter_path: str | None,
     memory_enabled: bool,
     memory_path: str | None,
+    memory_file: str | None,
+    journal_sync: float,
     threads: int,
     speculate: bool,
     native_kernels: bool,
@@ -55,15 +60,19 @@ def open_engine(
     device_cache_bytes: int,
     host_cache_bytes: int,
     disk_cache_bytes: int,
+    owner_quota_bytes: int | None,
 ) -> EngineProtocol:
     """Opens the engine.
 
     Args:
       memory_path: folder of stored sessions; None keeps sessions in main memory and off the disk.
+      memory_file: name of the file of all sessions; None is the default one.
+      journal_sync: seconds the disk may be behind what was answered.
       threads: CPU threads; 0 takes every core.
       max_running: sequences that decode at once.
       max_waiting: sequences the engine may queue beyond them.
       device_cache_bytes: of idle sessions on the device; 0 keeps them in main memory.
+      owner_quota_bytes: of one owner's sessions and files on disk; None is no limit of its own.
     """
     from atlas_jax.engine import Engine  # imports JAX, which takes seconds and is not needed for `--print-config`
 
@@ -72,6 +81,8 @@ def open_engine(
         adapter_path=adapter_path,
         memory_enabled=memory_enabled,
         memory_path=memory_path,
+        memory_file=memory_file,
+        journal_sync=journal_sync,
         threads=threads,
         speculate=speculate,
         native_kernels=native_kernels,
@@ -84,4 +95,11 @@ def open_engine(
         device_cache_bytes=device_cache_bytes,
         host_cache_bytes=host_cache_bytes,
         disk_cache_bytes=disk_cache_bytes,
+        owner_quota_bytes=owner_quota_bytes,
     )
+
+
+def _owner_quota(settings: Settings) -> int | None:
+    if settings.atlas.owner_quota is not None:
+        return settings.atlas.owner_quota
+    return settings.atlas.l3_cache_size // 2 if settings.server.api_keys_file else None

@@ -74,7 +74,9 @@ class Lifecycle:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.host.close(self._persistence.save, timeout=CLOSE_SECONDS)
+        await self.host.close(
+            lambda engine, seconds: self._persistence.save(engine, timeout=seconds), timeout=CLOSE_SECONDS
+        )
 
 
 def _report(task: asyncio.Task[None]) -> None:

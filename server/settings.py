@@ -119,6 +119,22 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     ] = 0
     l2_cache_size: Annotated[Bytes, Meta(description="Bytes of session memory kept on the host")] = 1 << 30
     l3_cache_size: Annotated[Bytes, Meta(description="Bytes of session memory kept on disk")] = 16 << 30
+    owner_quota: Annotated[
+        Bytes | None,
+        Meta(
+            description="Bytes one API key's sessions and files may take on disk; null is half of l3_cache_size, or all"
+            " of it without keys"
+        ),
+    ] = None
+    session_ttl: Annotated[
+        float, Meta(ge=0, le=1e9, description="Seconds after which an unused session is deleted; 0 keeps all")
+    ] = 0.0
+    journal_sync: Annotated[
+        float,
+        Meta(
+            ge=0, le=60, description="Seconds the disk may be behind what was answered; 0 waits for the disk each time"
+        ),
+    ] = 1.0
     default_config: AtlasDefaults = field(default_factory=AtlasDefaults)
 
 

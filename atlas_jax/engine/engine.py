@@ -34,6 +34,7 @@ from atlas_jax.engine.loop import Loop
 from atlas_jax.engine.opening import Opened, open_pretrained, open_trained
 from atlas_jax.engine.resident import resident_bytes
 from atlas_jax.engine.sessions import SessionTable
+from atlas_jax.engine.store import MemoryFolder
 from atlas_jax.engine.tiers import Budgets
 from atlas_jax.engine.warmup import WarmUp
 from atlas_jax.engine.work import Work, new_work
@@ -73,7 +74,7 @@ class Engine:
         self,
         *,
         opened: Opened,
-        memory_path: Path | None,
+        folder: MemoryFolder | None,
         memory_file: str | None,
         journal_sync: float,
         budgets: Budgets,
@@ -97,7 +98,7 @@ class Engine:
             if layout is None
             else SessionTable(
                 layout,
-                folder=memory_path,
+                folder=folder,
                 default_file=memory_file or f"{info.name}_memory.atlas",
                 budgets=budgets,
                 on_idle=self._wake,
@@ -177,39 +178,38 @@ class Engine:
         cache = Path(cache_path) if cache_path is not None else default_cache()
         use_cache(cache / "compiled")
         compilations = CompileCounter()
-        with GGUFFile.open(model_path) as file:
-            if file.require("general.architecture", str) == TRAINED:
-                if mesh_data * mesh_model != 1:
-                    raise ConfigError(
-                        "mesh_data and mesh_model must be 1: a model with its own memory runs on one device"
-                    )
-                opened = open_trained(file, max_running=max_running, max_context=max_context, sessions=memory_enabled)
-            else:
-                opened = open_pretrained(
-                    file,
-                    cache=cache,
-                    memory=memory_enabled,
-                    adapter_path=None if adapter_path is None else Path(adapter_path),
-                    max_running=max_running,
-                    max_context=max_context,
-                    max_window=max_window,
-                    weight_dtype=weight_dtype,
-                    kv_dtype=kv_dtype,
-                    speculate=speculate,
-                    mesh_data=mesh_data,
-                    mesh_model=mesh_model,
-                )
-        _platform.self_test()
-        engine = cls(
-            opened=opened,
-            memory_path=None if memory_path is None else Path(memory_path),
-            memory_file=memory_file,
-            journal_sync=journal_sync,
-            budgets=Budgets(device_cache_bytes, host_cache_bytes, disk_cache_bytes, owner_quota_bytes),
-            limits=Limits(max_running, max_waiting, opened.longest_prompt, max_window),
-            prefix_bytes=prefix_cache_bytes,
-            compilations=compilations,
-        )
+        # first: loading a model takes seconds, and another server's folder is no use
+        folder = None if memory_path is None or not memory_enabled else MemoryFolder(Path(memory_path))
+        try:
+            opened = _open_model(
+                model_path,
+                cache=cache,
+                memory=memory_enabled,
+                adapter_path=None if adapter_path is None else Path(adapter_path),
+                max_running=max_running,
+                max_context=max_context,
+                max_window=max_window,
+                weight_dtype=weight_dtype,
+                kv_dtype=kv_dtype,
+                speculate=speculate,
+                mesh_data=mesh_data,
+                mesh_model=mesh_model,
+            )
+            _platform.self_test()
+            engine = cls(
+                opened=opened,
+                folder=folder,
+                memory_file=memory_file,
+                journal_sync=journal_sync,
+                budgets=Budgets(device_cache_bytes, host_cache_bytes, disk_cache_bytes, owner_quota_bytes),
+                limits=Limits(max_running, max_waiting, opened.longest_prompt, max_window),
+                prefix_bytes=prefix_cache_bytes,
+                compilations=compilations,
+            )
+        except BaseException:
+            if folder is not None:
+                folder.close()
+            raise
         engine._warm_up.start(first_pages=opened.runner.buckets.pages[0])
         engine._loop.start()
         # threads still in XLA when the interpreter goes away crash the process
@@ -404,6 +404,43 @@ class _Submitted:
         if not self._work.done:
             self._work.cancelled.set()
             self._loop.wake()
+
+
+def _open_model(
+    path: str | os.PathLike[str],
+    *,
+    cache: Path,
+    memory: bool,
+    adapter_path: Path | None,
+    max_running: int,
+    max_context: int,
+    max_window: int,
+    weight_dtype: WeightDtype,
+    kv_dtype: KVDtype,
+    speculate: bool,
+    mesh_data: int,
+    mesh_model: int,
+) -> Opened:
+    """Opens a file of either kind; arguments and errors as for `Engine.open`."""
+    with GGUFFile.open(path) as file:
+        if file.require("general.architecture", str) == TRAINED:
+            if mesh_data * mesh_model != 1:
+                raise ConfigError("mesh_data and mesh_model must be 1: a model with its own memory runs on one device")
+            return open_trained(file, max_running=max_running, max_context=max_context, sessions=memory)
+        return open_pretrained(
+            file,
+            cache=cache,
+            memory=memory,
+            adapter_path=adapter_path,
+            max_running=max_running,
+            max_context=max_context,
+            max_window=max_window,
+            weight_dtype=weight_dtype,
+            kv_dtype=kv_dtype,
+            speculate=speculate,
+            mesh_data=mesh_data,
+            mesh_model=mesh_model,
+        )
 
 
 def _limit_threads(threads: int) -> None:

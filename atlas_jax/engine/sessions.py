@@ -27,7 +27,7 @@ from atlas_jax.engine.api import (
 from atlas_jax.engine.session import Layout, Session, decode_session, encode_session
 from atlas_jax.engine.session_info import totals
 from atlas_jax.engine.snapshot import Listing
-from atlas_jax.engine.store import FolderStore
+from atlas_jax.engine.store import FolderStore, MemoryFolder
 from atlas_jax.engine.tiers import MAX_CONTEXT_STATE, Budgets, Entry, SessionTiers, is_clean, is_kept
 
 log = logging.getLogger("atlas.engine")
@@ -48,17 +48,13 @@ class SessionTable:
         self,
         layout: Layout,
         *,
-        folder: Path | None,
+        folder: MemoryFolder | None,
         default_file: str,
         budgets: Budgets,
         on_idle: Callable[[], None],
         sync_seconds: float = 1.0,
     ) -> None:
-        """Takes the folder and finds what is there; see `SessionTiers`.
-
-        Raises:
-          ConfigError: the folder cannot be used, or another server is using it.
-        """
+        """Finds what is in the folder; see `SessionTiers`."""
         self._layout = layout
         self._store = None if folder is None else FolderStore(folder, layout.fingerprint)
         self.default_file = default_file
@@ -70,6 +66,8 @@ class SessionTable:
         self._readable: set[Path] = set()
         self._set_aside_files: dict[str, dict[str, str]] = {}
         self._next_export: dict[str, float] = {}
+        if self._store is not None and (others := self._store.others()):
+            log.warning("[ATLAS] The memory folder holds %d sessions of other models, which are left alone", others)
 
     # --- telling --------------------------------------------------------------------------------------------------
     def info(self, owner: str, session_id: str | None) -> MemoryInfo:

@@ -142,6 +142,36 @@ class Store(Protocol):
         """Lets another server have it."""
 
 
+class MemoryFolder:
+    """A folder of sessions that this process has taken; no other server can while it lives."""
+
+    def __init__(self, root: Path) -> None:
+        """Takes the folder, making it if need be, and removes what a killed process left half-written.
+
+        Raises:
+          ConfigError: it cannot be used, or another server is using it; the message says which.
+        """
+        self.root = root
+        try:
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if root.stat().st_uid == os.getuid():
+                root.chmod(0o700)
+            self._lock: int | None = _take(root)
+            (root / f".probe{_TEMPORARY}").write_bytes(b"")
+            for path in root.rglob(f".*{_TEMPORARY}"):
+                path.unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"atlas.memory_path: sessions cannot be stored in '{root}': {error.strerror or error}"
+            ) from error
+
+    def close(self) -> None:
+        """Lets another server have it; idempotent."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
 class FolderStore:
     """Implements `Store` in a folder.
 
@@ -149,29 +179,16 @@ class FolderStore:
       newest: the greatest generation that was found.
     """
 
-    def __init__(self, root: Path, model: str) -> None:
-        """Takes the folder for this process and removes what a killed one left half-written.
+    def __init__(self, folder: MemoryFolder, model: str) -> None:
+        """The sessions of one model there.
 
         Args:
-          model: fingerprint of the model; sessions of other models in the folder are left alone.
-
-        Raises:
-          ConfigError: the folder cannot be used, or another server is using it; the message says which.
+          model: its fingerprint; sessions of other models in the folder are left alone.
         """
-        self.root = root
+        self.root = folder.root
         self.newest = 0
+        self._folder = folder
         self._model = hashlib.sha256(model.encode()).hexdigest()[:16]
-        try:
-            root.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if root.stat().st_uid == os.getuid():
-                root.chmod(0o700)
-            self._lock = _take(root)
-            _probe(root)
-            self._sweep()
-        except OSError as error:
-            raise ConfigError(
-                f"atlas.memory_path: sessions cannot be stored in '{root}': {error.strerror or error}"
-            ) from error
 
     def owner(self, owner: str) -> Path:
         """An owner's folder."""
@@ -204,9 +221,8 @@ class FolderStore:
                 yield found
 
     def others(self) -> int:
-        """Sessions of other models."""
-        here = sum(1 for _ in self.root.glob(f"*/*/sessions/{self._model}/*"))
-        return sum(1 for _ in self.root.glob("*/*/sessions/*/*")) - here
+        """How many sessions of other models the folder holds."""
+        return sum(path.parent.name != self._model for path in self.root.glob("*/*/sessions/*/*"))
 
     def deletions(self, owner: str) -> dict[str, int]:
         """Generations of the owner's deletions that an export could undo, by the digest of the session's name."""
@@ -259,13 +275,9 @@ class FolderStore:
             return Found(None, stored, None, None, "its files belong to another session")
         return Found(key, stored, head, turns, problem)
 
-    def _sweep(self) -> None:
-        for path in self.root.rglob(f".*{_TEMPORARY}"):
-            path.unlink(missing_ok=True)
-
     def close(self) -> None:
         """Lets another server have the folder."""
-        os.close(self._lock)
+        self._folder.close()
 
 
 class FolderSession:
@@ -511,10 +523,3 @@ def _take(root: Path) -> int:
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
     return descriptor
-
-
-def _probe(root: Path) -> None:
-    """Raises OSError where nothing can be written."""
-    probe = root / f".probe{_TEMPORARY}"
-    probe.write_bytes(b"")
-    probe.unlink()

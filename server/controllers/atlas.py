@@ -24,9 +24,9 @@ class AtlasController(Controller):
     tags = ("ATLAS",)
 
     @get("/status", responses=atlas_responses(schema.StatusResponse))
-    async def status(self, observer: NamedDependency[Observer]) -> Response[Any]:
+    async def status(self, request: HttpRequest, observer: NamedDependency[Observer]) -> Response[Any]:
         """The memory subsystem at a glance."""
-        return json_response(observer.status())
+        return json_response(observer.status(context_of(request).identity.owner))
 
     @get("/stats", responses=atlas_responses(schema.StatsResponse))
     async def stats(self, observer: NamedDependency[Observer]) -> Response[Any]:
@@ -121,7 +121,7 @@ class MemoryController(Controller):
     ) -> Response[Any]:
         """Removes one context and its files."""
         wanted = parse(schema.DeleteRequest, data)
-        return json_response(await memory.delete(context_of(request).identity.owner, wanted.context_id))
+        return json_response(await memory.delete(context_of(request).identity.owner, wanted))
 
     @post("/reset", status_code=200, responses=atlas_responses(schema.ResetResponse))
     async def reset(

@@ -145,7 +145,7 @@ class SaveRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     filename: FileName | None = None
     session_id: SessionId | None = None
     context_id: SessionId | None = None
-    state: Any = None
+    state: Any = UNSET
 
 
 class LoadRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -163,9 +163,10 @@ class ListRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
 
 
 class DeleteRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/atlas/memory/delete`."""
+    """Body of `POST /v1/atlas/memory/delete`: a context, or a file of sessions."""
 
-    context_id: SessionId
+    context_id: SessionId | None = None
+    filename: FileName | None = None
 
 
 class ResetRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -206,19 +207,29 @@ class ContextRow(Struct, kw_only=True, frozen=True):
     has_state: bool
 
 
+class FileRow(Struct, kw_only=True, frozen=True):
+    """One file of the caller's sessions, as `filename` in a save made it."""
+
+    filename: str
+    bytes: int
+    modified: int
+
+
 class ListResponse(Struct, kw_only=True, frozen=True):
     """One page of contexts; `next` is the `after` of the following page, null on the last."""
 
     success: bool
     contexts: list[ContextRow]
     next: str | None
+    files: list[FileRow]
 
 
 class DeleteResponse(Struct, kw_only=True, frozen=True):
     """Answer to a delete."""
 
     success: bool
-    context_id: str
+    context_id: str | UnsetType = UNSET
+    filename: str | UnsetType = UNSET
 
 
 class ResetResponse(Struct, kw_only=True, frozen=True):
@@ -253,6 +264,14 @@ class MemoryResponse(Struct, kw_only=True, frozen=True):
 
 
 # --- status, statistics, metrics ----------------------------------------------------------------------------------
+class SetAside(Struct, kw_only=True, frozen=True):
+    """One of the caller's sessions or files that cannot be used, and why; it is kept as it is."""
+
+    name: str
+    kind: Literal["session", "file"]
+    reason: str
+
+
 class StatusData(Struct, kw_only=True, frozen=True):
     """The memory subsystem at a glance."""
 
@@ -267,6 +286,7 @@ class StatusData(Struct, kw_only=True, frozen=True):
     memory_layers: list[int]
     state_bytes_per_session: int
     adapter: str | None
+    set_aside: list[SetAside]
 
 
 class StatusResponse(Struct, kw_only=True, frozen=True):

@@ -18,6 +18,7 @@ State = Literal["loading", "ready", "draining", "failed", "closed"]
 T = TypeVar("T")
 _WATCH_SECONDS = 0.5
 _SETTLE_SECONDS = 2.0
+_CLOSING_SECONDS = 1.0
 
 
 class Abortable(Protocol):
@@ -135,8 +136,8 @@ class EngineHost:
         for work in list(self._running):
             work.abort(error)
 
-    async def close(self, before: Callable[[EngineProtocol], None], *, timeout: float) -> None:
-        """Runs `before` with the engine and closes it, all within `timeout` seconds."""
+    async def close(self, before: Callable[[EngineProtocol, float], None], *, timeout: float) -> None:
+        """Runs `before` with the engine and the seconds it has, and closes it, all within `timeout` seconds."""
         engine, failed = self._engine, self.dead
         self.state = "failed" if failed else "closed"
         if engine is None:
@@ -147,9 +148,9 @@ class EngineHost:
             try:
                 if not failed:
                     _settle(engine)
-                    before(engine)
+                    before(engine, max(0.0, timeout - _CLOSING_SECONDS - (time.monotonic() - started)))
             finally:
-                engine.close(timeout=max(0.5, timeout - (time.monotonic() - started)))
+                engine.close(timeout=max(_CLOSING_SECONDS / 2, timeout - (time.monotonic() - started)))
 
         try:
             async with asyncio.timeout(timeout):

@@ -9,8 +9,10 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from msgspec import UNSET
+
 from atlas_jax.engine.api import MemoryUnavailable, SessionStore
-from server.errors import NotEnabled
+from server.errors import NotEnabled, Unavailable
 from server.metrics import Metrics
 from server.schemas import atlas as schema
 from server.services.host import EngineHost
@@ -24,6 +26,7 @@ _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _RESERVED = re.compile(r"(CON|PRN|AUX|NUL|COM\d|LPT\d)(\..*)?", re.IGNORECASE)
 _RETRY_SECONDS = (0.05, 0.2, 0.8)
 _LIST_LIMIT = 100
+_SAVE_FAILED = "Failed to save context state"
 
 
 class MemoryService:
@@ -72,18 +75,21 @@ class MemoryService:
         """Saves everything, one session, or a context with the caller's state."""
         self._persistent()
         _one_of(filename=wanted.filename, session_id=wanted.session_id, context_id=wanted.context_id)
-        if wanted.context_id is None and wanted.state is not None:
+        if wanted.context_id is None and wanted.state is not UNSET:
             raise invalid("context_id", "required field is missing")
         with self._metrics.save_seconds.time():
             if wanted.context_id is not None:
                 name, state = check_name(wanted.context_id, "context_id"), wanted.state
-                saved = await self._call(lambda store: store.save_context(owner, name, state))
+                if state is UNSET:
+                    saved = await self._call(lambda store: store.save_session(owner, name), failure=_SAVE_FAILED)
+                else:
+                    saved = await self._call(lambda store: store.save_context(owner, name, state), failure=_SAVE_FAILED)
             elif wanted.session_id is not None:
                 session = check_name(wanted.session_id, "session_id")
-                saved = await self._call(lambda store: store.save_session(owner, session))
+                saved = await self._call(lambda store: store.save_session(owner, session), failure=_SAVE_FAILED)
             else:
-                file = _file(wanted.filename) if wanted.filename else self._settings.memory_file
-                saved = await self._call(lambda store: store.save_all(owner, file))
+                file = _file(wanted.filename) if wanted.filename else None
+                saved = await self._call(lambda store: store.save_all(owner, file), failure=_SAVE_FAILED)
         if saved.session_id is None:
             log.info("[ATLAS] Memory state saved to %s (%d sessions)", saved.filename, saved.sessions)
         else:
@@ -119,6 +125,7 @@ class MemoryService:
         self.require(endpoints=True)
         limit = _LIST_LIMIT if wanted.limit is None else wanted.limit
         rows, following = await self._call(lambda store: store.list(owner, after=wanted.after, limit=limit))
+        files = await self._call(lambda store: store.files(owner))
         return schema.ListResponse(
             success=True,
             contexts=[
@@ -134,12 +141,21 @@ class MemoryService:
                 for row in rows
             ],
             next=following,
+            files=[schema.FileRow(filename=one.filename, bytes=one.bytes, modified=int(one.modified)) for one in files],
         )
 
-    async def delete(self, owner: str, context_id: str) -> schema.DeleteResponse:
-        """Removes one context and its files."""
+    async def delete(self, owner: str, wanted: schema.DeleteRequest) -> schema.DeleteResponse:
+        """Removes one context and its files, or one file of sessions."""
         self.require(endpoints=True)
-        name = check_name(context_id, "context_id")
+        _one_of(context_id=wanted.context_id, filename=wanted.filename)
+        if wanted.filename is not None:
+            file = _file(wanted.filename)
+            await self._call(lambda store: store.delete_file(owner, file))
+            log.info("[ATLAS] Memory file deleted: %s", file)
+            return schema.DeleteResponse(success=True, filename=file)
+        if wanted.context_id is None:
+            raise invalid("context_id", "required field is missing")
+        name = check_name(wanted.context_id, "context_id")
         await self._call(lambda store: store.delete(owner, name))
         log.info("[ATLAS] Memory state deleted for session: %s", name)
         return schema.DeleteResponse(success=True, context_id=name)
@@ -152,16 +168,24 @@ class MemoryService:
         log.info("[ATLAS] Memory state reset for session: %s", "*" if name is None else name)
         return schema.ResetResponse(success=True, session_id=name, sessions_reset=count, timestamp=int(time.time()))
 
-    async def _call(self, work: Callable[[SessionStore], T]) -> T:
-        """Runs a blocking store operation in a thread, again after a pause where the failure may pass."""
+    async def _call(self, work: Callable[[SessionStore], T], *, failure: str = "The memory folder cannot be used") -> T:
+        """Runs a blocking store operation in a thread, again after a pause where the failure may pass.
+
+        Args:
+          failure: what is said where the disk does not do what it is told.
+        """
         store = self._host.engine.sessions
-        for pause in _RETRY_SECONDS:
-            try:
-                return await asyncio.to_thread(work, store)
-            except MemoryUnavailable:
-                log.warning("The session store is not available; trying again in %.2f s", pause)
-                await asyncio.sleep(pause)
-        return await asyncio.to_thread(work, store)
+        try:
+            for pause in _RETRY_SECONDS:
+                try:
+                    return await asyncio.to_thread(work, store)
+                except MemoryUnavailable:
+                    log.warning("The session store is not available; trying again in %.2f s", pause)
+                    await asyncio.sleep(pause)
+            return await asyncio.to_thread(work, store)
+        except OSError as error:
+            log.error("[ATLAS] %s: %s", failure, error.strerror or type(error).__name__)
+            raise Unavailable(failure, code="storage_failed", retry_after=30.0) from error
 
 
 def _one_of(**given: str | None) -> None:

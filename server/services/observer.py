@@ -132,8 +132,8 @@ class Observer:
         if not self._settings.enabled:
             raise NotEnabled("ATLAS not enabled")
 
-    def status(self) -> schema.StatusResponse:
-        """The memory subsystem at a glance."""
+    def status(self, owner: str) -> schema.StatusResponse:
+        """The memory subsystem at a glance, and the owner's sessions that cannot be used."""
         self._require()
         engine = self._host.engine
         stats, model = engine.stats(), engine.model
@@ -151,6 +151,10 @@ class Observer:
                 memory_layers=list(model.memory_layers),
                 state_bytes_per_session=model.state_bytes_per_session,
                 adapter=model.adapter,
+                set_aside=[
+                    schema.SetAside(name=one.name, kind=one.kind, reason=one.reason)
+                    for one in engine.sessions.set_aside(owner)
+                ],
             ),
         )
 

@@ -1,4 +1,4 @@
-"""Loads the memory file at start, and saves it at every interval and at the end."""
+"""Loads the memory files at start, saves sessions at every interval and at the end, and deletes unused ones."""
 
 from __future__ import annotations
 
@@ -7,16 +7,18 @@ import logging
 import random
 import time
 from collections.abc import Sequence
+from functools import partial
 
-from atlas_jax.engine.api import EngineError, EngineProtocol, SessionNotFound
+from atlas_jax.engine.api import EngineError, EngineProtocol
 from server.errors import ServerError
 from server.metrics import Metrics
-from server.services.host import EngineHost
+from server.services.host import EngineHost, in_thread
 from server.services.runtime_config import RuntimeConfig
 from server.settings import Settings
 
 log = logging.getLogger("atlas.server")
 _JITTER = 0.1
+_SWEEP_SECONDS = 60.0
 
 
 class Persistence:
@@ -29,26 +31,22 @@ class Persistence:
         self._owners, self._metrics = owners, metrics
         self._saved_at = time.monotonic()
 
-    def _file(self, engine: EngineProtocol) -> str:
-        return self._settings.memory_file or f"{engine.model.name}_memory.atlas"
-
     def load(self, engine: EngineProtocol) -> None:
-        """Loads every owner's file that exists; a damaged one is reported and left alone."""
+        """Brings in what every owner's memory file has that is newer than the sessions stored; damage is set aside."""
         if not (self._settings.enabled and self._settings.memory_persist and self._settings.auto_load_memory):
             return
-        file = self._file(engine)
         for owner in self._owners:
             try:
                 with self._metrics.load_seconds.time():
-                    count = engine.sessions.load_file(owner, file)
-            except SessionNotFound:
-                continue
+                    count = engine.sessions.load_default(owner)
             except EngineError as error:
-                log.error("ATLAS memory in %s could not be loaded: %s", file, error)
+                log.error("ATLAS memory could not be loaded: %s", error)
             except Exception:
-                log.exception("ATLAS memory in %s could not be loaded", file)
+                log.exception("ATLAS memory could not be loaded")
             else:
-                log.info("Loaded ATLAS memory from %s (%d sessions)", file, count)
+                if count is not None:
+                    file = self._settings.memory_file or f"{engine.model.name}_memory.atlas"
+                    log.info("Loaded ATLAS memory from %s (%d sessions newer than those stored)", file, count)
 
     @property
     def saving(self) -> bool:
@@ -60,15 +58,24 @@ class Persistence:
         """Seconds since the last complete automatic save, or the start; 0 where nothing is saved automatically."""
         return time.monotonic() - self._saved_at if self.saving else 0.0
 
-    def save(self, engine: EngineProtocol) -> None:
-        """Saves every owner's sessions; one owner's failure does not keep the others from being saved."""
+    def save(self, engine: EngineProtocol, *, timeout: float | None = None) -> None:
+        """Writes the sessions that have changed, and every owner's memory file; one failure does not keep back the rest.
+
+        Args:
+          timeout: seconds it may take. What is not written is in the sessions' journals all the same.
+        """
         if not self.saving:
             return
-        complete = True
+        started = time.monotonic()
+        left = engine.sessions.save_changed(timeout=timeout)
+        if left:
+            log.warning("[ATLAS] %d sessions stay in their journals and are read again when they are next used", left)
+        complete = not left
         for owner in self._owners:
+            rest = None if timeout is None else max(0.0, timeout - (time.monotonic() - started))
             try:
                 with self._metrics.save_seconds.time():
-                    saved = engine.sessions.save_all(owner, self._file(engine))
+                    saved = engine.sessions.save_default(owner, timeout=rest)
             except EngineError as error:
                 complete = False
                 log.error("Failed to save ATLAS memory: %s", error)
@@ -76,22 +83,41 @@ class Persistence:
                 complete = False
                 log.exception("Failed to save ATLAS memory")
             else:
-                log.info("[ATLAS] Memory state saved to %s (%d sessions)", saved.filename, saved.sessions)
+                if saved is not None:
+                    log.info("[ATLAS] Memory state saved to %s (%d sessions)", saved.filename, saved.sessions)
         if complete:
             self._saved_at = time.monotonic()
 
+    def expire(self, engine: EngineProtocol) -> None:
+        """Deletes the sessions that nobody has used for longer than `session_ttl`."""
+        try:
+            count = engine.sessions.expire(self._settings.session_ttl)
+        except Exception:
+            log.exception("[ATLAS] Unused sessions could not be deleted")
+        else:
+            if count:
+                log.info("[ATLAS] %d sessions were unused for %.0f s and deleted", count, self._settings.session_ttl)
+
     async def run(self) -> None:
         """Saves at every interval, give or take a tenth so that replicas do not all save at once; until cancelled."""
-        saved = time.monotonic()
+        saved = swept = time.monotonic()
         spread = random.uniform(1 - _JITTER, 1 + _JITTER)
         while True:
             await asyncio.sleep(1.0)
-            if time.monotonic() - saved < self._config.values.memory_save_interval * spread or not self._host.ready:
+            now = time.monotonic()
+            save = now - saved >= self._config.values.memory_save_interval * spread
+            sweep = self._settings.session_ttl > 0 and now - swept >= min(_SWEEP_SECONDS, self._settings.session_ttl)
+            if not (save or sweep) or not self._host.ready:
                 continue
             try:
                 engine = self._host.engine
-                await asyncio.to_thread(self.save, engine)
+                if sweep and self._settings.enabled:
+                    await in_thread(partial(self.expire, engine), name="atlas-sweep")
+                    swept = time.monotonic()
+                if save:
+                    await in_thread(partial(self.save, engine), name="atlas-save")
             except ServerError:
                 log.debug("No engine to save")
-            saved = time.monotonic()
-            spread = random.uniform(1 - _JITTER, 1 + _JITTER)
+            if save:
+                saved = time.monotonic()
+                spread = random.uniform(1 - _JITTER, 1 + _JITTER)

@@ -6,7 +6,8 @@ import errno
 import hashlib
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ from hypothesis import strategies as st
 from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
 from atlas_jax.engine import archive, snapshot
 from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StorageFull
-from atlas_jax.engine.archive import Listing, Manifest
 from atlas_jax.engine.history import History
+from atlas_jax.engine.journal import Reading
 from atlas_jax.engine.recall_layout import RecallLayout
 from atlas_jax.engine.session import (
     Checkpoint,
     Session,
     SessionShape,
     SessionStats,
+    Unread,
     decode_session,
     encode_session,
 )
+from atlas_jax.engine.snapshot import Listing
 from atlas_jax.engine.state import Sequences, init_sequences
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.model.window import WindowPlan
@@ -50,7 +53,7 @@ MODEL = ModelConfig(
     norm_eps=1e-5,
 )
 MEMORY = MemoryConfig(layers=(1,), components=4, features=16, code_dim=8, max_window=256, max_omega_window=256)
-_PREFIX = 44  # magic, version, digest
+_PREFIX = 48  # magic, version, length and digest of the head
 
 
 def layout(dtype: KVDtype = "int8") -> RecallLayout:
@@ -101,10 +104,10 @@ def make_session(length: int, plan: WindowPlan, dtype: KVDtype, seed: int) -> Se
         checkpoints=[Checkpoint(length, page, row, plan.left(max(page, 0)) * PAGE)] if length else [],
         stats=SessionStats(updates=3, muon_iterations=4, omega_loss=0.25, last_update=123.5),
         pending=7 if length else None,
-        state={"any": ["thing", 1, None]},
-        has_state=True,
+        state=b'{"any":["thing",1,null]}',
         created=1.5,
         last_used=2.5,
+        generation=12,
     )
 
 
@@ -123,9 +126,14 @@ def kind_of(session: Session) -> KVDtype:
     return "float32" if isinstance(session.checkpoints[0].row.context.kv[0].k, np.ndarray) else "int8"
 
 
-def sealed(payload: bytes, version: int = 1) -> bytes:
-    """A payload under a right checksum: damage that only the contents can show."""
-    return struct.pack("<8sI32s", snapshot.MAGIC, version, hashlib.sha256(payload).digest()) + payload
+def sealed(payload: bytes, version: int = snapshot.VERSION, **changes: Any) -> bytes:
+    """A payload under right checksums: damage that only the contents can show."""
+    head = msgspec.json.encode(
+        msgspec.structs.replace(
+            HEAD, payload_bytes=len(payload), payload_sha256=hashlib.sha256(payload).hexdigest(), **changes
+        )
+    )
+    return struct.pack("<8sII32s", snapshot.MAGIC, version, len(head), hashlib.sha256(head).digest()) + head + payload
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -135,7 +143,18 @@ def test_loading_what_was_saved_gives_the_session_back(session: Session) -> None
     data = encode_session(where, session)
     assert len(data) <= where.largest_snapshot
     loaded = decode_session(where, data)
-    for name in ("key", "shape", "history", "stats", "pending", "state", "has_state", "created", "last_used"):
+    for name in (
+        "key",
+        "shape",
+        "history",
+        "stats",
+        "pending",
+        "state",
+        "created",
+        "last_used",
+        "generation",
+        "unread",
+    ):
         assert getattr(loaded, name) == getattr(session, name)
     assert len(loaded.checkpoints) == len(session.checkpoints)
     for old, new in zip(session.checkpoints, loaded.checkpoints, strict=True):
@@ -151,11 +170,42 @@ def test_loading_what_was_saved_gives_the_session_back(session: Session) -> None
             assert np.array_equal(getattr(old.row.memory, name), getattr(new.row.memory, name)), name
         for name in ("slot", "first_page", "position"):
             assert np.array_equal(getattr(old.row.context, name), getattr(new.row.context, name)), name
-    assert encode_session(where, loaded) == data, "saving again gives the same bytes"
+    again = snapshot.read_head(encode_session(where, loaded))[0]
+    assert again.payload_sha256 == snapshot.read_head(data)[0].payload_sha256, "saving again gives the same bytes"
 
 
-EXAMPLE = make_session(3 * PAGE + 5, WindowPlan(1, 1), "int8", 0)
+EXAMPLE = replace(
+    make_session(3 * PAGE + 5, WindowPlan(1, 1), "int8", 0),
+    unread=(Unread([1, 2, 3], Reading(1, 1, 1, 2, "exact", 256, 1.0), ((3 * PAGE + 6, 3 * PAGE + 8),)),),
+)
 DATA = encode_session(layout(), EXAMPLE)
+HEAD, _START = snapshot.read_head(DATA)
+
+
+def test_a_listing_is_read_from_the_first_bytes_alone() -> None:
+    head, start = snapshot.read_head(DATA[: snapshot.HEAD_BYTES])
+    assert start == _START
+    listing = head.listing
+    assert (listing.owner, listing.session_id, listing.generation) == ("owner", "a session", 12)
+    assert (listing.tokens, listing.created, listing.last_used) == (3 * PAGE + 8, 1.5, 2.5)
+
+
+def test_a_memory_that_was_never_written_takes_no_room() -> None:
+    session = make_session(PAGE, WindowPlan(2, 1), "int8", 1)
+    memory = session.checkpoints[0].row.memory
+    assert memory is not None
+    for name in ("weights", "momentum", "read_values", "read_scale"):
+        object.__setattr__(memory, name, np.zeros_like(getattr(memory, name)))
+    matrices = MEMORY.features * MEMORY.code_dim * 9
+    small, full = (
+        encode_session(layout(), session),
+        encode_session(layout(), make_session(PAGE, WindowPlan(2, 1), "int8", 1)),
+    )
+    assert len(full) - len(small) >= matrices
+    loaded = decode_session(layout(), small).checkpoints[0].row.memory
+    assert loaded is not None
+    for name in ("weights", "momentum", "read_values", "read_scale"):
+        assert np.array_equal(getattr(loaded, name), getattr(memory, name))
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -185,7 +235,12 @@ def test_hostile_payloads_under_a_right_checksum_are_refused(payload: bytes) -> 
 
 
 def parts() -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    return snapshot.decode(DATA)
+    _, header, arrays = snapshot.decode(DATA)
+    return header, arrays
+
+
+def encoded(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
+    return snapshot.encode(HEAD.listing, HEAD.bound, header, arrays)
 
 
 values = st.one_of(
@@ -207,7 +262,7 @@ def test_a_header_is_a_session_or_is_refused(name: str, value: Any, remove: bool
     if remove:
         del header[name]
     try:
-        data = snapshot.encode(header, arrays)
+        data = encoded(header, arrays)
     except (TypeError, ValueError, OverflowError, msgspec.MsgspecError):
         return  # nothing that JSON can say
     try:
@@ -229,7 +284,7 @@ def test_an_array_is_what_the_engine_would_have_made_or_is_refused(name: str, ch
     header, arrays = parts()
     array = arrays[name].copy()
     number = array.dtype.kind == "f"
-    if change == "missing" and name != "momentum":
+    if change == "missing" and name not in ("weights", "momentum", "read_values", "read_scale"):
         del arrays[name]
     elif change == "shape":
         arrays[name] = np.concatenate([array, array]).astype(array.dtype)
@@ -248,7 +303,7 @@ def test_an_array_is_what_the_engine_would_have_made_or_is_refused(name: str, ch
     if name == "history.digests" and change == "empty":
         header["length"] = PAGE * 3 + 5
     with pytest.raises(SnapshotInvalid):
-        decode_session(layout(), snapshot.encode(header, arrays))
+        decode_session(layout(), encoded(header, arrays))
 
 
 def test_a_deeply_nested_header_is_refused() -> None:
@@ -275,8 +330,8 @@ def test_another_model_version_memory_or_cache_is_named() -> None:
     ):
         with pytest.raises(SnapshotInvalid, match=word):
             decode_session(other, DATA)
-    with pytest.raises(SnapshotInvalid, match="version 2"):
-        decode_session(layout(), sealed(DATA[_PREFIX:], version=2))
+    with pytest.raises(SnapshotInvalid, match="version 9"):
+        decode_session(layout(), sealed(DATA[_START:], version=9))
     with pytest.raises(SnapshotInvalid, match="not a session"):
         decode_session(layout(), b"PK\x03\x04" + DATA[4:])
 
@@ -346,9 +401,9 @@ def test_a_file_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
         snapshot.read_file(tmp_path / "none", 1000)
 
 
-# --- archives ---------------------------------------------------------------------------------------------------------
+# --- exports ----------------------------------------------------------------------------------------------------------
 def listing(name: str) -> Listing:
-    return Listing(name, tokens=1, bytes=2, created=3.0, last_used=4.0, has_state=False)
+    return msgspec.structs.replace(HEAD.listing, session_id=name)
 
 
 names = st.text(min_size=1, max_size=20)
@@ -356,52 +411,59 @@ names = st.text(min_size=1, max_size=20)
 
 @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(names, st.binary(max_size=50), max_size=5))
-def test_an_archive_gives_back_every_session_by_any_name(tmp_path: Path, contents: dict[str, bytes]) -> None:
+def test_an_export_gives_back_every_session_by_any_name(tmp_path: Path, contents: dict[str, bytes]) -> None:
     path = tmp_path / "all.atlas"
-    manifest = Manifest("model", [listing(name) for name in contents])
-    size = archive.write(path, manifest, contents.items())
-    assert size == path.stat().st_size
-    assert archive.read_manifest(path) == manifest
-    for name, data in contents.items():
-        assert archive.Location(path, archive.member_name(name)).read(1000) == data
+    size, count = archive.write(path, "model", ((listing(name), data) for name, data in contents.items()))
+    assert (size, count) == (path.stat().st_size, len(contents))
+    with archive.opened(path) as reader:
+        assert [one.session_id for one in reader.manifest.sessions] == list(contents)
+        reader.check()
+        for name, data in contents.items():
+            assert reader.read(name, 1000) == data
 
 
 @settings(
     max_examples=100, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(st.data())
-def test_a_damaged_archive_is_refused_or_reads_as_it_was(tmp_path: Path, data: st.DataObject) -> None:
+def test_a_damaged_export_is_refused_or_reads_as_it_was(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "all.atlas"
-    manifest = Manifest("model", [listing("one"), listing("two")])
-    archive.write(path, manifest, [("one", b"1" * 30), ("two", b"2" * 30)])
-    whole = path.read_bytes()
-    damaged = bytearray(whole)
+    contents = {"one": b"1" * 30, "two": b"2" * 30}
+    archive.write(path, "model", ((listing(name), one) for name, one in contents.items()))
+    with archive.opened(path) as reader:
+        manifest = reader.manifest
+    damaged = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
-        damaged = damaged[: data.draw(st.integers(0, len(whole) - 1))]
+        damaged = damaged[: data.draw(st.integers(0, len(damaged) - 1))]
     else:
-        damaged[data.draw(st.integers(0, len(whole) - 1))] ^= data.draw(st.integers(1, 255))
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
     path.write_bytes(bytes(damaged))
-    for name, wanted in (("one", b"1" * 30), ("two", b"2" * 30)):
+    for name, wanted in contents.items():
         try:
-            assert archive.read_manifest(path) == manifest
-            assert archive.Location(path, archive.member_name(name)).read(1000) == wanted
+            with archive.opened(path) as reader:
+                assert reader.manifest == manifest
+                assert reader.read(name, 1000) == wanted
         except SnapshotInvalid:
             pass
 
 
-def test_an_archive_member_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
+def test_a_member_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "all.atlas"
-    archive.write(path, Manifest("model", [listing("one")]), [("one", bytes(10_000))])
-    with pytest.raises(SnapshotInvalid, match="exceeds"):
-        archive.Location(path, archive.member_name("one")).read(5000)
+    archive.write(path, "model", [(listing("one"), bytes(10_000))])
+    with archive.opened(path) as reader, pytest.raises(SnapshotInvalid, match="exceeds"):
+        reader.read("one", 5000)
 
 
-@given(names, names, names)
-def test_names_never_choose_where_a_file_lies(owner: str, session: str, other: str) -> None:
-    root = Path("/root-of-snapshots")
-    path = archive.session_file(root, owner, session)
-    assert path.is_relative_to(root)
-    assert ".." not in path.parts
-    assert len(path.parts) == 6
-    assert (archive.session_file(root, other, session) == path) == (other == owner)
-    assert (archive.session_file(root, owner, other) == path) == (other == session)
+def test_an_export_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "all.atlas"
+    archive.write(path, "model", [(listing("one"), b"old")])
+    before = path.read_bytes()
+
+    def broken() -> Iterator[tuple[Listing, bytes]]:
+        yield listing("one"), b"new"
+        raise OSError(errno.ENOSPC, "no space")
+
+    with pytest.raises(StorageFull):
+        archive.write(path, "model", broken())
+    assert path.read_bytes() == before
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]

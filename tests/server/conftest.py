@@ -46,7 +46,7 @@ def live(_shared: Live) -> Iterator[Live]:
     wait_for(lambda: engine.running == 0)
     engine.requests.clear()
     engine.sessions.live.clear()
-    engine.sessions.files.clear()
+    engine.sessions.files_of.clear()
     yield _shared
     engine.submit_errors.clear()
     engine.sessions.fail.clear()

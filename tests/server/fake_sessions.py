@@ -9,7 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SaveResult, SessionInfo, SessionNotFound
+from atlas_jax.engine.api import (
+    LayerMemoryInfo,
+    MemoryInfo,
+    SaveResult,
+    SessionInfo,
+    SessionNotFound,
+    SetAside,
+    StoredFile,
+)
 
 
 @dataclass
@@ -26,7 +34,9 @@ class FakeSessions:
     def __init__(self, root: Path | None, model: str) -> None:
         self.root, self.default = root, f"{model}_memory.atlas"
         self.live: dict[tuple[str, str], Session] = {}
-        self.files: dict[tuple[str, str], str] = {}
+        self.files_of: dict[tuple[str, str], str] = {}
+        self.aside: dict[str, list[SetAside]] = {}
+        self.expired: list[float] = []
         self.saves = self.loads = 0
         self.fail: list[Exception] = []
 
@@ -73,10 +83,43 @@ class FakeSessions:
         )
         return rows, rows[-1].session_id if len(names) > limit else None
 
+    def files(self, owner: str) -> tuple[StoredFile, ...]:
+        self._check()
+        found = {name: len(text) for (who, name), text in self.files_of.items() if who == owner}
+        if self.root is not None and self.root.is_dir():
+            found = {path.name.removeprefix(f"{owner}-"): path.stat().st_size for path in self.root.glob(f"{owner}-*")}
+        return tuple(StoredFile(filename=name, bytes=size, modified=3.0) for name, size in sorted(found.items()))
+
+    def delete_file(self, owner: str, filename: str) -> None:
+        self._check()
+        if self.files_of.pop((owner, filename), None) is None:
+            raise SessionNotFound("No such file")
+
+    def set_aside(self, owner: str) -> tuple[SetAside, ...]:
+        return tuple(self.aside.get(owner, ()))
+
+    def save_changed(self, *, timeout: float | None = None) -> int:
+        self._check()
+        return 0
+
+    def save_default(self, owner: str, *, timeout: float | None = None) -> SaveResult | None:
+        return self.save_all(owner, None)
+
+    def load_default(self, owner: str) -> int | None:
+        try:
+            return self.load_file(owner, self.default)
+        except SessionNotFound:
+            return None
+
+    def expire(self, idle: float) -> int:
+        self._check()
+        self.expired.append(idle)
+        return 0
+
     def _write(self, owner: str, filename: str, names: Sequence[str], session_id: str | None) -> SaveResult:
         text = json.dumps({sid: [self.live[owner, sid].tokens, self.live[owner, sid].state] for sid in names})
         if self.root is None:
-            self.files[owner, filename] = text
+            self.files_of[owner, filename] = text
         else:
             self.root.mkdir(parents=True, exist_ok=True)
             (self.root / f"{owner}-{filename}").write_text(text)
@@ -103,7 +146,7 @@ class FakeSessions:
     def load_file(self, owner: str, filename: str) -> int:
         self._check()
         if self.root is None:
-            text = self.files.get((owner, filename))
+            text = self.files_of.get((owner, filename))
         else:
             path = self.root / f"{owner}-{filename}"
             text = path.read_text() if path.exists() else None

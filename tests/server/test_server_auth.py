@@ -38,7 +38,7 @@ def _guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 @pytest.fixture
 def guarded(_guarded: Live) -> Live:
     """A server with keys, and an engine that remembers nothing of the test before."""
-    for memory in (_guarded.engine.requests, _guarded.engine.sessions.live, _guarded.engine.sessions.files):
+    for memory in (_guarded.engine.requests, _guarded.engine.sessions.live, _guarded.engine.sessions.files_of):
         memory.clear()
     return _guarded
 

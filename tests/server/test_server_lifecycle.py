@@ -100,17 +100,17 @@ def test_the_engines_death(start: Start) -> None:
 def test_memory_is_loaded_saved_at_intervals_and_at_the_end(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     engine = FakeEngine()
-    engine.sessions.files["local", "fake-7b_memory.atlas"] = json.dumps({"old": [[1, 2], None]})
+    engine.sessions.files_of["local", "fake-7b_memory.atlas"] = json.dumps({"old": [[1, 2], None]})
     atlas = {"auto_load_memory": True, "auto_save_memory": True, "memory_save_interval": 1}
     live = start(engine, atlas=atlas)
     assert engine.sessions.live["local", "old"].tokens == [1, 2]
     live.post(COMPLETIONS, {"prompt": "x", "atlas": {"session_id": "new"}})
-    wait_for(lambda: "new" in json.loads(engine.sessions.files["local", "fake-7b_memory.atlas"]))
+    wait_for(lambda: "new" in json.loads(engine.sessions.files_of["local", "fake-7b_memory.atlas"]))
     assert not engine.closed
     engine.sessions.live["local", "last"] = Session()
     live.stop()
     assert engine.closed
-    assert "last" in json.loads(engine.sessions.files["local", "fake-7b_memory.atlas"])
+    assert "last" in json.loads(engine.sessions.files_of["local", "fake-7b_memory.atlas"])
     text = caplog.text
     assert "Loaded ATLAS memory from fake-7b_memory.atlas" in text
     assert "[ATLAS] Memory state saved to fake-7b_memory.atlas" in text
@@ -137,7 +137,7 @@ def test_nothing_is_written_without_persistence(start: Start) -> None:
     live = start(engine, atlas={"auto_save_memory": True, "auto_load_memory": True, "memory_persist": False})
     live.post(COMPLETIONS, {"prompt": "x", "atlas": {"session_id": "s"}})
     live.stop()
-    assert engine.sessions.files == {}
+    assert engine.sessions.files_of == {}
 
 
 def test_log_lines_of_the_mission(start: Start, caplog: pytest.LogCaptureFixture) -> None:

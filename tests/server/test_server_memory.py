@@ -11,7 +11,7 @@ import pytest
 from fake_engine import FakeEngine
 from live_server import Live, Start, wait_for
 
-from atlas_jax.engine.api import MemoryUnavailable, SnapshotInvalid, StorageFull
+from atlas_jax.engine.api import MemoryUnavailable, SetAside, SnapshotInvalid, StorageFull
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -126,7 +126,7 @@ def test_file_names_that_are_refused(live: Live, name: str) -> None:
         response = live.post(f"/v1/atlas/memory/{path}", {"filename": name})
         assert response.status_code == 400
         assert error(response)["param"] == "filename"
-    assert live.engine.sessions.files == {}
+    assert live.engine.sessions.files_of == {}
 
 
 @pytest.mark.parametrize(
@@ -172,8 +172,39 @@ def test_store_errors(live: Live) -> None:
     assert live.post("/v1/atlas/memory/save").status_code == 200
     live.engine.sessions.fail = [OSError("/secret/path: I/O error")]
     response = live.post("/v1/atlas/memory/save")
-    assert response.status_code == 500
+    assert (response.status_code, error(response)["message"]) == (503, "Failed to save context state")
+    assert "Retry-After" in response.headers
     assert "/secret" not in response.text
+
+
+def test_a_save_without_a_state_keeps_the_one_that_is_stored(live: Live) -> None:
+    live.post("/v1/atlas/memory/save", {"context_id": "c", "state": {"kept": 1}})
+    assert live.post("/v1/atlas/memory/save", {"context_id": "c"}).status_code == 200
+    assert live.post("/v1/atlas/memory/load", {"context_id": "c"}).json()["state"] == {"kept": 1}
+    live.post("/v1/atlas/memory/save", {"context_id": "c", "state": None})
+    assert live.post("/v1/atlas/memory/load", {"context_id": "c"}).json()["state"] is None
+
+
+def test_files_are_listed_and_deleted(live: Live) -> None:
+    live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}})
+    live.post("/v1/atlas/memory/save", {"filename": "mine.atlas"})
+    listed = live.post("/v1/atlas/memory/list").json()
+    assert [row["filename"] for row in listed["files"]] == ["mine.atlas"]
+    assert live.post("/v1/atlas/memory/delete", {"filename": "mine.atlas"}).json() == {
+        "success": True,
+        "filename": "mine.atlas",
+    }
+    assert live.post("/v1/atlas/memory/list").json()["files"] == []
+    assert live.post("/v1/atlas/memory/delete", {"filename": "mine.atlas"}).status_code == 404
+    assert live.post("/v1/atlas/memory/delete", {}).status_code == 400
+
+
+def test_the_status_names_what_was_set_aside_to_its_owner(live: Live) -> None:
+    live.engine.sessions.aside["local"] = [SetAside(name="s", kind="session", reason="snapshot is damaged")]
+    live.engine.sessions.aside["other"] = [SetAside(name="t", kind="session", reason="snapshot is damaged")]
+    status = live.http.get("/v1/atlas/status").json()["data"]
+    live.engine.sessions.aside.clear()
+    assert status["set_aside"] == [{"name": "s", "kind": "session", "reason": "snapshot is damaged"}]
 
 
 def test_endpoints_and_persistence_can_be_turned_off(start: Start) -> None:
