@@ -15,13 +15,15 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.crash.disk import build
+from benchmarks.crash.figures import Row, measure_cost, measure_many
 from benchmarks.crash.process import ROOT, Launcher
 from benchmarks.crash.rounds import Plan, Rounds
 
 
-def launcher(args: argparse.Namespace, folder: Path, flags: list[str]) -> Launcher:
+def launcher(args: argparse.Namespace, folder: Path, flags: list[str], concurrent: int = 4) -> Launcher:
     """How servers are started: with small windows, so that little text fills a memory."""
-    model, own = args.model, ["--max-concurrent", "4", "--atlas-window", "128", "--atlas-max-window", "128"]
+    model, own = args.model, ["--max-concurrent", str(concurrent)]
+    own += ["--atlas-window", "128", "--atlas-max-window", "128"]
     if model is None:
         sys.path.insert(0, str(ROOT / "tests"))
         import tiny_model
@@ -60,6 +62,26 @@ async def rounds(args: argparse.Namespace, folder: Path, flags: list[str]) -> in
     return 1 if any(figures.violations.values()) else 0
 
 
+async def many(args: argparse.Namespace, folder: Path, flags: list[str]) -> int:
+    with launcher(args, folder, flags) as start:
+        return _report(args, *await measure_many(start, folder, args.sessions, args.first))
+
+
+async def cost(args: argparse.Namespace, folder: Path, flags: list[str]) -> int:
+    with launcher(args, folder, flags, concurrent=args.streams) as start:
+        return _report(args, *await measure_cost(start, folder, args.streams, args.tokens, args.rounds, args.bar))
+
+
+def _report(args: argparse.Namespace, rows: list[Row], faults: list[str]) -> int:
+    print(
+        "\n".join(["| | | bar |", "|---|---|---|", *(f"| {row.name} | {row.value:.3f} | {row.bar} |" for row in rows)])
+    )
+    print("\n".join(faults))
+    if args.json:
+        args.json.write_text(json.dumps({"figures": {row.name: row.value for row in rows}, "found": faults}) + "\n")
+    return 1 if faults else 0
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -86,6 +108,16 @@ def main() -> None:
     one.add_argument("--stop-limit", type=float, default=10.0, help="seconds until a supervisor kills")
     one.add_argument("--only", type=int, help="number of the one round to run")
     one.set_defaults(run=rounds)
+    one = commands.add_parser("many", parents=[common], help="start and stop with many sessions")
+    one.add_argument("--sessions", type=int, default=1000, help="at the start")
+    one.add_argument("--first", type=int, default=200, help="at the first stop")
+    one.set_defaults(run=many)
+    one = commands.add_parser("cost", parents=[common], help="what persistence takes of the speed of streams")
+    one.add_argument("--streams", type=int, default=16)
+    one.add_argument("--tokens", type=int, default=256, help="of each answer")
+    one.add_argument("--rounds", type=int, default=9)
+    one.add_argument("--bar", type=float, default=0.02, help="share that persistence may take")
+    one.set_defaults(run=cost)
     args, flags = parser.parse_known_args()
     # a shell's background jobs ignore Ctrl-C, and so would the servers
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

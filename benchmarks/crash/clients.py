@@ -62,7 +62,7 @@ class Load:
 
     Attributes:
       stopping: the server was told to stop, so it may refuse.
-      faults: what a server did that it must not do.
+      faults: what a server did that it must not do: a kind of violation, a colon, and words.
       done: acknowledged operations by kind.
     """
 
@@ -145,7 +145,11 @@ class Load:
         """Sends one operation and notes what came of it; raises Cut or Refused."""
         operation.loose = session.loose
         session.doubt = operation
-        operation.answer = await self.send(server, operation)
+        try:
+            operation.answer = await self.send(server, operation)
+        except Refused:
+            session.doubt = None
+            raise
         session.doubt = None
         session.acknowledge(operation)
         self.done[operation.kind] += 1
@@ -198,7 +202,8 @@ class Load:
             raise
         for session in sessions:
             if (session.name in found) != session.exists:
-                self.faults.append(f"while it runs, {session.name} is {'not ' * session.exists}listed")
+                fault = "lost: {} is not listed" if session.exists else "resurrected: {} is listed"
+                self.faults.append(f"{fault.format(session.name)} while the server runs")
         self.done["list"] += 1
 
     async def _save_all(self, server: Process, rng: random.Random) -> None:
@@ -219,9 +224,8 @@ class Load:
 
 def words(rng: random.Random, count: int) -> str:
     """Text that no other request has."""
-    return " ".join(
-        f"{rng.choice(('river', 'token', 'page', 'window', 'memory'))}{rng.randrange(1000)}" for _ in range(count)
-    )
+    subjects = ("river", "token", "page", "window", "memory")
+    return " ".join(f"{rng.choice(subjects)}{rng.randrange(1000)}" for _ in range(count))
 
 
 def _cached(answer: dict[str, Any]) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.crash.clients import Load
 from benchmarks.crash.ledger import Answer, Count, Kind, Operation, Session
-from benchmarks.crash.process import Process
+from benchmarks.crash.process import Process, Refused
 
 _AT_ONCE = 4
 
@@ -44,7 +44,14 @@ class Oracle:
     async def _apply(self, session: Session) -> None:
         reread = diverged = False
         for operation in session.todo:
-            answer = await self.load.send(self.server, operation)
+            try:
+                answer = await self.load.send(self.server, operation)
+            except Refused as refused:
+                self.faults.append(
+                    f"refused: a {operation.kind} of {session.name} only where nothing was stopped: {refused}"
+                )
+                session.diverged = True
+                break
             session.counts.append(await self.count(session.name))
             if operation.kind in (Kind.RESET, Kind.DELETE):
                 reread = diverged = False

@@ -140,6 +140,7 @@ class Rounds:
         self._sessions = [Session(f"s-{tag:05x}-{number:04d}") for number in range(plan.sessions)]
         self._round = "before the first round"
         self._usual_start = 3.0
+        self._seen: set[str] = set()
         self._state_bytes = 0
 
     async def run(self) -> Figures:
@@ -150,11 +151,12 @@ class Rounds:
         self._state_bytes = status.json()["data"]["state_bytes_per_session"]
         self._load = Load(await features(self._oracle_server))
         self._oracle = Oracle(self._oracle_server, self._load)
-        for number, end in self._plan.rounds:
-            self._round = f"round {number} ({end}; repeat with --seed {self._plan.seed} --only {number})"
-            await self._one(number, end)
-        self._round = "after the last round"
-        await self._finish()
+        try:
+            for number, end in self._plan.rounds:
+                await self._one(number, end)
+            await self._finish()
+        except (RuntimeError, TimeoutError) as error:  # it does not start any more
+            self._blame("trouble", [str(error)])
         await self._oracle_server.hang_up()
         figures = self.figures
         figures.acknowledged = dict(self._load.done)
@@ -168,6 +170,7 @@ class Rounds:
         rng = random.Random(f"{self._plan.seed}-{number}")
         server = await self._start(rng, slow=end == End.SLOW_STOP or (end == End.KILL and rng.random() < 0.3))
         await self._verify(server)
+        self._round = f"round {number} ({end}; repeat with --seed {self._plan.seed} --only {number})"
         if end != End.KILL:
             await self._fill(server, rng)
         idle = end != End.KILL and rng.random() < 0.5
@@ -271,7 +274,7 @@ class Rounds:
 
         async def client() -> None:
             for session in missing:
-                await self._load.perform(server, session, self._load.operation(session, Kind.TURN, rng))
+                await self._turn(server, session, rng)
 
         await asyncio.gather(*(client() for _ in range(self._plan.clients)))
 
@@ -291,8 +294,11 @@ class Rounds:
             except FileNotFoundError:  # the server is at work
                 continue
             sizes.append(status.st_size)
-            if (path.suffix == ".tmp" or path.name.startswith(".")) and status.st_ctime < server.began:
-                self._blame("left over", [f"{path.relative_to(self._memory)}, {status.st_size} bytes"])
+            name = str(path.relative_to(self._memory))
+            half = path.suffix == ".tmp" or path.name.startswith(".")
+            if half and status.st_ctime < server.began and name not in self._seen:
+                self._seen.add(name)
+                self._blame("left over", [f"{name}, {status.st_size} bytes"])
         self.figures.most_files = max(self.figures.most_files, len(sizes))
         self.figures.most_bytes = max(self.figures.most_bytes, sum(sizes))
         names = {path.name for path in files}
@@ -319,8 +325,9 @@ class Rounds:
         await self._check_states(server, [session for session in self._sessions if session not in retired], retired)
         for session in retired:
             await self._retire(server, session)
-        for faults, where in ((self._load.faults, "refused"), (self._oracle.faults, "changed")):
-            self._blame(where, [fault.removeprefix(f"{where}: ") for fault in faults])
+        for faults in (self._load.faults, self._oracle.faults):
+            for kind, text in (fault.split(": ", 1) for fault in faults):
+                self._blame(kind, [text])
             faults.clear()
 
     async def _resolve(self, session: Session, doubt: Operation | None, tokens: int | None) -> bool:
@@ -391,6 +398,7 @@ class Rounds:
         rng = random.Random(f"{self._plan.seed}-end")
         server = await self._start(rng, slow=False)
         await self._verify(server)
+        self._round = "after the last round"
         self._load.stopping = False
         await self._everyone(lambda one: self._turn(server, one, rng))
         await self._oracle.apply(self._sessions)
@@ -407,7 +415,11 @@ class Rounds:
             self._blame("left over", [f"{len(left)} files of {size} bytes when all sessions are deleted"])
 
     async def _turn(self, server: Process, session: Session, rng: random.Random) -> None:
-        await self._load.perform(server, session, self._load.operation(session, Kind.TURN, rng))
+        try:
+            await self._load.perform(server, session, self._load.operation(session, Kind.TURN, rng))
+        except Refused as refused:
+            session.doubt = None
+            self._blame("refused", [f"{session.name}: {refused}"])
 
     async def _everyone(self, work: Callable[[Session], Awaitable[None]]) -> None:
         alive = iter([session for session in self._sessions if session.exists])
