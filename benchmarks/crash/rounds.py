@@ -146,7 +146,7 @@ class Rounds:
     async def run(self) -> Figures:
         """Runs all rounds and the checks after the last."""
         self._oracle_server = self._launcher.start(self._oracle_memory, *self._flags_of_oracle())
-        await self._oracle_server.ready(warm=True)
+        await self._oracle_server.ready()
         status = await self._oracle_server.http.get("/v1/atlas/status")
         self._state_bytes = status.json()["data"]["state_bytes_per_session"]
         self._load = Load(await features(self._oracle_server))
