@@ -102,7 +102,7 @@ def main() -> None:
     one.add_argument("--sessions", type=int, default=200)
     one.add_argument("--clients", type=int, default=8)
     one.add_argument("--operations", type=int, default=100, help="most operations acknowledged in a round")
-    one.add_argument("--window", type=float, default=20.0, help="most seconds of load in a round")
+    one.add_argument("--window", type=float, default=60.0, help="most seconds of load in a round")
     one.add_argument("--disk-mb", type=float, default=2.0, help="MB a second of the slow disk")
     one.add_argument("--sync-ms", type=float, default=20.0, help="what an fsync costs there")
     one.add_argument("--stop-limit", type=float, default=10.0, help="seconds until a supervisor kills")

@@ -9,7 +9,6 @@ import time
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from typing import Any
 
 from benchmarks.crash.process import Launcher, Process
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -15,7 +17,8 @@ from real_server import ROOT
 from benchmarks.crash.disk import build
 from benchmarks.crash.ledger import Kind, Operation, Session, judge
 
-_SMALL = ("--sessions", "12", "--clients", "4", "--operations", "40")
+_SMALL = ("--sessions", "12", "--clients", "4", "--operations", "40", "--max-concurrent", "2")
+_PATIENCE = 280.0
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,16 @@ def rounds(tiny: tuple[Path, Path], cache: Path, folder: Path, *flags: str) -> R
         str(adapter),
     ]
     command += ["--cache", str(cache), "--json", str(figures), *_SMALL, *flags]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
-    assert figures.exists(), done.stdout + done.stderr
-    return Run(done.returncode, done.stdout, json.loads(figures.read_text()))
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as harness:
+        try:
+            output, _ = harness.communicate(timeout=_PATIENCE)
+        except BaseException:
+            os.killpg(harness.pid, signal.SIGKILL)  # its servers too
+            raise
+    assert figures.exists(), output
+    return Run(harness.returncode, output, json.loads(figures.read_text()))
 
 
 def test_kills_and_a_stop_on_a_slow_disk_lose_nothing(tiny: tuple[Path, Path], cache: Path, tmp_path: Path) -> None:
