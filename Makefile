@@ -13,7 +13,7 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench endless load bench-memory mutation documents recall \
+.PHONY: help serve test check lint model gemma fit quality bench endless load crash bench-memory mutation documents recall \
   tpu-compile lock clean
 
 help: ## show this list
@@ -69,6 +69,12 @@ endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000
 
 load: $(VENV)/bench model ## a hundred streams at once with settings drawn at random: all end, nothing compiles, memory comes back
 	$(RUN) benchmarks/load.py $(MODEL) --output docs/load.md
+
+crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowledged is lost (90 min; needs a C compiler)
+	$(RUN) -m benchmarks.crash rounds --kills 150 --stops 20 --sessions 200
+	$(RUN) -m benchmarks.crash rounds --model $(MODEL) --kills 50 --stops 4 --sessions 24 --disk-mb 20
+	$(RUN) -m benchmarks.crash many
+	$(RUN) -m benchmarks.crash cost --model $(MODEL)
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
