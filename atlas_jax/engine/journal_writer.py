@@ -65,14 +65,17 @@ class JournalWriter:
             return self._changed.wait_for(lambda: not self.pending, timeout)
 
     def close(self, timeout: float) -> bool:
-        """Writes and syncs what is left and ends the threads; tells whether they ended in time."""
+        """Writes what is left, syncs as much as there is time for, and ends; tells whether all was written.
+
+        What was written and not synced outlives this process, not a failure of power.
+        """
         end = time.monotonic() + timeout
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         for thread in self._threads:
             thread.join(max(0.0, end - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        return not self.pending
 
     def _write_all(self) -> None:
         while True:

@@ -43,7 +43,7 @@ class RecallLayout:
     @property
     def default_shape(self) -> SessionShape:
         """Shape of a session that has read nothing yet; its first request replaces it."""
-        return SessionShape(WindowPlan(window=4), layers=1, degree=2)
+        return SessionShape(WindowPlan(window=min(4, self.memory.max_window // PAGE)), layers=1, degree=2)
 
     @property
     def capacity(self) -> int:

@@ -141,15 +141,19 @@ class SessionTable:
         """Writes a snapshot of every session that has gone on since its last; returns how many are left."""
         return self.tiers.write_changed(None if timeout is None else time.monotonic() + timeout)
 
-    def save_all(self, owner: str, filename: str | None) -> SaveResult:
+    def save_all(self, owner: str, filename: str | None, *, until: float | None = None) -> SaveResult:
         """Writes every session of the owner into one export of the memory folder.
 
         A request that is running is not waited for: its session is saved as it was before. Nothing is written if
         nothing has changed since the same file was last written. A file that could not be read in full is not written
         over: it is moved aside.
 
+        Args:
+          until: `time.monotonic()` at which to give up.
+
         Raises:
           StorageFull, MemoryUnavailable: as `api.SessionStore`.
+          TimeoutError: it was not written in time; the old file is there.
         """
         store = self._require_store()
         name = filename or self.default_file
@@ -165,7 +169,7 @@ class SessionTable:
             if self._exports.get(path) == stamp and path.is_file():
                 return _saved(name, None, path.stat().st_size, len(chosen))
             size = sum(entry.listing.bytes if entry.session else _bytes(entry) for _, entry in chosen)
-        for key, entry in chosen:
+        for key, entry in chosen if until is None else ():
             session = entry.session
             if session is not None and not is_clean(entry):
                 self.tiers.write(key, entry, session)
@@ -173,9 +177,9 @@ class SessionTable:
             self._move_aside_unreadable(owner, path)
             old = path.stat().st_size if path.is_file() else 0
             self.tiers.check_export(owner, size - old)
-            written, count = archive.write(path, self._layout.fingerprint, self._members(chosen))
-        except BaseException as error:
-            if isinstance(error, Exception):
+            written, count = archive.write(path, self._layout.fingerprint, self._members(chosen, until))
+        except Exception as error:
+            if not isinstance(error, TimeoutError):
                 self.tiers.note_failure(error)
             raise
         with self._lock:
@@ -187,8 +191,12 @@ class SessionTable:
             store.forget_deletions(owner, until)
         return _saved(name, None, written, count)
 
-    def _members(self, chosen: Sequence[tuple[SessionKey, Entry]]) -> Iterator[tuple[Listing, bytes]]:
+    def _members(
+        self, chosen: Sequence[tuple[SessionKey, Entry]], until: float | None
+    ) -> Iterator[tuple[Listing, bytes]]:
         for key, entry in chosen:
+            if until is not None and time.monotonic() > until:
+                raise TimeoutError("An export took too long")
             with self._lock:
                 session, listing = entry.session, entry.listing
                 if self.tiers.entries.get(key) is not entry:  # deleted meanwhile
@@ -214,17 +222,21 @@ class SessionTable:
         started = time.monotonic()
         if started < self._next_export.get(owner, 0.0):
             return None
-        if timeout is not None and self._export_seconds(owner) > timeout:
+        if timeout is not None and self._export_seconds(owner) > timeout / 2:
             return None
-        saved = self.save_all(owner, None)
+        try:
+            saved = self.save_all(owner, None, until=None if timeout is None else started + timeout / 2)
+        except TimeoutError:
+            return None
         took = time.monotonic() - started
         self._next_export[owner] = time.monotonic() + _EXPORT_SHARE * took
         return saved
 
     def _export_seconds(self, owner: str) -> float:
-        """How long an export would take, guessed from the speed of a slow disk."""
+        """How long an export would take at the speed at which snapshots were written."""
         with self._lock:
-            return sum(e.listing.bytes for k, e in self.tiers.entries.items() if k.owner == owner) / (50 << 20)
+            size = sum(e.listing.bytes for k, e in self.tiers.entries.items() if k.owner == owner)
+            return size / self.tiers.bytes_per_second
 
     def save_session(self, owner: str, session_id: str) -> SaveResult:
         """Makes a save point of one session, which stays as it is until the next; raises SessionNotFound, StorageFull."""

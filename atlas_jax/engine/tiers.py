@@ -49,6 +49,8 @@ MAX_CONTEXT_STATE = 4 << 20
 """Bytes of JSON that a caller may keep with a session."""
 _PATIENCE = 120.0
 """Seconds an endpoint waits for a session that a request is using."""
+_DISK_SPEED = 100e6
+"""Bytes a second that snapshots are written at, before any has been."""
 _SLACK = 1 << 20
 """Bytes by which a snapshot may exceed what was counted for it: its history and header."""
 _FULL_SECONDS = 5.0
@@ -149,6 +151,7 @@ class SessionTiers:
         self.lock = threading.RLock()
         self.entries: dict[SessionKey, Entry] = {}
         self.hits = self.misses = self.saves = self.loads = self.failures = 0
+        self.bytes_per_second = _DISK_SPEED
         self.nameless: dict[str, str] = {}
         self.exported: dict[str, int] = {}
         self._on_idle = on_idle
@@ -467,8 +470,11 @@ class SessionTiers:
                 entry.stored = store.session(key)
             stored = entry.stored
             self._check_share(key.owner, len(data) - entry.charged - _SLACK)
+        started = time.monotonic()
         if stored.write(session.generation, data):
             with self.lock:
+                took = max(time.monotonic() - started, 1e-6)
+                self.bytes_per_second += 0.2 * (len(data) / took - self.bytes_per_second)
                 entry.written = max(entry.written, session.generation)
                 self.saves += 1
                 self._count(key, entry)
