@@ -351,7 +351,7 @@ class Rounds:
             session.todo.pop()
             session.loose |= session.exists and doubt.kind in (Kind.TURN, Kind.AGAIN)
             return True
-        least = before or 0 if doubt.kind == Kind.TURN else 0
+        least = before or 0 if doubt.kind == Kind.TURN and not session.whole else 0
         if session.stopped and doubt.answer and tokens is not None and least <= tokens <= (after or 0):
             self._doubt("part")
             return False
