@@ -22,6 +22,8 @@ from benchmarks.crash.process import SIGNALS, Launcher, Process, Refused
 
 _DELETE = "/v1/atlas/memory/delete"
 _LOAD = "/v1/atlas/memory/load"
+KINDS = ("lost", "half", "resurrected", "changed", "left over", "state", "refused", "trouble", "slow stop")
+"""Kinds of violations."""
 _SAMPLED_STATES = 20
 _MOST_FILES_LEFT, _MOST_BYTES_LEFT = 8, 64 << 10
 
@@ -115,10 +117,6 @@ class Figures:
             ("most files, MiB", f"{self.most_files}, {self.most_bytes / 2**20:.1f}"),
         ]
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-KINDS = ("lost", "half", "resurrected", "changed", "left over", "state", "refused", "trouble", "slow stop")
-"""Kinds of violations."""
 
 
 def _spread(seconds: list[float]) -> str:
