@@ -122,6 +122,7 @@ def main() -> None:
     # a shell's background jobs ignore Ctrl-C, and so would the servers
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the servers end with this process
     if args.keep:
         args.keep.mkdir(parents=True)
         raise SystemExit(asyncio.run(args.run(args, args.keep, flags)))

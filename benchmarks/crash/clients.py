@@ -167,9 +167,11 @@ class Load:
         except httpx.TransportError as error:
             raise Cut from error
         except Refused as refused:
-            if self.stopping and refused.status == 503:
-                raise Cut from refused
-            raise
+            if not self.stopping or refused.status < 500:
+                raise
+            if refused.status != 503:
+                self.faults.append(f"refused: while it stops, a {operation.kind} got {refused}")
+            raise Cut from refused
 
     async def _stream(self, server: Process, operation: Operation) -> Answer:
         body = {**operation.body, "stream_options": {"include_usage": True}}

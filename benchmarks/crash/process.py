@@ -21,7 +21,7 @@ import httpx
 ROOT = Path(__file__).parents[2]
 _PATIENCE = 300.0
 _LISTENS = re.compile(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")
-_TROUBLE = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) .*|^Traceback[\s\S]*?^\w+.*", re.MULTILINE)
+_TROUBLE = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) .*|(?<=^Traceback )[\s\S]*?\n(?=\w).*", re.MULTILINE)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -100,7 +100,7 @@ class Process:
     @property
     def trouble(self) -> list[str]:
         """Log lines that tell of something wrong."""
-        return [match[0] for match in _TROUBLE.finditer(self.log)]
+        return [match[0].splitlines()[-1] for match in _TROUBLE.finditer(self.log)]
 
     @property
     def alive(self) -> bool:

@@ -22,6 +22,8 @@ from benchmarks.crash.process import SIGNALS, Launcher, Process, Refused
 
 _DELETE = "/v1/atlas/memory/delete"
 _LOAD = "/v1/atlas/memory/load"
+KINDS = ("lost", "half", "resurrected", "changed", "left over", "state", "refused", "trouble", "slow stop")
+"""Kinds of violations."""
 _SAMPLED_STATES = 20
 _MOST_FILES_LEFT, _MOST_BYTES_LEFT = 8, 64 << 10
 
@@ -115,10 +117,6 @@ class Figures:
             ("most files, MiB", f"{self.most_files}, {self.most_bytes / 2**20:.1f}"),
         ]
         return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
-
-
-KINDS = ("lost", "half", "resurrected", "changed", "left over", "state", "refused", "trouble", "slow stop")
-"""Kinds of violations."""
 
 
 def _spread(seconds: list[float]) -> str:
@@ -351,7 +349,7 @@ class Rounds:
             session.todo.pop()
             session.loose |= session.exists and doubt.kind in (Kind.TURN, Kind.AGAIN)
             return True
-        least = before or 0 if doubt.kind == Kind.TURN else 0
+        least = before or 0 if doubt.kind == Kind.TURN and not session.whole else 0
         if session.stopped and doubt.answer and tokens is not None and least <= tokens <= (after or 0):
             self._doubt("part")
             return False

@@ -18,7 +18,8 @@ from benchmarks.crash.disk import build
 from benchmarks.crash.ledger import Kind, Operation, Session, judge
 
 _SMALL = ("--sessions", "12", "--clients", "4", "--operations", "40", "--max-concurrent", "2")
-_PATIENCE = 280.0
+_PATIENCE = 570.0
+pytestmark = pytest.mark.timeout(600)  # a minute where nothing else runs
 
 
 @dataclass(frozen=True)
