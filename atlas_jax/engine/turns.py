@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import InvalidRequest
-from atlas_jax.engine.continuation import Continuation, Prompt, appending, continuation, preamble_after
+from atlas_jax.engine.continuation import Continuation, Prompt, appending, continuation
 from atlas_jax.engine.counters import Counters
 from atlas_jax.engine.history import History
 from atlas_jax.engine.prefix import PrefixCache
@@ -97,8 +97,8 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
         slot = plan.slot(max(work.page, 0))
         work.row = runner.adopt(checkpoint.row, plan.ring(position + 1), position, slot)
         work.absorbed = checkpoint.absorbed
-    kept.history.adopt_replies(history, step.keep)
-    kept.history.preamble = preamble_after(history, request.chat)
+    kept.history.adopt_turns(history, step.keep)
+    kept.history.preamble = step.preamble
     work.position = position
     work.feed = [*between, *new]
     work.history = step.effect
@@ -112,7 +112,9 @@ def _step(work: Work, session: Session, prompt: Prompt) -> tuple[Continuation, A
     before = session.appended
     if work.request.choice and before is not None and before.prompt == list(work.request.prompt):
         ends = [0, *(checkpoint.position for checkpoint in session.checkpoints)]
-        if before.position in ends:
+        if (
+            before.position in ends
+        ):  # only the first choice leaves anything, so that nothing else is asked of the history
             return Continuation("appended" if before.position else "new", before.position), before
     return continuation(session.history, prompt), None
 
@@ -122,7 +124,7 @@ def kept_session(runner: Rows, work: Work, row: Sequences, read: int, loss: floa
     session = work.kept
     assert session is not None
     assert work.shape is not None
-    session.history.truncate_replies(session.history.length + 1)  # a prompt that was not read to its end
+    session.history.forget_turns(session.history.length + 1)  # a prompt that was not read to its end
     if read > work.prompt_end >= 0:
         session.history.extend([*work.feed, *work.generated[: read - work.prompt_end - 1]])
         if work.generated:

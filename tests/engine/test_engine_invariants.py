@@ -168,12 +168,15 @@ def test_a_turn_asked_again_is_answered_as_the_first_time(
 ) -> None:
     """Also after another turn went elsewhere from the same beginning: rolling back leaves no trace."""
     name, prompt = next(names), words(seed, length)
-    first = ask(engines(kind), request(prompt, 10, memory=memory(name)))
+    first = ask(engines(kind), request(prompt, 30, memory=memory(name)))
     said = [*prompt, *first.tokens]
-    at = length + 1 + int(share * 8)
+    at = length + 16 + int(share * 13)
     other = ask(engines(kind), request([*said[:at], *words(seed + 1, 200)], 5, memory=memory(name)))
     assert other.end.memory is not None
-    again = ask(engines(kind), request(prompt, 10, memory=memory(name)))
+    assert other.end.memory.history == "rolled_back"
+    again = ask(engines(kind), request(prompt, 30, memory=memory(name, regenerate=True)))
+    assert again.end.memory is not None
+    assert again.end.memory.history == "rolled_back"
     assert_close(kind, again, first)
 
 
