@@ -27,14 +27,14 @@ def chat_frame(render: Render, messages: Messages, *, own: bool) -> ChatFrame:
     count = next((at for at, one in enumerate(messages) if one.get("role") != "system"), len(messages))
     system = list(messages[:count])
     try:
-        begun = render([_ASKED], True)
+        asked, begun = render([_ASKED], False), render([_ASKED], True)
         first, other = (render([_ASKED, answer], False) for answer in _ANSWERS)
         again = render([_ASKED, _ANSWERS[0], _ASKED], True)
         turn = again[len(first) :]
         if again[: len(first)] != first or begun[-len(turn) :] != turn:
             return ChatFrame(answers=answers)
         closing = 0
-        while closing < len(first) and first[-closing - 1] == other[-closing - 1]:
+        while closing < min(len(first), len(other)) and first[-closing - 1] == other[-closing - 1]:
             closing += 1
         whole = render([*system, _ASKED], True) if system else begun
     except TemplateError:
@@ -42,6 +42,7 @@ def chat_frame(render: Render, messages: Messages, *, own: bool) -> ChatFrame:
     return ChatFrame(
         preamble=tuple(whole[: -len(turn)]) if whole[-len(turn) :] == turn else None,
         own=own and not system,
-        closing=tuple(first[len(first) - closing :]),
+        opening=tuple(begun[len(asked) :]) if begun[: len(asked)] == asked else (),
+        closing=tuple(first[len(first) - closing :] if first != other else ()),
         answers=answers,
     )

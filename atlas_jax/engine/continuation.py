@@ -26,7 +26,8 @@ the session has read last. A system message that is new is read, before the new 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -51,6 +52,7 @@ class Continuation:
       skip: tokens at the prompt's beginning that are not read: the session holds them, or has no use for them.
       repeats: whether the kept tokens are the prompt's own first ones.
       preamble: `History.preamble` once the prompt is read.
+      answers: further answers of `History.replies` once it is read: those of an edited conversation.
     """
 
     effect: HistoryEffect
@@ -59,6 +61,7 @@ class Continuation:
     skip: int = 0
     repeats: bool = False
     preamble: tuple[int, bytes] | None = None
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -116,10 +119,30 @@ def continuation(history: History, prompt: Prompt) -> Continuation:
         answered = answered or common == count
     overlap = _overlap(history, prompt, common) if count > common else None
     if overlap is not None and (not answered or overlap.skip > common):  # a later turn may begin as the first does
-        return overlap
+        return _with_answers(overlap, prompt)
     if answered:
-        return _repeating("rolled_back", min(common, count - 1), history, prompt)
+        return _with_answers(_repeating("rolled_back", min(common, count - 1), history, prompt), prompt)
     return appending(history, prompt, common)
+
+
+def _with_answers(step: Continuation, prompt: Prompt) -> Continuation:
+    """Notes the answers that follow an edit: the client's words by now, but still what its conversation is known by.
+
+    Answers in other prompts are no such thing: they may be examples, sent with every message.
+    """
+    chat = prompt.chat
+    if step.effect != "rolled_back" or chat is None or not chat.opening or not chat.closing:
+        return step
+    new, moved, answers = prompt.tokens[step.skip :].tobytes(), step.keep + len(step.insert), []
+    opening = _find(new, chat.opening)
+    while opening is not None:
+        start = opening + len(chat.opening)
+        closing = _find(new, chat.closing, start)
+        if closing is None:
+            break
+        answers.append((moved + start, moved + closing + 1))
+        opening = _find(new, chat.opening, closing)
+    return replace(step, answers=tuple(answers))
 
 
 def _repeating(effect: HistoryEffect, keep: int, history: History, prompt: Prompt) -> Continuation:
@@ -218,7 +241,7 @@ def _overlap(history: History, prompt: Prompt, common: int) -> Continuation | No
             if decision is not None:
                 return decision
     if history.tail_start:  # the part that is left may begin before the tail, and then runs through its beginning
-        place = _find(prompt.tokens, tail[:_CERTAIN])
+        place = _find(prompt.tokens.tobytes(), history.tail[:_CERTAIN])
         if place is not None and prompt.begins < place <= history.tail_start + prompt.begins:
             return _matched(history, prompt, common, place, 0, shared(prompt.tokens[place:], tail))
     return None
@@ -290,10 +313,10 @@ def _hashes(tokens: np.ndarray, powers: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
 
 
-def _find(text: np.ndarray, pattern: np.ndarray) -> int | None:
-    """The first place where a text holds a pattern."""
-    data, wanted = text.tobytes(), pattern.tobytes()
-    at = data.find(wanted)
-    while at >= 0 and at % text.itemsize:
-        at = data.find(wanted, at + 1)
-    return at // text.itemsize if at >= 0 else None
+def _find(text: bytes, pattern: Sequence[int], start: int = 0) -> int | None:
+    """The first place from `start` on where a text, the bytes of an array of tokens, holds a pattern."""
+    wanted = np.asarray(pattern, "<i4").tobytes()
+    at = text.find(wanted, 4 * start)
+    while at >= 0 and at % 4:
+        at = text.find(wanted, at + 1)
+    return at // 4 if at >= 0 else None

@@ -98,6 +98,7 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
         work.row = runner.adopt(checkpoint.row, plan.ring(position + 1), position, slot)
         work.absorbed = checkpoint.absorbed
     kept.history.adopt_turns(history, step.keep)
+    kept.history.replies += step.answers
     kept.history.preamble = step.preamble
     work.position = position
     work.feed = [*between, *new]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine import Engine
+from atlas_jax.engine.api import ChatFrame
 
 kinds = pytest.mark.parametrize("kind", ["int8", "float32", pytest.param("gemma", marks=pytest.mark.slow)])
 few = settings(max_examples=4, deadline=None, derandomize=True)
@@ -168,13 +169,13 @@ def test_a_turn_asked_again_is_answered_as_the_first_time(
 ) -> None:
     """Also after another turn went elsewhere from the same beginning: rolling back leaves no trace."""
     name, prompt = next(names), words(seed, length)
-    first = ask(engines(kind), request(prompt, 30, memory=memory(name)))
+    first = ask(engines(kind), request(prompt, 10, memory=memory(name)))
     said = [*prompt, *first.tokens]
-    at = length + 16 + int(share * 13)
-    other = ask(engines(kind), request([*said[:at], *words(seed + 1, 200)], 5, memory=memory(name)))
+    edited = [*said[: length + 1 + int(share * 7)], *words(seed + 1, 200)]
+    other = ask(engines(kind), request(edited, 5, memory=memory(name), chat=ChatFrame(answers=True)))
     assert other.end.memory is not None
     assert other.end.memory.history == "rolled_back"
-    again = ask(engines(kind), request(prompt, 30, memory=memory(name, regenerate=True)))
+    again = ask(engines(kind), request(prompt, 10, memory=memory(name, regenerate=True)))
     assert again.end.memory is not None
     assert again.end.memory.history == "rolled_back"
     assert_close(kind, again, first)

@@ -8,16 +8,20 @@ what was said. So nothing that was said is lost, but what was edited or asked fo
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
-from hypothesis import given, settings
+from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from atlas_jax.config import PAGE
 from atlas_jax.engine.api import ChatFrame
 from atlas_jax.engine.continuation import Continuation, Prompt, appending, continuation
 from atlas_jax.engine.history import History
@@ -46,6 +50,7 @@ def frame(turns: Sequence[Turn], *, bos: bool = False, default: bool = True) -> 
     return ChatFrame(
         preamble=tuple(rendered(system, ask=False, bos=bos, default=default)),
         own=not system,
+        opening=(START, ROLES["assistant"], LINE),
         closing=(END, LINE),
         answers=any(role == "assistant" for role, _ in turns),
     )
@@ -83,6 +88,7 @@ class Held:
             history.truncate(step.keep)
         history.extend(self.text[history.length :])
         history.adopt_turns(before, step.keep)
+        history.replies += step.answers
         history.preamble = step.preamble
         if reply:
             history.answered(len(self.text) - len(reply) + 1, len(self.text) + 1)
