@@ -240,7 +240,11 @@ def _overlap(history: History, prompt: Prompt, common: int) -> Continuation | No
             decision = _matched(history, prompt, common, begin, at, length)
             if decision is not None:
                 return decision
-    if history.tail_start:  # the part that is left may begin before the tail, and then runs through its beginning
+    first = history.first_reply
+    whole = (
+        first is not None and common >= first + _CERTAIN
+    )  # edited where only digests tell, and not without old turns
+    if history.tail_start and not whole:  # what is left may begin before the tail, and then runs through its beginning
         place = _find(prompt.tokens.tobytes(), history.tail[:_CERTAIN])
         if place is not None and prompt.begins < place <= history.tail_start + prompt.begins:
             return _matched(history, prompt, common, place, 0, shared(prompt.tokens[place:], tail))
