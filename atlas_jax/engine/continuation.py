@@ -146,7 +146,9 @@ def _with_answers(step: Continuation, prompt: Prompt) -> Continuation:
 
 
 def _repeating(effect: HistoryEffect, keep: int, history: History, prompt: Prompt) -> Continuation:
-    return Continuation(effect, keep, skip=keep, repeats=True, preamble=prompt.system or history.preamble)
+    return Continuation(
+        effect, keep, skip=keep, repeats=True, preamble=_preamble_before(history, keep) or prompt.system
+    )
 
 
 def appending(history: History, prompt: Prompt, common: int | None = None) -> Continuation:
@@ -187,8 +189,9 @@ def _knows_system(history: History, prompt: Prompt, common: int) -> bool:
 
 
 def _preamble_before(history: History, position: int) -> tuple[int, bytes] | None:
+    """`History.preamble` after a rollback. Which one came before one that is gone is not known: then none counts as known."""
     known = history.preamble
-    return None if known is None or known[0] > position else known
+    return (0, b"") if known is not None and known[0] > position else known
 
 
 def _carries_answer(history: History, prompt: Prompt, common: int) -> bool:
@@ -270,12 +273,13 @@ def _matched(history: History, prompt: Prompt, common: int, begin: int, at: int,
         assert chat is not None
         assert chat.preamble is not None
         assert prompt.system is not None
-        closing = len(chat.closing)
-        if end < history.length or not closing or tuple(prompt.tokens[rest : rest + closing]) != chat.closing:
+        drawn = () if prompt.pending is None or chat.closing[:1] == (prompt.pending,) else (prompt.pending,)
+        between = drawn + chat.closing  # what ends the last answer, in the session's text and in the prompt
+        if end < history.length or not chat.closing or tuple(prompt.tokens[rest : rest + len(between)]) != between:
             return None
-        insert = chat.closing + chat.preamble[_text_begins(prompt) :]
+        insert = between + chat.preamble[_text_begins(prompt) :]
         preamble = end + len(insert), prompt.system[1]
-        rest += closing
+        rest += len(between)
         if rest >= count:
             return None
     back = int(rest >= count)
