@@ -66,11 +66,20 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
     plan, request, history = work.shape.plan, work.request, session.history
     regenerate = request.memory is not None and request.memory.regenerate
     prompt = Prompt(work.tokens, session.pending, bos, request.chat, regenerate)
-    step, appended = _step(work, session, prompt)
-    checkpoint, position = session.resume(step.keep)
-    if not step.repeats and position < min(step.keep, history.tail_start):  # what lies between is not known any more
-        step = appending(history, prompt)
+    appended = _further_choice(work, session)
+    if appended is not None:
+        position = appended.position
+        checkpoint = next((one for one in session.checkpoints if one.position == position), None)
+        skip = max(0, len(work.tokens) - len(appended.feed))
+        step = Continuation("appended" if position else "new", position, skip=skip)
+    else:
+        step = continuation(history, prompt)
         checkpoint, position = session.resume(step.keep)
+        if not step.repeats and position < min(
+            step.keep, history.tail_start
+        ):  # what lies between is not known any more
+            step = appending(history, prompt)
+            checkpoint, position = session.resume(step.keep)
     between = request.prompt[position : step.keep] if step.repeats else history.tokens(position, step.keep)
     new = [*step.insert, *request.prompt[step.skip :]] if appended is None else appended.feed
     if step.effect in ("new", "appended"):
@@ -91,7 +100,10 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
         work.row = runner.new_row(1)
         kept.history, kept.checkpoints, kept.stats = History(), [], SessionStats()
     else:
-        kept.history.truncate(position)
+        if position < history.tail_start:  # of a further choice, which leaves no trace
+            kept.history = History()
+        else:
+            kept.history.truncate(position)
         kept.checkpoints = [one for one in kept.checkpoints if one.position <= position or one is checkpoint]
         work.page = min(checkpoint.page, position // PAGE)
         slot = plan.slot(max(work.page, 0))
@@ -103,21 +115,18 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
     work.position = position
     work.feed = [*between, *new]
     work.history = step.effect
-    work.cached = max(0, len(request.prompt) - len(work.feed))
+    work.cached = max(0, step.skip - len(between))
     work.cache_hit = checkpoint is not None and (position > 0 or step.effect == "appended")
     work.kept = kept
 
 
-def _step(work: Work, session: Session, prompt: Prompt) -> tuple[Continuation, Appended | None]:
-    """What the prompt does to the session; a further choice of a request that brought new text does what the first did."""
+def _further_choice(work: Work, session: Session) -> Appended | None:
+    """The turn a further choice of a request answers too, if it brought new text and the first has answered it since."""
     before = session.appended
-    if work.request.choice and before is not None and before.prompt == list(work.request.prompt):
-        ends = [0, *(checkpoint.position for checkpoint in session.checkpoints)]
-        if (
-            before.position in ends
-        ):  # only the first choice leaves anything, so that nothing else is asked of the history
-            return Continuation("appended" if before.position else "new", before.position), before
-    return continuation(session.history, prompt), None
+    if not work.request.choice or before is None or before.prompt != list(work.request.prompt):
+        return None
+    known = before.position == 0 or any(one.position == before.position for one in session.checkpoints)
+    return before if known else None
 
 
 def kept_session(runner: Rows, work: Work, row: Sequences, read: int, loss: float) -> Session:

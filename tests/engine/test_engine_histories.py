@@ -141,7 +141,7 @@ def test_an_edit_that_reaches_too_far_back_is_new_text_rather_than_a_loss(engine
     far = [*said[2:4], user(81)]
     found = stats(ask(engine, request(rendered(far), 1, memory=memory(name), chat=frame(far))))
     assert found.history == "appended"
-    assert tokens_of(engine, name) == held + 1 + len((END, LINE)) + len(rendered(far)) - found.tokens_reused - 3
+    assert tokens_of(engine, name) == held + 1 + len((END, LINE)) + len(rendered(far)) - found.tokens_reused
 
 
 def tokens_of(engine: Engine, name: str) -> int:
@@ -197,6 +197,17 @@ def test_further_choices_answer_the_same_turn(engines: Callable[[str], Engine], 
     assert [choice.tokens for choice in choices] == [fresh.tokens] * 3
     chat.said = [*said, ("assistant", tuple(fresh.tokens))]
     assert chat.ask(*chat.said, user(112)).history == "continued", "only the first choice stays"
+
+
+def test_further_choices_answer_a_turn_longer_than_what_is_known_word_for_word(
+    engines: Callable[[str], Engine],
+) -> None:
+    engine, name, sent = engines("float32"), next(names), [user(113, 70 * PAGE)]
+    ask(engine, request(rendered([user(114)]), 4, memory=memory(name), chat=frame([])))
+    asked = [request(rendered(sent), 4, memory=memory(name), chat=frame(sent), choice=choice) for choice in range(2)]
+    first, second = ask_all(engine, asked)
+    assert first.infos == second.infos
+    assert stats(first) == stats(second)
 
 
 def test_a_text_begins_once(engines: Callable[[str], Engine]) -> None:
