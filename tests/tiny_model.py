@@ -30,6 +30,8 @@ class Shape:
     """Sizes of a tiny model."""
 
     architecture: str = "llama"
+    template: str = CHAT_TEMPLATE
+    add_bos: bool = False
     layers: int = 2
     embed: int = 64
     heads: int = 4
@@ -92,8 +94,8 @@ def write_model(path: Path, shape: Shape = LLAMA, *, seed: int = 0) -> Path:
     writer.add_token_merges(merges)
     writer.add_bos_token_id(len(tokens) - 3)
     writer.add_eos_token_id(len(tokens) - 1)
-    writer.add_add_bos_token(False)
-    writer.add_chat_template(CHAT_TEMPLATE)
+    writer.add_add_bos_token(shape.add_bos)
+    writer.add_chat_template(shape.template)
 
     def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> None:
         values = (random.standard_normal((rows, columns)) * (gain / np.sqrt(columns))).astype(np.float32)

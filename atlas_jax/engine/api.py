@@ -148,12 +148,13 @@ class ChatFrame:
     Attributes:
       preamble: tokens before the first message that is not a system message; None if that place is not known.
       own: whether the template put them there by itself, and no words of the client's are in them.
-      closing: the tokens by which it ends an answer.
+      opening, closing: the tokens by which it begins and ends an answer.
       answers: whether there are answers among the messages: the client sends a conversation, not only what is new.
     """
 
     preamble: tuple[int, ...] | None = None
     own: bool = True
+    opening: tuple[int, ...] = ()
     closing: tuple[int, ...] = ()
     answers: bool = False
 

@@ -26,7 +26,8 @@ the session has read last. A system message that is new is read, before the new 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,6 +51,8 @@ class Continuation:
       insert: tokens that follow them before the prompt's.
       skip: tokens at the prompt's beginning that are not read: the session holds them, or has no use for them.
       repeats: whether the kept tokens are the prompt's own first ones.
+      preamble: `History.preamble` once the prompt is read.
+      answers: further answers of `History.replies` once it is read: those of an edited conversation.
     """
 
     effect: HistoryEffect
@@ -57,6 +60,8 @@ class Continuation:
     insert: tuple[int, ...] = ()
     skip: int = 0
     repeats: bool = False
+    preamble: tuple[int, bytes] | None = None
+    answers: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,13 @@ class Prompt:
     regenerate: bool = False
 
     @property
+    def system(self) -> tuple[int, bytes] | None:
+        """Where what the client said before its first message ends, and a digest of it."""
+        if self.chat is None or self.chat.own or not self.chat.preamble:
+            return None
+        return len(self.chat.preamble), text_digest(self.chat.preamble)
+
+    @property
     def begins(self) -> int:
         """Where what the client said begins, as far as it is known: after a system message, after a first token."""
         if self.chat is not None and self.chat.preamble is not None:
@@ -91,24 +103,52 @@ def continuation(history: History, prompt: Prompt) -> Continuation:
     At least one token of the prompt is always left to read, for an answer starts from a token being read.
     """
     if not history.length:
-        return Continuation("new", 0)
+        return Continuation("new", 0, preamble=prompt.system)
     tokens, count = prompt.tokens, len(prompt.tokens)
     common = history.common_prefix(tokens)
     answered = _carries_answer(history, prompt, common)
     if common == history.length:
         if count == common and prompt.pending is None:  # read before and not answered yet
-            return Continuation("continued", common - 1, skip=common - 1, repeats=True)
+            return _repeating("continued", common - 1, history, prompt)
         if count > common and (prompt.pending is None or answered or tokens[common] == prompt.pending):
-            return Continuation("continued", common, skip=common, repeats=True)
+            return _repeating("continued", common, history, prompt)
     if prompt.regenerate:
-        at = _last_answered(history, prompt)
+        at = _last_answered(history, prompt, common)
         if at is not None:
-            return Continuation("rolled_back", at - 1, skip=count - 1)
+            return Continuation("rolled_back", at - 1, skip=count - 1, preamble=_preamble_before(history, at))
         answered = answered or common == count
+    overlap = _overlap(history, prompt, common) if count > common else None
+    if overlap is not None and (not answered or overlap.skip > common):  # a later turn may begin as the first does
+        return _with_answers(overlap, prompt)
     if answered:
-        keep = min(common, count - 1)
-        return Continuation("rolled_back", keep, skip=keep, repeats=True)
-    return _overlap(history, prompt, common) or appending(history, prompt, common)
+        return _with_answers(_repeating("rolled_back", min(common, count - 1), history, prompt), prompt)
+    return appending(history, prompt, common)
+
+
+def _with_answers(step: Continuation, prompt: Prompt) -> Continuation:
+    """Notes the answers that follow an edit: the client's words by now, but still what its conversation is known by.
+
+    Answers in other prompts are no such thing: they may be examples, sent with every message.
+    """
+    chat = prompt.chat
+    if step.effect != "rolled_back" or chat is None or not chat.opening or not chat.closing:
+        return step
+    new, moved, answers = prompt.tokens[step.skip :].tobytes(), step.keep + len(step.insert), []
+    opening = _find(new, chat.opening)
+    while opening is not None:
+        start = opening + len(chat.opening)
+        closing = _find(new, chat.closing, start)
+        if closing is None:
+            break
+        answers.append((moved + start, moved + closing + 1))
+        opening = _find(new, chat.opening, closing)
+    return replace(step, answers=tuple(answers))
+
+
+def _repeating(effect: HistoryEffect, keep: int, history: History, prompt: Prompt) -> Continuation:
+    return Continuation(
+        effect, keep, skip=keep, repeats=True, preamble=_preamble_before(history, keep) or prompt.system
+    )
 
 
 def appending(history: History, prompt: Prompt, common: int | None = None) -> Continuation:
@@ -117,35 +157,41 @@ def appending(history: History, prompt: Prompt, common: int | None = None) -> Co
     Args:
       common: how many tokens it begins with in common, where that is known.
     """
-    pending: tuple[int, ...] = () if prompt.pending is None else (prompt.pending,)
-    if prompt.chat is not None and pending:
+    insert: tuple[int, ...] = () if prompt.pending is None else (prompt.pending,)
+    if prompt.chat is not None and insert:
         closing = prompt.chat.closing
-        pending = closing if closing[:1] == pending else pending + closing
+        insert = closing if closing[:1] == insert else insert + closing
     if common is None:
         common = history.common_prefix(prompt.tokens)
-    begins = prompt.begins if _knows_preamble(history, prompt, common) else _text_begins(prompt)
-    return Continuation("appended", history.length, insert=pending, skip=min(begins, len(prompt.tokens) - 1))
-
-
-def preamble_after(history: History, chat: ChatFrame | None) -> bytes | None:
-    """What `History.preamble` is after a prompt."""
-    if chat is None or chat.own or not chat.preamble:
-        return history.preamble
-    return text_digest(chat.preamble)
+    known, last = _knows_system(history, prompt, common), len(prompt.tokens) - 1
+    skip = min(prompt.begins if known else _text_begins(prompt), last)
+    preamble = history.preamble
+    if prompt.system is not None:
+        length, digest = prompt.system
+        if not known:
+            preamble = history.length + len(insert) + length - skip, digest
+        elif preamble is None:
+            preamble = prompt.system
+    return Continuation("appended", history.length, insert=insert, skip=skip, preamble=preamble)
 
 
 def _text_begins(prompt: Prompt) -> int:
     return int(prompt.bos is not None and prompt.tokens[0] == prompt.bos)
 
 
-def _knows_preamble(history: History, prompt: Prompt, common: int) -> bool:
+def _knows_system(history: History, prompt: Prompt, common: int) -> bool:
     """Whether what comes before the prompt's first message need not be read again."""
-    chat = prompt.chat
-    if chat is None or chat.preamble is None or chat.own:
+    if prompt.system is None:
         return True
     if history.preamble is not None:
-        return history.preamble == text_digest(chat.preamble)
-    return common >= len(chat.preamble)
+        return history.preamble[1] == prompt.system[1]
+    return common >= prompt.system[0]
+
+
+def _preamble_before(history: History, position: int) -> tuple[int, bytes] | None:
+    """`History.preamble` after a rollback. Which one came before one that is gone is not known: then none counts as known."""
+    known = history.preamble
+    return (0, b"") if known is not None and known[0] > position else known
 
 
 def _carries_answer(history: History, prompt: Prompt, common: int) -> bool:
@@ -161,8 +207,10 @@ def _carries_answer(history: History, prompt: Prompt, common: int) -> bool:
     return common >= first + wanted
 
 
-def _last_answered(history: History, prompt: Prompt) -> int | None:
+def _last_answered(history: History, prompt: Prompt, common: int) -> int | None:
     """Where the last answer to just this prompt begins."""
+    if not _knows_system(history, prompt, common):
+        return None
     body = prompt.tokens[prompt.begins :]
     if not len(body):
         return None
@@ -170,6 +218,8 @@ def _last_answered(history: History, prompt: Prompt) -> int | None:
     for start, _ in reversed(history.replies):
         end = start - history.tail_start
         begin = end - len(body)
+        if prompt.system is not None and _preamble_before(history, start) != history.preamble:
+            return None  # the client has said now what the session read only later
         if begin >= 0 and tail[end - 1] == body[-1] and np.array_equal(tail[begin:end], body):
             return start
     return None
@@ -189,13 +239,16 @@ def _overlap(history: History, prompt: Prompt, common: int) -> Continuation | No
     else:  # the first word may have been cut in two, and be other tokens
         candidates = [max(common, prompt.begins), max(common, prompt.begins) + 1]
     for begin in candidates:
-        found = _longest_match(tail, prompt.tokens[begin:])
-        if found is not None:
-            decision = _matched(history, prompt, common, begin, *found)
+        for at, length in _matches(tail, prompt.tokens[begin:]):
+            decision = _matched(history, prompt, common, begin, at, length)
             if decision is not None:
                 return decision
-    if history.tail_start:  # the part that is left may begin before the tail, and then runs through its beginning
-        place = _find(prompt.tokens, tail[:_CERTAIN])
+    first = history.first_reply
+    whole = (
+        first is not None and common >= first + _CERTAIN
+    )  # edited where only digests tell, and not without old turns
+    if history.tail_start and not whole:  # what is left may begin before the tail, and then runs through its beginning
+        place = _find(prompt.tokens.tobytes(), history.tail[:_CERTAIN])
         if place is not None and prompt.begins < place <= history.tail_start + prompt.begins:
             return _matched(history, prompt, common, place, 0, shared(prompt.tokens[place:], tail))
     return None
@@ -206,7 +259,7 @@ def _matched(history: History, prompt: Prompt, common: int, begin: int, at: int,
     start = history.tail_start + at
     end, rest = start + length, begin + length
     count, chat = len(prompt.tokens), prompt.chat
-    written = any(max(one, start) < min(other, end) for one, other in history.replies)
+    written = any(max(one, start) < min(max(other, one + 1), end) for one, other in history.replies)
     if chat is not None and chat.preamble is not None:
         # the whole of an answer may have been edited
         written = written or (rest < count and any(start < one == end for one, _ in history.replies))
@@ -215,32 +268,39 @@ def _matched(history: History, prompt: Prompt, common: int, begin: int, at: int,
     if not written:
         return None
     insert: tuple[int, ...] = ()
-    if not _knows_preamble(history, prompt, common):
+    preamble: tuple[int, bytes] | None = None
+    if not _knows_system(history, prompt, common):
         assert chat is not None
         assert chat.preamble is not None
-        closing = len(chat.closing)
-        if end < history.length or not closing or tuple(prompt.tokens[rest : rest + closing]) != chat.closing:
+        assert prompt.system is not None
+        drawn = () if prompt.pending is None or chat.closing[:1] == (prompt.pending,) else (prompt.pending,)
+        between = drawn + chat.closing  # what ends the last answer, in the session's text and in the prompt
+        if end < history.length or not chat.closing or tuple(prompt.tokens[rest : rest + len(between)]) != between:
             return None
-        insert = chat.closing + chat.preamble[_text_begins(prompt) :]
-        rest += closing
+        insert = between + chat.preamble[_text_begins(prompt) :]
+        preamble = end + len(insert), prompt.system[1]
+        rest += len(between)
         if rest >= count:
             return None
     back = int(rest >= count)
+    if not insert:
+        preamble = _preamble_before(history, end)
+        if prompt.system is not None and preamble != history.preamble:
+            return None
     effect: HistoryEffect = "continued" if end - back == history.length else "rolled_back"
-    return Continuation(effect, end - back, insert=insert, skip=rest - back)
+    return Continuation(effect, end - back, insert=insert, skip=rest - back, preamble=preamble)
 
 
-def _longest_match(text: np.ndarray, pattern: np.ndarray) -> tuple[int, int] | None:
-    """Where `text` repeats the beginning of `pattern` farthest, and how far; of equals the last.
+def _matches(text: np.ndarray, pattern: np.ndarray) -> list[tuple[int, int]]:
+    """Where `text` repeats the beginning of `pattern`, and how far: up to the text's end, and then at all.
 
-    Common prefixes with every place of the text are found together, by bisection over rolling hashes.
+    Of several, the longest repetition, and of equals the last. Common prefixes with every place of the text are found
+    together, by bisection over rolling hashes.
     """
     pattern = pattern[: len(text)]
-    if not len(pattern):
-        return None
-    starts = np.flatnonzero(text == pattern[0])
+    starts = np.flatnonzero(text == pattern[0]) if len(pattern) else np.empty(0, np.int64)
     if not len(starts):
-        return None
+        return []
     powers = np.cumprod(np.r_[np.uint64(1), np.full(len(text), _BASE)])
     hashes, wanted = _hashes(text, powers), _hashes(pattern, powers)
     low = np.ones(len(starts), np.int64)
@@ -249,9 +309,10 @@ def _longest_match(text: np.ndarray, pattern: np.ndarray) -> tuple[int, int] | N
         middle = (low + high + 1) // 2
         same = hashes[starts + middle] - hashes[starts] == wanted[middle] * powers[starts]
         low, high = np.where(same, middle, low), np.where(same, high, middle - 1)
-    best = len(low) - 1 - int(low[::-1].argmax())
-    at = int(starts[best])
-    return at, shared(text[at:], pattern)  # hashes may lie
+    ending = np.flatnonzero(starts + low == len(text))
+    best = [int(ending[0])] if len(ending) else []
+    best.append(len(low) - 1 - int(low[::-1].argmax()))
+    return [(int(starts[one]), shared(text[starts[one] :], pattern)) for one in best]  # hashes may lie
 
 
 def _hashes(tokens: np.ndarray, powers: np.ndarray) -> np.ndarray:
@@ -260,10 +321,10 @@ def _hashes(tokens: np.ndarray, powers: np.ndarray) -> np.ndarray:
     return np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
 
 
-def _find(text: np.ndarray, pattern: np.ndarray) -> int | None:
-    """The first place where a text holds a pattern."""
-    data, wanted = text.tobytes(), pattern.tobytes()
-    at = data.find(wanted)
-    while at >= 0 and at % text.itemsize:
-        at = data.find(wanted, at + 1)
-    return at // text.itemsize if at >= 0 else None
+def _find(text: bytes, pattern: Sequence[int], start: int = 0) -> int | None:
+    """The first place from `start` on where a text, the bytes of an array of tokens, holds a pattern."""
+    wanted = np.asarray(pattern, "<i4").tobytes()
+    at = text.find(wanted, 4 * start)
+    while at >= 0 and at % 4:
+        at = text.find(wanted, at + 1)
+    return at // 4 if at >= 0 else None

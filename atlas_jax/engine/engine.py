@@ -27,7 +27,7 @@ from atlas_jax.engine.api import (
     Overloaded,
     SlotInfo,
 )
-from atlas_jax.engine.chat_frame import chat_frame
+from atlas_jax.engine.chat_frame import ChatFrames
 from atlas_jax.engine.compiler import CompileCounter, use_cache
 from atlas_jax.engine.grammar import Grammar, Grammars
 from atlas_jax.engine.loop import Loop
@@ -87,6 +87,7 @@ class Engine:
         self.model = info
         self.tokenizer = opened.tokenizer
         self._template = opened.template
+        self._frames = ChatFrames(self._render)
         self._runner = runner
         self._limits = limits
         self._compilations = compilations
@@ -245,13 +246,14 @@ class Engine:
         self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
     ) -> ChatFrame:
         """What the template puts around these messages, for requests that go on with a session."""
+        return self._frames.frame(messages, variables)
 
-        def render(messages: Sequence[Mapping[str, Any]], begin_answer: bool) -> list[int]:
-            return self._template.render_tokens(
-                self.tokenizer, messages, add_generation_prompt=begin_answer, variables=variables
-            )
-
-        return chat_frame(render, messages, own=not variables)
+    def _render(
+        self, messages: Sequence[Mapping[str, Any]], begin_answer: bool, variables: Mapping[str, Any] | None
+    ) -> list[int]:
+        return self._template.render_tokens(
+            self.tokenizer, messages, add_generation_prompt=begin_answer, variables=variables
+        )
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """A conversation as the template writes it, for people to read; raises InvalidRequest."""

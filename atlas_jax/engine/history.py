@@ -29,7 +29,8 @@ class History:
       first_reply: position of the first token the model wrote, or None.
       replies: where the model wrote: begin and end of each of its answers that reaches into the tail, in order. An answer's
         last token counts as part of it, although it is read only with what follows.
-      preamble: digest of what a chat last put before its first message, a system message mostly; None if not known.
+      preamble: where what a chat last put before its first message (a system message) ends, and a digest of it; None if
+        that is not known.
     """
 
     length: int = 0
@@ -37,7 +38,7 @@ class History:
     tail: list[int] = field(default_factory=list)
     first_reply: int | None = None
     replies: list[tuple[int, int]] = field(default_factory=list)
-    preamble: bytes | None = None
+    preamble: tuple[int, bytes] | None = None
 
     @property
     def tail_start(self) -> int:
@@ -87,23 +88,25 @@ class History:
         del self.tail[length - self.tail_start :]
         self.length = length
         del self.digests[length // PAGE :]
-        self.truncate_replies(length)
+        self.forget_turns(length)
 
-    def adopt_replies(self, other: History, length: int) -> None:
-        """Takes over what is known of the answers in the first `length` tokens of another history.
+    def adopt_turns(self, other: History, length: int) -> None:
+        """Takes over what is known of the turns in the first `length` tokens of another history.
 
         They are this one's too, or about to be read again.
         """
         if length < other.length:
             other = other.copy()
-            other.truncate_replies(length)
-        self.first_reply, self.replies = other.first_reply, list(other.replies)
+            other.forget_turns(length)
+        self.first_reply, self.replies, self.preamble = other.first_reply, list(other.replies), other.preamble
 
-    def truncate_replies(self, length: int) -> None:
-        """Forgets the answers from position `length` on."""
-        if self.first_reply is not None and self.first_reply >= length:
+    def forget_turns(self, length: int) -> None:
+        """Forgets what is known of the turns from position `length` on; an answer that began there may have been edited."""
+        if self.preamble is not None and self.preamble[0] > length:
+            self.preamble = None
+        if self.first_reply is not None and self.first_reply > length:
             self.first_reply = None
-        self.replies = [(start, min(end, length)) for start, end in self.replies if start < length]
+        self.replies = [(start, min(end, length)) for start, end in self.replies if start <= length]
 
     def copy(self) -> History:
         """An independent copy."""

@@ -66,7 +66,7 @@ class Turn(msgspec.Struct, frozen=True, array_like=True):
       after: generation of the session before it.
       keep: how many tokens of the text before it stay; less than all for an edited or regenerated turn.
       tokens: what follows them.
-      replies: where in the whole text the model's own words are, as (begin, end) pairs, from `keep` on.
+      replies: where in the whole text the answers that begin after `keep` lie, as (begin, end) pairs.
       preamble: see `History.preamble`.
       pending: the last token drawn, which has not been read.
     """
@@ -76,7 +76,7 @@ class Turn(msgspec.Struct, frozen=True, array_like=True):
     keep: int
     tokens: Sequence[int]
     replies: Sequence[tuple[int, int]]
-    preamble: bytes | None
+    preamble: tuple[int, bytes] | None
     pending: int | None
     reading: Reading
     time: float

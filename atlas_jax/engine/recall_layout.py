@@ -15,7 +15,7 @@ from atlas_jax.engine.session import Checkpoint, Session, SessionShape, integer,
 from atlas_jax.engine.session_info import norm_and_rank, summary
 from atlas_jax.engine.state import Sequences
 from atlas_jax.kernels.attention import KVDtype, LayerKV, Pages, QuantPages
-from atlas_jax.memory.recall import RECENT, MemoryState
+from atlas_jax.memory.recall import MemoryState, recent_states
 from atlas_jax.model.context import Context
 from atlas_jax.model.transformer import SINKS
 from atlas_jax.model.window import WindowPlan
@@ -199,7 +199,7 @@ def _row(
     )
     memory = MemoryState(
         **matrices,  # type: ignore[arg-type]
-        recent=take("recent", (RECENT, config.components), "f4")[None],  # type: ignore[arg-type]
+        recent=take("recent", (recent_states(config), config.components), "f4")[None],  # type: ignore[arg-type]
         keys=keys,  # type: ignore[arg-type]
         tokens=tokens,  # type: ignore[arg-type]
         seen=seen[None],  # type: ignore[arg-type]

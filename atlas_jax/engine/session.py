@@ -103,7 +103,9 @@ class Unread:
 
     def first(self, count: int, end: int) -> Unread:
         """Its first `count` tokens, which end at position `end`."""
-        kept = tuple((start, min(stop, end)) for start, stop in self.replies if start < end)
+        if count >= len(self.tokens):
+            return self
+        kept = tuple((start, min(stop, end)) for start, stop in self.replies if start <= end)
         return Unread(self.tokens[:count], self.reading, kept)
 
 
@@ -126,7 +128,7 @@ class Session:
     shape: SessionShape
     history: History = field(default_factory=History)
     unread: tuple[Unread, ...] = ()
-    preamble: bytes | None = None
+    preamble: tuple[int, bytes] | None = None
     checkpoints: list[Checkpoint] = field(default_factory=list)
     stats: SessionStats = field(default_factory=SessionStats)
     pending: int | None = None
@@ -347,7 +349,7 @@ def _session(layout: Layout, listing: Listing, header: Mapping[str, Any], arrays
         tail=tail,
         first_reply=None if reply is None else integer(header, "first_reply", 0, length),
         replies=_replies(header["replies"]),
-        preamble=msgspec.convert(header["preamble"], bytes | None),
+        preamble=msgspec.convert(header["preamble"], tuple[int, bytes] | None),
     )
     checkpoints = []
     if "position" in header:

@@ -314,7 +314,7 @@ class SessionTiers:
         origin = Origin(self.layout.fingerprint, key.owner, key.session_id, session.created)
 
         def turn(keep: int, tokens: Sequence[int]) -> Turn:
-            replies = [reply for reply in history.replies if reply[1] > keep]
+            replies = [reply for reply in history.replies if reply[0] >= keep]
             return Turn(
                 session.generation, before, keep, tokens, replies, history.preamble, session.pending, text.reading,
                 session.last_used,

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import InvalidRequest
-from atlas_jax.engine.continuation import Continuation, Prompt, appending, continuation, preamble_after
+from atlas_jax.engine.continuation import Continuation, Prompt, appending, continuation
 from atlas_jax.engine.counters import Counters
 from atlas_jax.engine.history import History
 from atlas_jax.engine.prefix import PrefixCache
@@ -68,8 +68,15 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
     plan, request, history = work.shape.plan, work.request, session.text()
     regenerate = request.memory is not None and request.memory.regenerate
     prompt = Prompt(work.tokens, session.pending, bos, request.chat, regenerate)
-    step, appended = _step(work, session, history, prompt)
-    checkpoint, position = session.resume(step.keep)
+    appended = _further_choice(work, session)
+    if appended is not None:
+        position = appended.position
+        checkpoint = next((one for one in session.checkpoints if one.position == position), None)
+        skip = max(0, len(work.tokens) - len(appended.feed))
+        step = Continuation("appended" if position else "new", position, skip=skip)
+    else:
+        step = continuation(history, prompt)
+        checkpoint, position = session.resume(step.keep)
     between = request.prompt[position : step.keep] if step.repeats else session.between(position, step.keep)
     if between is None:  # what lies between is not known any more
         step = appending(history, prompt)
@@ -82,7 +89,7 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
     kept = Session(
         session.key,
         work.shape,
-        history=history.copy(),
+        history=session.history.copy(),
         checkpoints=list(session.checkpoints),
         stats=replace(session.stats),
         pending=session.pending if step.keep == history.length else None,
@@ -94,21 +101,25 @@ def resume(runner: Rows, work: Work, session: Session, bos: int | None) -> None:
         work.row = runner.new_row(1)
         kept.history, kept.checkpoints, kept.stats = History(), [], SessionStats()
     else:
-        kept.history.truncate(position)
+        if position < kept.history.tail_start:  # of a further choice, which leaves no trace
+            kept.history = History()
+        else:
+            kept.history.truncate(position)
         kept.checkpoints = [one for one in kept.checkpoints if one.position <= position or one is checkpoint]
         work.page = min(checkpoint.page, position // PAGE)
         slot = plan.slot(max(work.page, 0))
         work.row = runner.adopt(checkpoint.row, plan.ring(position + 1), position, slot)
         work.absorbed = checkpoint.absorbed
-    kept.history.adopt_replies(history, step.keep)
-    kept.history.preamble = preamble_after(history, request.chat)
+    kept.history.adopt_turns(history, step.keep)
+    kept.history.replies += step.answers
+    kept.history.preamble = step.preamble
     work.position = position
     work.feed = [*between, *new]
     work.keep, work.new = step.keep, new
     work.repeats = step.repeats
     work.replayed = _writes(session)
     work.history = step.effect
-    work.cached = max(0, len(request.prompt) - len(work.feed))
+    work.cached = max(0, step.skip - len(between))
     work.cache_hit = checkpoint is not None and (position > 0 or step.effect == "appended")
     work.kept = kept
 
@@ -123,14 +134,13 @@ def _writes(session: Session) -> deque[tuple[int, MemoryWrite]]:
     return writes
 
 
-def _step(work: Work, session: Session, history: History, prompt: Prompt) -> tuple[Continuation, Appended | None]:
-    """What the prompt does to the session; a further choice of a request that brought new text does what the first did."""
+def _further_choice(work: Work, session: Session) -> Appended | None:
+    """The turn a further choice of a request answers too, if it brought new text and the first has answered it since."""
     before = session.appended
-    if work.request.choice and before is not None and before.prompt == list(work.request.prompt):
-        ends = [0, *(checkpoint.position for checkpoint in session.checkpoints)]
-        if before.position in ends:
-            return Continuation("appended" if before.position else "new", before.position), before
-    return continuation(history, prompt), None
+    if not work.request.choice or before is None or before.prompt != list(work.request.prompt):
+        return None
+    known = before.position == 0 or any(one.position == before.position for one in session.checkpoints)
+    return before if known else None
 
 
 def kept_session(runner: Rows, work: Work, row: Sequences, read: int, loss: float) -> Session:
@@ -138,7 +148,7 @@ def kept_session(runner: Rows, work: Work, row: Sequences, read: int, loss: floa
     session = work.kept
     assert session is not None
     assert work.shape is not None
-    session.history.truncate_replies(session.history.length + 1)  # a prompt that was not read to its end
+    session.history.forget_turns(session.history.length + 1)  # a prompt that was not read to its end
     if read > work.prompt_end >= 0:
         session.history.extend([*work.feed, *work.generated[: read - work.prompt_end - 1]])
         if work.generated:

@@ -31,8 +31,6 @@ from atlas_jax.memory.inner_step import Optimizer, omega_step, product
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 _MIN_SCORE = -2.0
-RECENT = 2 * TRAIL_LENGTH
-"""States kept for trails: as many as one needs, and room to set a row back by a few tokens."""
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +99,15 @@ class WriteSettings:
     degree: Int32[Array, ""]
 
 
+def recent_states(config: MemoryConfig) -> int:
+    """States kept for trails: as many as one needs, and as many as a row can be set back by without reading again.
+
+    That is to where the memory was last written, at most one write's tokens. A shorter ring would leave trails of what came
+    after in the place of what came before.
+    """
+    return config.max_omega_window + TRAIL_LENGTH
+
+
 def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
     """Empty memories."""
     shape = (batch, config.code_dim, config.features)
@@ -109,7 +116,7 @@ def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
         momentum=jnp.zeros(shape, jnp.float32),
         read_values=jnp.zeros(shape, jnp.int8),
         read_scale=jnp.zeros((batch, config.code_dim), jnp.float32),
-        recent=jnp.zeros((batch, RECENT, config.components), jnp.float32),
+        recent=jnp.zeros((batch, recent_states(config), config.components), jnp.float32),
         keys=jnp.zeros((batch, config.ring, config.key_size), jnp.float32),
         tokens=jnp.zeros((batch, config.ring), jnp.int32),
         seen=jnp.zeros((batch, vocab), jnp.int8),

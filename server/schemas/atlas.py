@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 CacheStrategy = Literal["lru", "lfu", "adaptive"]
+HistoryEffect = Literal["new", "continued", "appended", "rolled_back"]
 MemoryLayers = Annotated[
     int, Meta(ge=1, le=10, description="Transformer layers that carry a memory, best-ranked first")
 ]
@@ -49,6 +50,12 @@ class AtlasOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     batch_size: BatchSize | None = None
     read: bool | None = None
     write: bool | None = None
+    regenerate: Annotated[
+        bool | None,
+        Meta(
+            description="true: a prompt the session has answered before is answered anew, and what followed is forgotten"
+        ),
+    ] = None
 
 
 class AtlasDefaults(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -85,6 +92,16 @@ class AtlasStats(Struct, kw_only=True, frozen=True):
     tokens_absorbed: int
     session_id: str | None
     cache_hit: bool
+    history: Annotated[
+        HistoryEffect,
+        Meta(
+            description="What the prompt did to the session: new began it, continued repeated its end and went on, appended "
+            "was new text after all it holds, rolled_back replaced what followed an edit or a turn asked again"
+        ),
+    ]
+    tokens_reused: Annotated[
+        int, Meta(description="Tokens of the prompt that the session held already and that were not read again")
+    ]
     degraded: str | None
 
 

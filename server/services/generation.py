@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET
 
 from atlas_jax.engine.api import (
+    ChatFrame,
     Delta,
     EngineError,
     Event,
@@ -53,6 +54,7 @@ class GenerationPlan:
       choices: sequences a prompt.
       prompt_logprobs: None, or how many alternatives for every prompt token.
       grammar: what every answer must match, or None.
+      chat: what is known of the prompts if they are chats of a session, else None.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -68,6 +70,7 @@ class GenerationPlan:
     stream: bool
     include_usage: bool
     writer: Writer
+    chat: ChatFrame | None = None
 
     def requests(self, owner: str) -> list[GenerationRequest]:
         """One engine request a sequence, choice by choice within prompt by prompt.
@@ -92,6 +95,7 @@ class GenerationPlan:
                         prompt_logprobs=self.prompt_logprobs,
                         choice=len(out),
                         owner=owner,
+                        chat=self.chat,
                         memory=self.memory.params,
                     )
                 )
@@ -220,7 +224,7 @@ class Generation:
         )
         self._observe(added)
         if added is not None and self._plan.memory.params is not None and self._in.config.values.log_atlas_operations:
-            stats = atlas_stats_of(self._job.finished.values())
+            stats = atlas_stats_of(self._job.finished, self._plan.choices)
             log.info(
                 "[ATLAS] Request processed in %.1fms (memory_layers=%d, cache_hit=%s)",
                 added * 1000,
@@ -246,8 +250,8 @@ class Generation:
         return usage_of(self._job.finished, self._plan.choices)
 
     def _ending(self) -> Ending:
-        ended = self._job.finished.values()
-        return Ending(timings=timings_of(ended), atlas_stats=atlas_stats_of(ended))
+        ended = self._job.finished
+        return Ending(timings=timings_of(ended.values()), atlas_stats=atlas_stats_of(ended, self._plan.choices))
 
     def _failed(self, error: Exception) -> Exception:
         """Notes the failure and returns the error a client should see."""

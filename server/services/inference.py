@@ -82,6 +82,8 @@ class Inference:
         memory = self._memory(body, context)
         grammar = await answer_grammar(self._host, body.response_format)
         prompt = await self._texts.chat(body.messages, body.chat_template_kwargs)
+        session = memory.params is not None and memory.params.session is not None
+        frame = await self._texts.chat_frame(body.messages, body.chat_template_kwargs) if session else None
         usage = _wants_usage(body)
         logprobs = body.top_logprobs or 0 if body.logprobs else None
         plan = GenerationPlan(
@@ -102,6 +104,7 @@ class Inference:
             grammar=grammar,
             prompt_logprobs=None,
             memory=memory,
+            chat=frame,
             stream=bool(body.stream),
             include_usage=usage,
             writer=ChatWriter(

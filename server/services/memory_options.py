@@ -79,6 +79,7 @@ def plan_memory(
             cache_strategy=merged.cache_strategy,
             read=merged.read,
             write=merged.write,
+            regenerate=atlas is not None and bool(atlas.regenerate),
             given=frozenset(
                 name for name in AtlasOptions.__struct_fields__ if getattr(atlas or _EMPTY, name) is not None
             ),

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+from atlas_jax.engine.api import ChatFrame
 from server.errors import BadRequest
 from server.schemas.chat import ChatMessage, ContentPart
 from server.services.host import EngineHost
@@ -90,6 +91,13 @@ class Texts:
         if not ids:
             raise invalid("messages", "must have at least one token")
         return ids
+
+    async def chat_frame(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> ChatFrame:
+        """What the template puts around a conversation, for a session to tell what it knows of it."""
+        plain = plain_messages(messages)
+        allowed = template_variables(variables)
+        engine = self._host.engine
+        return await _run(_size(plain), lambda: engine.chat_frame(plain, variables=allowed or None))
 
     async def template(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> str:
         """A conversation as the text the model reads."""

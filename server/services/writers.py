@@ -119,9 +119,13 @@ def _ratio(value: float, by: float) -> float:
     return round(value / by, 3) if by else 0.0
 
 
-def atlas_stats_of(finished: Iterable[Finished]) -> AtlasStats | UnsetType:
-    """Memory statistics of the sequences that used it: means of the ratios, sums of the counts."""
-    stats: list[MemoryStats] = [done.memory for done in finished if done.memory is not None]
+def atlas_stats_of(finished: Mapping[int, Finished], choices: int) -> AtlasStats | UnsetType:
+    """Memory statistics of the sequences that used it: means of the ratios, sums of the counts.
+
+    The history is that of the first sequence, which goes on as the session; reused tokens count as in `usage_of`.
+    """
+    used = {index: finished[index].memory for index in sorted(finished)}
+    stats: list[MemoryStats] = [one for one in used.values() if one is not None]
     if not stats:
         return UNSET
     count = len(stats)
@@ -134,5 +138,7 @@ def atlas_stats_of(finished: Iterable[Finished]) -> AtlasStats | UnsetType:
         tokens_absorbed=sum(one.tokens_absorbed for one in stats),
         session_id=next((one.session_id for one in stats if one.session_id is not None), None),
         cache_hit=any(one.cache_hit for one in stats),
+        history=stats[0].history,
+        tokens_reused=sum(one.tokens_reused for index, one in used.items() if one is not None and index % choices == 0),
         degraded=next((one.degraded for one in stats if one.degraded is not None), None),
     )

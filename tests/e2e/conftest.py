@@ -39,13 +39,13 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def launch(tiny: tuple[Path, Path], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launch]:
-    """Starts servers of the tiny model; `folder` names the place of their memory, if it is to be kept."""
+    """Starts servers of the tiny model, or of `files`; `folder` names the place of their memory, if it is to be kept."""
     running: list[RealServer] = []
     numbers = itertools.count()
     root = tmp_path_factory.mktemp("servers")
 
-    def start(*flags: str, folder: str | None = None, wait: bool = True) -> RealServer:
-        model, adapter = tiny
+    def start(*flags: str, folder: str | None = None, files: tuple[Path, Path] = tiny, wait: bool = True) -> RealServer:
+        model, adapter = files
         place = root / (folder or f"server-{next(numbers)}")
         place.mkdir(exist_ok=True)
         flags = (*_SMALL, "--atlas-adapter", str(adapter), *flags)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -34,7 +35,8 @@ def cache(folder: Path) -> Path:
 def models(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Model and adapter files by name."""
     out = {}
-    for name, shape in (("llama", tiny_model.LLAMA), ("gemma", tiny_model.GEMMA)):
+    begun = dataclasses.replace(tiny_model.LLAMA, add_bos=True)
+    for name, shape in (("llama", tiny_model.LLAMA), ("gemma", tiny_model.GEMMA), ("begun", begun)):
         model = tiny_model.write_model(folder / f"{name}.gguf", shape)
         out[name] = model, tiny_model.write_adapter(folder / f"{name}.safetensors", model)
     return out
@@ -81,6 +83,7 @@ def engines(opened: Callable[..., Any]) -> Iterator[Callable[[str], Engine]]:
         "int8": {},
         "float32": {"dtype": "float32", "max_running": 2},
         "gemma": {"name": "gemma", "max_running": 2},
+        "begun": {"name": "begun", "dtype": "float32", "max_running": 2},
     }
     known |= {f"{name} undrafted": {**how, "max_running": 2, "speculate": False} for name, how in known.items()}
     found: dict[str, Engine] = {}

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine import Engine
+from atlas_jax.engine.api import ChatFrame
 
 kinds = pytest.mark.parametrize("kind", ["int8", "float32", pytest.param("gemma", marks=pytest.mark.slow)])
 few = settings(max_examples=4, deadline=None, derandomize=True)
@@ -162,18 +163,28 @@ def test_a_conversation_inside_the_window_is_one_long_prompt(
 
 @pytest.mark.parametrize("kind", ["int8", "float32"])
 @few
-@given(seed=seeds, length=st.integers(PAGE // 2, 4 * PAGE), share=st.floats(0, 1))
+@given(
+    seed=seeds,
+    length=st.integers(PAGE // 2, 4 * PAGE),
+    answer=st.integers(10, 60),
+    update=st.sampled_from([128, 256]),
+    share=st.floats(0, 1),
+)
 def test_a_turn_asked_again_is_answered_as_the_first_time(
-    engines: Callable[[str], Engine], kind: str, seed: int, length: int, share: float
+    engines: Callable[[str], Engine], kind: str, seed: int, length: int, answer: int, update: int, share: float
 ) -> None:
     """Also after another turn went elsewhere from the same beginning: rolling back leaves no trace."""
     name, prompt = next(names), words(seed, length)
-    first = ask(engines(kind), request(prompt, 10, memory=memory(name)))
+    how = {"update_frequency": update, "omega_window": 256}
+    first = ask(engines(kind), request(prompt, answer, memory=memory(name, **how)))
     said = [*prompt, *first.tokens]
-    at = length + 1 + int(share * 8)
-    other = ask(engines(kind), request([*said[:at], *words(seed + 1, 200)], 5, memory=memory(name)))
+    edited = [*said[: length + 1 + int(share * (answer - 3))], *words(seed + 1, 200)]
+    other = ask(engines(kind), request(edited, 5, memory=memory(name, **how), chat=ChatFrame(answers=True)))
     assert other.end.memory is not None
-    again = ask(engines(kind), request(prompt, 10, memory=memory(name)))
+    assert other.end.memory.history == "rolled_back"
+    again = ask(engines(kind), request(prompt, answer, memory=memory(name, regenerate=True, **how)))
+    assert again.end.memory is not None
+    assert again.end.memory.history == "rolled_back"
     assert_close(kind, again, first)
 
 

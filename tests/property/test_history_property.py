@@ -1,4 +1,4 @@
-"""A prompt is recognised as continuing, repeating or following a session, for any edit of any text."""
+"""What a session has read is recognised again, for any text and any cut of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
-from atlas_jax.engine.history import Continuation, History, continuation
+from atlas_jax.engine.history import History
 
 _TAIL = 64 * PAGE
 
@@ -26,8 +26,10 @@ def shared(one: Sequence[int], other: Sequence[int]) -> int:
     return min(len(one), len(other))
 
 
-def history_of(tokens: Sequence[int], pieces: Sequence[int] = (), first_reply: int | None = None) -> History:
-    history = History(first_reply=first_reply)
+def history_of(tokens: Sequence[int], pieces: Sequence[int] = (), reply: tuple[int, int] | None = None) -> History:
+    history = History()
+    if reply is not None:
+        history.answered(*reply)
     start = 0
     for piece in pieces:
         history.extend(tokens[start : start + piece])
@@ -63,52 +65,47 @@ def test_a_prompts_shared_beginning_is_found(length: int, share: float, more: in
         assert found == wanted // PAGE * PAGE
     assert history.tail_start % PAGE == 0
     assert length - history.tail_start <= _TAIL + PAGE, "what a session keeps of its text is bounded"
+    assert history.tokens(history.tail_start, length) == tokens[history.tail_start :]
 
 
 @settings(max_examples=120, deadline=None, derandomize=True)
 @given(lengths, shares, st.integers(0, 2 * PAGE))
 def test_truncating_is_never_having_read_the_rest(length: int, share: float, more: int) -> None:
     tokens = text(1, length)
-    history = history_of(tokens, first_reply=length // 2)
+    reply = length // 2, length // 2 + 9
+    history = history_of(tokens, reply=reply)
     lowest = history.tail_start
     at = lowest + int((length - lowest) * share)
     copy = history.copy()
     copy.truncate(at)
     assert (copy.length, copy.digests) == (at, history_of(tokens[:at]).digests)
     assert copy.tail == tokens[copy.tail_start : at]
-    assert (copy.first_reply is None) == (at == 0 or length // 2 >= at)
+    if at < length:
+        assert (copy.first_reply is None) == (at < reply[0])
+        inside = [] if at < reply[0] or reply[1] <= lowest else [(reply[0], min(at, reply[1]))]
+        assert copy.replies == inside
     copy.extend(text(2, more))
     whole = tokens[:at] + text(2, more)
     fresh = history_of(whole)
     assert (copy.length, copy.digests) == (fresh.length, fresh.digests)
     assert copy.common_prefix([*whole, 1]) == len(whole)
-    assert history == history_of(tokens, first_reply=length // 2), "a copy is independent"
+    assert history == history_of(tokens, reply=reply), "a copy is independent"
     if lowest:
         with pytest.raises(ValueError, match="cannot truncate"):
             history.truncate(lowest - 1)
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(st.integers(1, 3 * PAGE), shares, shares, st.integers(0, PAGE))
-def test_continued_edited_and_new_text_are_told_apart(length: int, reply: float, share: float, more: int) -> None:
-    tokens = text(1, length)
-    first_reply = 1 + int((length - 1) * reply) if reply < 0.9 else None
-    history = history_of(tokens, first_reply=first_reply)
-    at = int(length * share)
-    prompt = tokens[:at] + text(2, more)
-    if not prompt:
-        return
-    common = shared(tokens, prompt)
-    found = continuation(history, prompt)
-    assert 0 <= found.keep <= length
-    if common == length and len(prompt) > length:  # goes on
-        assert found == Continuation(keep=length, append=False)
-    elif common == len(prompt):  # a beginning of it, asked again
-        assert found == Continuation(keep=len(prompt) - 1, append=False)
-    elif first_reply is not None and common >= first_reply:  # a turn after the first reply was edited
-        assert found == Continuation(keep=common, append=False)
-    else:
-        assert found == Continuation(keep=length, append=True)
-    if not found.append:
-        assert found.keep < len(prompt), "at least one token is left to read"
-        assert tokens[: found.keep] == prompt[: found.keep], "what is kept is the prompt's own"
+def test_answers_are_known_as_long_as_their_text_is() -> None:
+    history = History()
+    for turn in range(60):
+        history.extend(text(turn, 300))
+        history.answered(history.length - 100, history.length)
+    assert history.first_reply == 200
+    ends = [end for end in range(300, 60 * 300 + 1, 300) if end > history.tail_start]
+    assert history.replies == [(end - 100, end) for end in ends]
+    other = history.copy()
+    other.truncate(history.length - 350)
+    again = History(first_reply=other.first_reply)
+    again.adopt_turns(history, history.length - 350)
+    assert again.replies == other.replies
+    assert again.replies[-1] == (history.length - 400, history.length - 350), "an answer that is cut stays one"

@@ -32,7 +32,7 @@ turns = st.builds(
     keep=st.integers(0, 2**30),
     tokens=st.lists(st.integers(0, 300_000), max_size=20),
     replies=st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=2),
-    preamble=st.none() | st.binary(min_size=8, max_size=8),
+    preamble=st.none() | st.tuples(st.integers(0, 99), st.binary(min_size=8, max_size=8)),
     pending=st.none() | st.integers(0, 300_000),
     reading=st.builds(
         Reading,
@@ -113,7 +113,7 @@ def test_hostile_bytes_are_refused_or_nothing(payload: bytes, begin: bool) -> No
 
 
 def test_a_turn_costs_a_few_bytes_a_token() -> None:
-    one = Turn(1, 0, 0, list(range(0, 49_000, 49)), [(10, 900)], b"12345678", 5, READING, 1.7e9)
+    one = Turn(1, 0, 0, list(range(0, 49_000, 49)), [(10, 900)], (9, b"12345678"), 5, READING, 1.7e9)
     assert len(journal.encode(one)) < 3.2 * len(one.tokens)
 
 

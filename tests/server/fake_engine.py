@@ -17,6 +17,7 @@ from typing import Any
 from fake_sessions import FakeSessions, Session
 
 from atlas_jax.engine.api import (
+    ChatFrame,
     Delta,
     EngineError,
     EngineStats,
@@ -165,6 +166,8 @@ class Running:
                 tokens_absorbed=len(request.prompt) // memory.update_frequency * memory.update_frequency,
                 session_id=key.session_id if key else None,
                 cache_hit=self.cached > 0,
+                history="continued" if self.cached else "new",
+                tokens_reused=self.cached,
             )
         self.engine.completed += 1
         self.listener(
@@ -246,6 +249,11 @@ class FakeEngine:
             text = f"{message['role']}\n{message['content']}"
             out += [START, *self.tokenizer.encode(text, add_special=False, parse_special=False), END]
         return out
+
+    def chat_frame(
+        self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
+    ) -> ChatFrame:
+        return ChatFrame(preamble=(), closing=(END,), answers=any(one["role"] == "assistant" for one in messages))
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         return self.tokenizer.decode(self.render_chat(messages))

@@ -106,6 +106,8 @@ def test_the_missions_requests_work_as_written(live: Live) -> None:
         "tokens_absorbed",
         "session_id",
         "cache_hit",
+        "history",
+        "tokens_reused",
         "degraded",
     }
     memory = live.engine.requests[-1].memory

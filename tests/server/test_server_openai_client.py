@@ -397,6 +397,8 @@ def test_atlas_stats_and_session_over_two_turns(client: openai.OpenAI) -> None:
     answer = again.parse()
     assert answer.usage.prompt_tokens_details.cached_tokens == 7  # <|im_start|>user\na
     assert answer.atlas_stats["cache_hit"] is True
+    assert (first.atlas_stats["history"], answer.atlas_stats["history"]) == ("new", "continued")
+    assert (first.atlas_stats["tokens_reused"], answer.atlas_stats["tokens_reused"]) == (0, 7)
 
 
 def test_many_async_clients(live: Live) -> None:
