@@ -169,10 +169,11 @@ class SessionTable:
             if self._exports.get(path) == stamp and path.is_file():
                 return _saved(name, None, path.stat().st_size, len(chosen))
             size = sum(entry.listing.bytes if entry.session else _bytes(entry) for _, entry in chosen)
-        for key, entry in chosen if until is None else ():
-            session = entry.session
-            if session is not None and not is_clean(entry):
-                self.tiers.write(key, entry, session)
+        if until is None:
+            for key, entry in chosen:
+                session = entry.session
+                if session is not None and not is_clean(entry):
+                    self.tiers.write(key, entry, session)
         try:
             self._move_aside_unreadable(owner, path)
             old = path.stat().st_size if path.is_file() else 0
