@@ -48,6 +48,7 @@ class Work:
       kept: session it goes on as when it ends, or None.
       absorbed, written: tokens its memory has taken in, in all and in this request.
       constraint: what the answer must match, as far as it has come.
+      fresh: whether the constraint has been given a token, or begun, and not been waited for since.
     """
 
     request: GenerationRequest
@@ -59,6 +60,7 @@ class Work:
     lease: Lease | None = None
     kept: Session | None = None
     constraint: Constraint | None = None
+    fresh: bool = True
     shape: SessionShape | None = None
     write: MemoryWrite | None = None
     feed: list[int] = field(default_factory=list)

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from asking import ask, ask_all, memory, request, words
+from asking import PATIENCE, ask, ask_all, memory, request, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -36,6 +36,10 @@ def is_person(value: Any) -> bool:
     )
 
 
+def compiled(engine: Engine, schema: dict[str, Any], owner: str = "") -> Any:
+    return engine.json_grammar(schema, owner=owner).result(PATIENCE)
+
+
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 1000),
@@ -51,7 +55,7 @@ def test_an_answer_is_what_its_schema_allows_and_ends(
         400,
         temperature=temperature,
         seed=seed,
-        grammar=engine.json_grammar(PERSON),
+        grammar=compiled(engine, PERSON),
         memory=memory() if with_memory else None,
         ignore_eos=ignore_eos,
     )
@@ -63,7 +67,7 @@ def test_an_answer_is_what_its_schema_allows_and_ends(
 
 def test_neighbours_of_a_constrained_answer_are_free(engine: Engine) -> None:
     free = request(words(1, 50), 30, temperature=0.8, seed=5)
-    bound = request(words(2, 20), 300, temperature=0.8, seed=6, grammar=engine.json_grammar(PERSON))
+    bound = request(words(2, 20), 300, temperature=0.8, seed=6, grammar=compiled(engine, PERSON))
     one, two, three = ask_all(engine, [free, bound, bound])
     assert one.tokens == ask(engine, free).tokens
     assert is_person(json.loads(two.text))
@@ -71,7 +75,7 @@ def test_neighbours_of_a_constrained_answer_are_free(engine: Engine) -> None:
 
 
 def test_a_bounded_answer_may_be_cut_by_its_limit(engine: Engine) -> None:
-    answer = ask(engine, request(words(3, 20), 3, grammar=engine.json_grammar(PERSON)))
+    answer = ask(engine, request(words(3, 20), 3, grammar=compiled(engine, PERSON)))
     assert answer.end.reason == "length"
     assert answer.text.startswith("{")
 
@@ -88,7 +92,7 @@ def test_a_bounded_answer_may_be_cut_by_its_limit(engine: Engine) -> None:
 )
 def test_a_schema_that_cannot_be_had_is_refused(engine: Engine, schema: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        engine.json_grammar(schema)
+        compiled(engine, schema)
     assert caught.value.param == "response_format"
     assert len(str(caught.value)) < 300
 
@@ -104,6 +108,6 @@ def test_a_schema_that_cannot_be_had_is_refused(engine: Engine, schema: dict[str
 )
 def test_a_hostile_schema_takes_no_more_than_its_answer(engine: Engine, schema: dict[str, Any]) -> None:
     with contextlib.suppress(EngineError):
-        answer = ask(engine, request(words(4, 20), 12, grammar=engine.json_grammar(schema)))
+        answer = ask(engine, request(words(4, 20), 12, grammar=compiled(engine, schema)))
         assert len(answer.tokens) <= 12
     assert ask(engine, request(words(4, 20), 3)).end.completion_tokens == 3
