@@ -16,6 +16,7 @@ import numpy as np
 
 from atlas_jax.engine.api import Delta, EngineError, FinishReason
 from atlas_jax.engine.counters import Counters
+from atlas_jax.engine.grammar import wait_for_any
 from atlas_jax.engine.output import token_info
 from atlas_jax.engine.rows import Rows
 from atlas_jax.engine.settings import memory_settings, recent_text, sampling_state
@@ -32,11 +33,11 @@ _SHRINK_AFTER = 64
 """Steps a batch must have been too large for before it is made smaller."""
 
 _PATIENCE = 0.005
-"""Seconds an engine with nothing else to do waits for a grammar before it looks after its requests again."""
+"""Seconds an engine with nothing else to decode waits for a grammar before it looks after its requests again."""
 
 _GRACE = 0.25
-"""Part of a step's time for which the next one waits for a grammar, once a token: most need 0.2 ms. The device is busy with the
-step before, so nobody loses anything."""
+"""Part of a step's time for which the next one waits for a grammar, once a token: most need 0.2 ms. The device is busy with
+the step before, so nobody loses anything."""
 
 Riders = list[tuple[int, Work]]
 
@@ -159,7 +160,9 @@ class Batch:
             landed = self.land()  # what a row may draw, or that it must not read on, follows from the token before
         flight, width = self._flight, self._runner.width
         if bound:
-            self._hear_grammars(bound, self._pace * _GRACE if free else _PATIENCE)
+            self._hear_grammars(bound)
+            if not free:
+                wait_for_any([work.constraint for _, work in bound if work.constraint and not work.done], _PATIENCE)
         self._flight, riders = self._launch(width)
         if flight is not None:
             self._deliver(*flight)
@@ -173,13 +176,9 @@ class Batch:
         if riders:
             self._shrink_if_oversized(alone)
 
-    def _hear_grammars(self, bound: Riders, patience: float) -> None:
-        """Looks which tokens may come next in the rows under a grammar, and ends those where nothing can.
-
-        Args:
-          patience: seconds to wait, if any row has drawn its token since this was last called.
-        """
-        until = time.monotonic() + patience
+    def _hear_grammars(self, bound: Riders) -> None:
+        """Looks which tokens may come next in the rows under a grammar, and ends those where nothing can."""
+        until = time.monotonic() + self._pace * _GRACE
         for index, work in bound:
             constraint = work.constraint
             if work.done or work.flying or constraint is None or constraint.ready:

@@ -13,8 +13,8 @@ import select
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Coroutine, Mapping
-from concurrent.futures import Future
+from collections.abc import Coroutine, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 
 from atlas_jax.engine.api import InvalidRequest, Overloaded
-from atlas_jax.engine.grammar_processes import Process, Processes, brief, refused
+from atlas_jax.engine.grammar_processes import Process, Processes, refused
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.grammar.wire import COMPLETE, FAILED, TOKEN, VERDICT, mask_bytes, verdict_bytes
 
@@ -62,22 +62,24 @@ class Constraint:
     Attributes:
       ready: whether `allow` may be called: the tokens that may come next are known, and not used yet.
       complete: whether nothing can follow any more.
+      socket: where the next tokens become known, once its process has begun with it.
+      opening: what gives the socket.
     """
 
     def __init__(self, home: Grammars, key: _Key, schema: bytes) -> None:
         """Use `Grammar.begin`."""
         self.ready = self.complete = False
         self._home, self._key, self._schema = home, key, schema
-        self._opening: Future[tuple[Process, socket.socket]] | None = None
+        self.opening: Future[tuple[Process, socket.socket]] | None = None
         self._process: Process | None = None
-        self._socket: socket.socket | None = None
+        self.socket: socket.socket | None = None
         self._frame = bytearray(home.verdict_bytes)
         self._filled = 0
         self._mask = np.frombuffer(self._frame, np.int32, home.words, offset=VERDICT.size)
 
     def open(self) -> None:
         """Begins; the first tokens become known a little later."""
-        self._opening = self._home.open(self._key, self._schema)
+        self.opening = self._home.open(self._key, self._schema)
 
     def look(self, timeout: float = 0.0) -> bool:
         """Whether it is known how the answer may go on, after waiting for it for `timeout` seconds at most.
@@ -86,19 +88,19 @@ class Constraint:
           InvalidRequest: working it out took more than it may.
           Overloaded: there is no process to work it out.
         """
-        if self._socket is None:
-            assert self._opening is not None, "not open"
+        if self.socket is None:
+            assert self.opening is not None, "not open"
             try:
-                self._process, self._socket = self._opening.result(timeout)
+                self._process, self.socket = self.opening.result(timeout)
             except TimeoutError:
-                if self._opening.done():
+                if self.opening.done():
                     raise
                 return False
         while not (self.ready or self.complete):
             try:
-                count = self._socket.recv_into(memoryview(self._frame)[self._filled :], 0, socket.MSG_DONTWAIT)
+                count = self.socket.recv_into(memoryview(self._frame)[self._filled :], 0, socket.MSG_DONTWAIT)
             except BlockingIOError:
-                if timeout <= 0 or not _readable(self._socket, timeout):
+                if timeout <= 0 or not _readable([self.socket], timeout):
                     return False
                 continue
             except OSError:
@@ -115,7 +117,7 @@ class Constraint:
         (verdict,) = VERDICT.unpack_from(self._frame)
         if verdict == FAILED:
             reason = bytes(self._frame[VERDICT.size :]).rstrip(b"\0").decode("utf-8", "replace")
-            raise refused(f"The answer could not be held to its JSON schema: {brief(reason)}")
+            raise refused(f"The answer could not be held to its JSON schema: {reason}")
         self.complete = verdict == COMPLETE
         self.ready = not self.complete
 
@@ -133,18 +135,18 @@ class Constraint:
 
     def take(self, token: int) -> None:
         """Goes on by a token; raises InvalidRequest if the process has ended."""
-        assert self._socket is not None
+        assert self.socket is not None
         try:
-            self._socket.send(TOKEN.pack(token))
+            self.socket.send(TOKEN.pack(token))
         except OSError:
             raise refused(_GONE) from None
 
     def close(self) -> None:
         """Ends it; idempotent."""
-        opening, self._opening = self._opening, None
+        opening, self.opening = self.opening, None
         process, self._process = self._process, None
-        if process is not None and self._socket is not None:
-            self._home.ended(process, self._socket)
+        if process is not None and self.socket is not None:
+            self._home.ended(process, self.socket)
         elif opening is not None:
             opening.add_done_callback(self._home.opened_in_vain)
 
@@ -298,9 +300,23 @@ class Grammars:
         self._makes.stop()
 
 
-def _readable(source: socket.socket, timeout: float) -> bool:
+def wait_for_any(constraints: Sequence[Constraint], timeout: float) -> None:
+    """Waits until one of them has something new, unless one is ready already, for `timeout` seconds at most."""
+    if any(constraint.ready for constraint in constraints):
+        return
+    sockets = [constraint.socket for constraint in constraints if constraint.socket is not None]
+    if sockets:
+        _readable(sockets, timeout)
+    else:
+        wait(
+            [constraint.opening for constraint in constraints if constraint.opening is not None],
+            timeout,
+            FIRST_COMPLETED,
+        )
+
+
+def _readable(sources: Sequence[socket.socket], timeout: float) -> bool:
     poll = select.poll()
-    poll.register(source, select.POLLIN)
-    with suppress(InterruptedError):
-        return bool(poll.poll(timeout * 1000))
-    return False
+    for source in sources:
+        poll.register(source, select.POLLIN)
+    return bool(poll.poll(timeout * 1000))

@@ -35,10 +35,8 @@ _START_SECONDS = 60.0
 """For the first process, which imports and reads the tokenizer: 1 s on an idle machine, with 262 144 tokens 2 s."""
 _COMPILE_WALL_SECONDS = 15.0
 """The processor time is limited by the process itself; this ends one that never gets a processor."""
-_STOP_SECONDS = 5.0
-_PROGRAM = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from atlas_jax.grammar.worker import main; main()"
-)
+_STOP_SECONDS = 1.0
+_PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from atlas_jax.grammar.worker import main; main()"
 _TOO_LARGE = (
     f"the JSON schema is too large: compiling it takes more than {COMPILE_SECONDS:.0f} s of processor time or "
     f"{MEMORY >> 20} MiB of memory"
@@ -135,8 +133,7 @@ class Processes:
         """
         for _ in range(2):  # the first process may have died since the last schema
             template = await self._running()
-            ours, theirs = socket.socketpair()
-            ours.setblocking(False)
+            ours, theirs = _pair()
             self._number = number = (self._number + 1) & 0xFFFFFFFF
             try:
                 with theirs:
@@ -159,7 +156,9 @@ class Processes:
     async def _running(self) -> _Template:
         async with self._starting:
             if self._template is None:
-                if importlib.util.find_spec("llguidance") is None:  # an extra of its own would be one more thing to know
+                if (
+                    importlib.util.find_spec("llguidance") is None
+                ):  # an extra of its own would be one more thing to know
                     raise refused("JSON answers need the package llguidance")
                 self._template = await _Template.start(self._tokenizer)
             return self._template
@@ -196,8 +195,7 @@ class _Template:
     @classmethod
     async def start(cls, tokenizer: Tokenizer) -> _Template:
         """Starts one; raises Overloaded if the system has no room for it."""
-        control, theirs = socket.socketpair()
-        control.setblocking(False)
+        control, theirs = _pair()
         descriptor = theirs.fileno()
         one_thread = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "RAYON_NUM_THREADS"), "1")  # it forks
         try:
@@ -251,6 +249,16 @@ class _Template:
             self._process.wait()
 
 
+def _pair() -> tuple[socket.socket, socket.socket]:
+    """Two connected sockets, of which the first does not block; raises Overloaded if no file descriptors are left."""
+    try:
+        ours, theirs = socket.socketpair()
+    except OSError as error:
+        raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0) from error
+    ours.setblocking(False)
+    return ours, theirs
+
+
 async def _begun(orders: socket.socket) -> bool:
     try:
         async with asyncio.timeout(_START_SECONDS):
@@ -271,7 +279,7 @@ async def _compiled(orders: socket.socket, schema: bytes) -> Process:
     except OSError:
         raise refused(_TOO_LARGE) from None
     if compiled.error:
-        raise refused(f"JSON schema: {brief(compiled.error)}")
+        raise refused(f"JSON schema: {compiled.error}")
     return Process(orders, compiled.ignored)
 
 
@@ -283,11 +291,6 @@ async def _exactly(source: socket.socket, size: int) -> bytes:
             raise ConnectionError
         data += part
     return bytes(data)
-
-
-def brief(message: str) -> str:
-    """The first line of what llguidance says."""
-    return (message.strip().splitlines() or ["no reason given"])[0][:200]
 
 
 class _Pickler(pickle.Pickler):

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
 _DIGITS = 20
-"""Digits that may follow each other in a number: as many as a whole number of 64 bits has. JSON allows any number of them, and
-greedy decoding writes them until its tokens are used up."""
+"""Digits that may follow each other in a number: as many as a whole number of 64 bits has. JSON allows any number of them,
+and greedy decoding writes them until its tokens are used up."""
 _EXPONENT_DIGITS = 2
 
 

@@ -79,3 +79,28 @@ def not_enforced(dropped: Iterable[str], warnings: Iterable[str]) -> tuple[str, 
             found.append("oneOf")
     names = [name if _PRINTABLE.fullmatch(name) else name.partition(":")[0] for name in found]
     return tuple(dict.fromkeys(name for name in names if _PRINTABLE.fullmatch(name)))[:_MOST_NAMED]
+
+
+_PATTERNS_TOO_LARGE = "its patterns, enumerations or bounds are too large"
+_COMPLAINTS = (
+    ("NoExtension", "it allows no answer"),
+    (
+        "items; max is",
+        "it is too large: too many properties may be left out, or too many alternatives begin, at one place",
+    ),
+    ("initial lexer configuration", _PATTERNS_TOO_LARGE),
+    ("lexer precomputation", _PATTERNS_TOO_LARGE),
+    ("too many expressions", _PATTERNS_TOO_LARGE),
+    ("Unable to determine if regex is empty", _PATTERNS_TOO_LARGE),
+    ("recursion limit", "it is nested too deep"),
+)
+
+
+def explained(complaint: str) -> str:
+    """What llguidance says of a schema, in one line for whoever wrote it."""
+    for sign, meaning in _COMPLAINTS:
+        if sign in complaint:
+            return meaning
+    lines = complaint.strip().splitlines() or ["no reason given"]
+    said = lines[-1] if lines[0].startswith("regex parse error") else lines[0]
+    return said.removeprefix("error: ")[:200]

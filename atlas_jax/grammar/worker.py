@@ -18,12 +18,13 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
 
 from atlas_jax.grammar.answer import Answer, Tokens
-from atlas_jax.grammar.schema import adapt, not_enforced
+from atlas_jax.grammar.schema import adapt, explained, not_enforced
 from atlas_jax.grammar.wire import (
     BEGIN,
     BEGUN,
@@ -40,13 +41,17 @@ from atlas_jax.grammar.wire import (
     verdict_bytes,
 )
 
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+    from llguidance._lib import JsonCompileOptions
+
 MEMORY = 128 << 20
 """Bytes a grammar may take beside the tokenizer. An enumeration of 20 000 words takes 14 MiB, `multipleOf: 1000003` 274."""
 COMPILE_SECONDS = 2.0
 """Of processor time. Ordinary schemas take 1 to 50 ms."""
 _STEP_SECONDS = 0.5
 """Of processor time, for one token. Ordinary ones take 0.1 ms, the worst that llguidance's limits let through 20."""
-_NICE = 5
+_NICE = 10
 """How far below the engine's threads: where both want a core, the engine's neighbours of this answer go first."""
 _WALKS, _WALK = 3, 24
 _WHITESPACE = "[ \\n\\t]{0,16}"
@@ -89,7 +94,7 @@ def _obey(control: socket.socket, tokens: Tokens, children: dict[int, int]) -> b
     kind, number = ORDER.unpack(order)
     if kind == KILL and number in children:
         os.kill(children[number], signal.SIGKILL)
-    if kind == SPAWN:
+    if kind == SPAWN and descriptors:
         template = os.getpid()
         with suppress(OSError):  # no more processes: the parent sees its socket close
             pid = os.fork()
@@ -147,45 +152,43 @@ class _Limited:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _compile(text: bytes, tokens: Tokens) -> tuple[object | None, Compiled]:
+def _compile(text: bytes, tokens: Tokens) -> tuple[LLMatcher | None, Compiled]:
     """The matcher at the beginning of every answer, or None and why there is none."""
     from llguidance import LLMatcher, LLParserLimits
 
     schema = msgspec.json.decode(text)
     dropped = adapt(schema)
-    options = {"whitespace_pattern": _WHITESPACE, "lenient": True}
+    options: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": True}
     try:
-        grammar = LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=options)  # type: ignore[arg-type]
+        grammar = LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=options)
         limits = LLParserLimits(max_items_in_row=_ROW_ITEMS, verbose_errors=False)
         start = LLMatcher(tokens.known, grammar, log_level=0, limits=limits)
     except ValueError as error:
-        return None, Compiled(error=str(error))
+        return None, Compiled(error=explained(str(error)))
     complaint = start.get_error() or _try(start, tokens)
     if complaint:
-        return None, Compiled(error=complaint)
+        return None, Compiled(error=explained(complaint))
     return start, Compiled(ignored=not_enforced(dropped, start.get_grammar_warnings()))
 
 
-def _try(start: object, tokens: Tokens) -> str:
+def _try(start: LLMatcher, tokens: Tokens) -> str:
     """Answers at random; says what stood in the way: a schema that allows nothing, or too much, says so here."""
     draws = random.Random(0)
     for _ in range(_WALKS):
-        answer = Answer(start, tokens)  # type: ignore[arg-type]
+        answer = Answer(start, tokens)
         token = None
         for _ in range(_WALK):
             verdict = answer.take(token)
             if verdict == FAILED:
-                return answer.error or "unknown"
+                return answer.error
             if verdict != MAY_GO_ON:
                 break
             allowed = np.flatnonzero(np.unpackbits(answer.mask, bitorder="little"))
-            if not len(allowed):
-                return "it allows no answer"
             token = int(draws.choice(allowed))
     return ""
 
 
-def _serve(orders: socket.socket, start: object, tokens: Tokens) -> None:
+def _serve(orders: socket.socket, start: LLMatcher, tokens: Tokens) -> None:
     """Goes on with answers, each on a socket of its own, until the parent closes that of the orders."""
     answers: dict[int, tuple[socket.socket, Answer]] = {}
     poll = select.poll()
@@ -197,7 +200,7 @@ def _serve(orders: socket.socket, start: object, tokens: Tokens) -> None:
                 if not order:
                     return
                 for given in descriptors:
-                    answers[given] = socket.socket(fileno=given), Answer(start, tokens)  # type: ignore[arg-type]
+                    answers[given] = socket.socket(fileno=given), Answer(start, tokens)
                     poll.register(given, select.POLLIN)
                 continue
             asker, answer = answers[descriptor]
@@ -216,7 +219,7 @@ def _go_on(asker: socket.socket, answer: Answer, tokens: int) -> bool:
         (token,) = TOKEN.unpack(data)
         with _Limited(_STEP_SECONDS):
             verdict = answer.take(None if token == BEGIN else token)
-        payload = answer.error.encode() if verdict == FAILED else answer.mask.tobytes()
+        payload = explained(answer.error).encode() if verdict == FAILED else answer.mask.tobytes()
         size = verdict_bytes(tokens)
         asker.sendall((VERDICT.pack(verdict) + payload)[:size].ljust(size, b"\0"))
     except OSError:
