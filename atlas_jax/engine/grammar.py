@@ -30,6 +30,8 @@ T = TypeVar("T")
 MAX_SCHEMA_BYTES = 1 << 18
 _IDLE_PROCESSES = 8
 """Compiled schemas that are kept for the next request with the same one."""
+_REST_SECONDS = 300.0
+"""Without a schema or an answer, after which all processes end: that which knows Gemma 3's tokenizer holds 400 MB."""
 _REFUSALS = 256
 """Schemas that were refused and are refused again without trying, so that sending one again costs nothing."""
 _GONE = (
@@ -167,6 +169,7 @@ class Grammars:
         self._makes = Processes(tokenizer)
         self._known: OrderedDict[_Key, Process] = OrderedDict()
         self._refusals: OrderedDict[_Key, str] = OrderedDict()
+        self._rest: asyncio.TimerHandle | None = None
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -250,6 +253,7 @@ class Grammars:
 
     async def _process(self, key: _Key, schema: bytes) -> Process:
         """The process of a schema, which may have to be made first, or again."""
+        self._note_use()
         if known := self._living(key):
             return known
         async with self._makes.turn(key[0]):
@@ -282,6 +286,24 @@ class Grammars:
     def _leave(self, process: Process) -> None:
         process.answers -= 1
         self._trim()
+        self._note_use()
+
+    def _note_use(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+        self._rest = asyncio.get_running_loop().call_later(_REST_SECONDS, self._end_idle)
+
+    def _end_idle(self) -> None:
+        if self._makes.busy or any(process.answers for process in self._known.values()):
+            self._note_use()
+        else:
+            self._stop()
+
+    def _stop(self) -> None:
+        for process in self._known.values():
+            process.socket.close()
+        self._known.clear()
+        self._makes.stop()
 
     def _trim(self) -> None:
         """Ends the processes that nobody has used for longest; never one with an answer under way."""
@@ -294,10 +316,7 @@ class Grammars:
         for task in others:
             task.cancel()
         await asyncio.gather(*others, return_exceptions=True)
-        for process in self._known.values():
-            process.socket.close()
-        self._known.clear()
-        self._makes.stop()
+        self._stop()
 
 
 def wait_for_any(constraints: Sequence[Constraint], timeout: float) -> None:

@@ -124,6 +124,11 @@ class Processes:
             if not line.waiting:
                 self._owners.pop(owner, None)
 
+    @property
+    def busy(self) -> bool:
+        """Whether a schema is being compiled, or waits for it."""
+        return bool(self._owners)
+
     async def compile(self, schema: bytes) -> Process:
         """A process for a schema; if the caller is cancelled it is killed.
 

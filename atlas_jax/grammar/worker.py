@@ -71,6 +71,8 @@ def main() -> None:
     del pickled
     gc.collect()
     gc.freeze()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
     children: dict[int, int] = {}
     try:
         while _obey(control, tokens, children):

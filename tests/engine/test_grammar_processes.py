@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import tiny_model
 
+from atlas_jax.engine import grammar
 from atlas_jax.engine.api import InvalidRequest, Overloaded
 from atlas_jax.engine.grammar import Constraint, Grammars
 from atlas_jax.gguf import GGUFFile, Tokenizer
@@ -195,6 +196,23 @@ def test_schemas_nobody_uses_any_more_are_let_go_and_compiled_again_when_needed(
     constraint.open()
     assert constraint.look(PATIENCE)
     constraint.close()
+
+
+def test_processes_that_nobody_needs_end_and_start_again(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "_REST_SECONDS", 0.2)
+    grammars = Grammars(tokenizer)
+    try:
+        constraint = grammars.json(PERSON).result(PATIENCE).begin()
+        constraint.open()
+        assert constraint.look(PATIENCE)
+        everyone = [template(), *children(template())]
+        time.sleep(1.0)  # as often as the rest would be over; an answer is under way
+        assert all(map(runs, everyone))
+        constraint.close()
+        wait_for(lambda: not any(map(runs, everyone)))
+        assert first_tokens(grammars, PERSON).any()
+    finally:
+        grammars.close()
 
 
 def test_a_client_that_leaves_ends_the_compilation(grammars: Grammars) -> None:
