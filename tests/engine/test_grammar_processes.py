@@ -108,13 +108,25 @@ def children(pid: int) -> list[int]:
     return found
 
 
+def templates(of: int) -> set[int]:
+    """The processes that all others of this one are forked from."""
+    found = children(of)
+    return {pid for pid in found if b"atlas_jax.grammar.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+OTHERS: set[int] = set()
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """Notes the processes of engines that other tests keep open."""
+    OTHERS.clear()
+    OTHERS.update(templates(os.getpid()))
+
+
 def template(of: int | None = None) -> int:
-    """The process all others are forked from."""
-    (found,) = [
-        pid
-        for pid in children(of or os.getpid())
-        if b"atlas_jax.grammar.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    """The process that all others of the test's own are forked from."""
+    (found,) = templates(of or os.getpid()) - OTHERS
     return found
 
 
