@@ -15,7 +15,7 @@ _ALLOWED = (
     ),
     (b"access-control-max-age", b"600"),
 )
-_EXPOSED = (b"access-control-expose-headers", b"x-request-id, x-session-id, retry-after")
+_EXPOSED = (b"access-control-expose-headers", b"x-request-id, x-session-id, x-atlas-schema-ignored, retry-after")
 
 
 class Cors:

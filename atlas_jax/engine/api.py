@@ -7,6 +7,7 @@ Values are validated where they enter (the server's schemas); the engine only re
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -544,11 +545,18 @@ class EngineProtocol(Protocol):
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """The same as text, for people to read."""
 
-    def json_grammar(self, schema: Mapping[str, Any]) -> Any:
-        """A grammar of the JSON texts a schema allows, for requests to this engine; may take a second.
+    def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[Any]:
+        """A grammar of the JSON texts a schema allows, for requests to this engine.
+
+        The future fails with InvalidRequest or Overloaded; cancelling it ends the work. The result has an attribute
+        `ignored`, the names of the keywords that are not enforced.
+
+        Args:
+          owner: whose share of the compiling it uses; nothing of it is shared with other owners.
 
         Raises:
-          InvalidRequest: the schema is wrong, too large, or uses what is not implemented.
+          InvalidRequest: the schema is larger than any may be, or the model cannot end an answer.
+          Overloaded: the engine is closed.
         """
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:

@@ -2,7 +2,8 @@
 
 The result of a step is looked at while the next one runs: an answer's end is noticed one step late, and that step's
 surplus tokens are thrown away. A step with drafts ends at the page's end; the row sits out the next one, which was
-launched before anybody knew. Runs on the engine's thread.
+launched before anybody knew. So does a row under a grammar, whose next tokens are not known before its last one is; it
+never holds up the others. Runs on the engine's thread.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 
 from atlas_jax.engine.api import Delta, EngineError, FinishReason
 from atlas_jax.engine.counters import Counters
+from atlas_jax.engine.grammar import wait_for_any
 from atlas_jax.engine.output import token_info
 from atlas_jax.engine.rows import Rows
 from atlas_jax.engine.settings import memory_settings, recent_text, sampling_state
@@ -29,6 +31,13 @@ log = logging.getLogger("atlas.engine")
 
 _SHRINK_AFTER = 64
 """Steps a batch must have been too large for before it is made smaller."""
+
+_PATIENCE = 0.005
+"""Seconds an engine with nothing else to decode waits for a grammar before it looks after its requests again."""
+
+_GRACE = 0.25
+"""Part of a step's time for which the next one waits for a grammar, once a token: most need 0.2 ms. The device is busy with
+the step before, so nobody loses anything."""
 
 Riders = list[tuple[int, Work]]
 
@@ -60,6 +69,7 @@ class Batch:
         self._finish, self._fail = finish, fail
         self._flight: tuple[Packed, Riders] | None = None
         self._oversized = 0
+        self._pace = 0.0
         self._rate_from = time.monotonic()
         self._rate_tokens = 0
 
@@ -78,7 +88,9 @@ class Batch:
 
     def leave(self, index: int) -> None:
         """Frees a row."""
-        self.places[index] = None
+        work, self.places[index] = self.places[index], None
+        if work is not None and work.constraint is not None:
+            work.constraint.close()
 
     # --- places ---------------------------------------------------------------------------------------------------
     def add(self, work: Work, *, alone: bool) -> None:
@@ -98,6 +110,8 @@ class Batch:
         )
         work.row = None
         self.places[index] = work
+        if work.constraint is not None:
+            work.constraint.open()
 
     def _free_place(self, pages: int, alone: bool) -> int:
         """A free row. The batch grows if it must; an empty one gets the size that is needed now."""
@@ -140,26 +154,53 @@ class Batch:
         """Launches a step for everyone who still needs one, and delivers what the step before has drawn."""
         launched = time.perf_counter()
         landed = False
-        if not self._runner.rewinds or any(work.constraint is not None for _, work in self.sitting()):
+        bound = [(index, work) for index, work in self.sitting() if work.constraint is not None]
+        free = len(bound) < len(self)
+        if not self._runner.rewinds or (bound and not free):
             landed = self.land()  # what a row may draw, or that it must not read on, follows from the token before
         flight, width = self._flight, self._runner.width
+        if bound:
+            self._hear_grammars(bound)
+            if not free:
+                wait_for_any([work.constraint for _, work in bound if work.constraint and not work.done], _PATIENCE)
         self._flight, riders = self._launch(width)
         if flight is not None:
             self._deliver(*flight)
         if flight is not None or landed:
             self._counters.steps += 1
             self._counters.step_seconds += time.perf_counter() - launched
+            self._pace += 0.1 * (time.perf_counter() - launched - self._pace)
         for _, work in riders:
             work.launched += 1
             work.flying = width
         if riders:
             self._shrink_if_oversized(alone)
 
+    def _hear_grammars(self, bound: Riders) -> None:
+        """Looks which tokens may come next in the rows under a grammar, and ends those where nothing can."""
+        until = time.monotonic() + self._pace * _GRACE
+        for index, work in bound:
+            constraint = work.constraint
+            if work.done or work.flying or constraint is None or constraint.ready:
+                continue
+            wait = until - time.monotonic() if work.fresh else 0.0
+            work.fresh = False
+            try:
+                if constraint.look(max(0.0, wait)) and (constraint.complete or len(work.generated) >= work.limit):
+                    self._end(index, work, "stop" if constraint.complete else "length")
+            except EngineError as error:
+                self._fail(work, error, index)
+            except Exception:
+                log.exception("A grammar failed")
+                self._fail(work, EngineError("The engine could not finish this request"), index)
+
     def _launch(self, width: int) -> tuple[tuple[Packed, Riders] | None, Riders]:
         riders = [
             (index, work)
             for index, work in self.sitting()
-            if not work.done and len(work.generated) + work.certain < work.limit
+            if not work.done
+            and len(work.generated) + work.certain < work.limit
+            and (work.constraint is None or work.constraint.ready)
         ]
         if not riders:
             return None, []
@@ -168,28 +209,20 @@ class Batch:
             if work.page_due:
                 self._runner.turn_row(index, *begin_page(self._runner, self._counters, work))
             wanted[index] = min(width, work.limit - len(work.generated) - work.certain)
-        riders, allowed = self._constrain(riders, wanted)
-        return (self._runner.decode(wanted, allowed), riders), riders
+        return (self._runner.decode(wanted, self._allowed(riders, wanted)), riders), riders
 
-    def _constrain(self, riders: Riders, wanted: np.ndarray) -> tuple[Riders, np.ndarray | None]:
-        """Which tokens may come next, a bit each, and who still rides; None where all may.
+    def _allowed(self, riders: Riders, wanted: np.ndarray) -> np.ndarray | None:
+        """Which tokens may come next, a bit each; None where all may.
 
         A row under a grammar takes no drafts: what may follow them is not known in time.
         """
-        if all(work.constraint is None for _, work in riders):
-            return riders, None
-        allowed = self._runner.all_allowed()
-        left = []
+        allowed = None
         for index, work in riders:
-            try:
-                if work.constraint is not None:
-                    wanted[index] = 1
-                    work.constraint.allow(allowed[index])
-                left.append((index, work))
-            except EngineError as error:
-                wanted[index] = 0
-                self._fail(work, error, index)
-        return left, allowed
+            if work.constraint is not None:
+                allowed = self._runner.all_allowed() if allowed is None else allowed
+                wanted[index] = 1
+                work.constraint.allow(allowed[index])
+        return allowed
 
     # --- results --------------------------------------------------------------------------------------------------
     def land(self) -> bool:
@@ -249,16 +282,19 @@ class Batch:
         if wanted is not None:
             top = integers[1 : 1 + wanted], numbers[2 : 2 + wanted]
             info = token_info(self._tokenizer, token, float(numbers[0]), *top)
-        if work.constraint is not None:
-            work.constraint.take(token)
         _send(work, work.stream.push(token, info))
-        complete = work.constraint is not None and work.constraint.complete
-        if work.stream.matched is None and (complete or len(work.generated) >= work.limit):
-            _send(work, work.stream.finish())
-            if work.stream.matched is None and not complete:
-                self._finish(work, "length", index)
-        if not work.done and (complete or work.stream.matched is not None):
+        if work.stream.matched is not None:
             self._finish(work, "stop", index)
+        elif work.constraint is not None:  # whether it is complete is known when its grammar has seen the token
+            work.constraint.take(token)
+            work.fresh = True
+        elif len(work.generated) >= work.limit:
+            self._end(index, work, "length")
+
+    def _end(self, index: int, work: Work, reason: FinishReason) -> None:
+        """Ends an answer by itself, after the text that its stop strings have held back."""
+        _send(work, work.stream.finish())
+        self._finish(work, "stop" if work.stream.matched is not None else reason, index)
 
     def _count_rate(self, tokens: int) -> None:
         now = time.monotonic()

@@ -8,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,9 +263,9 @@ class Engine:
         except TemplateError as error:
             raise InvalidRequest(str(error), param="messages") from error
 
-    def json_grammar(self, schema: Mapping[str, Any]) -> Grammar:
+    def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[Grammar]:
         """A grammar of the JSON texts a schema allows; see `api.EngineProtocol.json_grammar`."""
-        return self._grammars.json(schema)
+        return self._grammars.json(schema, owner=owner)
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
         """Queues a request; what it takes and raises is said at `api.EngineProtocol.submit`."""
@@ -387,6 +388,7 @@ class Engine:
                 log.error("The engine's thread did not end within %.0f s", timeout)
             if self._table is not None:
                 self._table.close(max(until - time.monotonic(), 0.0))
+            self._grammars.close()
         self._warm_up.stop(max(until - time.monotonic(), 0.0))
         atexit.unregister(self.close)
 

@@ -57,6 +57,7 @@ class Work:
       replayed: how the memory is written while text is read that came before this request: to which position, and how.
       absorbed, written: tokens its memory has taken in, in all and in this request.
       constraint: what the answer must match, as far as it has come.
+      fresh: whether the constraint has been given a token, or begun, and not been waited for since.
     """
 
     request: GenerationRequest
@@ -73,6 +74,7 @@ class Work:
     repeats: bool = False
     replayed: deque[tuple[int, MemoryWrite]] = field(default_factory=deque)
     constraint: Constraint | None = None
+    fresh: bool = True
     shape: SessionShape | None = None
     write: MemoryWrite | None = None
     feed: list[int] = field(default_factory=list)

@@ -6,18 +6,22 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
+from server.context import RequestContext
 from server.services.host import EngineHost
 from server.validation import invalid
 
 _TYPES = ("text", "json_object", "json_schema")
 
 
-async def answer_grammar(host: EngineHost, given: Mapping[str, Any] | None) -> Any:
-    """The grammar of a `response_format`, or None where any text will do.
+async def answer_grammar(host: EngineHost, given: Mapping[str, Any] | None, context: RequestContext) -> Any:
+    """The grammar of a `response_format`, or None where any text will do; cancelling ends its compilation.
+
+    Keywords of the schema that cannot be enforced are named in the response header `x-atlas-schema-ignored`.
 
     Raises:
       BadRequest: a type nobody knows, or a part that is not what it should be.
       InvalidRequest: the engine cannot take the schema.
+      Overloaded: it cannot be compiled now.
     """
     if not given:
         return None
@@ -36,4 +40,7 @@ async def answer_grammar(host: EngineHost, given: Mapping[str, Any] | None) -> A
         schema = {"type": "object"}
     if not isinstance(schema, dict):
         raise invalid(field, "must be an object")
-    return await asyncio.to_thread(host.engine.json_grammar, schema)
+    grammar = await asyncio.wrap_future(host.engine.json_grammar(schema, owner=context.identity.owner))
+    if grammar.ignored:
+        context.response_headers.append((b"x-atlas-schema-ignored", ", ".join(grammar.ignored).encode("ascii")))
+    return grammar

@@ -80,7 +80,7 @@ class Inference:
             raise invalid("top_logprobs", "needs logprobs to be true")
         model = self._admitted(body, context)
         memory = self._memory(body, context)
-        grammar = await answer_grammar(self._host, body.response_format)
+        grammar = await answer_grammar(self._host, body.response_format, context)
         prompt = await self._texts.chat(body.messages, body.chat_template_kwargs)
         session = memory.params is not None and memory.params.session is not None
         frame = await self._texts.chat_frame(body.messages, body.chat_template_kwargs) if session else None

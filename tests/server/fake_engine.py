@@ -11,6 +11,8 @@ import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,13 @@ NAMES = {token: text for text, token in SPECIAL.items()}
 MARKERS = re.compile("(" + "|".join(re.escape(name) for name in SPECIAL) + ")")
 CONTEXT = 4096
 RUNAWAY = 100_000
+
+
+@dataclass(frozen=True)
+class FakeGrammar:
+    schema: dict[str, Any]
+    owner: str
+    ignored: tuple[str, ...]
 
 
 class ByteTokenizer:
@@ -226,6 +235,7 @@ class FakeEngine:
         self.fail_after: int | None = None
         self.failure: EngineError = EngineError("The engine broke")
         self.requests: list[GenerationRequest] = []
+        self.grammars: list[Future[FakeGrammar]] = []
         self.cancels = self.completed = 0
         self.draining = self.closed = False
         self.on_close: Callable[[], None] = lambda: None
@@ -258,8 +268,12 @@ class FakeEngine:
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         return self.tokenizer.decode(self.render_chat(messages))
 
-    def json_grammar(self, schema: Mapping[str, Any]) -> Any:
-        return dict(schema)
+    def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[FakeGrammar]:
+        future: Future[FakeGrammar] = Future()
+        self.grammars.append(future)
+        if schema.get("title") != "never compiled":
+            future.set_result(FakeGrammar(dict(schema), owner, ("uniqueItems",) if "uniqueItems" in schema else ()))
+        return future
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Running:
         if self.submit_errors:

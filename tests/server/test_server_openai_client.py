@@ -314,22 +314,6 @@ def test_unsupported_fields_are_named(client: openai.OpenAI, fields: dict, param
     assert (caught.value.param, caught.value.code) == (param, "unsupported_parameter")
 
 
-@pytest.mark.parametrize(
-    ("given", "schema"),
-    [
-        (None, None),
-        ({"type": "text"}, None),
-        ({"type": "json_object"}, {"type": "object"}),
-        ({"type": "json_object", "schema": {"type": "array"}}, {"type": "array"}),
-        ({"type": "json_schema", "json_schema": {"name": "x"}}, {"type": "object"}),
-        ({"type": "json_schema", "json_schema": {"name": "x", "strict": True, "schema": {"a": 1}}}, {"a": 1}),
-    ],
-)
-def test_a_response_format_becomes_a_grammar(live: Live, client: openai.OpenAI, given: Any, schema: Any) -> None:
-    client.chat.completions.create(model=MODEL, messages=ask("a"), max_tokens=2, response_format=given)
-    assert live.engine.requests[-1].grammar == schema
-
-
 def test_fields_that_change_nothing_are_accepted(client: openai.OpenAI) -> None:
     client.chat.completions.create(
         model=MODEL,

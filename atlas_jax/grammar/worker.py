@@ -1,0 +1,245 @@
+"""The program that compiles JSON schemas and says which tokens may come next, away from the server's memory and threads.
+
+It learns the tokenizer and then only waits: every schema is compiled in a fork of it, which afterwards serves the answers
+under that schema, and whose memory and time the system limits. A schema that wants more ends its own process, at most.
+The server is the parent; when its end of a socket closes, whoever listens at the other ends.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import pickle
+import random
+import resource
+import select
+import signal
+import socket
+import sys
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from atlas_jax.grammar.answer import Answer, Tokens
+from atlas_jax.grammar.schema import adapt, explained, not_enforced
+from atlas_jax.grammar.wire import (
+    BEGIN,
+    BEGUN,
+    FAILED,
+    KILL,
+    LENGTH,
+    MAY_GO_ON,
+    ORDER,
+    SPAWN,
+    TOKEN,
+    VERDICT,
+    Compiled,
+    frame,
+    verdict_bytes,
+)
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+    from llguidance._lib import JsonCompileOptions
+
+MEMORY = 128 << 20
+"""Bytes a grammar may take beside the tokenizer. An enumeration of 20 000 words takes 14 MiB, `multipleOf: 1000003` 274."""
+COMPILE_SECONDS = 2.0
+"""Of processor time. Ordinary schemas take 1 to 50 ms."""
+_STEP_SECONDS = 0.5
+"""Of processor time, for one token. Ordinary ones take 0.1 ms, the worst that llguidance's limits let through 20."""
+_NICE = 10
+"""How far below the engine's threads: where both want a core, the engine's neighbours of this answer go first."""
+_WALKS, _WALK = 3, 24
+_WHITESPACE = "[ \\n\\t]{0,16}"
+"""Between two parts of a JSON text. Without a bound a small model goes on making blank lines until its tokens are used up."""
+_ROW_ITEMS = 4500
+"""Ways on from one place in an answer: about 1 100 properties that may all be left out."""
+_PARENT_DIED = 1  # PR_SET_PDEATHSIG
+
+
+def main() -> None:
+    """Serves the parent, whose socket is file descriptor `sys.argv[1]`, until it closes it."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    pickled = _frame_from(control)
+    if pickled is None:
+        return
+    tokens = Tokens(pickle.loads(pickled))  # written by the parent
+    del pickled
+    gc.collect()
+    gc.freeze()
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
+    children: dict[int, int] = {}
+    try:
+        while _obey(control, tokens, children):
+            pass
+    finally:
+        for pid in children.values():
+            os.kill(pid, signal.SIGKILL)
+
+
+def _obey(control: socket.socket, tokens: Tokens, children: dict[int, int]) -> bool:
+    """Does one thing the parent orders; False once it is gone."""
+    ready, _, _ = select.select([control], [], [], 1.0 if children else None)
+    for number, pid in list(children.items()):
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            del children[number]
+    if not ready:
+        return True
+    order, descriptors, _, _ = socket.recv_fds(control, ORDER.size, 1)
+    if len(order) < ORDER.size:
+        return False
+    kind, number = ORDER.unpack(order)
+    if kind == KILL and number in children:
+        os.kill(children[number], signal.SIGKILL)
+    if kind == SPAWN and descriptors:
+        template = os.getpid()
+        with suppress(OSError):  # no more processes: the parent sees its socket close
+            pid = os.fork()
+            if pid == 0:
+                control.close()
+                _run(socket.socket(fileno=descriptors[0]), tokens, template)
+            children[number] = pid
+        os.close(descriptors[0])
+    return True
+
+
+def _run(orders: socket.socket, tokens: Tokens, template: int) -> None:
+    """The life of a fork."""
+    try:
+        _limit(template)
+        orders.sendall(BEGUN)
+        schema = _frame_from(orders)
+        if schema is not None:
+            with _Limited(COMPILE_SECONDS):
+                start, compiled = _compile(schema, tokens)
+            orders.sendall(frame(msgspec.json.encode(compiled)))
+            if start is not None:
+                _serve(orders, start, tokens)
+    finally:
+        os._exit(0)  # whatever happened: the parent sees its sockets close
+
+
+def _limit(template: int) -> None:
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(_PARENT_DIED, signal.SIGKILL)
+    if os.getppid() != template:
+        os._exit(0)
+    os.nice(_NICE)
+    with suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")  # if memory runs out all the same, this goes before the server
+    taken = 0
+    with suppress(OSError), open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    with suppress(ValueError, OSError):
+        if taken:
+            resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY, taken + MEMORY))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+class _Limited:
+    """Ends the process if what is inside takes more processor time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __enter__(self) -> None:
+        signal.setitimer(signal.ITIMER_PROF, self._seconds)
+
+    def __exit__(self, *_: object) -> None:
+        signal.setitimer(signal.ITIMER_PROF, 0)
+
+
+def _compile(text: bytes, tokens: Tokens) -> tuple[LLMatcher | None, Compiled]:
+    """The matcher at the beginning of every answer, or None and why there is none."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    schema = msgspec.json.decode(text)
+    dropped = adapt(schema)
+    options: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": True}
+    try:
+        grammar = LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=options)
+        limits = LLParserLimits(max_items_in_row=_ROW_ITEMS, verbose_errors=False)
+        start = LLMatcher(tokens.known, grammar, log_level=0, limits=limits)
+    except ValueError as error:
+        return None, Compiled(error=explained(str(error)))
+    complaint = start.get_error() or _try(start, tokens)
+    if complaint:
+        return None, Compiled(error=explained(complaint))
+    return start, Compiled(ignored=not_enforced(dropped, start.get_grammar_warnings()))
+
+
+def _try(start: LLMatcher, tokens: Tokens) -> str:
+    """Answers at random; says what stood in the way: a schema that allows nothing, or too much, says so here."""
+    draws = random.Random(0)
+    for _ in range(_WALKS):
+        answer = Answer(start, tokens)
+        token = None
+        for _ in range(_WALK):
+            verdict = answer.take(token)
+            if verdict == FAILED:
+                return answer.error
+            if verdict != MAY_GO_ON:
+                break
+            allowed = np.flatnonzero(np.unpackbits(answer.mask, bitorder="little"))
+            token = int(draws.choice(allowed))
+    return ""
+
+
+def _serve(orders: socket.socket, start: LLMatcher, tokens: Tokens) -> None:
+    """Goes on with answers, each on a socket of its own, until the parent closes that of the orders."""
+    answers: dict[int, tuple[socket.socket, Answer]] = {}
+    poll = select.poll()
+    poll.register(orders, select.POLLIN)
+    while True:
+        for descriptor, _ in poll.poll():
+            if descriptor == orders.fileno():
+                order, descriptors, _, _ = socket.recv_fds(orders, 1, 1)
+                if not order:
+                    return
+                for given in descriptors:
+                    answers[given] = socket.socket(fileno=given), Answer(start, tokens)
+                    poll.register(given, select.POLLIN)
+                continue
+            asker, answer = answers[descriptor]
+            if not _go_on(asker, answer, len(tokens.texts)):
+                poll.unregister(descriptor)
+                del answers[descriptor]
+                asker.close()
+
+
+def _go_on(asker: socket.socket, answer: Answer, tokens: int) -> bool:
+    """Takes one token and says what may follow; False once nobody listens any more."""
+    try:
+        data = _exactly(asker, TOKEN.size)
+        if data is None:
+            return False
+        (token,) = TOKEN.unpack(data)
+        with _Limited(_STEP_SECONDS):
+            verdict = answer.take(None if token == BEGIN else token)
+        payload = explained(answer.error).encode() if verdict == FAILED else answer.mask.tobytes()
+        size = verdict_bytes(tokens)
+        asker.sendall((VERDICT.pack(verdict) + payload)[:size].ljust(size, b"\0"))
+    except OSError:
+        return False
+    return True
+
+
+def _frame_from(source: socket.socket) -> bytes | None:
+    length = _exactly(source, LENGTH.size)
+    return None if length is None else _exactly(source, LENGTH.unpack(length)[0])
+
+
+def _exactly(source: socket.socket, size: int) -> bytes | None:
+    """So many bytes, or None if the other end closes before."""
+    data = bytearray()
+    while len(data) < size:
+        part = source.recv(size - len(data))
+        if not part:
+            return None
+        data += part
+    return bytes(data)
