@@ -72,6 +72,11 @@ class Batch:
         """Whether a step would do nothing."""
         return self._flight is None and not len(self)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows, and pages of each."""
+        return self._runner.rows, self._runner.pages
+
     def sitting(self) -> Riders:
         """The rows that are taken."""
         return [(index, work) for index, work in enumerate(self.places) if work is not None]
@@ -104,8 +109,7 @@ class Batch:
         busy = [work for _, work in self.sitting()]
         pages = max([pages, *(work.ring_pages for work in busy)])
         wanted = self._size(len(busy) + 1, pages)
-        size = self._runner.rows, self._runner.pages
-        if len(busy) == size[0] or pages > size[1] or (alone and not busy and wanted != size):
+        if len(busy) == self.size[0] or pages > self.size[1] or (alone and not busy and wanted != self.size):
             self._resize(*wanted)
         return self.places.index(None)
 
@@ -132,12 +136,12 @@ class Batch:
     def rest(self) -> None:
         """Gives an empty batch its least size: nobody needs what many clients needed any more."""
         least = self._size(1, 1)
-        if least != (self._runner.rows, self._runner.pages):
+        if least != self.size:
             self._resize(*least)
 
     # --- steps ----------------------------------------------------------------------------------------------------
-    def step(self, *, alone: bool) -> None:
-        """Launches a step for everyone who still needs one, and delivers what the step before has drawn."""
+    def step(self, *, alone: bool) -> bool:
+        """Launches a step for everyone who still needs one, and delivers what the step before has drawn, if there was one."""
         launched = time.perf_counter()
         landed = False
         if not self._runner.rewinds or any(work.constraint is not None for _, work in self.sitting()):
@@ -146,7 +150,8 @@ class Batch:
         self._flight, riders = self._launch(width)
         if flight is not None:
             self._deliver(*flight)
-        if flight is not None or landed:
+        landed = landed or flight is not None
+        if landed:
             self._counters.steps += 1
             self._counters.step_seconds += time.perf_counter() - launched
         for _, work in riders:
@@ -154,6 +159,7 @@ class Batch:
             work.flying = width
         if riders:
             self._shrink_if_oversized(alone)
+        return landed
 
     def _launch(self, width: int) -> tuple[tuple[Packed, Riders] | None, Riders]:
         riders = [

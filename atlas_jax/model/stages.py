@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,17 +88,27 @@ class Trunk:
         Returns:
           The context after the step, the step's view, and every layer's output.
         """
+        *_, whole = self.parts(key, params, context, tokens, count)
+        return whole
+
+    def parts(
+        self, key: Hashable, params: ModelParams, context: Context, tokens: Any, count: Any
+    ) -> Iterator[tuple[Context, StepView, list[jax.Array]]]:
+        """The same a group of layers at a time, with the outputs so far.
+
+        Before the last group the context is where it was before the step: what layers have stored beyond that is not seen.
+        """
         x, view, position = self._enter(key, params.embed, params.ropes, bare(context), tokens, count)
         states: list[jax.Array] = []
-        cache: list[Any] = []
+        cache = list(context.kv)
         for stage in self._stages:
             program = self._run[self._config.layers[stage.first : stage.last]]
             part = slice(stage.first, stage.last)
-            outputs, kv = program(key, params.layers[part], context.kv[part], x, view)
+            outputs, cache[part] = program(key, params.layers[part], tuple(cache[part]), x, view)
             states += outputs
-            cache += kv
             x = outputs[-1]
-        return dataclasses.replace(context, kv=tuple(cache), position=position), view, states
+            reached = position if stage is self._stages[-1] else context.position
+            yield dataclasses.replace(context, kv=tuple(cache), position=reached), view, states
 
     @property
     def programs(self) -> int:

@@ -267,6 +267,7 @@ class StatusData(Struct, kw_only=True, frozen=True):
     memory_layers: list[int]
     state_bytes_per_session: int
     adapter: str | None
+    memory_unavailable: str | None
 
 
 class StatusResponse(Struct, kw_only=True, frozen=True):

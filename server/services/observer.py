@@ -140,7 +140,7 @@ class Observer:
         return schema.StatusResponse(
             status="healthy" if self._host.ready else "draining",
             data=schema.StatusData(
-                initialized=True,
+                initialized=model.memory_unavailable is None,
                 enabled=True,
                 context_pool_size=stats.contexts_total,
                 contexts_in_use=stats.contexts_in_use,
@@ -151,6 +151,7 @@ class Observer:
                 memory_layers=list(model.memory_layers),
                 state_bytes_per_session=model.state_bytes_per_session,
                 adapter=model.adapter,
+                memory_unavailable=model.memory_unavailable,
             ),
         )
 
