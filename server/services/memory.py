@@ -154,7 +154,10 @@ class MemoryService:
 
     async def _call(self, work: Callable[[SessionStore], T]) -> T:
         """Runs a blocking store operation in a thread, again after a pause where the failure may pass."""
-        store = self._host.engine.sessions
+        engine = self._host.engine
+        if engine.model.memory_unavailable is not None:
+            raise NotEnabled(engine.model.memory_unavailable)
+        store = engine.sessions
         for pause in _RETRY_SECONDS:
             try:
                 return await asyncio.to_thread(work, store)

@@ -36,6 +36,8 @@ class Persistence:
         """Loads every owner's file that exists; a damaged one is reported and left alone."""
         if not (self._settings.enabled and self._settings.memory_persist and self._settings.auto_load_memory):
             return
+        if engine.model.memory_unavailable is not None:
+            return
         file = self._file(engine)
         for owner in self._owners:
             try:
@@ -62,7 +64,7 @@ class Persistence:
 
     def save(self, engine: EngineProtocol) -> None:
         """Saves every owner's sessions; one owner's failure does not keep the others from being saved."""
-        if not self.saving:
+        if not self.saving or engine.model.memory_unavailable is not None:
             return
         complete = True
         for owner in self._owners:

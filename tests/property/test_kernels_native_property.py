@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
-import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,8 +131,7 @@ def test_a_matrix_for_each_row_is_one_product_after_the_other(seed: int, batch: 
 @pytest.mark.parametrize("rows", [*range(1, 10), 20])
 def test_without_amx_products_are_the_same(rows: int, tmp_path: Path) -> None:
     """A copy of the library that has not been asked what the processor has takes the path of VNNI alone."""
-    copy = shutil.copy(native.build(), tmp_path / "copy.so")
-    library = ctypes.CDLL(copy)
+    library = ctypes.CDLL(str(native.build(tmp_path)))
     rng = np.random.default_rng(rows)
     weight = QuantArray(*map(jnp.asarray, quantize_weight(rng.normal(size=(80, 192)).astype(np.float32))))
     packed = packed_weight(rng, 80, 192)
@@ -321,6 +319,65 @@ def test_without_a_compiler_xla_does_it(
     finally:
         native.available.cache_clear()
     assert not list((tmp_path / "atlas-jax" / "native").iterdir())
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """A cache folder of its own, from which the kernels are asked for anew."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native.available.cache_clear()
+    yield tmp_path / "atlas-jax" / "native"
+    native.available.cache_clear()
+
+
+@needs_kernels
+def test_a_damaged_library_is_built_anew(fresh: Path) -> None:
+    library = native.build(_made(fresh))
+    whole = library.read_bytes()
+    library.write_bytes(whole[:4096])
+    assert native.available()
+    assert library.stat().st_size == len(whole)
+
+
+@needs_kernels
+def test_a_cache_that_cannot_be_written_costs_no_kernels(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _made(fresh.parent)
+    fresh.write_text("a file where the folder should be")
+    assert native.available()
+    assert not caplog.records
+
+
+@needs_kernels
+def test_a_compiler_that_takes_long_is_waited_for(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = _made(fresh) / "cc"
+    slow.write_text(f'#!/bin/sh\nsleep 0.4\nexec {native.compiler()} "$@"\n')
+    slow.chmod(0o700)
+    monkeypatch.setenv("CC", str(slow))
+    monkeypatch.setattr(native, "_NEWS_SECONDS", 0.1)
+    assert native.available()
+    assert "still being compiled" in caplog.text
+
+
+@needs_kernels
+def test_a_compiler_that_never_ends_is_given_up(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    stuck = _made(fresh) / "cc"
+    stuck.write_text("#!/bin/sh\nsleep 3600\n")
+    stuck.chmod(0o700)
+    monkeypatch.setenv("CC", str(stuck))
+    monkeypatch.setattr(native, "_NEWS_SECONDS", 0.1)
+    monkeypatch.setattr(native, "_BUILD_SECONDS", 0.3)
+    assert not native.available()
+    assert "the next start" in caplog.text
+    assert [file.name for file in fresh.iterdir()] == ["cc"]
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def test_shapes_they_do_not_take_are_left_to_xla() -> None:
