@@ -397,10 +397,10 @@ class Loop:
         )
 
     def _release(self, work: Work, session: Session | None) -> None:
-        lease, work.lease = work.lease, None
         memory = work.request.memory
-        if lease is not None and self._sessions is not None and memory is not None:
-            self._sessions.release(lease, session, memory.cache_strategy)
+        if work.lease is not None and self._sessions is not None and memory is not None:
+            self._sessions.release(work.lease, session, memory.cache_strategy)
+        work.lease = None  # not before: if what was learned cannot be kept, it is put back as it was
 
     def _end_everything(self) -> None:
         """Ends what is left when the thread ends, keeping the sessions where the device still answers."""

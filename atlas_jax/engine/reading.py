@@ -57,7 +57,10 @@ class Pace:
         step = self._steps.get(size)
         if step is None or self._reading >= _MEASURE_AFTER:
             return 0
-        return min(_MOST, int(self._credit / self._part)) if self._part else 1
+        if not self._part:
+            return 1
+        # one, or as many as take about as long as a step
+        return min(int(self._credit / self._part), max(1, round(step / self._part)), _MOST)
 
     def turned(self, size: tuple[int, int], parts: int, now: float, *, landed: bool) -> None:
         """Takes note of a turn: `parts` were launched in it, and at `now` a step of streams has ended if one `landed`."""
@@ -73,7 +76,7 @@ class Pace:
             part = max(took - step, step / 10) / behind
             self._part = part if not self._part else self._part + _WEIGHT * (part - self._part)
         if step is not None:
-            self._credit = min(self._credit + step - parts * self._part, max(step, self._part))
+            self._credit = min(self._credit + step - parts * self._part, step + self._part)
 
 
 class Prompts:

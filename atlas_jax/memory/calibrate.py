@@ -286,7 +286,7 @@ def _fit_gate(features: np.ndarray, p_model: np.ndarray, p_memory: np.ndarray) -
     weight[0] = -2.0
     first, second = np.zeros_like(weight), np.zeros_like(weight)
     for step in range(1, 601):
-        g = 1 / (1 + np.exp(-inputs @ weight))
+        g = (1 + np.tanh(inputs @ weight / 2)) / 2  # the logistic function, without an exponential that overflows
         mixture = np.maximum((1 - g) * p_model + g * p_memory, _LEAST)
         slope = -((p_memory - p_model) / mixture * g * (1 - g)) @ inputs / len(inputs) + 1e-4 * weight
         first = 0.9 * first + 0.1 * slope
