@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from asking import ask, memory, request
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine import adapters, successors
@@ -186,6 +186,7 @@ def test_damaged_programs_are_compiled_anew(opened: Callable[..., Any], cache: P
 probabilities = st.sampled_from([0.0, 1e-300, 1e-30, 1e-9, 0.3, 1.0])
 
 
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(st.tuples(probabilities, probabilities, st.sampled_from([0.0, 1.0, 40.0, 1e4])), min_size=1, max_size=20)
 )

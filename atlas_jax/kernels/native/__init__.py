@@ -68,6 +68,7 @@ _NEWS_SECONDS = 30.0
 # XLA keeps compiled programs by the names they call: a changed kernel needs a changed name
 _VERSION = hashlib.sha256(b"\0".join(source.read_bytes() for source in _SOURCES)).hexdigest()[:16]
 _FILE = f"kernels-{_VERSION}.so"
+_DIGEST = hashlib.sha256().digest_size
 _TARGETS = (
     "linear",
     "normed_linear",
@@ -348,19 +349,19 @@ def compiler() -> str | None:
 def _library() -> ctypes.CDLL:
     """The kernels, loaded from the cache folder or, where they cannot be kept, from a folder that is gone afterwards."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlas-jax" / "native"
-    file = folder / _FILE
-    if not file.is_file() and not _writable(folder):
+    if not _is_whole(folder / _FILE) and not _writable(folder):
         with tempfile.TemporaryDirectory() as here:
             return ctypes.CDLL(str(build(Path(here))))
+    return ctypes.CDLL(str(build(folder)))
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a library is as it was built: half of one, as a full disk or a power cut leaves it, ends the process."""
     try:
-        return ctypes.CDLL(str(build(folder)))
-    except OSError as error:
-        if not file.is_file():  # there is no compiler
-            raise
-        # what a full disk or a power cut has left
-        log.warning("The native kernels in %s cannot be loaded and are built anew: %s", file, error)
-        file.unlink()
-        return ctypes.CDLL(str(build(folder)))
+        data = file.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(data[:-_DIGEST]).digest() == data[-_DIGEST:]
 
 
 def _writable(folder: Path) -> bool:
@@ -380,7 +381,7 @@ def build(folder: Path) -> Path:
       SubprocessError: the compiler fails.
     """
     target = folder / _FILE
-    if target.is_file():
+    if _is_whole(target):
         return target
     program = compiler()
     if program is None:
@@ -390,6 +391,8 @@ def build(folder: Path) -> Path:
     try:
         code = [str(source) for source in _SOURCES if source.suffix == ".c"]
         _run([program, *_FLAGS, "-I", jax.ffi.include_dir(), *code, "-o", name])
+        with open(name, "r+b") as library:  # what follows a library's last section is not loaded
+            library.write(hashlib.sha256(library.read()).digest())
         os.replace(name, target)
     finally:
         Path(name).unlink(missing_ok=True)
