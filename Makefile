@@ -13,8 +13,8 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench endless load bench-memory mutation documents recall \
-  tpu-compile lock clean
+.PHONY: help serve test check lint model gemma fit quality bench endless load neighbours bench-memory mutation documents \
+  recall tpu-compile lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -69,6 +69,9 @@ endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000
 
 load: $(VENV)/bench model ## a hundred streams at once with settings drawn at random: all end, nothing compiles, memory comes back
 	$(RUN) benchmarks/load.py $(MODEL) --output docs/load.md
+
+neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
+	$(RUN) benchmarks/neighbours.py $(MODEL) --output docs/neighbours.md
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
