@@ -25,8 +25,8 @@ from atlas_jax.placement import ONE_DEVICE, Placement
 from atlas_jax.program import Program, shapes
 
 _PREFERRED = (5, 6, 4, 7, 3)
-"""Layers per group on CPU, best first. More dispatch less; but streams wait for a group of a prompt's piece, and ten layers of
-SmolLM2-135M take several times as long as a decode step where a plain prompt has come to its 8 000th token."""
+"""Layers per group on CPU, best first. More dispatch less; but streams wait for a group of a prompt's piece, and ten layers
+of SmolLM2-135M take several times as long as a decode step where a plain prompt has come to its 8 000th token."""
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,7 @@ class Observer:
         self._host, self._stats, self._config, self._settings = host, stats, config, settings.atlas
         self._subscribers: set[Subscriber] = set()
         self._closed = False
+        self._silent = False
 
     # --- sampling ------------------------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -78,10 +79,15 @@ class Observer:
             await asyncio.sleep(min(1.0, max(0.01, min(sample_at, publish_at) - time.monotonic())))
 
     def engine_stats(self) -> EngineStats | None:
-        """The engine's figures, or None while there is no engine to ask."""
+        """The engine's figures, or None while there is no engine to ask, or it cannot say."""
         try:
             return self._host.engine.stats()
         except ServerError:
+            return None
+        except Exception:  # figures are no reason to stop the sampler, or a scrape
+            if not self._silent:
+                log.exception("The engine's figures could not be read")
+            self._silent = True
             return None
 
     def _publish(self) -> None:
