@@ -13,8 +13,8 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench endless load crash bench-memory mutation documents recall \
-  tpu-compile lock clean
+.PHONY: help serve test check lint model gemma fit quality bench endless load crash neighbours bench-memory mutation \
+  documents recall tpu-compile lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowle
 	$(RUN) -m benchmarks.crash rounds --model $(MODEL) --kills 50 --stops 4 --sessions 24 --disk-mb 20
 	$(RUN) -m benchmarks.crash many
 	$(RUN) -m benchmarks.crash cost --model $(MODEL)
+
+neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
+	$(RUN) benchmarks/neighbours.py $(MODEL) --output docs/neighbours.md
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \

@@ -298,6 +298,7 @@ class ModelInfo:
       fingerprint: identifies weights and tokenizer; snapshots are bound to it.
       context_length: the model's trained context in tokens.
       created: Unix seconds (the file's time).
+      memory_unavailable: why the model is served without a memory although one was asked for, or None.
     """
 
     name: str
@@ -313,6 +314,7 @@ class ModelInfo:
     state_bytes_per_session: int
     adapter: str | None
     created: int
+    memory_unavailable: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -82,6 +82,11 @@ class Batch:
         """Whether a step would do nothing."""
         return self._flight is None and not len(self)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Rows, and pages of each."""
+        return self._runner.rows, self._runner.pages
+
     def sitting(self) -> Riders:
         """The rows that are taken."""
         return [(index, work) for index, work in enumerate(self.places) if work is not None]
@@ -118,8 +123,7 @@ class Batch:
         busy = [work for _, work in self.sitting()]
         pages = max([pages, *(work.ring_pages for work in busy)])
         wanted = self._size(len(busy) + 1, pages)
-        size = self._runner.rows, self._runner.pages
-        if len(busy) == size[0] or pages > size[1] or (alone and not busy and wanted != size):
+        if len(busy) == self.size[0] or pages > self.size[1] or (alone and not busy and wanted != self.size):
             self._resize(*wanted)
         return self.places.index(None)
 
@@ -146,12 +150,12 @@ class Batch:
     def rest(self) -> None:
         """Gives an empty batch its least size: nobody needs what many clients needed any more."""
         least = self._size(1, 1)
-        if least != (self._runner.rows, self._runner.pages):
+        if least != self.size:
             self._resize(*least)
 
     # --- steps ----------------------------------------------------------------------------------------------------
-    def step(self, *, alone: bool) -> None:
-        """Launches a step for everyone who still needs one, and delivers what the step before has drawn."""
+    def step(self, *, alone: bool) -> bool:
+        """Launches a step for everyone who still needs one, and delivers what the step before has drawn, if there was one."""
         launched = time.perf_counter()
         landed = False
         bound = [(index, work) for index, work in self.sitting() if work.constraint is not None]
@@ -166,7 +170,8 @@ class Batch:
         self._flight, riders = self._launch(width)
         if flight is not None:
             self._deliver(*flight)
-        if flight is not None or landed:
+        landed = landed or flight is not None
+        if landed:
             self._counters.steps += 1
             self._counters.step_seconds += time.perf_counter() - launched
             self._pace += 0.1 * (time.perf_counter() - launched - self._pace)
@@ -175,6 +180,7 @@ class Batch:
             work.flying = width
         if riders:
             self._shrink_if_oversized(alone)
+        return landed
 
     def _hear_grammars(self, bound: Riders) -> None:
         """Looks which tokens may come next in the rows under a grammar, and ends those where nothing can."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import threading
+import warnings
 from pathlib import Path
 
 import jax
@@ -39,8 +41,16 @@ class CompileCounter:
 
 
 def use_cache(folder: Path) -> None:
-    """Keeps compiled programs in a folder across starts; it must be as trusted as the code."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Keeps compiled programs in a folder across starts; it must be as trusted as the code.
+
+    In a folder that cannot be written, those that are there are used.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return
+    if not os.access(folder, os.W_OK):  # said once by `kept.usable`, not once a program
+        warnings.filterwarnings("ignore", message="Error writing persistent compilation cache entry")
     settings = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.0,

@@ -17,6 +17,7 @@ import numpy as np
 
 from atlas_jax import _platform
 from atlas_jax.config import ConfigError
+from atlas_jax.engine import kept
 from atlas_jax.engine.api import (
     ChatFrame,
     EngineStats,
@@ -148,6 +149,8 @@ class Engine:
     ) -> Engine:
         """Loads a model, fits or finds its memory, compiles, and starts serving.
 
+        A model that no memory can be fitted to is served without: `model.memory_unavailable` says so.
+
         Args:
           adapter_path: adapter of the memory; None takes the one shipped for the model, or else calibrates once and
             keeps the result in `cache_path`.
@@ -158,7 +161,7 @@ class Engine:
             answered outlives this process in any case.
           owner_quota_bytes: what one owner's sessions and files may take on disk; None is all of `disk_cache_bytes`.
           cache_path: folder for compiled programs, calibrated adapters and successor tables (default:
-            `$XDG_CACHE_HOME/atlas-jax`).
+            `$XDG_CACHE_HOME/atlas-jax`). One that cannot be written costs time at the next start, nothing else.
           threads: CPU threads; 0 takes every core. Takes effect only if JAX has not run anything yet.
           max_context: longest plain request in tokens; the model's own context if that is shorter.
           prefix_cache_bytes: states of plain prompts kept on the device for prompts that begin the same.
@@ -171,14 +174,15 @@ class Engine:
 
         Raises:
           ConfigError: the model cannot be divided so, or there are too few devices; the message names the setting.
-          GGUFError, UnsupportedModel, AdapterError, TableError: a file cannot be used; the message names what is wrong.
+          GGUFError, UnsupportedModel, AdapterError: a file cannot be used; the message names what is wrong.
         """
         _limit_threads(threads)
         _platform.limit_lapack()
         native.use(native_kernels and mesh_data * mesh_model == 1)
         pallas.use(native_kernels)
-        cache = Path(cache_path) if cache_path is not None else default_cache()
-        use_cache(cache / "compiled")
+        cache = kept.usable(Path(cache_path) if cache_path is not None else default_cache())
+        if cache is not None:
+            use_cache(cache / "compiled")
         compilations = CompileCounter()
         # first: loading a model takes seconds, and another server's folder is no use
         folder = None if memory_path is None or not memory_enabled else MemoryFolder(Path(memory_path))
@@ -311,7 +315,7 @@ class Engine:
                 )
             return tokens
         if self._table is None:
-            raise MemoryUnavailable("ATLAS not enabled")
+            raise self._no_memory()
         if request.prompt_logprobs is not None and request.memory.session is not None:
             raise InvalidRequest("log-probabilities of a prompt are not available in a session", param="echo")
         self._runner.check(request.memory)
@@ -322,8 +326,11 @@ class Engine:
     def sessions(self) -> SessionTable:
         """The sessions; raises MemoryUnavailable in an engine without memory."""
         if self._table is None:
-            raise MemoryUnavailable("ATLAS not enabled")
+            raise self._no_memory()
         return self._table
+
+    def _no_memory(self) -> MemoryUnavailable:
+        return MemoryUnavailable(self.model.memory_unavailable or "ATLAS not enabled")
 
     def stats(self) -> EngineStats:
         """Counters since start, and gauges of this moment."""
@@ -413,7 +420,7 @@ class _Submitted:
 def _open_model(
     path: str | os.PathLike[str],
     *,
-    cache: Path,
+    cache: Path | None,
     memory: bool,
     adapter_path: Path | None,
     max_running: int,

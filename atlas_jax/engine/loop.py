@@ -1,7 +1,6 @@
-"""The engine's thread: admits requests, reads prompts a chunk at a time, has the batch decode, and ends what has ended.
+"""The engine's thread: admits requests, reads prompts a part at a time, has the batch decode, and ends what has ended.
 
-One turn of the loop reads at most one chunk of one prompt and launches one decode step, so no stream waits longer than
-one chunk.
+One turn of the loop launches a part of a prompt, or what streams leave time for (`reading.Pace`), and one decode step.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -22,6 +22,7 @@ from atlas_jax.engine.api import (
     FinishReason,
     InvalidRequest,
     MemoryStats,
+    MemoryUnavailable,
     Prompt,
     SlotInfo,
 )
@@ -30,13 +31,13 @@ from atlas_jax.engine.counters import Counters
 from atlas_jax.engine.output import token_info
 from atlas_jax.engine.prefix import PrefixCache
 from atlas_jax.engine.queue import FairQueue
+from atlas_jax.engine.reading import AHEAD, Pace, Prompts
 from atlas_jax.engine.resident import give_back
 from atlas_jax.engine.rows import Rows
 from atlas_jax.engine.session import Session
-from atlas_jax.engine.settings import MemoryWrite, memory_settings
-from atlas_jax.engine.step import Packed
-from atlas_jax.engine.tiers import SessionTiers
-from atlas_jax.engine.turns import begin_page, kept_session, new_text, resume, resume_plain, same_shape
+from atlas_jax.engine.settings import MemoryWrite
+from atlas_jax.engine.tiers import NewText, SessionTiers
+from atlas_jax.engine.turns import kept_session, new_text, resume, resume_plain, same_shape
 from atlas_jax.engine.work import Work
 from atlas_jax.gguf import Tokenizer
 
@@ -80,10 +81,12 @@ class Loop:
         self._stopping = False
         self._poked = False
         self._waiting: FairQueue[Work] = FairQueue()
-        self._lanes: deque[Work] = deque()
+        self._prompts = Prompts(runner, tokenizer, self.counters)
+        self._pace = Pace()
         self._batch = Batch(runner, tokenizer, self.counters, finish=self._finish, fail=self._fail)
         self.failure: BaseException | None = None
         self._held = 0
+        self._untidy = False
         self._thread = threading.Thread(target=self._run, name="atlas-engine", daemon=True)
 
     # --- from other threads ---------------------------------------------------------------------------------------
@@ -121,7 +124,7 @@ class Loop:
     @property
     def running(self) -> int:
         """Requests being read or answered."""
-        return len(self._lanes) + len(self._batch)
+        return len(self._prompts) + len(self._batch)
 
     @property
     def waiting(self) -> int:
@@ -149,8 +152,9 @@ class Loop:
             while self._wait():
                 self._drop_cancelled()
                 self._admit()
-                self._read_some()
-                self._batch.step(alone=not self._lanes and not len(self._waiting))
+                parts = self._read_some()
+                landed = self._batch.step(alone=not len(self._prompts) and not len(self._waiting))
+                self._pace.turned(self._batch.size, parts, time.perf_counter(), landed=landed)
         except BaseException as error:
             log.exception("The engine's thread has died")
             self.failure = error
@@ -159,9 +163,8 @@ class Loop:
 
     def _wait(self) -> bool:
         """Sleeps until there is something to do; False when it is time to end."""
-        if not self._lanes and self._batch.idle and not self._called(_REST_AFTER):
-            self._batch.rest()
-            self._held = give_back(self._held)
+        if not len(self._prompts) and self._batch.idle and not self._called(_REST_AFTER):
+            self._rest()
             self._called(None)
         with self._signal:
             self._poked = False
@@ -170,6 +173,16 @@ class Loop:
         for work in arrived:
             self._waiting.push(work.request.owner, work)
         return not stopping
+
+    def _rest(self) -> None:
+        """Gives back what an idle engine does not need; if that fails, requests are served without."""
+        try:
+            self._batch.rest()
+            self._held = give_back(self._held)
+        except Exception:
+            if not self._untidy:  # said once: it would fail again after every pause
+                log.exception("An idle engine could not give its memory back; it goes on serving")
+            self._untidy = True
 
     def _called(self, timeout: float | None) -> bool:
         """Waits until somebody wants something; False if nobody did in time."""
@@ -182,9 +195,9 @@ class Loop:
         for work in [work for work in self._waiting if work.cancelled.is_set()]:
             self._waiting.remove(work)
             self._finish(work, "cancelled")
-        for work in [work for work in self._lanes if work.cancelled.is_set()]:
+        for work in [work for work in self._prompts if work.cancelled.is_set()]:
             self._finish(work, "cancelled")  # first: whoever sees it gone may count on its session being back
-            self._lanes.remove(work)
+            self._prompts.remove(work)
         for index, work in self._batch.sitting():
             if work.cancelled.is_set():
                 self._finish(work, "cancelled", index)
@@ -197,21 +210,33 @@ class Loop:
                 return
             if work.done:
                 continue
-            try:
-                self._begin(work)
-            except EngineError as error:
-                self._fail(work, error)
+            self._guarded(work, self._begin)
+
+    def _guarded(self, work: Work, act: Callable[[Work], None]) -> None:
+        """Does something for a request that is not in the batch; what goes wrong ends that request and no other."""
+        try:
+            act(work)
+        except Exception as error:
+            if work in self._prompts:
+                self._prompts.remove(work)
+            if not isinstance(error, EngineError):
+                log.exception("A request failed while its prompt was read")
+                error = EngineError("The engine could not read this prompt")
+            self._fail(work, error)
 
     def _ready(self, work: Work) -> bool:
         """Whether a request can begin; takes its session if it can. One that cannot be had fails here."""
-        if self._prefixes.budget and any(lane.reads_for(work) for lane in self._lanes):
+        if self._prefixes.budget and any(reading.reads_for(work) for reading in self._prompts):
             return False
         memory = work.request.memory
         if memory is None or memory.session is None or self._sessions is None:
             return True
         try:
             work.lease = self._sessions.acquire(memory.session)
-        except EngineError as error:
+        except Exception as error:
+            if not isinstance(error, EngineError):
+                log.exception("A session could not be taken")
+                error = MemoryUnavailable("The session's memory cannot be read", retry_after=5.0)
             self._fail(work, error)
             return True
         return work.lease is not None
@@ -242,7 +267,7 @@ class Loop:
             work.write = MemoryWrite.from_params(memory, work.shape.degree)
             self._fit_context(work)
         work.began = work.position
-        self._lanes.append(work)
+        self._prompts.add(work)
 
     def _fit_context(self, work: Work) -> None:
         """Ends a session's answer where the model has no room left for it.
@@ -264,66 +289,30 @@ class Loop:
         work.limit = min(work.limit, room)
 
     # --- reading prompts ------------------------------------------------------------------------------------------
-    def _read_some(self) -> None:
-        """Reads one chunk of the prompt whose turn it is; a prompt that is read joins the decode batch."""
-        if not self._lanes:
-            return
-        work = self._lanes[0]
-        try:
-            read = self._read_chunk(work)
-        except Exception as error:  # only this prompt's own row is lost
-            self._lanes.popleft()
-            if not isinstance(error, EngineError):
-                log.exception("A prompt could not be read")
-                error = EngineError("The engine could not read this prompt")
-            self._fail(work, error)
-            return
-        if read:
-            self._join(work)
-        self._lanes.popleft()
-        if not read:
-            self._lanes.append(work)
+    def _read_some(self) -> int:
+        """Launches parts of prompts, as many as streams leave time for, and tells how many.
 
-    def _read_chunk(self, work: Work) -> bool:
-        """Reads up to the end of the page; tells whether only the token that starts the answer is left."""
-        whole = work.limit == 0  # nothing will be generated: the last token is read like the others
-        left = len(work.feed) if whole else len(work.feed) - 1
-        if left <= 0:
-            return True
-        assert work.row is not None
-        if work.needs_page:
-            work.row = self._runner.at_least(work.row, work.plan.ring(work.position + 1))
-            work.row = self._runner.turn(work.row, *begin_page(self._runner, self.counters, work))
-        count = min(left, PAGE - work.position % PAGE)
-        tokens, work.feed = work.feed[:count], work.feed[count:]
-        settings = memory_settings(work.request.memory, *work.memory_shape)
-        if work.request.prompt_logprobs is None:
-            work.row = self._runner.read(work.row, settings, tokens)
-        else:
-            following = [*tokens[1:], work.feed[0] if work.feed else tokens[-1]]
-            alternatives = work.request.prompt_logprobs > 0
-            work.row, packed = self._runner.score(work.row, settings, tokens, following, alternatives=alternatives)
-            self._keep_scores(work, packed, following if work.feed else following[:-1])
-        if work.kept is not None:
-            work.kept.history.extend(tokens)
-            work.kept.pending = None
-        work.position += count
-        self.counters.prompt_tokens += count
-        return count == left
-
-    def _keep_scores(self, work: Work, packed: Packed, following: list[int]) -> None:
-        integers, numbers = np.asarray(packed.integers), np.asarray(packed.numbers)
-        if not work.scored:
-            work.scored.append(token_info(self._tokenizer, work.request.prompt[0], None, (), ()))
-        wanted = work.request.prompt_logprobs or 0
-        for index, token in enumerate(following):
-            top = integers[index, 1 : 1 + wanted], numbers[index, 2 : 2 + wanted]
-            work.scored.append(token_info(self._tokenizer, token, float(numbers[index, 0]), *top))
+        A prompt that has been read joins the decode batch.
+        """
+        parts, ahead = 1, AHEAD
+        if not self._batch.idle:
+            parts = self._pace.parts(self._batch.size)
+            ahead = max(AHEAD, 2 * parts)
+        launched = 0
+        for work in self._prompts.ready:
+            self._guarded(work, self._join)
+        while launched < parts and len(self._prompts) and self._prompts.has_room(ahead, wait=self._batch.idle):
+            self._guarded(self._prompts.next(), self._prompts.read)
+            launched += 1
+            for read in self._prompts.ready:
+                self._guarded(read, self._join)
+        return launched
 
     def _join(self, work: Work) -> None:
         """Puts a prompt that has been read into the decode batch, or ends it if nothing is to be generated."""
         request = work.request
         work.prompt_end = work.position if work.limit else -1
+        work.feed, work.fed = work.feed[work.fed :], 0
         self.counters.cached_tokens += work.cached
         if work.request.prompt_logprobs is not None:
             if not work.scored:
@@ -331,11 +320,12 @@ class Loop:
             work.send(Prompt(tuple(work.scored)))
         if work.limit == 0:
             self._finish(work, "length")
-            return
-        assert work.row is not None
-        if work.reuses:
-            self._prefixes.keep(request.owner, request.prompt[: work.position], work.row.context)
-        self._batch.add(work, alone=len(self._lanes) <= 1 and not len(self._waiting))  # the one lane is its own
+        else:
+            assert work.row is not None
+            if work.reuses:
+                self._prefixes.keep(request.owner, request.prompt[: work.position], work.row.context)
+            self._batch.add(work, alone=len(self._prompts) <= 1 and not len(self._waiting))  # the one prompt is its own
+        self._prompts.remove(work)
 
     # --- endings --------------------------------------------------------------------------------------------------
     def _finish(self, work: Work, reason: FinishReason, index: int | None = None) -> None:
@@ -345,18 +335,25 @@ class Loop:
         work.done = True
         self.counters.drafted_tokens += work.drafted
         self.counters.accepted_tokens += work.accepted
-        stats, kept = self._close_memory(work, reason, index)
+        try:
+            stats, kept = self._close_memory(work, reason, index)
+            text = None if kept is None else new_text(work, kept)
+        except Exception:
+            log.exception("What a request has learned could not be kept")
+            work.done = False
+            self._fail(work, EngineError("The engine could not finish this request"), index)
+            return
         if index is not None:
             self._batch.leave(index)
         work.row = None
         self.counters.completed += reason in ("stop", "length")
         self.counters.cancelled += reason == "cancelled"
-        self._give_back(work, kept, work.finished(reason, stats))
+        self._give_back(work, kept, text, work.finished(reason, stats))
 
-    def _give_back(self, work: Work, kept: Session | None, end: Finished) -> None:
+    def _give_back(self, work: Work, kept: Session | None, text: NewText | None, end: Finished) -> None:
         """Returns the session as this request leaves it, or as it was; the last event follows once it is durable."""
         lease, memory = work.lease, work.request.memory
-        if kept is None or lease is None or memory is None or self._sessions is None:
+        if kept is None or text is None or lease is None or memory is None or self._sessions is None:
             self._release(work)
             work.send(end)
             return
@@ -368,7 +365,7 @@ class Loop:
             else:
                 work.send(end)
 
-        self._sessions.commit(lease, kept, new_text(work, kept), memory.cache_strategy, done)
+        self._sessions.commit(lease, kept, text, memory.cache_strategy, done)
 
     def _fail(self, work: Work, error: EngineError, index: int | None = None) -> None:
         if work.done:
@@ -376,7 +373,10 @@ class Loop:
         if index is not None:
             self._batch.leave(index)
         work.row = None
-        self._release(work)
+        try:
+            self._release(work)
+        except Exception:
+            log.exception("A session could not be put back")
         self.counters.failed += 1
         work.fail(Failed(error))
 
@@ -435,7 +435,7 @@ class Loop:
             arrived, self._inbox = list(self._inbox), deque()
         if self.failure is None and not self._runner.rewinds:
             self._batch.land()
-        everyone: list[tuple[Work, int | None]] = [(work, None) for work in [*arrived, *self._waiting, *self._lanes]]
+        everyone: list[tuple[Work, int | None]] = [(work, None) for work in [*arrived, *self._waiting, *self._prompts]]
         everyone += [(work, index) for index, work in self._batch.sitting()]
         for work, index in everyone:
             try:
@@ -445,4 +445,4 @@ class Loop:
                     self._finish(work, "cancelled", index)
             except Exception:
                 log.exception("A request could not be ended")
-        self._lanes.clear()
+        self._prompts.clear()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from dataclasses import dataclass
@@ -12,8 +11,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.config import PAGE, ConfigError, MemoryConfig, ModelConfig
-from atlas_jax.engine import snapshot, successors
+from atlas_jax.config import PAGE, ConfigError
+from atlas_jax.engine import successors
+from atlas_jax.engine.adapters import NOT_FITTED, AdapterFinder, Fitted
 from atlas_jax.engine.api import ModelInfo
 from atlas_jax.engine.recall_layout import RecallLayout
 from atlas_jax.engine.rows import DRAFTING, Buckets, Rows
@@ -24,21 +24,15 @@ from atlas_jax.engine.trained import TrainedRunner
 from atlas_jax.engine.trained_layout import TrainedLayout
 from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFError, GGUFFile, Tokenizer
 from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.memory import store
-from atlas_jax.memory.adapter import Adapter
-from atlas_jax.memory.fit import calibrate_with
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.lm.export import read_gguf
 from atlas_jax.model.loading import WeightDtype, load_params, model_config, parameter_count
-from atlas_jax.model.params import ModelParams
-from atlas_jax.placement import Placement, on_mesh
+from atlas_jax.placement import on_mesh
 
 log = logging.getLogger("atlas.engine")
 
-_CALIBRATION_TOKENS = 4096
-"""Tokens read of each text when a server calibrates by itself: under a minute for a small model on two cores."""
 _LARGEST_STATE = 1 << 30
 """Bytes of one row of a trained model: what its configuration asks for is a stranger's word."""
 _LONGEST = (1 << 30) - 1
@@ -65,7 +59,7 @@ class Opened:
 def open_pretrained(
     file: GGUFFile,
     *,
-    cache: Path,
+    cache: Path | None,
     memory: bool,
     adapter_path: Path | None,
     max_running: int,
@@ -80,7 +74,7 @@ def open_pretrained(
     """A model of a known family, and unless `memory` is False its recall memory; arguments as for `Engine.open`.
 
     Raises:
-      ConfigError, GGUFError, UnsupportedModel, AdapterError, TableError: as `Engine.open`.
+      ConfigError, GGUFError, UnsupportedModel, AdapterError: as `Engine.open`.
     """
     started = time.monotonic()
     tokenizer, template = _text(file)
@@ -91,13 +85,14 @@ def open_pretrained(
     params = load_params(file, config, dtype=weight_dtype, placement=placement)
     log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
     context = min(max_context, config.context_length)
-    found: MemoryConfig | None = None
-    adapter: Adapter | None = None
-    digest, source = "", None
+    fitted: Fitted | None = None
+    unavailable: str | None = None
     if memory:
-        found, adapter, digest, source = _find_adapter(
-            adapter_path, cache / "adapters", fingerprint, config, tokenizer, params, max_window, placement
-        )
+        finder = AdapterFinder(file, config, tokenizer, params, max_window=max_window, placement=placement)
+        fitted = finder.find(adapter_path, cache)
+        if fitted is None:
+            unavailable = NOT_FITTED
+    found, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
     successor = successors.find(cache, fingerprint, config.vocab)
     pages = max(context // PAGE, 1, 0 if found is None else (max_window + found.max_omega_window) // PAGE)
     # attention over float pages is never of a single row of a single token: it would round differently
@@ -116,9 +111,10 @@ def open_pretrained(
         layers=len(config.layers),
         embedding_size=config.embed,
         memory_layers=() if found is None else found.layers,
-        adapter=source,
+        adapter=None if fitted is None else fitted.source,
+        memory_unavailable=unavailable,
     )
-    layout = None if found is None else RecallLayout(config, found, kv_dtype, fingerprint, digest)
+    layout = None if fitted is None else RecallLayout(config, fitted.config, kv_dtype, fingerprint, fitted.digest)
     return Opened(info, tokenizer, template, runner, layout, context)
 
 
@@ -182,40 +178,6 @@ def _text(file: GGUFFile) -> tuple[Tokenizer, ChatTemplate]:
 
     bos, eos = text(tokenizer.bos_id), text(tokenizer.eos_id)
     return tokenizer, ChatTemplate(FALLBACK_TEMPLATE, bos_token=bos, eos_token=eos)
-
-
-def _find_adapter(
-    path: Path | None,
-    cache: Path,
-    fingerprint: str,
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    params: ModelParams,
-    max_window: int,
-    placement: Placement,
-) -> tuple[MemoryConfig, Adapter, str, str]:
-    """The adapter asked for, shipped or cached, else calibrated now and kept; the digest of its file; where it is from."""
-    own = store.cached(cache, fingerprint)
-    data = path.read_bytes() if path is not None else store.shipped(fingerprint)
-    source = "given" if path is not None else "shipped" if data is not None else "calibrated"
-    if data is None and own.is_file():
-        data = own.read_bytes()
-    if data is None:
-        started = time.monotonic()
-        log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once")
-        found = calibrate_with(tokenizer, config, params, store.calibration_texts(), _CALIBRATION_TOKENS, placement)
-        data = store.encode(fingerprint, found.config, found.adapter)
-        with snapshot.atomic_file(own) as file:
-            file.write(data)
-        log.info(
-            "[ATLAS] Calibrated in %.0f s: layers %s, loss past the window %.3f without and %.3f with the memory",
-            time.monotonic() - started,
-            found.config.layers,
-            found.loss_window,
-            found.loss_memory,
-        )
-    found_config, adapter = store.decode(data, fingerprint, config, max_window=max_window)
-    return found_config, adapter, hashlib.sha256(data).hexdigest(), source
 
 
 def _state_bytes(runner: Rows) -> int:

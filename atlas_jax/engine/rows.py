@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,23 @@ class Buckets:
     def width(self, rows: int) -> int:
         """Tokens per row of a decode step. It depends on nothing else: steps of different shapes round differently."""
         return 1 + DRAFTS if rows <= self.drafting else 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of the programs that read a piece of a prompt leaves.
+
+    Attributes:
+      row: the row. Before the piece has been read it is where it was, and can be kept as such.
+      made: an array that is there when the program has run.
+      done: whether the piece has been read.
+      scores: those of a piece that is scored, with its last part.
+    """
+
+    row: Sequences
+    made: jax.Array
+    done: bool = True
+    scores: Packed | None = None
 
 
 class Rows(ABC):
@@ -133,8 +150,8 @@ class Rows(ABC):
         """Begins a page of the row at place `index`."""
 
     @abstractmethod
-    def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Sequences:
-        """Reads tokens of the current page."""
+    def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Iterator[Part]:
+        """Reads tokens of the current page, launching one program after the other; uses the row up."""
 
     @abstractmethod
     def score(
@@ -145,8 +162,8 @@ class Rows(ABC):
         following: Sequence[int],
         *,
         alternatives: bool,
-    ) -> tuple[Sequences, Packed]:
-        """Reads tokens of the current page and scores the token that follows each."""
+    ) -> Iterator[Part]:
+        """Reads tokens of the current page and scores the token that follows each; as `read`."""
 
     @abstractmethod
     def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> Packed:
@@ -219,14 +236,16 @@ class Rows(ABC):
 
     def resize(self, rows: int, pages: int, moves: dict[int, int]) -> None:
         """Makes the batch another size; `moves` maps each row that lives on to its new place."""
-        key, old, drawing = (self.rows, self.pages), self.sequences, self.drawing
-        self.sequences = self._sequences(rows, pages)
-        self.drawing, self._room = self._idle(rows)
+        key = self.rows, self.pages
+        sequences = self._sequences(rows, pages)
+        drawing, room = self._idle(rows)
         for source, target in moves.items():
             index = np.int32(source)
-            self.sequences = self._put(self.sequences, self._extract(key, old, index), target, with_memory=True)
-            single = self._extract_drawing(key[0], drawing, index)
-            self.drawing = self._start(rows, self.drawing, single, np.int32(target))
+            sequences = self._put(sequences, self._extract(key, self.sequences, index), target, with_memory=True)
+            single = self._extract_drawing(key[0], self.drawing, index)
+            drawing = self._start(rows, drawing, single, np.int32(target))
+        # all at once: if there was no memory for it, the batch is as it was
+        self.sequences, self.drawing, self._room = sequences, drawing, room
 
     def insert(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ import numpy as np
 from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
 from atlas_jax.engine import step, whole
 from atlas_jax.engine.api import MemoryParams
-from atlas_jax.engine.rows import SCALAR, Buckets, Rows, refused, sent
+from atlas_jax.engine.rows import SCALAR, Buckets, Part, Rows, refused, sent
 from atlas_jax.engine.session import SessionShape
 from atlas_jax.engine.settings import MemoryWrite, memory_settings, write_settings
 from atlas_jax.engine.state import Sequences, init_sequences
@@ -159,17 +159,16 @@ class Runner(Rows):
         """Begins a page of a single row."""
         return self._turn_sequences(row, 0, turn, write)
 
-    def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Sequences:
-        """Reads tokens of the current page."""
+    def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Iterator[Part]:
+        """Reads tokens of the current page, a group of layers at a time; uses the row up."""
         padded, count = self._pad(tokens)
-        context, view, states = self._trunk(
-            _step_key(row, padded.shape[1]), self._weights.params, row.context, padded, count
-        )
-        memory, ring = row.memory, view.ring
-        if memory is not None:
-            rest = (self._taps(states), padded, ring.positions, ring.valid)
-            memory = self._finish_read(padded.shape, self._ends.adapter, memory, settings, *rest)
-        return Sequences(context, memory)
+        key, memory = _step_key(row, padded.shape[1]), row.memory
+        for context, view, states in self._trunk.parts(key, self._weights.params, row.context, padded, count):
+            done = len(states) == len(self.config.model.layers)
+            if done and memory is not None:
+                rest = (self._taps(states), padded, view.ring.positions, view.ring.valid)
+                memory = self._finish_read(padded.shape, self._ends.adapter, memory, settings, *rest)
+            yield Part(Sequences(context, memory), states[-1], done)
 
     def score(
         self,
@@ -179,18 +178,22 @@ class Runner(Rows):
         following: Sequence[int],
         *,
         alternatives: bool,
-    ) -> tuple[Sequences, Packed]:
-        """Reads tokens of the current page and scores the token that follows each."""
+    ) -> Iterator[Part]:
+        """Reads tokens of the current page and scores the token that follows each; as `read`."""
         padded, count = self._pad(tokens)
         successors, _ = self._pad(following)
-        context, view, states = self._trunk(
-            _step_key(row, padded.shape[1]), self._weights.params, row.context, padded, count
-        )
+        key = _step_key(row, padded.shape[1])
+        whole = None
+        for whole in self._trunk.parts(key, self._weights.params, row.context, padded, count):
+            unread = dataclasses.replace(whole[0], position=row.context.position)
+            yield Part(Sequences(unread, row.memory), whole[2][-1], done=False)
+        assert whole is not None
+        context, view, states = whole
         rest = (states[-1], self._taps(states), padded, view.ring.positions, view.ring.valid, successors)
         memory, packed = self._finish_score(
             padded.shape, self._ends, row.memory, settings, *rest, np.bool_(alternatives)
         )
-        return Sequences(context, memory), packed
+        yield Part(Sequences(context, memory), packed.integers, scores=packed)
 
     def _taps(self, states: list[Any]) -> tuple[Any, ...]:
         return tuple(states[layer] for layer in self.config.taps)

@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from atlas_jax import _tensors
+from atlas_jax.engine import kept
 from atlas_jax.kernels.lookup import NONE
 from atlas_jax.typing import Int32
 
@@ -70,16 +71,14 @@ def decode(data: bytes, fingerprint: str, vocab: int) -> Int32[np.ndarray, V]:
     return table
 
 
-def find(cache: Path, fingerprint: str, vocab: int) -> Int32[np.ndarray, V]:
+def find(cache: Path | None, fingerprint: str, vocab: int) -> Int32[np.ndarray, V]:
     """The table shipped for a model, or else the one in a cache folder, or else an empty one.
 
-    Raises:
-      TableError: the file is damaged or made for another model.
+    A file that cannot be used is named in the log and, in the cache folder, set aside: a table only saves time.
     """
-    for file in (shipped_path(fingerprint), cached_path(cache, fingerprint)):
-        if file.is_file():
-            return decode(file.read_bytes(), fingerprint, vocab)
-    return np.full((vocab,), NONE, np.int32)
+    own = None if cache is None else cached_path(cache, fingerprint)
+    found = kept.load("successor table", shipped_path(fingerprint), own, lambda data: decode(data, fingerprint, vocab))
+    return np.full((vocab,), NONE, np.int32) if found is None else found[0]
 
 
 def shipped_path(fingerprint: str) -> Path:

@@ -7,7 +7,7 @@ read cannot be taken back. Prompts are read in pieces of exact length, for a tok
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 
 from atlas_jax.engine import step
 from atlas_jax.engine.api import MemoryParams
-from atlas_jax.engine.rows import SCALAR, Buckets, Rows, refused, sent
+from atlas_jax.engine.rows import SCALAR, Buckets, Part, Rows, refused, sent
 from atlas_jax.engine.session import SessionShape
 from atlas_jax.engine.settings import MemoryWrite
 from atlas_jax.engine.state import Drawing, Sequences
@@ -131,12 +131,12 @@ class TrainedRunner(Rows):
     def turn_row(self, index: int, turn: Turn, write: MemoryWrite | None) -> None:
         """Nothing: rows have no pages."""
 
-    def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Sequences:
-        """Reads tokens."""
+    def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Iterator[Part]:
+        """Reads tokens, all in one part: what has been read of them stays read."""
         state: Any = row.context
         for piece in pieces(tokens):
-            state = self._read(piece.shape[1], self._params, state, piece)
-        return Sequences(state, None)
+            state, made = self._read(piece.shape[1], self._params, state, piece)
+        yield Part(Sequences(state, None), made)
 
     def score(
         self,
@@ -146,15 +146,15 @@ class TrainedRunner(Rows):
         following: Sequence[int],
         *,
         alternatives: bool,
-    ) -> tuple[Sequences, Packed]:
-        """Reads tokens and scores the token that follows each."""
+    ) -> Iterator[Part]:
+        """Reads tokens and scores the token that follows each; as `read`."""
         state: Any = row.context
         found: list[Packed] = []
         for piece, after in zip(pieces(tokens), pieces(following), strict=True):
             state, packed = self._score(piece.shape[1], self._params, state, piece, after, np.bool_(alternatives))
             found.append(packed)
         both = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *found)
-        return Sequences(state, None), both
+        yield Part(Sequences(state, None), packed.integers, scores=both)
 
     # --- the decode batch -----------------------------------------------------------------------------------------
     @property
@@ -221,8 +221,12 @@ def pieces(tokens: Sequence[int]) -> list[Int32[np.ndarray, "1 T"]]:
     return found
 
 
-def _read(config: LMConfig, params: LMParams, state: LMState, tokens: Int32[Array, "B T"]) -> LMState:
-    return streaming.extend(config, params, state, tokens, jnp.ones(tokens.shape[:1], bool))[0]
+def _read(
+    config: LMConfig, params: LMParams, state: LMState, tokens: Int32[Array, "B T"]
+) -> tuple[LMState, Int32[Array, ""]]:
+    """The state, and how many tokens have been read: an array that the next piece does not use up."""
+    state = streaming.extend(config, params, state, tokens, jnp.ones(tokens.shape[:1], bool))[0]
+    return state, state.position.sum()
 
 
 def _score(

@@ -43,7 +43,7 @@ class Work:
       tokens: the prompt as an array.
       history: what the prompt did to what its session holds.
       shape, write: of its memory, or None for the plain model.
-      feed: prompt tokens still to be read, of which the last is fed by the first decode step.
+      feed, fed: prompt tokens to be read, and how many of them have been; the last one is fed by the first decode step.
       position: position of the next token to be read or fed, after the last step whose result is known.
       began: position from which it reads on.
       flying: tokens per row of the step in flight if it takes part in it, else 0.
@@ -78,6 +78,7 @@ class Work:
     shape: SessionShape | None = None
     write: MemoryWrite | None = None
     feed: list[int] = field(default_factory=list)
+    fed: int = 0
     position: int = 0
     began: int = 0
     page: int = -1

@@ -30,6 +30,8 @@ from atlas_jax.placement import ONE_DEVICE, Placement
 
 _FIRST_CANDIDATE = 0.4
 """Depth from which a layer's state is tried as a key."""
+_LEAST = 1e-30
+"""Least probability: both of a model whose weights are noise and of its memory may be 0, and a slope has no such quotient."""
 _OUTLIER = 4.0
 """Tokens whose residual is this many times the median norm are attention sinks, not text."""
 
@@ -262,7 +264,7 @@ def _collect(
             done += 1
             progress("fitting the gate", done / total)
     features, p_memory, p_model = (np.concatenate(parts) for parts in zip(*samples, strict=True))
-    return features, np.maximum(p_model, 1e-30), p_memory
+    return features, np.maximum(p_model, _LEAST), p_memory
 
 
 def _exact_write(end: int, window: int) -> WriteSettings:
@@ -284,8 +286,8 @@ def _fit_gate(features: np.ndarray, p_model: np.ndarray, p_memory: np.ndarray) -
     weight[0] = -2.0
     first, second = np.zeros_like(weight), np.zeros_like(weight)
     for step in range(1, 601):
-        g = 1 / (1 + np.exp(-inputs @ weight))
-        mixture = (1 - g) * p_model + g * p_memory
+        g = (1 + np.tanh(inputs @ weight / 2)) / 2  # the logistic function, without an exponential that overflows
+        mixture = np.maximum((1 - g) * p_model + g * p_memory, _LEAST)
         slope = -((p_memory - p_model) / mixture * g * (1 - g)) @ inputs / len(inputs) + 1e-4 * weight
         first = 0.9 * first + 0.1 * slope
         second = 0.99 * second + 0.01 * slope**2

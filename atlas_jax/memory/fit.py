@@ -83,7 +83,10 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, help="most tokens read of each text")
     args = parser.parse_args()
     texts = [path.read_text("utf-8") for path in args.texts] if args.texts else store.calibration_texts()
-    data, report = fit(args.model, texts, args.max_tokens)
+    try:
+        data, report = fit(args.model, texts, args.max_tokens)
+    except store.AdapterError as error:
+        raise SystemExit(f"No memory could be fitted to {args.model}: {error}") from error
     output: Path = store.shipped_path(str(report["model"])) if args.ship else args.output
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_bytes(data)

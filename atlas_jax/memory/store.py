@@ -29,9 +29,16 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
-    """Serialises the calibrated part of an adapter; the rest follows from the configuration."""
+    """Serialises the calibrated part of an adapter; the rest follows from the configuration.
+
+    Raises:
+      AdapterError: a number is not finite: no memory could be read with it.
+    """
     header = _Header(_VERSION, fingerprint, list(config.layers), config.components, config.features, config.code_dim)
     projection = np.asarray(adapter.projection, np.float32)
+    for name, array in (("mean", adapter.mean), ("projection", projection), ("gate", adapter.gate)):
+        if not np.isfinite(np.asarray(array)).all():
+            raise AdapterError(f"the adapter's '{name}' is not finite")
     # models whose states are large have projections that float16 alone could not hold
     exponent = np.frexp(np.abs(projection).max(axis=(1, 2)))[1].astype(np.int16)
     arrays: dict[str, np.ndarray] = {

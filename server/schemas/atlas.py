@@ -304,6 +304,7 @@ class StatusData(Struct, kw_only=True, frozen=True):
     state_bytes_per_session: int
     adapter: str | None
     set_aside: list[SetAside]
+    memory_unavailable: str | None
 
 
 class StatusResponse(Struct, kw_only=True, frozen=True):

@@ -128,7 +128,7 @@ class Inference:
             context.session,
             owner=context.identity.owner,
             defaults=self._config.values,
-            enabled=self._memory_enabled,
+            unavailable=self._host.engine.model.memory_unavailable if self._memory_enabled else "ATLAS not enabled",
             max_window=self._config.max_window,
         )
         if plan.session_id is not None and plan.session_id.isascii():

@@ -174,7 +174,10 @@ class MemoryService:
         Args:
           failure: what is said where the disk does not do what it is told.
         """
-        store = self._host.engine.sessions
+        engine = self._host.engine
+        if engine.model.memory_unavailable is not None:
+            raise NotEnabled(engine.model.memory_unavailable)
+        store = engine.sessions
         try:
             for pause in _RETRY_SECONDS:
                 try:

@@ -38,7 +38,7 @@ def plan_memory(
     *,
     owner: str,
     defaults: AtlasDefaults,
-    enabled: bool,
+    unavailable: str | None,
     max_window: int,
 ) -> MemoryPlan:
     """Resolves one request.
@@ -47,7 +47,7 @@ def plan_memory(
 
     Args:
       header: the value of `X-Session-ID`, or None.
-      enabled: whether this server has the memory turned on.
+      unavailable: why this server has no memory, or None.
 
     Raises:
       BadRequest: a value out of range, or two different sessions.
@@ -60,10 +60,10 @@ def plan_memory(
     check_windows(merged, max_window=max_window, prefix="atlas.")
     if not merged.enabled:
         return MemoryPlan(params=None, batch_size=merged.batch_size)
-    if not enabled:
+    if unavailable is not None:
         if session_id is not None:
-            raise NotEnabled("ATLAS not enabled")
-        return MemoryPlan(params=None, batch_size=merged.batch_size, degraded="ATLAS not enabled")
+            raise NotEnabled(unavailable)
+        return MemoryPlan(params=None, batch_size=merged.batch_size, degraded=unavailable)
     return MemoryPlan(
         params=MemoryParams(
             session=None if session_id is None else SessionKey(owner, session_id),

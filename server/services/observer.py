@@ -59,6 +59,7 @@ class Observer:
         self._host, self._stats, self._config, self._settings = host, stats, config, settings.atlas
         self._subscribers: set[Subscriber] = set()
         self._closed = False
+        self._silent = False
 
     # --- sampling ------------------------------------------------------------------------------------------------
     async def run(self) -> None:
@@ -78,10 +79,15 @@ class Observer:
             await asyncio.sleep(min(1.0, max(0.01, min(sample_at, publish_at) - time.monotonic())))
 
     def engine_stats(self) -> EngineStats | None:
-        """The engine's figures, or None while there is no engine to ask."""
+        """The engine's figures, or None while there is no engine to ask, or it cannot say."""
         try:
             return self._host.engine.stats()
         except ServerError:
+            return None
+        except Exception:  # figures are no reason to stop the sampler, or a scrape
+            if not self._silent:
+                log.exception("The engine's figures could not be read")
+            self._silent = True
             return None
 
     def _publish(self) -> None:
@@ -140,7 +146,7 @@ class Observer:
         return schema.StatusResponse(
             status="healthy" if self._host.ready else "draining",
             data=schema.StatusData(
-                initialized=True,
+                initialized=model.memory_unavailable is None,
                 enabled=True,
                 context_pool_size=stats.contexts_total,
                 contexts_in_use=stats.contexts_in_use,
@@ -151,7 +157,10 @@ class Observer:
                 memory_layers=list(model.memory_layers),
                 state_bytes_per_session=model.state_bytes_per_session,
                 adapter=model.adapter,
-                set_aside=[
+                memory_unavailable=model.memory_unavailable,
+                set_aside=[]
+                if model.memory_unavailable is not None
+                else [
                     schema.SetAside(name=one.name, kind=one.kind, reason=one.reason)
                     for one in engine.sessions.set_aside(owner)
                 ],

@@ -35,6 +35,8 @@ class Persistence:
         """Brings in what every owner's memory file has that is newer than the sessions stored; damage is set aside."""
         if not (self._settings.enabled and self._settings.memory_persist and self._settings.auto_load_memory):
             return
+        if engine.model.memory_unavailable is not None:
+            return
         for owner in self._owners:
             try:
                 with self._metrics.load_seconds.time():
@@ -64,7 +66,7 @@ class Persistence:
         Args:
           timeout: seconds it may take. What is not written is in the sessions' journals all the same.
         """
-        if not self.saving:
+        if not self.saving or engine.model.memory_unavailable is not None:
             return
         started = time.monotonic()
         left = engine.sessions.save_changed(timeout=timeout)
@@ -111,7 +113,7 @@ class Persistence:
                 continue
             try:
                 engine = self._host.engine
-                if sweep and self._settings.enabled:
+                if sweep and self._settings.enabled and engine.model.memory_unavailable is None:
                     await in_thread(partial(self.expire, engine), name="atlas-sweep")
                     swept = time.monotonic()
                 if save:

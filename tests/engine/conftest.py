@@ -60,9 +60,9 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
     def open_engine(name: str = "llama", dtype: str = "int8", **settings: Any) -> Iterator[Engine]:
         model, adapter = models[name]
         defaults = {"adapter_path": adapter, "max_running": 4, "max_window": 256, "max_context": 1024}
+        defaults["cache_path"] = cache
         engine = Engine.open(
             model_path=model,
-            cache_path=cache,
             weight_dtype=dtype,  # type: ignore[arg-type]
             kv_dtype=dtype,  # type: ignore[arg-type]
             **{**defaults, **settings},

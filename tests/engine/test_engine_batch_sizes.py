@@ -44,7 +44,7 @@ def test_a_row_is_what_it_would_be_alone(kernels: bool, tmp_path: Path, monkeypa
     row = runner.new_row(4)
     for page in range(3):
         row = runner.turn(row, plan.turn(page), write)
-        row = runner.read(row, settings, text[page * PAGE : (page + 1) * PAGE])
+        row = [*runner.read(row, settings, text[page * PAGE : (page + 1) * PAGE])][-1].row
     sampling = sampling_state(SamplingParams(temperature=0.8, logprobs=3), config.vocab, 7, [])
 
     def steps(size: int, place: int) -> list[np.ndarray]:

@@ -43,7 +43,7 @@ def test_the_exported_step_draws_what_the_live_one_does(parts: tuple[StepConfig,
         runner = Runner(config, weights, "int8", Buckets(rows=(2,), pages=(4,), drafting=0))
         for index in range(2):
             row = runner.turn(runner.new_row(4), WindowPlan(None).turn(0), None)
-            row = runner.read(row, memory_settings(None, 1, 1), list(range(3, 20 + index)))
+            row = [*runner.read(row, memory_settings(None, 1, 1), list(range(3, 20 + index)))][-1].row
             sampling = sampling_state(SamplingParams(temperature=0.8), config.model.vocab, 7 + index, [])
             text = recent_text([5], 17 + index)
             settings = memory_settings(MemoryParams(), 1, 1)

@@ -49,7 +49,7 @@ def test_one_program_computes_what_the_stages_do(
     runner = Runner(StepConfig(config, memory), weights, "int8", Buckets(rows=(1,), pages=(4,), drafting=drafting))
     row = runner.turn(runner.new_row(4), WindowPlan(None).turn(0), None)
     text = [3, 4, 5, 6] * 8
-    row = runner.read(row, memory_settings(MemoryParams(), 1, 1), text)
+    row = [*runner.read(row, memory_settings(MemoryParams(), 1, 1), text)][-1].row
     sampling = sampling_state(SamplingParams(temperature=0.8), config.vocab, 7, [])
     settings = memory_settings(MemoryParams(), 1, 1)
     runner.insert(0, row, 3, recent_text(text, len(text)), sampling, settings, with_memory=True)

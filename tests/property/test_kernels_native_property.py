@@ -130,10 +130,9 @@ def test_a_matrix_for_each_row_is_one_product_after_the_other(seed: int, batch: 
 
 @needs_kernels
 @pytest.mark.parametrize("rows", [*range(1, 10), 20])
-def test_without_amx_products_are_the_same(rows: int, tmp_path: Path) -> None:
+def test_without_amx_products_are_the_same(rows: int, built: Path, tmp_path: Path) -> None:
     """A copy of the library that has not been asked what the processor has takes the path of VNNI alone."""
-    copy = shutil.copy(native.build(), tmp_path / "copy.so")
-    library = ctypes.CDLL(copy)
+    library = ctypes.CDLL(shutil.copy(built, tmp_path / "copy.so"))
     rng = np.random.default_rng(rows)
     weight = QuantArray(*map(jnp.asarray, quantize_weight(rng.normal(size=(80, 192)).astype(np.float32))))
     packed = packed_weight(rng, 80, 192)
@@ -321,6 +320,70 @@ def test_without_a_compiler_xla_does_it(
     finally:
         native.available.cache_clear()
     assert not list((tmp_path / "atlas-jax" / "native").iterdir())
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The kernels, compiled."""
+    return native.build(tmp_path_factory.mktemp("native"))
+
+
+@pytest.fixture
+def fresh(built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder that the kernels are kept in, one of the test's own, and a compiler that has done its work before."""
+    _compiler(tmp_path, monkeypatch, f'for output; do :; done; cp "{built}" "$output"')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "atlas-jax" / "native"
+
+
+def _compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
+    script = folder / "cc"
+    script.write_text(f"#!/bin/sh\n{does}\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("CC", str(script))
+
+
+@needs_kernels
+@pytest.mark.parametrize("damage", [slice(0, 4096), slice(0, -1), slice(0, 0), slice(1, None)])
+def test_a_damaged_library_is_built_anew(damage: slice, fresh: Path) -> None:
+    fresh.mkdir(parents=True)
+    library = native.build(fresh)
+    whole = library.read_bytes()
+    library.write_bytes(whole[damage])
+    assert native._library().atlas_supported()
+    assert library.read_bytes() == whole
+
+
+@needs_kernels
+def test_a_cache_that_cannot_be_written_costs_no_kernels(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fresh.parent.mkdir()
+    fresh.write_text("a file where the folder should be")
+    assert native._library().atlas_supported()
+    assert not caplog.records
+
+
+@needs_kernels
+def test_a_compiler_that_takes_long_is_waited_for(
+    fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_NEWS_SECONDS", 0.05)
+    _compiler(tmp_path, monkeypatch, f'for output; do :; done; sleep 0.5; cp "{built}" "$output"')
+    assert native._library().atlas_supported()
+    assert "still being compiled" in caplog.text
+
+
+@needs_kernels
+def test_a_compiler_that_never_ends_is_given_up(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(native, "_NEWS_SECONDS", 0.05)
+    monkeypatch.setattr(native, "_BUILD_SECONDS", 0.2)
+    _compiler(tmp_path, monkeypatch, "sleep 3600")
+    native.available.cache_clear()
+    assert not native.available()
+    native.available.cache_clear()
+    assert "the next start" in caplog.text
+    assert not list(fresh.iterdir())
 
 
 def test_shapes_they_do_not_take_are_left_to_xla() -> None:

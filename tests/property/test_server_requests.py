@@ -144,12 +144,11 @@ def test_parsing_raises_nothing_else(kind: Any, body: Any) -> None:
 @given(
     atlas=st.none() | st.dictionaries(st.sampled_from(ATLAS_FIELDS), ODD, max_size=5),
     header=st.none() | st.text(max_size=12),
-    enabled=st.just(True),
 )
-def test_memory_plans_are_within_the_contract(atlas: Any, header: str | None, enabled: bool) -> None:
+def test_memory_plans_are_within_the_contract(atlas: Any, header: str | None) -> None:
     try:
         options = None if atlas is None else parse(AtlasOptions, atlas)
-        plan = plan_memory(options, header, owner="o", defaults=AtlasDefaults(), enabled=enabled, max_window=2048)
+        plan = plan_memory(options, header, owner="o", defaults=AtlasDefaults(), unavailable=None, max_window=2048)
     except BadRequest:
         return
     assert 1 <= plan.batch_size <= 32

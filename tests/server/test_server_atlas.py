@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 from typing import Any
@@ -266,6 +267,26 @@ def test_a_session_that_cannot_be_read_is_refused(live: Live) -> None:
     response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}})
     assert response.status_code == 503
     assert "/secret/path" not in response.text
+
+
+def test_a_model_without_a_memory_is_served_and_says_why(start: Start) -> None:
+    why = "No memory could be fitted to this model"
+    live = start()
+    live.engine.model = dataclasses.replace(live.engine.model, memory_unavailable=why)
+    assert live.post(CHAT, HELLO).status_code == 200
+    degraded = live.post(CHAT, {**HELLO, "atlas": {"memory_layers": 2}})
+    assert degraded.json()["atlas_stats"]["degraded"] == why
+    assert live.engine.requests[-1].memory is None
+    refused = live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}})
+    assert (refused.status_code, error(refused)["message"]) == (503, why)
+    assert refused.headers["x-should-retry"] == "false"
+    assert error(live.post("/v1/atlas/memory/list", {}))["message"] == why
+    status = live.http.get("/v1/atlas/status").json()
+    assert (status["status"], status["data"]["initialized"], status["data"]["memory_unavailable"]) == (
+        "healthy",
+        False,
+        why,
+    )
 
 
 def test_with_the_memory_off_everything_else_works(start: Start) -> None:

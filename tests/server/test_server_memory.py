@@ -229,6 +229,25 @@ def test_status(live: Live) -> None:
     assert data["uptime_seconds"] > 0
 
 
+def test_figures_that_cannot_be_read_stop_nothing(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    live = start(atlas={"metrics_interval": 50})
+    asked = 0
+
+    def stats() -> None:
+        nonlocal asked
+        asked += 1
+        raise OSError(24, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(live.engine, "stats", stats)
+        wait_for(lambda: asked >= 2)
+        scrape = live.http.get("/metrics")
+        assert scrape.status_code == 200
+        assert "atlas_http_requests" in scrape.text
+    live.post(CHAT, HELLO)
+    wait_for(lambda: live.http.get("/v1/atlas/stats").json()["avg_memory_utilization"] > 0)
+
+
 def test_stats_and_metrics_count(start: Start) -> None:
     live = start(atlas={"metrics_interval": 50})
     for _ in range(3):
