@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request, Response
-from litestar.exceptions import HTTPException, SerializationException, ValidationException
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Stream
 
+from server.bodies import Bodies
 from server.context import STATE_KEY, RequestContext
 from server.errors import Problem, body, headers, http_problem, problem
 from server.schemas.errors import AtlasError, OpenAIError
@@ -37,6 +38,16 @@ def context_of(request: HttpRequest) -> RequestContext:
     """What the edge knows about the request."""
     context: RequestContext = request.scope["state"][STATE_KEY]
     return context
+
+
+def json_request(bodies: Bodies) -> type[HttpRequest]:
+    """The class of the requests of an application whose bodies are read by `bodies`."""
+
+    class JsonRequest(HttpRequest):
+        async def json(self) -> Any:
+            return await bodies.decode(await self.body())
+
+    return JsonRequest
 
 
 def json_response(value: msgspec.Struct | bytes, *, status: int = 200) -> Response[Any]:
@@ -123,8 +134,6 @@ def _http_problem(error: HTTPException) -> Problem:
         if field == "data":
             return http_problem(400, "The request body must be a JSON object")
         return http_problem(400, f"Validation error in field '{field}': {first.get('message')}", param=field)
-    if isinstance(error.__cause__, SerializationException):
-        return problem(msgspec.DecodeError())
     return http_problem(error.status_code, error.detail)
 
 

@@ -15,6 +15,7 @@ from server.metrics import Metrics
 from server.schemas import atlas as schema
 from server.services.host import EngineHost
 from server.services.memory_options import check_name
+from server.services.workers import Workers
 from server.settings import Settings
 from server.validation import invalid
 
@@ -29,8 +30,8 @@ _LIST_LIMIT = 100
 class MemoryService:
     """Calls the engine's session store in threads, with one file of sessions for every owner."""
 
-    def __init__(self, host: EngineHost, settings: Settings, metrics: Metrics) -> None:
-        self._host = host
+    def __init__(self, host: EngineHost, settings: Settings, metrics: Metrics, workers: Workers) -> None:
+        self._host, self._workers = host, workers
         self._settings = settings.atlas
         self._metrics = metrics
 
@@ -50,7 +51,7 @@ class MemoryService:
         """State of one session's memory, or totals over the owner's."""
         self.require(endpoints=True)
         if session_id is not None:
-            check_name(session_id, "session_id")
+            session_id = check_name(session_id, "session_id")
         info = await self._call(lambda store: store.info(owner, session_id))
         return schema.MemoryResponse(
             session_id=session_id,
@@ -157,11 +158,11 @@ class MemoryService:
         store = self._host.engine.sessions
         for pause in _RETRY_SECONDS:
             try:
-                return await asyncio.to_thread(work, store)
+                return await self._workers.run("sessions", lambda: work(store))
             except MemoryUnavailable:
                 log.warning("The session store is not available; trying again in %.2f s", pause)
                 await asyncio.sleep(pause)
-        return await asyncio.to_thread(work, store)
+        return await self._workers.run("sessions", lambda: work(store))
 
 
 def _one_of(**given: str | None) -> None:

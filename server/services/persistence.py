@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 import time
@@ -13,6 +14,7 @@ from server.errors import ServerError
 from server.metrics import Metrics
 from server.services.host import EngineHost
 from server.services.runtime_config import RuntimeConfig
+from server.services.workers import in_thread
 from server.settings import Settings
 
 log = logging.getLogger("atlas.server")
@@ -90,7 +92,7 @@ class Persistence:
                 continue
             try:
                 engine = self._host.engine
-                await asyncio.to_thread(self.save, engine)
+                await in_thread(functools.partial(self.save, engine), name="atlas-saves")
             except ServerError:
                 log.debug("No engine to save")
             saved = time.monotonic()

@@ -80,7 +80,7 @@ def test_reset_one_and_all(live: Live) -> None:
     assert live.post("/v1/atlas/memory/reset", {"session_id": "a"}).json()["sessions_reset"] == 1
     assert live.engine.sessions.live["local", "a"].tokens == []
     assert live.engine.sessions.live["local", "b"].tokens
-    assert live.post("/v1/atlas/memory/reset", {}).json()["sessions_reset"] == 2
+    assert live.post("/v1/atlas/memory/reset", {"all": True}).json()["sessions_reset"] == 2
     assert live.post("/v1/atlas/memory/reset", {"session_id": "nobody"}).status_code == 404
 
 
