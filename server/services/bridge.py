@@ -48,7 +48,8 @@ class Mailbox:
             finally:
                 alarm.cancel()
                 self._waiter = None
-        arrivals, self._arrivals = self._arrivals[:_AT_ONCE], self._arrivals[_AT_ONCE:]
+        arrivals = self._arrivals[:_AT_ONCE]
+        del self._arrivals[:_AT_ONCE]
         return arrivals
 
 

@@ -17,8 +17,9 @@ from server.validation import invalid
 T = TypeVar("T")
 # Tokenising this much takes about a millisecond; more goes to a thread, so that the loop keeps serving the others.
 _INLINE_CHARS = 4096
-# What a message costs beside its text, in characters: a template writes out an empty one in some 30 microseconds.
-_MESSAGE_CHARS = 128
+# What a message, and a part of one, cost beside their text, in characters: a template writes out an empty message in
+# some 30 microseconds.
+_MESSAGE_CHARS, _PART_CHARS = 128, 4
 
 
 class Texts:
@@ -152,7 +153,11 @@ def _part(part: ContentPart, field: str) -> str:
 
 def _size(messages: Sequence[ChatMessage]) -> int:
     """What a conversation costs to write out, in characters."""
-    return sum(
-        _MESSAGE_CHARS + (len(content) if isinstance(content, str) else sum(len(part.text or "") for part in content))
-        for content in (message.content or "" for message in messages)
-    )
+    size = 0
+    for message in messages:
+        content = message.content or ""
+        size += _MESSAGE_CHARS
+        size += (
+            len(content) if isinstance(content, str) else sum(_PART_CHARS + len(part.text or "") for part in content)
+        )
+    return size

@@ -242,6 +242,7 @@ def test_what_runs_for_one_key_leaves_room_for_the_others() -> None:
     asyncio.run(run())
 
 
+@settings(deadline=None)
 @given(
     places=st.integers(1, 6),
     reserve=st.integers(0, 8),
@@ -431,6 +432,22 @@ def test_the_bridge_loses_nothing_under_contention() -> None:
         return seen
 
     assert asyncio.run(run()) == 20_000
+
+
+def test_a_reader_that_comes_back_late_gets_its_events_a_few_at_a_time() -> None:
+    async def run() -> None:
+        bridge, box = Bridge(asyncio.get_running_loop()), Mailbox()
+        listener = bridge.listener(box, 0)
+        for number in range(5000):
+            listener(Delta(str(number)))
+        seen: list[str] = []
+        while len(seen) < 5000:
+            some = await box.take(1.0)
+            assert 0 < len(some) <= 200
+            seen += [event.text for _, event in some if isinstance(event, Delta)]
+        assert seen == [str(number) for number in range(5000)]
+
+    asyncio.run(run())
 
 
 def test_events_after_the_loop_has_closed_are_dropped() -> None:
