@@ -17,6 +17,7 @@ import uvicorn
 
 from server.app import EngineSource, connections_of, create_app, lifecycle_of
 from server.connections import Connections, raise_file_limit
+from server.heap import settle
 from server.lifecycle import Lifecycle
 from server.settings import Settings
 
@@ -125,6 +126,7 @@ def serve(settings: Settings, engine: EngineSource) -> int:
     reports 143, one ended by SIGHUP 129 (and one ended by Ctrl-C comes back here).
     """
     raise_file_limit()
+    settle()
     server = build(settings, engine)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:

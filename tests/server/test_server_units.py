@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,6 +19,7 @@ from server.bodies import Bodies
 from server.context import PARTY
 from server.errors import BadRequest, TooLarge, TooManyRequests, Unavailable
 from server.gate import Gate, Lease
+from server.heap import Settled
 from server.hosts import HostCheck
 from server.limits import FailureBudget, KeyLimits, TokenBucket
 from server.services.bridge import Bridge, Mailbox
@@ -323,6 +326,36 @@ def test_what_a_thread_raises_is_raised_to_who_asked() -> None:
                 await workers.run("texts", lambda: {}["broken"])
 
     asyncio.run(run())
+
+
+# --- the collector ------------------------------------------------------------------------------------------------
+def test_what_stays_is_walked_once() -> None:
+    class Node:
+        pass
+
+    before, callback = gc.get_freeze_count(), Settled()
+    gc.callbacks.append(callback)
+    try:
+        stays: list[Any] = [[number] for number in range(200_000)]
+        gc.collect()
+        assert gc.get_freeze_count() - before >= 200_000
+        first, frozen = Node(), gc.get_freeze_count()
+        stays[0].append(first)
+        there = weakref.ref(first)
+        del first, stays  # and it is freed when nobody has it any more
+        assert there() is None
+        assert gc.get_freeze_count() < frozen
+        # A cycle that comes and goes is collected as ever, and little is left to the collector as ever.
+        cycle = Node()
+        cycle.self, gone = cycle, weakref.ref(cycle)  # type: ignore[attr-defined]
+        del cycle
+        after = gc.get_freeze_count()
+        gc.collect()
+        assert gone() is None
+        assert gc.get_freeze_count() <= after
+    finally:
+        gc.callbacks.remove(callback)
+        gc.unfreeze()
 
 
 # --- bodies -------------------------------------------------------------------------------------------------------
