@@ -28,7 +28,7 @@ _RESERVED_FILES = 256
 _MOST_FILES = 65_536
 _MOST_CONNECTIONS = 4096
 # The kernel's default lets megabytes pile up for a client that does not read before anybody can notice.
-_SEND_BUFFER = 64 << 10
+_SEND_BUFFER = 16 << 10
 # How long a client may not read while others wait for what it holds.
 _CROWDED_SECONDS = 10.0
 _FIRST_PROBE, _LAST_PROBE = 0.1, 15.0
@@ -215,6 +215,7 @@ class Connection(H11Protocol):
         wire = transport.get_extra_info("socket")
         if wire is not None:
             wire.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        transport.set_write_buffer_limits(high=_SEND_BUFFER)
         self.address = network(self.client[0]) if self.client else ""
         self._registry.added(self)
 

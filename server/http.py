@@ -26,8 +26,10 @@ _NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _MEANINGS = {
     400: "The request is not valid",
     401: "No valid API key",
+    403: "A web page of an origin that is not listed, or a key that may not do this",
     404: "No such model, session or path",
-    413: "The body is too large",
+    408: "The request stopped coming",
+    413: "The body is too large, or holds too much",
     415: "The body is not JSON",
     429: "Over a limit; see Retry-After",
     503: "Loading, draining, full or not enabled; see Retry-After",
