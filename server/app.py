@@ -199,7 +199,7 @@ def _gate(server: ServerSection, keys: KeyRing) -> Gate:
 def _gauges(
     gate: Gate, connections: Connections, stats: ServerStats, persistence: Persistence
 ) -> Iterable[tuple[str, str, float]]:
-    yield "atlas_gate_requests_running", "HTTP requests that hold a place", gate.running
+    yield "atlas_gate_requests_running", "Places that are taken, one a sequence", gate.running
     yield "atlas_gate_requests_waiting", "HTTP requests that wait for a place", gate.waiting
     yield "atlas_connections_open", "Connections of clients", len(connections)
     yield "atlas_requests_over_budget", "Requests the server added more to than the latency budget", stats.over_budget

@@ -78,6 +78,13 @@ class Gate:
             raise
         return Lease(self, key_id, time.perf_counter() - started)
 
+    def more(self, key_id: str) -> Lease | None:
+        """One more place for a key that holds one, or None where it would have to wait."""
+        if not self._at_once(key_id):
+            return None
+        self._take(key_id)
+        return Lease(self, key_id, 0.0)
+
     def close(self, error: Exception) -> None:
         """Makes everyone who waits fail with this error."""
         for queue in self._queues.values():

@@ -66,7 +66,10 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         Meta(description="Open connections; null is 4096, or what the limit on open files leaves"),
     ] = None
     max_concurrent: Annotated[
-        int, Meta(ge=1, le=4096, description="Requests that run at once: the size of the context pool")
+        int,
+        Meta(
+            ge=1, le=4096, description="Requests, or sequences of one, that run at once: the size of the context pool"
+        ),
     ] = 32
     reserved_concurrent: Annotated[
         Count | None,

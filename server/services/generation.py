@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -138,7 +139,14 @@ class Generation:
         self._plan = plan
         self._context = context
         requests = plan.requests(context.identity.owner, generator.max_answer_tokens)
-        self._job = Job(generator.host, requests, width=plan.memory.batch_size, degraded=plan.memory.degraded)
+        self._party = PARTY.get()
+        self._job = Job(
+            generator.host,
+            requests,
+            width=plan.memory.batch_size,
+            more=functools.partial(generator.gate.more, self._party),
+            degraded=plan.memory.degraded,
+        )
         self._count = len(requests)
         self._lease: Lease | None = None
         self._reserved = 0
@@ -153,7 +161,7 @@ class Generation:
             estimate = self._plan.estimate(self._in.max_answer_tokens)
             self._in.limits.reserve(key_id, estimate)
             self._reserved = estimate
-            self._lease = await self._in.gate.acquire(PARTY.get())
+            self._lease = await self._in.gate.acquire(self._party)
             await self._job.start()
         except Exception as error:
             self._fail(error)

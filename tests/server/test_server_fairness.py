@@ -107,6 +107,36 @@ def test_endless_answers_of_one_key_leave_places_for_the_others(start: Start, ke
     wait_for(lambda: live.gate.running == 0)
 
 
+def test_many_sequences_of_one_request_take_as_much_as_many_requests(start: Start, keys: str) -> None:
+    live = start(server={"api_keys_file": keys, "max_concurrent": 8})
+    live.engine.delay = 0.002
+    options = {"atlas": {"batch_size": 32}}
+    greedy = ask(live, COMPLETIONS, {**ENDLESS, **options, "n": 32}, "alpha")
+    wait_for(lambda: live.engine.running == 6)
+    assert live.gate.running == 6
+    assert call(live, CHAT, HELLO, "beta").status_code == 200
+    assert live.engine.running == 6
+    greedy.close()
+    wait_for(lambda: live.gate.running == 0 and live.engine.running == 0)
+    # All of them are answered in the end, the places given back as they are needed less.
+    some = {"prompt": ["a", "bb", "ccc"] * 5, "n": 2, "max_tokens": 20, "ignore_eos": True, "atlas": {"batch_size": 32}}
+    answer = call(live, COMPLETIONS, some, "alpha").json()
+    assert len(answer["choices"]) == 30
+    assert live.gate.running == 0
+
+
+def test_metrics_streams_of_one_key_leave_some_to_the_others(start: Start, keys: str) -> None:
+    live = start(server={"api_keys_file": keys})
+    watch = "GET /v1/atlas/metrics/stream HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer {}\r\n\r\n"
+    readers = []
+    for key, expected in (*(("alpha", 200),) * 64, ("alpha", 429), ("beta", 200)):
+        readers.append(live.connect())
+        readers[-1].sendall(watch.format(key).encode())
+        assert status(readers[-1]) == expected
+    for connection in readers:
+        connection.close()
+
+
 def test_one_key_or_this_machine_alone_has_every_place(start: Start, tmp_path: Path) -> None:
     path = tmp_path / "one"
     path.write_text("alpha\n")
