@@ -31,6 +31,7 @@ _MOST_CONNECTIONS = 4096
 _SEND_BUFFER = 16 << 10
 # How long a client may not read while others wait for what it holds.
 _CROWDED_SECONDS = 10.0
+_READ_BYTES_PER_SECOND = 4096
 _FIRST_PROBE, _LAST_PROBE = 0.1, 15.0
 
 
@@ -160,8 +161,9 @@ class Connection(H11Protocol):
         self.address = ""
         self._since = time.monotonic()  # when the wait for a request's head began
         self._begun = True  # whether the wait is for the head's end, not for its beginning
-        self._paused: float | None = None  # since when nothing more fits into the way to the client
-        self._closing: float | None = None
+        self._paused = False  # nothing more fits into the way to the client
+        self._unread: float | None = None  # since when it has not been read, as far as anybody has looked
+        self._left = 0
         self._half_closed = False
         self._probe: asyncio.TimerHandle | None = None
 
@@ -177,11 +179,17 @@ class Connection(H11Protocol):
         return now - self._since if between and self._begun and not self.transport.is_closing() else 0.0
 
     def unread(self, now: float) -> float:
-        """Seconds for which the client has not taken what is there for it, or has not let itself be closed."""
-        if self._closing is None and self.transport.is_closing():
-            self._closing = now
-        since = self._paused if self._paused is not None else self._closing
-        return 0.0 if since is None else now - since
+        """Seconds for which the client has not taken what is there for it, less what it took in them is worth."""
+        if not self._paused and not self.transport.is_closing():
+            self._unread = None
+            return 0.0
+        left = self.transport.get_write_buffer_size()
+        if self._unread is None:
+            self._unread = now
+        elif left < self._left:  # a large answer on a slow way
+            self._unread = min(now, self._unread + (self._left - left) / _READ_BYTES_PER_SECOND)
+        self._left = left
+        return now - self._unread
 
     def give_up(self) -> None:
         """Ends the wait for a request, with an answer where its beginning is there."""
@@ -270,12 +278,12 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """The client reads more slowly than it is written to."""
         super().pause_writing()
-        self._paused = time.monotonic()
+        self._paused = True
 
     def resume_writing(self) -> None:
         """It has caught up."""
         super().resume_writing()
-        self._paused = None
+        self._paused, self._unread = False, None
 
     def send_400_response(self, msg: str) -> None:
         """Answers what is not HTTP."""

@@ -278,6 +278,23 @@ def test_an_answer_nobody_fetches_does_not_keep_its_connection(start: Start) -> 
     connection.close()
 
 
+def test_a_large_answer_on_a_slow_way_arrives(start: Start) -> None:
+    live = start(server={"client_timeout": 0.5})
+    whole = b"GET /schema/openapi.json HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
+    expected = live.http.get("/schema/openapi.json").content
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    connection.connect(("127.0.0.1", live.port))
+    connection.sendall(whole)
+    connection.settimeout(5)
+    answer = b""
+    while chunk := connection.recv(len(expected) // 40):  # some two seconds in all, four times the time-out
+        answer += chunk
+        time.sleep(0.05)
+    connection.close()
+    assert answer.endswith(expected)
+
+
 # --- half closed --------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("version", ["1.0", "1.1"])
 @pytest.mark.parametrize("stream", [False, True])
