@@ -13,6 +13,8 @@ from litestar.routes import HTTPRoute
 
 from atlas_jax.engine.api import EngineProtocol
 from server.auth import KeyRing
+from server.bodies import Bodies
+from server.connections import Connections, connection_limit
 from server.controllers.atlas import AtlasController, MemoryController
 from server.controllers.health import HealthController
 from server.controllers.llamacpp import LlamaCppController
@@ -21,7 +23,7 @@ from server.cors import Cors
 from server.edge import App, Edge
 from server.gate import Gate
 from server.hosts import HostCheck
-from server.http import error_response
+from server.http import error_response, json_request
 from server.lifecycle import Lifecycle
 from server.limits import FailureBudget, KeyLimits
 from server.metrics import Metrics
@@ -37,8 +39,10 @@ from server.services.persistence import Persistence
 from server.services.runtime_config import RuntimeConfig
 from server.services.stats import ServerStats
 from server.services.texts import Texts
-from server.settings import Settings
+from server.services.workers import Workers
+from server.settings import ServerSection, Settings
 
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EngineSource = EngineProtocol | Callable[[], EngineProtocol]
 
 
@@ -60,18 +64,20 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     host = EngineHost()
     config = RuntimeConfig(settings)
     stats = ServerStats(config, atlas.metrics_history_size)
-    per_key = server.max_waiting_per_key
-    if per_key is None:
-        per_key = server.max_waiting if keys.open else max(1, server.max_waiting // 2)
-    gate = Gate(
-        running=server.max_concurrent, waiting=server.max_waiting, per_key=per_key, timeout=server.queue_timeout
+    gate = _gate(server, keys)
+    connections = Connections(
+        limit=connection_limit(server.max_connections),
+        header_timeout=server.header_timeout,
+        stall_timeout=server.client_timeout,
+        crowded=lambda: gate.waiting > 0,
     )
+    workers = Workers()
     limits = KeyLimits(server.rate_limit_requests, server.rate_limit_tokens)
     observer = Observer(host=host, stats=stats, config=config, settings=settings)
-    metrics = Metrics(engine=observer.engine_stats, server=lambda: _gauges(gate, stats, persistence))
+    metrics = Metrics(engine=observer.engine_stats, server=lambda: _gauges(gate, connections, stats, persistence))
     persistence = Persistence(host=host, config=config, settings=settings, owners=keys.owners, metrics=metrics)
-    texts, models = Texts(host), Models(host, server.model_alias)
-    memory = MemoryService(host, settings, metrics)
+    texts, models = Texts(host, workers), Models(host, server.model_alias)
+    memory = MemoryService(host, settings, metrics, workers)
     generator = Generator(
         host=host,
         gate=gate,
@@ -80,6 +86,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         metrics=metrics,
         config=config,
         ping_interval=server.ping_interval,
+        max_answer_tokens=server.max_answer_tokens,
     )
     lifecycle = Lifecycle(
         host=host,
@@ -106,10 +113,11 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         exception_handlers={HTTPException: error_response, Exception: error_response},
         lifespan=[_lifespan],
         openapi_config=openapi_config(),
+        request_class=json_request(Bodies(workers, max_bytes=server.max_body_bytes)),
         request_max_body_size=server.max_body_bytes,
         logging_config=None,
     )
-    app.state["lifecycle"] = lifecycle
+    app.state["lifecycle"], app.state["connections"] = lifecycle, connections
     # A page that rebinds its name to this machine has no key, so with keys every name may be used.
     allowed_hosts = server.allowed_hosts or (() if keys.open else ("*",))
     edge = Edge(
@@ -131,6 +139,12 @@ def lifecycle_of(app: Litestar) -> Lifecycle:
     """The lifecycle of an application made by `create_app`."""
     lifecycle: Lifecycle = app.state["lifecycle"]
     return lifecycle
+
+
+def connections_of(app: Litestar) -> Connections:
+    """The registry of connections of an application made by `create_app`."""
+    connections: Connections = app.state["connections"]
+    return connections
 
 
 @asynccontextmanager
@@ -165,9 +179,29 @@ def _public_paths(app: Litestar) -> set[str]:
     }
 
 
-def _gauges(gate: Gate, stats: ServerStats, persistence: Persistence) -> Iterable[tuple[str, str, float]]:
-    yield "atlas_gate_requests_running", "HTTP requests that hold a place", gate.running
+def _gate(server: ServerSection, keys: KeyRing) -> Gate:
+    """The gate, with room kept for others where there may be any: several keys, or without keys several addresses."""
+    alone = server.host in _LOOPBACK if keys.open else keys.single
+    per_key, reserve = server.max_waiting_per_key, server.reserved_concurrent
+    if per_key is None:
+        per_key = server.max_waiting if alone else max(1, server.max_waiting // 2)
+    if reserve is None:
+        reserve = 0 if alone else max(1, server.max_concurrent // 4)
+    return Gate(
+        running=server.max_concurrent,
+        waiting=server.max_waiting,
+        per_key=per_key,
+        timeout=server.queue_timeout,
+        reserve=reserve,
+    )
+
+
+def _gauges(
+    gate: Gate, connections: Connections, stats: ServerStats, persistence: Persistence
+) -> Iterable[tuple[str, str, float]]:
+    yield "atlas_gate_requests_running", "Places that are taken, one a sequence", gate.running
     yield "atlas_gate_requests_waiting", "HTTP requests that wait for a place", gate.waiting
+    yield "atlas_connections_open", "Connections of clients", len(connections)
     yield "atlas_requests_over_budget", "Requests the server added more to than the latency budget", stats.over_budget
     yield "atlas_uptime_seconds", "Seconds since the start", stats.uptime
     yield "atlas_snapshot_oldest_dirty_seconds", "Seconds since the last automatic save", persistence.age

@@ -85,6 +85,11 @@ class KeyRing:
         return not self._keys
 
     @property
+    def single(self) -> bool:
+        """Whether there is exactly one key."""
+        return len(self._keys) == 1
+
+    @property
     def owners(self) -> tuple[str, ...]:
         """Every owner, once."""
         if self.open:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 from server.auth import LOCAL, Identity
 
 STATE_KEY = "atlas"
+# Whose share the request of the current task uses: the key's, or without keys its address's. Known to the whole task, as
+# work is handed to threads far from where requests come in.
+PARTY: ContextVar[str] = ContextVar("PARTY", default="local")
 
 
 @dataclass(slots=True)
@@ -24,7 +28,6 @@ class RequestContext:
       response_headers: added to the response, whoever writes it.
       response_started: whether the status has been sent.
       status: the status that was sent, 0 before.
-      stalled: whether the client stopped reading its response.
       gone: whether the client has closed the connection.
       refusal: the code of the error that was answered, or None.
     """
@@ -39,6 +42,5 @@ class RequestContext:
     response_headers: list[tuple[bytes, bytes]] = field(default_factory=list)
     response_started: bool = False
     status: int = 0
-    stalled: bool = False
     gone: bool = False
     refusal: str | None = None

@@ -7,7 +7,6 @@ own `finally` does not when the client stops reading or never reads at all.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import re
 import time
@@ -16,7 +15,7 @@ from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any
 
 from server.auth import KeyRing
-from server.context import STATE_KEY, RequestContext
+from server.context import PARTY, STATE_KEY, RequestContext
 from server.cors import Cors
 from server.errors import (
     BadRequest,
@@ -30,7 +29,7 @@ from server.errors import (
     problem,
 )
 from server.hosts import HostCheck
-from server.limits import FailureBudget, KeyLimits
+from server.limits import FailureBudget, KeyLimits, network
 from server.metrics import Metrics
 
 Message = MutableMapping[str, Any]
@@ -42,11 +41,14 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 log = logging.getLogger("atlas.server")
 _REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 _WITH_BODY = ("POST", "PUT", "PATCH")
+_CHANGING = (*_WITH_BODY, "DELETE")
+# Below this, on the average over a body, a client that sends is taken for one that has stopped.
+_BODY_BYTES_PER_SECOND = 4096
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
 
 class Edge:
-    """Request ids, Host and Origin checks, keys, limits, the write timeout, clean-up, and the count of responses.
+    """Request ids, Host and Origin checks, keys, limits, clean-up, and the count of responses.
 
     Args:
       public: paths that need no key, compared exactly: a path that is merely like one of them needs a key.
@@ -84,6 +86,8 @@ class Edge:
     def admit(self, scope: Scope, given: dict[bytes, bytes], context: RequestContext) -> None:
         """Raises what keeps a request from the application."""
         self._hosts.check([value for name, value in scope["headers"] if name == b"host"])
+        if scope["method"] in _CHANGING:
+            self.cors.check(given)
         if scope["path"] not in self._public:
             self._authenticate(given, context)
         if scope["method"] in _WITH_BODY:
@@ -97,6 +101,7 @@ class Edge:
     def _authenticate(self, given: dict[bytes, bytes], context: RequestContext) -> None:
         try:
             context.identity = self._keys.authenticate(given)
+            PARTY.set(network(context.peer) if self._keys.open else context.identity.key_id)
         except Unauthorized:
             self._failures.failed(context.peer)
             raise
@@ -118,9 +123,10 @@ class Edge:
         if length.isdigit() and int(length[:20]) > self._max_body_bytes:
             raise TooLarge(f"The request body is larger than {self._max_body_bytes} bytes")
         kind = given.get(b"content-type", b"").partition(b";")[0].strip().lower()
-        # A request without a body cannot be forged into one that has; anything else must say that it is JSON, which a
-        # web page cannot do across origins without asking first.
+        # `curl -X POST` sends neither a body nor a type, and is understood. What has a body, or comes out of a browser,
+        # must say that it is JSON, which a web page cannot do across origins without asking first.
         empty = length == b"0" or (not length and b"transfer-encoding" not in given)
+        empty = empty and b"origin" not in given and b"sec-fetch-site" not in given
         if kind != b"application/json" and not (empty and not kind):
             raise UnsupportedMedia("Content-Type must be application/json")
 
@@ -131,6 +137,7 @@ class _Exchange:
     def __init__(self, edge: Edge, scope: Scope, receive: Receive, send: Send) -> None:
         self._edge, self._scope, self._receive, self._send = edge, scope, receive, send
         self._received = False
+        self._body_bytes = 0
         self._headers: dict[bytes, bytes] = {}
         for name, value in scope["headers"]:
             self._headers.setdefault(name, value)
@@ -157,11 +164,8 @@ class _Exchange:
         except ServerError as error:
             await self._refuse(error)
         except Exception as error:
-            if context.stalled:
-                log.warning("Request %s: the client stopped reading", context.request_id)
-            else:
-                log.error("Request %s failed outside the application", context.request_id, exc_info=error)
-                await self._refuse(error)
+            log.error("Request %s failed outside the application", context.request_id, exc_info=error)
+            await self._refuse(error)
         finally:
             for clean in reversed(context.cleanup):
                 try:
@@ -177,8 +181,7 @@ class _Exchange:
         self._context.refusal = found.code
         extra = [(name.lower().encode(), value.encode()) for name, value in headers(found).items()]
         extra.append((b"content-type", b"application/json"))
-        with contextlib.suppress(TimeoutError):  # a client that does not read its error either
-            await self._answer(found.status, extra, body(found, self._scope["path"]))
+        await self._answer(found.status, extra, body(found, self._scope["path"]))
 
     async def _answer(self, status: int, extra: list[tuple[bytes, bytes]], content: bytes) -> None:
         length = (b"content-length", str(len(content)).encode())
@@ -189,16 +192,23 @@ class _Exchange:
     async def _receive_timed(self) -> Message:
         started = time.perf_counter()
         try:
-            async with asyncio.timeout(None if self._received else self._edge.client_timeout):
+            async with asyncio.timeout(None if self._received else self._patience()):
                 message = await self._receive()
         except TimeoutError:
-            raise RequestTimeout("The request body stopped coming") from None
+            raise RequestTimeout("The request body stopped coming, or comes too slowly") from None
         if message["type"] == "http.request":
             self._context.receiving += time.perf_counter() - started
             self._received = not message.get("more_body", False)
+            self._body_bytes += len(message.get("body", b""))
         elif message["type"] == "http.disconnect":
             self._context.gone = True
         return message
+
+    def _patience(self) -> float:
+        """Seconds the next piece of the body may take: one byte every few seconds keeps nothing alive."""
+        timeout = self._edge.client_timeout
+        allowed = timeout + self._body_bytes / _BODY_BYTES_PER_SECOND - self._context.receiving
+        return max(0.0, min(timeout, allowed))
 
     async def _send_guarded(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -213,12 +223,7 @@ class _Exchange:
                     *self._context.response_headers,
                 ],
             }
-        try:
-            async with asyncio.timeout(self._edge.client_timeout):
-                await self._send(message)
-        except TimeoutError:
-            self._context.stalled = True
-            raise
+        await self._send(message)
 
     def _count(self) -> None:
         """Counts the response under its route's template, so that no path a client makes up becomes a series."""

@@ -1,50 +1,54 @@
-"""Concurrency: how many requests run at once, how many may wait, and whose turn it is."""
+"""Concurrency: how much runs at once, how much may wait, and whose turn it is."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 
 from server.errors import TooManyRequests, Unavailable
 
 
 class Lease:
-    """One place among the running requests; `release` is synchronous and idempotent.
+    """One of the gate's places; `release` is synchronous and idempotent.
 
     Attributes:
       waited: seconds spent in the queue.
     """
 
-    __slots__ = ("_gate", "waited")
+    __slots__ = ("_gate", "_key_id", "waited")
 
-    def __init__(self, gate: Gate, waited: float) -> None:
+    def __init__(self, gate: Gate, key_id: str, waited: float) -> None:
         self._gate: Gate | None = gate
+        self._key_id = key_id
         self.waited = waited
 
     def release(self) -> None:
         """Gives the place to the next in turn."""
         if self._gate is not None:
             gate, self._gate = self._gate, None
-            gate._released()
+            gate._released(self._key_id)
 
 
 class Gate:
     """`running` places and a queue of `waiting`, served round-robin between keys.
 
-    A key that has `per_key` requests waiting is over its share (429); when the whole queue is full, or a request has
-    waited `timeout` seconds, the server is overloaded (503).
+    What runs cannot be taken back, so turns alone would let one key hold every place for as long as it likes: the last
+    `reserve` places go only to keys that hold none. A key that has `per_key` requests waiting is over its share (429);
+    when the whole queue is full, or a request has waited `timeout` seconds, the server is overloaded (503).
     """
 
-    def __init__(self, *, running: int, waiting: int, per_key: int, timeout: float) -> None:
+    def __init__(self, *, running: int, waiting: int, per_key: int, timeout: float, reserve: int = 0) -> None:
         self._places, self._waiting_limit, self._per_key, self._timeout = running, waiting, per_key, timeout
+        self._reserve = min(reserve, running - 1)
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self._held: Counter[str] = Counter()
         self.running = 0
         self.waiting = 0
 
     def check(self, key_id: str) -> None:
         """Raises at once what `acquire` would raise at once."""
-        if self.running < self._places and not self.waiting:
+        if self._at_once(key_id):
             return
         if self.waiting >= self._waiting_limit:
             raise Unavailable("The server is at its limit of requests", code="overloaded", retry_after=1.0)
@@ -54,9 +58,9 @@ class Gate:
     async def acquire(self, key_id: str) -> Lease:
         """Waits for a place; raises TooManyRequests or Unavailable."""
         self.check(key_id)
-        if self.running < self._places and not self.waiting:
-            self.running += 1
-            return Lease(self, 0.0)
+        if self._at_once(key_id):
+            self._take(key_id)
+            return Lease(self, key_id, 0.0)
         started = time.perf_counter()
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(key_id, deque()).append(place)
@@ -66,13 +70,20 @@ class Gate:
                 await place
         except BaseException as error:
             if place.done() and not place.cancelled() and place.exception() is None:
-                self._released()
+                self._released(key_id)
             else:
                 self._leave(key_id, place)
             if isinstance(error, TimeoutError):
                 raise Unavailable("No place became free in time", code="overloaded", retry_after=5.0) from None
             raise
-        return Lease(self, time.perf_counter() - started)
+        return Lease(self, key_id, time.perf_counter() - started)
+
+    def more(self, key_id: str) -> Lease | None:
+        """One more place for a key that holds one, or None where it would have to wait."""
+        if not self._at_once(key_id):
+            return None
+        self._take(key_id)
+        return Lease(self, key_id, 0.0)
 
     def close(self, error: Exception) -> None:
         """Makes everyone who waits fail with this error."""
@@ -83,6 +94,17 @@ class Gate:
         self._queues.clear()
         self.waiting = 0
 
+    def _open_to(self, key_id: str) -> bool:
+        return self._places - self.running > (self._reserve if self._held[key_id] else 0)
+
+    def _at_once(self, key_id: str) -> bool:
+        # Whoever else waits may not have a free place, or would have it already.
+        return key_id not in self._queues and self._open_to(key_id)
+
+    def _take(self, key_id: str) -> None:
+        self.running += 1
+        self._held[key_id] += 1
+
     def _leave(self, key_id: str, place: asyncio.Future[None]) -> None:
         queue = self._queues.get(key_id)
         if queue is None or place not in queue:
@@ -92,15 +114,22 @@ class Gate:
         if not queue:
             del self._queues[key_id]
 
-    def _released(self) -> None:
-        """Hands a place on: the key at the head of the rotation has one request served and goes to its end."""
-        while self._queues:
-            key_id, queue = self._queues.popitem(last=False)
-            place = queue.popleft()
-            self.waiting -= 1
-            if queue:
-                self._queues[key_id] = queue
-            if not place.done():
-                place.set_result(None)
-                return
+    def _released(self, key_id: str) -> None:
+        """Takes a place back and hands on what is free."""
         self.running -= 1
+        self._held[key_id] -= 1
+        if not self._held[key_id]:
+            del self._held[key_id]
+        while (following := next((key for key in self._queues if self._open_to(key)), None)) is not None:
+            self._serve(following)
+
+    def _serve(self, key_id: str) -> None:
+        """Hands a place to a key's first request; the key goes to the end of the rotation."""
+        queue = self._queues.pop(key_id)
+        place = queue.popleft()
+        self.waiting -= 1
+        if queue:
+            self._queues[key_id] = queue
+        if not place.done():
+            self._take(key_id)
+            place.set_result(None)

@@ -9,10 +9,11 @@ from typing import Any, TypeVar
 
 import msgspec
 from litestar import Request, Response
-from litestar.exceptions import HTTPException, SerializationException, ValidationException
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Stream
 
+from server.bodies import Bodies
 from server.context import STATE_KEY, RequestContext
 from server.errors import Problem, body, headers, http_problem, problem
 from server.schemas.errors import AtlasError, OpenAIError
@@ -25,8 +26,10 @@ _NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _MEANINGS = {
     400: "The request is not valid",
     401: "No valid API key",
+    403: "A web page of an origin that is not listed, or a key that may not do this",
     404: "No such model, session or path",
-    413: "The body is too large",
+    408: "The request stopped coming",
+    413: "The body is too large, or holds too much",
     415: "The body is not JSON",
     429: "Over a limit; see Retry-After",
     503: "Loading, draining, full or not enabled; see Retry-After",
@@ -37,6 +40,16 @@ def context_of(request: HttpRequest) -> RequestContext:
     """What the edge knows about the request."""
     context: RequestContext = request.scope["state"][STATE_KEY]
     return context
+
+
+def json_request(bodies: Bodies) -> type[HttpRequest]:
+    """The class of the requests of an application whose bodies are read by `bodies`."""
+
+    class JsonRequest(HttpRequest):
+        async def json(self) -> Any:
+            return await bodies.decode(await self.body())
+
+    return JsonRequest
 
 
 def json_response(value: msgspec.Struct | bytes, *, status: int = 200) -> Response[Any]:
@@ -123,8 +136,6 @@ def _http_problem(error: HTTPException) -> Problem:
         if field == "data":
             return http_problem(400, "The request body must be a JSON object")
         return http_problem(400, f"Validation error in field '{field}': {first.get('message')}", param=field)
-    if isinstance(error.__cause__, SerializationException):
-        return problem(msgspec.DecodeError())
     return http_problem(error.status_code, error.detail)
 
 

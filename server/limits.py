@@ -128,7 +128,7 @@ class FailureBudget:
         """Counts one refused request; raises TooManyRequests once the address has used up its budget."""
         if self._per_minute <= 0:
             return
-        bucket = self._bucket(_network(peer))
+        bucket = self._bucket(network(peer))
         if not bucket.take(1):
             raise TooManyRequests("Too many requests without a valid key", retry_after=bucket.wait(1))
 
@@ -150,7 +150,8 @@ class FailureBudget:
                 self._buckets.move_to_end(name)
 
 
-def _network(peer: str) -> str:
+def network(peer: str) -> str:
+    """What counts as one address: an IPv4 address or an IPv6 /64."""
     try:
         address = ipaddress.ip_address(peer)
     except ValueError:

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import signal
 import socket
 import sys
+import threading
+from collections.abc import Iterator
 from types import FrameType
+from typing import cast
 
 import uvicorn
 
-from server.app import EngineSource, create_app, lifecycle_of
+from server.app import EngineSource, connections_of, create_app, lifecycle_of
+from server.connections import Connections, raise_file_limit
+from server.heap import settle
 from server.lifecycle import Lifecycle
 from server.settings import Settings
 
 log = logging.getLogger("atlas.server")
 _HEADER_BYTES = 32_768
 _KEEP_ALIVE_SECONDS = 30
+# asyncio accepts as many connections in one go as it tells the kernel to queue, each an open file before anybody can
+# refuse it; so it is told a few, and the kernel afterwards as many as may come while the loop is busy.
+_ACCEPTED_AT_ONCE = 64
+_BACKLOG = 1024
 # How long the engine's thread may keep the interpreter from the event loop while it runs Python (5 ms by default).
 _SWITCH_SECONDS = 0.0005
 
@@ -24,12 +35,12 @@ _SWITCH_SECONDS = 0.0005
 class Server(uvicorn.Server):
     """uvicorn with an end in order: refuse, let running requests finish, tell the rest, save, close.
 
-    A second signal ends the waiting, not the saving.
+    A second signal ends the waiting, not the saving. SIGHUP, a terminal that was closed, is as good as SIGTERM.
     """
 
-    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle) -> None:
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle, connections: Connections) -> None:
         super().__init__(config)
-        self.lifecycle = lifecycle
+        self.lifecycle, self._connections = lifecycle, connections
         self._loop: asyncio.AbstractEventLoop | None = None
         lifecycle.host.on_failure = self._engine_failed
 
@@ -37,6 +48,31 @@ class Server(uvicorn.Server):
         """Starts to listen."""
         self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
+        for server in self.servers:
+            for listener in server.sockets:
+                with socket.fromfd(listener.fileno(), listener.family, listener.type) as same:
+                    same.listen(_BACKLOG)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Looks after the connections twice a second."""
+        if counter % 5 == 0:
+            self._connections.sweep()
+        return await super().on_tick(counter)
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Notes signals until the server has stopped, and raises them again then; `nohup` keeps SIGHUP ignored."""
+        hangup = getattr(signal, "SIGHUP", None)  # there is none on Windows
+        with super().capture_signals():
+            main = threading.current_thread() is threading.main_thread()
+            if hangup is None or not main or signal.getsignal(hangup) is signal.SIG_IGN:
+                yield
+                return
+            before = signal.signal(hangup, self.handle_exit)
+            try:
+                yield
+            finally:
+                signal.signal(hangup, before)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Notes a signal; the main loop does the rest."""
@@ -60,6 +96,7 @@ class Server(uvicorn.Server):
 def build(settings: Settings, engine: EngineSource) -> Server:
     """The server, ready to run."""
     app, edge = create_app(settings, engine)
+    connections = connections_of(app)
     proxies = list(settings.server.trusted_proxies)
     config = uvicorn.Config(
         edge,
@@ -67,9 +104,10 @@ def build(settings: Settings, engine: EngineSource) -> Server:
         port=settings.server.port,
         workers=1,
         lifespan="on",
-        http="h11",
+        http=cast(type[asyncio.Protocol], connections.protocol),  # uvicorn only calls it
         ws="none",
         h11_max_incomplete_event_size=_HEADER_BYTES,
+        backlog=_ACCEPTED_AT_ONCE,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=settings.server.shutdown_grace,
         server_header=False,
@@ -78,15 +116,17 @@ def build(settings: Settings, engine: EngineSource) -> Server:
         proxy_headers=bool(proxies),
         forwarded_allow_ips=proxies,
     )
-    return Server(config, lifecycle_of(app))
+    return Server(config, lifecycle_of(app), connections)
 
 
 def serve(settings: Settings, engine: EngineSource) -> int:
     """Runs until a signal or the engine's death; returns the exit code.
 
     uvicorn raises a captured signal again once everything has been saved and closed, so a process ended by SIGTERM
-    reports 143 (and one ended by Ctrl-C comes back here).
+    reports 143, one ended by SIGHUP 129 (and one ended by Ctrl-C comes back here).
     """
+    raise_file_limit()
+    settle()
     server = build(settings, engine)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:

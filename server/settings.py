@@ -61,12 +61,24 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         tuple[str, ...], Meta(description="Addresses whose X-Forwarded-For and X-Forwarded-Proto are believed")
     ] = ()
     max_body_bytes: Annotated[int, Meta(ge=1024, le=1 << 30, description="Largest request body")] = 4 << 20
+    max_connections: Annotated[
+        Annotated[int, Meta(ge=1, le=1_000_000)] | None,
+        Meta(description="Open connections; null is 4096, or what the limit on open files leaves"),
+    ] = None
     max_concurrent: Annotated[
-        int, Meta(ge=1, le=4096, description="Requests that run at once: the size of the context pool")
+        int,
+        Meta(
+            ge=1, le=4096, description="Requests, or sequences of one, that run at once: the size of the context pool"
+        ),
     ] = 32
+    reserved_concurrent: Annotated[
+        Count | None,
+        Meta(description="Places kept for keys that hold none; null is a quarter where there may be several, else 0"),
+    ] = None
     max_waiting: Annotated[Count, Meta(description="Requests that may wait for a place")] = 256
     max_waiting_per_key: Annotated[
-        Count | None, Meta(description="Requests one key may have waiting; null is half the queue, or all without keys")
+        Count | None,
+        Meta(description="Requests one key may have waiting; null is half where there may be several, else all"),
     ] = None
     queue_timeout: Annotated[Seconds, Meta(description="Seconds a request waits for a place at most")] = 60.0
     rate_limit_requests: Annotated[Count, Meta(description="Requests a minute and key; 0 is no limit")] = 0
@@ -76,7 +88,13 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     failure_limit: Annotated[
         Count, Meta(description="Requests without a valid key a minute and address; 0 is no limit")
     ] = 60
-    client_timeout: Annotated[Seconds, Meta(description="Seconds a client may stall before it is dropped")] = 30.0
+    max_answer_tokens: Annotated[
+        int, Meta(ge=1, le=1 << 31, description="Longest answer; a request that asks for more gets this much")
+    ] = 32_768
+    header_timeout: Annotated[Seconds, Meta(description="Seconds a request's head may take to come")] = 20.0
+    client_timeout: Annotated[
+        Seconds, Meta(description="Seconds a client may stall in its body or not read before it is dropped")
+    ] = 30.0
     ping_interval: Annotated[Seconds, Meta(description="Seconds of silence before a stream sends a comment")] = 15.0
     shutdown_grace: Annotated[
         int, Meta(ge=1, le=5, description="Seconds running requests get to finish when the server is told to stop")

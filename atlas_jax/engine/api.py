@@ -431,10 +431,11 @@ class EngineStats:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlotInfo:
-    """One decode slot, as `GET /slots` shows it (no text)."""
+    """One decode slot, as `GET /slots` shows it (no text); `owner` is whose request it runs, None in a free one."""
 
     id: int
     busy: bool
+    owner: str | None
     prompt_tokens: int
     generated_tokens: int
     session: bool

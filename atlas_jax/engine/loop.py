@@ -139,6 +139,7 @@ class Loop:
             SlotInfo(
                 id=index,
                 busy=work is not None,
+                owner=None if work is None else work.request.owner,
                 prompt_tokens=0 if work is None else len(work.request.prompt),
                 generated_tokens=0 if work is None else len(work.generated),
                 session=work is not None and work.lease is not None,

@@ -14,7 +14,7 @@ from server.schemas import atlas as schema
 from server.services.memory import MemoryService
 from server.services.observer import Observer
 from server.services.runtime_config import RuntimeConfig
-from server.validation import parse
+from server.validation import invalid, parse
 
 
 class AtlasController(Controller):
@@ -70,7 +70,7 @@ class AtlasController(Controller):
 
 
 class MemoryController(Controller):
-    """The caller's sessions; an empty body is the same as `{}`."""
+    """The caller's sessions; an empty body is the same as `{}`, which never stands for something destructive."""
 
     path = "/v1/atlas/memory"
     tags = ("ATLAS memory",)
@@ -130,6 +130,11 @@ class MemoryController(Controller):
         memory: NamedDependency[MemoryService],
         data: SkipValidation[JSONBody[schema.ResetRequest | None]] = None,
     ) -> Response[Any]:
-        """Empties one session's memory, or all of the caller's."""
+        """Empties one session's memory, or with `{"all": true}` those of all the caller's; an empty body is neither."""
+        memory.require(endpoints=True)
         wanted = parse(schema.ResetRequest, data)
+        if wanted.all and wanted.session_id is not None:
+            raise invalid("all", "cannot be combined with session_id")
+        if not wanted.all and wanted.session_id is None:
+            raise invalid("session_id", 'required field is missing; {"all": true} resets every session')
         return json_response(await memory.reset(context_of(request).identity.owner, wanted.session_id))

@@ -9,7 +9,7 @@ from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, SkipValidation
 
-from server.http import json_response, openai_responses
+from server.http import HttpRequest, context_of, json_response, openai_responses
 from server.schemas import llamacpp as schema
 from server.services.compat import Compat
 from server.validation import parse
@@ -47,6 +47,6 @@ class LlamaCppController(Controller):
         return json_response(compat.props())
 
     @get("/slots")
-    async def slots(self, compat: NamedDependency[Compat]) -> Response[Any]:
-        """The decode slots, without any text."""
-        return json_response(msgspec.json.encode(compat.slots()))
+    async def slots(self, request: HttpRequest, compat: NamedDependency[Compat]) -> Response[Any]:
+        """The decode slots, without any text; the counts are those of the caller's own requests."""
+        return json_response(msgspec.json.encode(compat.slots(context_of(request).identity.owner)))

@@ -187,9 +187,10 @@ class DeleteRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 
 
 class ResetRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/atlas/memory/reset`: one session, or all of the caller's."""
+    """Body of `POST /v1/atlas/memory/reset`: one session, or, said in so many words, all of the caller's."""
 
     session_id: SessionId | None = None
+    all: Annotated[bool, Meta(description="true resets every session of the caller")] | None = None
 
 
 class SaveResponse(Struct, kw_only=True, frozen=True):

@@ -9,6 +9,8 @@ from collections import deque
 from atlas_jax.engine.api import Event, Failed, Finished, Listener
 
 Arrival = tuple[int, Event]
+# A reader that comes back after a while finds thousands of events; encoded in one go they would hold up everybody else.
+_AT_ONCE = 128
 
 
 class Mailbox:
@@ -36,7 +38,7 @@ class Mailbox:
             waiter.set_result(None)
 
     async def take(self, timeout: float) -> list[Arrival]:
-        """Everything that has arrived, waiting for something to; empty after `timeout` seconds."""
+        """What has arrived, some at a time, waiting for something to; empty after `timeout` seconds."""
         if not self._arrivals:
             loop = asyncio.get_running_loop()
             waiter = self._waiter = loop.create_future()
@@ -46,7 +48,8 @@ class Mailbox:
             finally:
                 alarm.cancel()
                 self._waiter = None
-        arrivals, self._arrivals = self._arrivals, []
+        arrivals = self._arrivals[:_AT_ONCE]
+        del self._arrivals[:_AT_ONCE]
         return arrivals
 
 
@@ -80,7 +83,7 @@ class Bridge:
         # One step of the engine brings a token to every stream; those that end with it do not wait for the others.
         ending: dict[Mailbox, None] = {}
         others: dict[Mailbox, None] = {}
-        while self._pending:
+        for _ in range(len(self._pending)):  # what comes meanwhile wakes the loop again
             mailbox, arrival = self._pending.popleft()
             mailbox.put(arrival)
             (ending if isinstance(arrival[1], Finished | Failed) else others)[mailbox] = None

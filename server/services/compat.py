@@ -66,16 +66,16 @@ class Compat:
             build_info=f"atlas-jax {__version__}",
         )
 
-    def slots(self) -> list[schema.Slot]:
-        """The decode slots of this moment."""
+    def slots(self, owner: str) -> list[schema.Slot]:
+        """The decode slots of this moment; of another owner's no more than that they are busy."""
         engine = self._host.engine
         return [
             schema.Slot(
                 id=slot.id,
                 is_processing=slot.busy,
-                n_prompt_tokens=slot.prompt_tokens,
-                n_decoded=slot.generated_tokens,
-                session=slot.session,
+                n_prompt_tokens=slot.prompt_tokens if slot.owner == owner else 0,
+                n_decoded=slot.generated_tokens if slot.owner == owner else 0,
+                session=slot.session and slot.owner == owner,
                 n_ctx=engine.model.context_length,
             )
             for slot in engine.slots()

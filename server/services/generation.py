@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -23,7 +24,7 @@ from atlas_jax.engine.api import (
     SamplingParams,
     SnapshotInvalid,
 )
-from server.context import RequestContext
+from server.context import PARTY, RequestContext
 from server.errors import ContextExceeded, ServerError, Unavailable, openai_error, problem
 from server.gate import Gate, Lease
 from server.limits import KeyLimits
@@ -72,8 +73,8 @@ class GenerationPlan:
     writer: Writer
     chat: ChatFrame | None = None
 
-    def requests(self, owner: str) -> list[GenerationRequest]:
-        """One engine request a sequence, choice by choice within prompt by prompt.
+    def requests(self, owner: str, longest: int) -> list[GenerationRequest]:
+        """One engine request a sequence of at most `longest` tokens, choice by choice within prompt by prompt.
 
         Only the very first sequence goes on as the session; seeds differ between choices, or all would be the same.
         """
@@ -86,7 +87,7 @@ class GenerationPlan:
                 out.append(
                     GenerationRequest(
                         prompt=prompt,
-                        max_tokens=self.max_tokens,
+                        max_tokens=longest if self.max_tokens is None else min(self.max_tokens, longest),
                         sampling=sampling,
                         stop=self.stop,
                         ignore_eos=self.ignore_eos,
@@ -101,10 +102,9 @@ class GenerationPlan:
                 )
         return out
 
-    @property
-    def estimate(self) -> int:
+    def estimate(self, longest: int) -> int:
         """Tokens this request may use, for the token limit."""
-        length = _UNKNOWN_LENGTH if self.max_tokens is None else self.max_tokens
+        length = min(_UNKNOWN_LENGTH if self.max_tokens is None else self.max_tokens, longest)
         return sum(len(prompt) + length * self.choices for prompt in self.prompts)
 
 
@@ -121,10 +121,11 @@ class Generator:
         metrics: Metrics,
         config: RuntimeConfig,
         ping_interval: float,
+        max_answer_tokens: int,
     ) -> None:
         self.host, self.gate, self.limits = host, gate, limits
         self.stats, self.metrics, self.config = stats, metrics, config
-        self.ping_interval = ping_interval
+        self.ping_interval, self.max_answer_tokens = ping_interval, max_answer_tokens
 
     async def start(self, plan: GenerationPlan, context: RequestContext) -> Generation:
         """Admits a request and hands it to the engine; everything it holds is released by `context.cleanup`."""
@@ -141,8 +142,15 @@ class Generation:
         self._in = generator
         self._plan = plan
         self._context = context
-        requests = plan.requests(context.identity.owner)
-        self._job = Job(generator.host, requests, width=plan.memory.batch_size, degraded=plan.memory.degraded)
+        requests = plan.requests(context.identity.owner, generator.max_answer_tokens)
+        self._party = PARTY.get()
+        self._job = Job(
+            generator.host,
+            requests,
+            width=plan.memory.batch_size,
+            more=functools.partial(generator.gate.more, self._party),
+            degraded=plan.memory.degraded,
+        )
         self._count = len(requests)
         self._lease: Lease | None = None
         self._reserved = 0
@@ -154,9 +162,10 @@ class Generation:
         """Waits for a place and submits; raises what stands in the way."""
         key_id = self._context.identity.key_id
         try:
-            self._in.limits.reserve(key_id, self._plan.estimate)
-            self._reserved = self._plan.estimate
-            self._lease = await self._in.gate.acquire(key_id)
+            estimate = self._plan.estimate(self._in.max_answer_tokens)
+            self._in.limits.reserve(key_id, estimate)
+            self._reserved = estimate
+            self._lease = await self._in.gate.acquire(self._party)
             await self._job.start()
         except Exception as error:
             self._fail(error)

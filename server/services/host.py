@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable
-from typing import Literal, Protocol, TypeVar
+from typing import Literal, Protocol
 
 from atlas_jax.engine.api import EngineProtocol
 from server.errors import ServerError, Unavailable
 from server.services.bridge import Bridge
+from server.services.workers import in_thread
 
 log = logging.getLogger("atlas.server")
 State = Literal["loading", "ready", "draining", "failed", "closed"]
-T = TypeVar("T")
 _WATCH_SECONDS = 0.5
 _SETTLE_SECONDS = 2.0
 _CLOSING_SECONDS = 1.0
@@ -96,7 +95,7 @@ class EngineHost:
         """Runs `load` in a thread of its own; returns at once unless told to wait."""
         loop = asyncio.get_running_loop()
         self._bridge = Bridge(loop)
-        done = asyncio.ensure_future(in_thread(load, name="engine-loader"))
+        done = in_thread(load, name="engine-loader")
         done.add_done_callback(self._loaded)
         if wait:
             await asyncio.wait({done})
@@ -166,40 +165,6 @@ def _settle(engine: EngineProtocol) -> None:
     end = time.monotonic() + _SETTLE_SECONDS
     while engine.alive() and engine.stats().requests_running and time.monotonic() < end:
         time.sleep(0.01)
-
-
-async def in_thread(work: Callable[[], T], *, name: str) -> T:
-    """Runs `work` in a daemon thread: unlike the loop's own executor, a hung one cannot keep the process alive."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def run() -> None:
-        try:
-            result = work()
-        except BaseException as error:
-            _report(loop, future, None, error)
-        else:
-            _report(loop, future, result, None)
-
-    threading.Thread(target=run, name=name, daemon=True).start()
-    return await future
-
-
-def _report(
-    loop: asyncio.AbstractEventLoop, future: asyncio.Future[T], result: T | None, error: BaseException | None
-) -> None:
-    def settle() -> None:
-        if future.done():
-            return
-        if error is not None:
-            future.set_exception(error if isinstance(error, Exception) else RuntimeError(type(error).__name__))
-        else:
-            future.set_result(result)  # type: ignore[arg-type]
-
-    try:
-        loop.call_soon_threadsafe(settle)
-    except RuntimeError:
-        log.debug("The event loop closed before a thread had finished")
 
 
 def _nothing() -> None:

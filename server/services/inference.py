@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from server.context import RequestContext
+from server.context import PARTY, RequestContext
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.sampling import SamplingFields
@@ -41,7 +41,7 @@ class Inference:
         refuse_unsupported(_mapping(raw))
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of", "must be equal to n", code="unsupported_parameter")
-        model = self._admitted(body, context)
+        model = self._admitted(body)
         memory = self._memory(body, context)
         prompts, echoes = await self._texts.prompts(body.prompt, echo=bool(body.echo))
         count = choices(body, prompts=len(prompts))
@@ -78,7 +78,7 @@ class Inference:
         refuse_unsupported_chat(body)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "needs logprobs to be true")
-        model = self._admitted(body, context)
+        model = self._admitted(body)
         memory = self._memory(body, context)
         grammar = await answer_grammar(self._host, body.response_format, context)
         prompt = await self._texts.chat(body.messages, body.chat_template_kwargs)
@@ -115,11 +115,11 @@ class Inference:
         )
         return await self._generator.start(plan, context)
 
-    def _admitted(self, body: SamplingFields, context: RequestContext) -> str:
+    def _admitted(self, body: SamplingFields) -> str:
         """The model's name, once it is sure that the request is not turned away at the door."""
         _ = self._host.accepting
         model = self._models.resolve(body.model)
-        self._gate.check(context.identity.key_id)
+        self._gate.check(PARTY.get())
         return model
 
     def _memory(self, body: SamplingFields, context: RequestContext) -> MemoryPlan:

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from atlas_jax.engine.api import (
     Delta,
@@ -22,6 +22,7 @@ from atlas_jax.engine.api import (
     Overloaded,
 )
 from server.errors import ServerError, Unavailable
+from server.gate import Lease
 from server.services.bridge import Mailbox
 from server.services.host import EngineHost
 
@@ -33,6 +34,9 @@ _WAKE = Delta("")
 class Job:
     """Runs several engine requests for one caller and gives out their events in the order they came.
 
+    One sequence runs in the caller's place; every other that decodes beside it takes a place of its own, where there is
+    one, so that a request of many sequences gets no more of the engine than as many requests of one.
+
     Where the memory cannot be had, a sequence without a session runs on the plain model and says so in its statistics
     (`degraded`). One with a session is tried again, with growing pauses, and then fails: its answer would silently
     forget.
@@ -43,11 +47,18 @@ class Job:
     """
 
     def __init__(
-        self, host: EngineHost, requests: Sequence[GenerationRequest], *, width: int, degraded: str | None = None
+        self,
+        host: EngineHost,
+        requests: Sequence[GenerationRequest],
+        *,
+        width: int,
+        more: Callable[[], Lease | None],
+        degraded: str | None = None,
     ) -> None:
         self._host = host
         self._requests = list(requests)
-        self._width = width
+        self._width, self._more = width, more
+        self._places: list[Lease] = []
         self._mailbox = Mailbox()
         self._handles: dict[int, Handle] = {}
         self._started: set[int] = set()
@@ -104,10 +115,17 @@ class Job:
         handles, self._handles = self._handles, {}
         for handle in handles.values():
             handle.cancel()
+        self._give_back()
 
     async def _fill(self, engine: EngineProtocol) -> None:
-        """Submits while there is room; what the engine has no room for waits for one of ours to finish."""
+        """Submits while there is room; what there is no room for waits for one of ours to finish."""
+        self._give_back()
         while self._next < len(self._requests) and len(self._handles) < self._width:
+            if len(self._handles) > len(self._places):
+                place = self._more()
+                if place is None:
+                    return
+                self._places.append(place)
             try:
                 await self._submit(engine, self._next)
             except MemoryUnavailable:
@@ -117,6 +135,11 @@ class Job:
                     raise
                 return
             self._next += 1
+
+    def _give_back(self) -> None:
+        """Gives back the places that none of the running sequences needs."""
+        while len(self._places) > max(0, len(self._handles) - 1):
+            self._places.pop().release()
 
     async def _submit(self, engine: EngineProtocol, index: int) -> None:
         while True:

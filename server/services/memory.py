@@ -17,6 +17,7 @@ from server.metrics import Metrics
 from server.schemas import atlas as schema
 from server.services.host import EngineHost
 from server.services.memory_options import check_name
+from server.services.workers import Workers
 from server.settings import Settings
 from server.validation import invalid
 
@@ -32,8 +33,8 @@ _SAVE_FAILED = "Failed to save context state"
 class MemoryService:
     """Calls the engine's session store in threads, with one file of sessions for every owner."""
 
-    def __init__(self, host: EngineHost, settings: Settings, metrics: Metrics) -> None:
-        self._host = host
+    def __init__(self, host: EngineHost, settings: Settings, metrics: Metrics, workers: Workers) -> None:
+        self._host, self._workers = host, workers
         self._settings = settings.atlas
         self._metrics = metrics
 
@@ -53,7 +54,7 @@ class MemoryService:
         """State of one session's memory, or totals over the owner's."""
         self.require(endpoints=True)
         if session_id is not None:
-            check_name(session_id, "session_id")
+            session_id = check_name(session_id, "session_id")
         info = await self._call(lambda store: store.info(owner, session_id))
         return schema.MemoryResponse(
             session_id=session_id,
@@ -181,11 +182,11 @@ class MemoryService:
         try:
             for pause in _RETRY_SECONDS:
                 try:
-                    return await asyncio.to_thread(work, store)
+                    return await self._workers.run("sessions", lambda: work(store))
                 except MemoryUnavailable:
                     log.warning("The session store is not available; trying again in %.2f s", pause)
                     await asyncio.sleep(pause)
-            return await asyncio.to_thread(work, store)
+            return await self._workers.run("sessions", lambda: work(store))
         except OSError as error:
             log.error("[ATLAS] %s: %s", failure, error.strerror or type(error).__name__)
             raise Unavailable(failure, code="storage_failed", retry_after=30.0) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from dataclasses import dataclass
 
 from atlas_jax.config import PAGE
@@ -22,7 +23,7 @@ class MemoryPlan:
     Attributes:
       params: None is the plain model.
       batch_size: sequences that decode at once.
-      session_id: the session's name as the client wrote it, or None.
+      session_id: the session's name, or None.
       degraded: why a request that asked for a memory runs without one, or None.
     """
 
@@ -103,11 +104,13 @@ def check_windows(values: AtlasDefaults, *, max_window: int, prefix: str) -> Non
 
 
 def check_name(name: str, field: str) -> str:
-    """The name of a session or context; raises BadRequest.
+    """The name of a session or context as it is kept; raises BadRequest.
 
-    Names are 1 to 128 printable characters. Path separators, `.` and `..` are refused although names are never used as
-    file names: a client that sends one has mistaken the field.
+    What is written the same is the same name, however its accents are composed (Unicode's NFC). Names are 1 to 128
+    printable characters. Path separators, `.` and `..` are refused although names are never used as file names: a client
+    that sends one has mistaken the field.
     """
+    name = unicodedata.normalize("NFC", name)
     if not 0 < len(name) <= _NAME_CHARS:
         raise invalid(field, f"must have between 1 and {_NAME_CHARS} characters")
     if not name.isprintable():  # of spaces, only the common one is
@@ -122,7 +125,7 @@ def check_name(name: str, field: str) -> str:
 def _session(atlas: AtlasOptions | None, header: str | None) -> str | None:
     named = None if atlas is None or atlas.session_id is None else check_name(atlas.session_id, "atlas.session_id")
     if header is not None:
-        check_name(header, "X-Session-ID")
+        header = check_name(header, "X-Session-ID")
         if named is not None and named != header:
             raise BadRequest("atlas.session_id and X-Session-ID name different sessions", param="atlas.session_id")
     return named if named is not None else header

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from atlas_jax.engine.api import EngineStats
+from server.context import PARTY
 from server.errors import NotEnabled, ServerError, TooManyRequests
 from server.schemas import atlas as schema
 from server.services.host import EngineHost
@@ -20,13 +21,14 @@ from server.settings import Settings
 
 log = logging.getLogger("atlas.server")
 _BACKLOG = 16
-_SUBSCRIBERS = 256
+_SUBSCRIBERS, _SUBSCRIBERS_PER_PARTY = 256, 64
 
 
 class Subscriber:
     """A reader of live events; a slow one loses the oldest, so its memory is bounded."""
 
     def __init__(self) -> None:
+        self.party = PARTY.get()
         self._events: deque[bytes] = deque(maxlen=_BACKLOG)
         self._news = asyncio.Event()
         self._closed = False
@@ -115,9 +117,10 @@ class Observer:
         self._require()
         if not self._settings.enable_realtime_stats:
             raise NotEnabled("Real-time statistics are not enabled")
-        if len(self._subscribers) >= _SUBSCRIBERS:
-            raise TooManyRequests("Too many readers of the metrics stream", retry_after=30.0)
         subscriber = Subscriber()
+        mine = sum(other.party == subscriber.party for other in self._subscribers)
+        if len(self._subscribers) >= _SUBSCRIBERS or mine >= _SUBSCRIBERS_PER_PARTY:
+            raise TooManyRequests("Too many readers of the metrics stream", retry_after=30.0)
         if self._closed:
             subscriber.close()
         self._subscribers.add(subscriber)

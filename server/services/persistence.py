@@ -12,8 +12,9 @@ from functools import partial
 from atlas_jax.engine.api import EngineError, EngineProtocol
 from server.errors import ServerError
 from server.metrics import Metrics
-from server.services.host import EngineHost, in_thread
+from server.services.host import EngineHost
 from server.services.runtime_config import RuntimeConfig
+from server.services.workers import in_thread
 from server.settings import Settings
 
 log = logging.getLogger("atlas.server")
@@ -117,7 +118,7 @@ class Persistence:
                     await in_thread(partial(self.expire, engine), name="atlas-sweep")
                     swept = time.monotonic()
                 if save:
-                    await in_thread(partial(self.save, engine), name="atlas-save")
+                    await in_thread(partial(self.save, engine), name="atlas-saves")
             except ServerError:
                 log.debug("No engine to save")
             if save:

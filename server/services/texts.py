@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -12,36 +12,47 @@ from server.schemas.chat import ChatMessage, ContentPart
 from server.services.host import EngineHost
 from server.services.sampling import MAX_SEQUENCES
 from server.services.unsupported import template_variables
+from server.services.workers import Workers
 from server.validation import invalid
 
 T = TypeVar("T")
 # Tokenising this much takes about a millisecond; more goes to a thread, so that the loop keeps serving the others.
 _INLINE_CHARS = 4096
+# What a message, and a part of one, cost beside their text, in characters: a template writes out an empty message in
+# some 30 microseconds.
+_MESSAGE_CHARS, _PART_CHARS = 128, 4
 
 
 class Texts:
     """The engine's tokenizer and chat template, off the event loop where that pays."""
 
-    def __init__(self, host: EngineHost) -> None:
-        self._host = host
+    def __init__(self, host: EngineHost, workers: Workers) -> None:
+        self._host, self._workers = host, workers
+
+    async def _run(self, size: int, work: Callable[[], T]) -> T:
+        return work() if size <= _INLINE_CHARS else await self._workers.run("texts", work)
 
     async def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of a text."""
         tokenizer = self._host.engine.tokenizer
-        return await _run(
+        return await self._run(
             len(text), lambda: tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
         )
 
     async def decode(self, ids: Sequence[int], field: str) -> str:
         """The text of token ids; raises BadRequest for an id the vocabulary does not have."""
-        self.check_ids(ids, field)
         tokenizer = self._host.engine.tokenizer
-        return await _run(len(ids), lambda: tokenizer.decode(ids))
+
+        def decode() -> str:
+            self.check_ids(ids, field)
+            return tokenizer.decode(ids)
+
+        return await self._run(len(ids), decode)
 
     async def pieces(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of every token."""
         tokenizer = self._host.engine.tokenizer
-        return await _run(len(ids), lambda: [tokenizer.token_bytes(one) for one in ids])
+        return await self._run(len(ids), lambda: [tokenizer.token_bytes(one) for one in ids])
 
     def check_ids(self, ids: Sequence[int], field: str) -> None:
         """Raises BadRequest for an id the vocabulary does not have."""
@@ -56,24 +67,13 @@ class Texts:
 
         Accepts a string, token ids, and lists of either; raises BadRequest for a mixture and for an empty prompt.
         """
-        if given is None:
-            given = ""
-        if isinstance(given, str):
-            items: list[str | list[int]] = [given]
-        elif all(isinstance(one, int) for one in given):
-            items = [list(given)]  # type: ignore[arg-type]
-        elif all(isinstance(one, str) for one in given) or all(isinstance(one, list) for one in given):
-            items = list(given)  # type: ignore[arg-type]
-        else:
-            raise invalid("prompt", "must be a string, token ids, a list of strings or a list of token id lists")
-        if len(items) > MAX_SEQUENCES:
-            raise invalid("prompt", f"must have at most {MAX_SEQUENCES} prompts")
+        given = "" if given is None else given
         prompts, texts = [], []
-        for item in items:
+        for item in await self._run(len(given), lambda: _prompt_items(given)):
             if isinstance(item, str):
                 ids = await self.encode(item, add_special=True, parse_special=True)
             else:
-                self.check_ids(item, "prompt")
+                await self._run(len(item), functools.partial(self.check_ids, item, "prompt"))
                 ids = item
             if not ids:
                 raise invalid("prompt", "must have at least one token")
@@ -84,10 +84,11 @@ class Texts:
 
     async def chat(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> list[int]:
         """Token ids of a conversation."""
-        plain = plain_messages(messages)
         allowed = template_variables(variables)
         engine = self._host.engine
-        ids = await _run(_size(plain), lambda: engine.render_chat(plain, variables=allowed or None))
+        ids = await self._run(
+            _size(messages), lambda: engine.render_chat(plain_messages(messages), variables=allowed or None)
+        )
         if not ids:
             raise invalid("messages", "must have at least one token")
         return ids
@@ -101,10 +102,23 @@ class Texts:
 
     async def template(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> str:
         """A conversation as the text the model reads."""
-        plain = plain_messages(messages)
         allowed = template_variables(variables)
         engine = self._host.engine
-        return await _run(_size(plain), lambda: engine.apply_template(plain, variables=allowed or None))
+        return await self._run(
+            _size(messages), lambda: engine.apply_template(plain_messages(messages), variables=allowed or None)
+        )
+
+
+def _prompt_items(given: str | Sequence[int | str | list[int]]) -> list[str | list[int]]:
+    if isinstance(given, str):
+        return [given]
+    if all(isinstance(one, int) for one in given):
+        return [list(given)]  # type: ignore[arg-type]
+    if not (all(isinstance(one, str) for one in given) or all(isinstance(one, list) for one in given)):
+        raise invalid("prompt", "must be a string, token ids, a list of strings or a list of token id lists")
+    if len(given) > MAX_SEQUENCES:
+        raise invalid("prompt", f"must have at most {MAX_SEQUENCES} prompts")
+    return list(given)  # type: ignore[arg-type]
 
 
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -145,9 +159,13 @@ def _part(part: ContentPart, field: str) -> str:
     return text
 
 
-def _size(messages: Sequence[Mapping[str, Any]]) -> int:
-    return sum(len(message["content"]) for message in messages)
-
-
-async def _run(size: int, work: Callable[[], T]) -> T:
-    return work() if size <= _INLINE_CHARS else await asyncio.to_thread(work)
+def _size(messages: Sequence[ChatMessage]) -> int:
+    """What a conversation costs to write out, in characters."""
+    size = 0
+    for message in messages:
+        content = message.content or ""
+        size += _MESSAGE_CHARS
+        size += (
+            len(content) if isinstance(content, str) else sum(_PART_CHARS + len(part.text or "") for part in content)
+        )
+    return size

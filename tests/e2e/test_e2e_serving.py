@@ -250,7 +250,7 @@ def test_list_reset_and_delete(clean: RealServer) -> None:
     assert clean.post("/v1/atlas/memory/delete", {"context_id": "b"}).status_code == 404
     assert clean.post("/v1/atlas/memory/load", {"filename": "tiny_memory.atlas"}).status_code == 200
     assert set(clean.contexts()) == {"a", "c", "d"}, "what was deleted stays deleted"
-    assert clean.post("/v1/atlas/memory/reset").json()["sessions_reset"] == 3
+    assert clean.post("/v1/atlas/memory/reset", {"all": True}).json()["sessions_reset"] == 3
 
 
 def test_statistics_follow(server: RealServer) -> None:

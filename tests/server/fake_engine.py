@@ -114,14 +114,15 @@ class Running:
     def step(self) -> bool:
         """Produces one token; True when the request is over."""
         limit = self.request.max_tokens
-        if limit is None:
+        unlimited = limit is None or limit > CONTEXT  # a server has a limit of its own, longer than our context
+        if limit is None or (unlimited and not self.request.ignore_eos):
             limit = RUNAWAY if self.request.ignore_eos else CONTEXT
         if self.engine.fail_after is not None and self.sent >= self.engine.fail_after:
             self.listener(Failed(self.engine.failure))
             return True
         if self.sent >= limit:
             return self.end("length")
-        if self.sent >= len(self.source) and not self.request.ignore_eos and self.request.max_tokens is None:
+        if self.sent >= len(self.source) and not self.request.ignore_eos and unlimited:
             return self.end("stop")
         token = self.source[self.sent % len(self.source)]
         self.sent += 1
@@ -314,6 +315,7 @@ class FakeEngine:
             SlotInfo(
                 id=at,
                 busy=at < len(active),
+                owner=active[at].request.owner if at < len(active) else None,
                 prompt_tokens=len(active[at].request.prompt) if at < len(active) else 0,
                 generated_tokens=active[at].sent if at < len(active) else 0,
                 session=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ class FakeSessions:
         self.expired: list[float] = []
         self.saves = self.loads = 0
         self.fail: list[Exception] = []
+        self.busy: dict[str, threading.Event] = {}  # sessions that a request is using, until the event is set
 
     def _check(self) -> None:
         if self.fail:
@@ -165,6 +167,9 @@ class FakeSessions:
     def reset(self, owner: str, session_id: str | None) -> int:
         self._check()
         names = [session_id] if session_id is not None else list(self._of(owner))
+        for name in names:
+            if name in self.busy:
+                self.busy[name].wait(30)
         for name in names:
             self._get(owner, name).tokens = []
         return len(names)

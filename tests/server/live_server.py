@@ -62,8 +62,8 @@ class Live:
                 pass
         return out
 
-    def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+    def connect(self, *, source: str = "127.0.0.1") -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
 
     def openai(self, **options: Any) -> openai.OpenAI:
         options = {"api_key": "unused", "max_retries": 0, **options}

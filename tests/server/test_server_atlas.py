@@ -164,9 +164,22 @@ def test_session_names_that_are_refused(live: Live, name: str) -> None:
 
 
 def test_session_names_that_differ_are_different(live: Live) -> None:
-    for name in ("A", "a", "caf\u00e9", "cafe\u0301", "CON", "a:b", "x.y@z"):
+    for name in ("A", "a", "cafe", "caf\u00e9", "CON", "a:b", "x.y@z"):
         assert live.post(CHAT, {**HELLO, "atlas": {"session_id": name}}).status_code == 200
     assert len(live.engine.sessions.live) == 7
+
+
+def test_a_session_name_is_one_however_its_accents_are_composed(live: Live) -> None:
+    composed, decomposed = "caf\u00e9 \uac00", "cafe\u0301 \u1100\u1161"
+    first = live.post(CHAT, {**HELLO, "atlas": {"session_id": composed}})
+    again = live.post(CHAT, {**HELLO, "atlas": {"session_id": decomposed}})
+    assert (first.status_code, again.status_code) == (200, 200)
+    assert again.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+    assert [name for _, name in live.engine.sessions.live] == [composed]
+    assert live.http.get("/v1/atlas/memory", params={"session_id": decomposed}).status_code == 200
+    assert live.post("/v1/atlas/memory/save", {"session_id": decomposed}).json()["context_id"] == composed
+    assert live.post("/v1/atlas/memory/reset", {"session_id": decomposed}).json()["session_id"] == composed
+    assert live.post("/v1/atlas/memory/delete", {"context_id": decomposed}).json()["context_id"] == composed
 
 
 def test_write_false_leaves_the_session_alone(live: Live) -> None:

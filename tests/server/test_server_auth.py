@@ -230,7 +230,7 @@ def test_owners_do_not_see_each_other(guarded: Live) -> None:
         assert one.status_code == two.status_code == 404
         assert one.json()["error"]["type"] == two.json()["error"]["type"]
     assert call(guarded, "beta-key", "/v1/atlas/memory?session_id=shared-name").status_code == 404
-    assert call(guarded, "beta-key", "/v1/atlas/memory/reset", {}).json()["sessions_reset"] == 0
+    assert call(guarded, "beta-key", "/v1/atlas/memory/reset", {"all": True}).json()["sessions_reset"] == 0
 
     answer = call(guarded, "beta-key", "/v1/chat/completions", chat).json()
     assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0

@@ -39,7 +39,7 @@ def code_of(response: httpx.Response) -> Any:
         b'{"\xff": 1}',
         b"\x00",
         b"[" * 100_000,
-        b'{"prompt":' * 100_000,
+        b'{"prompt":' * 10_000,
         b'{"prompt": "x", "metadata": ' + b'{"a":' * 5_000 + b"1" + b"}" * 5_001,
         b"'prompt'",
         b'{"prompt": "x", "max_tokens": ' + b"9" * 5_000 + b"}",
@@ -73,7 +73,7 @@ def test_large_bodies(live: Live) -> None:
 
 
 def test_many_elements(live: Live) -> None:
-    messages = [{"role": "user", "content": "x"}] * 50_000
+    messages = [{"role": "user", "content": "x"}] * 10_000
     assert live.post(CHAT, {"messages": messages}).status_code == 400
     assert live.post(COMPLETIONS, {"prompt": ["x"] * 100_000}).status_code == 400
     assert live.post(COMPLETIONS, {"prompt": "x", "logit_bias": {str(n): 1 for n in range(100_000)}}).status_code == 400

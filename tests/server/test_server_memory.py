@@ -39,11 +39,28 @@ def test_save_and_load_by_filename(live: Live) -> None:
 
 
 def test_an_empty_body_is_an_empty_object(live: Live) -> None:
-    for path in ("save", "list", "reset"):
+    for path in ("save", "list"):
         response = live.http.post(f"/v1/atlas/memory/{path}")
         assert response.status_code == 200, response.text
         response = live.http.post(f"/v1/atlas/memory/{path}", content=b"", headers={"content-type": "application/json"})
         assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("body", [b"", b"{}", b"null", b'{"all": false}', b'{"session_id": null}', b'{"all": null}'])
+def test_nothing_said_is_not_everything_reset(live: Live, body: bytes) -> None:
+    live.post(CHAT, {**HELLO, "atlas": {"session_id": "kept"}})
+    tokens = list(live.engine.sessions.live["local", "kept"].tokens)
+    assert tokens
+    headers = {"content-type": "application/json"} if body else {}
+    refused = live.http.post("/v1/atlas/memory/reset", content=body, headers=headers)
+    assert (refused.status_code, error(refused)["param"]) == (400, "session_id")
+    assert live.engine.sessions.live["local", "kept"].tokens == tokens
+    both = live.post("/v1/atlas/memory/reset", {"all": True, "session_id": "kept"})
+    assert (both.status_code, error(both)["param"]) == (400, "all")
+    assert live.engine.sessions.live["local", "kept"].tokens == tokens
+    answer = live.post("/v1/atlas/memory/reset", {"all": True}).json()
+    assert (answer["sessions_reset"], answer["session_id"]) == (1, None)
+    assert live.engine.sessions.live["local", "kept"].tokens == []
 
 
 def test_contexts_carry_the_callers_state(live: Live) -> None:
@@ -80,7 +97,7 @@ def test_reset_one_and_all(live: Live) -> None:
     assert live.post("/v1/atlas/memory/reset", {"session_id": "a"}).json()["sessions_reset"] == 1
     assert live.engine.sessions.live["local", "a"].tokens == []
     assert live.engine.sessions.live["local", "b"].tokens
-    assert live.post("/v1/atlas/memory/reset", {}).json()["sessions_reset"] == 2
+    assert live.post("/v1/atlas/memory/reset", {"all": True}).json()["sessions_reset"] == 2
     assert live.post("/v1/atlas/memory/reset", {"session_id": "nobody"}).status_code == 404
 
 

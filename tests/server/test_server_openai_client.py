@@ -237,7 +237,7 @@ def test_explicit_nulls_and_hints_are_accepted(live: Live, client: openai.OpenAI
         model=MODEL, messages=ask("a"), extra_body=dict.fromkeys(fields), store=True, user="u", metadata={"a": "b"}
     )
     assert answer.choices[0].message.content == "user\na"
-    assert live.engine.requests[-1].max_tokens is None
+    assert live.engine.requests[-1].max_tokens == live.settings.server.max_answer_tokens
 
 
 def test_content_parts_and_roles(live: Live, client: openai.OpenAI) -> None:

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import json
 import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from atlas_jax.engine.api import Delta, Finished
-from server.errors import BadRequest, TooManyRequests, Unavailable
+from server.bodies import Bodies
+from server.context import PARTY
+from server.errors import BadRequest, TooLarge, TooManyRequests, Unavailable
 from server.gate import Gate, Lease
+from server.heap import Settled
 from server.hosts import HostCheck
 from server.limits import FailureBudget, KeyLimits, TokenBucket
 from server.services.bridge import Bridge, Mailbox
 from server.services.observer import Subscriber
+from server.services.workers import Workers
 from server.services.writers import timings_of, usage_of
+
+T = TypeVar("T")
 
 
 class Clock:
@@ -200,6 +213,190 @@ def test_closing_the_gate_fails_everyone_who_waits() -> None:
     asyncio.run(run())
 
 
+def test_what_runs_for_one_key_leaves_room_for_the_others() -> None:
+    async def run() -> None:
+        door = gate(running=8, reserve=2)
+        greedy = [await door.acquire("greedy") for _ in range(6)]
+        waiting = asyncio.create_task(door.acquire("greedy"))
+        await asyncio.sleep(0)
+        assert (door.running, door.waiting) == (6, 1)
+        # Those who hold none get the reserved places, though somebody waits; a second one each they do not get.
+        others = [await door.acquire(key) for key in ("b", "c")]
+        assert (door.running, door.waiting) == (8, 1)
+        second = asyncio.create_task(door.acquire("b"))
+        await asyncio.sleep(0)
+        late = asyncio.create_task(door.acquire("d"))
+        await asyncio.sleep(0)
+        assert (door.running, door.waiting) == (8, 3)
+        greedy.pop().release()  # one place is free: it goes to who holds none, past those before it in the queue
+        others.append(await late)
+        assert (door.running, door.waiting) == (8, 2)
+        for lease in others[:2]:
+            lease.release()
+        assert (door.running, door.waiting) == (7, 1)  # b, who holds none again, and not the greedy key
+        (await second).release()
+        assert (door.running, door.waiting) == (6, 1)
+        others[2].release()
+        greedy.append(await waiting)
+        for lease in greedy:
+            lease.release()
+        assert (door.running, door.waiting) == (0, 0)
+
+    asyncio.run(run())
+
+
+@settings(deadline=None)
+@given(
+    places=st.integers(1, 6),
+    reserve=st.integers(0, 8),
+    steps=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["ask", "leave", "end"])), max_size=40),
+)
+def test_no_place_is_lost_and_none_stands_empty_for_nobody(
+    places: int, reserve: int, steps: list[tuple[str, str]]
+) -> None:
+    async def run() -> None:
+        door = gate(running=places, reserve=reserve, waiting=1000, per_key=1000)
+        kept = min(reserve, places - 1)
+        asked: list[tuple[str, asyncio.Task[Lease]]] = []
+        for key, action in steps:
+            mine = [item for item in asked if item[0] == key]
+            if action == "ask":
+                asked.append((key, asyncio.create_task(door.acquire(key))))
+            elif action == "end" and (done := [item for item in mine if item[1].done()]):
+                done[0][1].result().release()
+                asked.remove(done[0])
+            elif action == "leave" and (open_ := [item for item in mine if not item[1].done()]):
+                open_[0][1].cancel()
+                asked.remove(open_[0])
+            for _ in range(5):
+                await asyncio.sleep(0)
+            holding = [key for key, task in asked if task.done()]
+            waiting = [key for key, task in asked if not task.done()]
+            assert (door.running, door.waiting) == (len(holding), len(waiting))
+            assert len(holding) <= places
+            free = places - len(holding)
+            assert not any(free > (kept if key in holding else 0) for key in waiting)
+            # Whoever holds several left the reserve to those who hold one.
+            assert all(holding.count(key) <= max(1, places - kept) for key in holding)
+        for _, task in asked:
+            task.cancel()
+        await asyncio.gather(*(task for _, task in asked), return_exceptions=True)
+
+    asyncio.run(run())
+
+
+# --- threads ------------------------------------------------------------------------------------------------------
+def test_a_party_that_blocks_its_threads_leaves_some_to_the_others() -> None:
+    async def run() -> None:
+        workers, release, begun = Workers(), threading.Event(), threading.Semaphore(0)
+
+        def block() -> None:
+            begun.release()
+            release.wait(10)
+
+        async def as_party(party: str, work: Callable[[], T]) -> T:
+            PARTY.set(party)
+            return await workers.run("sessions", work)
+
+        stuck = [asyncio.create_task(as_party("greedy", block)) for _ in range(80)]
+        await asyncio.sleep(0.05)
+        assert all(begun.acquire(timeout=5) for _ in range(16))
+        assert not begun.acquire(timeout=0.05)  # the rest waits in its own line
+        assert await asyncio.wait_for(as_party("other", lambda: "served"), 5) == "served"
+        with pytest.raises(TooManyRequests) as refused:
+            await as_party("greedy", block)
+        assert refused.value.retry_after
+        # Whoever gives up waiting leaves the line; what runs keeps its thread until it has ended.
+        for task in stuck[:40]:
+            task.cancel()
+        await asyncio.gather(*stuck[:40], return_exceptions=True)
+        assert not begun.acquire(timeout=0.05)
+        release.set()
+        await asyncio.gather(*stuck[40:])
+        assert await as_party("greedy", lambda: 5) == 5
+
+    asyncio.run(run())
+
+
+def test_what_a_thread_raises_is_raised_to_who_asked() -> None:
+    async def run() -> None:
+        workers = Workers()
+        for _ in range(200):
+            with pytest.raises(KeyError, match="broken"):
+                await workers.run("texts", lambda: {}["broken"])
+
+    asyncio.run(run())
+
+
+# --- the collector ------------------------------------------------------------------------------------------------
+def test_what_stays_is_walked_once() -> None:
+    class Node:
+        pass
+
+    before, callback = gc.get_freeze_count(), Settled()
+    gc.callbacks.append(callback)
+    try:
+        stays: list[Any] = [[number] for number in range(200_000)]
+        gc.collect()
+        assert gc.get_freeze_count() - before >= 100_000
+        first, frozen = Node(), gc.get_freeze_count()
+        stays[0].append(first)
+        there = weakref.ref(first)
+        del first, stays  # and it is freed when nobody has it any more
+        assert there() is None
+        assert gc.get_freeze_count() < frozen
+        # A cycle that comes and goes is collected as ever.
+        cycle = Node()
+        cycle.self, gone = cycle, weakref.ref(cycle)  # type: ignore[attr-defined]
+        del cycle
+        gc.collect()
+        assert gone() is None
+    finally:
+        gc.callbacks.remove(callback)
+        gc.unfreeze()
+
+
+# --- bodies -------------------------------------------------------------------------------------------------------
+def json_values() -> st.SearchStrategy[Any]:
+    text = st.text(st.sampled_from('ab"\\[]{},:\n\u00e9'), max_size=6)
+    return st.recursive(
+        st.none() | st.booleans() | st.integers(-9, 9) | text,
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(text, inner, max_size=4),
+        max_leaves=20,
+    )
+
+
+def contents(value: Any) -> tuple[int, int]:
+    """Strings (keys as well), arrays and objects of a value, and all its values."""
+    if isinstance(value, str):
+        return 1, 1
+    if not isinstance(value, list | dict):
+        return 0, 1
+    inner = [contents(one) for one in (value.values() if isinstance(value, dict) else value)]
+    keys = len(value) if isinstance(value, dict) else 0
+    return 1 + keys + sum(one for one, _ in inner), 1 + keys + sum(every for _, every in inner)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=json_values(), limit=st.integers(1, 30), indent=st.sampled_from([None, 1]))
+def test_a_body_is_refused_exactly_where_it_holds_too_many_objects(value: Any, limit: int, indent: int | None) -> None:
+    body = json.dumps(value, indent=indent).encode()
+    bodies = Bodies(Workers(), max_bytes=32 * limit)  # so many objects, and eight times as many values
+    objects, values = contents(value)
+    if objects > limit:
+        with pytest.raises(TooLarge):
+            asyncio.run(bodies.decode(body))
+    elif values <= 8 * limit:
+        assert asyncio.run(bodies.decode(body)) == value
+
+
+def test_a_body_of_numbers_is_bounded_as_well() -> None:
+    bodies = Bodies(Workers(), max_bytes=4000)
+    assert asyncio.run(bodies.decode(b"[" + b"1," * 900 + b"1]")) == [1] * 901
+    with pytest.raises(TooLarge):
+        asyncio.run(bodies.decode(b"[" + b"1," * 1000 + b"1]"))
+
+
 # --- hosts --------------------------------------------------------------------------------------------------------
 def test_a_server_on_every_interface_accepts_addresses_but_no_names() -> None:
     check = HostCheck((), bound="0.0.0.0")
@@ -266,6 +463,22 @@ def test_the_bridge_loses_nothing_under_contention() -> None:
         return seen
 
     assert asyncio.run(run()) == 20_000
+
+
+def test_a_reader_that_comes_back_late_gets_its_events_a_few_at_a_time() -> None:
+    async def run() -> None:
+        bridge, box = Bridge(asyncio.get_running_loop()), Mailbox()
+        listener = bridge.listener(box, 0)
+        for number in range(5000):
+            listener(Delta(str(number)))
+        seen: list[str] = []
+        while len(seen) < 5000:
+            some = await box.take(1.0)
+            assert 0 < len(some) <= 200
+            seen += [event.text for _, event in some if isinstance(event, Delta)]
+        assert seen == [str(number) for number in range(5000)]
+
+    asyncio.run(run())
 
 
 def test_events_after_the_loop_has_closed_are_dropped() -> None:
