@@ -95,10 +95,11 @@ class Texts:
 
     async def chat_frame(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> ChatFrame:
         """What the template puts around a conversation, for a session to tell what it knows of it."""
-        plain = plain_messages(messages)
         allowed = template_variables(variables)
         engine = self._host.engine
-        return await _run(_size(plain), lambda: engine.chat_frame(plain, variables=allowed or None))
+        return await self._run(
+            _size(messages), lambda: engine.chat_frame(plain_messages(messages), variables=allowed or None)
+        )
 
     async def template(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> str:
         """A conversation as the text the model reads."""
