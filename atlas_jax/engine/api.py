@@ -195,7 +195,12 @@ class Delta:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MemoryStats:
-    """What the memory did in this request; every figure is measured in it."""
+    """What the memory did in this request; every figure is measured in it.
+
+    Attributes:
+      tokens_absorbed: of the writes that were taken.
+      writes_skipped: writes that were not taken because they diverged; `degraded` then says so.
+    """
 
     memory_utilization: float
     window_fill_ratio: float
@@ -205,6 +210,7 @@ class MemoryStats:
     tokens_absorbed: int
     session_id: str | None
     cache_hit: bool
+    writes_skipped: int = 0
     degraded: str | None = None
 
 
@@ -260,6 +266,7 @@ class ModelInfo:
       fingerprint: identifies weights and tokenizer; snapshots are bound to it.
       context_length: the model's trained context in tokens.
       created: Unix seconds (the file's time).
+      sampling: what the file recommends, by the names of `SamplingParams`; empty where it says nothing.
     """
 
     name: str
@@ -275,13 +282,20 @@ class ModelInfo:
     state_bytes_per_session: int
     adapter: str | None
     created: int
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerMemoryInfo:
-    """One tapped layer of one session's memory (or means over the sessions asked for)."""
+    """One matrix of one session's memory (or means over the sessions asked for).
+
+    Attributes:
+      layer: the transformer layer it belongs to, the best-ranked of its taps.
+      taps: every layer whose state its keys are made of.
+    """
 
     layer: int
+    taps: tuple[int, ...]
     norm: float
     effective_rank: float
     omega_loss: float
@@ -292,7 +306,7 @@ class MemoryInfo:
     """State of one session's memory, or totals over an owner's sessions.
 
     Attributes:
-      window_size, window_fill: tokens of the exact window, and how many are held.
+      window_size, window_fill: tokens of the exact window, and how many of it are held; never more.
       memory_capacity, memory_used: independent pairs the memory can hold, and how many directions are in use.
       last_update_time: Unix seconds, or None before the first write.
     """
@@ -332,7 +346,12 @@ class SaveResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """Counters since start, and gauges of this moment."""
+    """Counters since start, and gauges of this moment.
+
+    Attributes:
+      omega_loss_total: of every write that was taken.
+      omega_loss, memory_utilization, window_fill_ratio: of the request with a memory that ended last.
+    """
 
     requests_total: int
     requests_running: int
@@ -356,7 +375,9 @@ class EngineStats:
     session_misses: int
     memory_updates_total: int
     muon_iterations_total: int
+    writes_skipped_total: int
     omega_loss_total: float
+    omega_loss: float
     memory_utilization: float
     window_fill_ratio: float
     memory_saves: int

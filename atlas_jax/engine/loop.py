@@ -368,10 +368,14 @@ class Loop:
             self._release(work, None)
             return None
         held, place = (work.row, 0) if index is None else (self._runner.sequences, index)
-        loss = 0.0
+        loss, skipped = 0.0, 0
         if held is not None and held.memory is not None and work.updates:
-            loss = float(np.asarray(held.memory.loss)[place])
-            self.counters.omega_loss += loss
+            loss, losses = (float(np.asarray(part)[place]) for part in (held.memory.loss, held.memory.losses))
+            skipped = int(np.asarray(held.memory.skipped)[place])
+            self.counters.omega_loss = loss
+            self.counters.omega_losses += losses
+            self.counters.writes_skipped += skipped
+            work.skip(skipped)
         read = work.position if index is None else work.read_tokens
         if work.plan.window is None:  # a model's own memory is written with every token
             work.account(read)
@@ -395,6 +399,8 @@ class Loop:
             tokens_absorbed=work.written,
             session_id=None if memory.session is None else memory.session.session_id,
             cache_hit=work.cache_hit,
+            writes_skipped=skipped,
+            degraded=f"{skipped} memory writes diverged and were not taken" if skipped else None,
         )
 
     def _release(self, work: Work, session: Session | None) -> None:

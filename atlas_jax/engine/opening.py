@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.engine import snapshot, successors
 from atlas_jax.engine.api import ModelInfo
+from atlas_jax.engine.progress import ProgressLog
 from atlas_jax.engine.recall_layout import RecallLayout
 from atlas_jax.engine.rows import DRAFTING, Buckets, Rows
 from atlas_jax.engine.runner import Runner
@@ -22,7 +23,7 @@ from atlas_jax.engine.session import Layout
 from atlas_jax.engine.step import StepConfig, Weights
 from atlas_jax.engine.trained import TrainedRunner
 from atlas_jax.engine.trained_layout import TrainedLayout
-from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFError, GGUFFile, Tokenizer
+from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFError, GGUFFile, Tokenizer, recommended_sampling
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.memory import store
 from atlas_jax.memory.adapter import Adapter
@@ -82,7 +83,7 @@ def open_pretrained(
     Raises:
       ConfigError, GGUFError, UnsupportedModel, AdapterError, TableError: as `Engine.open`.
     """
-    started = time.monotonic()
+    started = _loading(file)
     tokenizer, template = _text(file)
     config, fingerprint = model_config(file), file.fingerprint()
     placement = on_mesh(config, mesh_data, mesh_model)
@@ -128,7 +129,7 @@ def open_trained(file: GGUFFile, *, max_running: int, max_context: int, sessions
     Raises:
       GGUFError: it cannot be served; the message says what is wrong.
     """
-    started = time.monotonic()
+    started = _loading(file)
     tokenizer, template = _text(file)
     config, params = read_gguf(file)
     if tokenizer.vocab_size != config.vocab:
@@ -158,6 +159,12 @@ def open_trained(file: GGUFFile, *, max_running: int, max_context: int, sessions
     return Opened(info, tokenizer, template, runner, layout, longest)
 
 
+def _loading(file: GGUFFile) -> float:
+    """Says what is being loaded; the time."""
+    log.info("Loading %s (%.0f MB)", file.path.name, file.path.stat().st_size / 1e6)
+    return time.monotonic()
+
+
 def _info(file: GGUFFile, runner: Rows, **facts: Any) -> ModelInfo:
     status = file.path.stat()
     return ModelInfo(
@@ -167,6 +174,7 @@ def _info(file: GGUFFile, runner: Rows, **facts: Any) -> ModelInfo:
         vocab_size=runner.vocab,
         state_bytes_per_session=_state_bytes(runner),
         created=int(status.st_mtime),
+        sampling=recommended_sampling(file.metadata),
         **facts,
     )
 
@@ -202,8 +210,16 @@ def _find_adapter(
         data = own.read_bytes()
     if data is None:
         started = time.monotonic()
-        log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once")
-        found = calibrate_with(tokenizer, config, params, store.calibration_texts(), _CALIBRATION_TOKENS, placement)
+        log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once, which may take minutes")
+        found = calibrate_with(
+            tokenizer,
+            config,
+            params,
+            store.calibration_texts(),
+            _CALIBRATION_TOKENS,
+            placement,
+            ProgressLog("[ATLAS] Calibrating"),
+        )
         data = store.encode(fingerprint, found.config, found.adapter)
         with snapshot.atomic_file(own) as file:
             file.write(data)

@@ -134,5 +134,6 @@ def atlas_stats_of(finished: Iterable[Finished]) -> AtlasStats | UnsetType:
         tokens_absorbed=sum(one.tokens_absorbed for one in stats),
         session_id=next((one.session_id for one in stats if one.session_id is not None), None),
         cache_hit=any(one.cache_hit for one in stats),
+        writes_skipped=sum(one.writes_skipped for one in stats),
         degraded=next((one.degraded for one in stats if one.degraded is not None), None),
     )
