@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
 import sys
 from types import FrameType
@@ -131,7 +132,10 @@ def listen(host: str, port: int) -> list[socket.socket]:
     except OSError as error:
         for one in sockets:
             one.close()
-        raise StartError(f"cannot listen on {host}:{port}: {(error.strerror or str(error)).lower()}") from None
+        # What create_server adds to the system's words says the address again; a name nobody knows has other numbers.
+        number = error.errno or 0
+        why = os.strerror(number) if number > 0 else error.strerror or str(error)
+        raise StartError(f"cannot listen on {host}:{port}: {why.lower()}") from None
     return sockets
 
 

@@ -108,6 +108,7 @@ def test_the_missions_requests_work_as_written(live: Live) -> None:
         "tokens_absorbed",
         "session_id",
         "cache_hit",
+        "writes_skipped",
         "degraded",
     }
     memory = live.engine.requests[-1].memory
