@@ -56,7 +56,8 @@ def blocks(language: str) -> list[str]:
     """The README's examples in a language, those of its conversations, in the order they are printed."""
     text = (ROOT / "README.md").read_text("utf-8")
     part = text[text.index("## A first conversation") : text.index("### The `atlas` object")]
-    return re.findall(rf"^```{language}\n(.*?)^```$", part, re.MULTILINE | re.DOTALL)
+    every = re.findall(r"^```(\w*)\n(.*?)^```$", part, re.MULTILINE | re.DOTALL)
+    return [code for name, code in every if name == language]
 
 
 @pytest.mark.model
