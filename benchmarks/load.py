@@ -166,7 +166,7 @@ def _memory(rng: random.Random, update: int) -> dict[str, Any]:
     some: dict[str, Any] = {
         "blend_ratio": rng.choice((0, 0.5, 0.9, 1)),
         "use_muon": rng.random() < 0.5,
-        "learning_rate": rng.choice((0.001, 0.01)),
+        "learning_rate": rng.choice((0.001, 0.0015)),
         "warmup_tokens": rng.choice((0, 200)),
         "omega_window": rng.randint(update, 512),
         "cache_strategy": rng.choice(("lru", "lfu", "adaptive")),

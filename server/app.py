@@ -10,6 +10,7 @@ from litestar import Litestar
 from litestar.di import Provide
 from litestar.exceptions import HTTPException
 from litestar.routes import HTTPRoute
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from atlas_jax.engine.api import EngineProtocol
 from server.auth import KeyRing
@@ -19,6 +20,7 @@ from server.controllers.atlas import AtlasController, MemoryController
 from server.controllers.health import HealthController
 from server.controllers.llamacpp import LlamaCppController
 from server.controllers.openai import OpenAIController
+from server.controllers.root import RootController
 from server.cors import Cors
 from server.edge import App, Edge
 from server.gate import Gate
@@ -29,6 +31,7 @@ from server.limits import FailureBudget, KeyLimits
 from server.metrics import Metrics
 from server.openapi import openapi_config
 from server.services.compat import Compat
+from server.services.front import Front
 from server.services.generation import Generator
 from server.services.host import EngineHost
 from server.services.inference import Inference
@@ -74,9 +77,10 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     workers = Workers()
     limits = KeyLimits(server.rate_limit_requests, server.rate_limit_tokens)
     observer = Observer(host=host, stats=stats, config=config, settings=settings)
-    metrics = Metrics(engine=observer.engine_stats, server=lambda: _gauges(gate, connections, stats, persistence))
+    metrics = Metrics(engine=observer.engine_stats, server=lambda: _figures(gate, connections, stats, persistence))
     persistence = Persistence(host=host, config=config, settings=settings, owners=keys.owners, metrics=metrics)
-    texts, models = Texts(host, workers), Models(host, server.model_alias)
+    texts, models = Texts(host, workers), Models(host, server.model_alias, strict=server.strict_model)
+    front = Front(host, keys=not keys.open, memory=atlas.enabled)
     memory = MemoryService(host, settings, metrics, workers)
     generator = Generator(
         host=host,
@@ -95,20 +99,34 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         persistence=persistence,
         load=engine if callable(engine) else lambda: engine,
         wait=not callable(engine),
+        front=front,
     )
     app = Litestar(
-        route_handlers=[OpenAIController, AtlasController, MemoryController, HealthController, LlamaCppController],
+        route_handlers=[
+            OpenAIController,
+            AtlasController,
+            MemoryController,
+            HealthController,
+            LlamaCppController,
+            RootController,
+        ],
         dependencies=_dependencies(
             inference=Inference(
-                generator=generator, texts=texts, models=models, config=config, memory_enabled=atlas.enabled
+                generator=generator,
+                texts=texts,
+                models=models,
+                sampling=settings.sampling,
+                config=config,
+                memory_enabled=atlas.enabled,
             ),
             models=models,
             memory=memory,
             observer=observer,
             config=config,
             host=host,
+            front=front,
             metrics=metrics,
-            compat=Compat(host=host, texts=texts, models=models),
+            compat=Compat(host=host, texts=texts, models=models, sampling=settings.sampling),
         ),
         exception_handlers={HTTPException: error_response, Exception: error_response},
         lifespan=[_lifespan],
@@ -128,7 +146,8 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         limits=limits,
         failures=FailureBudget(server.failure_limit),
         metrics=metrics,
-        public=_public_paths(app),
+        public=_paths_marked(app, "public"),
+        unmetered=_paths_marked(app, "unmetered"),
         max_body_bytes=server.max_body_bytes,
         client_timeout=server.client_timeout,
     )
@@ -168,14 +187,14 @@ def _constant(value: Any) -> Callable[[], Any]:
     return provide
 
 
-def _public_paths(app: Litestar) -> set[str]:
-    """Paths whose every handler says that it needs no key."""
+def _paths_marked(app: Litestar, mark: str) -> set[str]:
+    """Paths whose every handler carries this mark among its options."""
     return {
         route.path
         for route in app.routes
         if isinstance(route, HTTPRoute)
         # Litestar adds an OPTIONS handler of its own, which carries no options of ours.
-        and all(handler.opt.get("public") for handler in route.route_handlers if "OPTIONS" not in handler.http_methods)
+        and all(handler.opt.get(mark) for handler in route.route_handlers if "OPTIONS" not in handler.http_methods)
     }
 
 
@@ -196,12 +215,14 @@ def _gate(server: ServerSection, keys: KeyRing) -> Gate:
     )
 
 
-def _gauges(
-    gate: Gate, connections: Connections, stats: ServerStats, persistence: Persistence
-) -> Iterable[tuple[str, str, float]]:
-    yield "atlas_gate_requests_running", "Places that are taken, one a sequence", gate.running
-    yield "atlas_gate_requests_waiting", "HTTP requests that wait for a place", gate.waiting
-    yield "atlas_connections_open", "Connections of clients", len(connections)
-    yield "atlas_requests_over_budget", "Requests the server added more to than the latency budget", stats.over_budget
-    yield "atlas_uptime_seconds", "Seconds since the start", stats.uptime
-    yield "atlas_snapshot_oldest_dirty_seconds", "Seconds since the last automatic save", persistence.age
+def _figures(gate: Gate, connections: Connections, stats: ServerStats, persistence: Persistence) -> Iterable[Metric]:
+    for name, text, value in (
+        ("atlas_gate_requests_running", "Places that are taken, one a sequence", gate.running),
+        ("atlas_gate_requests_waiting", "HTTP requests that wait for a place", gate.waiting),
+        ("atlas_connections_open", "Connections of clients", len(connections)),
+        ("atlas_uptime_seconds", "Seconds since the start", stats.uptime),
+        ("atlas_snapshot_oldest_dirty_seconds", "Seconds since the last automatic save", persistence.age),
+    ):
+        yield GaugeMetricFamily(name, text, value=value)
+    over = "Requests the server added more to than the latency budget"
+    yield CounterMetricFamily("atlas_requests_over_budget", over, value=stats.over_budget)

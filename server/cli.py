@@ -7,48 +7,100 @@ import logging
 import os
 import stat
 import sys
+import traceback
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import msgspec
 
 from atlas_jax import __version__
 from server.auth import KeyFileError
-from server.engine_factory import engine_factory
-from server.options import CONFIG_ENV, add_flags, load
+from server.engine_factory import check_files, engine_factory
+from server.options import CONFIG_ENV, add_flags, load, suggestion
 from server.settings import Settings, SettingsError
 
 log = logging.getLogger("atlas.server")
-_USAGE_ERROR = 2
+_FAILED, _USAGE_ERROR = 1, 2
+_COMMANDS = ("serve",)
+# What the short help shows.
+_FIRST = (
+    *("model", "host", "port", "api_keys_file", "temperature", "threads", "memory_path", "log_level"),
+    *("config", "print_config", "version"),
+)
+
+
+class _UsageError(Exception):
+    """A command line that cannot be understood; the message is one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises instead of printing its whole usage, and knows what a mistyped flag was meant to be."""
+
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(message.removeprefix("argument "))
+
+    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
+        """The values of the flags; raises _UsageError."""
+        given, rest = self.parse_known_args(list(arguments))
+        for flag in (one.partition("=")[0] for one in rest if one.startswith("-")):
+            raise _UsageError(f"unknown flag {flag}{suggestion(flag.replace('_', '-'), self._option_string_actions)}")
+        if rest:
+            raise _UsageError(f"unexpected argument '{rest[0]}'")
+        return vars(given)
+
+    def overview(self) -> str:
+        """The help of the flags that are needed first."""
+        formatter = self._get_formatter()
+        first = [action for action in self._actions if action.dest.rpartition(".")[2] in _FIRST]
+        formatter.add_usage("atlas-jax [serve] [flags]", [], [])
+        formatter.add_text(self.description)
+        formatter.start_section("flags that are needed first")
+        formatter.add_arguments(sorted(first, key=lambda action: _FIRST.index(action.dest.rpartition(".")[2])))
+        formatter.end_section()
+        formatter.add_text("Every flag, in groups: atlas-jax serve --help")
+        return formatter.format_help()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
-    given = vars(parser.parse_args(arguments))
-    config, show = given.pop("config"), given.pop("print_config")
-    given.pop("command")
     try:
+        if arguments in (["-h"], ["--help"]):
+            print(parser.overview(), end="")
+            return 0
+        given = parser.parse(_after_command(arguments))
+        config, show = given.pop("config"), given.pop("print_config")
         settings = load(config=config, flags=given)
         if show:
             print(msgspec.json.format(msgspec.json.encode(settings.public()), indent=2).decode())
             return 0
         _serve(settings)
-    except (SettingsError, KeyFileError) as error:
-        print(f"atlas-jax: {error}", file=sys.stderr)
+    except (_UsageError, SettingsError, KeyFileError) as error:
+        _complain(error)
         return _USAGE_ERROR
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def _after_command(arguments: Sequence[str]) -> Sequence[str]:
+    if not arguments or arguments[0].startswith("-"):
+        return arguments
+    command, *rest = arguments
+    if command not in _COMMANDS:
+        raise _UsageError(f"unknown command '{command}'{suggestion(command, _COMMANDS) or '; there is only serve'}")
+    return rest
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="atlas-jax",
+        usage="atlas-jax [serve] [flags]",
         description="Serves a GGUF model with ATLAS memory sessions behind an OpenAI-compatible API.",
-        epilog="Settings come from the defaults, the configuration file, the environment and the flags, in this order.",
+        epilog="Settings come from the defaults, the configuration file, the environment and the flags, in this order. "
+        "Brackets hold a setting's environment variable.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
         allow_abbrev=False,
     )
-    parser.add_argument("command", nargs="?", choices=("serve",), default="serve", help="what to do (default: serve)")
-    parser.add_argument("--version", action="version", version=f"atlas-jax {__version__}")
+    parser.add_argument("--version", action="version", version=f"atlas-jax {__version__}", help="print the version")
     parser.add_argument("--config", metavar="FILE", help=f"JSON configuration file [{CONFIG_ENV}]")
     parser.add_argument("--print-config", action="store_true", help="print the settings, secrets hidden, and stop")
     add_flags(parser)
@@ -56,19 +108,41 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _serve(settings: Settings) -> NoReturn:
-    from server.serve import serve  # so that --print-config and a wrong flag answer at once
+    factory = engine_factory(settings)
+    check_files(settings)
+    from server.serve import StartError, serve  # so that --print-config and a wrong flag answer at once
 
-    logging.basicConfig(
-        level=settings.server.log_level.upper(),
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    _configure_logging(settings.server.log_level)
     keys = settings.server.api_keys_file
     if keys and os.path.exists(keys) and os.stat(keys).st_mode & (stat.S_IRGRP | stat.S_IROTH):
         log.warning("The API keys file can be read by other users")
     try:
-        code = serve(settings, engine_factory(settings))
-    except SystemExit as end:  # uvicorn's, where the port is taken
-        code = end.code if isinstance(end.code, int) else 1
+        code = serve(settings, factory)
+    except StartError as error:
+        _complain(error)
+        code = _FAILED
+    except KeyFileError:
+        raise
+    except Exception as error:
+        log.debug("%s", traceback.format_exc())
+        _complain(f"{type(error).__name__}: {error} (--log-level debug shows where)")
+        code = _FAILED
     logging.shutdown()
+    sys.stderr.flush()
     os._exit(code)  # a thread may be compiling, and the interpreter's own way out would abort in it
+
+
+def _complain(error: Exception | str) -> None:
+    print(f"atlas-jax: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _configure_logging(level: str) -> None:
+    """Our lines at the level asked for; other packages' only where something is wrong, or at `trace`."""
+    logging.basicConfig(
+        level=logging.DEBUG if level == "trace" else logging.ERROR if level == "error" else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("atlas").setLevel(logging.DEBUG if level == "trace" else level.upper())
+    if level != "trace":  # it warns of each request that is no HTTP: a port scan writes hundreds of lines
+        logging.getLogger("uvicorn").setLevel(logging.ERROR)

@@ -44,6 +44,7 @@ _WITH_BODY = ("POST", "PUT", "PATCH")
 _CHANGING = (*_WITH_BODY, "DELETE")
 # Below this, on the average over a body, a client that sends is taken for one that has stopped.
 _BODY_BYTES_PER_SECOND = 4096
+_OVERLOADED = "overloaded"
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
 
@@ -52,6 +53,7 @@ class Edge:
 
     Args:
       public: paths that need no key, compared exactly: a path that is merely like one of them needs a key.
+      unmetered: paths outside the limit on requests, compared exactly: a scrape must not use up what clients have.
     """
 
     def __init__(
@@ -65,13 +67,14 @@ class Edge:
         failures: FailureBudget,
         metrics: Metrics,
         public: Collection[str],
+        unmetered: Collection[str],
         max_body_bytes: int,
         client_timeout: float,
     ) -> None:
         self.app, self.cors, self.metrics, self.client_timeout = app, cors, metrics, client_timeout
         self._hosts, self._keys = hosts, keys
         self._limits, self._failures = limits, failures
-        self._public = frozenset(public)
+        self._public, self._unmetered = frozenset(public), frozenset(unmetered)
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -89,7 +92,7 @@ class Edge:
         if scope["method"] in _CHANGING:
             self.cors.check(given)
         if scope["path"] not in self._public:
-            self._authenticate(given, context)
+            self._authenticate(given, context, metered=scope["path"] not in self._unmetered)
         if scope["method"] in _WITH_BODY:
             self._check_body(given)
         session = given.get(b"x-session-id")
@@ -98,7 +101,7 @@ class Edge:
                 raise BadRequest("X-Session-ID must be ASCII", param="X-Session-ID")
             context.session = session.decode("ascii")
 
-    def _authenticate(self, given: dict[bytes, bytes], context: RequestContext) -> None:
+    def _authenticate(self, given: dict[bytes, bytes], context: RequestContext, *, metered: bool) -> None:
         try:
             context.identity = self._keys.authenticate(given)
             PARTY.set(network(context.peer) if self._keys.open else context.identity.key_id)
@@ -106,6 +109,8 @@ class Edge:
             self._failures.failed(context.peer)
             raise
         key_id = context.identity.key_id
+        if not metered:
+            return
         try:
             self._limits.request(key_id)
         finally:
@@ -232,5 +237,6 @@ class _Exchange:
         metrics = self._edge.metrics
         metrics.http.labels(route, method, str(self._context.status)).inc()
         metrics.http_seconds.labels(route).observe(time.perf_counter() - self._context.arrived)
-        if self._context.status in (429, 503):
+        # A 503 may also mean that the model is loading or that something is turned off: no limit was met there.
+        if self._context.status == 429 or self._context.refusal == _OVERLOADED:
             metrics.limited.labels(self._context.refusal or "unknown").inc()

@@ -40,6 +40,24 @@ def engine_factory(settings: Settings) -> EngineFactory:
     )
 
 
+def check_files(settings: Settings) -> None:
+    """Looks at the files an engine will read, before anybody waits for it; raises SettingsError."""
+    from atlas_jax.gguf import GGUFError, GGUFFile  # not needed for `--print-config`
+
+    for name, path in (("model", settings.server.model), ("adapter", settings.atlas.adapter)):
+        if path is None:
+            continue
+        try:
+            if name == "model":
+                GGUFFile.open(path).close()
+            else:
+                open(path, "rb").close()
+        except OSError as error:
+            raise SettingsError(f"{name} {path}: {error.strerror}") from None
+        except GGUFError as error:
+            raise SettingsError(f"{name} {path}: {error}") from None
+
+
 def open_engine(
     *,
     model_path: str,

@@ -18,6 +18,7 @@ from server.context import STATE_KEY, RequestContext
 from server.errors import Problem, body, headers, http_problem, problem
 from server.schemas.errors import AtlasError, OpenAIError
 from server.services.generation import Generation
+from server.unserved import advice
 
 HttpRequest = Request[Any, Any, Any]
 T = TypeVar("T")
@@ -116,7 +117,7 @@ def error_response(request: HttpRequest, error: Exception) -> Response[Any]:
     context = context_of(request)
     if context.gone:
         error = _client_gone()
-    found = _http_problem(error) if isinstance(error, HTTPException) else problem(error)
+    found = _http_problem(request, error) if isinstance(error, HTTPException) else problem(error)
     if found.status == 500:
         log.error("Request %s failed", context.request_id, exc_info=error)
     context.refusal = found.code
@@ -129,7 +130,9 @@ def error_response(request: HttpRequest, error: Exception) -> Response[Any]:
     )
 
 
-def _http_problem(error: HTTPException) -> Problem:
+def _http_problem(request: HttpRequest, error: HTTPException) -> Problem:
+    if error.status_code == 404:
+        return http_problem(404, advice(request.scope["path"], (route.path for route in request.app.routes)))
     if isinstance(error, ValidationException) and isinstance(error.extra, list) and error.extra:
         first: dict[str, Any] = error.extra[0]
         field = first.get("key")

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from atlas_jax.engine.api import EngineProtocol
 from server.errors import Unavailable
 from server.gate import Gate
+from server.services.front import Front
 from server.services.host import EngineHost
 from server.services.observer import Observer
 from server.services.persistence import Persistence
@@ -25,6 +26,9 @@ class Lifecycle:
     Args:
       load: opens the engine.
       wait: whether the server starts to listen only when the engine is there.
+
+    Attributes:
+      front: how the server introduces itself.
     """
 
     def __init__(
@@ -36,8 +40,9 @@ class Lifecycle:
         persistence: Persistence,
         load: Callable[[], EngineProtocol],
         wait: bool,
+        front: Front,
     ) -> None:
-        self.host, self._gate = host, gate
+        self.host, self.front, self._gate = host, front, gate
         self._observer, self._persistence = observer, persistence
         self._load, self._wait = load, wait
         self._tasks: list[asyncio.Task[None]] = []

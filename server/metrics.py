@@ -28,6 +28,7 @@ _COUNTERS = (
     ("atlas_session_hits", "Requests whose session was on the device", "session_hits"),
     ("atlas_session_misses", "Requests whose session had to be fetched", "session_misses"),
     ("atlas_memory_updates", "Writes to session memories", "memory_updates_total"),
+    ("atlas_memory_writes_skipped", "Writes that diverged and were not taken", "writes_skipped_total"),
     ("atlas_muon_iterations", "Iterations of the inner optimiser", "muon_iterations_total"),
     ("atlas_memory_omega_loss", "Sum of the Omega losses of all writes", "omega_loss_total"),
     ("atlas_snapshot_saves", "Sessions and files written", "memory_saves"),
@@ -40,6 +41,7 @@ _GAUGES = (
     ("atlas_tokens_per_second", "Tokens generated a second, lately", "tokens_per_second"),
     ("atlas_memory_utilization", "Share of the memories' capacity in use", "memory_utilization"),
     ("atlas_window_fill_ratio", "Share of the exact windows in use", "window_fill_ratio"),
+    ("atlas_memory_current_omega_loss", "Omega loss of the latest write", "omega_loss"),
     ("atlas_memory_bytes", "Main memory the process holds", "memory_bytes"),
     ("atlas_contexts_in_use", "Memory contexts in use", "contexts_in_use"),
     ("atlas_contexts_total", "Memory contexts there are", "contexts_total"),
@@ -51,14 +53,14 @@ class Metrics:
 
     Args:
       engine: the engine's figures, or None while there is no engine.
-      server: gauges of the server itself, by name: (help, value).
+      server: figures of the server itself, as families of their own.
     """
 
     def __init__(
         self,
         *,
         engine: Callable[[], EngineStats | None],
-        server: Callable[[], Iterable[tuple[str, str, float]]],
+        server: Callable[[], Iterable[Metric]],
     ) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(_EngineCollector(engine, server))
@@ -108,14 +110,11 @@ class Metrics:
 class _EngineCollector(Collector):
     """Reads the engine's counters when they are scraped, so that nothing has to be counted twice."""
 
-    def __init__(
-        self, engine: Callable[[], EngineStats | None], server: Callable[[], Iterable[tuple[str, str, float]]]
-    ) -> None:
+    def __init__(self, engine: Callable[[], EngineStats | None], server: Callable[[], Iterable[Metric]]) -> None:
         self._engine, self._server = engine, server
 
     def collect(self) -> Iterable[Metric]:
-        for name, text, value in self._server():
-            yield GaugeMetricFamily(name, text, value=value)
+        yield from self._server()
         stats = self._engine()
         if stats is None:
             return

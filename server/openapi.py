@@ -14,9 +14,9 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 
 from atlas_jax import __version__
-from server.schemas import atlas, chat, completions, errors, llamacpp, models
+from server.schemas import atlas, chat, completions, errors, llamacpp, models, root
 
-_MODULES = (atlas, chat, completions, errors, llamacpp, models)
+_MODULES = (atlas, chat, completions, errors, llamacpp, models, root)
 _STREAMS = {
     "/v1/completions": "Completion",
     "/completions": "Completion",

@@ -12,7 +12,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -36,6 +36,35 @@ _FLAGS = {
     "atlas.default_config.window_size": "--atlas-window",
     "atlas.default_config.blend_ratio": "--atlas-blend",
 }
+# Headings of the help. What is not named here stands under its section's.
+_SECTIONS = {
+    "server": "Server",
+    "sampling": "Sampling: what requests get that leave a field out (default: as the model's file recommends)",
+    "atlas": "Memory",
+    "atlas.default_config": "Memory of a request: defaults of its `atlas` object",
+}
+_GROUPS = {
+    "Model": ("model", "model_alias", "strict_model"),
+    "Security": ("api_keys_file", "allowed_hosts", "cors_origins", "trusted_proxies", "failure_limit"),
+    "Limits": (
+        *("max_body_bytes", "max_concurrent", "max_waiting", "max_waiting_per_key", "queue_timeout"),
+        *("rate_limit_requests", "rate_limit_tokens", "client_timeout"),
+    ),
+    "Speed": ("threads", "native_kernels", "prefix_cache_size", "speculate", "mesh_data", "mesh_model"),
+    "Storage": (
+        *("memory_path", "memory_file", "memory_persist", "auto_load_memory", "auto_save_memory"),
+        *("memory_save_interval", "l1_cache_size", "l2_cache_size", "l3_cache_size"),
+    ),
+    "Statistics and logs": (
+        *("enable_realtime_stats", "stats_update_interval", "metrics_interval", "metrics_history_size"),
+        *("latency_budget_ms", "log_atlas_operations", "log_level"),
+    ),
+}
+_ORDER = (
+    *("Model", "Server", "Security", "Limits", _SECTIONS["sampling"], "Memory", _SECTIONS["atlas.default_config"]),
+    *("Storage", "Statistics and logs", "Speed"),
+)
+_GROUP_OF = {name: title for title, names in _GROUPS.items() for name in names}
 # What Kubernetes sets in every container beside a Service that is called "atlas".
 _SERVICE_LINK = re.compile(r"ATLAS_(SERVICE_(HOST|PORT\w*)|PORT_\w+)")
 
@@ -47,6 +76,8 @@ class Option:
     Attributes:
       path: section and field, e.g. `("atlas", "default_config", "window_size")`.
       kind: the type of one value, without None.
+      many: whether it is a list: its flag may repeat, and each time have several values with commas between them.
+      group: its heading in the help.
     """
 
     path: tuple[str, ...]
@@ -56,6 +87,7 @@ class Option:
     flag: str
     help: str
     default: Any
+    group: str
 
     @property
     def key(self) -> str:
@@ -89,6 +121,7 @@ def _walk(struct: type[msgspec.Struct], path: tuple[str, ...]) -> Iterator[Optio
             flag=_FLAGS.get(key, prefix + item.name.replace("_", "-")),
             help=next((meta.description for meta in metas if meta.description), ""),
             default=item.default,
+            group=_SECTIONS[".".join(path)] if len(path) > 1 else _GROUP_OF.get(item.name, _SECTIONS[path[0]]),
         )
 
 
@@ -106,12 +139,16 @@ def _unwrap(annotation: Any) -> tuple[Any, list[msgspec.Meta]]:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Gives the parser one flag for every setting; a flag that is not used leaves nothing in the result."""
-    for option in options():
+    """Gives the parser one flag for every setting, in groups; a flag that is not used leaves nothing in the result."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for option in sorted(options(), key=lambda option: _ORDER.index(option.group)):
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        group = groups[option.group]
         default = "" if option.default in (None, msgspec.NODEFAULT, ()) else f" (default: {option.default})"
         text = f"{option.help}{default} [{option.env}]".replace("%", "%%")
         if option.kind is bool:
-            parser.add_argument(
+            group.add_argument(
                 option.flag,
                 dest=option.key,
                 action=argparse.BooleanOptionalAction,
@@ -119,9 +156,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
                 help=text,
             )
         else:
-            parser.add_argument(
+            group.add_argument(
                 option.flag,
                 dest=option.key,
+                action="append" if option.many else "store",
                 default=argparse.SUPPRESS,
                 metavar=option.kind.__name__.upper() + ("[,…]" if option.many else ""),
                 help=text,
@@ -177,7 +215,32 @@ def _read(path: str) -> dict[str, Any]:
     return typing.cast(dict[str, Any], tree)
 
 
+def suggestion(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """`; did you mean …?` with the nearest known name, or nothing where none is near."""
+    close = difflib.get_close_matches(name, list(known), 1, cutoff)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _refuse_unknown_keys(tree: Any, struct: type[msgspec.Struct], path: tuple[str, ...], source: str) -> None:
+    """Raises SettingsError for the first key no section has, with the nearest one that there is."""
+    if not isinstance(tree, dict):
+        return
+    hints = typing.get_type_hints(struct)
+    for name, value in tree.items():
+        if name not in hints:
+            here = ".".join((*path, name))
+            # The right name in the wrong section is as easily written as a wrong name.
+            moved = [option.key for option in options() if option.path[-1] == name]
+            hint = (
+                f"; did you mean {moved[0]}?" if moved else suggestion(here, (option.key for option in options()), 0.7)
+            )
+            raise SettingsError(f"{source}: unknown key '{here[:128]}'{hint}")
+        if isinstance(hints[name], type) and issubclass(hints[name], msgspec.Struct):
+            _refuse_unknown_keys(value, hints[name], (*path, name), source)
+
+
 def _convert(tree: Any, source: str) -> Settings:
+    _refuse_unknown_keys(tree, Settings, (), source)
     try:
         return msgspec.convert(tree, Settings, strict=True)
     except msgspec.ValidationError as error:
@@ -185,10 +248,11 @@ def _convert(tree: Any, source: str) -> Settings:
 
 
 def _value(option: Option, given: Any, source: str) -> Any:
+    if option.many:
+        texts = [given] if isinstance(given, str) else given
+        return [part.strip() for text in texts for part in text.split(",") if part.strip()]
     if not isinstance(given, str):
         return given
-    if option.many:
-        return [part.strip() for part in given.split(",") if part.strip()]
     if given == "null":
         return None
     try:
@@ -207,6 +271,4 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
     known = {option.env for option in options()} | {CONFIG_ENV}
     for name in environ:
         if name.startswith("ATLAS_") and name not in known and not _SERVICE_LINK.fullmatch(name):
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise SettingsError(f"unknown environment variable {name}{hint}")
+            raise SettingsError(f"unknown environment variable {name}{suggestion(name, known)}")

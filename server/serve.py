@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
@@ -32,6 +33,10 @@ _BACKLOG = 1024
 _SWITCH_SECONDS = 0.0005
 
 
+class StartError(Exception):
+    """Why the server could not start; one line for the person who started it."""
+
+
 class Server(uvicorn.Server):
     """uvicorn with an end in order: refuse, let running requests finish, tell the rest, save, close.
 
@@ -42,16 +47,22 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.lifecycle, self._connections = lifecycle, connections
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._address = ""
+        lifecycle.host.on_ready = self._engine_ready
         lifecycle.host.on_failure = self._engine_failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen."""
         self._loop = asyncio.get_running_loop()
+        if sockets:
+            self._address = reachable(sockets[0])
         await super().startup(sockets)
         for server in self.servers:
             for listener in server.sockets:
                 with socket.fromfd(listener.fileno(), listener.family, listener.type) as same:
                     same.listen(_BACKLOG)
+        if self.started and self.lifecycle.host.state == "loading":
+            log.info("Listening on http://%s; the model is being loaded", self._address)
 
     async def on_tick(self, counter: int) -> bool:
         """Looks after the connections twice a second."""
@@ -89,6 +100,9 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
         cut.cancel()
 
+    def _engine_ready(self) -> None:
+        log.info(self.lifecycle.front.ready(self._address))
+
     def _engine_failed(self) -> None:
         self.should_exit = True
 
@@ -124,13 +138,59 @@ def serve(settings: Settings, engine: EngineSource) -> int:
 
     uvicorn raises a captured signal again once everything has been saved and closed, so a process ended by SIGTERM
     reports 143, one ended by SIGHUP 129 (and one ended by Ctrl-C comes back here).
+
+    Raises:
+      KeyFileError: the keys file cannot be used.
+      StartError: the address cannot be listened on, or the engine could not be opened.
     """
     raise_file_limit()
     settle()
     server = build(settings, engine)
+    sockets = listen(settings.server.host, settings.server.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
-        server.run()
+        server.run(sockets)
     except KeyboardInterrupt:
         return 130
+    if (error := server.lifecycle.host.error) is not None:
+        raise StartError(_reason(error)) from error
     return 1 if server.lifecycle.host.dead or not server.started else 0
+
+
+def listen(host: str, port: int) -> list[socket.socket]:
+    """Takes an address before anything else is begun; a name may stand for several, and port 0 is the same for all.
+
+    Raises:
+      StartError: it cannot be had.
+    """
+    sockets: list[socket.socket] = []
+    try:
+        found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        for family, _, _, _, address in dict.fromkeys(found):
+            sockets.append(socket.create_server((str(address[0]), port), family=family))
+            port = sockets[0].getsockname()[1]
+    except OSError as error:
+        for one in sockets:
+            one.close()
+        # What create_server adds to the system's words says the address again; a name nobody knows has other numbers.
+        number = error.errno or 0
+        why = os.strerror(number) if number > 0 else error.strerror or str(error)
+        raise StartError(f"cannot listen on {host}:{port}: {why.lower()}") from None
+    return sockets
+
+
+def reachable(listening: socket.socket) -> str:
+    """Host and port that reach a socket from this machine."""
+    host, port = listening.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _reason(error: BaseException) -> str:
+    """Why the engine could not be opened. What the library refuses, it refuses in words for people."""
+    if isinstance(error, OSError) and error.strerror:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"the model cannot be served: {where}{error.strerror}"
+    if isinstance(error, ValueError) and str(error):
+        return f"the model cannot be served: {error}"
+    return f"the model cannot be served: {type(error).__name__}: {error} (--log-level debug shows where)"

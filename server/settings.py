@@ -11,13 +11,14 @@ import msgspec
 from msgspec import Meta, Struct, field
 
 from server.schemas.atlas import AtlasDefaults, BudgetMs, IntervalMs, IntervalSeconds
+from server.schemas.sampling import Fraction, Penalty, RepeatPenalty, Temperature, TopK
 
 MIN_WINDOW = 128
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
 FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-LogLevel = Literal["debug", "info", "warning", "error"]
+LogLevel = Literal["trace", "debug", "info", "warning", "error"]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
 
 
@@ -48,11 +49,14 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         int, Meta(ge=1, le=4096, description="Devices each layer's heads and columns are divided over")
     ] = 1
     model: Annotated[str | None, Meta(description="GGUF file to serve")] = None
-    model_alias: Annotated[str | None, Meta(description="Another name for the model in requests")] = None
+    model_alias: Annotated[tuple[str, ...], Meta(description="More names of the model in requests")] = ()
+    strict_model: Annotated[
+        bool, Meta(description="Refuse requests that name another model instead of answering with this one")
+    ] = False
     api_keys_file: Annotated[str | None, Meta(description="File of API keys, one a line: key[:owner][:admin]")] = None
     allowed_hosts: Annotated[
         tuple[str, ...],
-        Meta(description="Host names requests may be addressed to, beside this machine's own; '*' allows any"),
+        Meta(description="Host names requests may be addressed to, beside this machine's and private ones; '*' is any"),
     ] = ()
     cors_origins: Annotated[
         tuple[str, ...], Meta(description="Web origins whose pages may call the API; '*' allows any")
@@ -99,7 +103,29 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     shutdown_grace: Annotated[
         int, Meta(ge=1, le=5, description="Seconds running requests get to finish when the server is told to stop")
     ] = 4
-    log_level: Annotated[LogLevel, Meta(description="How much is logged")] = "info"
+    log_level: Annotated[
+        LogLevel,
+        Meta(description="How much is logged: trace, debug, info, warning or error; trace has the libraries' too"),
+    ] = "info"
+
+
+class SamplingSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The `sampling` section: what requests get that leave a field out.
+
+    null is what the model's file recommends, and where it recommends nothing the project's own default
+    (`server.services.sampling`).
+    """
+
+    temperature: Annotated[Temperature | None, Meta(description="Temperature; 0 is greedy")] = None
+    top_k: Annotated[TopK | None, Meta(description="Keep the k likeliest tokens; 0 keeps every one")] = None
+    top_p: Annotated[Fraction | None, Meta(description="Keep the likeliest tokens of this share in all")] = None
+    min_p: Annotated[Fraction | None, Meta(description="Keep tokens of at least this share of the likeliest's")] = None
+    typical_p: Annotated[Fraction | None, Meta(description="Keep the most typical tokens of this share in all")] = None
+    repeat_penalty: Annotated[RepeatPenalty | None, Meta(description="Divides the scores of tokens used; 1 is off")] = (
+        None
+    )
+    presence_penalty: Annotated[Penalty | None, Meta(description="Taken off the scores of tokens written")] = None
+    frequency_penalty: Annotated[Penalty | None, Meta(description="The same, once for each time")] = None
 
 
 class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -119,9 +145,11 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     enable_memory_endpoints: Annotated[bool, Meta(description="Offer /v1/atlas/memory/*")] = True
     enable_realtime_stats: Annotated[bool, Meta(description="Offer /v1/atlas/metrics/stream")] = True
     stats_update_interval: Annotated[
+        IntervalMs, Meta(description="Milliseconds between two samples of the averages of /v1/atlas/stats")
+    ] = 1000
+    metrics_interval: Annotated[
         IntervalMs, Meta(description="Milliseconds between two events of /v1/atlas/metrics/stream")
     ] = 1000
-    metrics_interval: Annotated[IntervalMs, Meta(description="Milliseconds between two samples of the averages")] = 1000
     metrics_history_size: Annotated[
         int, Meta(ge=1, le=1_000_000, description="Latest requests the latency figures cover")
     ] = 1000
@@ -160,6 +188,7 @@ class Settings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """The whole configuration."""
 
     server: ServerSection = field(default_factory=ServerSection)
+    sampling: SamplingSection = field(default_factory=SamplingSection)
     atlas: AtlasSection = field(default_factory=AtlasSection)
 
     def public(self) -> dict[str, Any]:

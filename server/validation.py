@@ -76,6 +76,8 @@ def _range(meta: msgspec.Meta | None) -> str:
     low, high = (None, None) if meta is None else (meta.ge, meta.le)
     if meta is not None and meta.gt is not None:
         above = f"value must be greater than {_plain(meta.gt)}"
+        if meta.lt is not None:
+            return f"{above} and less than {_plain(meta.lt)}"
         return above if high is None else f"{above} and at most {_plain(high)}"
     if low is not None and high is not None:
         return f"value must be between {_plain(low)} and {_plain(high)}"

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.engine import kept
+from atlas_jax.engine.progress import ProgressLog
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.memory import store
 from atlas_jax.memory.adapter import Adapter
@@ -98,10 +99,18 @@ class AdapterFinder:
     def calibrated(self, cache: Path | None) -> Fitted | None:
         """One that is fitted now, and left in the cache folder; None, with the reason in the log, if that fails."""
         started = time.monotonic()
-        log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once")
+        log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once, which may take minutes")
         try:
             texts = store.calibration_texts()
-            found = calibrate_with(self._tokenizer, self._config, self._params, texts, _TOKENS, self._placement)
+            found = calibrate_with(
+                self._tokenizer,
+                self._config,
+                self._params,
+                texts,
+                _TOKENS,
+                self._placement,
+                ProgressLog("[ATLAS] Calibrating"),
+            )
             data = store.encode(self._fingerprint, found.config, found.adapter)
             fitted = self._fitted(data, "calibrated")
         except Exception as error:  # whatever it is, the model can be served without

@@ -231,6 +231,8 @@ class MemoryStats:
     Attributes:
       history: what the prompt did to what the session holds; "new" without a session.
       tokens_reused: tokens of the prompt that the session held already and that were not read again.
+      tokens_absorbed: of the writes that were taken.
+      writes_skipped: writes that were not taken because they diverged; `degraded` then says so.
     """
 
     memory_utilization: float
@@ -243,6 +245,7 @@ class MemoryStats:
     cache_hit: bool
     history: HistoryEffect = "new"
     tokens_reused: int = 0
+    writes_skipped: int = 0
     degraded: str | None = None
 
 
@@ -299,6 +302,7 @@ class ModelInfo:
       context_length: the model's trained context in tokens.
       created: Unix seconds (the file's time).
       memory_unavailable: why the model is served without a memory although one was asked for, or None.
+      sampling: what the file recommends, by the names of `SamplingParams`; empty where it says nothing.
     """
 
     name: str
@@ -315,13 +319,20 @@ class ModelInfo:
     adapter: str | None
     created: int
     memory_unavailable: str | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerMemoryInfo:
-    """One tapped layer of one session's memory (or means over the sessions asked for)."""
+    """One matrix of one session's memory (or means over the sessions asked for).
+
+    Attributes:
+      layer: the transformer layer it belongs to, the best-ranked of its taps.
+      taps: every layer whose state its keys are made of.
+    """
 
     layer: int
+    taps: tuple[int, ...]
     norm: float
     effective_rank: float
     omega_loss: float
@@ -332,7 +343,7 @@ class MemoryInfo:
     """State of one session's memory, or totals over an owner's sessions.
 
     Attributes:
-      window_size, window_fill: tokens of the exact window, and how many are held.
+      window_size, window_fill: tokens of the exact window, and how many of it are held; never more.
       memory_capacity, memory_used: independent pairs the memory can hold, and how many directions are in use.
       last_update_time: Unix seconds, or None before the first write.
     """
@@ -394,7 +405,12 @@ class SaveResult:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineStats:
-    """Counters since start, and gauges of this moment."""
+    """Counters since start, and gauges of this moment.
+
+    Attributes:
+      omega_loss_total: of every write that was taken.
+      omega_loss, memory_utilization, window_fill_ratio: of the request with a memory that ended last.
+    """
 
     requests_total: int
     requests_running: int
@@ -418,7 +434,9 @@ class EngineStats:
     session_misses: int
     memory_updates_total: int
     muon_iterations_total: int
+    writes_skipped_total: int
     omega_loss_total: float
+    omega_loss: float
     memory_utilization: float
     window_fill_ratio: float
     memory_saves: int

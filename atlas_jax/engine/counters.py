@@ -22,6 +22,8 @@ class Counters:
     step_seconds: float = 0.0
     memory_updates: int = 0
     muon_iterations: int = 0
+    writes_skipped: int = 0
+    omega_losses: float = 0.0
     omega_loss: float = 0.0
     memory_utilization: float = 0.0
     window_fill: float = 0.0

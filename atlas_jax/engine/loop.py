@@ -389,10 +389,14 @@ class Loop:
         if memory is None or work.shape is None:
             return None, None
         held, place = (work.row, 0) if index is None else (self._runner.sequences, index)
-        loss = 0.0
+        loss, skipped = 0.0, 0
         if held is not None and held.memory is not None and work.updates:
-            loss = float(np.asarray(held.memory.loss)[place])
-            self.counters.omega_loss += loss
+            loss, losses = (float(np.asarray(part)[place]) for part in (held.memory.loss, held.memory.losses))
+            skipped = int(np.asarray(held.memory.skipped)[place])
+            self.counters.omega_loss = loss
+            self.counters.omega_losses += losses
+            self.counters.writes_skipped += skipped
+            work.skip(skipped)
         read = work.position if index is None else work.read_tokens
         if work.plan.window is None:  # a model's own memory is written with every token
             work.account(read)
@@ -420,6 +424,8 @@ class Loop:
             cache_hit=work.cache_hit,
             history=work.history,
             tokens_reused=work.cached,
+            writes_skipped=skipped,
+            degraded=f"{skipped} memory writes diverged and were not taken" if skipped else None,
         )
         return stats, kept
 

@@ -22,7 +22,7 @@ from atlas_jax.engine.session import Layout
 from atlas_jax.engine.step import StepConfig, Weights
 from atlas_jax.engine.trained import TrainedRunner
 from atlas_jax.engine.trained_layout import TrainedLayout
-from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFError, GGUFFile, Tokenizer
+from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFError, GGUFFile, Tokenizer, recommended_sampling
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS
@@ -76,7 +76,7 @@ def open_pretrained(
     Raises:
       ConfigError, GGUFError, UnsupportedModel, AdapterError: as `Engine.open`.
     """
-    started = time.monotonic()
+    started = _loading(file)
     tokenizer, template = _text(file)
     config, fingerprint = model_config(file), file.fingerprint()
     placement = on_mesh(config, mesh_data, mesh_model)
@@ -124,7 +124,7 @@ def open_trained(file: GGUFFile, *, max_running: int, max_context: int, sessions
     Raises:
       GGUFError: it cannot be served; the message says what is wrong.
     """
-    started = time.monotonic()
+    started = _loading(file)
     tokenizer, template = _text(file)
     config, params = read_gguf(file)
     if tokenizer.vocab_size != config.vocab:
@@ -154,6 +154,12 @@ def open_trained(file: GGUFFile, *, max_running: int, max_context: int, sessions
     return Opened(info, tokenizer, template, runner, layout, longest)
 
 
+def _loading(file: GGUFFile) -> float:
+    """Says what is being loaded; the time."""
+    log.info("Loading %s (%.0f MB)", file.path.name, file.path.stat().st_size / 1e6)
+    return time.monotonic()
+
+
 def _info(file: GGUFFile, runner: Rows, **facts: Any) -> ModelInfo:
     status = file.path.stat()
     return ModelInfo(
@@ -163,6 +169,7 @@ def _info(file: GGUFFile, runner: Rows, **facts: Any) -> ModelInfo:
         vocab_size=runner.vocab,
         state_bytes_per_session=_state_bytes(runner),
         created=int(status.st_mtime),
+        sampling=recommended_sampling(file.metadata),
         **facts,
     )
 

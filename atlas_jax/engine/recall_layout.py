@@ -97,10 +97,9 @@ class RecallLayout:
         def layers(session: Session, checkpoint: Checkpoint) -> list[LayerMemoryInfo]:
             memory = checkpoint.row.memory
             norm, rank = (0.0, 0.0) if memory is None else norm_and_rank(np.asarray(memory.weights)[0])
-            return [
-                LayerMemoryInfo(layer=layer, norm=norm, effective_rank=rank, omega_loss=session.stats.omega_loss)
-                for layer in self.memory.layers[: session.shape.layers]
-            ]
+            taps = self.memory.layers[: session.shape.layers]  # there is one matrix, whose keys are made of all of them
+            loss = session.stats.omega_loss
+            return [LayerMemoryInfo(layer=taps[0], taps=taps, norm=norm, effective_rank=rank, omega_loss=loss)]
 
         return summary(sessions, features, layers)
 
@@ -204,6 +203,8 @@ def _row(
         tokens=tokens,  # type: ignore[arg-type]
         seen=seen[None],  # type: ignore[arg-type]
         loss=take("loss", (1,), "f4"),  # type: ignore[arg-type]
+        losses=np.zeros(1, np.float32),  # type: ignore[arg-type]
+        skipped=np.zeros(1, np.int32),  # type: ignore[arg-type]
         written=np.asarray([seen.any()]),  # type: ignore[arg-type]
     )
     return Sequences(context, memory)

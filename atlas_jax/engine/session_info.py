@@ -33,12 +33,11 @@ def summary(
             layers.setdefault(info.layer, []).append(info)
     updates = [s.stats.last_update for s, _ in held if s.stats.last_update is not None]
     return MemoryInfo(
-        window_size=max(windows, default=0),
+        window_size=sum(windows),
+        # With several pages a write, up to that many more tokens than the window's are attended until the next one.
         window_fill=sum(
-            min(c.position, window)
-            if s.shape.plan.window is None
-            else c.position - s.shape.plan.left(max(c.page, 0)) * PAGE
-            for s, c in held
+            min(size, c.position - (0 if s.shape.plan.window is None else s.shape.plan.left(max(c.page, 0)) * PAGE))
+            for size, (s, c) in zip(windows, held, strict=True)
         ),
         memory_capacity=capacity * max(1, len(held)),
         memory_used=sum(min(capacity, c.absorbed) for _, c in held),
@@ -57,8 +56,8 @@ def totals(listings: Sequence[Listing], capacity: int, layers: tuple[LayerMemory
     """
     held = [one for one in listings if one.tokens]
     return MemoryInfo(
-        window_size=max((one.window for one in held), default=0),
-        window_fill=sum(one.window_fill for one in held),
+        window_size=sum(one.window for one in held),
+        window_fill=sum(min(one.window, one.window_fill) for one in held),
         memory_capacity=capacity * max(1, len(held)),
         memory_used=sum(min(capacity, one.absorbed) for one in held),
         total_updates=sum(one.updates for one in held),
@@ -80,6 +79,7 @@ def norm_and_rank(weights: np.ndarray) -> tuple[float, float]:
 def _mean_layer(infos: list[LayerMemoryInfo]) -> LayerMemoryInfo:
     return LayerMemoryInfo(
         layer=infos[0].layer,
+        taps=max((info.taps for info in infos), key=len),
         norm=sum(info.norm for info in infos) / len(infos),
         effective_rank=sum(info.effective_rank for info in infos) / len(infos),
         omega_loss=sum(info.omega_loss for info in infos) / len(infos),

@@ -110,7 +110,7 @@ def _layers(session: Session, checkpoint: Checkpoint) -> list[LayerMemoryInfo]:
         each = [norm_and_rank(matrix) for matrix in matrices]
         norm = float(np.sqrt(sum(n * n for n, _ in each)))
         rank = sum(r for _, r in each) / len(each)
-        found.append(LayerMemoryInfo(layer=layer, norm=norm, effective_rank=rank, omega_loss=0.0))
+        found.append(LayerMemoryInfo(layer=layer, taps=(layer,), norm=norm, effective_rank=rank, omega_loss=0.0))
     return found
 
 

@@ -36,12 +36,14 @@ class WarmUp:
         Args:
           first_pages: one of the buckets.
         """
-        runner = self._runner
+        runner, started = self._runner, time.monotonic()
+        log.info("Compiling the first programs")
         with ThreadPoolExecutor(2) as pool:  # XLA compiles one program on one core for most of the time
             tasks = [pool.submit(runner.compile_decoding, runner.buckets.rows[0], first_pages)]
             tasks += [pool.submit(runner.compile_reading, first_pages, length) for length in runner.chunks]
             for task in tasks:
                 task.result()
+        log.info("Compiled them in %.1f s; the rest follow in the background", time.monotonic() - started)
         self._thread.start()
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -181,6 +181,12 @@ class Work:
         self.muon_iterations += muon_passes
         return True
 
+    def skip(self, writes: int) -> None:
+        """Takes back what `begin_page` has accounted for writes that were not taken."""
+        if writes and self.updates:
+            lost = round(self.written * writes / self.updates)
+            self.absorbed, self.written, self.updates = self.absorbed - lost, self.written - lost, self.updates - writes
+
     def account(self, read: int) -> None:
         """Accounts for a memory that is written with every token, up to position `read`."""
         self.written = self.updates = read - self.began

@@ -7,6 +7,7 @@ from atlas_jax.gguf._chat import FALLBACK_TEMPLATE, ChatTemplate
 from atlas_jax.gguf._header import GGUFError, TensorInfo
 from atlas_jax.gguf._metadata import get, require
 from atlas_jax.gguf._reader import GGUFFile
+from atlas_jax.gguf._recommended import recommended_sampling
 from atlas_jax.gguf._tokenizer import StreamDecoder, Tokenizer
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "TensorInfo",
     "Tokenizer",
     "get",
+    "recommended_sampling",
     "require",
 ]

@@ -18,7 +18,7 @@ from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.memory import store
 from atlas_jax.memory.calibrate import Calibration, calibrate
 from atlas_jax.memory.probe import make_probe
-from atlas_jax.memory.reading import WINDOW
+from atlas_jax.memory.reading import WINDOW, Progress
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.params import ModelParams
 from atlas_jax.placement import ONE_DEVICE, Placement
@@ -61,6 +61,7 @@ def calibrate_with(
     texts: list[str],
     max_tokens: int | None = None,
     placement: Placement = ONE_DEVICE,
+    progress: Progress = lambda stage, share: None,
 ) -> Calibration:
     """Calibrates with texts that are still text; see `calibrate`."""
 
@@ -69,7 +70,7 @@ def calibrate_with(
 
     ids = [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
     probe = make_probe(store.probe_filler(), encode, between=(WINDOW + 4) * PAGE)
-    return calibrate(config, params, ids, probe, placement=placement)
+    return calibrate(config, params, ids, probe, placement=placement, progress=progress)
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ class MemoryState:
       keys, tokens: ring of the last keys and tokens of the text; position p is at p mod ring.
       seen: 1 for tokens that have been written as values.
       loss: Omega loss after the last write.
+      losses, skipped: since the row was taken up: the sum of the losses of its writes, and how many were not taken.
       written: whether any token has been seen; without one, reading is of no use.
     """
 
@@ -58,6 +59,8 @@ class MemoryState:
     tokens: Int32[Array, "B ring"]
     seen: Int8[Array, "B V"]
     loss: Float[Array, B]
+    losses: Float[Array, B]
+    skipped: Int32[Array, B]
     written: Bool[Array, B]
 
 
@@ -121,6 +124,8 @@ def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
         tokens=jnp.zeros((batch, config.ring), jnp.int32),
         seen=jnp.zeros((batch, vocab), jnp.int8),
         loss=jnp.zeros((batch,), jnp.float32),
+        losses=jnp.zeros((batch,), jnp.float32),
+        skipped=jnp.zeros((batch,), jnp.int32),
         written=jnp.zeros((batch,), bool),
     )
 
@@ -243,7 +248,7 @@ def write(
       row: which session of the batch.
 
     Returns:
-      The state with that row's weights, momentum, seen tokens and loss replaced; everything else untouched.
+      The state with that row's weights, momentum, seen tokens and figures of loss replaced; everything else untouched.
     """
     width = config.max_omega_window
     offset = jnp.arange(width) - width
@@ -275,6 +280,8 @@ def write(
         read_scale=put(state.read_scale, scale[:, 0]),
         seen=state.seen.at[row, written].set(1, mode="drop"),
         loss=state.loss.at[row].set(jnp.where(taken, loss, state.loss[row])),
+        losses=state.losses.at[row].add(jnp.where(taken, loss, 0.0)),
+        skipped=state.skipped.at[row].add(jnp.where(taken, 0, 1)),
         written=state.written.at[row].set(state.written[row] | taken),
     )
 

@@ -23,7 +23,7 @@ class AtlasController(Controller):
     path = "/v1/atlas"
     tags = ("ATLAS",)
 
-    @get("/status", responses=atlas_responses(schema.StatusResponse))
+    @get("/status", opt={"unmetered": True}, responses=atlas_responses(schema.StatusResponse))
     async def status(self, request: HttpRequest, observer: NamedDependency[Observer]) -> Response[Any]:
         """The memory subsystem at a glance."""
         return json_response(observer.status(context_of(request).identity.owner))

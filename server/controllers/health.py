@@ -14,6 +14,7 @@ from server.schemas.llamacpp import Health
 from server.services.host import EngineHost
 
 _PUBLIC = {"public": True}
+_UNMETERED = {"unmetered": True}
 
 
 class HealthController(Controller):
@@ -40,7 +41,7 @@ class HealthController(Controller):
             raise Unavailable("The model is still loading", code="loading", retry_after=2.0)
         raise Unavailable("The server does not accept requests", code="draining", retry_after=5.0)
 
-    @get("/metrics", media_type="text/plain")
+    @get("/metrics", media_type="text/plain", opt=_UNMETERED)
     async def prometheus(self, metrics: NamedDependency[Metrics]) -> Response[Any]:
         """Prometheus metrics."""
         return Response(metrics.render(), headers={"content-type": CONTENT_TYPE}, media_type="text/plain")

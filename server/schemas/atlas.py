@@ -20,7 +20,10 @@ WindowSize = Annotated[
     ),
 ]
 BlendRatio = Annotated[float, Meta(ge=0, le=1, description="0 window only, 0.5 as fitted, 1 memory alone")]
-LearningRate = Annotated[float, Meta(gt=0, le=1, description="Inner step size; null uses the calibrated one")]
+# A step twice as long as the line search's no longer lowers the objective; a longer one raises it.
+LearningRate = Annotated[
+    float, Meta(gt=0, lt=0.002, description="Inner step size; 0.001, like null, is the calibrated one")
+]
 PolynomialDegree = Annotated[int, Meta(ge=1, le=3, description="Degree of the feature map")]
 WarmupTokens = Annotated[int, Meta(ge=0, le=1 << 31, description="Tokens written to the memory before it is read")]
 UpdateFrequency = Annotated[int, Meta(ge=1, le=512, description="Tokens per memory write: a multiple of the page")]
@@ -102,6 +105,7 @@ class AtlasStats(Struct, kw_only=True, frozen=True):
     tokens_reused: Annotated[
         int, Meta(description="Tokens of the prompt that the session held already and that were not read again")
     ]
+    writes_skipped: int
     degraded: str | None
 
 
@@ -200,14 +204,14 @@ class SaveResponse(Struct, kw_only=True, frozen=True):
     filename: str
     context_id: str | None
     bytes: int
-    timestamp: float
+    timestamp: int
 
 
 class LoadResponse(Struct, kw_only=True, frozen=True):
     """Answer to a load: `filename` for a file; `context_id` and `state` for a context."""
 
     success: bool
-    loaded_at: float
+    loaded_at: int
     filename: str | UnsetType = UNSET
     context_id: str | UnsetType = UNSET
     state: Any = UNSET
@@ -256,13 +260,14 @@ class ResetResponse(Struct, kw_only=True, frozen=True):
     success: bool
     session_id: str | None
     sessions_reset: int
-    timestamp: float
+    timestamp: int
 
 
 class LayerMemory(Struct, kw_only=True, frozen=True):
-    """One memory layer."""
+    """One matrix of the memory; `taps` are the layers whose states its keys are made of, `layer` the best of them."""
 
     layer: int
+    taps: list[int]
     norm: float
     effective_rank: float
     omega_loss: float
@@ -363,7 +368,7 @@ class MetricsResponse(Struct, kw_only=True, frozen=True):
 class MetricsEvent(Struct, kw_only=True, frozen=True):
     """One event of `GET /v1/atlas/metrics/stream`."""
 
-    timestamp: float
+    timestamp: int
     active_requests: int
     avg_latency: float
     requests_waiting: int

@@ -10,6 +10,11 @@ from server.schemas.atlas import AtlasOptions
 
 TokenCount = Annotated[int, Meta(ge=-1, le=1 << 31, description="Most tokens to generate; -1 means no limit")]
 INT64 = 1 << 63
+Temperature = Annotated[float, Meta(ge=0, le=100, description="0 is greedy")]
+TopK = Annotated[int, Meta(ge=-1, le=1 << 31, description="0 and -1 keep every token")]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+RepeatPenalty = Annotated[float, Meta(gt=0, le=10)]
+Penalty = Annotated[float, Meta(ge=-2, le=2)]
 
 
 class StreamOptions(Struct, kw_only=True, frozen=True):
@@ -20,17 +25,20 @@ class StreamOptions(Struct, kw_only=True, frozen=True):
 
 
 class SamplingFields(Struct, kw_only=True, frozen=True):
-    """Model, sampling, length and memory of one request; null is the same as absent everywhere."""
+    """Model, sampling, length and memory of one request; null is the same as absent everywhere.
+
+    Sampling fields that are absent take the server's defaults, which `GET /props` shows.
+    """
 
     model: Annotated[str, Meta(max_length=512)] | None = None
-    temperature: Annotated[float, Meta(ge=0, le=100, description="0 is greedy")] | None = None
-    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=1 << 31, description="0 and -1 keep every token")] | None = None
-    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    typical_p: Annotated[float, Meta(ge=0, le=1)] | None = None
-    repeat_penalty: Annotated[float, Meta(gt=0, le=10)] | None = None
-    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    temperature: Temperature | None = None
+    top_p: Fraction | None = None
+    top_k: TopK | None = None
+    min_p: Fraction | None = None
+    typical_p: Fraction | None = None
+    repeat_penalty: RepeatPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Meta(ge=-100, le=100)]],

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from atlas_jax import __version__
-from atlas_jax.engine.api import SamplingParams
 from server.schemas import llamacpp as schema
 from server.services.host import EngineHost
 from server.services.models import Models
+from server.services.sampling import default_sampling
 from server.services.texts import Texts
+from server.settings import SamplingSection
 
 
 class Compat:
     """Tokenizer, template, properties and slots."""
 
-    def __init__(self, *, host: EngineHost, texts: Texts, models: Models) -> None:
-        self._host, self._texts, self._models = host, texts, models
+    def __init__(self, *, host: EngineHost, texts: Texts, models: Models, sampling: SamplingSection) -> None:
+        self._host, self._texts, self._models, self._sampling = host, texts, models, sampling
 
     async def tokenize(self, wanted: schema.TokenizeRequest) -> schema.TokenizeResponse:
         """Token ids, or tokens with their pieces."""
@@ -42,7 +43,8 @@ class Compat:
 
     def props(self) -> schema.Props:
         """Properties of the model and defaults of a request."""
-        default, engine = SamplingParams(), self._host.engine
+        engine = self._host.engine
+        default = default_sampling(self._sampling, engine.model.sampling)
         name = engine.model.name
         return schema.Props(
             default_generation_settings=schema.GenerationSettings(

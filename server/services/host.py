@@ -32,12 +32,15 @@ class EngineHost:
 
     Attributes:
       state: `loading` until the engine is there; `failed` when it could not be loaded or its thread has died.
-      on_failure: called once, on the event loop, when the state becomes `failed`.
+      on_ready, on_failure: called once, on the event loop, when the state becomes `ready` or `failed`.
+      error: why the engine could not be loaded, or None.
     """
 
     def __init__(self) -> None:
         self.state: State = "loading"
+        self.on_ready: Callable[[], None] = _nothing
         self.on_failure: Callable[[], None] = _nothing
+        self.error: BaseException | None = None
         self._engine: EngineProtocol | None = None
         self._bridge: Bridge | None = None
         self._running: set[Abortable] = set()
@@ -104,11 +107,13 @@ class EngineHost:
         if done.cancelled():
             return
         if error := done.exception():
-            log.critical("The engine could not be loaded", exc_info=error)
+            self.error = error  # who started the server says why it ended
+            log.debug("The engine could not be loaded", exc_info=error)
             self._fail()
         elif self.state == "loading":
             self._engine = done.result()
             self.state = "ready"
+            self.on_ready()
 
     async def watch(self) -> None:
         """Turns the death of the engine's thread into a failure; runs until cancelled."""

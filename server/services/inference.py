@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from atlas_jax.engine.api import SamplingParams
 from server.context import PARTY, RequestContext
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
@@ -16,10 +17,11 @@ from server.services.generation import Generation, GenerationPlan, Generator
 from server.services.memory_options import MemoryPlan, plan_memory
 from server.services.models import Models
 from server.services.runtime_config import RuntimeConfig
-from server.services.sampling import choices, sampling_params, stop_strings, token_limit
+from server.services.sampling import choices, default_sampling, sampling_params, stop_strings, token_limit
 from server.services.texts import Texts
 from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
 from server.services.writers import Identification
+from server.settings import SamplingSection
 from server.validation import invalid, parse
 
 _COMPLETION_TOKENS = 16
@@ -29,9 +31,17 @@ class Inference:
     """Checks a request completely before anything of it reaches the engine, and starts it."""
 
     def __init__(
-        self, *, generator: Generator, texts: Texts, models: Models, config: RuntimeConfig, memory_enabled: bool
+        self,
+        *,
+        generator: Generator,
+        texts: Texts,
+        models: Models,
+        sampling: SamplingSection,
+        config: RuntimeConfig,
+        memory_enabled: bool,
     ) -> None:
         self._generator, self._host, self._gate = generator, generator.host, generator.gate
+        self._sampling = sampling
         self._texts, self._models = texts, models
         self._config, self._memory_enabled = config, memory_enabled
 
@@ -49,7 +59,7 @@ class Inference:
         plan = GenerationPlan(
             prompts=prompts,
             choices=count,
-            sampling=sampling_params(body, vocab_size=self._host.engine.tokenizer.vocab_size, logprobs=body.logprobs),
+            sampling=self._drawn(body, logprobs=body.logprobs),
             max_tokens=token_limit(
                 {"max_tokens": body.max_tokens, "n_predict": body.n_predict}, default=_COMPLETION_TOKENS
             ),
@@ -89,7 +99,7 @@ class Inference:
         plan = GenerationPlan(
             prompts=[prompt],
             choices=choices(body, prompts=1),
-            sampling=sampling_params(body, vocab_size=self._host.engine.tokenizer.vocab_size, logprobs=logprobs),
+            sampling=self._drawn(body, logprobs=logprobs),
             max_tokens=token_limit(
                 {
                     "max_completion_tokens": body.max_completion_tokens,
@@ -121,6 +131,11 @@ class Inference:
         model = self._models.resolve(body.model)
         self._gate.check(PARTY.get())
         return model
+
+    def _drawn(self, body: SamplingFields, *, logprobs: int | None) -> SamplingParams:
+        engine = self._host.engine
+        default = default_sampling(self._sampling, engine.model.sampling)
+        return sampling_params(body, default=default, vocab_size=engine.tokenizer.vocab_size, logprobs=logprobs)
 
     def _memory(self, body: SamplingFields, context: RequestContext) -> MemoryPlan:
         plan = plan_memory(

@@ -66,7 +66,11 @@ class MemoryService:
             last_update_time=info.last_update_time,
             layers=[
                 schema.LayerMemory(
-                    layer=one.layer, norm=one.norm, effective_rank=one.effective_rank, omega_loss=one.omega_loss
+                    layer=one.layer,
+                    taps=list(one.taps),
+                    norm=one.norm,
+                    effective_rank=one.effective_rank,
+                    omega_loss=one.omega_loss,
                 )
                 for one in info.layers
             ],
@@ -100,7 +104,7 @@ class MemoryService:
             filename=saved.filename,
             context_id=saved.session_id,
             bytes=saved.bytes,
-            timestamp=saved.timestamp,
+            timestamp=int(saved.timestamp),
         )
 
     async def load(self, owner: str, wanted: schema.LoadRequest) -> schema.LoadResponse:

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from server.errors import NotFound
 from server.schemas.models import Model, ModelMeta
 from server.services.host import EngineHost
 
 
 class Models:
-    """The one model of this server, under its own name and its alias."""
+    """The one model of this server, under its own name and its aliases.
 
-    def __init__(self, host: EngineHost, alias: str | None) -> None:
+    Args:
+      strict: whether a request that names another model is refused. Otherwise it is answered by this one, and the answer
+        says so: clients have names built in that no file of ours will ever have.
+    """
+
+    def __init__(self, host: EngineHost, aliases: Sequence[str] = (), *, strict: bool = False) -> None:
         self._host = host
-        self._alias = alias
+        self._aliases = tuple(aliases)
+        self._strict = strict
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every name, the model's own first."""
-        name = self._host.engine.model.name
-        return (name,) if self._alias in (None, name) else (name, str(self._alias))
+        return tuple(dict.fromkeys((self._host.engine.model.name, *self._aliases)))
 
     def resolve(self, name: str | None) -> str:
-        """The name a response carries; raises NotFound for a model this server does not have."""
+        """The name a response carries: the one asked for if it is this model's; raises NotFound if that is strict."""
         names = self.names
-        if name is None:
-            return names[0]
-        if name not in names:
-            raise NotFound(f"The model '{name[:128]}' does not exist", param="model", code="model_not_found")
-        return name
+        if name in names:
+            return name
+        if name is not None and self._strict:
+            raise _unknown(name)
+        return names[0]
 
     def describe(self, name: str) -> Model:
-        """One model as `/v1/models` lists it."""
-        self.resolve(name)
+        """One model as `/v1/models` lists it; raises NotFound for any other name."""
+        if name not in self.names:
+            raise _unknown(name)
         model = self._host.engine.model
         return Model(
             id=name,
@@ -46,3 +54,7 @@ class Models:
                 n_layer=model.layers,
             ),
         )
+
+
+def _unknown(name: str) -> NotFound:
+    return NotFound(f"The model '{name[:128]}' does not exist", param="model", code="model_not_found")

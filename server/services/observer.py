@@ -71,11 +71,11 @@ class Observer:
             now = time.monotonic()
             values = self._config.values
             if now >= sample_at:
-                sample_at = now + values.metrics_interval / 1000
+                sample_at = now + values.stats_update_interval / 1000
                 if (engine := self.engine_stats()) is not None:
                     self._stats.sample(engine)
             if now >= publish_at:
-                publish_at = now + values.stats_update_interval / 1000
+                publish_at = now + values.metrics_interval / 1000
                 self._publish()
             # A shorter interval set at run time takes effect within a second.
             await asyncio.sleep(min(1.0, max(0.01, min(sample_at, publish_at) - time.monotonic())))
@@ -97,7 +97,7 @@ class Observer:
         if engine is None:
             return
         event = schema.MetricsEvent(
-            timestamp=round(time.time(), 3),
+            timestamp=int(time.time()),
             active_requests=self._stats.active,
             avg_latency=self._stats.latency.average,
             requests_waiting=engine.requests_waiting,

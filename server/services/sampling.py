@@ -1,12 +1,14 @@
-"""From the sampling fields of a request to the engine's `SamplingParams`, and the limits that go with them."""
+"""From the sampling fields of a request and the server's defaults to the engine's `SamplingParams`, and their limits."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
 
 from atlas_jax.engine.api import SamplingParams
 from server.schemas.sampling import SamplingFields
+from server.settings import SamplingSection
 from server.validation import invalid
 
 V = TypeVar("V")
@@ -17,9 +19,27 @@ _GREEDY_BELOW = 1e-4
 _LOGIT_DIGITS = 10
 
 
-def sampling_params(fields: SamplingFields, *, vocab_size: int, logprobs: int | None) -> SamplingParams:
-    """The sampling of one request; null and absent give the model's own distribution."""
-    default = SamplingParams()
+# What reads well from a small model: SmolLM2-135M drawn from its own distribution writes word salad. Of 48 answers to three
+# plain questions 25 were right at temperature 0.7 with min_p 0.05, 28 with these; a lower one has stories that repeat.
+_OURS = SamplingParams(temperature=0.5, top_p=0.95, min_p=0.1)
+
+
+def default_sampling(section: SamplingSection, recommended: Mapping[str, float]) -> SamplingParams:
+    """What requests get for the fields they leave out: the operator's choice, else the model's, else the project's.
+
+    Args:
+      recommended: of the model's file (`ModelInfo.sampling`). A file that recommends anything is not mixed with the
+        project's own defaults, which were chosen together.
+    """
+    base = SamplingParams(**recommended) if recommended else _OURS  # type: ignore[arg-type]
+    chosen: dict[str, Any] = {name: getattr(section, name) for name in SamplingSection.__struct_fields__}
+    return replace(base, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def sampling_params(
+    fields: SamplingFields, *, default: SamplingParams, vocab_size: int, logprobs: int | None
+) -> SamplingParams:
+    """The sampling of one request; fields that are null or absent are taken from `default`."""
     temperature = _or(fields.temperature, default.temperature)
     return SamplingParams(
         temperature=0.0 if temperature < _GREEDY_BELOW else temperature,

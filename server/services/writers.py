@@ -140,5 +140,6 @@ def atlas_stats_of(finished: Mapping[int, Finished], choices: int) -> AtlasStats
         cache_hit=any(one.cache_hit for one in stats),
         history=stats[0].history,
         tokens_reused=sum(one.tokens_reused for index, one in used.items() if one is not None and index % choices == 0),
+        writes_skipped=sum(one.writes_skipped for one in stats),
         degraded=next((one.degraded for one in stats if one.degraded is not None), None),
     )

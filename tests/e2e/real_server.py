@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 PATIENCE = 240.0
 STOP_SECONDS = 10.0
 """What supervisors give a process between SIGTERM and SIGKILL."""
-_LISTENS = re.compile(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")
+_LISTENS = re.compile(r"Listening on (http://127\.0\.0\.1:\d+)")
 _TROUBLE = re.compile(r"^\S+ \S+ (WARNING|ERROR|CRITICAL) .*|^Traceback.*", re.MULTILINE)
 
 

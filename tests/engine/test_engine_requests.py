@@ -205,7 +205,7 @@ MEMORY: dict[str, list[Any]] = {
     "polynomial_degree": [1, 2, 3],
     "memory_layers": [1, 2],
     "blend_ratio": [0.0, 0.5, 1.0],
-    "learning_rate": [None, 0.01],
+    "learning_rate": [None, 0.0015],
 }
 mixed = st.lists(
     st.tuples(

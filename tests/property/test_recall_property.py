@@ -173,13 +173,14 @@ def test_what_was_written_is_found_again(seed: int, degree: int) -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(seeds, degrees, windows, st.sampled_from(["gradient", "muon"]), st.sampled_from([0.1, 0.5, 1.0]))
+@given(seeds, degrees, windows, st.sampled_from(["gradient", "muon"]), st.sampled_from([0.1, 0.5, 1.0, 1.5]))
 def test_gradient_and_muon_writes_descend(
     seed: int, degree: int, window: int, optimizer: Optimizer, step: float
 ) -> None:
     random = np.random.default_rng(seed)
     keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
     state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    left: list[float] = []
     for end in (PAGE, 2 * PAGE):
         key, values = pairs(keys, tokens, end, window)
         phi = recall_reference.features(key, degree)
@@ -188,6 +189,9 @@ def test_gradient_and_muon_writes_descend(
         after = recall_reference.omega_loss(weights_of(state, 0, degree), phi, values)
         assert after < before
         assert abs(float(state.loss[0]) - after) < 0.02 + 0.1 * after
+        left.append(float(state.loss[0]))
+    assert float(state.losses[0]) == pytest.approx(sum(left), rel=1e-5)
+    assert not np.asarray(state.skipped).any()
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -203,7 +207,7 @@ def test_a_step_that_diverges_is_not_taken(
     state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys[: 2 * PAGE], tokens[: 2 * PAGE])
     state = write(state, 0, PAGE, PAGE, "exact", degree)
     for _ in range(5):
-        before = np.asarray(state.weights[0])
+        before, skipped, losses = (np.asarray(part[0]) for part in (state.weights, state.skipped, state.losses))
         state = write(state, 0, 2 * PAGE, PAGE, optimizer, degree, step)
         after = np.asarray(state.weights[0])
         for leaf in (after, state.momentum[0], state.loss[0], state.read_scale[0]):
@@ -211,6 +215,8 @@ def test_a_step_that_diverges_is_not_taken(
         assert float(state.loss[0]) <= 100.0
         if step > 1e10:
             assert np.array_equal(before, after)
+        if np.array_equal(before, after):
+            assert (int(state.skipped[0]), float(state.losses[0])) == (int(skipped) + 1, float(losses))
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)

@@ -65,7 +65,7 @@ class FakeSessions:
             memory_used=used,
             total_updates=used // 128,
             last_update_time=None,
-            layers=(LayerMemoryInfo(layer=27, norm=1.5, effective_rank=2.5, omega_loss=0.25),),
+            layers=(LayerMemoryInfo(layer=27, taps=(27, 24), norm=1.5, effective_rank=2.5, omega_loss=0.25),),
         )
 
     def list(self, owner: str, *, after: str | None, limit: int) -> tuple[tuple[SessionInfo, ...], str | None]:

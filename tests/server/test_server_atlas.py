@@ -36,7 +36,9 @@ def error(response: httpx.Response) -> dict[str, Any]:
         ("window_size", 200, "value must be a multiple of 128"),
         ("blend_ratio", 1.5, "value must be between 0 and 1"),
         ("blend_ratio", -0.1, "value must be between 0 and 1"),
-        ("learning_rate", 0, "value must be greater than 0 and at most 1"),
+        ("learning_rate", 0, "value must be greater than 0 and less than 0.002"),
+        ("learning_rate", 0.002, "value must be greater than 0 and less than 0.002"),
+        ("learning_rate", 0.005, "value must be greater than 0 and less than 0.002"),
         ("polynomial_degree", 4, "value must be between 1 and 3"),
         ("polynomial_degree", 0, "value must be between 1 and 3"),
         ("use_muon", "yes", "expected boolean, got string"),
@@ -109,6 +111,7 @@ def test_the_missions_requests_work_as_written(live: Live) -> None:
         "cache_hit",
         "history",
         "tokens_reused",
+        "writes_skipped",
         "degraded",
     }
     memory = live.engine.requests[-1].memory

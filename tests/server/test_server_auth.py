@@ -16,7 +16,7 @@ from live_server import Live, Start, make_settings
 from server.auth import LOCAL, Identity, KeyFileError, KeyRing
 
 KEYS = "# comment\n\nalpha-key:team-a\nbeta-key:team-b\nroot-key:ops:admin\nbare-key\nadmin-only::admin\n"
-PUBLIC = {"/health", "/v1/health", "/ready", "/schema", "/schema/openapi.json"}
+PUBLIC = {"/", "/health", "/v1/health", "/ready", "/schema", "/schema/openapi.json"}
 
 
 @pytest.fixture

@@ -226,10 +226,27 @@ def test_llamacpp_bodies_that_are_refused(live: Live, path: str, body: Any) -> N
 
 
 # --- models and paths ---------------------------------------------------------------------------------------------
-def test_model_names(live: Live) -> None:
-    for name in ("", "gpt-4", "../x", "/etc/passwd", "x" * 512, "fake-7b ", "FAKE-7B", "\u202efake"):
+OTHER_MODELS = ("", "gpt-4", "your-model", "../x", "/etc/passwd", "x" * 512, "fake-7b ", "FAKE-7B", "\u202efake")
+
+
+def test_any_model_name_is_answered_by_the_model_that_is_there(live: Live) -> None:
+    for name in (*OTHER_MODELS, None):
+        for path, body in ((COMPLETIONS, {"prompt": "x"}), (CHAT, {"messages": [{"role": "user", "content": "x"}]})):
+            response = live.post(path, {**body, "model": name, "max_tokens": 1})
+            assert (response.status_code, response.json()["model"]) == (200, "fake-7b")
+            assert "etc" not in response.text
+
+
+def test_a_strict_server_has_no_other_model(start: Start) -> None:
+    live = start(server={"strict_model": True, "model_alias": ("nice",)})
+    for name in OTHER_MODELS:
         response = live.post(COMPLETIONS, {"prompt": "x", "model": name})
         assert (response.status_code, code_of(response)) == (404, "model_not_found")
+    for name in ("fake-7b", "nice", None):
+        assert live.post(COMPLETIONS, {"prompt": "x", "model": name, "max_tokens": 1}).status_code == 200
+
+
+def test_models_that_are_not_listed(live: Live) -> None:
     for path in ("/v1/models/a/b", "/v1/models/%2e%2e", "/v1/models/a%2Fb", "/v1/models/%ff", "/v1/models/%00"):
         response = live.http.get(path)
         assert (response.status_code, code_of(response)) == (404, "model_not_found")
@@ -238,14 +255,14 @@ def test_model_names(live: Live) -> None:
 
 
 def test_an_alias_is_a_model(start: Start) -> None:
-    live = start(server={"model_alias": "org/nice"})
+    live = start(server={"model_alias": ("org/nice", "gpt-4o", "fake-7b")})
     assert live.post(COMPLETIONS, {"prompt": "x", "model": "org/nice"}).json()["model"] == "org/nice"
     assert live.http.get("/v1/models/org%2Fnice").json()["id"] == "org/nice"
-    assert [model["id"] for model in live.http.get("/models").json()["data"]] == ["fake-7b", "org/nice"]
+    assert [model["id"] for model in live.http.get("/models").json()["data"]] == ["fake-7b", "org/nice", "gpt-4o"]
 
 
 def test_unknown_paths_and_methods(live: Live) -> None:
-    for path in ("/", "/v1", "/v1/unknown", "/v2/completions", "/v1/embeddings"):
+    for path in ("/v1", "/v1/unknown", "/v2/completions", "/v1/embeddings"):
         assert (live.http.get(path).status_code, code_of(live.http.get(path))) == (404, "not_found")
     assert code_of(live.http.get("/v1/atlas/unknown")) == 404
     assert live.post("/v1/atlas/memory/explode").status_code == 404

@@ -281,9 +281,7 @@ def test_model_errors(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as caught:
         client.models.retrieve("other/model")
     assert caught.value.code == "model_not_found"
-    with pytest.raises(openai.NotFoundError) as caught:
-        client.chat.completions.create(model="gpt-4", messages=ask("a"))
-    assert (caught.value.code, caught.value.param) == ("model_not_found", "model")
+    assert client.chat.completions.create(model="gpt-4", messages=ask("a")).model == MODEL
 
 
 def test_a_prompt_over_the_context_is_refused_with_both_lengths(live: Live, client: openai.OpenAI) -> None:

@@ -48,6 +48,11 @@ def raw_get(live: Live, host: bytes, path: bytes = b"/health") -> bytes:
     [
         (b"Host: localhost\r\n", b"200"),
         (b"Host: LocalHost:1234\r\n", b"200"),
+        (b"Host: atlas.localhost:8080\r\n", b"200"),
+        (b"Host: host.docker.internal:8080\r\n", b"200"),
+        (b"Host: atlas:8080\r\n", b"400"),
+        (b"Host: atlas.local\r\n", b"400"),
+        (b"Host: host.docker.internal.evil.example\r\n", b"400"),
         (b"Host: 127.0.0.1:8080\r\n", b"200"),
         (b"Host: [::1]:8080\r\n", b"200"),
         (b"Host: evil.example\r\n", b"400"),
@@ -81,8 +86,8 @@ def test_allowed_hosts(start: Start) -> None:
 @pytest.mark.parametrize(
     "request_bytes",
     [
-        b"GET / HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 300_000 + b"\r\n\r\n",
-        b"GET / HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 20_000 + b"\r\n",
+        b"GET /none HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 300_000 + b"\r\n\r\n",
+        b"GET /none HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 20_000 + b"\r\n",
         POST + b"Content-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
         POST + b"Content-Length: -1\r\n\r\n",
         POST + b"Content-Length: 1e3\r\n\r\n",

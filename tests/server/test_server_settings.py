@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import socket
+import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,10 @@ import pytest
 from server.cli import main
 from server.engine_factory import engine_factory
 from server.options import add_flags, load, options
+from server.serve import StartError, listen
 from server.settings import Settings, SettingsError
+
+ROOT = Path(__file__).parents[2]
 
 MISSION = {
     "server": {"host": "0.0.0.0", "port": 8080, "threads": 8},
@@ -113,6 +121,7 @@ def test_every_setting_can_be_set_by_flag_and_by_environment() -> None:
         "server.max_body_bytes": "2048",
         "server.shutdown_grace": "2",
         "atlas.max_window": "1024",
+        "atlas.default_config.learning_rate": "0.0005",
     }
     for option in options():
         text = special.get(option.key, samples[option.kind])
@@ -201,12 +210,175 @@ def test_wrong_command_lines_end_with_a_message(capsys: pytest.CaptureFixture[st
     assert "--port" in capsys.readouterr().err
     assert main([]) == 2
     assert "no model" in capsys.readouterr().err
-    assert main(["--model", "m.gguf", "--api-keys-file", str(tmp_path / "none")]) == 2
+    assert main(["--model", model_file(tmp_path), "--api-keys-file", str(tmp_path / "none")]) == 2
     assert "keys file" in capsys.readouterr().err
-    for arguments in (["--prot", "1"], ["--por", "1"], ["fly"]):
-        with pytest.raises(SystemExit) as caught:
-            main(arguments)
-        assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--prot", "1"], "unknown flag --prot; did you mean --port?"),
+        (["--por=1"], "unknown flag --por; did you mean --port?"),
+        (["serve", "--max_wating", "8"], "unknown flag --max_wating; did you mean --max-waiting?"),
+        (["--atlas-memry-path", "64"], "unknown flag --atlas-memry-path; did you mean --atlas-memory-path?"),
+        (["--memory-path", "64"], "unknown flag --memory-path; did you mean --atlas-memory-path?"),
+        (["--no-speculat"], "unknown flag --no-speculat; did you mean --no-speculate?"),
+        (["--zzzzzz"], "unknown flag --zzzzzz"),
+        (["sevre"], "unknown command 'sevre'; did you mean serve?"),
+        (["fly"], "unknown command 'fly'; there is only serve"),
+        (["--port", "1", "64"], "unexpected argument '64'"),
+        (["--port"], "--port: expected one argument"),
+        (["--temperature", "hot"], "flag --temperature: expected float, got 'hot'"),
+        (["--temperature", "101"], "settings: Validation error in field 'sampling.temperature': "
+                                   "value must be between 0 and 100"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_that_says_what_was_meant(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], said: str
+) -> None:
+    assert main(arguments) == 2
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", f"atlas-jax: error: {said}\n")
+
+
+def model_file(folder: Path, content: bytes = struct.pack("<4sIQQ", b"GGUF", 3, 0, 0)) -> str:
+    path = folder / "model.gguf"
+    path.write_bytes(content)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file or directory"),
+        (b"", "model.gguf is empty"),
+        (b"\x89PNG and more of it than a header is long", "no GGUF file"),
+        (b"GGUF", "left in the file"),
+    ],
+)
+def test_a_file_that_is_no_model_is_one_line_before_anything_listens(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes | None, said: str
+) -> None:
+    path = str(tmp_path / "none.gguf") if content is None else model_file(tmp_path, content)
+    assert main(["--model", path]) == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith(f"atlas-jax: error: model {path}: ")
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+def test_a_folder_is_no_model_and_an_adapter_must_be_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["--model", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"atlas-jax: error: model {tmp_path}: Is a directory\n"
+    missing = str(tmp_path / "none")
+    assert main(["--model", model_file(tmp_path), "--atlas-adapter", missing]) == 2
+    assert capsys.readouterr().err == f"atlas-jax: error: adapter {missing}: No such file or directory\n"
+
+
+def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        command = [sys.executable, "-m", "server", "--model", model_file(tmp_path), "--port", str(port)]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1
+    assert ended.stderr == f"atlas-jax: error: cannot listen on 127.0.0.1:{port}: address already in use\n"
+
+
+def test_an_address_that_is_not_ours_is_one_line() -> None:
+    for host in ("192.0.2.1", "no.such.host.invalid"):
+        with pytest.raises(StartError, match=f"^cannot listen on {host}:1: "):
+            listen(host, 1)
+
+
+def test_port_0_is_the_same_port_on_every_address() -> None:
+    sockets = listen("localhost", 0)
+    ports = {one.getsockname()[1] for one in sockets}
+    for one in sockets:
+        one.close()
+    assert len(ports) == 1
+    assert ports != {0}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"server": {"prot": 1}}, "unknown key 'server.prot'; did you mean server.port?"),
+        ({"sever": {}}, "unknown key 'sever'"),
+        ({"server": {"temperature": 1}}, "unknown key 'server.temperature'; did you mean sampling.temperature?"),
+        ({"atlas": {"window_size": 1}}, "unknown key 'atlas.window_size'; did you mean atlas.default_config.window_size?"),
+        ({"atlas": {"default_config": {"blend_ration": 1}}},
+         "unknown key 'atlas.default_config.blend_ration'; did you mean atlas.default_config.blend_ratio?"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_of_the_file_is_one_line_with_the_nearest(tmp_path: Path, content: Any, said: str) -> None:
+    path = written(tmp_path, content)
+    with pytest.raises(SettingsError) as caught:
+        load(config=path, environ={})
+    assert str(caught.value) == f"{path}: {said}"
+
+
+def test_an_unknown_variable_is_named_with_the_nearest() -> None:
+    with pytest.raises(
+        SettingsError, match=r"^unknown environment variable ATLAS_TEMPRATURE; did you mean ATLAS_TEMPERATURE\?"
+    ):
+        load(environ={"ATLAS_TEMPRATURE": "1"})
+
+
+def test_the_help_is_short_and_that_of_the_command_has_every_flag_in_its_group(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--help"]) == 0
+    short = capsys.readouterr().out
+    assert len(short.splitlines()) < 45
+    assert "--model" in short
+    assert "atlas-jax serve --help" in short
+    with pytest.raises(SystemExit) as caught:
+        main(["serve", "--help"])
+    assert caught.value.code == 0
+    full = capsys.readouterr().out
+    groups = dict(re.findall(r"^(\w[^\n]*):\n((?:  .*\n|\n)+)", full, re.MULTILINE))
+    flags = {
+        title.partition(":")[0]: set(re.findall(r"^  (--[a-z0-9-]+)", body, re.MULTILINE))
+        for title, body in groups.items()
+    }
+    assert {"--temperature", "--top-k", "--top-p", "--min-p", "--repeat-penalty"} <= flags["Sampling"]
+    assert {"--api-keys-file", "--allowed-hosts"} <= flags["Security"]
+    assert {"--rate-limit-requests", "--max-concurrent"} <= flags["Limits"]
+    assert {"--atlas", "--atlas-max-window"} <= flags["Memory"]
+    assert {"--atlas-window", "--atlas-blend"} <= flags["Memory of a request"]
+    assert {option.flag for option in options()} <= set().union(*flags.values())
+
+
+def test_a_list_may_be_given_by_repeating_its_flag() -> None:
+    flags = parsed("--model-alias", "a, b", "--model-alias", "c", "--allowed-hosts", "*")
+    server = load(environ={}, flags=flags).server
+    assert (server.model_alias, server.allowed_hosts) == (("a", "b", "c"), ("*",))
+
+
+def test_other_packages_are_heard_only_where_something_is_wrong() -> None:
+    code = """
+import logging
+from server.cli import _configure_logging
+_configure_logging(LEVEL)
+jax, ours, uvicorn = (logging.getLogger(name) for name in ("jax._src.xla_bridge", "atlas.server", "uvicorn.error"))
+jax.info("Unable to initialize backend 'tpu'"), jax.debug("noise"), uvicorn.info("Started"), uvicorn.warning("Invalid HTTP")
+jax.warning("falling back to cpu"), ours.info("ready"), ours.debug("detail")
+"""
+    tpu = "Unable to initialize backend 'tpu'"
+    for level, expected in (
+        ("debug", ["falling back to cpu", "ready", "detail"]),
+        ("info", ["falling back to cpu", "ready"]),
+        ("error", []),
+        ("trace", [tpu, "noise", "Started", "Invalid HTTP", "falling back to cpu", "ready", "detail"]),
+    ):  # fmt: skip
+        ended = subprocess.run(
+            [sys.executable, "-c", code.replace("LEVEL", repr(level))],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert [line.split(" ", 4)[4] for line in ended.stderr.splitlines()] == expected, level
 
 
 def test_the_engine_gets_what_the_settings_say() -> None:

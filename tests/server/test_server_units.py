@@ -398,13 +398,54 @@ def test_a_body_of_numbers_is_bounded_as_well() -> None:
 
 
 # --- hosts --------------------------------------------------------------------------------------------------------
-def test_a_server_on_every_interface_accepts_addresses_but_no_names() -> None:
-    check = HostCheck((), bound="0.0.0.0")
-    for host in (b"10.1.2.3:8080", b"[2001:db8::1]", b"localhost"):
+PRIVATE_NAMES = (
+    b"atlas:8080",
+    b"ATLAS",
+    b"atlas-0.atlas.default.svc.cluster.local",
+    b"printer.local:80",
+    b"atlas.corp.internal",
+    b"atlas.internal.",
+    b"atlas.home.arpa",
+    b"localhost",
+    b"atlas.localhost",
+    b"host.docker.internal",
+)
+PUBLIC_NAMES = (
+    *(
+        b"evil.example",
+        b"10.1.2.3.evil.example",
+        b"atlas.dev",
+        b"atlas.default",
+        b"local.evil.example",
+        b"notlocal.com",
+    ),
+    *(b"", b"[::1", b"x:y", b".local", b"a..local", b"evil.example.", b"0x7f000001", b"2130706433"),
+)
+
+
+@pytest.mark.parametrize("bound", ["0.0.0.0", "::", "", "192.168.0.5"])
+def test_a_server_on_a_network_accepts_names_that_nobody_can_register(bound: str) -> None:
+    check = HostCheck((), bound=bound)
+    for host in PRIVATE_NAMES:
         check.check([host])
-    for host in (b"evil.example", b"10.1.2.3.evil.example", b"", b"[::1", b"x:y"):
+    for host in PUBLIC_NAMES:
         with pytest.raises(BadRequest):
             check.check([host])
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
+def test_a_server_on_the_loopback_accepts_its_own_names_alone(bound: str) -> None:
+    check = HostCheck((), bound=bound)
+    for host in (b"localhost:1", b"127.0.0.1", b"[::1]", b"x.localhost", b"host.docker.internal:8080"):
+        check.check([host])
+    for host in (*PUBLIC_NAMES, b"atlas", b"atlas.local", b"atlas.internal", b"10.0.0.1"):
+        with pytest.raises(BadRequest):
+            check.check([host])
+
+
+def test_a_server_on_every_interface_accepts_every_address() -> None:
+    for host in (b"10.1.2.3:8080", b"[2001:db8::1]", b"127.0.0.1"):
+        HostCheck((), bound="0.0.0.0").check([host])
 
 
 def test_a_bound_address_is_a_name() -> None:

@@ -1,0 +1,35 @@
+"""Lines in the log while something takes long: how far it is, and about how long it will take."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+log = logging.getLogger("atlas.engine")
+_EVERY_SECONDS = 10.0
+
+
+class ProgressLog:
+    """Tells of the stages of one piece of work, at most once in ten seconds; call it as a `reading.Progress`.
+
+    Args:
+      what: begins every line.
+    """
+
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._clock = what, clock
+        self._told = clock()
+        self._stage, self._began, self._first = "", 0.0, 0.0
+
+    def __call__(self, stage: str, share: float) -> None:
+        """A stage is done to this share."""
+        now = self._clock()
+        if stage != self._stage:
+            self._stage, self._began, self._first = stage, now, share
+        if now - self._told < _EVERY_SECONDS or share >= 1:
+            return
+        self._told = now
+        done = share - self._first
+        left = f", about {(now - self._began) * (1 - share) / done:.0f} s left" if done > 0 else ""
+        log.info("%s: %s, %.0f %%%s", self._what, stage, share * 100, left)

@@ -1,0 +1,80 @@
+"""The first page: what this server is, for a person with a browser and for a program."""
+
+from __future__ import annotations
+
+import html
+from typing import Any
+
+from litestar import Controller, Response, get
+from litestar.di import NamedDependency
+
+from atlas_jax import __version__
+from server.http import HttpRequest, json_response, openai_responses
+from server.schemas.root import Root
+from server.services.front import Front
+
+_PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+{refresh}<title>atlas-jax</title>
+<style>
+body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 46rem; margin: 3rem auto; padding: 0 1rem; color: #222; }}
+dt {{ float: left; width: 6rem; color: #666; }}
+dd {{ margin-left: 6rem; }}
+pre {{ background: #f3f3f3; padding: 1rem; overflow-x: auto; }}
+@media (prefers-color-scheme: dark) {{
+body {{ background: #181818; color: #ddd; }} pre {{ background: #262626; }} a {{ color: #8ab4f8; }} dt {{ color: #999; }}
+}}
+</style>
+</head>
+<body>
+<h1>atlas-jax</h1>
+<dl>
+{facts}
+</dl>
+<p>Ask it something:</p>
+<pre>{example}</pre>
+<p><a href="/schema/openapi.json">The API as an OpenAPI document</a> · <a href="/health">health</a>{more}</p>
+</body>
+</html>
+"""
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Vary": "Accept",
+}
+
+
+class RootController(Controller):
+    """`/` needs no key, and with keys tells neither model nor memory."""
+
+    tags = ("Operations",)
+
+    @get("/", opt={"public": True}, responses=openai_responses(Root))
+    async def root(self, request: HttpRequest, front: NamedDependency[Front]) -> Response[Any]:
+        """What this server is: a page for a browser, else JSON."""
+        found = front.root()
+        if not _wants_html(request.headers.get("accept", "")):
+            return json_response(found)
+        content = _page(found, front.example(str(request.headers.get("host", ""))))
+        return Response(content, media_type="text/html", headers=_HEADERS)
+
+
+def _wants_html(accept: str) -> bool:
+    """Whether a page is asked for by name, as browsers do and no API client does."""
+    return any(part.partition(";")[0].strip().lower() == "text/html" for part in accept.split(","))
+
+
+def _page(found: Root, example: str) -> str:
+    facts = {"Version": __version__, "Status": found.status}
+    if found.model is not None:
+        facts |= {"Model": found.model, "Memory": "on" if found.memory else "off"}
+    return _PAGE.format(
+        refresh='<meta http-equiv="refresh" content="5">\n' if found.status == "loading" else "",
+        facts="\n".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items()),
+        example=html.escape(example),
+        more="" if found.model is None else ' · <a href="/v1/models">models</a> · <a href="/props">properties</a>',
+    )
