@@ -190,7 +190,7 @@ def test_gemma_with_images_beside_the_text_loads_its_text(tmp_path: Path) -> Non
     assert_right(path)
     with (
         GGUFFile.open(write(tmp_path, {}, tensors={"blk.0.attn_q.bias": np.ones(64, np.float32)})) as file,
-        pytest.raises(UnsupportedModel, match="'blk.0.attn_q.bias' is not understood"),
+        pytest.raises(UnsupportedModel, match=r"'blk\.0\.attn_q\.bias' is not understood"),
     ):
         load_params(file, model_config(file))
 
