@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 import operator
 import pprint
 import re
@@ -255,11 +256,8 @@ def file_size(value: Any, binary: bool = False) -> str:
     if size < base:
         return "1 Byte" if size == 1 else f"{int(size)} Bytes"
     units = ("KiB", "MiB", "GiB", "TiB", "PiB") if binary else ("kB", "MB", "GB", "TB", "PB")
-    for unit in units:
-        size /= base
-        if size < base:
-            break
-    return f"{size:.1f} {unit}"
+    power = min(int(math.log(size, base)), len(units))
+    return f"{size / base**power:.1f} {units[power - 1]}"
 
 
 def _laid_out(subject: str) -> str:
