@@ -11,9 +11,10 @@ import re
 import string
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
-from atlas_jax.gguf._budget import ELEMENT, MAX_INTEGER_BITS, TemplateError, current, text
+from atlas_jax.gguf._budget import ELEMENT, MAX_INTEGER_BITS, Own, TemplateError, current, is_own, made_of, text
 
 _MAX_WIDTH = 10_000
 # Characters of the longest text that is wrapped or laid out, which takes microseconds for each.
@@ -29,17 +30,25 @@ def _width(digits: str) -> int:
 
 
 def concat(*values: Any) -> str:
+    """The texts of values; where neighbours are the template's own, the control tokens they make together are marked."""
     texts = [text(value) for value in values]
     budget = current()
     budget.tick()
     budget.spend(sum(map(len, texts)))
-    return "".join(texts)
+    joined = "".join(texts)
+    if budget.mark is None or len(values) < 2:
+        return joined
+    if all(map(is_own, values)):
+        return Own(budget.mark(joined))
+    runs = groupby(zip(values, texts, strict=True), key=lambda pair: is_own(pair[0]))
+    parts = ((own, "".join(one for _, one in run)) for own, run in runs)
+    return "".join(budget.mark(one) if own else one for own, one in parts)
 
 
 def add(left: Any, right: Any) -> Any:
     if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
         current().check((len(left) + len(right)) * (1 if isinstance(left, str) else ELEMENT))
-    return operator.add(left, right)
+    return made_of(operator.add(left, right), (left, right))
 
 
 def multiply(left: Any, right: Any) -> Any:
@@ -73,7 +82,7 @@ def percent_format(template: str, values: Any) -> str:
     longest = max((len(text(value)) for value in arguments), default=0)
     current().check(len(template) + size + fields * longest)
     result: str = template % values
-    return result
+    return str(made_of(result, (template, *arguments)))
 
 
 class BoundedFormatter(string.Formatter):
@@ -107,12 +116,15 @@ class BoundedFormatter(string.Formatter):
 def join(separator: Any, values: Iterable[Any]) -> str:
     budget = current()
     glue, size, texts = text(separator), 0, []
+    own = is_own(separator)
     for value in values:
+        own = own and is_own(value)
         texts.append(text(value))
         size += len(texts[-1]) + len(glue)
         budget.check(size - len(glue))
         budget.tick()
-    return glue.join(texts)
+    joined = glue.join(texts)
+    return Own(budget.mark(joined)) if own and budget.mark is not None else joined
 
 
 def replace(value: Any, old: Any, new: Any, count: Any = None) -> str:

@@ -23,13 +23,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
 from atlas_jax.gguf import _bounded
-from atlas_jax.gguf._budget import TemplateError, current, text
+from atlas_jax.gguf._budget import Own, TemplateError, current, made_of, text
 
 _MAX_RANGE = 100_000
-# Names that may become part of a control token, although clients write them.
-_ROLES = frozenset({"assistant", "developer", "environment", "function", "ipython", "model", "observation", "system"})
-_ROLES |= {"tool", "user"}
-
 # Jinja's own filters that are safe once their arguments and results are measured.
 _JINJA_FILTERS = (
     *("abs", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "indent"),
@@ -61,7 +57,9 @@ class _Method:
         self._value = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return current().admit(self._function(self._value, *args, **kwargs))
+        return current().admit(
+            made_of(self._function(self._value, *args, **kwargs), (self._value, *args, *kwargs.values()))
+        )
 
 
 _METHODS: dict[type, dict[str, Callable[..., Any]]] = {
@@ -275,7 +273,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             for number in given:
                 if isinstance(number, int) and abs(number) > (100 if name == "round" else current().max_items):
                     raise TemplateError(f"chat template calls {name} with {number}")
-        return current().admit(function(*args, **kwargs))
+        return made_of(current().admit(function(*args, **kwargs)), (value, *given))
 
     return guarded
 
@@ -315,17 +313,16 @@ def _text(value: Any) -> str:
     return value
 
 
-def _role(value: Any, before: str, after: str) -> str:
-    """What a template spells around a name: a control token if it is the name of a role, as `<|user|>` may be."""
-    spelled = _bounded.concat(before, value, after)
-    return current().marks.get(spelled, spelled) if text(value) in _ROLES else spelled
+def _own(value: str) -> str:
+    """A text that stands in the template."""
+    return Own(value)
 
 
 _INTERNAL_FILTERS: dict[str, Callable[..., Any]] = {
     " concat": _bounded.concat,
     " container": _container,
     " member": _member,
-    " role": _role,
+    " own": _own,
     " slice": _bounded.slice_of,
     " text": _text,
     " tick": _tick,
