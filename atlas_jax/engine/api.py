@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from atlas_jax.config import MAX_LOGIT_BIAS as MAX_LOGIT_BIAS  # part of the interface
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 CacheStrategy = Literal["lru", "lfu", "adaptive"]
 
@@ -69,6 +71,7 @@ class SamplingParams:
     Attributes:
       temperature: 0 is greedy.
       top_k: 0 keeps every token.
+      logit_bias: −100 bans a token and 100 forces it, whatever the temperature; at most `MAX_LOGIT_BIAS` entries.
       seed: None draws one; the seed that was used is in the result.
       logprobs: None for none, k ≥ 0 for the chosen token's log-probability and the k best alternatives.
     """
@@ -168,6 +171,7 @@ class TokenInfo:
 
     Attributes:
       data: the token's own bytes (a token may be part of a character).
+      hidden: a control token of an answer, which is no part of its text.
       logprob: natural log under the distribution before temperature and filters; None for the first prompt token.
       top: alternatives (token, bytes, logprob), best first.
     """
@@ -176,6 +180,7 @@ class TokenInfo:
     data: bytes
     logprob: float | None = None
     top: tuple[tuple[int, bytes, float], ...] = ()
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)

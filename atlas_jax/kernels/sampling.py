@@ -13,13 +13,13 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.config import MAX_LOGIT_BIAS
 from atlas_jax.kernels import native
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.typing import Array, Bool, Float, Int, Int32, UInt32
 
 NEGATIVE = -1e30
-BIAS_SLOTS = 300
-"""Entries of `logit_bias` a request may have, as in OpenAI's API."""
+BIAS_SLOTS = MAX_LOGIT_BIAS
 TOP_LOGPROBS = 20
 _BLOCK = 128
 _TINY = 2.0**-126
