@@ -10,7 +10,7 @@ say can then never be taken for a control token: it holds no mark.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeGuard, cast
 
