@@ -161,7 +161,8 @@ def write_model(
 
 
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    kinds = ((bool, writer.add_bool), (int, writer.add_int32), (float, writer.add_float32), (str, writer.add_string))
+    add_int = writer.add_int64 if isinstance(value, int) and value >= 1 << 31 else writer.add_int32
+    kinds = ((bool, writer.add_bool), (int, add_int), (float, writer.add_float32), (str, writer.add_string))
     for kind, add in kinds:
         if isinstance(value, kind):
             add(key, value)

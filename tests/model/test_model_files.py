@@ -226,7 +226,7 @@ def test_fewer_rows_than_tokens_are_refused(tmp_path: Path) -> None:
         *(("attention.key_length", value) for value in (0, 15, -16, 1 << 30)),
         *(("attention.head_count", value) for value in (0, -4)),
         *(("attention.head_count_kv", value) for value in (0, 3, -1)),
-        *(("context_length", value) for value in (0, -1)),
+        *(("context_length", value) for value in (0, -1, 1 << 40)),
         *(("block_count", value) for value in (0, -1, 1 << 20)),
         *(("embedding_length", value) for value in (0, -64)),
         *(("feed_forward_length", value) for value in (0, -96)),

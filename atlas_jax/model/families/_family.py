@@ -16,7 +16,7 @@ _MAX_LAYERS = 1024
 _MAX_HEADS = 1 << 16
 _MAX_HEAD_DIM = 1 << 13
 _MAX_SIZE = 1 << 24
-_MAX_CONTEXT = 1 << 40
+_MAX_CONTEXT = (1 << 31) - 1
 _MAX_ROPE_BASE = 1e15
 _LEAST_EPS, _MAX_EPS = 1e-30, 0.1
 _MAX_ROPE_FACTOR = 1e6
@@ -32,7 +32,7 @@ class Family:
 
     Attributes:
       architecture: `general.architecture` of its GGUF files, and the prefix of its metadata keys.
-      config: makes the model's configuration from its metadata, the size of its vocabulary and the rows of its embeddings.
+      config: makes the model's configuration from its metadata and the sizes of its vocabulary.
       frequency_factors: whether the tensor `rope_freqs` divides its rotary frequencies.
     """
 
