@@ -10,6 +10,9 @@ from typing import Literal
 PAGE = 128
 """Tokens per KV page: the unit of the attention window, of prefill, and of memory writes."""
 
+MAX_LOGIT_BIAS = 300
+"""Entries of `logit_bias` a request may have, as in OpenAI's API."""
+
 
 class ConfigError(ValueError):
     """A setting out of its range; the message names it."""

@@ -6,8 +6,10 @@ neither flat nor a copy, and greedy answers do not fall into a loop at once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
@@ -68,12 +70,28 @@ def byte_level_vocabulary() -> tuple[list[str], list[int], list[str]]:
     return [*tokens, "<|endoftext|>", "<|im_start|>", "<|im_end|>"], types, merges
 
 
-def write_model(path: Path, shape: Shape = LLAMA, *, seed: int = 0) -> Path:
-    """Writes a model; the same shape and seed give the same bytes."""
+def write_model(
+    path: Path,
+    shape: Shape = LLAMA,
+    *,
+    seed: int = 0,
+    metadata: Mapping[str, Any] | None = None,
+    tensors: Mapping[str, np.ndarray] | None = None,
+    padding: int = 0,
+    split: int = 0,
+) -> Path:
+    """Writes a model; the same arguments give the same bytes.
+
+    Args:
+      metadata: further keys, or other values of those of the model; None leaves a key out.
+      tensors: further ones.
+      padding: rows of the embeddings (and the head) past the last token, full of large numbers; negative takes rows away.
+      split: tensors in each of the files `path` then is the stem of; the first is returned.
+    """
     tokens, types, merges = byte_level_vocabulary()
     random = np.random.default_rng(seed)
     gemma = shape.architecture == "gemma3"
-    writer = GGUFWriter(path, shape.architecture)
+    writer = GGUFWriter(path, shape.architecture, split_max_tensors=split)
     writer.add_name("tiny")
     writer.add_block_count(shape.layers)
     writer.add_context_length(shape.context)
@@ -96,9 +114,15 @@ def write_model(path: Path, shape: Shape = LLAMA, *, seed: int = 0) -> Path:
     writer.add_eos_token_id(len(tokens) - 1)
     writer.add_add_bos_token(shape.add_bos)
     writer.add_chat_template(shape.template)
+    for key, value in (metadata or {}).items():
+        writer.kv_data[0].pop(key, None)
+        if value is not None:
+            _add(writer, key, value)
 
     def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> None:
         values = (random.standard_normal((rows, columns)) * (gain / np.sqrt(columns))).astype(np.float32)
+        if name in ("token_embd", "output") and padding:
+            values = np.concatenate([values, np.full((max(padding, 0), columns), 9.0, np.float32)])[: rows + padding]
         if shape.nibbles and columns % 32 == 0:
             kind = GGMLQuantizationType.Q4_1
             writer.add_tensor(f"{name}.weight", quants.quantize(values, kind), raw_dtype=kind)
@@ -129,11 +153,23 @@ def write_model(path: Path, shape: Shape = LLAMA, *, seed: int = 0) -> Path:
     vector("output_norm", embed)
     if not gemma:
         matrix("output", len(tokens), embed, gain=2.5)
+    for name, values in (tensors or {}).items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
+    return path if not split else min(path.parent.glob(f"{path.name.removesuffix('.gguf')}-*-of-*.gguf"))
+
+
+def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+    add_int = writer.add_int64 if isinstance(value, int) and value >= 1 << 31 else writer.add_int32
+    kinds = ((bool, writer.add_bool), (int, add_int), (float, writer.add_float32), (str, writer.add_string))
+    for kind, add in kinds:
+        if isinstance(value, kind):
+            add(key, value)
+            return
+    writer.add_array(key, value)
 
 
 def write_adapter(path: Path, model: Path, *, seed: int = 0) -> Path:

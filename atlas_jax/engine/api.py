@@ -11,6 +11,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from atlas_jax.config import MAX_LOGIT_BIAS as MAX_LOGIT_BIAS  # part of the interface
+
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 CacheStrategy = Literal["lru", "lfu", "adaptive"]
 HistoryEffect = Literal["new", "continued", "appended", "rolled_back"]
@@ -78,6 +80,7 @@ class SamplingParams:
     Attributes:
       temperature: 0 is greedy.
       top_k: 0 keeps every token.
+      logit_bias: −100 bans a token and 100 forces it, whatever the temperature; at most `MAX_LOGIT_BIAS` entries.
       seed: None draws one; the seed that was used is in the result.
       logprobs: None for none, k ≥ 0 for the chosen token's log-probability and the k best alternatives.
     """
@@ -199,6 +202,7 @@ class TokenInfo:
 
     Attributes:
       data: the token's own bytes (a token may be part of a character).
+      hidden: a control token of an answer, which is no part of its text.
       logprob: natural log under the distribution before temperature and filters; None for the first prompt token.
       top: alternatives (token, bytes, logprob), best first.
     """
@@ -207,6 +211,7 @@ class TokenInfo:
     data: bytes
     logprob: float | None = None
     top: tuple[tuple[int, bytes, float], ...] = ()
+    hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ from atlas_jax.engine.store import MemoryFolder
 from atlas_jax.engine.tiers import Budgets
 from atlas_jax.engine.warmup import WarmUp
 from atlas_jax.engine.work import Work, new_work
-from atlas_jax.gguf import GGUFFile, TemplateError
+from atlas_jax.gguf import ChatTemplate, GGUFFile, TemplateError
 from atlas_jax.kernels import native, pallas
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.sampling import BIAS_SLOTS, TOP_LOGPROBS
@@ -234,18 +235,16 @@ class Engine:
         """Token ids of a conversation; control tokens come from the template alone, never from message text.
 
         Raises:
-          InvalidRequest: the model's template refuses the messages.
+          InvalidRequest: the model's template refuses the messages, or cannot be used at all.
         """
-        try:
-            return self._template.render_tokens(
+        with _template_errors():
+            return self._usable_template().render_tokens(
                 self.tokenizer,
                 messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 variables=variables,
             )
-        except TemplateError as error:
-            raise InvalidRequest(str(error), param="messages") from error
 
     def chat_frame(
         self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
@@ -256,16 +255,24 @@ class Engine:
     def _render(
         self, messages: Sequence[Mapping[str, Any]], begin_answer: bool, variables: Mapping[str, Any] | None
     ) -> list[int]:
-        return self._template.render_tokens(
+        return self._usable_template().render_tokens(
             self.tokenizer, messages, add_generation_prompt=begin_answer, variables=variables
         )
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """A conversation as the template writes it, for people to read; raises InvalidRequest."""
-        try:
-            return self._template.render(messages, **kwargs)
-        except TemplateError as error:
-            raise InvalidRequest(str(error), param="messages") from error
+        with _template_errors():
+            return self._usable_template().render(messages, **kwargs)
+
+    def _usable_template(self) -> ChatTemplate:
+        if isinstance(self._template, TemplateError):
+            raise InvalidRequest(
+                f"The chat template of this model cannot be used ({self._template}); "
+                "/v1/completions takes a prompt as text",
+                param="messages",
+                code="chat_template_unusable",
+            )
+        return self._template
 
     def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[Grammar]:
         """A grammar of the JSON texts a schema allows; see `api.EngineProtocol.json_grammar`."""
@@ -403,6 +410,15 @@ class Engine:
 
     def _wake(self) -> None:
         self._loop.wake()
+
+
+@contextmanager
+def _template_errors() -> Iterator[None]:
+    """What a template refuses is the request's fault."""
+    try:
+        yield
+    except TemplateError as error:
+        raise InvalidRequest(str(error), param="messages") from error
 
 
 class _Submitted:

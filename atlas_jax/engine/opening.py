@@ -22,13 +22,21 @@ from atlas_jax.engine.session import Layout
 from atlas_jax.engine.step import StepConfig, Weights
 from atlas_jax.engine.trained import TrainedRunner
 from atlas_jax.engine.trained_layout import TrainedLayout
-from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFError, GGUFFile, Tokenizer, recommended_sampling
+from atlas_jax.gguf import (
+    FALLBACK_TEMPLATE,
+    ChatTemplate,
+    GGUFError,
+    GGUFFile,
+    TemplateError,
+    Tokenizer,
+    recommended_sampling,
+)
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.lm.export import read_gguf
-from atlas_jax.model.loading import WeightDtype, load_params, model_config, parameter_count
+from atlas_jax.model.loading import WeightDtype, left_out, load_params, model_config, parameter_count
 from atlas_jax.placement import on_mesh
 
 log = logging.getLogger("atlas.engine")
@@ -44,13 +52,14 @@ class Opened:
     """A model that is ready to be served.
 
     Attributes:
+      template: or why the model's own cannot be used, which costs conversations and nothing else.
       layout: of its sessions' snapshots; None keeps no sessions.
       longest_prompt: tokens of the longest plain request.
     """
 
     info: ModelInfo
     tokenizer: Tokenizer
-    template: ChatTemplate
+    template: ChatTemplate | TemplateError
     runner: Rows
     layout: Layout | None
     longest_prompt: int
@@ -83,6 +92,11 @@ def open_pretrained(
     if mesh_data > max_running:
         raise ConfigError(f"mesh_data ({mesh_data}) must not exceed the requests that run at once, {max_running}")
     params = load_params(file, config, dtype=weight_dtype, placement=placement)
+    if others := left_out(file):
+        names = ", ".join(sorted({f"{name.split('.', 1)[0]}.*" for name in others}))
+        log.info(
+            "Left out of %s: %d tensors that are no part of its text model (%s)", file.path.name, len(others), names
+        )
     log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
     context = min(max_context, config.context_length)
     fitted: Fitted | None = None
@@ -127,8 +141,12 @@ def open_trained(file: GGUFFile, *, max_running: int, max_context: int, sessions
     started = _loading(file)
     tokenizer, template = _text(file)
     config, params = read_gguf(file)
-    if tokenizer.vocab_size != config.vocab:
-        raise GGUFError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab}")
+    tokens = tokenizer.vocab_size
+    if tokens > config.vocab:
+        raise GGUFError(f"the tokenizer has {tokens} tokens, the model {config.vocab}")
+    if tokens < config.vocab:  # rows that pad the vocabulary stand for nothing
+        config = config.replace(vocab=tokens)
+        params = params | {name: params[name][:tokens] for name in ("embed", "head") if name in params}
     context = min(max_context, config.context_length)
     state = jax.eval_shape(lambda: streaming.init_state(config, params, 1, context=context))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
@@ -161,22 +179,25 @@ def _loading(file: GGUFFile) -> float:
 
 
 def _info(file: GGUFFile, runner: Rows, **facts: Any) -> ModelInfo:
-    status = file.path.stat()
     return ModelInfo(
-        name=file.path.name.removesuffix(".gguf"),
+        name=file.name,
         fingerprint=file.fingerprint(),
-        size_bytes=status.st_size,
+        size_bytes=file.size,
         vocab_size=runner.vocab,
         state_bytes_per_session=_state_bytes(runner),
-        created=int(status.st_mtime),
+        created=int(file.path.stat().st_mtime),
         sampling=recommended_sampling(file.metadata),
         **facts,
     )
 
 
-def _text(file: GGUFFile) -> tuple[Tokenizer, ChatTemplate]:
+def _text(file: GGUFFile) -> tuple[Tokenizer, ChatTemplate | TemplateError]:
     tokenizer = Tokenizer.from_metadata(file.metadata)
-    template = ChatTemplate.from_metadata(file.metadata)
+    try:
+        template = ChatTemplate.from_metadata(file.metadata)
+    except TemplateError as error:
+        log.warning("The model's chat template cannot be used, so only plain completions are served: %s", error)
+        return tokenizer, error
     if template is not None:
         return tokenizer, template
 

@@ -85,4 +85,4 @@ def token_info(tokenizer: Tokenizer, token: int, logprob: float | None, tokens: 
     """A token, its log-probability, and its alternatives with theirs, best first."""
     pairs = zip(np.asarray(tokens, np.int64).tolist(), np.asarray(logprobs, np.float64).tolist(), strict=True)
     top = tuple((other, tokenizer.token_bytes(other), value) for other, value in pairs)
-    return TokenInfo(token, tokenizer.token_bytes(token), logprob, top)
+    return TokenInfo(token, tokenizer.token_bytes(token), logprob, top, tokenizer.is_special(token))

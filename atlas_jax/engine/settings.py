@@ -13,12 +13,18 @@ from atlas_jax.engine.journal import Reading
 from atlas_jax.engine.session import SessionShape
 from atlas_jax.engine.state import TEXT
 from atlas_jax.kernels.lookup import NONE
-from atlas_jax.kernels.sampling import BIAS_SLOTS, SamplingState
+from atlas_jax.kernels.sampling import BAN, BIAS_SLOTS, FORCE, SamplingState
 from atlas_jax.memory.inner_step import Optimizer
 from atlas_jax.memory.recall import MemorySettings, WriteSettings
 
 CALIBRATED_STEP = 1e-3
 """The `learning_rate` that means the calibrated inner step: one exact line search. Others are relative to it."""
+
+LARGEST_BIAS = 100.0
+"""From here on a bias bans or forces its token."""
+_LEAST_TEMPERATURE = 2.0**-126
+_LEAST_REPEAT_PENALTY = 1e-6
+_NEVER = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def memory_settings(params: MemoryParams | None, layers: int, degree: int) -> Me
         "layers": np.asarray([layers - 1], np.int32),
         "degree": np.asarray([degree - 1], np.int32),
         "read": np.asarray([blend > 0], bool),
-        "read_from": np.asarray([0 if params is None else params.warmup_tokens], np.int32),
+        "read_from": np.asarray([0 if params is None else min(params.warmup_tokens, _NEVER)], np.int32),
         "log_odds": np.asarray([odds], np.float32),
     }
     return MemorySettings(**values)
@@ -87,6 +93,11 @@ def recent_text(tokens: Sequence[int], position: int) -> np.ndarray:
     return text
 
 
+def _bias(value: float) -> float:
+    """A bias as the sampler adds it: at its ends it bans and forces a token, whatever the temperature."""
+    return BAN if value <= -LARGEST_BIAS else FORCE if value >= LARGEST_BIAS else value
+
+
 def sampling_state(params: SamplingParams, vocab: int, seed: int, prompt: Sequence[int]) -> SamplingState:
     """How a row draws its tokens."""
 
@@ -96,17 +107,18 @@ def sampling_state(params: SamplingParams, vocab: int, seed: int, prompt: Sequen
     bias_token = np.full((1, BIAS_SLOTS), vocab, np.int32)
     bias = np.zeros((1, BIAS_SLOTS), np.float32)
     bias_token[0, : len(params.logit_bias)] = list(params.logit_bias)
-    bias[0, : len(params.logit_bias)] = list(params.logit_bias.values())
+    bias[0, : len(params.logit_bias)] = [_bias(value) for value in params.logit_bias.values()]
     present = np.zeros((1, vocab), np.int8)
     if params.repeat_penalty != 1.0:
         present[0, np.asarray(prompt, np.int64)] = 1
     values: dict[str, Any] = {
-        "temperature": number(params.temperature),
+        # numbers that are 0 to a processor that flushes the smallest ones are 0 to everybody
+        "temperature": number(params.temperature if params.temperature >= _LEAST_TEMPERATURE else 0.0),
         "top_k": np.asarray([min(params.top_k, vocab)], np.int32),
         "top_p": number(params.top_p),
         "min_p": number(params.min_p),
         "typical_p": number(params.typical_p),
-        "repeat_penalty": number(params.repeat_penalty),
+        "repeat_penalty": number(max(params.repeat_penalty, _LEAST_REPEAT_PENALTY)),
         "presence_penalty": number(params.presence_penalty),
         "frequency_penalty": number(params.frequency_penalty),
         "seed": np.asarray([[seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF]], np.uint32),

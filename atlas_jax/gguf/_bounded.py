@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import json
+import math
 import operator
+import pprint
 import re
 import string
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
-from atlas_jax.gguf._budget import ELEMENT, MAX_INTEGER_BITS, TemplateError, current, text
+from atlas_jax.gguf._budget import ELEMENT, MAX_INTEGER_BITS, Own, TemplateError, current, is_own, made_of, text
 
 _MAX_WIDTH = 10_000
+# Characters of the longest text that is wrapped or laid out, which takes microseconds for each.
+_MAX_LAID_OUT = 100_000
 _PERCENT = re.compile(r"%(?:\([^)]*\))?[#0\- +]*(\*|\d+)?(?:\.(\*|\d+)?)?")
 _LINE_ENDS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
 
@@ -23,17 +30,25 @@ def _width(digits: str) -> int:
 
 
 def concat(*values: Any) -> str:
+    """The texts of values; where neighbours are the template's own, the control tokens they make together are marked."""
     texts = [text(value) for value in values]
     budget = current()
     budget.tick()
     budget.spend(sum(map(len, texts)))
-    return "".join(texts)
+    joined = "".join(texts)
+    if budget.mark is None or len(values) < 2:
+        return joined
+    if all(map(is_own, values)):
+        return Own(budget.mark(joined))
+    runs = groupby(zip(values, texts, strict=True), key=lambda pair: is_own(pair[0]))
+    parts = ((own, "".join(one for _, one in run)) for own, run in runs)
+    return "".join(budget.mark(one) if own else one for own, one in parts)
 
 
 def add(left: Any, right: Any) -> Any:
     if isinstance(left, (str, list, tuple)) and isinstance(right, (str, list, tuple)):
         current().check((len(left) + len(right)) * (1 if isinstance(left, str) else ELEMENT))
-    return operator.add(left, right)
+    return made_of(operator.add(left, right), (left, right))
 
 
 def multiply(left: Any, right: Any) -> Any:
@@ -67,7 +82,7 @@ def percent_format(template: str, values: Any) -> str:
     longest = max((len(text(value)) for value in arguments), default=0)
     current().check(len(template) + size + fields * longest)
     result: str = template % values
-    return result
+    return str(made_of(result, (template, *arguments)))
 
 
 class BoundedFormatter(string.Formatter):
@@ -101,12 +116,15 @@ class BoundedFormatter(string.Formatter):
 def join(separator: Any, values: Iterable[Any]) -> str:
     budget = current()
     glue, size, texts = text(separator), 0, []
+    own = is_own(separator)
     for value in values:
+        own = own and is_own(value)
         texts.append(text(value))
         size += len(texts[-1]) + len(glue)
         budget.check(size - len(glue))
         budget.tick()
-    return glue.join(texts)
+    joined = glue.join(texts)
+    return Own(budget.mark(joined)) if own and budget.mark is not None else joined
 
 
 def replace(value: Any, old: Any, new: Any, count: Any = None) -> str:
@@ -189,3 +207,72 @@ def to_json(
     between = sum(map(len, separators or ())) + (indent or 0) * depth
     current().check(size + size // ELEMENT * between)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def expand_tabs(value: str, tabsize: int = 8) -> str:
+    """`str.expandtabs` with a bounded width."""
+    current().check(len(value) + value.count("\t") * max(_width(str(abs(tabsize))), 0))
+    return value.expandtabs(tabsize)
+
+
+def strip_tags(value: Any) -> str:
+    """A text without comments and tags, its blanks made one and its entities read, as Jinja's filter of that name."""
+    subject = _between(_between(text(value), "<!--", "-->"), "<", ">")
+    check_items(subject.count(" "))
+    return html.unescape(" ".join(subject.split()))
+
+
+def _between(subject: str, start: str, end: str) -> str:
+    """A text without what lies between two marks, themselves included; one look at each character."""
+    kept, at = [], 0
+    while (begin := subject.find(start, at)) >= 0 and (stop := subject.find(end, begin)) >= 0:
+        current().tick()
+        kept.append(subject[at:begin])
+        at = stop + len(end)
+    return "".join([*kept, subject[at:]])
+
+
+def wrap_words(
+    value: Any,
+    width: int = 79,
+    break_long_words: bool = True,
+    wrapstring: str | None = None,
+    break_on_hyphens: bool = True,
+) -> str:
+    """Jinja's `wordwrap` of a text of bounded length."""
+    subject, glue = _laid_out(text(value)), "\n" if wrapstring is None else text(wrapstring)
+    current().check(len(subject) * (1 + len(glue)))
+    wrapper = textwrap.TextWrapper(
+        width=_width(str(width)),
+        expand_tabs=False,
+        replace_whitespace=False,
+        break_long_words=break_long_words,
+        break_on_hyphens=break_on_hyphens,
+    )
+    return glue.join(glue.join(wrapper.wrap(line)) for line in subject.splitlines())
+
+
+def pretty(value: Any) -> str:
+    """Python's own layout of a value that is JSON."""
+    if not isinstance(value, str | int | float | list | tuple | dict | None):
+        return text(value)
+    size, depth = current().measure(value)
+    if size * (depth + 1) > _MAX_LAID_OUT:
+        raise TemplateError(f"chat template lays out a value of more than {_MAX_LAID_OUT} characters")
+    return pprint.pformat(value)
+
+
+def file_size(value: Any, binary: bool = False) -> str:
+    """A number of bytes in the unit that suits it, as Jinja's `filesizeformat`."""
+    size, base = float(value), 1024 if binary else 1000
+    if size < base:
+        return "1 Byte" if size == 1 else f"{int(size)} Bytes"
+    units = ("KiB", "MiB", "GiB", "TiB", "PiB") if binary else ("kB", "MB", "GB", "TB", "PB")
+    power = min(int(math.log(size, base)), len(units))
+    return f"{size / base**power:.1f} {units[power - 1]}"
+
+
+def _laid_out(subject: str) -> str:
+    if len(subject) > _MAX_LAID_OUT:
+        raise TemplateError(f"chat template lays out a text of more than {_MAX_LAID_OUT} characters")
+    return subject

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -55,21 +55,27 @@ def _own_time() -> float:
     return time.thread_time() - _COLLECTOR.spent
 
 
+class Own(str):
+    """A text that a template spelled itself: nothing of it comes from the messages."""
+
+    __slots__ = ()
+
+
 class Budget:
     """Limits of one rendering.
 
     Attributes:
       size_limit: characters of the largest string, or elements × 32 + characters of the largest container.
       max_items: elements of the largest list.
-      marks: control token text → the character that stands for it, when rendering to tokens.
+      mark: puts characters in place of the control tokens in a text of the template's own; None when rendering to text.
     """
 
-    __slots__ = ("_deadline", "_time_limit", "_weights", "_work_left", "marks", "max_items", "size_limit")
+    __slots__ = ("_deadline", "_time_limit", "_weights", "_work_left", "mark", "max_items", "size_limit")
 
-    def __init__(self, time_limit: float, size_limit: int, marks: Mapping[str, str] | None = None) -> None:
+    def __init__(self, time_limit: float, size_limit: int, mark: Callable[[str], str] | None = None) -> None:
         self.size_limit = size_limit
         self.max_items = size_limit // ELEMENT
-        self.marks = marks or {}
+        self.mark = mark
         self._time_limit = time_limit
         self._deadline = _own_time() + time_limit
         self._work_left = size_limit * _WORK_FACTOR
@@ -162,6 +168,28 @@ def spending(budget: Budget) -> Iterator[Budget]:
         yield budget
     finally:
         _CURRENT.reset(token)
+
+
+# Names that may become part of a control token, although clients write them.
+_ROLES = frozenset({"assistant", "developer", "environment", "function", "ipython", "model", "observation", "system"})
+_ROLES |= {"tool", "user"}
+
+
+def is_own(value: Any) -> bool:
+    """Whether a value is text that no client wrote, but for the names of roles; numbers could be a client's."""
+    if isinstance(value, str):
+        return isinstance(value, Own) or value in _ROLES or not value
+    return value is None or isinstance(value, bool | Undefined)
+
+
+def made_of(result: Any, operands: Iterable[Any]) -> Any:
+    """What was made of some operands: if all of them are the template's own, so is every text of it."""
+    mark = current().mark
+    if mark is None or not isinstance(result, str | list) or not all(map(is_own, operands)):
+        return result
+    if isinstance(result, str):
+        return Own(mark(result))
+    return [Own(mark(one)) if isinstance(one, str) else one for one in result]
 
 
 def text(value: Any) -> str:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import jinja2
 from gguf.constants import Keys
 
-from atlas_jax.gguf._budget import MAX_DEPTH, Budget, TemplateError, spending
+from atlas_jax.gguf._budget import MAX_DEPTH, Budget, Own, TemplateError, spending
 from atlas_jax.gguf._metadata import get
 from atlas_jax.gguf._sandbox import TemplateEnvironment
 from atlas_jax.gguf._special import SpecialSplitter
@@ -41,6 +41,8 @@ _MAX_SOURCE = 256 << 10
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 # Marks are private-use characters of the last plane, in the order of the tokens they stand for.
 _MARKS = range(0x100000, 0x10FFFE)
+# What is looked for in a rendering to see whether a template has read the content of a message.
+_NEEDLE = "needle7c1f"
 _MARK = re.compile(f"([{chr(_MARKS[0])}-{chr(_MARKS[-1])}])")
 
 
@@ -76,6 +78,7 @@ class ChatTemplate:
         self._output_limit = output_limit
         self._environment = TemplateEnvironment()
         self._plain = self._compile(None)
+        self._takes_parts = self._roles_with_parts()
         self._marked: tuple[Tokenizer, Marks, jinja2.Template] | None = None
         self._lock = threading.Lock()
 
@@ -116,7 +119,7 @@ class ChatTemplate:
           TemplateError: the template refuses the messages, fails on them, or takes more than it may.
         """
         budget = Budget(self._time_limit, self._output_limit)
-        context = _context(messages, tools, add_generation_prompt, variables)
+        context = self._context(messages, tools, add_generation_prompt, variables)
         return self._run(self._plain, budget, self._variables | context)
 
     def render_tokens(
@@ -137,10 +140,10 @@ class ChatTemplate:
           TemplateError: as `render`.
         """
         marks, template = self._marked_for(tokenizer)
-        context = _context(messages, tools, add_generation_prompt, variables)
+        context = self._context(messages, tools, add_generation_prompt, variables)
         context, restore = _without_marks(context, self.source)
-        known = {name: marks.replace(text) for name, text in self._variables.items()}
-        rendered = self._run(template, Budget(self._time_limit, self._output_limit, marks.chars), known | context)
+        known = {name: Own(marks.replace(text)) for name, text in self._variables.items()}
+        rendered = self._run(template, Budget(self._time_limit, self._output_limit, marks.replace), known | context)
         controls = {mark: tokenizer.control_tokens[text] for text, mark in marks.chars.items()}
         parts: list[str | int] = []
         for piece in _MARK.split(rendered):
@@ -175,6 +178,54 @@ class ChatTemplate:
                 self._marked = (tokenizer, marks, self._compile(marks))
             return self._marked[1:]
 
+    def _roles_with_parts(self) -> frozenset[str]:
+        """Roles whose content this template reads only as a list of parts: it loses a string, and finds it in a part.
+
+        Each role is tried in a conversation it may stand in, after the forms of the roles before it are known.
+        """
+        found: set[str] = set()
+        if "text" not in self.source:  # nobody reads a part without naming its text
+            return frozenset()
+        turns = {"user": (), "assistant": ("user",), "system": (), "tool": ("user", "assistant")}
+        for role, before in turns.items():
+            after = ("user",) if role == "system" else ()
+            roles = (*before, role, *after)
+
+            def seen(as_parts: frozenset[str], role: str = role, roles: tuple[str, ...] = roles) -> bool:
+                messages = [{"role": one, "content": _NEEDLE if one == role else "x"} for one in roles]
+                formed = [_message(index, message, as_parts) for index, message in enumerate(messages)]
+                context = {"messages": formed, "tools": None, "add_generation_prompt": False}
+                try:
+                    return _NEEDLE in self._run(
+                        self._plain, Budget(self._time_limit, self._output_limit), self._variables | context
+                    )
+                except TemplateError:
+                    return False
+
+            if not seen(frozenset(found)) and seen(frozenset({*found, role})):
+                found.add(role)
+        return frozenset(found)
+
+    def _context(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None,
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any] | None,
+    ) -> dict[str, Any]:
+        """The variables of a rendering, as copies that hold nothing but JSON values."""
+        extra = dict(variables or {})
+        for name in extra:
+            if name in _RESERVED or not name.isidentifier() or name.startswith("_"):
+                raise TemplateError(f"template variable {name!r:.60} is not allowed")
+        context = {
+            "messages": [_message(index, message, self._takes_parts) for index, message in enumerate(messages)],
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            **extra,
+        }
+        return {name: _json_copy(value) for name, value in context.items()}
+
     def _run(self, template: jinja2.Template, budget: Budget, variables: Mapping[str, Any]) -> str:
         with spending(budget), _short_errors():
             for value in variables.values():
@@ -201,27 +252,8 @@ def _short_errors() -> Iterator[None]:
         raise TemplateError(f"chat template failed: {error}"[:300]) from None
 
 
-def _context(
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] | None,
-    add_generation_prompt: bool,
-    variables: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """The variables of a rendering, as copies that hold nothing but JSON values."""
-    extra = dict(variables or {})
-    for name in extra:
-        if name in _RESERVED or not name.isidentifier() or name.startswith("_"):
-            raise TemplateError(f"template variable {name!r:.60} is not allowed")
-    context = {
-        "messages": [_message(index, message) for index, message in enumerate(messages)],
-        "tools": tools,
-        "add_generation_prompt": add_generation_prompt,
-        **extra,
-    }
-    return {name: _json_copy(value) for name, value in context.items()}
-
-
-def _message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
+def _message(index: int, message: Mapping[str, Any], as_parts: Collection[str]) -> dict[str, Any]:
+    """A message with its content as a text, or as a part that is one if its role is among `as_parts`."""
     if not isinstance(message, Mapping):
         raise TemplateError(f"message {index} is not an object")
     result = dict(message)
@@ -236,6 +268,8 @@ def _message(index: int, message: Mapping[str, Any]) -> dict[str, Any]:
         result["content"] = ""
     elif content is not None and not isinstance(content, str):
         raise TemplateError(f"message {index} has a content of type {type(content).__name__}")
+    if result.get("role") in as_parts:
+        result["content"] = [{"type": "text", "text": result.get("content") or ""}]
     return result
 
 

@@ -1,8 +1,8 @@
 """Pre-tokenizers of byte-level BPE models: how a text is cut into the words that BPE merges never cross.
 
 A GGUF file names its pre-tokenizer in `tokenizer.ggml.pre`. Each is one or more patterns, every pattern applied to the
-pieces the one before left; the patterns and the names are those of llama.cpp, written over the bytes of
-`_unicode.classify`.
+pieces the one before left; the patterns and the names are those of llama.cpp. Those over classes of characters are
+written over the bytes of `_unicode.classify`, those that name characters beyond ASCII over the text.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import functools
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from atlas_jax.gguf._header import GGUFError, quote
-from atlas_jax.gguf._unicode import classify
+from atlas_jax.gguf._unicode import SPACE, classify
 
 # Contents of character classes over classified bytes; see `_unicode` for the values from 0x80.
 _L = r"A-Za-z\x80"
@@ -20,6 +21,8 @@ _N = r"0-9\x81"
 _S = r" \t\n\r\f\v\x82"
 _P = r"!-#%-*,-/:;?@\[-\]_{}\x83"
 _M = r"\x84"
+# `~` is not among them where llama.cpp looks for symbols.
+_SYMBOLS = r"$+<=>^`|\x85"
 # Letters that are not lower-case ASCII, and not upper-case ASCII: all that "upper" and "lower" mean to these models.
 _UPPER = r"A-Z\x80"
 _LOWER = r"a-z\x80"
@@ -31,6 +34,22 @@ _WORD = rf"[^\r\n{_L}{_N}]?[{_L}]+"
 _SIGNS = rf" ?[^{_S}{_L}{_N}]+"
 _CASED_A = rf"[^\r\n{_L}{_N}]?[{_UPPER}]*[{_LOWER}]+"
 _CASED_B = rf"[^\r\n{_L}{_N}]?[{_UPPER}]+[{_LOWER}]*"
+
+# Of a text, in which every blank beyond ASCII has become U+000B.
+_TEXT_BLANKS = r" \t\n\r\f\v"
+_BLOOM = rf" ?[^({_TEXT_BLANKS}|.,!?…。，、।۔،)]+"
+_DEEPSEEK_HAN = "[一-龥ࠀ-一가-퟿]+"
+# Letters of scripts that know upper and lower case, as first and last character of each run.
+_LETTER_RUNS = (
+    "41-5a 61-7a b5 c0-d6 d8-f6 f8-1ba 1bc-1bf 1c4-293 295-2af 370-373 376 377 37b-37d 37f 386 388-38a 38c 38e-3a1 "
+    "3a3-3f5 3f7-481 48a-52f 531-556 10a0-10c5 13a0-13f5 13f8-13fd 1c90-1cba 1cbd-1cbf 1d00-1d2b 1d6b-1d77 "
+    "1d79-1d9a 1e00-1f15 1f18-1f1d 1f20-1f45 1f48-1f4d 1f50-1f57 1f59 1f5b 1f5d 1f5f-1f7d 1f80-1fb4 1fb6-1fbc 1fbe "
+    "1fc2-1fc4 1fc6-1fcc 1fd0-1fd3 1fd6-1fdb 1fe0-1fec 1ff2-1ff4 1ff6-1ffc 2102 2107 210a-2113 2115 2119-211d 2124 "
+    "2126 2128 212a-212d 212f-2134 2139 213c-213f 2145-2149 214e 2183 2184 2c00-2c7b 2c7e-2ce4 2ceb-2cee 2cf2 2cf3 "
+    "a640-a66d a680-a69b a722-a76f a771-a787 a78b-a78e ab70-abbf fb00-fb06 fb13-fb17 ff21-ff3a ff41-ff5a "
+    "10400-1044f 104b0-104d3 104d8-104fb 10c80-10cb2 10cc0-10cf2 118a0-118df 1e900-1e943"
+)
+_DEEPSEEK_LETTERS = "".join("-".join(chr(int(end, 16)) for end in run.split("-")) for run in _LETTER_RUNS.split())
 
 _GPT2 = rf"'(?:[stmd]|re|ve|ll)| ?[{_L}]+| ?[{_N}]+|{_SIGNS}|{_BLANKS}"
 _LLAMA3 = rf"{_SUFFIX}|{_WORD}|[{_N}]{{1,3}}|{_SIGNS}[\r\n]*|{_LINES}"
@@ -90,6 +109,30 @@ _FAMILIES = (
         "seed-coder",
         (rf"{_SUFFIX}|{_WORD}|[{_N}]| ?[^{_S}{_L}{_N}\r\n]+|{_LINES}",),
     ),
+    _Family(
+        "deepseek-llm",
+        (
+            "[\r\n]",
+            rf"[{_TEXT_BLANKS}]?[{_DEEPSEEK_LETTERS}]+",
+            rf"[{_TEXT_BLANKS}]?[!-/:-~！-／：-～‘-‟\u3000-。]+",
+            rf"[{_S}]+\Z",
+            _DEEPSEEK_HAN,
+            rf"[{_N}]+",
+        ),
+    ),
+    _Family("deepseek-coder", ("[\r\n]", rf"[{_S}]?[{_L}]+", rf"[{_S}]?[{_P}]+", _DEEPSEEK_HAN, rf"[{_N}]")),
+    _Family(
+        "deepseek-v3 hunyuan-dense joyai-llm",
+        (
+            rf"[{_N}]{{1,3}}",
+            "[一-龥぀-ゟ゠-ヿ]+",
+            rf"[!-/:-@\[-`{{-~][A-Za-z]+|[^\r\n{_L}{_P}{_SYMBOLS}]?[{_L}{_M}]+| ?[{_P}{_SYMBOLS}]+[\r\n]*|{_LINES}",
+        ),
+    ),
+    _Family("bloom gpt3-finnish poro-chat", (_BLOOM,)),
+    _Family("viking", (_BLOOM, rf"[{_N}]")),
+    # a cut before each group of three digits, counted from the end of the number
+    _Family("superbpe", (rf"[{_N}]+", "(?=(?:[0-9]{3})+(?![0-9]))")),
     _Family("falcon", (rf"[{_P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
     _Family("default", (rf"[{_P}$+<=>^~|]+", _GPT2, rf"[{_N}]+", "[0-9][0-9][0-9]")),
 )
@@ -106,31 +149,41 @@ class PreTokenizer:
     __slots__ = ("_patterns", "add_bos", "ignore_merges")
 
     def __init__(self, family: _Family) -> None:
-        self._patterns = tuple(re.compile(pattern.encode()) for pattern in family.patterns)
+        self._patterns = tuple(map(_compiled, family.patterns))
         self.ignore_merges = family.ignore_merges
         self.add_bos = family.add_bos
 
     def split(self, text: str) -> list[str]:
         """The words of a text (without surrogates), which joined are the text again."""
         classes = classify(text)
+        folded = text
+        if any(isinstance(pattern.pattern, str) for pattern in self._patterns) and not text.isascii():
+            folded = "".join("\v" if kind == SPACE else char for char, kind in zip(text, classes, strict=True))
         ends = [len(text)]
         for pattern in self._patterns:
+            subject: Any = folded if isinstance(pattern.pattern, str) else classes
             begin, pieces = 0, []
             for end in ends:
                 if end - begin == 1:
                     pieces.append(end)
                     begin = end
                     continue
-                for match in pattern.finditer(classes, begin, end):
+                for match in pattern.finditer(subject, begin, end):
                     if match.start() > begin:
                         pieces.append(match.start())
+                    if match.end() > match.start():
+                        pieces.append(match.end())
                     begin = match.end()
-                    pieces.append(begin)
                 if begin < end:
                     pieces.append(end)
                     begin = end
             ends = pieces
         return [text[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+
+
+def _compiled(pattern: str) -> re.Pattern[Any]:
+    """A pattern over classified bytes, or over the text if it names characters that have no class of their own."""
+    return re.compile(pattern.encode()) if pattern.isascii() else re.compile(pattern)
 
 
 @functools.cache

@@ -1,45 +1,44 @@
-"""A GGUF file, opened once, checked, and read through a memory map."""
+"""A GGUF file, or a model that was split into several, opened once, checked, and read through memory maps."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
 from gguf import quants
-from gguf.constants import GGMLQuantizationType
+from gguf.constants import GGMLQuantizationType, Keys
 
 from atlas_jax.gguf import _metadata
-from atlas_jax.gguf._header import GGUFError, TensorInfo, quote, scan_header
+from atlas_jax.gguf._header import GGUFError, Header, TensorInfo, quote, scan_header
 from atlas_jax.gguf._nibbles import Nibbles, holds_nibbles, unpack_nibbles
 
 T = TypeVar("T", bool, int, float, str, list[str], np.ndarray)
 
 # Packed bytes dequantised or hashed at a time: large enough for NumPy to run at full speed, small beside a tensor.
 _CHUNK = 4 << 20
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_MAX_PARTS = 1024
 
 
 class _Source:
-    """The open file behind a `GGUFFile`.
-
-    Attributes:
-      digest: of the whole file, once it has been computed.
-    """
+    """An open file behind a `GGUFFile`."""
 
     def __init__(self, path: Path) -> None:
         self._name = path.name
         self._file = FileIO(path)
         self._stamp = self._identity()
         self._map: mmap | None = None
-        self.digest: str | None = None
         if self.size == 0:
             self._file.close()
             raise GGUFError(f"{path.name} is empty")
@@ -70,14 +69,36 @@ class _Source:
         return status.st_size, status.st_mtime_ns
 
 
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One file of a model, and what its header says."""
+
+    source: _Source
+    header: Header
+
+    @classmethod
+    def open(cls, path: Path) -> _Part:
+        source = _Source(path)
+        try:
+            return cls(source, scan_header(source.view()))
+        except BaseException:
+            source.close()
+            raise
+
+    def number(self, key: str) -> int:
+        """A number that says how a model is split; 0 where it is not."""
+        return _metadata.get(self.header.metadata, key, int, 0)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GGUFFile:
-    """A GGUF model file: its metadata, its tensor table and, on demand, its weights.
+    """A GGUF model: its metadata, its tensor table and, on demand, its weights.
 
     Attributes:
-      path: the file.
+      path: the file, or the first of the files it is split into.
+      name: of the model: the file's, without its ending and without the number of a part.
       version: GGUF version, 2 or 3.
-      size: bytes of the file.
+      size: bytes of the file, or of all.
       metadata: key → `bool`, `int`, `float`, `str`, `list[str]` or a read-only numeric `numpy.ndarray`.
       tensors: name → `TensorInfo`.
     """
@@ -87,27 +108,57 @@ class GGUFFile:
     size: int
     metadata: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, TensorInfo] = field(repr=False)
-    _source: _Source = field(repr=False)
+    _sources: tuple[_Source, ...] = field(repr=False)
+    _part_of: Mapping[str, int] = field(repr=False)
+    _digest: list[str] = field(default_factory=list, repr=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> GGUFFile:
-        """Opens a file and checks its header.
+        """Opens a file and checks its header; of a model in several files any of them, the others lying beside it.
 
         Raises:
-          GGUFError: not a GGUF file, or a damaged or hostile one.
+          GGUFError: not a GGUF file, or a damaged or hostile one, or parts of the model are missing.
           OSError: the file cannot be opened.
         """
-        source = _Source(Path(path))
+        path = Path(path)
+        parts = [_Part.open(path)]
         try:
-            header = scan_header(source.view())
+            if parts[0].number(Keys.Split.LLM_KV_SPLIT_COUNT) > 1:
+                path = _open_others(path, parts)
+            tensors: dict[str, TensorInfo] = {}
+            part_of: dict[str, int] = {}
+            for index, part in enumerate(parts):
+                for name, info in part.header.tensors.items():
+                    if name in tensors:
+                        raise GGUFError(f"tensor {quote(name)} is in two parts of {quote(path.name)}")
+                    tensors[name], part_of[name] = info, index
+            expected = parts[0].number(Keys.Split.LLM_KV_SPLIT_TENSORS_COUNT)
+            if len(parts) > 1 and expected not in (0, len(tensors)):
+                raise GGUFError(f"the parts of {quote(path.name)} hold {len(tensors)} tensors, not {expected}")
         except BaseException:
-            source.close()
+            for part in parts:
+                part.source.close()
             raise
-        return cls(Path(path), header.version, source.size, header.metadata, header.tensors, source)
+        return cls(
+            path,
+            parts[0].header.version,
+            sum(part.source.size for part in parts),
+            parts[0].header.metadata,
+            MappingProxyType(tensors),
+            tuple(part.source for part in parts),
+            part_of,
+        )
+
+    @property
+    def name(self) -> str:
+        """Name of the model."""
+        part = _PART_NAME.fullmatch(self.path.name)
+        return part["stem"] if part and len(self._sources) > 1 else self.path.name.removesuffix(".gguf")
 
     def close(self) -> None:
         """Lets go of the file; arrays from `raw` stay valid until they are dropped, everything else is an error."""
-        self._source.close()
+        for source in self._sources:
+            source.close()
 
     def __enter__(self) -> GGUFFile:
         return self
@@ -145,7 +196,7 @@ class GGUFFile:
           GGUFError: there is no such tensor, or the file was closed or changed after it was opened.
         """
         info = self.tensor(name)
-        return np.frombuffer(self._source.view(), np.uint8, info.nbytes, info.offset)
+        return np.frombuffer(self._sources[self._part_of[name]].view(), np.uint8, info.nbytes, info.offset)
 
     def dequantize(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
         """A tensor as an array of floats, unpacked a few rows at a time so that the only large array is the result.
@@ -177,17 +228,47 @@ class GGUFFile:
     def fingerprint(self) -> str:
         """SHA-256 of the whole file (header, tensor table and data), as `sha256sum` prints it; computed once.
 
+        Of a model in several files it is that of their bytes one after the other.
+
         Raises:
           GGUFError: the file was closed or changed after it was opened.
         """
-        if self._source.digest is None:
+        if not self._digest:
             digest = hashlib.sha256()
-            with memoryview(self._source.view()) as view:
-                for start in range(0, self.size, _CHUNK):
-                    digest.update(view[start : start + _CHUNK])
-            self._source.view()
-            self._source.digest = digest.hexdigest()
-        return self._source.digest
+            for source in self._sources:
+                with memoryview(source.view()) as view:
+                    for start in range(0, source.size, _CHUNK):
+                        digest.update(view[start : start + _CHUNK])
+                source.view()
+            self._digest.append(digest.hexdigest())
+        return self._digest[0]
+
+
+def _open_others(path: Path, parts: list[_Part]) -> Path:
+    """Opens the parts that are missing of a model in several files, in their order; returns the first one's path."""
+    count = parts[0].number(Keys.Split.LLM_KV_SPLIT_COUNT)
+    found = _PART_NAME.fullmatch(path.name)
+    if found is None or int(found["count"]) != count or not count <= _MAX_PARTS:
+        raise GGUFError(
+            f"{quote(path.name)} is one of {count} parts of a model, which are found by their names; "
+            f"they must end in '-00001-of-{count:05}.gguf' and so on"
+        )
+    paths = [path.with_name(f"{found['stem']}-{number:05}-of-{count:05}.gguf") for number in range(1, count + 1)]
+    missing = [quote(one.name) for one in paths if not one.is_file()]
+    if missing:
+        raise GGUFError(
+            f"{quote(path.name)} is one of {count} parts of a model; beside it lack {', '.join(missing[:8])}"
+        )
+    own = paths.index(path)
+    for index, one in enumerate(paths):
+        if index != own:
+            parts.append(_Part.open(one))
+    parts.insert(own, parts.pop(0))
+    for index, (one, part) in enumerate(zip(paths, parts, strict=True)):
+        split = part.number(Keys.Split.LLM_KV_SPLIT_COUNT), part.number(Keys.Split.LLM_KV_SPLIT_NO)
+        if split != (count, index):
+            raise GGUFError(f"{quote(one.name)} says it is part {split[1] + 1} of {split[0]}")
+    return paths[0]
 
 
 def _unpack(info: TensorInfo, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -23,13 +23,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
 from atlas_jax.gguf import _bounded
-from atlas_jax.gguf._budget import TemplateError, current, text
+from atlas_jax.gguf._budget import Own, TemplateError, current, made_of, text
 
 _MAX_RANGE = 100_000
-# Names that may become part of a control token, although clients write them.
-_ROLES = frozenset({"assistant", "developer", "environment", "function", "ipython", "model", "observation", "system"})
-_ROLES |= {"tool", "user"}
-
 # Jinja's own filters that are safe once their arguments and results are measured.
 _JINJA_FILTERS = (
     *("abs", "batch", "capitalize", "count", "d", "default", "dictsort", "first", "float", "groupby", "indent"),
@@ -61,13 +57,16 @@ class _Method:
         self._value = value
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return current().admit(self._function(self._value, *args, **kwargs))
+        return current().admit(
+            made_of(self._function(self._value, *args, **kwargs), (self._value, *args, *kwargs.values()))
+        )
 
 
 _METHODS: dict[type, dict[str, Callable[..., Any]]] = {
     str: {
         **{name: getattr(str, name) for name in _PLAIN_STRING_METHODS},
         **{name: _bounded.padded(name) for name in ("center", "ljust", "rjust", "zfill")},
+        "expandtabs": _bounded.expand_tabs,
         "join": _bounded.join,
         "replace": _bounded.replace,
         "rsplit": _bounded.split("rsplit"),
@@ -75,12 +74,13 @@ _METHODS: dict[type, dict[str, Callable[..., Any]]] = {
         "splitlines": _bounded.splitlines,
     },
     dict: {
+        "copy": dict.copy,
         "get": dict.get,
         "items": lambda value: list(value.items()),
         "keys": lambda value: list(value),
         "values": lambda value: list(value.values()),
     },
-    list: {"count": list.count, "index": list.index},
+    list: {"copy": list.copy, "count": list.count, "index": list.index},
     tuple: {"count": tuple.count, "index": tuple.index},
 }
 _RUNTIME_TYPES = (BlockReference, Cycler, Joiner, LoopContext, Macro, Namespace)
@@ -152,16 +152,22 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         self.binop_table.update({"+": _bounded.add, "*": _bounded.multiply, "**": _bounded.power, "%": _bounded.modulo})
         self._formatter = _bounded.BoundedFormatter(self.getattr, self.getitem)
         own_filters: dict[str, Callable[..., Any]] = {
+            "attr": _attr,
             "center": _bounded.padded("center"),
             "e": _escape,
             "escape": _escape,
+            "filesizeformat": _bounded.file_size,
+            "forceescape": _escape,
             "format": lambda value, *args, **kwargs: _bounded.percent_format(text(value), kwargs or args),
             "join": _join,
+            "pprint": _bounded.pretty,
             "replace": _bounded.replace,
             "safe": text,
             "string": text,
+            "striptags": _bounded.strip_tags,
             "sum": _sum,
             "tojson": _bounded.to_json,
+            "wordwrap": _bounded.wrap_words,
         }
         filters = {name: self.filters[name] for name in _JINJA_FILTERS} | own_filters
         self.filters = {name: _guarded(name, function) for name, function in filters.items()} | _INTERNAL_FILTERS
@@ -183,7 +189,7 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         return context.call(obj, *args, **kwargs)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        found = self._attribute(obj, attribute)
+        found = self.attribute(obj, attribute)
         if found is not None:
             return found
         try:
@@ -196,10 +202,10 @@ class TemplateEnvironment(ImmutableSandboxedEnvironment):
         try:
             return obj[argument]
         except (TypeError, LookupError, AttributeError):
-            found = self._attribute(obj, argument) if isinstance(argument, str) else None
+            found = self.attribute(obj, argument) if isinstance(argument, str) else None
             return self.undefined(obj=obj, name=argument) if found is None else found
 
-    def _attribute(self, obj: Any, name: str) -> Any:
+    def attribute(self, obj: Any, name: str) -> Any:
         """An attribute that templates may see, or None."""
         if isinstance(obj, str) and name == "format":
             return _Method(self._format, obj)
@@ -227,6 +233,13 @@ def _printed(context: Context, value: Any) -> str:
 
 def _escape(value: Any) -> str:
     return str(markupsafe.escape(text(value)))
+
+
+@pass_environment
+def _attr(environment: TemplateEnvironment, value: Any, name: Any) -> Any:
+    """An attribute that templates may see; never an item."""
+    found = environment.attribute(value, text(name))
+    return environment.undefined(obj=value, name=text(name)) if found is None else found
 
 
 @pass_environment
@@ -260,7 +273,7 @@ def _guarded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
             for number in given:
                 if isinstance(number, int) and abs(number) > (100 if name == "round" else current().max_items):
                     raise TemplateError(f"chat template calls {name} with {number}")
-        return current().admit(function(*args, **kwargs))
+        return made_of(current().admit(function(*args, **kwargs)), (value, *given))
 
     return guarded
 
@@ -300,17 +313,16 @@ def _text(value: Any) -> str:
     return value
 
 
-def _role(value: Any, before: str, after: str) -> str:
-    """What a template spells around a name: a control token if it is the name of a role, as `<|user|>` may be."""
-    spelled = _bounded.concat(before, value, after)
-    return current().marks.get(spelled, spelled) if text(value) in _ROLES else spelled
+def _own(value: str) -> str:
+    """A text that stands in the template."""
+    return Own(value)
 
 
 _INTERNAL_FILTERS: dict[str, Callable[..., Any]] = {
     " concat": _bounded.concat,
     " container": _container,
     " member": _member,
-    " role": _role,
+    " own": _own,
     " slice": _bounded.slice_of,
     " text": _text,
     " tick": _tick,

@@ -32,6 +32,8 @@ _SEARCHING_METHODS = frozenset(
     {"count", "endswith", "find", "index", "lstrip", "partition", "removeprefix", "removesuffix", "replace", "rfind"}
     | {"rindex", "rpartition", "rsplit", "rstrip", "split", "startswith", "strip", "get"}
 )
+# Of these the first argument is looked for, the second put out.
+_PUTTING = frozenset({"get", "replace"})
 _SEARCHING_FILTERS = frozenset(
     {"groupby", "map", "reject", "rejectattr", "replace", "select", "selectattr", "sort", "trim", "unique"}
 )
@@ -48,19 +50,6 @@ class Marks:
     def __init__(self, chars: Mapping[str, str], replace: Callable[[str], str]) -> None:
         self.chars = chars
         self.replace = replace
-        self._longest = max(map(len, chars), default=0)
-        self._starts = {text[:end] for text in chars for end in range(1, len(text))}
-        self._ends = {text[start:] for text in chars for start in range(1, len(text))}
-
-    def frame(self, before: str, after: str) -> tuple[str, str] | None:
-        """The longest end of `before` and start of `after` between which a name could make a control token."""
-        sizes = range(self._longest - 1, 0, -1)
-        start = next((before[-size:] for size in sizes if before[-size:] in self._starts), "")
-        end = next((after[:size] for size in sizes if after[:size] in self._ends), "")
-        if not start or not end:
-            return None
-        framed = any(text.startswith(start) and text.endswith(end) for text in self.chars)
-        return (start, end) if framed else None
 
 
 def transform(template: nodes.Template, marks: Marks | None = None) -> nodes.Template:
@@ -129,43 +118,31 @@ class _Transformer(NodeTransformer):
     def visit_Const(self, node: nodes.Const) -> nodes.Node:
         if self._marks is None or self._searching or not _is_text(node):
             return node
-        return _const(self._marks.replace(node.value), node.lineno)
+        return _guard("own", _const(self._marks.replace(node.value), node.lineno))
 
     def visit_Output(self, node: nodes.Output) -> nodes.Node:
         # Constants pass through the environment's `finalize`, which counts them; template data would not.
         parts = [
             _const(part.data, part.lineno) if isinstance(part, nodes.TemplateData) else part for part in node.nodes
         ]
-        return nodes.Output(self._visit_all(self._framed(parts)), lineno=node.lineno)
+        if self._marks is not None:
+            # Together, for a control token may be built of what stands side by side.
+            parts = [self._together(parts)]
+            return nodes.Output(parts, lineno=node.lineno)
+        return nodes.Output(self._visit_all(parts), lineno=node.lineno)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        first, *rest = self._visit_all(self._framed(node.nodes))
-        return _guard("concat", first, *rest)
+        return self._together(node.nodes)
 
     def visit_Add(self, node: nodes.Add) -> nodes.Node:
-        parts = self._framed([node])
-        if parts[0] is node:
-            return self.generic_visit(node)
+        return self._together([node]) if self._marks is not None and _joins_text(node) else self.generic_visit(node)
+
+    def _together(self, parts: Sequence[nodes.Expr]) -> nodes.Expr:
+        """What parts make side by side; those that join texts themselves are taken apart first."""
+        if self._marks is not None:
+            parts = [*chain.from_iterable(map(_joined, parts))]
         first, *rest = self._visit_all(parts)
         return _guard("concat", first, *rest)
-
-    def _framed(self, parts: Sequence[nodes.Expr]) -> list[nodes.Expr]:
-        """Parts that will be joined, with a name between the halves of a control token taken together with them."""
-        if self._marks is None or self._searching:
-            return list(parts)
-        rest: list[nodes.Expr] = []
-        for part in chain.from_iterable(map(_joined, parts)):
-            if rest and _is_text(rest[-1]) and _is_text(part):
-                part = _const(cast(nodes.Const, rest.pop()).value + part.value, part.lineno)
-            rest.append(part)
-        for index in range(1, len(rest) - 1):
-            before, part, after = rest[index - 1 : index + 2]
-            if _is_text(before) and _is_text(after) and (frame := self._marks.frame(before.value, after.value)):
-                start, end = (_const(half, part.lineno) for half in frame)
-                rest[index - 1] = _const(before.value.removesuffix(start.value), before.lineno)
-                rest[index] = _guard("role", part, start, end)
-                rest[index + 1] = _const(after.value.removeprefix(end.value), after.lineno)
-        return rest
 
     # --- what is compared or looked for -------------------------------------------------------------------------
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
@@ -183,12 +160,12 @@ class _Transformer(NodeTransformer):
         self._visit_parts(node, ("node",))
         if node.name.startswith(" "):
             return node
-        return self._visit_parts(node, _ARGUMENTS, searching=node.name in _SEARCHING_FILTERS)
+        return self._visit_arguments(node, node.name if node.name in _SEARCHING_FILTERS else None)
 
     def visit_Call(self, node: nodes.Call) -> nodes.Node:
         method = node.node.attr if isinstance(node.node, nodes.Getattr) else None
         self._visit_parts(node, ("node",))
-        return self._visit_parts(node, _ARGUMENTS, searching=method in _SEARCHING_METHODS)
+        return self._visit_arguments(node, method if method in _SEARCHING_METHODS else None)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self._visit_parts(node, ("node",))
@@ -197,6 +174,18 @@ class _Transformer(NodeTransformer):
             return node
         bounds = (node.arg.start, node.arg.stop, node.arg.step)
         return _guard("slice", node.node, *(bound or _const(None, node.lineno) for bound in bounds))
+
+    def _visit_arguments(self, node: Any, searching: str | None) -> nodes.Expr:
+        """Of a call or a filter, which looks for some of them if its name is given."""
+        if searching in _PUTTING and len(node.args) > 1:
+            first, *rest = node.args
+            node.args = [*self._visit_all([first], searching=True), *self._visit_all(rest)]
+            self._visit_parts(node, _ARGUMENTS[1:])
+        else:
+            self._visit_parts(node, _ARGUMENTS, searching=searching is not None)
+        if self._marks is not None and searching is not None:
+            node.args = [_guard("own", one) if _is_text(one) else one for one in node.args]
+        return cast(nodes.Expr, node)
 
     def _visit_parts(self, node: nodes.Expr, fields: Iterable[str], *, searching: bool = False) -> nodes.Expr:
         for field in fields:

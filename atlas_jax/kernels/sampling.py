@@ -13,16 +13,19 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.config import MAX_LOGIT_BIAS
 from atlas_jax.kernels import native
 from atlas_jax.kernels.reduce import row_max, row_sum
 from atlas_jax.typing import Array, Bool, Float, Int, Int32, UInt32
 
 NEGATIVE = -1e30
-BIAS_SLOTS = 300
-"""Entries of `logit_bias` a request may have, as in OpenAI's API."""
+BIAS_SLOTS = MAX_LOGIT_BIAS
 TOP_LOGPROBS = 20
 _BLOCK = 128
 _TINY = 2.0**-126
+_MOST_COUNTED = 2**15 - 1
+BAN, FORCE = -1e6, 1e4
+"""What the ends of a bias, −100 and 100, add to a logit, so that they decide at any temperature."""
 
 
 @jax.tree_util.register_dataclass
@@ -141,9 +144,12 @@ def record(state: SamplingState, tokens: Int32[Array, "B T"], drawn: Bool[Array,
     """Adds drawn tokens to the history of each row."""
     row = jnp.arange(tokens.shape[0])[:, None]
     index = jnp.where(drawn, tokens, state.generated.shape[1])
+    generated = state.generated.at[row, index].add(1, mode="drop")
+    # a token that comes 32 768 times would turn its frequency penalty into a reward
+    count = generated.at[row, index].get(mode="fill", fill_value=0)
     return dataclasses.replace(
         state,
-        generated=state.generated.at[row, index].add(1, mode="drop"),
+        generated=generated.at[row, index].set(jnp.where(count < 0, _MOST_COUNTED, count), mode="drop"),
         present=state.present.at[row, index].set(1, mode="drop"),
     )
 
@@ -260,16 +266,19 @@ def _filter(state: SamplingState, weight: jax.Array) -> jax.Array:
 
 
 def _mass_threshold(cost: jax.Array, mass: jax.Array, target: jax.Array) -> jax.Array:
-    """Smallest value t of `cost` such that the tokens with cost ≤ t together weigh at least `target`, per row.
+    """Smallest value t of `cost` such that the tokens with cost ≤ t weigh `target`, and more than nothing, per row.
 
-    Bisection on the ordered integers behind the floats: 32 passes find the threshold exactly.
+    Where all together weigh less, as rounding can have it, t takes in all of any weight. Bisection on the ordered
+    integers behind the floats: 32 passes find the threshold exactly.
     """
     keys = _ordered(cost)
+    target = jnp.minimum(target, row_sum(mass))
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds  # mass(≤ low) < target ≤ mass(≤ high)
         middle = low // 2 + high // 2 + (low % 2 + high % 2) // 2
-        enough = row_sum(jnp.where(keys <= middle[:, None], mass, 0.0)) >= target
+        weight = row_sum(jnp.where(keys <= middle[:, None], mass, 0.0))
+        enough = (weight >= target) & (weight > 0)
         return jnp.where(enough, low, middle), jnp.where(enough, middle, high)
 
     rows = cost.shape[:1]

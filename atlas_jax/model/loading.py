@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any, Literal, Protocol
 
@@ -15,7 +17,7 @@ from atlas_jax.kernels import native
 from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
-from atlas_jax.model.families._family import Fields, UnsupportedModel
+from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.placement import ONE_DEVICE, Placement
 from atlas_jax.program import shape, shapes
@@ -28,6 +30,8 @@ _EMBED, _FINAL_NORM, _HEAD, _ROPE_FACTORS = (
     "output.weight",
     "rope_freqs.weight",
 )
+_OTHER_PARTS = ("v.", "mm.", "a.")
+"""Beginnings of the names of tensors that are no part of a text model: of images, of what brings them in, of sound."""
 
 
 class _Progress(Protocol):
@@ -45,26 +49,42 @@ def model_config(file: GGUFFile) -> ModelConfig:
     if family is None:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedModel(f"architecture {architecture!r} is not supported (known: {known})")
-    if _EMBED not in file.tensors:
-        raise UnsupportedModel(f"tensor '{_EMBED}' is missing")
     try:
-        config = family.config(Fields(file.metadata, family.architecture), file.tensors[_EMBED].shape[0])
+        config = family.config(Fields(file.metadata, family.architecture), _vocabulary(file))
+        if family.frequency_factors and _ROPE_FACTORS in file.tensors:
+            factors = _frequency_factors(file, config.ropes[0].dims // 2)
+            config = config.replace(
+                ropes=tuple(dataclasses.replace(rope, frequency_factors=factors) for rope in config.ropes)
+            )
     except ConfigError as error:
         raise UnsupportedModel(f"metadata of architecture '{architecture}': {error}") from error
-    if _ROPE_FACTORS in file.tensors:
-        factors = tuple(float(x) for x in file.dequantize(_ROPE_FACTORS).reshape(-1))
-        config = config.replace(ropes=tuple(_with_factors(rope, factors) for rope in config.ropes))
     return config.replace(tied_head=_HEAD not in file.tensors)
 
 
-def _with_factors(rope: RopeConfig, factors: tuple[float, ...]) -> RopeConfig:
-    return RopeConfig(
-        base=rope.base,
-        dims=rope.dims,
-        position_scale=rope.position_scale,
-        interleaved=rope.interleaved,
-        frequency_factors=factors,
-    )
+def _vocabulary(file: GGUFFile) -> Vocabulary:
+    """Tokens of the file and rows of its embeddings; some models have more rows, which stand for nothing."""
+    if _EMBED not in file.tensors:
+        raise UnsupportedModel(f"tensor '{_EMBED}' is missing")
+    rows = file.tensors[_EMBED].shape[0]
+    tokens = len(file.get("tokenizer.ggml.tokens", list) or ()) or rows
+    if rows < tokens:
+        raise UnsupportedModel(f"tensor '{_EMBED}' has {rows} rows for {tokens} tokens")
+    return Vocabulary(tokens, rows)
+
+
+def _frequency_factors(file: GGUFFile, pairs: int) -> tuple[float, ...]:
+    """What divides the rotary frequencies, one number for every pair of a head: Llama 3.1's scaling is stored so."""
+    factors = tuple(float(x) for x in file.dequantize(_ROPE_FACTORS).reshape(-1))
+    if len(factors) != pairs:
+        raise UnsupportedModel(f"tensor '{_ROPE_FACTORS}' has {len(factors)} values, expected {pairs}")
+    if not all(math.isfinite(factor) and factor > 0 for factor in factors):
+        raise UnsupportedModel(f"tensor '{_ROPE_FACTORS}' holds values that are not greater than 0")
+    return factors
+
+
+def left_out(file: GGUFFile) -> list[str]:
+    """Names of the tensors of a file that are no part of its text model, such as those that read images."""
+    return [name for name in file.tensors if name.startswith(_OTHER_PARTS)]
 
 
 def load_params(
@@ -86,17 +106,19 @@ def load_params(
     Raises:
       UnsupportedModel: a tensor is missing, unknown or misshapen; the message names it.
     """
-    reader = _Reader(file, dtype, _packed(file) if dtype == "int8" and placement.mesh is None else frozenset())
+    reader = _Reader(file, dtype, _packed(file, config) if dtype == "int8" and placement.mesh is None else frozenset())
+    if any(rope.frequency_factors is not None for rope in config.ropes):
+        reader.take(_ROPE_FACTORS)
     layers = []
     for index in range(len(config.layers)):
         layers.append(placement.weights(_layer(reader, config, index)))
         if progress is not None:
             progress(index + 1, len(config.layers))
     params = ModelParams(
-        embed=reader.matrix([_EMBED], [(config.vocab, config.embed)]),
+        embed=reader.vocabulary(_EMBED, config),
         layers=tuple(layers),
         final_norm=reader.vector(_FINAL_NORM, config.embed),
-        head=None if config.tied_head else reader.matrix([_HEAD], [(config.vocab, config.embed)]),
+        head=None if config.tied_head else reader.vocabulary(_HEAD, config),
         ropes=tuple(rope_table(rope) for rope in config.ropes),
     )
     reader.finish()
@@ -148,7 +170,7 @@ def parameter_count(params: ModelParams) -> int:
     return sum(sizes())
 
 
-def _packed(file: GGUFFile) -> frozenset[str]:
+def _packed(file: GGUFFile, config: ModelConfig) -> frozenset[str]:
     """Names of the matrices that can stay in 5 bits: as every layer has them, so that layers share their programs."""
     by_role: dict[str, list[str]] = {}
     for name in file.tensors:
@@ -156,7 +178,8 @@ def _packed(file: GGUFFile) -> frozenset[str]:
 
     def taken(name: str) -> bool:
         shape = file.tensors[name].shape
-        return file.has_nibbles(name) and native.takes_linear(shape[1], shape[0])
+        outputs = config.vocab if name in (_EMBED, _HEAD) else shape[0]
+        return file.has_nibbles(name) and native.takes_linear(shape[1], outputs)
 
     return frozenset(name for names in by_role.values() if all(map(taken, names)) for name in names)
 
@@ -168,10 +191,17 @@ class _Reader:
         self._file = file
         self._dtype = dtype
         self._packed = packed
-        self._taken = {_ROPE_FACTORS}
+        self._taken = set(left_out(file))
 
     def vector(self, name: str, size: int) -> jax.Array:
         return jnp.asarray(self._read(name, (size,)))
+
+    def vocabulary(self, name: str, config: ModelConfig) -> Weight:
+        """A matrix with a row for every token; rows past the last token, which can mean nothing, are not read."""
+        rows = self._file.tensors[name].shape[0] if name in self._file.tensors else 0
+        padded = max(rows, config.vocab)
+        order = np.arange(config.vocab) if padded > config.vocab else None
+        return self.matrix([name], [(padded, config.embed)], order)
 
     def matrix(self, names: list[str], shapes: list[tuple[int, int]], order: np.ndarray | None = None) -> Weight:
         """Tensors stacked along their outputs, these then put in `order`; quantised row by row, so no number changes."""
@@ -188,6 +218,10 @@ class _Reader:
             return jnp.asarray(whole)
         values, scale = quantize_weight(whole)
         return QuantArray(jnp.asarray(values), jnp.asarray(scale))
+
+    def take(self, name: str) -> None:
+        """Marks a tensor as understood."""
+        self._taken.add(name)
 
     def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         self._take(name, shape)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from atlas_jax.engine.api import MAX_LOGIT_BIAS
 from server.schemas.atlas import AtlasOptions
 
 TokenCount = Annotated[int, Meta(ge=-1, le=1 << 31, description="Most tokens to generate; -1 means no limit")]
@@ -42,7 +43,10 @@ class SamplingFields(Struct, kw_only=True, frozen=True):
     logit_bias: (
         Annotated[
             dict[str, Annotated[float, Meta(ge=-100, le=100)]],
-            Meta(max_length=1024, description="Token id (as a decimal string) to the bias added to its logit"),
+            Meta(
+                max_length=MAX_LOGIT_BIAS,
+                description="Token id (as a decimal string) to the bias added to its logit; -100 bans, 100 forces",
+            ),
         ]
         | None
     ) = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from msgspec import UNSET, UnsetType
 
@@ -14,20 +13,58 @@ from server.schemas.usage import Usage
 from server.services.writers import Ending, FinishReason, Identification, Outcome, finish_reason, finite
 
 
-@dataclass(slots=True)
 class _Offsets:
     """Where in a choice's text the next token begins, in characters."""
 
-    at: int = 0
-    decoder: codecs.IncrementalDecoder = field(
-        default_factory=lambda: codecs.getincrementaldecoder("utf-8")(errors="replace")
-    )
+    def __init__(self, at: int = 0) -> None:
+        self._at = at
+        self._open = b""  # bytes of a character that has begun
 
     def advance(self, data: bytes) -> int:
         """The offset of a token with these bytes; a token inside a character begins where the character does."""
-        start = self.at
-        self.at += len(self.decoder.decode(data))
+        if self._open and data and not _goes_on(self._open, data[:1]):
+            # the character never comes to its end, so it stands as U+FFFD before the token
+            self._at += len(self._open.decode("utf-8", "replace"))
+            self._open = b""
+        start = self._at
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at += len(decoder.decode(self._open + data))
+        self._open = decoder.getstate()[0]
         return start
+
+
+def _goes_on(begun: bytes, following: bytes) -> bool:
+    """Whether a character that has begun can go on so."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(begun + following)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _shown(text: str, tokens: Sequence[TokenInfo]) -> list[bytes]:
+    """What each token of a prompt is of its text, which may have been given as tokens or as a text."""
+    pieces = [token.data for token in tokens]
+    for added in (0, 1):  # a beginning-of-text token
+        own = [b"" if index < added else piece for index, piece in enumerate(pieces)]
+        whole = b"".join(own)
+        if whole.decode("utf-8", "replace") == text:
+            return own
+        if whole[:1] == b" " and whole[1:].decode("utf-8", "replace") == text:  # put before it by the tokenizer
+            first = next(index for index, piece in enumerate(own) if piece)
+            return [piece[1:] if index == first else piece for index, piece in enumerate(own)]
+    # A token the tokenizer added itself, and a space it put before a word, are no part of the text and take no room;
+    # white space that a token swallowed goes with that token.
+    data, at, shown = text.encode("utf-8", "replace"), 0, list[bytes]()
+    for piece in pieces:
+        blank = len(data) - len(data[at:].lstrip())
+        places = ((piece, at), (piece.removeprefix(b" "), at), (piece, blank))
+        found, begin = next(((one, begin) for one, begin in places if one and data.startswith(one, begin)), (b"", at))
+        if shown:
+            shown[-1] += data[at:begin]
+        shown.append(found)
+        at = begin + len(found)
+    return shown
 
 
 class CompletionWriter:
@@ -131,13 +168,8 @@ class CompletionWriter:
         out = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         if self._echoes is None:
             return out
-        offsets = self._offsets.setdefault(index, _Offsets())
-        text = self._echoes[index // self._choices].encode()
-        at = 0
-        for token in tokens:
-            # A token the tokenizer added itself (beginning of text) is not part of the text and takes no room in it.
-            shown = token.data if text.startswith(token.data, at) else b""
-            at += len(shown)
+        offsets, text = _Offsets(), self._echoes[index // self._choices]
+        for token, shown in zip(tokens, _shown(text, tokens), strict=True):
             _add(out, token, offsets.advance(shown))
         return out
 
@@ -146,10 +178,10 @@ class CompletionWriter:
             return None
         if index not in self._offsets:
             echo = "" if self._echoes is None else self._echoes[index // self._choices]
-            self._offsets[index] = _Offsets(at=len(echo))
+            self._offsets[index] = _Offsets(len(echo))
         out = CompletionLogprobs(text_offset=[], token_logprobs=[], tokens=[], top_logprobs=[])
         for token in tokens:
-            _add(out, token, self._offsets[index].advance(token.data))
+            _add(out, token, self._offsets[index].advance(b"" if token.hidden else token.data))
         return out
 
 

@@ -44,6 +44,9 @@ PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
 _UNKNOWN_LENGTH = 512
 _encode = msgspec.json.Encoder().encode
+# Ends of lines to clients that split streams by Unicode's rules (Python's `str.splitlines`); in JSON they stand in strings
+# alone, where they may be escaped. Those in ASCII are always.
+_LINE_ENDS = "\x85\u2028\u2029"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -311,4 +314,8 @@ class Generation:
 
 
 def _frame(chunk: msgspec.Struct) -> bytes:
-    return b"data: " + _encode(chunk) + b"\n\n"
+    encoded = _encode(chunk)
+    if not encoded.isascii():
+        for char in _LINE_ENDS:
+            encoded = encoded.replace(char.encode(), f"\\u{ord(char):04x}".encode())
+    return b"data: " + encoded + b"\n\n"

@@ -48,7 +48,7 @@ class Inference:
     async def completion(self, raw: Any, context: RequestContext) -> Generation:
         """Starts a completion."""
         body = parse(CompletionRequest, raw)
-        refuse_unsupported(_mapping(raw))
+        refuse_unsupported(_mapping(raw), CompletionRequest)
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of", "must be equal to n", code="unsupported_parameter")
         model = self._admitted(body)
@@ -84,7 +84,7 @@ class Inference:
     async def chat(self, raw: Any, context: RequestContext) -> Generation:
         """Starts a chat completion."""
         body = parse(ChatRequest, raw)
-        refuse_unsupported(_mapping(raw))
+        refuse_unsupported(_mapping(raw), ChatRequest)
         refuse_unsupported_chat(body)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "needs logprobs to be true")

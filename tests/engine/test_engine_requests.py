@@ -304,3 +304,23 @@ def test_without_memory_the_plain_model_answers(opened: Callable[..., Any], engi
         plain.drain()
         with pytest.raises(Overloaded):
             plain.submit(request(prompt), lambda event: None)
+
+
+def test_numbers_at_the_ends_of_the_schema_are_no_errors(engine: Engine) -> None:
+    """Whatever the HTTP schema lets through: greatest and least seeds, lengths and counts."""
+    end = engine.tokenizer.eog_ids  # type: ignore[attr-defined]
+    stop = dict.fromkeys(end, 100.0)
+    for how in (
+        {"seed": 2**63 - 1, "temperature": 100.0},
+        {"seed": 0, "top_k": 2**31},
+        {"logit_bias": dict.fromkeys(range(300), -100.0), "temperature": 100.0},
+        {"top_p": 0.0, "min_p": 1.0, "typical_p": 0.0, "temperature": 1.0},
+        {"repeat_penalty": 1e-300, "presence_penalty": -2.0, "frequency_penalty": -2.0, "temperature": 1.0},
+    ):
+        answer = ask(engine, request(PROMPT, 5, **how))
+        assert answer.end.completion_tokens == 5
+        assert set(answer.tokens).isdisjoint(how.get("logit_bias", {}))
+    until_the_end = request(PROMPT, 2**31, logit_bias=stop, ignore_eos=False, temperature=100.0)
+    assert (ask(engine, until_the_end).end.reason, ask(engine, until_the_end).text) == ("stop", "")
+    late = memory(None, warmup_tokens=2**31)
+    assert ask(engine, request(PROMPT, 5, memory=late)).tokens == ask(engine, request(PROMPT, 5)).tokens

@@ -362,3 +362,17 @@ def test_a_damaged_state_is_refused(engines: Callable[[str], Engine]) -> None:
                 decode_session(layout, snapshot.encode(header, arrays | {name: bad.astype(bad.dtype)}))
         with pytest.raises(SnapshotInvalid, match="state"):
             decode_session(layout, snapshot.encode(header, {k: v for k, v in arrays.items() if k != name}))
+
+
+def test_rows_past_the_last_token_stand_for_nothing(tmp_path: Path, cache: Path) -> None:
+    config = BASE.replace(pattern="M", vocab=BYTE_VOCAB + 7, tied_head=False)
+    params = draw(config)
+    params["head"] = params["head"].at[BYTE_VOCAB:].set(9.0)  # they would be drawn at once
+    export_gguf(tmp_path / "padded.gguf", config, params, byte_vocabulary())
+    engine = Engine.open(model_path=tmp_path / "padded.gguf", cache_path=cache, max_running=1)
+    try:
+        answer = ask(engine, request(SHORT, 30, temperature=100.0))
+        assert engine.model.vocab_size == BYTE_VOCAB
+        assert max(answer.tokens) < BYTE_VOCAB
+    finally:
+        engine.close(timeout=60)

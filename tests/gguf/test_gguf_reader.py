@@ -185,6 +185,50 @@ def test_close(sample: tuple[Path, object]) -> None:
         file.raw("Q8_0")
 
 
+def write_parts(folder: Path, parts: int = 3) -> list[Path]:
+    """A model in several files, named as `gguf-split` names them."""
+    writer = gguf.GGUFWriter(folder / "big.gguf", "llama", split_max_tensors=2)
+    writer.add_block_count(3)
+    for index in range(2 * parts - 1):
+        writer.add_tensor(f"t{index}", np.full((2, 32), index, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return sorted(folder.glob("big-*.gguf"))
+
+
+def test_parts_of_a_model_are_one_file(tmp_path: Path) -> None:
+    paths = write_parts(tmp_path)
+    assert [path.name for path in paths] == [f"big-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
+    whole = b"".join(path.read_bytes() for path in paths)
+    for path in paths:
+        with GGUFFile.open(path) as file:
+            assert (file.path, file.name, file.size) == (paths[0], "big", len(whole))
+            assert file.require("llama.block_count", int) == 3
+            assert list(file.tensors) == [f"t{index}" for index in range(5)]
+            for index in range(5):
+                np.testing.assert_array_equal(file.dequantize(f"t{index}"), np.full((2, 32), index, np.float32))
+            assert file.fingerprint() == hashlib.sha256(whole).hexdigest()
+            os.utime(paths[1], ns=(1, 1))
+            with pytest.raises(GGUFError, match=r"big-00002-of-00003\.gguf was changed"):
+                file.dequantize("t2")
+        os.utime(paths[1])
+
+
+def test_parts_that_lack_are_named(tmp_path: Path) -> None:
+    paths = write_parts(tmp_path)
+    paths[2].unlink()
+    with pytest.raises(GGUFError, match=r"'big-00001-of-00003\.gguf' .* lack 'big-00003-of-00003\.gguf'$"):
+        GGUFFile.open(paths[0])
+    paths[2].write_bytes(paths[1].read_bytes())
+    with pytest.raises(GGUFError, match=r"'big-00003-of-00003\.gguf' says it is part 2 of 3"):
+        GGUFFile.open(paths[1])
+    other = paths[0].rename(tmp_path / "model.gguf")
+    with pytest.raises(GGUFError, match=r"'model\.gguf' is one of 3 parts .* '-00001-of-00003\.gguf'"):
+        GGUFFile.open(other)
+
+
 @pytest.mark.parametrize("data", [b"", b"GGUF", b"x" * 100])
 def test_no_gguf_file(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "bad.gguf"

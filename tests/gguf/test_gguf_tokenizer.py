@@ -114,6 +114,26 @@ def test_pre_tokenizers_agree_with_llama_cpp(pre: str, golden: Golden, byte_leve
         ("gpt-4o", "fooBar's 1234", ["foo", "Bar's", " ", "123", "4"]),
         ("llama3", "été\u00a0日本\u3000x", ["été", "\u00a0日本", "\u3000x"]),
         ("llama3", "\U00031350a", ["\U00031350a"]),  # a letter since Unicode 15
+        # its class of signs has the Latin letters, so they are cut out of words of other letters
+        ("deepseek-llm", "Hi  world!\n\n été", ["Hi", " ", " world", "!", "\n", "\n", " é", "t", "é"]),
+        ("deepseek-llm", "x12345 你好，世界。 \t", ["x", "12345", " ", "你好", "，", "世界", "。", " \t"]),
+        ("deepseek-llm", "ΐ Ωmega 𐐀", ["ΐ", " Ω", "mega", " 𐐀"]),
+        ("deepseek-coder", "f(x):\n  12 + é你", ["f", "(", "x", "):", "\n", "  ", "1", "2", " +", " é", "你"]),
+        ("deepseek-coder", "a  b", ["a", " ", " b"]),
+        (
+            "deepseek-v3",
+            "I've 12345 {x} ~~日本語カナx\n\n",
+            ["I", "'ve", " ", "123", "45", " {", "x", "}", " ", "~~"] + ["日本語カナ", "x", "\n\n"],
+        ),
+        (
+            "bloom",
+            "I've (12 dogs), ok.  x\u3000y",
+            ["I've", " (", "12", " dogs", "),", " ok", ". ", " x", "\u3000", "y"],
+        ),
+        ("gpt3-finnish", "a|b…c", ["a", "|", "b", "…", "c"]),
+        ("viking", "a12 b3!", ["a", "1", "2", " b", "3", "!"]),
+        ("superbpe", "the cat 1234567 12 x", ["the cat ", "1", "234", "567", " ", "12", " x"]),
+        ("superbpe", "123456 1234", ["123", "456", " ", "1", "234"]),
     ],
 )
 def test_words(pre: str, text: str, words: list[str], byte_level: dict[str, Any]) -> None:

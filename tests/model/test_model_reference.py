@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 import tiny_model
 from reference import transformer_reference
+from scoring import scores
 
-from atlas_jax.config import PAGE, ModelConfig
+from atlas_jax.config import PAGE
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import native
 from atlas_jax.kernels.linear import PackedArray
-from atlas_jax.model.context import init_context, page_turn, turn_page
 from atlas_jax.model.loading import load_params, model_config, parameter_count
-from atlas_jax.model.params import ModelParams
-from atlas_jax.model.stages import Trunk
-from atlas_jax.model.transformer import logits
 from atlas_jax.model.window import WindowPlan
 
 LENGTH = 2 * PAGE + 40
@@ -34,27 +29,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("models")
 
 
-@functools.cache
-def programs(config: ModelConfig) -> tuple[Trunk, object]:
-    return Trunk(config), jax.jit(functools.partial(logits, config))
-
-
-def scores(config: ModelConfig, params: ModelParams, kv_dtype: str, plan: WindowPlan) -> np.ndarray:
-    """The product's scores at every position, read page by page."""
-    trunk, head = programs(config)
-    context = init_context(config, 1, plan.ring(LENGTH), kv_dtype)  # type: ignore[arg-type]
-    out = []
-    for page in range(-(-LENGTH // PAGE)):
-        part = TEXT[page * PAGE : (page + 1) * PAGE]
-        context = turn_page(context, page_turn(0, plan.turn(page)))
-        tokens = np.zeros((1, PAGE), np.int32)
-        tokens[0, : len(part)] = part
-        key = (kv_dtype, plan.ring(LENGTH))
-        context, _, states = trunk(key, params, context, tokens, np.asarray([len(part)], np.int32))
-        out.append(np.asarray(head(params, states[-1]))[0, : len(part)])
-    return np.concatenate(out)
-
-
 @families
 def test_scores_are_those_of_the_definition(folder: Path, shape: tiny_model.Shape) -> None:
     path = tiny_model.write_model(folder / f"{shape.architecture}-{shape.nibbles}.gguf", shape)
@@ -65,10 +39,10 @@ def test_scores_are_those_of_the_definition(folder: Path, shape: tiny_model.Shap
     weights = transformer_reference.tensors(path)
     assert parameter_count(exact) == parameter_count(rounded) == sum(value.size for value in weights.values())
     wanted = transformer_reference.logits(config, weights, TEXT)
-    found = scores(config, exact, "float32", WindowPlan(window=None))
+    found = scores(config, exact, TEXT, "float32", WindowPlan(window=None))
     spread = wanted.std()
     assert np.abs(found - wanted).max() < 2e-3 * spread
-    eight_bits = scores(config, rounded, "int8", WindowPlan(window=None))
+    eight_bits = scores(config, rounded, TEXT, "int8", WindowPlan(window=None))
     assert np.sqrt(((eight_bits - wanted) ** 2).mean()) < 0.15 * spread
     if any(layer.sliding_window is not None for layer in config.layers):
         assert shape.sliding_window is not None
@@ -80,9 +54,11 @@ def test_a_window_is_the_whole_model_until_its_first_page_leaves(folder: Path) -
     with GGUFFile.open(path) as file:
         config = model_config(file)
         params = load_params(file, config, dtype="float32")
-    whole = scores(config, params, "float32", WindowPlan(window=None))
-    windowed = scores(config, params, "float32", WindowPlan(window=2, update=2))  # as many ring slots as the whole text
+    whole = scores(config, params, TEXT, "float32", WindowPlan(window=None))
+    windowed = scores(
+        config, params, TEXT, "float32", WindowPlan(window=2, update=2)
+    )  # as many ring slots as the whole text
     assert np.array_equal(windowed, whole)
-    narrow = scores(config, params, "float32", WindowPlan(window=1, update=1))
+    narrow = scores(config, params, TEXT, "float32", WindowPlan(window=1, update=1))
     np.testing.assert_allclose(narrow[:PAGE], whole[:PAGE], atol=2e-3)
     assert np.abs(narrow[PAGE:] - whole[PAGE:]).max() > 1e-2

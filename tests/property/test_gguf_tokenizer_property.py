@@ -26,7 +26,18 @@ def metadata_of(name: str, **changes: Any) -> dict[str, Any]:
 
 BYTE_LEVEL = {
     pre: Tokenizer.from_metadata(metadata_of("pretokenizers", **{"tokenizer.ggml.pre": pre}))
-    for pre in ("gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "default")
+    for pre in (
+        "gpt-2",
+        "smollm",
+        "llama-bpe",
+        "qwen2",
+        "tekken",
+        "default",
+        "deepseek-llm",
+        "deepseek-v3",
+        "viking",
+        "superbpe",
+    )
 }
 # Its token of three spaces is the user's own, which is spelled with the signs it is stored with; here it is ordinary.
 SENTENCEPIECE = metadata_of("sentencepiece")

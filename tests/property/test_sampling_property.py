@@ -235,3 +235,58 @@ def test_only_what_is_allowed_is_drawn(kind: Settings, seed: int, allowed: set[i
     assert int(found.token[1]) == int(free.token[1])
     if len(allowed) == VOCAB:
         assert int(found.token[0]) == int(free.token[0])
+
+
+ENDS: dict[str, list[dict[str, Any]]] = {
+    "temperature": [{"temperature": value} for value in (1e-45, 1e-38, 1e-4, 100.0)],
+    "top_k": [{"top_k": value} for value in (1, VOCAB - 1, VOCAB, 2**31)],
+    "top_p": [{"top_p": value} for value in (0.0, 1e-38, 1e-7, 1 - 2**-24, 1 - 2**-20, 1.0)],
+    "min_p": [{"min_p": value} for value in (0.0, 1e-38, 1 - 2**-24, 1.0)],
+    "typical_p": [{"typical_p": value} for value in (0.0, 1e-38, 1e-7, 1 - 2**-24, 1.0)],
+    "all closed": [{"top_k": 1, "top_p": 0.0, "min_p": 1.0, "typical_p": 0.0, "temperature": 100.0}],
+    "penalties": [
+        {"repeat_penalty": repeat, "presence_penalty": sign * 2.0, "frequency_penalty": sign * 2.0}
+        for repeat in (1e-300, 1e-30, 1.0, 10.0)
+        for sign in (-1, 1)
+    ],
+    "bias": [
+        {"bias": dict.fromkeys(range(1, count), value), "temperature": temperature}
+        for value in (-100.0, 100.0)
+        for count in (2, VOCAB)
+        for temperature in (0.5, 100.0)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+@pytest.mark.parametrize("spread", [0.01, 3.0, 40.0])
+def test_the_ends_of_every_setting_mean_their_limits(name: str, spread: float) -> None:
+    """Token 0 is the unlikeliest, so it is drawn by accident only."""
+    random = np.random.default_rng(7)
+    for ends in ENDS[name]:
+        kind = Settings(**{"prompt": (3, 5), "generated": (5, 9), **ends})
+        logits = (random.standard_normal((1, VOCAB)) * spread).astype(np.float32)
+        logits[:, 0] = logits.min() - 30 * max(spread, kind.temperature)
+        state = stack([one_row(kind, seed) for seed in range(200)])
+        found = draw(state, np.repeat(logits, 200, axis=0), np.zeros(200, np.int32))
+        tokens = np.asarray(found.token)
+        assert (tokens > 0).all() or name == "bias", ends
+        if kind.temperature < 1e-30:
+            assert (tokens == logits[0].argmax()).all()
+            continue
+        settled = dataclasses.replace(kind, repeat_penalty=max(kind.repeat_penalty, 1e-6))
+        wanted = distribution(logits[0], settled, slack=1e-6)
+        assert (wanted[tokens] > 0).all(), ends
+        if name == "bias":
+            forced = max(kind.bias.values()) > 0
+            allowed = np.array([(token in kind.bias) == forced for token in range(VOCAB)])
+            assert allowed[tokens].all(), ends
+
+
+def test_a_count_does_not_turn_round() -> None:
+    state = jax.tree.map(jnp.asarray, one_row(Settings(frequency_penalty=1.0), 0))
+    full = dataclasses.replace(state, generated=state.generated.at[0, 9].set(2**15 - 2))
+    for _ in range(3):
+        full = record(full, jnp.asarray([[9, 9]], jnp.int32), jnp.asarray([[True, True]]))
+    assert int(full.generated[0, 9]) == 2**15 - 1
+    assert int(full.generated.sum()) == 2**15 - 1

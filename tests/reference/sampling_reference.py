@@ -35,7 +35,7 @@ def adjusted(logits: np.ndarray, settings: Settings) -> np.ndarray:
     for token in set(settings.generated):
         x[token] -= settings.presence_penalty
     for token, value in settings.bias.items():
-        x[token] += value
+        x[token] += value if abs(value) < 100 else np.sign(value) * 1e5  # the ends decide at any temperature
     return x
 
 

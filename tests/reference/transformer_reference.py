@@ -17,7 +17,8 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def logits(config: ModelConfig, weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
-    """Scores of every next token at every position."""
+    """Scores of every next token at every position; rows of the head past the last token score nothing."""
+    factors = weights.get("rope_freqs.weight")
     x = weights["token_embd.weight"][tokens] * config.embed_scale
     for index, layer in enumerate(config.layers):
         part = {
@@ -25,7 +26,7 @@ def logits(config: ModelConfig, weights: dict[str, np.ndarray], tokens: list[int
             for name, value in weights.items()
             if name.startswith(f"blk.{index}.")
         }
-        mixed = _attention(config, index, part, _norm(config, x, part["attn_norm"]))
+        mixed = _attention(config, index, part, _norm(config, x, part["attn_norm"]), factors)
         x = x + (_norm(config, mixed, part["post_attention_norm"]) if config.post_norms else mixed)
         h = _norm(config, x, part["ffn_norm"])
         gate = h @ part["ffn_gate"].T
@@ -37,10 +38,14 @@ def logits(config: ModelConfig, weights: dict[str, np.ndarray], tokens: list[int
         x = x + (_norm(config, out, part["post_ffw_norm"]) if config.post_norms else out)
         del layer
     head = weights.get("output.weight", weights["token_embd.weight"])
-    return _norm(config, x, weights["output_norm.weight"]) @ head.T
+    scores = _norm(config, x, weights["output_norm.weight"]) @ head[: config.vocab].T
+    cap = config.final_softcap
+    return scores if cap is None else cap * np.tanh(scores / cap)
 
 
-def _attention(config: ModelConfig, index: int, part: dict[str, np.ndarray], h: np.ndarray) -> np.ndarray:
+def _attention(
+    config: ModelConfig, index: int, part: dict[str, np.ndarray], h: np.ndarray, factors: np.ndarray | None
+) -> np.ndarray:
     layer = config.layers[index]
     rope = config.ropes[layer.rope]
     count = len(h)
@@ -50,6 +55,8 @@ def _attention(config: ModelConfig, index: int, part: dict[str, np.ndarray], h: 
     if config.qk_norm:
         q, k = _norm(config, q, part["attn_q_norm"]), _norm(config, k, part["attn_k_norm"])
     frequency = rope.position_scale * rope.base ** -(np.arange(0, rope.dims, 2) / rope.dims)
+    if factors is not None:
+        frequency = frequency / factors
     angle = np.arange(count)[:, None] * frequency
     q, k = (_rotate(x, angle, rope.dims, rope.interleaved) for x in (q, k))
     distance = np.arange(count)[:, None] - np.arange(count)[None]

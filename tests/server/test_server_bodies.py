@@ -276,7 +276,8 @@ def test_unknown_paths_and_methods(live: Live) -> None:
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_aliases_without_v1_behave_the_same(live: Live, path: str) -> None:
-    body = {"prompt": "x", "messages": [{"role": "user", "content": "x"}], "max_tokens": 2, "seed": 1}
+    text = {"prompt": "x"} if path == COMPLETIONS else {"messages": [{"role": "user", "content": "x"}]}
+    body = {**text, "max_tokens": 2, "seed": 1}
     one, two = live.post(path, body).json(), live.post(path.removeprefix("/v1"), body).json()
     assert one["choices"] == two["choices"]
     bad = {**body, "temperature": -1, "stream": True}

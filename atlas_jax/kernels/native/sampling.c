@@ -29,7 +29,8 @@ static inline uint32_t key_at(const Order *order, int64_t i) {
   return bits ^ order->flip;
 }
 
-/* The first key, in order, with which all keys up to it weigh `target`; the last there is if all together weigh less. */
+/* The first key, in order, with which all keys up to it weigh `target`, and more than nothing; the last there is if all
+   together weigh less. */
 static uint32_t threshold(const Order *order, double target) {
   const int shifts[] = {MIDDLE + LOW, LOW, 0}, widths[] = {HIGH, MIDDLE, LOW};
   uint32_t prefix = 0;
@@ -46,7 +47,7 @@ static uint32_t threshold(const Order *order, double target) {
     uint32_t bucket = 0, last = 0;
     for (uint32_t b = 0; b <= mask; b++)
       if (weight[b] > 0) last = b;
-    while (bucket < last && before + weight[bucket] < target) before += weight[bucket++];
+    while (bucket < last && (before + weight[bucket] < target || before + weight[bucket] <= 0)) before += weight[bucket++];
     prefix = prefix << widths[round] | bucket;
   }
   return prefix;

@@ -3,56 +3,64 @@
 from __future__ import annotations
 
 from atlas_jax.config import LayerConfig, ModelConfig, RopeConfig
-from atlas_jax.model.families._family import Family, Fields, UnsupportedModel
+from atlas_jax.model.families._family import Family, Fields, Vocabulary
 
-_PATTERN = 6
-"""Every sixth layer is global; GGUF files of this family do not say so."""
+_PERIOD = 6
+"""Every sixth layer is global, unless the file says otherwise."""
 _LOCAL_ROPE_BASE = 10_000.0
+_MAX_SOFTCAP = 1e6
 
 
-def _config(fields: Fields, vocab: int) -> ModelConfig:
-    layers = fields.take("block_count", int)
-    embed = fields.take("embedding_length", int)
-    heads = fields.take("attention.head_count", int)
-    if heads <= 0 or not 0 < layers <= 1024:
-        raise UnsupportedModel(f"metadata gives {layers} layers of {heads} heads")
-    head_dim = fields.take("attention.key_length", int)
-    window = fields.take("attention.sliding_window", int)
-    fields.expect("attention.value_length", head_dim)
-    fields.expect("vocab_size", vocab)
-    fields.expect("attention.sliding_window_pattern", _PATTERN)
-    fields.expect("rope.scaling.type", "none", "linear")
-    factor = fields.take_optional("rope.scaling.factor", float) or 1.0
-    local_base = fields.take_optional("rope.freq_base_swa", float) or _LOCAL_ROPE_BASE
-    base = fields.take("rope.freq_base", float)
+def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
+    embed = fields.integer("embedding_length", 1)
+    heads, kv_heads = fields.heads()
+    # the 27B model scales by (embed / heads)^-½ instead of its heads' size; the only one of the family with 62 layers
+    attention_scale = (embed / heads) ** -0.5 if fields.layers == 62 else None
+    head_dim = fields.head_dim(embed, heads, attention_scale)
+    fields.rotated(head_dim, whole=True)
+    fields.rotated(head_dim, "rope.dimension_count_swa", whole=True)
+    fields.same("attention.key_length_swa", head_dim)
+    fields.same("attention.value_length_swa", head_dim)
+    window = fields.integer("attention.sliding_window", 1)
+    # files of one runtime call the two bases global and local
+    global_base = fields.rope_base("rope.freq_base", "rope.global.freq_base")
+    local_base = fields.rope_base("rope.freq_base_swa", "rope.local.freq_base", default=_LOCAL_ROPE_BASE)
     config = ModelConfig(
         family="gemma3",
-        vocab=vocab,
+        vocab=fields.vocabulary(vocabulary),
         embed=embed,
         heads=heads,
-        kv_heads=fields.take("attention.head_count_kv", int),
+        kv_heads=kv_heads,
         head_dim=head_dim,
-        ff=fields.take("feed_forward_length", int),
+        ff=fields.integer("feed_forward_length", 1),
         layers=tuple(
-            LayerConfig(rope=0) if (index + 1) % _PATTERN == 0 else LayerConfig(sliding_window=window, rope=1)
-            for index in range(layers)
+            LayerConfig(sliding_window=window, rope=1) if sliding else LayerConfig(rope=0)
+            for sliding in _sliding(fields)
         ),
         ropes=(
-            RopeConfig(base=base, dims=head_dim, position_scale=1.0 / factor, interleaved=False),
+            RopeConfig(base=global_base, dims=head_dim, position_scale=fields.rope_scale(), interleaved=False),
             RopeConfig(base=local_base, dims=head_dim, interleaved=False),
         ),
-        context_length=fields.take("context_length", int),
-        norm_eps=fields.take("attention.layer_norm_rms_epsilon", float),
+        context_length=fields.context_length(),
+        norm_eps=fields.norm_eps(),
         activation="gelu_tanh",
         qk_norm=True,
         post_norms=True,
         embed_scale=float(embed) ** 0.5,
-        # the 27B model scales by (embed / heads)^-½ instead; it is the only one of the family with 62 layers
-        attention_scale=(embed / heads) ** -0.5 if layers == 62 else None,
-        final_softcap=fields.take_optional("final_logit_softcapping", float),
+        attention_scale=attention_scale,
+        final_softcap=fields.number("final_logit_softcapping", 0.0, _MAX_SOFTCAP, default=0.0) or None,
     )
     fields.finish()
     return config
+
+
+def _sliding(fields: Fields) -> list[bool]:
+    """Which layers have a window: all but every sixth, or as the file says (one period, or a flag for every layer)."""
+    pattern = fields.flags("attention.sliding_window_pattern")
+    if isinstance(pattern, list):
+        return pattern
+    period = _PERIOD if pattern is None else pattern
+    return [period == 0 or index % period < period - 1 for index in range(fields.layers)]
 
 
 FAMILY = Family("gemma3", _config)
