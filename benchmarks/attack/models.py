@@ -92,7 +92,7 @@ def read_all(path: Path) -> None:
         for name in file.tensors:
             file.dequantize(name)
         tokenizer = Tokenizer.from_metadata(file.metadata)
-        tokenizer.decode(tokenizer.encode("the cat sat", add_special=True))
+        tokenizer.decode(tokenizer.encode("the cat sat", add_special=True, parse_special=True))
         template = ChatTemplate.from_metadata(file.metadata)
         if template is not None:
             template.render_tokens(tokenizer, _MESSAGES)

@@ -1,0 +1,231 @@
+"""Stored sessions that have been damaged or made up, at start and through the API."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import random
+import stat
+import struct
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+
+from benchmarks.attack.registry import Scene, attack
+from benchmarks.attack.target import ATTACKER, VICTIM, Target, prose
+
+_A_START = 20
+"""Damaged sessions a start; each start costs seconds, whatever is damaged."""
+
+
+def damaged(data: bytes, rng: random.Random) -> bytes:
+    """The same file flipped in a bit, cut, grown, or overwritten in part."""
+    out = bytearray(data)
+    at = rng.randrange(min(len(out), rng.choice((64, 4096, 1 << 40))))
+    way = rng.choice(("flip", "flip", "cut", "zero", "number", "grow", "empty"))
+    if way == "flip":
+        out[at] ^= 1 << rng.randrange(8)
+    elif way == "cut":
+        del out[at:]
+    elif way == "zero":
+        out[at : at + 4096] = bytes(min(4096, len(out) - at))
+    elif way == "number":
+        out[at : at + 8] = struct.pack("<Q", rng.choice((0, 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1)))
+    elif way == "grow":
+        out += rng.randbytes(1000)
+    else:
+        out.clear()
+    return bytes(out)
+
+
+def _digests(target: Target) -> set[bytes]:
+    return {hashlib.sha256(path.read_bytes()).digest() for path in target.files()}
+
+
+@attack(
+    "damaged snapshots",
+    does="flips, cuts and overwrites files of stored sessions while the server is down",
+    holds="it starts, the others are there, the status says what was wrong, and the damaged bytes are kept",
+    alone=True,
+)
+def snapshots(scene: Scene) -> None:
+    starts = max(1, scene.times(300) // _A_START)
+    target = scene.start()
+    target.plant()
+    for number in range(_A_START):
+        target.say(ATTACKER, f"s{number}", prose(f"s{number}", 120)).raise_for_status()
+        target.post(ATTACKER, "/v1/atlas/memory/save", {"session_id": f"s{number}"}).raise_for_status()
+    planted = target.planted
+    kept = {("mallory", name): row["tokens"] for name, row in target.contexts(ATTACKER).items()}
+    for _ in range(starts):
+        before = {path: path.read_bytes() for path in target.files()}
+        scene.stop(target)
+        files = [path for path in target.memory.rglob("*.atlas") if path.is_file()]
+        # the victim's folder is left alone: its sessions are the good ones, beside two of the attacker's
+        victims = _files_of_victim(before, target)
+        chosen = [path for path in files if path not in victims]
+        scene.rng.shuffle(chosen)
+        chosen = chosen[: max(1, len(chosen) - 2)][:_A_START]
+        originals = {path: path.read_bytes() for path in files}
+        wrong: set[bytes] = set()
+        for path in chosen:
+            bytes_now = damaged(originals[path], scene.rng)
+            path.write_bytes(bytes_now)
+            if bytes_now and bytes_now != originals[path]:
+                wrong.add(hashlib.sha256(bytes_now).digest())
+            scene.count()
+        target = scene.start()
+        scene.lost += target.lost(planted)
+        status = target.http.get("/v1/atlas/status", headers=_key()).text
+        scene.must(
+            any(word in status for word in ("damaged", "aside", "could not be", "refused", "invalid", "quarantin")),
+            f"the status says nothing of {len(wrong)} damaged files: {status[:100]}",
+        )
+        for name in [name for _, name in kept]:
+            response = target.post(ATTACKER, "/v1/atlas/memory/load", {"context_id": name})
+            scene.check(response, f"load of {name}")
+            response = target.say(ATTACKER, name, "go on")
+            scene.check(response, f"a turn in {name}")
+        target.post(ATTACKER, "/v1/atlas/memory/save")
+        scene.stop(target)
+        missing = wrong - _digests(target)
+        scene.must(not missing, f"{len(missing)} of {len(wrong)} damaged files were overwritten or deleted")
+        _restore(target, originals)
+        target = scene.start()
+    scene.must("Traceback" not in target.log, f"a traceback is in the log: {' '.join(target.log.split())[-200:]}")
+
+
+def _key() -> dict[str, str]:
+    from benchmarks.attack.target import headers_of
+
+    return headers_of(VICTIM)
+
+
+def _files_of_victim(before: dict[Path, bytes], target: Target) -> set[Path]:
+    """Files that have the victim's folder in their path; owners' folders are told apart by whom a save changes."""
+    target.http.close()
+    folders = {path.relative_to(target.memory).parts[0] for path in before}
+    if len(folders) < 2:
+        return set()
+    own = {folder: sum(path.relative_to(target.memory).parts[0] == folder for path in before) for folder in folders}
+    smallest = min(own, key=lambda folder: own[folder])
+    return {path for path in before if path.relative_to(target.memory).parts[0] == smallest}
+
+
+def _restore(target: Target, originals: dict[Path, bytes]) -> None:
+    for path, data in originals.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+@attack(
+    "damaged archives",
+    does="loads exported archives that were flipped, cut or overwritten",
+    holds="each is loaded or refused with a reason; the sessions that are there stay",
+)
+def archives(scene: Scene) -> None:
+    export, raw = _export(scene)
+    for _ in range(scene.times(340)):
+        export.with_name("changed.atlas").write_bytes(damaged(raw, scene.rng))
+        _load(scene, "changed.atlas", "a damaged archive")
+    export.with_name("changed.atlas").unlink()
+
+
+def _export(scene: Scene) -> tuple[Path, bytes]:
+    target = scene.target
+    for number in range(3):
+        target.say(ATTACKER, f"archived-{number}", prose(f"a{number}", 120)).raise_for_status()
+    target.post(ATTACKER, "/v1/atlas/memory/save", {"filename": "export.atlas"}).raise_for_status()
+    (export,) = target.memory.rglob("export.atlas")
+    return export, export.read_bytes()
+
+
+def _load(scene: Scene, name: str, what: str) -> None:
+    scene.count()
+    try:
+        response = scene.target.post(ATTACKER, "/v1/atlas/memory/load", {"filename": name}, timeout=30)
+    except httpx.HTTPError as error:
+        scene.faults.append(f"{what}: no answer ({type(error).__name__})")
+    else:
+        scene.check(response, what)
+
+
+def crafted(raw: bytes) -> Iterator[tuple[str, bytes]]:
+    """Archives that nobody's export is: names that climb, bombs, lies about sizes and contents."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            members = {name: archive.read(name) for name in archive.namelist()}
+    except zipfile.BadZipFile:
+        members = {"manifest.json": b"{}", "a.atlas": raw}
+    manifest = next((name for name in members if name.endswith(".json")), "manifest.json")
+    sessions = [name for name in members if name != manifest]
+    listed = json.loads(members.get(manifest, b"{}") or b"{}")
+
+    def pack(
+        contents: dict[str, bytes], method: int = zipfile.ZIP_STORED, more: list[zipfile.ZipInfo] | None = None
+    ) -> bytes:
+        out = io.BytesIO()
+        with zipfile.ZipFile(out, "w", method) as archive:
+            for name, data in contents.items():
+                archive.writestr(name, data)
+            for info in more or []:
+                archive.writestr(info, b"/etc/passwd")
+        return out.getvalue()
+
+    def lie(change: Callable[[dict[str, object]], object]) -> bytes:
+        copy = json.loads(json.dumps(listed))
+        for row in copy.get("sessions", []):
+            change(row)
+        return pack({**members, manifest: json.dumps(copy).encode()})
+
+    link = zipfile.ZipInfo("link.atlas")
+    link.external_attr = (stat.S_IFLNK | 0o777) << 16
+    yield "nothing", b""
+    yield "an empty zip", pack({})
+    yield "not a zip", b"PK\x03\x04" + b"x" * 1000
+    yield "no manifest", pack({name: members[name] for name in sessions})
+    yield "a manifest alone", pack({manifest: members.get(manifest, b"{}")})
+    yield "a manifest that is no JSON", pack({**members, manifest: b"\xff\xfe{"})
+    yield "a manifest of another shape", pack({**members, manifest: b'{"sessions": 5, "model": []}'})
+    yield "a manifest of brackets", pack({**members, manifest: b"[" * 1_000_000})
+    yield "a manifest of a bomb", pack({**members, manifest: b" " * 200_000_000}, zipfile.ZIP_DEFLATED)
+    yield "a member of a bomb", pack({**members, sessions[0]: b"\0" * 500_000_000}, zipfile.ZIP_DEFLATED)
+    yield "compressed members", pack(members, zipfile.ZIP_DEFLATED)
+    yield "LZMA members", pack(members, zipfile.ZIP_LZMA)
+    yield "names that climb", pack({f"../../{name}": data for name, data in members.items()} | members)
+    yield "names from the root", pack({"/tmp/attack-escaped": b"x", **members})
+    yield "a link", pack(members, more=[link])
+    yield (
+        "members swapped",
+        pack(members | dict(zip(sessions, [members[name] for name in sessions[::-1]], strict=True))),
+    )
+    yield "members of noise", pack(members | {name: random.Random(1).randbytes(1000) for name in sessions})
+    yield "members that are missing", pack({manifest: members.get(manifest, b"{}"), "other": b"x"})
+    yield "60 000 members", pack(members | {f"{number:064x}.atlas": b"" for number in range(60_000)})
+    yield "names with separators", lie(lambda row: row.update(session_id="../../../etc/passwd"))
+    yield "a name of a megabyte", lie(lambda row: row.update(session_id="a" * (1 << 20)))
+    yield "sizes below nothing", lie(lambda row: row.update(bytes=-1, tokens=-(2**63), created=1e308))
+    yield "more tokens than there are", lie(lambda row: row.update(tokens=2**62, bytes=2**62))
+    yield "a tail of another archive", raw + pack({manifest: b"{}"})
+
+
+@attack(
+    "crafted archives",
+    does="loads archives with climbing names, bombs and lies in them",
+    holds="each is loaded or refused with a reason, nothing is written outside, memory stays bounded",
+)
+def made_up(scene: Scene) -> None:
+    export, raw = _export(scene)
+    outside = sorted(path.name for path in scene.target.folder.iterdir())
+    for what, data in crafted(raw):
+        export.with_name("made.atlas").write_bytes(data)
+        _load(scene, "made.atlas", what)
+    export.with_name("made.atlas").unlink()
+    scene.must(sorted(path.name for path in scene.target.folder.iterdir()) == outside, "something lies outside")
+    scene.must(not Path("/tmp/attack-escaped").exists(), "something was written to /tmp")
+    for name, row in scene.target.contexts(ATTACKER).items():
+        scene.check(scene.target.say(ATTACKER, name, "go on"), f"a turn in {name[:40]}")
+        scene.must(0 <= row["tokens"] < 10**6, f"session {name[:40]} has {row['tokens']} tokens")
