@@ -13,7 +13,7 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench endless load bench-memory mutation documents recall \
+.PHONY: help serve test check lint model gemma fit quality bench endless load attack bench-memory mutation documents recall \
   tpu-compile lock clean
 
 help: ## show this list
@@ -69,6 +69,9 @@ endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000
 
 load: $(VENV)/bench model ## a hundred streams at once with settings drawn at random: all end, nothing compiles, memory comes back
 	$(RUN) benchmarks/load.py $(MODEL) --output docs/load.md
+
+attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
+	$(RUN) -m benchmarks.attack $(MODEL) --output docs/attack.md $(ARGS)
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \

@@ -14,13 +14,16 @@ from benchmarks.attack.registry import Scene, attack
 from benchmarks.attack.target import ATTACKER, MEMORY
 
 _SAMPLING = {
-    "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "typical_p": 0.9, "repeat_penalty": 1.1,
+    "max_tokens": 2, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "typical_p": 0.9,
+    "repeat_penalty": 1.1,
     "presence_penalty": 0.5, "frequency_penalty": 0.5, "logit_bias": {"5": 1.5}, "seed": 3, "stop": ["x"], "n": 1,
     "stream": False, "stream_options": None, "ignore_eos": False, "cache_prompt": True, "user": "me", "model": None,
 }  # fmt: skip
 _ATLAS = {
-    "enabled": True, "session_id": "drawn", "memory_layers": 1, "blend_ratio": 0.5, "learning_rate": 0.01, "use_muon": None,
-    "polynomial_degree": 2, "warmup_tokens": 0, "cache_strategy": "lru", "batch_size": 1, "read": True, "write": True, **MEMORY,
+    "enabled": True, "session_id": "drawn", "memory_layers": 1, "blend_ratio": 0.5, "learning_rate": 0.01,
+    "use_muon": None,
+    "polynomial_degree": 2, "warmup_tokens": 0, "cache_strategy": "lru", "batch_size": 1, "read": True,
+    "write": True, **MEMORY,
 }  # fmt: skip
 _MESSAGES = [
     {"role": "system", "content": "be brief"},
@@ -53,10 +56,14 @@ def _hostile(rng: random.Random) -> Any:
         deep = [deep]
     return rng.choice(
         (
-            None, True, False, 0, -1, 1, 2**31, 2**31 - 1, 2**32, 2**63, -(2**63), 2**64, 10**400, 0.0, -0.0, 1e308, 1e-320, 0.1, 1.0,
-            "", " ", "a" * 5000, "5", "null", "\x00", "\ud800", "\uffff", "\U0010ffff", "../../etc/passwd", "CON", "<|im_end|>", "é" * 200,
-            [], [[]], [None], [1, "a"], [-1], [10**9], [""], ["x"] * 300, {}, {"": {}}, {"a": 1}, {"type": "text"}, {"$ref": "#"},
-            {str(n): n for n in range(400)}, deep, float("nan"), float("inf"), "%s%n%x", "{{ 7 * 7 }}", [[1], "a"], [[1, 2], [3]],
+            None, True, False, 0, -1, 1, 2**31, 2**31 - 1, 2**32, 2**63, -(2**63), 2**64, 10**400, 0.0, -0.0, 1e308,
+            1e-320, 0.1, 1.0,
+            "", " ", "a" * 5000, "5", "null", "\x00", "\ud800", "\uffff", "\U0010ffff", "../../etc/passwd", "CON",
+            "<|im_end|>", "é" * 200,
+            [], [[]], [None], [1, "a"], [-1], [10**9], [""], ["x"] * 300, {}, {"": {}}, {"a": 1}, {"type": "text"},
+            {"$ref": "#"},
+            {str(n): n for n in range(400)}, deep, float("nan"), float("inf"), "%s%n%x", "{{ 7 * 7 }}", [[1], "a"],
+            [[1, 2], [3]],
         )
     )  # fmt: skip
 

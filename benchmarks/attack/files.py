@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import random
+import shutil
 import stat
 import struct
 import zipfile
@@ -15,10 +16,12 @@ from pathlib import Path
 import httpx
 
 from benchmarks.attack.registry import Scene, attack
-from benchmarks.attack.target import ATTACKER, VICTIM, Target, prose
+from benchmarks.attack.target import ATTACKER, headers_of, prose
 
 _A_START = 20
 """Damaged sessions a start; each start costs seconds, whatever is damaged."""
+
+_SAID = ("damage", "aside", "could not be", "cannot be", "refused", "invalid", "quarantin", "unreadable")
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
@@ -41,10 +44,6 @@ def damaged(data: bytes, rng: random.Random) -> bytes:
     return bytes(out)
 
 
-def _digests(target: Target) -> set[bytes]:
-    return {hashlib.sha256(path.read_bytes()).digest() for path in target.files()}
-
-
 @attack(
     "damaged snapshots",
     does="flips, cuts and overwrites files of stored sessions while the server is down",
@@ -52,73 +51,45 @@ def _digests(target: Target) -> set[bytes]:
     alone=True,
 )
 def snapshots(scene: Scene) -> None:
-    starts = max(1, scene.times(300) // _A_START)
     target = scene.start()
     target.plant()
-    for number in range(_A_START):
-        target.say(ATTACKER, f"s{number}", prose(f"s{number}", 120)).raise_for_status()
-        target.post(ATTACKER, "/v1/atlas/memory/save", {"session_id": f"s{number}"}).raise_for_status()
+    victims = set(target.files())
+    names = [f"s{number}" for number in range(_A_START)]
+    for name in names:
+        target.say(ATTACKER, name, prose(name, 120)).raise_for_status()
+        target.post(ATTACKER, "/v1/atlas/memory/save", {"session_id": name}).raise_for_status()
     planted = target.planted
-    kept = {("mallory", name): row["tokens"] for name, row in target.contexts(ATTACKER).items()}
-    for _ in range(starts):
-        before = {path: path.read_bytes() for path in target.files()}
+    while scene.tried < scene.times(300):
         scene.stop(target)
-        files = [path for path in target.memory.rglob("*.atlas") if path.is_file()]
-        # the victim's folder is left alone: its sessions are the good ones, beside two of the attacker's
-        victims = _files_of_victim(before, target)
-        chosen = [path for path in files if path not in victims]
-        scene.rng.shuffle(chosen)
-        chosen = chosen[: max(1, len(chosen) - 2)][:_A_START]
-        originals = {path: path.read_bytes() for path in files}
-        wrong: set[bytes] = set()
+        originals = {path: path.read_bytes() for path in target.files()}
+        chosen = [path for path in originals if path not in victims and path.suffix == ".atlas"]
+        if not scene.must(chosen, "no file of a session is in the memory folder"):
+            return
+        wrong = set()
         for path in chosen:
-            bytes_now = damaged(originals[path], scene.rng)
-            path.write_bytes(bytes_now)
-            if bytes_now and bytes_now != originals[path]:
-                wrong.add(hashlib.sha256(bytes_now).digest())
+            changed = damaged(originals[path], scene.rng)
+            path.write_bytes(changed)
+            if changed and changed != originals[path]:
+                wrong.add(hashlib.sha256(changed).digest())
             scene.count()
         target = scene.start()
         scene.lost += target.lost(planted)
-        status = target.http.get("/v1/atlas/status", headers=_key()).text
-        scene.must(
-            any(word in status for word in ("damaged", "aside", "could not be", "refused", "invalid", "quarantin")),
-            f"the status says nothing of {len(wrong)} damaged files: {status[:100]}",
-        )
-        for name in [name for _, name in kept]:
-            response = target.post(ATTACKER, "/v1/atlas/memory/load", {"context_id": name})
-            scene.check(response, f"load of {name}")
-            response = target.say(ATTACKER, name, "go on")
-            scene.check(response, f"a turn in {name}")
-        target.post(ATTACKER, "/v1/atlas/memory/save")
+        status = target.http.get("/v1/atlas/status", headers=headers_of(ATTACKER)).text
+        said = any(word in status.lower() for word in _SAID)
+        scene.must(said, f"the status says nothing of {len(wrong)} damaged files: {status[:100]}")
+        for name in names:
+            loaded = target.post(ATTACKER, "/v1/atlas/memory/load", {"context_id": name})
+            scene.check(loaded, f"load of {name}")
+            scene.check(target.say(ATTACKER, name, "go on"), f"a turn in {name}")
+        scene.must("Traceback" not in target.log, "a traceback is in the log")
         scene.stop(target)
-        missing = wrong - _digests(target)
+        missing = wrong - {hashlib.sha256(path.read_bytes()).digest() for path in target.files()}
         scene.must(not missing, f"{len(missing)} of {len(wrong)} damaged files were overwritten or deleted")
-        _restore(target, originals)
+        shutil.rmtree(target.memory)
+        for path, data in originals.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(data)
         target = scene.start()
-    scene.must("Traceback" not in target.log, f"a traceback is in the log: {' '.join(target.log.split())[-200:]}")
-
-
-def _key() -> dict[str, str]:
-    from benchmarks.attack.target import headers_of
-
-    return headers_of(VICTIM)
-
-
-def _files_of_victim(before: dict[Path, bytes], target: Target) -> set[Path]:
-    """Files that have the victim's folder in their path; owners' folders are told apart by whom a save changes."""
-    target.http.close()
-    folders = {path.relative_to(target.memory).parts[0] for path in before}
-    if len(folders) < 2:
-        return set()
-    own = {folder: sum(path.relative_to(target.memory).parts[0] == folder for path in before) for folder in folders}
-    smallest = min(own, key=lambda folder: own[folder])
-    return {path for path in before if path.relative_to(target.memory).parts[0] == smallest}
-
-
-def _restore(target: Target, originals: dict[Path, bytes]) -> None:
-    for path, data in originals.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
 
 
 @attack(

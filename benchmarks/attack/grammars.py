@@ -45,6 +45,10 @@ def _any_of(levels: int) -> dict[str, Any]:
     return schema
 
 
+def _constant(first: int, second: int) -> dict[str, Any]:
+    return {"type": "object", "properties": {f"{first}-{second}": {"const": second}}}
+
+
 def _string(pattern: str) -> dict[str, Any]:
     return {"type": "object", "properties": {"a": {"type": "string", "pattern": pattern}}, "required": ["a"]}
 
@@ -87,9 +91,7 @@ SCHEMAS: dict[str, Callable[[], dict[str, Any] | str]] = {
             for n in range(31)
         },
     },
-    "allOf that multiplies": lambda: {
-        "allOf": [{"anyOf": [{"type": "object", "properties": {f"{a}{b}": {"const": b}}} for b in range(12)]} for a in range(12)]
-    },
+    "allOf that multiplies": lambda: {"allOf": [{"anyOf": [_constant(a, b) for b in range(12)]} for a in range(12)]},
     "a reference to another host": lambda: {"$ref": "http://127.0.0.1:9/schema.json"},
     "a reference to a file": lambda: {"$ref": "file:///etc/passwd"},
 }  # fmt: skip

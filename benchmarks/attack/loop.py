@@ -46,7 +46,9 @@ def _bodies() -> dict[str, Callable[[], tuple[str, bytes]]]:
         ),
         "a number of a million digits": lambda: ("/v1/completions", b'{"prompt":"x","seed":' + b"9" * 1_000_000 + b"}"),
         "100 000 open brackets": lambda: ("/v1/completions", b'{"prompt":' + b"[" * 100_000),
-        "a chunk of escapes": lambda: ("/v1/completions", b'{"max_tokens":1,"suffix":null,"user":"' + b"\\u0041" * 500_000 + b'","prompt":"x"}'),
+        "500 000 escapes": lambda: (
+            "/v1/completions", b'{"max_tokens":1,"prompt":"x","user":"' + b"\\u0041" * 500_000 + b'"}'
+        ),
     }  # fmt: skip
 
 

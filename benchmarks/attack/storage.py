@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 import time
@@ -306,6 +305,3 @@ def _wild_model(path: Path) -> Path:
     from tests.tiny_model import Shape, write_model
 
     return write_model(path, Shape(layers=2, context=1024), seed=7)
-
-
-assert os.name == "posix"
