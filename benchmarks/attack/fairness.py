@@ -16,6 +16,7 @@ from benchmarks.attack.registry import Scene, attack
 from benchmarks.attack.target import ATTACKER, MEMORY, VICTIM, Target, key_of
 
 _PATIENCE = 10.0
+_BEGIN_SECONDS = 60.0
 _ENDLESS = {"prompt": "Once upon a time", "stream": True, "ignore_eos": True, "max_tokens": 1 << 31, "temperature": 0}
 
 
@@ -40,13 +41,15 @@ def _unread(
 
 @contextlib.contextmanager
 def _streams(target: Target, bodies: list[dict[str, Any]]) -> Iterator[None]:
-    """Streams that are read as they come."""
-    done = threading.Event()
+    """Streams that are read as they come; the first has begun."""
+    done, begun = threading.Event(), threading.Event()
     clients = [target.client(ATTACKER, 600) for _ in bodies]
 
     def read(http: httpx.Client, body: dict[str, Any]) -> None:
         with contextlib.suppress(Exception), http.stream("POST", "/v1/completions", json=body) as response:
-            for _ in response.iter_lines():
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    begun.set()
                 if done.is_set():
                     return
 
@@ -54,6 +57,8 @@ def _streams(target: Target, bodies: list[dict[str, Any]]) -> Iterator[None]:
     for thread in threads:
         thread.start()
     try:
+        if not begun.wait(_BEGIN_SECONDS):
+            raise TimeoutError("no stream began")
         yield
     finally:
         done.set()

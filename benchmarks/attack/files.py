@@ -21,6 +21,7 @@ from benchmarks.attack.target import ATTACKER, headers_of, prose
 _A_START = 20
 """Damaged sessions a start; each start costs seconds, whatever is damaged."""
 
+_EXPORTED = 3
 _SAID = ("damage", "aside", "could not be", "cannot be", "refused", "invalid", "quarantin", "unreadable")
 
 
@@ -98,17 +99,20 @@ def snapshots(scene: Scene) -> None:
     holds="each is loaded or refused with a reason; the sessions that are there stay",
 )
 def archives(scene: Scene) -> None:
-    export, raw = _export(scene)
+    export, raw = _export(scene, "archived")
     for _ in range(scene.times(340)):
         export.with_name("changed.atlas").write_bytes(damaged(raw, scene.rng))
         _load(scene, "changed.atlas", "a damaged archive")
     export.with_name("changed.atlas").unlink()
+    for number in range(_EXPORTED):
+        status = scene.target.say(ATTACKER, f"archived-{number}", "go on").status_code
+        scene.must(status == 200, f"a session that a damaged archive had a copy of answers {status}")
 
 
-def _export(scene: Scene) -> tuple[Path, bytes]:
+def _export(scene: Scene, subject: str) -> tuple[Path, bytes]:
     target = scene.target
-    for number in range(3):
-        target.say(ATTACKER, f"archived-{number}", prose(f"a{number}", 120)).raise_for_status()
+    for number in range(_EXPORTED):
+        target.say(ATTACKER, f"{subject}-{number}", prose(f"{subject}{number}", 120)).raise_for_status()
     target.post(ATTACKER, "/v1/atlas/memory/save", {"filename": "export.atlas"}).raise_for_status()
     (export,) = target.memory.rglob("export.atlas")
     return export, export.read_bytes()
@@ -189,7 +193,7 @@ def crafted(raw: bytes) -> Iterator[tuple[str, bytes]]:
     holds="each is loaded or refused with a reason, nothing is written outside, memory stays bounded",
 )
 def made_up(scene: Scene) -> None:
-    export, raw = _export(scene)
+    export, raw = _export(scene, "crafted")
     outside = sorted(path.name for path in scene.target.folder.iterdir())
     for what, data in crafted(raw):
         export.with_name("made.atlas").write_bytes(data)

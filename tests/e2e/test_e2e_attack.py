@@ -19,7 +19,6 @@ HOLD = (
     "shapes of raw HTTP",
     "routes without a key",
     "another owner's sessions",
-    "damaged archives",
     "crafted archives",
     "fuzzed model files",
     "hostile templates",
