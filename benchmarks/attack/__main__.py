@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import resource
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -42,6 +43,7 @@ def main() -> None:
         return
     if args.model is None:
         parser.error("which model?")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended as well
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     rows: list[Row] = []

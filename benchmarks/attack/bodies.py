@@ -107,9 +107,9 @@ def draw(rng: random.Random) -> tuple[str, bytes]:
     raw = json.dumps(body, ensure_ascii=rng.random() < 0.7).encode("utf-8", "surrogatepass")
     if rng.random() < 0.12 and raw:
         at = rng.randrange(len(raw))
-        way = rng.choice(("cut", "flip", "double", "bom"))
+        damage = rng.choice(("cut", "flip", "double", "bom"))
         changed = {"cut": raw[:at], "double": raw + raw, "bom": b"\xef\xbb\xbf" + raw}
-        raw = changed.get(way) or raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :]
+        raw = changed.get(damage) or raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :]
     if any(name.encode() in raw for name in _LENGTHS) is False and "completions" in path and raw.startswith(b'{"'):
         raw = b'{"max_tokens": 2, ' + raw[1:]
     return path, raw

@@ -60,8 +60,8 @@ def snapshots(scene: Scene) -> None:
         target.say(ATTACKER, name, prose(name, 120)).raise_for_status()
         target.post(ATTACKER, "/v1/atlas/memory/save", {"session_id": name}).raise_for_status()
     planted = target.planted
-    while scene.tried < scene.times(300):
-        scene.stop(target)
+    for _ in range(max(1, scene.times(300) // _A_START)):
+        target.kill()  # an end in order may write them together; what was saved lies there as it was saved
         originals = {path: path.read_bytes() for path in target.files()}
         chosen = [path for path in originals if path not in victims and path.suffix == ".atlas"]
         if not scene.must(chosen, "no file of a session is in the memory folder"):

@@ -16,7 +16,7 @@ _SECONDS = 30.0
 
 
 def _many(count: int, *, required: bool, groups: int = 1) -> dict[str, Any]:
-    one = {"type": "object", "properties": {f"property_{n}": {"type": "string"} for n in range(count)}}
+    one: dict[str, Any] = {"type": "object", "properties": {f"property_{n}": {"type": "string"} for n in range(count)}}
     if required:
         one |= {"required": list(one["properties"]), "additionalProperties": False}
     if groups == 1:

@@ -110,7 +110,9 @@ def _run(one: Attack, scene: Scene, stage: _Stage) -> Row:
     growth = 0.0
     began = time.monotonic()
     try:
-        if not one.alone:
+        if one.alone:
+            stage.close()
+        else:
             scene.target = stage.ready(one)
             began = time.monotonic()
         one.run(scene)

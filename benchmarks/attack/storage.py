@@ -88,14 +88,14 @@ def saves_race(scene: Scene) -> None:
             tokens = _tokens(target, name)
             saves: list[dict[str, Any]] = [{"session_id": name}, {"context_id": name, "state": {"turn": turn}}, {}]
             answers = _at_once(
-                *(lambda body=body: target.post(ATTACKER, "/v1/atlas/memory/save", body) for body in saves)  # type: ignore[misc]
+                *(lambda body=body: target.post(ATTACKER, "/v1/atlas/memory/save", body) for body in saves)
             )
             for answer in answers:
                 scene.check(answer, "a save beside another")
             if any(answer.status_code == 200 for answer in answers):
                 found[name] = tokens
 
-        _at_once(*(lambda name=name: work(name) for name in names))  # type: ignore[misc]
+        _at_once(*(lambda name=name: work(name) for name in names))
         scene.count(len(acknowledged))
         target = scene.restart(target, kill=True)
         found = target.contexts(ATTACKER)

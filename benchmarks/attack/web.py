@@ -50,8 +50,8 @@ def foreign_origin(scene: Scene) -> None:
             config = http.post("/v1/atlas/config", json={"blend_ratio": 0.1}, headers=headers)
             scene.count()
             scene.must(config.status_code == 403, f"config with {headers}: {config.status_code}")
-            body = {"prompt": "Hello", "max_tokens": 1, "atlas": {"session_id": "first", "write": True}}
-            chat = http.post("/v1/completions", json=body, headers=headers)
+            turn = {"prompt": "Hello", "max_tokens": 1, "atlas": {"session_id": "first"}}
+            chat = http.post("/v1/completions", json=turn, headers=headers)
             scene.count()
             scene.must(chat.status_code == 403, f"a completion in a session with {headers}: {chat.status_code}")
 
