@@ -80,9 +80,9 @@ def tiers(scene: Scene) -> None:
     scene.must(used <= 1.2 * disk, f"{used} bytes are on disk, {disk} allowed")
     held = _listed_in_host(target)
     scene.must(held <= 1.1 * host + size, f"{held} bytes are listed as resident in main memory, {host} allowed")
-    saved = target.post(VICTIM, "/v1/atlas/memory/save", {"session_id": "first"})
+    saved = target.post(VICTIM, "/v1/atlas/memory/save", {"session_id": "planted-a"})
     scene.must(saved.status_code == 200, f"another owner cannot save: {saved.status_code} {saved.text[:100]}")
-    answer = target.say(VICTIM, "first", "go on")
+    answer = target.say(VICTIM, "planted-a", "go on")
     scene.must(answer.status_code == 200, f"another owner's session is refused: {answer.status_code}")
     with target.client(VICTIM) as http:
         status = http.get("/v1/atlas/status").json()["status"]

@@ -79,6 +79,7 @@ def _settle(seconds: float = 2.0) -> None:
 )
 def resets(scene: Scene) -> None:
     target = scene.target
+    target.say(ATTACKER, "busy", "Hello").raise_for_status()  # before its first turn is over a session cannot be reset
     stream = {**_ENDLESS, "atlas": {"session_id": "busy", **MEMORY}}
     with _streams(target, [stream]):
         _settle()

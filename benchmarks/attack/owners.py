@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import httpx
+
 from benchmarks.attack.registry import Scene, attack
 from benchmarks.attack.target import ATTACKER, MEMORY, SECRET, VICTIM, key_of
 
 _PUBLIC = {"/health", "/v1/health", "/ready"}
-_OPEN_STATUS = {401, 404, 405}
+_NO_KEY = {401, 404, 405}
 
 
 @attack(
@@ -22,19 +24,18 @@ def without_key(scene: Scene) -> None:
     target = scene.target
     with target.client(ATTACKER) as http:
         document = http.get("/schema/openapi.json").json()
-    keys = ("", "wrong", key_of(ATTACKER)[:-1], key_of(ATTACKER) + "x", "null", "*", "é" * 5)
-    with target.client(ATTACKER) as http:
+    keys = ("", "wrong", key_of(ATTACKER)[:-1], key_of(ATTACKER) + "x", "null", "*", "\u00e9" * 5)
+    with httpx.Client(base_url=target.url, timeout=60) as http:
         for path, methods in document["paths"].items():
-            for method in {name.upper() for name in methods} & {"GET", "POST", "PUT", "DELETE"}:
+            for method in sorted({name.upper() for name in methods} & {"GET", "POST", "PUT", "DELETE"}):
                 for key in keys:
-                    del http.headers["Authorization"]
-                    http.headers["Authorization"] = f"Bearer {key}".encode().decode("latin-1") if key else "Bearer x"
-                    content = {"content": b"{}", "headers": {"Content-Type": "application/json"}}
+                    headers = {b"Authorization": f"Bearer {key}".encode()} if key else {}
                     url = path.replace("{", "").replace("}", "").replace(":path", "")
-                    response = http.request(method, url, **(content if method == "POST" else {}))  # type: ignore[arg-type]
+                    body: dict[str, Any] = {"json": {}} if method == "POST" else {}
+                    response = http.request(method, url, headers=headers, **body)
                     scene.count()
                     if path not in _PUBLIC:
-                        scene.must(response.status_code in _OPEN_STATUS, f"{method} {path}: {response.status_code}")
+                        scene.must(response.status_code in _NO_KEY, f"{method} {path}: {response.status_code}")
                         scene.must(SECRET not in response.text, f"{method} {path} shows a session")
 
 
@@ -46,7 +47,7 @@ def without_key(scene: Scene) -> None:
 def isolation(scene: Scene) -> None:
     target = scene.target
     target.post(VICTIM, "/v1/atlas/memory/save", {"filename": "private.atlas"}).raise_for_status()
-    target.post(VICTIM, "/v1/atlas/memory/save", {"context_id": "first", "state": {"secret": SECRET}})
+    target.post(VICTIM, "/v1/atlas/memory/save", {"context_id": "planted-a", "state": {"secret": SECRET}})
     names = [name for _, name in target.planted]
     folders = sorted({path.relative_to(target.memory).parts[0] for path in target.files()})
     files = ["private.atlas", f"{target.name}_memory.atlas", *(f"../{folder}/private.atlas" for folder in folders)]
@@ -85,5 +86,5 @@ def isolation(scene: Scene) -> None:
                 stats = answer.json()["atlas_stats"]
                 scene.must(not stats["cache_hit"], f"session {name} of another owner was continued")
                 scene.must(SECRET not in answer.text, f"session {name} says the other's word")
-    state = target.post(VICTIM, "/v1/atlas/memory/load", {"context_id": "first"})
+    state = target.post(VICTIM, "/v1/atlas/memory/load", {"context_id": "planted-a"})
     scene.must(state.json().get("state") == {"secret": SECRET}, f"the state is {state.text[:100]}")

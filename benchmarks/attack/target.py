@@ -19,7 +19,7 @@ MEMORY = {"window_size": 128, "update_frequency": 128, "omega_window": 128}
 """The smallest memory, which little text overflows."""
 CEILING_MIB = 3072.0
 """A server that grows by more than this is ended: the attack has succeeded, and the machine is to live on."""
-_SESSIONS = ("first", "second", "third")
+_SESSIONS = ("planted-a", "planted-b", "planted-c")
 _PATIENCE = 120.0
 
 

@@ -21,9 +21,9 @@ _BODIES: tuple[tuple[bytes | None, str | None], ...] = (
     (b"", "application/json"),
     (b"{}", "application/json"),
     (b'{"session_id": null}', "application/json"),
-    (b'{"context_id": "first"}', "application/json"),
-    (b'{"session_id": "first"}', "text/plain"),
-    (b"session_id=first", "application/x-www-form-urlencoded"),
+    (b'{"context_id": "planted-a"}', "application/json"),
+    (b'{"session_id": "planted-a"}', "text/plain"),
+    (b"session_id=planted-a", "application/x-www-form-urlencoded"),
 )
 
 
@@ -50,7 +50,7 @@ def foreign_origin(scene: Scene) -> None:
             config = http.post("/v1/atlas/config", json={"blend_ratio": 0.1}, headers=headers)
             scene.count()
             scene.must(config.status_code == 403, f"config with {headers}: {config.status_code}")
-            turn = {"prompt": "Hello", "max_tokens": 1, "atlas": {"session_id": "first"}}
+            turn = {"prompt": "Hello", "max_tokens": 1, "atlas": {"session_id": "planted-a"}}
             chat = http.post("/v1/completions", json=turn, headers=headers)
             scene.count()
             scene.must(chat.status_code == 403, f"a completion in a session with {headers}: {chat.status_code}")
