@@ -10,14 +10,14 @@ import httpx
 from benchmarks.attack.registry import Scene, attack
 from benchmarks.attack.target import ATTACKER, MEMORY, SECRET, VICTIM, key_of
 
-_PUBLIC = {"/health", "/v1/health", "/ready"}
+_PUBLIC = {"/", "/health", "/v1/health", "/ready", "/schema", "/schema/openapi.json"}
 _NO_KEY = {401, 404, 405}
 
 
 @attack(
     "routes without a key",
     does="calls every route without a key, with a wrong one, and with a right one cut short",
-    holds="401 everywhere but at the health checks",
+    holds="401 everywhere but at the health checks and the description of the API",
     flags=("--failure-limit", "0"),
 )
 def without_key(scene: Scene) -> None:
