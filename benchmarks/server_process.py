@@ -57,7 +57,7 @@ class Server:
         try:
             self.url = self.wait_for(r"running on (http://\S+)")
             self.http = httpx.Client(base_url=self.url, timeout=600)
-            while wait and self.http.get("/ready").status_code != 200:
+            while wait and not self._ready():
                 self._check()
         except BaseException:
             self.kill()
@@ -101,6 +101,12 @@ class Server:
         """Ends it at once, if it still runs."""
         self.process.kill()
         self.process.wait()
+
+    def _ready(self) -> bool:
+        try:
+            return self.http.get("/ready").status_code == 200
+        except httpx.TransportError:  # it may have ended, and the log says why
+            return False
 
     def _check(self) -> None:
         assert self.alive, self.log
