@@ -13,7 +13,7 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint model gemma fit quality bench endless load crash neighbours bench-memory mutation \
+.PHONY: help serve test check lint model gemma fit quality bench endless load crash attack neighbours bench-memory mutation \
   documents recall tpu-compile lock clean
 
 help: ## show this list
@@ -78,6 +78,9 @@ crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowle
 
 neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
 	$(RUN) benchmarks/neighbours.py $(MODEL) --output docs/neighbours.md
+
+attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
+	$(RUN) -m benchmarks.attack $(MODEL) --output docs/attack.md $(ARGS)
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import httpx
@@ -19,23 +20,48 @@ _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class Server:
     """A server of `model` on a free port, with its sessions and its log in `folder`.
 
+    Args:
+      wait: whether to return only when the server is ready.
+      environ: environment variables it has beside our own.
+      open_files: how many files it may have open; None is our own limit.
+      user: number of the user it runs as; None is ours.
+
     Attributes:
       url: where it listens.
       http: a client of it.
+      process: the process.
       seconds: from its start until it was ready.
     """
 
-    def __init__(self, model: Path, folder: Path, flags: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Path,
+        folder: Path,
+        flags: Sequence[str] = (),
+        *,
+        wait: bool = True,
+        environ: Mapping[str, str] | None = None,
+        open_files: int | None = None,
+        user: int | None = None,
+    ) -> None:
         started = time.monotonic()
         command = [sys.executable, "-m", "server", "serve", "--model", str(model), "--port", "0"]
         command += ["--atlas-memory-path", str(folder / "memory"), *flags]
-        self._log = folder / "server.log"
+        self._log = folder / f"server-{time.monotonic_ns()}.log"
         with self._log.open("w") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=file)
-        self.url = self.wait_for(r"running on (http://\S+)")
-        self.http = httpx.Client(base_url=self.url, timeout=600)
-        while self.http.get("/ready").status_code != 200:
-            self._check()
+            self.process = subprocess.Popen(
+                command, stdout=file, stderr=file, env={**os.environ, **(environ or {})}, user=user, group=user
+            )
+        if open_files is not None:
+            resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (open_files, open_files))
+        try:
+            self.url = self.wait_for(r"running on (http://\S+)")
+            self.http = httpx.Client(base_url=self.url, timeout=600)
+            while wait and not self._ready():
+                self._check()
+        except BaseException:
+            self.kill()
+            raise
         self.seconds = time.monotonic() - started
 
     @property
@@ -44,9 +70,18 @@ class Server:
         return self._log.read_text()
 
     @property
+    def alive(self) -> bool:
+        """Whether the process is there."""
+        return self.process.poll() is None
+
+    @property
     def resident(self) -> float:
-        """Its memory in MiB."""
-        return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * _PAGE_BYTES / 2**20
+        """Its memory in MiB; 0 once it has ended."""
+        try:
+            pages = Path(f"/proc/{self.process.pid}/statm").read_text().split()[1]
+        except (FileNotFoundError, ProcessLookupError):
+            return 0.0
+        return int(pages) * _PAGE_BYTES / 2**20
 
     def wait_for(self, pattern: str) -> str:
         """Waits until the log has a line that the pattern finds; its first group."""
@@ -57,11 +92,22 @@ class Server:
     def end(self) -> float:
         """Stops it as a supervisor would; seconds."""
         started = time.monotonic()
-        self._process.send_signal(signal.SIGTERM)
-        code = self._process.wait(60)
+        self.process.send_signal(signal.SIGTERM)
+        code = self.process.wait(60)
         assert code in (0, -signal.SIGTERM), f"exit code {code}: {self.log}"
         return time.monotonic() - started
 
+    def kill(self) -> None:
+        """Ends it at once, if it still runs."""
+        self.process.kill()
+        self.process.wait()
+
+    def _ready(self) -> bool:
+        try:
+            return self.http.get("/ready").status_code == 200
+        except httpx.TransportError:  # it may have ended, and the log says why
+            return False
+
     def _check(self) -> None:
-        assert self._process.poll() is None, self.log
+        assert self.alive, self.log
         time.sleep(0.05)
