@@ -32,7 +32,7 @@ from server.metrics import Metrics
 from server.openapi import openapi_config
 from server.services.compat import Compat
 from server.services.front import Front
-from server.services.generation import Generator
+from server.services.generation import NO_CONTEXT, Generator
 from server.services.host import EngineHost
 from server.services.inference import Inference
 from server.services.memory import MemoryService
@@ -67,17 +67,20 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     host = EngineHost()
     config = RuntimeConfig(settings)
     stats = ServerStats(config, atlas.metrics_history_size)
-    gate = _gate(server, keys)
+    gate = _gate(server, keys, server.max_concurrent)
+    contexts = _gate(server, keys, atlas.context_pool_size or server.max_concurrent, exhausted=NO_CONTEXT)
     connections = Connections(
         limit=connection_limit(server.max_connections),
         header_timeout=server.header_timeout,
         stall_timeout=server.client_timeout,
-        crowded=lambda: gate.waiting > 0,
+        crowded=lambda: gate.waiting + contexts.waiting > 0,
     )
     workers = Workers()
     limits = KeyLimits(server.rate_limit_requests, server.rate_limit_tokens)
-    observer = Observer(host=host, stats=stats, config=config, settings=settings)
-    metrics = Metrics(engine=observer.engine_stats, server=lambda: _figures(gate, connections, stats, persistence))
+    observer = Observer(host=host, stats=stats, config=config, contexts=contexts, settings=settings)
+    metrics = Metrics(
+        engine=observer.engine_stats, server=lambda: _figures(gate, contexts, connections, stats, persistence)
+    )
     persistence = Persistence(host=host, config=config, settings=settings, owners=keys.owners, metrics=metrics)
     texts, models = Texts(host, workers), Models(host, server.model_alias, strict=server.strict_model)
     front = Front(host, keys=not keys.open, memory=atlas.enabled)
@@ -85,6 +88,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     generator = Generator(
         host=host,
         gate=gate,
+        contexts=contexts,
         limits=limits,
         stats=stats,
         metrics=metrics,
@@ -95,6 +99,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     lifecycle = Lifecycle(
         host=host,
         gate=gate,
+        contexts=contexts,
         observer=observer,
         persistence=persistence,
         load=engine if callable(engine) else lambda: engine,
@@ -198,27 +203,33 @@ def _paths_marked(app: Litestar, mark: str) -> set[str]:
     }
 
 
-def _gate(server: ServerSection, keys: KeyRing) -> Gate:
-    """The gate, with room kept for others where there may be any: several keys, or without keys several addresses."""
+def _gate(server: ServerSection, keys: KeyRing, places: int, *, exhausted: str | None = None) -> Gate:
+    """A gate, with room kept for others where there may be any: several keys, or without keys several addresses."""
     alone = server.host in _LOOPBACK if keys.open else keys.single
     per_key, reserve = server.max_waiting_per_key, server.reserved_concurrent
     if per_key is None:
         per_key = server.max_waiting if alone else max(1, server.max_waiting // 2)
     if reserve is None:
-        reserve = 0 if alone else max(1, server.max_concurrent // 4)
+        reserve = 0 if alone else max(1, places // 4)
     return Gate(
-        running=server.max_concurrent,
+        running=places,
         waiting=server.max_waiting,
         per_key=per_key,
         timeout=server.queue_timeout,
         reserve=reserve,
+        exhausted=exhausted,
     )
 
 
-def _figures(gate: Gate, connections: Connections, stats: ServerStats, persistence: Persistence) -> Iterable[Metric]:
+def _figures(
+    gate: Gate, contexts: Gate, connections: Connections, stats: ServerStats, persistence: Persistence
+) -> Iterable[Metric]:
     for name, text, value in (
         ("atlas_gate_requests_running", "Places that are taken, one a sequence", gate.running),
         ("atlas_gate_requests_waiting", "HTTP requests that wait for a place", gate.waiting),
+        ("atlas_contexts_in_use", "Memory contexts in use, one a sequence", contexts.running),
+        ("atlas_contexts_waiting", "Requests of sessions that wait for a memory context", contexts.waiting),
+        ("atlas_contexts_total", "Memory contexts there are", contexts.places),
         ("atlas_connections_open", "Connections of clients", len(connections)),
         ("atlas_uptime_seconds", "Seconds since the start", stats.uptime),
         ("atlas_snapshot_oldest_dirty_seconds", "Seconds since the last automatic save", persistence.age),

@@ -16,18 +16,26 @@ class Lease:
       waited: seconds spent in the queue.
     """
 
-    __slots__ = ("_gate", "_key_id", "waited")
+    __slots__ = ("_gate", "_key_id", "_other", "waited")
 
     def __init__(self, gate: Gate, key_id: str, waited: float) -> None:
         self._gate: Gate | None = gate
         self._key_id = key_id
+        self._other: Lease | None = None
         self.waited = waited
+
+    def joined(self, other: Lease) -> Lease:
+        """This lease, which now releases the other with it."""
+        self._other = other
+        return self
 
     def release(self) -> None:
         """Gives the place to the next in turn."""
         if self._gate is not None:
             gate, self._gate = self._gate, None
             gate._released(self._key_id)
+            if self._other is not None:
+                self._other.release()
 
 
 class Gate:
@@ -36,10 +44,27 @@ class Gate:
     What runs cannot be taken back, so turns alone would let one key hold every place for as long as it likes: the last
     `reserve` places go only to keys that hold none. A key that has `per_key` requests waiting is over its share (429);
     when the whole queue is full, or a request has waited `timeout` seconds, the server is overloaded (503).
+
+    Args:
+      exhausted: what is said then, where the places are not those of requests in general.
+
+    Attributes:
+      places: how many there are.
     """
 
-    def __init__(self, *, running: int, waiting: int, per_key: int, timeout: float, reserve: int = 0) -> None:
-        self._places, self._waiting_limit, self._per_key, self._timeout = running, waiting, per_key, timeout
+    def __init__(
+        self,
+        *,
+        running: int,
+        waiting: int,
+        per_key: int,
+        timeout: float,
+        reserve: int = 0,
+        exhausted: str | None = None,
+    ) -> None:
+        self.places, self._waiting_limit, self._per_key, self._timeout = running, waiting, per_key, timeout
+        self._full = exhausted or "The server is at its limit of requests"
+        self._late = exhausted or "No place became free in time"
         self._reserve = min(reserve, running - 1)
         self._queues: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
         self._held: Counter[str] = Counter()
@@ -51,7 +76,7 @@ class Gate:
         if self._at_once(key_id):
             return
         if self.waiting >= self._waiting_limit:
-            raise Unavailable("The server is at its limit of requests", code="overloaded", retry_after=1.0)
+            raise Unavailable(self._full, code="overloaded", retry_after=1.0)
         if len(self._queues.get(key_id, ())) >= self._per_key:
             raise TooManyRequests("Too many concurrent requests for this key", code="queue_full", retry_after=1.0)
 
@@ -74,12 +99,12 @@ class Gate:
             else:
                 self._leave(key_id, place)
             if isinstance(error, TimeoutError):
-                raise Unavailable("No place became free in time", code="overloaded", retry_after=5.0) from None
+                raise Unavailable(self._late, code="overloaded", retry_after=5.0) from None
             raise
         return Lease(self, key_id, time.perf_counter() - started)
 
     def more(self, key_id: str) -> Lease | None:
-        """One more place for a key that holds one, or None where it would have to wait."""
+        """A place for a key that does not wait for it, or None where it would have to."""
         if not self._at_once(key_id):
             return None
         self._take(key_id)
@@ -95,7 +120,7 @@ class Gate:
         self.waiting = 0
 
     def _open_to(self, key_id: str) -> bool:
-        return self._places - self.running > (self._reserve if self._held[key_id] else 0)
+        return self.places - self.running > (self._reserve if self._held[key_id] else 0)
 
     def _at_once(self, key_id: str) -> bool:
         # Whoever else waits may not have a free place, or would have it already.

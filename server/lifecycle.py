@@ -24,6 +24,7 @@ class Lifecycle:
     """What runs beside the requests, from the start of the server to its end.
 
     Args:
+      gate, contexts: those who wait at either are told when it is over.
       load: opens the engine.
       wait: whether the server starts to listen only when the engine is there.
 
@@ -36,13 +37,14 @@ class Lifecycle:
         *,
         host: EngineHost,
         gate: Gate,
+        contexts: Gate,
         observer: Observer,
         persistence: Persistence,
         load: Callable[[], EngineProtocol],
         wait: bool,
         front: Front,
     ) -> None:
-        self.host, self.front, self._gate = host, front, gate
+        self.host, self.front, self._gate, self._contexts = host, front, gate, contexts
         self._observer, self._persistence = observer, persistence
         self._load, self._wait = load, wait
         self._tasks: list[asyncio.Task[None]] = []
@@ -58,7 +60,7 @@ class Lifecycle:
     def _opened(self) -> EngineProtocol:
         engine = self._load()
         self._persistence.load(engine)
-        log.info("[ATLAS] Context pool initialized with %d contexts", engine.stats().contexts_total)
+        log.info("[ATLAS] Context pool initialized with %d contexts", self._contexts.places)
         return engine
 
     def drain(self) -> None:
@@ -70,6 +72,7 @@ class Lifecycle:
         """Ends what still runs or waits, with an error the clients can read."""
         error = Unavailable("The server is shutting down", code="shutting_down", retry_after=5.0)
         self._gate.close(error)
+        self._contexts.close(error)
         self.host.abort(error)
 
     async def stop(self) -> None:

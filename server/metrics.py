@@ -43,8 +43,6 @@ _GAUGES = (
     ("atlas_window_fill_ratio", "Share of the exact windows in use", "window_fill_ratio"),
     ("atlas_memory_current_omega_loss", "Omega loss of the latest write", "omega_loss"),
     ("atlas_memory_bytes", "Main memory the process holds", "memory_bytes"),
-    ("atlas_contexts_in_use", "Memory contexts in use", "contexts_in_use"),
-    ("atlas_contexts_total", "Memory contexts there are", "contexts_total"),
 )
 
 

@@ -47,7 +47,14 @@ _GROUPS = {
     "Model": ("model", "model_alias", "strict_model"),
     "Security": ("api_keys_file", "allowed_hosts", "cors_origins", "trusted_proxies", "failure_limit"),
     "Limits": (
-        *("max_body_bytes", "max_concurrent", "max_waiting", "max_waiting_per_key", "queue_timeout"),
+        *(
+            "max_body_bytes",
+            "max_concurrent",
+            "context_pool_size",
+            "max_waiting",
+            "max_waiting_per_key",
+            "queue_timeout",
+        ),
         *("rate_limit_requests", "rate_limit_tokens", "client_timeout"),
     ),
     "Speed": ("threads", "native_kernels", "prefix_cache_size", "speculate", "mesh_data", "mesh_model"),
@@ -56,7 +63,13 @@ _GROUPS = {
         *("memory_save_interval", "l1_cache_size", "l2_cache_size", "l3_cache_size"),
     ),
     "Statistics and logs": (
-        *("enable_realtime_stats", "stats_update_interval", "metrics_interval", "metrics_history_size"),
+        *(
+            "enable_metrics",
+            "enable_realtime_stats",
+            "stats_update_interval",
+            "metrics_interval",
+            "metrics_history_size",
+        ),
         *("latency_budget_ms", "log_atlas_operations", "log_level"),
     ),
 }

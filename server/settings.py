@@ -71,9 +71,7 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     ] = None
     max_concurrent: Annotated[
         int,
-        Meta(
-            ge=1, le=4096, description="Requests, or sequences of one, that run at once: the size of the context pool"
-        ),
+        Meta(ge=1, le=4096, description="Requests, or sequences of one, that run at once"),
     ] = 32
     reserved_concurrent: Annotated[
         Count | None,
@@ -143,6 +141,9 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     auto_save_memory: Annotated[bool, Meta(description="Save the memory at every interval and at the end")] = True
     memory_save_interval: Annotated[IntervalSeconds, Meta(description="Seconds between two automatic saves")] = 300.0
     enable_memory_endpoints: Annotated[bool, Meta(description="Offer /v1/atlas/memory/*")] = True
+    enable_metrics: Annotated[
+        bool, Meta(description="Offer /metrics, /v1/atlas/metrics and /v1/atlas/metrics/stream")
+    ] = True
     enable_realtime_stats: Annotated[bool, Meta(description="Offer /v1/atlas/metrics/stream")] = True
     stats_update_interval: Annotated[
         IntervalMs, Meta(description="Milliseconds between two samples of the averages of /v1/atlas/stats")
@@ -157,6 +158,10 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
         BudgetMs, Meta(description="What the server may add to a request before it is counted and logged as slow")
     ] = 5.0
     log_atlas_operations: Annotated[bool, Meta(description="Log every request that used the memory")] = False
+    context_pool_size: Annotated[
+        Annotated[int, Meta(ge=1, le=8192)] | None,
+        Meta(description="Memory contexts, one a sequence, that may be in use at once; null is max_concurrent"),
+    ] = None
     max_window: Annotated[
         int, Meta(ge=MIN_WINDOW, le=1 << 20, description="Largest window_size a request may ask for")
     ] = 2048

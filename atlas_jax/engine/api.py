@@ -448,8 +448,6 @@ class EngineStats:
     memory_loads: int
     snapshot_failures: int
     memory_bytes: int
-    contexts_total: int
-    contexts_in_use: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -375,8 +375,6 @@ class Engine:
             memory_loads=0 if table is None else table.loads,
             snapshot_failures=0 if table is None else table.failures,
             memory_bytes=resident_bytes(),
-            contexts_total=self._limits.running,
-            contexts_in_use=running,
         )
 
     def slots(self) -> tuple[SlotInfo, ...]:

@@ -12,6 +12,7 @@ from server.http import json_response, openai_responses
 from server.metrics import CONTENT_TYPE, Metrics
 from server.schemas.llamacpp import Health
 from server.services.host import EngineHost
+from server.services.observer import Observer
 
 _PUBLIC = {"public": True}
 _UNMETERED = {"unmetered": True}
@@ -42,8 +43,9 @@ class HealthController(Controller):
         raise Unavailable("The server does not accept requests", code="draining", retry_after=5.0)
 
     @get("/metrics", media_type="text/plain", opt=_UNMETERED)
-    async def prometheus(self, metrics: NamedDependency[Metrics]) -> Response[Any]:
+    async def prometheus(self, metrics: NamedDependency[Metrics], observer: NamedDependency[Observer]) -> Response[Any]:
         """Prometheus metrics."""
+        observer.require_metrics()
         return Response(metrics.render(), headers={"content-type": CONTENT_TYPE}, media_type="text/plain")
 
 

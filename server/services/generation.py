@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
@@ -20,6 +19,7 @@ from atlas_jax.engine.api import (
     Finished,
     GenerationRequest,
     InvalidRequest,
+    MemoryParams,
     Prompt,
     SamplingParams,
     SnapshotInvalid,
@@ -42,6 +42,7 @@ from server.services.writers import Ending, Outcome, Writer, atlas_stats_of, fin
 log = logging.getLogger("atlas.server")
 PING = b": ping\n\n"
 DONE = b"data: [DONE]\n\n"
+NO_CONTEXT = "No available ATLAS contexts"
 _UNKNOWN_LENGTH = 512
 _encode = msgspec.json.Encoder().encode
 # Ends of lines to clients that split streams by Unicode's rules (Python's `str.splitlines`); in JSON they stand in strings
@@ -112,13 +113,19 @@ class GenerationPlan:
 
 
 class Generator:
-    """Starts generations."""
+    """Starts generations.
+
+    Args:
+      gate: places for sequences.
+      contexts: memory contexts for those of them that use the memory.
+    """
 
     def __init__(
         self,
         *,
         host: EngineHost,
         gate: Gate,
+        contexts: Gate,
         limits: KeyLimits,
         stats: ServerStats,
         metrics: Metrics,
@@ -126,7 +133,7 @@ class Generator:
         ping_interval: float,
         max_answer_tokens: int,
     ) -> None:
-        self.host, self.gate, self.limits = host, gate, limits
+        self.host, self.gate, self.contexts, self.limits = host, gate, contexts, limits
         self.stats, self.metrics, self.config = stats, metrics, config
         self.ping_interval, self.max_answer_tokens = ping_interval, max_answer_tokens
 
@@ -151,11 +158,13 @@ class Generation:
             generator.host,
             requests,
             width=plan.memory.batch_size,
-            more=functools.partial(generator.gate.more, self._party),
+            more=self._more,
             degraded=plan.memory.degraded,
         )
         self._count = len(requests)
         self._lease: Lease | None = None
+        self._context_lease: Lease | None = None
+        self._waited = 0.0
         self._reserved = 0
         self._last_piece = 0.0
         self._outcome: RequestOutcome = "cancelled"
@@ -168,10 +177,46 @@ class Generation:
             estimate = self._plan.estimate(self._in.max_answer_tokens)
             self._in.limits.reserve(key_id, estimate)
             self._reserved = estimate
-            self._lease = await self._in.gate.acquire(self._party)
+            await self._take_place()
+            if self._plan.memory.params is not None:
+                await self._take_context(self._plan.memory.params)
             await self._job.start()
         except Exception as error:
             self._fail(error)
+
+    async def _take_place(self) -> None:
+        self._lease = await self._in.gate.acquire(self._party)
+        self._waited += self._lease.waited
+
+    async def _take_context(self, memory: MemoryParams) -> None:
+        """Takes a memory context; without one, a request that has no session runs on the plain model.
+
+        A session's answer would silently forget, so it waits, and keeps no place from requests that need no context.
+        """
+        self._context_lease = self._in.contexts.more(self._party)
+        if self._context_lease is not None:
+            return
+        if memory.session is None:
+            log.warning("[ATLAS] %s: a request without a session runs on the plain model", NO_CONTEXT)
+            self._job.degrade(NO_CONTEXT)
+            return
+        assert self._lease is not None
+        self._lease.release()
+        self._lease = None
+        self._context_lease = await self._in.contexts.acquire(self._party)
+        self._waited += self._context_lease.waited
+        await self._take_place()
+
+    def _more(self) -> Lease | None:
+        """A place for one more sequence, with a memory context if the others have one; None where it has to wait."""
+        place = self._in.gate.more(self._party)
+        if place is None or self._context_lease is None:
+            return place
+        context = self._in.contexts.more(self._party)
+        if context is None:
+            place.release()
+            return None
+        return place.joined(context)
 
     async def whole(self) -> bytes:
         """The whole response as JSON."""
@@ -222,8 +267,9 @@ class Generation:
     def close(self) -> None:
         """Cancels what still runs, gives back what was taken, and counts the request; called once, at the very end."""
         self._job.close()
-        if self._lease is not None:
-            self._lease.release()
+        for lease in (self._context_lease, self._lease):
+            if lease is not None:
+                lease.release()
         if self._reserved:
             ended = self._job.finished.values()
             used = sum(done.prompt_tokens + done.completion_tokens for done in ended)
@@ -298,7 +344,7 @@ class Generation:
         """What the server added: from the arrival to the engine, and from the engine's end to the last byte."""
         if self._outcome != "completed" or self._lease is None:
             return None
-        before = self._job.submitted_at - self._context.arrived - self._context.receiving - self._lease.waited
+        before = self._job.submitted_at - self._context.arrived - self._context.receiving - self._waited
         return max(0.0, before) + max(0.0, time.perf_counter() - self._job.last_end)
 
     def _observe(self, added: float | None) -> None:
@@ -310,7 +356,7 @@ class Generation:
             metrics.added.observe(added)
             metrics.latency.observe(time.perf_counter() - self._context.arrived)
             queued = max((done.queue_seconds for done in self._job.finished.values()), default=0.0)
-            metrics.queue.observe(self._lease.waited + queued)
+            metrics.queue.observe(self._waited + queued)
 
 
 def _frame(chunk: msgspec.Struct) -> bytes:

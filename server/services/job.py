@@ -102,6 +102,11 @@ class Job:
                 return out
         raise self._error
 
+    def degrade(self, reason: str) -> None:
+        """Takes the memory away from every sequence, before the first is submitted."""
+        self._requests = [dataclasses.replace(request, memory=None) for request in self._requests]
+        self._degraded = dict.fromkeys(range(len(self._requests)), reason)
+
     def abort(self, error: ServerError) -> None:
         """Makes the reader fail with this error."""
         self._error = error

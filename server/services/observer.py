@@ -13,6 +13,7 @@ import msgspec
 from atlas_jax.engine.api import EngineStats
 from server.context import PARTY
 from server.errors import NotEnabled, ServerError, TooManyRequests
+from server.gate import Gate
 from server.schemas import atlas as schema
 from server.services.host import EngineHost
 from server.services.runtime_config import RuntimeConfig
@@ -57,7 +58,10 @@ class Subscriber:
 class Observer:
     """Samples the engine at the configured intervals and hands events to subscribers."""
 
-    def __init__(self, *, host: EngineHost, stats: ServerStats, config: RuntimeConfig, settings: Settings) -> None:
+    def __init__(
+        self, *, host: EngineHost, stats: ServerStats, config: RuntimeConfig, contexts: Gate, settings: Settings
+    ) -> None:
+        self._contexts = contexts
         self._host, self._stats, self._config, self._settings = host, stats, config, settings.atlas
         self._subscribers: set[Subscriber] = set()
         self._closed = False
@@ -106,7 +110,7 @@ class Observer:
             throughput_tokens_per_sec=engine.tokens_per_second,
             memory_utilization=self._stats.memory_utilization,
             window_fill_ratio=self._stats.window_fill_ratio,
-            contexts_in_use=engine.contexts_in_use,
+            contexts_in_use=self._contexts.running,
         )
         frame = b"data: " + msgspec.json.encode(event) + b"\n\n"
         for subscriber in self._subscribers:
@@ -115,6 +119,7 @@ class Observer:
     def subscribe(self) -> Subscriber:
         """A new reader; raises NotEnabled or TooManyRequests."""
         self._require()
+        self.require_metrics()
         if not self._settings.enable_realtime_stats:
             raise NotEnabled("Real-time statistics are not enabled")
         subscriber = Subscriber()
@@ -141,19 +146,24 @@ class Observer:
         if not self._settings.enabled:
             raise NotEnabled("ATLAS not enabled")
 
+    def require_metrics(self) -> None:
+        """Raises NotEnabled where the operator has turned the metrics off."""
+        if not self._settings.enable_metrics:
+            raise NotEnabled("Metrics are not enabled")
+
     def status(self, owner: str) -> schema.StatusResponse:
         """The memory subsystem at a glance, and the owner's sessions that cannot be used."""
         self._require()
         engine = self._host.engine
-        stats, model = engine.stats(), engine.model
+        model = engine.model
         return schema.StatusResponse(
             status="healthy" if self._host.ready else "draining",
             data=schema.StatusData(
                 initialized=model.memory_unavailable is None,
                 enabled=True,
-                context_pool_size=stats.contexts_total,
-                contexts_in_use=stats.contexts_in_use,
-                metrics_enabled=self._settings.enable_realtime_stats,
+                context_pool_size=self._contexts.places,
+                contexts_in_use=self._contexts.running,
+                metrics_enabled=self._settings.enable_metrics,
                 memory_persistence=self._settings.memory_persist,
                 uptime_seconds=self._stats.uptime,
                 model=model.name,
@@ -188,6 +198,7 @@ class Observer:
     def metrics(self) -> schema.MetricsResponse:
         """Counts and latencies of this moment."""
         self._require()
+        self.require_metrics()
         engine, latency = self._host.engine.stats(), self._stats.latency
         return schema.MetricsResponse(
             status="success",

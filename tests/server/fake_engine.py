@@ -303,7 +303,6 @@ class FakeEngine:
             "requests_cancelled": self.cancels,
             "memory_saves": self.sessions.saves,
             "memory_loads": self.sessions.loads,
-            "contexts_total": 8,
             "memory_utilization": 0.5,
             "window_fill_ratio": 0.25,
         }

@@ -114,7 +114,7 @@ def test_memory_is_loaded_saved_at_intervals_and_at_the_end(start: Start, caplog
     text = caplog.text
     assert "Loaded ATLAS memory from fake-7b_memory.atlas" in text
     assert "[ATLAS] Memory state saved to fake-7b_memory.atlas" in text
-    assert "[ATLAS] Context pool initialized with 8 contexts" in text
+    assert "[ATLAS] Context pool initialized with 32 contexts" in text
 
 
 def test_a_save_that_fails_does_not_stop_the_end(start: Start) -> None:
