@@ -14,7 +14,7 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint model gemma fit quality bench endless load crash attack neighbours bench-memory mutation \
-  documents recall tpu-compile lock clean
+  documents recall tpu-compile openapi lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -95,6 +95,9 @@ tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic ker
 mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a test notice? (goes on where it stopped)
 	mkdir -p data
 	$(RUN) benchmarks/mutate.py --results data/mutation.jsonl --output docs/mutation.md
+
+openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
+	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml
 
 lock: ## refresh requirements.lock (needs uv)
 	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --universal --no-emit-index-url \

@@ -25,16 +25,21 @@ T = TypeVar("T")
 log = logging.getLogger("atlas.server")
 _NO_CACHE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 _MEANINGS = {
-    400: "The request is not valid",
+    400: "The request is not valid; the message names the field",
     401: "No valid API key",
     403: "A web page of an origin that is not listed, or a key that may not do this",
-    404: "No such model, session or path",
-    408: "The request stopped coming",
+    404: "No such model, session or file",
+    405: "Another method than this path has; Allow names those",
+    408: "The body stopped coming, or comes too slowly",
     413: "The body is too large, or holds too much",
     415: "The body is not JSON",
     429: "Over a limit; see Retry-After",
-    503: "Loading, draining, full or not enabled; see Retry-After",
+    500: "The engine has failed",
+    503: "Loading, draining, full, without a free memory context, or not enabled; see Retry-After",
+    507: "The disk or the key's quota is full; nothing was changed",
 }
+# What any path may answer, what asking for a key adds, and what a body adds.
+_ALWAYS, _KEYED, _BODY = (400, 405, 503), (401, 429), (403, 408, 413, 415)
 
 
 def context_of(request: HttpRequest) -> RequestContext:
@@ -142,18 +147,30 @@ def _http_problem(request: HttpRequest, error: HTTPException) -> Problem:
     return http_problem(error.status_code, error.detail)
 
 
-def openai_responses(answer: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
-    """The documented responses of an endpoint outside `/v1/atlas/*`."""
-    return _responses(answer, OpenAIError)
+def openai_responses(answer: Any, *more: int, body: bool = False, public: bool = False) -> dict[int, ResponseSpec]:
+    """The documented responses of an endpoint outside `/v1/atlas/*`.
+
+    Args:
+      answer: the type of the body of a 200.
+      more: statuses beside those every endpoint of its kind has.
+      body: whether requests have one.
+      public: whether no key is needed.
+    """
+    return _responses(answer, OpenAIError, (*more, *(_BODY if body else ()), *(() if public else _KEYED)))
 
 
-def atlas_responses(answer: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
-    """The documented responses of an endpoint of `/v1/atlas/*`."""
-    return _responses(answer, AtlasError)
+def generation_responses(answer: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
+    """The documented responses of an endpoint that generates text."""
+    return openai_responses(answer, 404, 500, 507, body=True)
 
 
-def _responses(answer: type[msgspec.Struct], error: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
+def atlas_responses(answer: Any, *more: int, body: bool = False) -> dict[int, ResponseSpec]:
+    """The documented responses of an endpoint of `/v1/atlas/*`; the arguments are those of `openai_responses`."""
+    return _responses(answer, AtlasError, (*more, *(_BODY if body else ()), *_KEYED))
+
+
+def _responses(answer: Any, error: type[msgspec.Struct], more: tuple[int, ...]) -> dict[int, ResponseSpec]:
     out = {200: ResponseSpec(answer, description="Success", generate_examples=False)}
-    for status, meaning in _MEANINGS.items():
-        out[status] = ResponseSpec(error, description=meaning, generate_examples=False)
+    for status in sorted({*_ALWAYS, *more}):
+        out[status] = ResponseSpec(error, description=_MEANINGS[status], generate_examples=False)
     return out

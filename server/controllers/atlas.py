@@ -53,7 +53,7 @@ class AtlasController(Controller):
         memory.require()
         return json_response(schema.ConfigResponse(status="success", data=config.values))
 
-    @post("/config", status_code=200, responses=atlas_responses(schema.ConfigResponse))
+    @post("/config", status_code=200, responses=atlas_responses(schema.ConfigResponse, body=True))
     async def set_config(
         self,
         request: HttpRequest,
@@ -75,14 +75,14 @@ class MemoryController(Controller):
     path = "/v1/atlas/memory"
     tags = ("ATLAS memory",)
 
-    @get("/", responses=atlas_responses(schema.MemoryResponse))
+    @get("/", responses=atlas_responses(schema.MemoryResponse, 404))
     async def info(
         self, request: HttpRequest, memory: NamedDependency[MemoryService], session_id: FromQuery[str | None] = None
     ) -> Response[Any]:
         """State of one session's memory, or totals over all of the caller's."""
         return json_response(await memory.info(context_of(request).identity.owner, session_id))
 
-    @post("/save", status_code=200, responses=atlas_responses(schema.SaveResponse))
+    @post("/save", status_code=200, responses=atlas_responses(schema.SaveResponse, 404, 507, body=True))
     async def save(
         self,
         request: HttpRequest,
@@ -92,7 +92,7 @@ class MemoryController(Controller):
         """Saves every session, one session, or a context with the caller's state."""
         return json_response(await memory.save(context_of(request).identity.owner, parse(schema.SaveRequest, data)))
 
-    @post("/load", status_code=200, responses=atlas_responses(schema.LoadResponse))
+    @post("/load", status_code=200, responses=atlas_responses(schema.LoadResponse, 404, 507, body=True))
     async def load(
         self,
         request: HttpRequest,
@@ -102,7 +102,7 @@ class MemoryController(Controller):
         """Loads a file of sessions, or one context with the caller's state."""
         return json_response(await memory.load(context_of(request).identity.owner, parse(schema.LoadRequest, data)))
 
-    @post("/list", status_code=200, responses=atlas_responses(schema.ListResponse))
+    @post("/list", status_code=200, responses=atlas_responses(schema.ListResponse, body=True))
     async def page(
         self,
         request: HttpRequest,
@@ -112,7 +112,7 @@ class MemoryController(Controller):
         """Lists the caller's contexts, a page at a time."""
         return json_response(await memory.page(context_of(request).identity.owner, parse(schema.ListRequest, data)))
 
-    @post("/delete", status_code=200, responses=atlas_responses(schema.DeleteResponse))
+    @post("/delete", status_code=200, responses=atlas_responses(schema.DeleteResponse, 404, body=True))
     async def delete(
         self,
         request: HttpRequest,
@@ -123,7 +123,7 @@ class MemoryController(Controller):
         wanted = parse(schema.DeleteRequest, data)
         return json_response(await memory.delete(context_of(request).identity.owner, wanted))
 
-    @post("/reset", status_code=200, responses=atlas_responses(schema.ResetResponse))
+    @post("/reset", status_code=200, responses=atlas_responses(schema.ResetResponse, 404, 507, body=True))
     async def reset(
         self,
         request: HttpRequest,

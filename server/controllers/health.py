@@ -23,7 +23,7 @@ class HealthController(Controller):
 
     tags = ("Operations",)
 
-    @get(["/health", "/v1/health"], opt=_PUBLIC, responses=openai_responses(Health))
+    @get(["/health", "/v1/health"], opt=_PUBLIC, responses=openai_responses(Health, 500, public=True))
     async def health(self, host: NamedDependency[EngineHost]) -> Response[Any]:
         """200 while the server works, 503 while the model loads, 500 once the engine has died."""
         return _health(host)
@@ -33,7 +33,7 @@ class HealthController(Controller):
         """The same without a body."""
         return Response(None, status_code=_health(host).status_code)
 
-    @get("/ready", opt=_PUBLIC, responses=openai_responses(Health))
+    @get("/ready", opt=_PUBLIC, responses=openai_responses(Health, public=True))
     async def ready(self, host: NamedDependency[EngineHost]) -> Response[Any]:
         """200 while new requests are accepted, 503 while loading, draining or broken."""
         if host.ready:
@@ -42,7 +42,7 @@ class HealthController(Controller):
             raise Unavailable("The model is still loading", code="loading", retry_after=2.0)
         raise Unavailable("The server does not accept requests", code="draining", retry_after=5.0)
 
-    @get("/metrics", media_type="text/plain", opt=_UNMETERED)
+    @get("/metrics", media_type="text/plain", opt=_UNMETERED, responses=openai_responses(str))
     async def prometheus(self, metrics: NamedDependency[Metrics], observer: NamedDependency[Observer]) -> Response[Any]:
         """Prometheus metrics."""
         observer.require_metrics()

@@ -20,21 +20,21 @@ class LlamaCppController(Controller):
 
     tags = ("llama.cpp",)
 
-    @post("/tokenize", status_code=200, responses=openai_responses(schema.TokenizeResponse))
+    @post("/tokenize", status_code=200, responses=openai_responses(schema.TokenizeResponse, body=True))
     async def tokenize(
         self, data: SkipValidation[JSONBody[schema.TokenizeRequest]], compat: NamedDependency[Compat]
     ) -> Response[Any]:
         """Splits text into tokens."""
         return json_response(await compat.tokenize(parse(schema.TokenizeRequest, data)))
 
-    @post("/detokenize", status_code=200, responses=openai_responses(schema.DetokenizeResponse))
+    @post("/detokenize", status_code=200, responses=openai_responses(schema.DetokenizeResponse, body=True))
     async def detokenize(
         self, data: SkipValidation[JSONBody[schema.DetokenizeRequest]], compat: NamedDependency[Compat]
     ) -> Response[Any]:
         """Joins tokens into text."""
         return json_response(await compat.detokenize(parse(schema.DetokenizeRequest, data)))
 
-    @post("/apply-template", status_code=200, responses=openai_responses(schema.ApplyTemplateResponse))
+    @post("/apply-template", status_code=200, responses=openai_responses(schema.ApplyTemplateResponse, body=True))
     async def apply_template(
         self, data: SkipValidation[JSONBody[schema.ApplyTemplateRequest]], compat: NamedDependency[Compat]
     ) -> Response[Any]:
@@ -46,7 +46,7 @@ class LlamaCppController(Controller):
         """The server's properties and sampling defaults."""
         return json_response(compat.props())
 
-    @get("/slots")
+    @get("/slots", responses=openai_responses(list[schema.Slot]))
     async def slots(self, request: HttpRequest, compat: NamedDependency[Compat]) -> Response[Any]:
         """The decode slots, without any text; the counts are those of the caller's own requests."""
         return json_response(msgspec.json.encode(compat.slots(context_of(request).identity.owner)))

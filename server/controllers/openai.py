@@ -8,7 +8,7 @@ from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody, SkipValidation
 
-from server.http import HttpRequest, generate, json_response, openai_responses
+from server.http import HttpRequest, generate, generation_responses, json_response, openai_responses
 from server.schemas.chat import ChatCompletion, ChatRequest
 from server.schemas.completions import Completion, CompletionRequest
 from server.schemas.models import Model, ModelList
@@ -21,7 +21,11 @@ class OpenAIController(Controller):
 
     tags = ("OpenAI",)
 
-    @post(["/v1/completions", "/completions"], status_code=200, responses=openai_responses(Completion))
+    @post(
+        ["/v1/completions", "/completions"],
+        status_code=200,
+        responses=generation_responses(Completion),
+    )
     async def completions(
         self,
         request: HttpRequest,
@@ -31,7 +35,11 @@ class OpenAIController(Controller):
         """Continues text."""
         return await generate(request, data, inference.completion)
 
-    @post(["/v1/chat/completions", "/chat/completions"], status_code=200, responses=openai_responses(ChatCompletion))
+    @post(
+        ["/v1/chat/completions", "/chat/completions"],
+        status_code=200,
+        responses=generation_responses(ChatCompletion),
+    )
     async def chat(
         self,
         request: HttpRequest,
@@ -46,7 +54,7 @@ class OpenAIController(Controller):
         """Lists the models."""
         return json_response(ModelList(data=[models.describe(name) for name in models.names]))
 
-    @get(["/v1/models/{model_id:path}", "/models/{model_id:path}"], responses=openai_responses(Model))
+    @get(["/v1/models/{model_id:path}", "/models/{model_id:path}"], responses=openai_responses(Model, 404))
     async def get_model(self, model_id: FromPath[str], models: NamedDependency[Models]) -> Response[Any]:
         """Describes one model; the id may contain slashes."""
         return json_response(models.describe(model_id.removeprefix("/")))

@@ -53,7 +53,7 @@ class RootController(Controller):
 
     tags = ("Operations",)
 
-    @get("/", opt={"public": True}, responses=openai_responses(Root))
+    @get("/", opt={"public": True}, responses=openai_responses(Root, public=True))
     async def root(self, request: HttpRequest, front: NamedDependency[Front]) -> Response[Any]:
         """What this server is: a page for a browser, else JSON."""
         found = front.root()

@@ -60,10 +60,6 @@ def test_openapi_document(live: Live) -> None:
     content = chat["responses"]["200"]["content"]
     assert content["application/json"]["schema"]["$ref"].endswith("/ChatCompletion")
     assert content["text/event-stream"]["schema"]["$ref"].endswith("/ChatChunk")
-    for status in ("400", "401", "404", "413", "415", "429", "503"):
-        assert chat["responses"][status]["content"]["application/json"]["schema"]["$ref"].endswith("/OpenAIError")
-    atlas = document["paths"]["/v1/atlas/memory/save"]["post"]["responses"]["400"]
-    assert atlas["content"]["application/json"]["schema"]["$ref"].endswith("/AtlasError")
     assert "http" not in re.sub(r"https?://json-schema\.org\S*", "", response.text).replace('"type":"http"', "")
 
 
