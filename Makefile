@@ -14,7 +14,7 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint model gemma fit quality bench endless load crash attack neighbours bench-memory mutation \
-  documents recall tpu-compile openapi lock clean
+  documents recall tpu-compile openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a 
 
 openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
 	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml
+
+config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, its default and what it does
+	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)
 	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --universal --no-emit-index-url \

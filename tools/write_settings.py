@@ -1,0 +1,65 @@
+"""Writes examples/atlas-config.json, every setting at its default, and examples/atlas-config.md, what each one does.
+
+python tools/write_settings.py [--folder examples]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from server.options import Option, options
+from server.settings import Settings
+
+_MODEL = "data/models/SmolLM2-135M-Instruct.Q4_1.gguf"
+_INTRODUCTION = """# Every setting
+
+`atlas-config.json` is a complete configuration file: every setting at its default, with the default model's path for
+`server.model`, which has none. Copy it, delete what you do not change, and start with it:
+
+```
+atlas-jax serve --config examples/atlas-config.json
+```
+
+A setting comes from the default, the file, the environment and the flag, in this order. A key that is mistyped is an error
+that names the nearest. `null` means what the text says. Switches are `--name` and `--no-name` on the command line.
+Written by `make config`.
+"""
+
+
+def configuration() -> str:
+    """The configuration file."""
+    tree: dict[str, Any] = msgspec.to_builtins(Settings())
+    tree["server"]["model"] = _MODEL
+    return msgspec.json.format(msgspec.json.encode(tree), indent=2).decode() + "\n"
+
+
+def reference() -> str:
+    """What each setting does, a table for every section of the file."""
+    sections: dict[str, list[Option]] = {}
+    for option in options():
+        sections.setdefault(".".join(option.path[:-1]), []).append(option)
+    out = [_INTRODUCTION]
+    for section, members in sections.items():
+        out.append(f"\n## `{section}`\n\n| key | default | flag | environment | |\n|---|---|---|---|---|\n")
+        for one in members:
+            default = msgspec.json.encode(one.default).decode()
+            text = one.help.replace("|", "\\|")
+            out.append(f"| `{one.path[-1]}` | `{default}` | `{one.flag}` | `{one.env}` | {text} |\n")
+    return "".join(out)
+
+
+def main() -> None:
+    """Writes both files."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--folder", type=Path, default=Path("examples"))
+    folder: Path = parser.parse_args().folder
+    (folder / "atlas-config.json").write_text(configuration(), "utf-8")
+    (folder / "atlas-config.md").write_text(reference(), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
