@@ -363,6 +363,19 @@ def test_a_cache_that_cannot_be_written_costs_no_kernels(fresh: Path, caplog: py
 
 
 @needs_kernels
+def test_kernels_that_are_shipped_need_no_compiler(
+    built: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    (shipped / built.name).write_bytes(built.read_bytes())
+    monkeypatch.setattr(native, "SHIPPED", shipped)
+    _compiler(tmp_path, monkeypatch, "exit 1")
+    assert native._library().atlas_supported()
+    assert not fresh.exists()
+
+
+@needs_kernels
 def test_a_compiler_that_takes_long_is_waited_for(
     fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -58,7 +58,9 @@ MAX_TOKENS = 128
 """Tokens per row up to which our attention is."""
 _PAGE = 128
 _MAX_SINKS = 16
-_SOURCES = tuple(sorted(Path(__file__).parent.glob("*.[ch]")))
+# Where an image of the server has them built, that needs no compiler then.
+SHIPPED = Path(__file__).parent
+_SOURCES = tuple(sorted(SHIPPED.glob("*.[ch]")))
 # no contraction: a product and a sum that became one instruction would round differently from XLA's
 _FLAGS = ("-std=gnu11", "-O3", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off")
 _BUILD_SECONDS = 900.0
@@ -347,7 +349,11 @@ def compiler() -> str | None:
 
 
 def _library() -> ctypes.CDLL:
-    """The kernels, loaded from the cache folder or, where they cannot be kept, from a folder that is gone afterwards."""
+    """The kernels: those shipped with the sources if there are any, else from the cache folder, or where they cannot be kept
+    from one that is gone afterwards.
+    """
+    if _is_whole(SHIPPED / _FILE):
+        return ctypes.CDLL(str(SHIPPED / _FILE))
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "atlas-jax" / "native"
     if not _is_whole(folder / _FILE) and not _writable(folder):
         with tempfile.TemporaryDirectory() as here:
