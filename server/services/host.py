@@ -43,6 +43,7 @@ class EngineHost:
         self.error: BaseException | None = None
         self._engine: EngineProtocol | None = None
         self._bridge: Bridge | None = None
+        self._loading: asyncio.Future[EngineProtocol] | None = None
         self._running: set[Abortable] = set()
 
     # --- use -----------------------------------------------------------------------------------------------------
@@ -98,10 +99,17 @@ class EngineHost:
         """Runs `load` in a thread of its own; returns at once unless told to wait."""
         loop = asyncio.get_running_loop()
         self._bridge = Bridge(loop)
-        done = in_thread(load, name="engine-loader")
-        done.add_done_callback(self._loaded)
+        self._loading = in_thread(load, name="engine-loader")
+        self._loading.add_done_callback(self._loaded)
         if wait:
-            await asyncio.wait({done})
+            await asyncio.wait({self._loading})
+
+    async def loaded(self) -> None:
+        """Waits until the engine is there; raises why it could not be loaded."""
+        assert self._loading is not None, "the host has not been started"
+        await asyncio.wait({self._loading})
+        if self.error is not None:
+            raise self.error
 
     def _loaded(self, done: asyncio.Future[EngineProtocol]) -> None:
         if done.cancelled():
