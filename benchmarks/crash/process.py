@@ -20,7 +20,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 _PATIENCE = 300.0
-_LISTENS = re.compile(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")
+_LISTENS = re.compile(r"Listening on (http://127\.0\.0\.1:\d+)")
 _TROUBLE = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) .*|(?<=^Traceback )[\s\S]*?\n(?=\w).*", re.MULTILINE)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
