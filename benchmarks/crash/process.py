@@ -118,12 +118,18 @@ class Process:
             await self._pause()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._http = httpx.AsyncClient(base_url=found[1], timeout=_PATIENCE, limits=limits)
-        while (await self.http.get("/ready")).status_code != 200:
+        while not await self._answers():
             await self._pause()
         seconds = time.monotonic() - self._started
         while warm and "Every program is compiled" not in self.log:
             await self._pause()
         return seconds
+
+    async def _answers(self) -> bool:
+        try:
+            return (await self.http.get("/ready")).status_code == 200
+        except httpx.TransportError:
+            return False
 
     async def _pause(self) -> None:
         if not self.alive:
