@@ -510,6 +510,7 @@ class SessionTiers:
                 self._full_until = time.monotonic() + _FULL_SECONDS
 
     def require_store(self) -> Store:
+        """The store; raises MemoryUnavailable where there is none."""
         if self.store is None:
             raise MemoryUnavailable("Memory persistence is not enabled")
         return self.store
