@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 # Walking this many objects takes a few milliseconds.
@@ -32,6 +34,13 @@ class Settled:
             gc.freeze()
 
 
-def settle() -> None:
-    """Sets the collector up for the rest of the process."""
-    gc.callbacks.append(Settled())
+@contextmanager
+def settled() -> Iterator[None]:
+    """Sets the collector up while a server runs, and as it was afterwards."""
+    callback = Settled()
+    gc.callbacks.append(callback)
+    try:
+        yield
+    finally:
+        gc.callbacks.remove(callback)
+        gc.unfreeze()

@@ -18,7 +18,7 @@ import uvicorn
 
 from server.app import EngineSource, connections_of, create_app, lifecycle_of
 from server.connections import Connections, raise_file_limit
-from server.heap import settle
+from server.heap import settled
 from server.lifecycle import Lifecycle
 from server.settings import Settings
 
@@ -144,12 +144,12 @@ def serve(settings: Settings, engine: EngineSource) -> int:
       StartError: the address cannot be listened on, or the engine could not be opened.
     """
     raise_file_limit()
-    settle()
     server = build(settings, engine)
     sockets = listen(settings.server.host, settings.server.port)
     sys.setswitchinterval(_SWITCH_SECONDS)
     try:
-        server.run(sockets)
+        with settled():
+            server.run(sockets)
     except KeyboardInterrupt:
         return 130
     if (error := server.lifecycle.host.error) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 from collections.abc import Callable
@@ -55,10 +56,11 @@ def usable(folder: Path) -> Path | None:
     """The cache folder, made if it is not there; None, with a warning, if nothing can be read from it or kept in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise PermissionError(13, os.strerror(13))
+        why = None if os.access(folder, os.R_OK | os.X_OK) else os.strerror(errno.EACCES)
     except OSError as error:
-        log.warning("Nothing is kept between starts: the cache folder %s cannot be used: %s", folder, error.strerror)
+        why = error.strerror
+    if why is not None:
+        log.warning("Nothing is kept between starts: the cache folder %s cannot be used: %s", folder, why)
         return None
     if not os.access(folder, os.W_OK):
         log.warning("Nothing more is kept between starts: the cache folder %s cannot be written", folder)

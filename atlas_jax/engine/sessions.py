@@ -237,7 +237,7 @@ class SessionTable:
         """How long an export would take at the speed at which snapshots were written."""
         with self._lock:
             size = sum(e.listing.bytes for k, e in self.tiers.entries.items() if k.owner == owner)
-            return size / self.tiers.bytes_per_second
+            return size * self.tiers.seconds_per_byte
 
     def save_session(self, owner: str, session_id: str) -> SaveResult:
         """Makes a save point of one session, which stays as it is until the next; raises SessionNotFound, StorageFull."""

@@ -412,7 +412,7 @@ class FolderSession:
         self._journal_bytes = 0
 
     def append(self, origin: Origin, turn: Turn) -> bool:
-        """Adds a turn; see `StoredSession.append`."""
+        """Adds a turn; see `StoredSession.append`. Raises StorageFull, OSError."""
         with self._guard:
             if self._gone:
                 return True

@@ -151,7 +151,7 @@ class SessionTiers:
         self.lock = threading.RLock()
         self.entries: dict[SessionKey, Entry] = {}
         self.hits = self.misses = self.saves = self.loads = self.failures = 0
-        self.bytes_per_second = _DISK_SPEED
+        self.seconds_per_byte = 1 / _DISK_SPEED
         self.nameless: dict[str, str] = {}
         self.exported: dict[str, int] = {}
         self._on_idle = on_idle
@@ -473,8 +473,8 @@ class SessionTiers:
         started = time.monotonic()
         if stored.write(session.generation, data):
             with self.lock:
-                took = max(time.monotonic() - started, 1e-6)
-                self.bytes_per_second += 0.2 * (len(data) / took - self.bytes_per_second)
+                took = (time.monotonic() - started) / len(data)
+                self.seconds_per_byte += 0.5 * (took - self.seconds_per_byte)
                 entry.written = max(entry.written, session.generation)
                 self.saves += 1
                 self._count(key, entry)
@@ -491,7 +491,8 @@ class SessionTiers:
             changed = [(k, e, e.session) for k, e in self.entries.items() if e.session is not None and not is_clean(e)]
         left = 0
         for key, entry, session in changed:
-            if until is not None and time.monotonic() > until:
+            size = entry.listing.bytes
+            if until is not None and time.monotonic() + size * self.seconds_per_byte > until:
                 left += 1
                 continue
             try:
@@ -510,6 +511,7 @@ class SessionTiers:
                 self._full_until = time.monotonic() + _FULL_SECONDS
 
     def require_store(self) -> Store:
+        """The store; raises MemoryUnavailable where there is none."""
         if self.store is None:
             raise MemoryUnavailable("Memory persistence is not enabled")
         return self.store

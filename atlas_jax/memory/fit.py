@@ -74,7 +74,7 @@ def calibrate_with(
 
 
 def main() -> None:
-    """Command line."""
+    """Command line; raises SystemExit where no memory can be fitted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="GGUF file")
     target = parser.add_mutually_exclusive_group(required=True)

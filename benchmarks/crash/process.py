@@ -20,7 +20,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 _PATIENCE = 300.0
-_LISTENS = re.compile(r"Uvicorn running on (http://127\.0\.0\.1:\d+)")
+_LISTENS = re.compile(r"Listening on (http://127\.0\.0\.1:\d+)")
 _TROUBLE = re.compile(r"^\S+ \S+ (?:ERROR|CRITICAL) .*|(?<=^Traceback )[\s\S]*?\n(?=\w).*", re.MULTILINE)
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
@@ -118,12 +118,18 @@ class Process:
             await self._pause()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
         self._http = httpx.AsyncClient(base_url=found[1], timeout=_PATIENCE, limits=limits)
-        while (await self.http.get("/ready")).status_code != 200:
+        while not await self._answers():
             await self._pause()
         seconds = time.monotonic() - self._started
         while warm and "Every program is compiled" not in self.log:
             await self._pause()
         return seconds
+
+    async def _answers(self) -> bool:
+        try:
+            return (await self.http.get("/ready")).status_code == 200
+        except httpx.TransportError:
+            return False
 
     async def _pause(self) -> None:
         if not self.alive:

@@ -70,7 +70,8 @@ class Persistence:
         if not self.saving or engine.model.memory_unavailable is not None:
             return
         started = time.monotonic()
-        left = engine.sessions.save_changed(timeout=timeout)
+        # half of the time: a file that is being written when it is over is written to its end
+        left = engine.sessions.save_changed(timeout=None if timeout is None else timeout / 2)
         if left:
             log.warning("[ATLAS] %d sessions stay in their journals and are read again when they are next used", left)
         complete = not left

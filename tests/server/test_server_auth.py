@@ -246,7 +246,8 @@ def test_only_admins_change_the_configuration(guarded: Live) -> None:
 
 
 def test_the_owner_cannot_be_chosen_by_the_client(guarded: Live) -> None:
-    body = {"prompt": "x", "user": "team-b", "owner": "team-b", "atlas": {"session_id": "s"}}
+    body = {"prompt": "x", "user": "team-b", "atlas": {"session_id": "s"}}
+    assert call(guarded, "alpha-key", "/v1/completions", {**body, "owner": "team-b"}).status_code == 400
     call(guarded, "alpha-key", "/v1/completions", body)
     assert guarded.engine.requests[-1].owner == "team-a"
     assert guarded.engine.requests[-1].memory.session.owner == "team-a"

@@ -388,6 +388,7 @@ def test_a_model_that_cannot_be_loaded_is_a_reason_and_no_traceback(
 
 def test_the_process_prints_the_reason_as_its_only_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server", "--model", model_file(tmp_path), "--port", "0", "--log-level", "warning"]
+    command += ["--atlas-memory-path", str(tmp_path / "memory")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 1
     lines = ended.stderr.splitlines()
