@@ -100,6 +100,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         host=host,
         gate=gate,
         contexts=contexts,
+        workers=workers,
         observer=observer,
         persistence=persistence,
         load=engine if callable(engine) else lambda: engine,

@@ -13,6 +13,7 @@ from server.services.front import Front
 from server.services.host import EngineHost
 from server.services.observer import Observer
 from server.services.persistence import Persistence
+from server.services.workers import Workers
 
 log = logging.getLogger("atlas.server")
 # A stop takes at most the grace of the running requests, then this; together less than the ten seconds most supervisors
@@ -38,13 +39,15 @@ class Lifecycle:
         host: EngineHost,
         gate: Gate,
         contexts: Gate,
+        workers: Workers,
         observer: Observer,
         persistence: Persistence,
         load: Callable[[], EngineProtocol],
         wait: bool,
         front: Front,
     ) -> None:
-        self.host, self.front, self._gate, self._contexts = host, front, gate, contexts
+        self.host, self.front = host, front
+        self._gate, self._contexts, self._workers = gate, contexts, workers
         self._observer, self._persistence = observer, persistence
         self._load, self._wait = load, wait
         self._tasks: list[asyncio.Task[None]] = []
@@ -73,6 +76,7 @@ class Lifecycle:
         error = Unavailable("The server is shutting down", code="shutting_down", retry_after=5.0)
         self._gate.close(error)
         self._contexts.close(error)
+        self._workers.close(error)
         self.host.abort(error)
 
     async def stop(self) -> None:

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from server.context import PARTY
 from server.gate import Gate
@@ -29,6 +29,7 @@ class Workers:
 
     def __init__(self) -> None:
         cores = max(2, os.cpu_count() or 1)
+        self._running: set[asyncio.Future[Any]] = set()
         self._gates: dict[Purpose, Gate] = {
             # Their work is the interpreter's, so more threads would only be in each other's way.
             "bodies": Gate(running=cores, waiting=64, per_key=16, timeout=_WAIT_SECONDS, reserve=cores // 2),
@@ -58,10 +59,20 @@ class Workers:
 
         try:
             result = in_thread(run, name=f"atlas-{purpose}")
+            self._running.add(result)
+            result.add_done_callback(self._running.discard)
         except BaseException:  # no thread could be started
             lease.release()
             raise
         return await result
+
+    def close(self, error: Exception) -> None:
+        """Makes every caller fail with this error; work that has begun goes on."""
+        for gate in self._gates.values():
+            gate.close(error)
+        for future in list(self._running):
+            if not future.done():
+                future.set_exception(error)
 
 
 def in_thread(work: Callable[[], T], *, name: str) -> asyncio.Future[T]:

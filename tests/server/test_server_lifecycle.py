@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from fake_engine import FakeEngine
 from fake_sessions import Session
@@ -289,3 +290,26 @@ def test_live_stop_is_quick(start: Start) -> None:
     started = time.monotonic()
     live.stop()
     assert time.monotonic() - started < 2
+
+
+def test_a_call_that_waits_for_the_disk_is_told_that_the_server_stops(start: Start) -> None:
+    engine = FakeEngine()
+    live = start(engine, server={"shutdown_grace": 2})
+    begun, free = threading.Event(), threading.Event()
+
+    def slow(owner: str, filename: str | None) -> Any:
+        begun.set()
+        free.wait(30)
+        raise OSError("too late")
+
+    engine.sessions.save_all = slow  # type: ignore[method-assign, assignment]
+    answers: list[httpx.Response] = []
+    caller = threading.Thread(target=lambda: answers.append(live.post("/v1/atlas/memory/save", {})))
+    caller.start()
+    assert begun.wait(30)
+    live.server.should_exit = True
+    caller.join(30)
+    free.set()
+    live.stop()
+    assert answers[0].status_code == 503
+    assert "shutting down" in answers[0].json()["error"]["message"]
