@@ -325,17 +325,21 @@ class SessionTable:
           SessionNotFound: no such file.
           SnapshotInvalid: the export, or a session in it, is damaged or made by another model.
         """
-        path = self._require_store().export(owner, filename)
+        store = self._require_store()
+        path = store.export(owner, filename)
+        # what was deleted since the default file was written stays deleted; another file is loaded as it is
+        deleted = store.deletions(owner) if filename == self.default_file else {}
         try:
             with archive.opened(path) as reader:
                 self._check_model(reader)
-                for listing in reader.manifest.sessions:
+                wanted = [one for one in reader.manifest.sessions if one.generation > deleted.get(_digest(one), 0)]
+                for listing in wanted:
                     self._decode(owner, listing, reader)
                 self._readable.add(path)
-                for listing in reader.manifest.sessions:
+                for listing in wanted:
                     with self.tiers.held(SessionKey(owner, listing.session_id), create=True, damaged=True) as entry:
                         self._bring_in(owner, listing, reader, entry)
-                count = len(reader.manifest.sessions)
+                count = len(wanted)
         except FileNotFoundError as error:
             raise SessionNotFound("No such file") from error
         with self._lock:
@@ -356,11 +360,10 @@ class SessionTable:
             with archive.opened(path) as reader:
                 self._check_model(reader)
                 for listing in reader.manifest.sessions:
-                    digest = archive.member_name(listing.session_id).removesuffix(".atlas")
                     with self._lock:
                         entry = self.tiers.entries.get(SessionKey(owner, listing.session_id))
                         known = 0 if entry is None else entry.listing.generation
-                    if listing.generation <= max(known, deleted.get(digest, 0)):
+                    if listing.generation <= max(known, deleted.get(_digest(listing), 0)):
                         continue
                     try:
                         with self.tiers.held(SessionKey(owner, listing.session_id), create=True, damaged=True) as held:
@@ -508,6 +511,11 @@ def _row(name: str, entry: Entry) -> SessionInfo:
         resident="disk" if entry.session is None else entry.tier,
         has_state=listing.has_state,
     )
+
+
+def _digest(listing: Listing) -> str:
+    """The name of a session's folder in the store."""
+    return archive.member_name(listing.session_id).removesuffix(".atlas")
 
 
 def _saved(filename: str, session_id: str | None, size: int, sessions: int) -> SaveResult:
