@@ -347,6 +347,7 @@ class Loop:
         if index is not None:
             self._batch.leave(index)
         work.row = None
+        self._poked = True  # there is room for one that waits, though nothing else may be left to do
         self.counters.completed += reason in ("stop", "length")
         self.counters.cancelled += reason == "cancelled"
         self._give_back(work, kept, text, work.finished(reason, stats))
@@ -378,6 +379,7 @@ class Loop:
             self._release(work)
         except Exception:
             log.exception("A session could not be put back")
+        self._poked = True
         self.counters.failed += 1
         work.fail(Failed(error))
 
