@@ -342,13 +342,17 @@ def test_a_damaged_state_is_refused(engines: Callable[[str], Engine]) -> None:
     engine = engines("bounded")
     ask(engine, request(SHORT, 4, memory=memory("damaged")))
     layout = engine._table._layout  # type: ignore[union-attr]
-    session = engine._table._entries[SessionKey("owner", "damaged")].session  # type: ignore[union-attr]
+    session = engine.sessions.tiers.entries[SessionKey("owner", "damaged")].session
     assert session is not None
-    header, arrays = snapshot.decode(encode_session(layout, session))
-    again = decode_session(layout, snapshot.encode(header, arrays))
+    head, header, arrays = snapshot.decode(encode_session(layout, session))
+
+    def encoded(arrays: dict[str, np.ndarray]) -> bytes:
+        return snapshot.encode(head.listing, head.bound, header, arrays)
+
+    again = decode_session(layout, encoded(arrays))
     jax.tree.map(np.testing.assert_array_equal, again.checkpoints[-1].row, session.checkpoints[-1].row)
     for name, array in arrays.items():
-        if name.startswith("history"):
+        if not name.startswith("state"):
             continue
         worse: list[np.ndarray] = [array[..., :0], array.astype(np.float64)]
         if array.dtype.kind == "f" and array.size:
@@ -359,9 +363,9 @@ def test_a_damaged_state_is_refused(engines: Callable[[str], Engine]) -> None:
             if bad.size == array.size and bad.dtype == array.dtype and not bad.size:
                 continue
             with pytest.raises(SnapshotInvalid, match="state"):
-                decode_session(layout, snapshot.encode(header, arrays | {name: bad.astype(bad.dtype)}))
+                decode_session(layout, encoded(arrays | {name: bad.astype(bad.dtype)}))
         with pytest.raises(SnapshotInvalid, match="state"):
-            decode_session(layout, snapshot.encode(header, {k: v for k, v in arrays.items() if k != name}))
+            decode_session(layout, encoded({k: v for k, v in arrays.items() if k != name}))
 
 
 def test_rows_past_the_last_token_stand_for_nothing(tmp_path: Path, cache: Path) -> None:
