@@ -2,8 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import signal
+from collections.abc import Iterator
+
+import jax
+import pytest
 
 # a shell's background jobs ignore Ctrl-C, and so would the servers the tests start
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module() -> Iterator[None]:
+    """Lets compiled programs go: each takes parts of the address space, of which a process may have 65 530."""
+    yield
+    jax.clear_caches()
+    gc.collect()

@@ -244,7 +244,7 @@ def _fields(stats: Any) -> dict[str, Any]:
 def test_the_logs_loss_is_the_current_one_and_the_total_is_the_total(
     start: Start, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", "atlas.server")  # its own: other tests may have set its parent's
     engine = FakeEngine()
     before = engine.stats
     engine.stats = lambda: before().__class__(**{**_fields(before()), "omega_loss": 0.5, "omega_loss_total": 40.0})
