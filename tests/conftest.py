@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import signal
 from collections.abc import Iterator
 
@@ -20,3 +21,10 @@ def programs_of_one_module() -> Iterator[None]:
     yield
     jax.clear_caches()
     gc.collect()
+
+
+@pytest.fixture(autouse=True)
+def logging_as_it_was() -> Iterator[None]:
+    """A server that a test runs in this process sets how much is logged."""
+    yield
+    logging.getLogger("atlas").setLevel(logging.NOTSET)

@@ -350,7 +350,12 @@ class Loop:
         self._poked = True  # there is room for one that waits, though nothing else may be left to do
         self.counters.completed += reason in ("stop", "length")
         self.counters.cancelled += reason == "cancelled"
-        self._give_back(work, kept, text, work.finished(reason, stats))
+        try:
+            self._give_back(work, kept, text, work.finished(reason, stats))
+        except Exception:
+            log.exception("A session could not be put back")
+            work.done = False
+            self._fail(work, EngineError("The engine could not finish this request"))
 
     def _give_back(self, work: Work, kept: Session | None, text: NewText | None, end: Finished) -> None:
         """Returns the session as this request leaves it, or as it was; the last event follows once it is durable."""
@@ -359,7 +364,6 @@ class Loop:
             self._release(work)
             work.send(end)
             return
-        work.lease = None
 
         def done(problem: str | None) -> None:
             if problem is not None and end.memory is not None:
@@ -368,6 +372,7 @@ class Loop:
                 work.send(end)
 
         self._sessions.commit(lease, kept, text, memory.cache_strategy, done)
+        work.lease = None  # not before: if it cannot be taken, it is put back as it was
 
     def _fail(self, work: Work, error: EngineError, index: int | None = None) -> None:
         if work.done:

@@ -295,8 +295,10 @@ class SessionTiers:
                 problem = "This turn is in main memory only: it could not be written to disk"
                 log.error("[ATLAS] Failed to save a session's turn: %s", _brief(failure))
                 self.note_failure(failure)
-            self.release(lease, session, strategy)
-            done(problem)
+            try:
+                self.release(lease, session, strategy)
+            finally:
+                done(problem)
 
         self._journal.submit(write, written)
 
