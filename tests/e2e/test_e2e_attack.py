@@ -27,6 +27,7 @@ _SMALL = ("--max-concurrent", "4", "--atlas-window", "128", "--atlas-max-window"
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow  # minutes on a busy machine; `make attack` runs all of them
 def test_attacks_that_must_hold(
     tiny: tuple[Path, Path], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
