@@ -59,11 +59,6 @@ class JournalWriter:
         """Writes that have not been called done."""
         return len(self._queue) + self._at_work
 
-    def flush(self, timeout: float) -> bool:
-        """Waits until everything submitted so far has been written; tells whether it has."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self.pending, timeout)
-
     def close(self, timeout: float) -> bool:
         """Writes what is left, syncs as much as there is time for, and ends; tells whether all was written.
 

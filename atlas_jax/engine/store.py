@@ -173,11 +173,7 @@ class MemoryFolder:
 
 
 class FolderStore:
-    """Implements `Store` in a folder.
-
-    Attributes:
-      newest: the greatest generation that was found.
-    """
+    """Implements `Store` in a folder."""
 
     def __init__(self, folder: MemoryFolder, model: str) -> None:
         """The sessions of one model there.
@@ -186,7 +182,6 @@ class FolderStore:
           model: its fingerprint; sessions of other models in the folder are left alone.
         """
         self.root = folder.root
-        self.newest = 0
         self._folder = folder
         self._model = hashlib.sha256(model.encode()).hexdigest()[:16]
 
@@ -257,7 +252,6 @@ class FolderStore:
         newest = max(
             0 if head is None else head.listing.generation, turns.turns[-1].generation if turns and turns.turns else 0
         )
-        self.newest = max(self.newest, deleted, newest)
         if deleted and newest <= deleted:  # a damaged file of a deleted session is nobody's
             stored.delete(deleted)
             return None

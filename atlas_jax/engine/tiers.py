@@ -673,10 +673,6 @@ class SessionTiers:
         """Turns that have been answered and whose last event waits for the journal."""
         return 0 if self._journal is None else self._journal.pending
 
-    def flush(self, timeout: float) -> bool:
-        """Waits until every answered turn is in its journal; tells whether it is."""
-        return self._journal is None or self._journal.flush(timeout)
-
     def close(self, timeout: float) -> None:
         """Writes the journals, then as many snapshots as there is time for, and lets another server have the store."""
         end = time.monotonic() + timeout
