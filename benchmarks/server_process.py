@@ -15,6 +15,8 @@ from pathlib import Path
 import httpx
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
+_LINE_SECONDS = 120.0
+"""Within which a line that is waited for has to come: a log that says it in other words is no reason to wait for ever."""
 
 
 class Server:
@@ -55,7 +57,7 @@ class Server:
         if open_files is not None:
             resource.prlimit(self.process.pid, resource.RLIMIT_NOFILE, (open_files, open_files))
         try:
-            self.url = self.wait_for(r"running on (http://\S+)")
+            self.url = self.wait_for(r"Listening on (http://[\w.:]+)")
             self.http = httpx.Client(base_url=self.url, timeout=600)
             while wait and not self._ready():
                 self._check()
@@ -85,7 +87,9 @@ class Server:
 
     def wait_for(self, pattern: str) -> str:
         """Waits until the log has a line that the pattern finds; its first group."""
+        end = time.monotonic() + _LINE_SECONDS
         while (found := re.search(pattern, self.log)) is None:
+            assert time.monotonic() < end, f"no line has {pattern!r}: {self.log}"
             self._check()
         return found[1]
 
