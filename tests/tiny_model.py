@@ -84,7 +84,7 @@ def write_model(
 
     Args:
       metadata: further keys, or other values of those of the model; None leaves a key out.
-      tensors: further ones.
+      tensors: further ones, or other values of those of the model.
       padding: rows of the embeddings (and the head) past the last token, full of large numbers; negative takes rows away.
       split: tensors in each of the files `path` then is the stem of; the first is returned.
     """
@@ -154,6 +154,8 @@ def write_model(
     if not gemma:
         matrix("output", len(tokens), embed, gain=2.5)
     for name, values in (tensors or {}).items():
+        for part in writer.tensors:
+            part.pop(name, None)
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -107,7 +107,8 @@ def endless(scene: Scene) -> None:
 @attack(
     "streams that are not read",
     does="opens 50 streams and reads none of them",
-    holds="another owner's list, save and chat are served in 10 s each",
+    holds="another owner's list, save and chat are served in 10 s each, and every place is free again in a minute",
+    flags=("--client-timeout", "10"),
     growth_mib=1536.0,
 )
 def unread(scene: Scene) -> None:
@@ -116,6 +117,7 @@ def unread(scene: Scene) -> None:
     with _unread(scene.target, bodies):
         _settle(4.0)
         scene.served(VICTIM, _PATIENCE, "beside 50 streams that are not read")
+        scene.must(scene.target.wait_idle(60.0), "streams that nobody reads hold their places")
 
 
 @attack(

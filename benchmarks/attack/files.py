@@ -22,7 +22,6 @@ _A_START = 20
 """Damaged sessions a start; each start costs seconds, whatever is damaged."""
 
 _EXPORTED = 3
-_SAID = ("damage", "aside", "could not be", "cannot be", "refused", "invalid", "quarantin", "unreadable")
 
 
 def damaged(data: bytes, rng: random.Random) -> bytes:
@@ -75,9 +74,9 @@ def snapshots(scene: Scene) -> None:
             scene.count()
         target = scene.start()
         scene.lost += target.lost(planted)
-        status = target.http.get("/v1/atlas/status", headers=headers_of(ATTACKER)).text
-        said = any(word in status.lower() for word in _SAID)
-        scene.must(said, f"the status says nothing of {len(wrong)} damaged files: {status[:100]}")
+        status = target.http.get("/v1/atlas/status", headers=headers_of(ATTACKER)).json()["data"]
+        scene.must(status["set_aside"], f"the status says nothing of {len(wrong)} damaged files")
+        scene.must(all(one["reason"] for one in status["set_aside"]), "something was set aside without a reason")
         for name in names:
             loaded = target.post(ATTACKER, "/v1/atlas/memory/load", {"context_id": name})
             scene.check(loaded, f"load of {name}")

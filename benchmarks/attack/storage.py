@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 
 from benchmarks.attack.registry import Scene, attack
 from benchmarks.attack.target import ATTACKER, VICTIM, Target, prose
@@ -148,8 +150,8 @@ def deletes_race(scene: Scene) -> None:
 
 @attack(
     "SIGHUP",
-    does="sends SIGHUP and kills the server after a while",
-    holds="it lives on, and what was said before is there again",
+    does="sends SIGHUP, as a terminal that is closed does",
+    holds="the server stops in order, and what was said before is there again",
     alone=True,
 )
 def hang_up(scene: Scene) -> None:
@@ -158,13 +160,16 @@ def hang_up(scene: Scene) -> None:
     tokens = _tokens(target, "hup")
     scene.count()
     target.process.send_signal(signal.SIGHUP)
-    time.sleep(8)
-    if not scene.must(target.alive, "SIGHUP ended it"):
-        scene.deaths += 1
+    try:
+        code = target.process.wait(60)
+    except subprocess.TimeoutExpired:
+        scene.must(False, "it runs on after SIGHUP")
+    else:
+        scene.must(code in (0, -signal.SIGHUP), f"exit code {code}: {target.log[-150:]!r}")
     target = scene.restart(target, kill=True)
     found = target.contexts(ATTACKER)
     if found.get("hup", {}).get("tokens", 0) < tokens:
-        scene.lost.append("the session is gone or shorter after SIGHUP and a kill")
+        scene.lost.append("the session is gone or shorter after SIGHUP")
 
 
 @attack(
@@ -274,12 +279,12 @@ def no_cache(scene: Scene) -> None:
 
 @attack(
     "a memory that cannot be fitted",
-    does="serves a model of random weights that no memory can be fitted to, twice with one cache",
-    holds="both starts serve the model",
+    does="serves a model that no memory can be fitted to, twice with one cache",
+    holds="both starts serve the model, and the status says why it has no memory",
     alone=True,
 )
 def unfitted(scene: Scene) -> None:
-    model = _wild_model(scene.folder / "wild.gguf")
+    model = _unfittable_model(scene.folder / "wild.gguf")
     environ = {"XDG_CACHE_HOME": str(scene.folder / "cache")}
     kept = scene.flags
     drop = {"--atlas-adapter"}
@@ -295,13 +300,17 @@ def unfitted(scene: Scene) -> None:
             scene.faults.append(f"the {start} start ends: {str(error)[-150:]!r}")
             continue
         scene.check(target.say(VICTIM, None, "Hello"), f"a chat after the {start} start")
+        with target.client(VICTIM) as http:
+            said = http.get("/v1/atlas/status").json()["data"]["memory_unavailable"]
+        scene.must(said, f"the status says nothing of a memory that is not there after the {start} start")
         scene.must("Traceback" not in target.log, f"a traceback is in the log of the {start} start")
-        scene.note(f"{start} start: {target.seconds:.0f} s")
+        scene.note(f"{start} start: {target.seconds:.0f} s, {said}")
         target.kill()
 
 
-def _wild_model(path: Path) -> Path:
-    """A small model whose logits are so large that no gate can be fitted."""
+def _unfittable_model(path: Path) -> Path:
+    """A small model whose logits overflow, so that no gate is found for a memory."""
     from tests.tiny_model import Shape, write_model
 
-    return write_model(path, Shape(layers=2, context=1024), seed=7)
+    shape = Shape(layers=2, context=1024)
+    return write_model(path, shape, seed=7, tensors={"output_norm.weight": np.full(shape.embed, 3e38, np.float32)})
