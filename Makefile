@@ -39,36 +39,36 @@ gemma: $(VENV)/base ## bring Gemma 3 270M, for tests and benchmarks
 	@$(RUN) tools/fetch_model.py gemma
 
 fit: $(VENV)/dev model ## fit the memory and make the successor table that are shipped for the default model
-	$(RUN) -m atlas_jax.memory.fit $(MODEL) --ship
-	$(RUN) -m atlas_jax.engine.fit_successors $(MODEL) --ship
+	$(RUN) -m atlas_jax.recall.fit $(MODEL) --ship
+	$(RUN) -m atlas_jax.engine.fit_bigrams $(MODEL) --ship
 
 quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp's golden files (30 min)
 	for dtype in int8 float32; do \
-	  $(RUN) benchmarks/quality.py --model $(MODEL) --golden $(GOLDEN)/smollm2-135m-instruct-q4_1 --dtype $$dtype; \
-	  $(RUN) benchmarks/quality.py --model $(GEMMA) --golden $(GOLDEN)/gemma-3-270m-q4_k_m --dtype $$dtype; \
+	  $(RUN) -m benchmarks.quality --model $(MODEL) --golden $(GOLDEN)/smollm2-135m-instruct-q4_1 --dtype $$dtype; \
+	  $(RUN) -m benchmarks.quality --model $(GEMMA) --golden $(GOLDEN)/gemma-3-270m-q4_k_m --dtype $$dtype; \
 	done
 
 documents: $(VENV)/bench model ## loss past the window on long documents: window, memory, full attention
-	$(RUN) benchmarks/corpora.py --out data/corpora --group documents
+	$(RUN) -m benchmarks.corpora --out data/corpora --group documents
 	$(RUN) -m atlas_jax.experiments.long_documents $(MODEL) --texts data/corpora/documents
 
 recall: $(VENV)/bench model ## facts asked for long after they left the window, in the library and over HTTP
-	$(RUN) benchmarks/corpora.py --out data/corpora --group documents --group perplexity
+	$(RUN) -m benchmarks.corpora --out data/corpora --group documents --group perplexity
 	$(RUN) -m atlas_jax.experiments.fact_recall $(MODEL) --filler $(FILLER) --seed 41
-	$(RUN) benchmarks/recall_http.py $(MODEL) --filler $(FILLER) --seed 41
+	$(RUN) -m benchmarks.recall_http $(MODEL) --filler $(FILLER) --seed 41
 
 bench: $(VENV)/bench model gemma ## speed beside llama.cpp, cost of the memory (builds llama-cpp-python: ten minutes once)
 	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install \
 	  --quiet 'llama-cpp-python>=0.3.16,<0.4' numpy)
-	$(RUN) benchmarks/speed.py $(MODEL) --peer-python data/peer/bin/python --output docs/speed.md
-	$(RUN) benchmarks/speed.py $(GEMMA) --peer-python data/peer/bin/python --output docs/speed_gemma.md
-	$(RUN) benchmarks/memory_cost.py $(MODEL) --output docs/memory_cost.md
+	$(RUN) -m benchmarks.speed $(MODEL) --peer-python data/peer/bin/python --output docs/speed.md
+	$(RUN) -m benchmarks.speed $(GEMMA) --peer-python data/peer/bin/python --output docs/speed_gemma.md
+	$(RUN) -m benchmarks.memory_cost $(MODEL) --output docs/memory_cost.md
 
 endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000 and 128 000 tokens
-	$(RUN) benchmarks/endless.py $(MODEL) --output docs/endless.md
+	$(RUN) -m benchmarks.endless $(MODEL) --output docs/endless.md
 
 load: $(VENV)/bench model ## a hundred streams at once with settings drawn at random: all end, nothing compiles, memory comes back
-	$(RUN) benchmarks/load.py $(MODEL) --output docs/load.md
+	$(RUN) -m benchmarks.load $(MODEL) --output docs/load.md
 
 crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowledged is lost (90 min; needs a C compiler)
 	$(RUN) -m benchmarks.crash rounds --kills 150 --stops 20 --sessions 200
@@ -77,7 +77,7 @@ crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowle
 	$(RUN) -m benchmarks.crash cost --model $(MODEL)
 
 neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
-	$(RUN) benchmarks/neighbours.py $(MODEL) --output docs/neighbours.md
+	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/neighbours.md
 
 attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
 	$(RUN) -m benchmarks.attack $(MODEL) --output docs/attack.md $(ARGS)
@@ -85,16 +85,16 @@ attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its s
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
 	  titans-pytorch)
-	$(RUN) benchmarks/memory_speed.py --titans-python data/titans/bin/python --output docs/memory_speed.md
+	$(RUN) -m benchmarks.memory_speed --titans-python data/titans/bin/python --output docs/memory_speed.md
 
 tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic kernels, without a TPU (brings libtpu)
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[tpu-compile]'
-	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/test_tpu_compile.py \
-	  tests/property/test_kernels_pallas_property.py tests/property/test_kernels_pallas_rules_property.py
+	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/runner/test_tpu_compile.py \
+	  tests/property/test_kernels_tpu_property.py tests/property/test_kernels_tpu_rules_property.py
 
 mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a test notice? (goes on where it stopped)
 	mkdir -p data
-	$(RUN) benchmarks/mutate.py --results data/mutation.jsonl --output docs/mutation.md
+	$(RUN) -m benchmarks.mutate --results data/mutation.jsonl --output docs/mutation.md
 
 openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
 	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml

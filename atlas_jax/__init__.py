@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Any
 from atlas_jax import _platform as _platform  # sets XLA flags: must run before anything imports jax
 
 if TYPE_CHECKING:
-    from atlas_jax.memory.rules import PRESETS as PRESETS
-    from atlas_jax.memory.rules import Features as Features
-    from atlas_jax.memory.rules import MemoryRule as MemoryRule
-    from atlas_jax.memory.rules import MemoryState as MemoryState
-    from atlas_jax.memory.rules import Params as Params
-    from atlas_jax.memory.rules import Tokens as Tokens
-    from atlas_jax.memory.rules import chunked as chunked
-    from atlas_jax.memory.rules import init_params as init_params
-    from atlas_jax.memory.rules import init_state as init_state
-    from atlas_jax.memory.rules import make_tokens as make_tokens
-    from atlas_jax.memory.rules import presets as presets
-    from atlas_jax.memory.rules import read as read
-    from atlas_jax.memory.rules import scan as scan
-    from atlas_jax.memory.rules import step as step
+    from atlas_jax.memory import PRESETS as PRESETS
+    from atlas_jax.memory import Features as Features
+    from atlas_jax.memory import MemoryRule as MemoryRule
+    from atlas_jax.memory import MemoryState as MemoryState
+    from atlas_jax.memory import Params as Params
+    from atlas_jax.memory import Tokens as Tokens
+    from atlas_jax.memory import chunked as chunked
+    from atlas_jax.memory import init_params as init_params
+    from atlas_jax.memory import init_state as init_state
+    from atlas_jax.memory import make_tokens as make_tokens
+    from atlas_jax.memory import presets as presets
+    from atlas_jax.memory import read as read
+    from atlas_jax.memory import scan as scan
+    from atlas_jax.memory import step as step
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ _RULES = frozenset(
 
 def __getattr__(name: str) -> Any:
     if name in _RULES:
-        return getattr(importlib.import_module("atlas_jax.memory.rules"), name)
+        return getattr(importlib.import_module("atlas_jax.memory"), name)
     raise AttributeError(f"module 'atlas_jax' has no attribute {name!r}")
 
 

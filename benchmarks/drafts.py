@@ -1,6 +1,6 @@
 """Tokens per decode step of a single greedy stream: what drafts bring, whatever else the machine does.
 
-    python benchmarks/drafts.py MODEL.gguf [--without-table]
+    python -m benchmarks.drafts MODEL.gguf [--without-table]
 
 Answers of 160 tokens to the `chat` and `prose` prompts of `benchmarks/speed.py`, and to more questions and texts. No
 successor table was made from any of them.
@@ -16,10 +16,11 @@ from unittest import mock
 import numpy as np
 from speed import prompts, request
 
-from atlas_jax.engine import Engine, successors
+from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished
-from atlas_jax.engine.asking import ask
-from atlas_jax.kernels.lookup import NONE
+from atlas_jax.engine.offline import ask
+from atlas_jax.engine.runner import bigram_table
+from atlas_jax.kernels.ngram_drafter import NONE
 
 QUESTIONS = (
     "Give me a recipe for vegetable soup with exact quantities.",
@@ -99,7 +100,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--without-table", action="store_true", help="drafts from the text itself alone")
     args = parser.parse_args()
-    with mock.patch.object(successors, "find", unknown if args.without_table else successors.find):
+    with mock.patch.object(bigram_table, "find", unknown if args.without_table else bigram_table.find):
         engine = Engine.open(model_path=args.model, memory_enabled=False, max_running=1, max_context=1024)
     sets = {
         "chat": prompts(engine, "chat", 1),

@@ -1,6 +1,6 @@
 """What a token costs in a session that has read 2 000, 32 000, 128 000 tokens: time to read, time to write, memory in use.
 
-    python benchmarks/endless.py MODEL.gguf [--lengths 2048 32768 131072] [--rounds 5] [--output docs/endless.md]
+    python -m benchmarks.endless MODEL.gguf [--lengths 2048 32768 131072] [--rounds 5] [--output docs/endless.md]
 
 One session with a window of 512 reads prose in requests of 4 096 tokens. At each length, every round reads 512 more tokens
 and writes 64 more; the table has medians. The ratio is to the first length.
@@ -15,8 +15,14 @@ from importlib import resources
 from pathlib import Path
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import Finished, GenerationRequest, MemoryParams, SamplingParams, SessionKey
-from atlas_jax.engine.asking import ask
+from atlas_jax.engine.api import (
+    Finished,
+    GenerationRequest,
+    MemoryParams,
+    SamplingParams,
+    SessionKey,
+)
+from atlas_jax.engine.offline import ask
 
 _PIECE = 4096
 _READ, _WRITE = 512, 64
@@ -28,7 +34,7 @@ class Reader:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        text = (resources.files("atlas_jax.memory") / "texts" / "prose.txt").read_text(encoding="utf-8")
+        text = (resources.files("atlas_jax.recall") / "texts" / "prose.txt").read_text(encoding="utf-8")
         self._tokens = engine.tokenizer.encode(text, add_special=False, parse_special=False)
         self._at = 0
         self.length = 0

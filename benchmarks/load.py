@@ -1,6 +1,6 @@
 """A hundred streams at once with settings drawn at random: do all end, does anything compile, does memory come back?
 
-    python benchmarks/load.py MODEL.gguf [--streams 100] [--rounds 3] [--seed 0] [--output docs/load.md] [flags of the server]
+    python -m benchmarks.load MODEL.gguf [--streams 100] [--rounds 3] [--seed 0] [--output docs/load.md] [flags of the server]
 
 Every round begins half of its streams as sessions, asks all streams at once, asks again with the same sessions (their
 second turn) and other plain requests, and deletes the sessions. Ends with 1 and says why if a stream did not end as it
@@ -28,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from server_process import Server
+
+from benchmarks.server_process import Server
 
 SCHEMA = {
     "type": "object",
@@ -99,7 +100,7 @@ class Outcome:
 
 def draw(seed: str, streams: int, turn: int, limits: Limits) -> list[Call]:
     """The requests of one turn: the first half in sessions, the same in every turn; the others are new ones."""
-    prose = (resources.files("atlas_jax.memory") / "texts" / "prose.txt").read_text("utf-8").split()
+    prose = (resources.files("atlas_jax.recall") / "texts" / "prose.txt").read_text("utf-8").split()
     calls = []
     for number in range(streams):
         has_session = number < streams // 2
@@ -375,7 +376,7 @@ def main() -> None:
         [
             "# A hundred streams at once",
             "",
-            f"`python benchmarks/load.py {' '.join(sys.argv[1:])}`",
+            f"`python -m benchmarks.load {' '.join(sys.argv[1:])}`",
             "",
             f"{args.streams} streams at once, twice a round, half of them in sessions.",
             *lines,

@@ -1,6 +1,6 @@
 """What the memory costs: speed with it beside the same window without it, in turns, in one engine.
 
-    python benchmarks/memory_cost.py MODEL.gguf [--tests prompt:4096 decode:16x1024 ...] [--rounds 5]
+    python -m benchmarks.memory_cost MODEL.gguf [--tests prompt:4096 decode:16x1024 ...] [--rounds 5]
         [--output docs/memory_cost.md]
 
 Tests are those of `speed.py`; texts are longer than the window of 512 tokens, so the memory has been written and is read.
@@ -19,7 +19,7 @@ import speed
 
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, MemoryParams
-from atlas_jax.engine.asking import ask
+from atlas_jax.engine.offline import ask
 
 TESTS = ("prompt:1024", "prompt:4096", "decode:1x1024", "decode:4x1024", "decode:16x1024", "decode:32x1024")
 WINDOW = 512

@@ -1,6 +1,6 @@
 """Tokens per second of every memory preset, forward and with backward, beside titans-pytorch at equal sizes.
 
-    python benchmarks/memory_speed.py --titans-python PATH_TO_PYTHON --output docs/memory_speed.md
+    python -m benchmarks.memory_speed --titans-python PATH_TO_PYTHON --output docs/memory_speed.md
 
 Every contender is a layer on [batch, T, dim]: projections to q, k, v and gates, then one memory of width dim; an MLP
 memory has two layers and 4·dim hidden units. Batch, chunks, cores and float32 are the same for both sides. All are
@@ -32,7 +32,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from atlas_jax.memory.rules import PRESETS, Features, MemoryRule, chunked, init_params, init_state, make_tokens
+from atlas_jax.memory import (
+    PRESETS,
+    Features,
+    MemoryRule,
+    chunked,
+    init_params,
+    init_state,
+    make_tokens,
+)
 
 MODES = ("forward", "both")
 SETTLE = 0.1
@@ -304,7 +312,7 @@ def report(sections: dict[str, dict[str, Contender]], arguments: argparse.Namesp
         f"float32, chunks of {arguments.chunk} (DeltaNets: their own of 1, in blocks). In brackets, how many times the "
         "speed of titans-pytorch in the row before. "
         f"Medians of {rounds} interleaved rounds, without compiling. `weights` are the numbers in one memory's matrices. "
-        f"Made by `python benchmarks/memory_speed.py {shlex.join(sys.argv[1:])}`.",
+        f"Made by `python -m benchmarks.memory_speed {shlex.join(sys.argv[1:])}`.",
         cores,
         *_NOTES,
     ]

@@ -1,6 +1,6 @@
 """Mutation check of the memory rules: breaks the code one small way at a time and looks whether a test notices.
 
-    python benchmarks/mutate.py --output docs/mutation.md
+    python -m benchmarks.mutate --output docs/mutation.md
 
 Mutants are made on the syntax tree: changed operators, dropped factors, gates and signs, shifted comparison edges,
 offsets and constants, swapped branches. One process that has jax and the tests loaded imports each in the place of the
@@ -36,9 +36,9 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS, FORMS = "tests/property/test_memory_kernels.py", "tests/property/test_memory_forms.py"
-SPECIAL = "tests/property/test_memory_special_cases.py"
-MOSAIC = "tests/property/test_kernels_pallas_rules_property.py"
+KERNELS, FORMS = "tests/property/test_memory_kernels_property.py", "tests/property/test_memory_forms_property.py"
+SPECIAL = "tests/property/test_memory_special_cases_property.py"
+MOSAIC = "tests/property/test_kernels_tpu_rules_property.py"
 FORM_TESTS = "not gradients and not training and not scan"
 
 
@@ -62,10 +62,10 @@ TARGETS = {
         (KERNELS, MOSAIC), "window_band or decay or dual_form or sequential or where_they_are_called", True
     ),
     "atlas_jax/kernels/newton_schulz.py": Target((KERNELS, MOSAIC), "newton or band or where_they_are_called", True),
-    "atlas_jax/memory/rules/_exact.py": Target((FORMS, SPECIAL), "mesa and not agree", False),
-    "atlas_jax/memory/rules/_step.py": Target((FORMS,), FORM_TESTS, False),
-    "atlas_jax/memory/rules/_chunked.py": Target((FORMS,), FORM_TESTS, False),
-    "atlas_jax/memory/rules/_memory.py": Target((FORMS,), FORM_TESTS, False),
+    "atlas_jax/memory/_exact.py": Target((FORMS, SPECIAL), "mesa and not agree", False),
+    "atlas_jax/memory/_step.py": Target((FORMS,), FORM_TESTS, False),
+    "atlas_jax/memory/_chunked.py": Target((FORMS,), FORM_TESTS, False),
+    "atlas_jax/memory/_memory.py": Target((FORMS,), FORM_TESTS, False),
     "atlas_jax/kernels/feature_maps.py": Target((KERNELS,), "polynomial or monomials or features", True),
 }
 # mutants that compute the same, or another error message: (file or file:function, before, after) and why
@@ -259,7 +259,7 @@ BINARY = {
 COMPARE = {ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 # modules to load anew for each mutant: the memories, and the tests that have imported them
 FRESH = ("atlas_jax.kernels.omega", "atlas_jax.kernels.newton_schulz", "atlas_jax.kernels.feature_maps")
-FRESH += ("atlas_jax.memory.rules", "memory_support", "test_memory_", "test_kernels_pallas_rules")
+FRESH += ("atlas_jax.memory", "memory_support", "test_memory_", "test_kernels_pallas_rules")
 
 
 @dataclass(frozen=True)
@@ -551,7 +551,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="JSON lines; survivors in it and crashes are run again, no others")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    command = "python benchmarks/mutate.py " + " ".join(sys.argv[1:])
+    command = "python -m benchmarks.mutate " + " ".join(sys.argv[1:])
 
     paths = [path for path in TARGETS if any(path.endswith(name) for name in arguments.files)]
     found = [m for path in paths for m in mutants(path) if arguments.match in m.before + "\n" + m.after]

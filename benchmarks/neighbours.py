@@ -1,6 +1,6 @@
 """How a stream fares beside another client: time between its tokens, and time to the first text of a short question.
 
-    python benchmarks/neighbours.py MODEL.gguf [--seconds 30] [--tokens 176000] [--output FILE] [server flags]
+    python -m benchmarks.neighbours MODEL.gguf [--seconds 30] [--tokens 176000] [--output FILE] [server flags]
 
 One server, measured through HTTP. A plain stream is read beside, in turns,
 
@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from server_process import Server
+
+from benchmarks.server_process import Server
 
 _ANSWER = 800
 """Tokens of a stream that is watched, which is begun again when it has ended: its steps are alike all along."""
@@ -43,7 +44,7 @@ _MOST = 3.0
 
 def prose(seed: int, tokens: int) -> str:
     """English words of about so many tokens, no two texts alike."""
-    folder = resources.files("atlas_jax.memory") / "texts"
+    folder = resources.files("atlas_jax.recall") / "texts"
     words = [word for file in ("prose.txt", "technical.txt") for word in (folder / file).read_text("utf-8").split()]
     rng, text, length = random.Random(seed), [], 0
     while length < tokens * _CHARACTERS:
@@ -175,7 +176,7 @@ def main() -> None:
         settle(server.http)
         server.end()
     text = "\n".join(
-        ["# Neighbours", "", f"`python benchmarks/neighbours.py {' '.join(sys.argv[1:])}`", "", *lines, "", *slow]
+        ["# Neighbours", "", f"`python -m benchmarks.neighbours {' '.join(sys.argv[1:])}`", "", *lines, "", *slow]
     )
     print(text)
     if args.output:

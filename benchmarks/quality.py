@@ -1,6 +1,6 @@
 """Our engine against llama.cpp's golden files: greedy continuations and perplexity on the same token ids.
 
-    python benchmarks/quality.py --model MODEL.gguf --golden tests/golden/peer/NAME [--dtype int8|float32]
+    python -m benchmarks.quality --model MODEL.gguf --golden tests/golden/peer/NAME [--dtype int8|float32]
         [--parts continuations perplexity] [--chunks N]
 
 prints one JSON line per part. `agree` is the share of prompts whose first 16 tokens are the peer's (or all of them up to
@@ -17,8 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import Delta, GenerationRequest, Prompt, SamplingParams
-from atlas_jax.engine.asking import ask
+from atlas_jax.engine.api import (
+    Delta,
+    GenerationRequest,
+    Prompt,
+    SamplingParams,
+)
+from atlas_jax.engine.offline import ask
 
 AGREE_ON = 16
 

@@ -1,6 +1,6 @@
 """Facts asked for through the HTTP API after they left the window and the server was restarted.
 
-    python benchmarks/recall_http.py MODEL.gguf --filler TEXT ... [--contexts 10] [--blend 1]
+    python -m benchmarks.recall_http MODEL.gguf --filler TEXT ... [--contexts 10] [--blend 1]
 
 The contexts and questions of `atlas_jax.experiments.fact_recall`: a server reads every context into a session of its own,
 is ended with SIGTERM, started again, and asked. Prints the same table, and how long the stop and the start took.
@@ -12,10 +12,16 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from server_process import Server
-
-from atlas_jax.experiments.fact_recall import DIGITS, QUESTIONS, Score, cases, table_head, table_row
+from atlas_jax.experiments.fact_recall import (
+    DIGITS,
+    QUESTIONS,
+    Score,
+    cases,
+    table_head,
+    table_row,
+)
 from atlas_jax.gguf import GGUFFile, Tokenizer
+from benchmarks.server_process import Server
 
 
 def complete(server: Server, prompt: str, session: str, max_tokens: int, **atlas: object) -> str:

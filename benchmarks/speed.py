@@ -1,6 +1,6 @@
 """Our engine and llama.cpp in turns on the same file: reading a prompt, and greedy decoding with several streams.
 
-    python benchmarks/speed.py MODEL.gguf [--peer-python PYTHON] [--tests prompt:512 decode:16x256 chat ...] [--rounds 5]
+    python -m benchmarks.speed MODEL.gguf [--peer-python PYTHON] [--tests prompt:512 decode:16x256 chat ...] [--rounds 5]
         [--output docs/speed.md]
 
 Tests are `prompt:TOKENS`, `decode:STREAMSxCONTEXT` (prose, a place of its own for every stream), and three of a single
@@ -27,8 +27,13 @@ from importlib import resources
 from pathlib import Path
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import Finished, GenerationRequest, MemoryParams, SamplingParams
-from atlas_jax.engine.asking import ask
+from atlas_jax.engine.api import (
+    Finished,
+    GenerationRequest,
+    MemoryParams,
+    SamplingParams,
+)
+from atlas_jax.engine.offline import ask
 
 TESTS = (
     *("prompt:512", "prompt:4096", "decode:1x256", "decode:4x256", "decode:16x256", "decode:32x256", "decode:1x8000"),
@@ -58,7 +63,7 @@ def prompts(engine: Engine, test: str, seed: int) -> list[list[int]]:
     if kind in ("chat", "repetitive"):
         asked = QUESTIONS if kind == "chat" else COPIES
         return [engine.render_chat([{"role": "user", "content": text}]) for text in asked]
-    text = (resources.files("atlas_jax.memory") / "texts" / "prose.txt").read_text(encoding="utf-8")
+    text = (resources.files("atlas_jax.recall") / "texts" / "prose.txt").read_text(encoding="utf-8")
     tokens = engine.tokenizer.encode(text, add_special=False, parse_special=False)
     if kind == "prose":
         size = f"{len(QUESTIONS)}x256"

@@ -1,6 +1,6 @@
 """Where a decode step's time goes, against what reading its weights from memory must take.
 
-    python benchmarks/step_time.py MODEL.gguf [--steps 1x1 1x3 16x1] [--output docs/step_time.md]
+    python -m benchmarks.step_time MODEL.gguf [--steps 1x1 1x3 16x1] [--output docs/step_time.md]
 
 A step is ROWSxTOKENS. Parts are timed on their own, programs of the same functions the engine compiles: the products of
 all layers with their norms and gates, their attention, all layers in groups, the head's product, the choice of a token.
@@ -30,19 +30,19 @@ import numpy as np
 from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, GenerationRequest, SamplingParams
-from atlas_jax.engine.asking import ask
-from atlas_jax.engine.settings import sampling_state
+from atlas_jax.engine.offline import ask
+from atlas_jax.engine.runner.step_inputs import sampling_state
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.attention import window_attention
-from atlas_jax.kernels.fused import gated_linear, summed_linear
+from atlas_jax.kernels.fused_linear import gated_linear, summed_linear
 from atlas_jax.kernels.linear import linear
 from atlas_jax.kernels.sampling import sample
-from atlas_jax.model.context import init_context, page_turn, turn_page
+from atlas_jax.model.kv_cache import init_context, page_turn, turn_page
+from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.page_schedule import WindowPlan
 from atlas_jax.model.params import ModelParams
-from atlas_jax.model.stages import Trunk
 from atlas_jax.model.transformer import logits
-from atlas_jax.model.window import WindowPlan
 
 PAGES = 4
 _CONTEXT = 256

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import atlas_jax
-from atlas_jax.memory import rules
-from atlas_jax.memory.rules import Features, presets
+from atlas_jax import memory
+from atlas_jax.memory import Features, presets
 
 print("atlas_jax", atlas_jax.__version__, "on", jax.devices()[0].platform)
 
@@ -31,12 +31,12 @@ values = jax.random.normal(jax.random.key(1), (pairs, dim))
 
 
 @partial(jax.jit, static_argnames="rule")
-def error_after_one_pass(rule: rules.MemoryRule, keys: jax.Array, values: jax.Array, eta: float) -> jax.Array:
+def error_after_one_pass(rule: memory.MemoryRule, keys: jax.Array, values: jax.Array, eta: float) -> jax.Array:
     """Writes each pair once; the error of reading all of them, relative to the values."""
-    params = rules.init_params(rule, jax.random.key(2))
-    tokens = rules.make_tokens(rule, keys, keys, values, eta=eta)
-    state, _ = rules.chunked(rule, params, rules.init_state(rule, params), tokens)
-    found = rules.read(rule, params, state, keys)
+    params = memory.init_params(rule, jax.random.key(2))
+    tokens = memory.make_tokens(rule, keys, keys, values, eta=eta)
+    state, _ = memory.chunked(rule, params, memory.init_state(rule, params), tokens)
+    found = memory.read(rule, params, state, keys)
     return jnp.sum((found - values) ** 2) / jnp.sum(values**2)
 
 
@@ -73,7 +73,14 @@ for name, features in {"degree 1": Features(), "degree 2": Features(kind="polyno
 
 # %%
 from atlas_jax.gguf._writer import BYTE_VOCAB, byte_vocabulary  # noqa: E402
-from atlas_jax.model.lm import LMConfig, export_gguf, import_gguf, init_params, parameter_count, text_batches  # noqa: E402
+from atlas_jax.model.lm import (
+    LMConfig,
+    export_gguf,
+    import_gguf,
+    init_params,
+    parameter_count,
+    text_batches,
+)  # noqa: E402
 from atlas_jax.model.lm.training import TrainConfig, train  # noqa: E402
 
 text = b"what is read at test time is learned at test time. " * 20

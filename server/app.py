@@ -13,37 +13,37 @@ from litestar.routes import HTTPRoute
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from atlas_jax.engine.api import EngineProtocol
-from server.auth import KeyRing
-from server.bodies import Bodies
-from server.connections import Connections, connection_limit
+from server.admission import Gate
+from server.config.settings import ServerSection, Settings
 from server.controllers.atlas import AtlasController, MemoryController
 from server.controllers.health import HealthController
 from server.controllers.llamacpp import LlamaCppController
 from server.controllers.openai import OpenAIController
 from server.controllers.root import RootController
-from server.cors import Cors
-from server.edge import App, Edge
-from server.gate import Gate
-from server.hosts import HostCheck
 from server.http import error_response, json_request
 from server.lifecycle import Lifecycle
-from server.limits import FailureBudget, KeyLimits
-from server.metrics import Metrics
+from server.middleware.asgi import App, Edge
+from server.middleware.auth import KeyRing
+from server.middleware.bodies import Bodies
+from server.middleware.connections import Connections, connection_limit
+from server.middleware.cors import Cors
+from server.middleware.hosts import HostCheck
+from server.middleware.rate_limits import FailureBudget, KeyLimits
 from server.openapi import openapi_config
-from server.services.compat import Compat
-from server.services.front import Front
+from server.prometheus import Metrics
+from server.services.engine_supervisor import EngineHost
+from server.services.front_page import Front
 from server.services.generation import NO_CONTEXT, Generator
-from server.services.host import EngineHost
 from server.services.inference import Inference
+from server.services.llamacpp import Compat
 from server.services.memory import MemoryService
 from server.services.models import Models
-from server.services.observer import Observer
+from server.services.monitoring import Observer
 from server.services.persistence import Persistence
 from server.services.runtime_config import RuntimeConfig
 from server.services.stats import ServerStats
-from server.services.texts import Texts
-from server.services.workers import Workers
-from server.settings import ServerSection, Settings
+from server.services.thread_pools import Workers
+from server.services.tokenization import Texts
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EngineSource = EngineProtocol | Callable[[], EngineProtocol]

@@ -14,10 +14,15 @@ from typing import Any, NoReturn
 import msgspec
 
 from atlas_jax import __version__
-from server.auth import KeyFileError
+from server.config.settings import Settings, SettingsError
+from server.config.sources import (
+    CONFIG_ENV,
+    add_flags,
+    load,
+    suggestion,
+)
 from server.engine_factory import check_files, engine_factory
-from server.options import CONFIG_ENV, add_flags, load, suggestion
-from server.settings import Settings, SettingsError
+from server.middleware.auth import KeyFileError
 
 log = logging.getLogger("atlas.server")
 _FAILED, _USAGE_ERROR = 1, 2

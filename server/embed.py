@@ -6,10 +6,10 @@ from contextlib import AbstractAsyncContextManager
 from types import TracebackType
 
 from server.app import EngineSource, create_app, lifecycle_of
-from server.edge import Receive, Scope, Send
+from server.config.settings import Settings
 from server.engine_factory import engine_factory
 from server.lifecycle import Lifecycle
-from server.settings import Settings
+from server.middleware.asgi import Receive, Scope, Send
 
 
 class AtlasServer:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 from atlas_jax.engine.api import EngineProtocol
-from server.settings import Settings, SettingsError
+from server.config.settings import Settings, SettingsError
 
 EngineFactory = Callable[[], EngineProtocol]
 

@@ -13,12 +13,18 @@ from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Stream
 
-from server.bodies import Bodies
-from server.context import STATE_KEY, RequestContext
-from server.errors import Problem, body, headers, http_problem, problem
+from server.errors import (
+    Problem,
+    body,
+    headers,
+    http_problem,
+    problem,
+)
+from server.middleware.bodies import Bodies
+from server.middleware.not_found import advice
+from server.middleware.request_context import STATE_KEY, RequestContext
 from server.schemas.errors import AtlasError, OpenAIError
 from server.services.generation import Generation
-from server.unserved import advice
 
 HttpRequest = Request[Any, Any, Any]
 T = TypeVar("T")

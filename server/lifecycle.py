@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable
 
 from atlas_jax.engine.api import EngineProtocol
+from server.admission import Gate
 from server.errors import Unavailable
-from server.gate import Gate
-from server.services.front import Front
-from server.services.host import EngineHost
-from server.services.observer import Observer
+from server.services.engine_supervisor import EngineHost
+from server.services.front_page import Front
+from server.services.monitoring import Observer
 from server.services.persistence import Persistence
-from server.services.workers import Workers
+from server.services.thread_pools import Workers
 
 log = logging.getLogger("atlas.server")
 # A stop takes at most the grace of the running requests, then this; together less than the ten seconds most supervisors

@@ -22,7 +22,15 @@ from litestar.openapi.plugins import JsonRenderPlugin
 
 from atlas_jax import __version__
 from server.errors import ATLAS_PREFIX
-from server.schemas import atlas, chat, completions, errors, llamacpp, models, root
+from server.schemas import (
+    atlas,
+    chat,
+    completions,
+    errors,
+    llamacpp,
+    models,
+    root,
+)
 
 _MODULES = (atlas, chat, completions, errors, llamacpp, models, root)
 _STREAMS = {
@@ -152,7 +160,7 @@ def as_yaml() -> str:
     import yaml
 
     from server.app import create_app
-    from server.settings import Settings
+    from server.config.settings import Settings
 
     app, _ = create_app(Settings(), _no_engine)
     document = corrected(app.openapi_schema.to_schema())

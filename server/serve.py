@@ -16,11 +16,16 @@ from typing import cast
 
 import uvicorn
 
-from server.app import EngineSource, connections_of, create_app, lifecycle_of
-from server.connections import Connections, raise_file_limit
-from server.heap import settled
+from server.app import (
+    EngineSource,
+    connections_of,
+    create_app,
+    lifecycle_of,
+)
+from server.config.settings import Settings
+from server.gc_pauses import settled
 from server.lifecycle import Lifecycle
-from server.settings import Settings
+from server.middleware.connections import Connections, raise_file_limit
 
 log = logging.getLogger("atlas.server")
 _HEADER_BYTES = 32_768

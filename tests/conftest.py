@@ -1,4 +1,4 @@
-"""Its place makes `tiny_model` and the references importable from every test: pytest adds this folder to the path."""
+"""What every test has: programs of one module, a log level of its own, and Ctrl-C."""
 
 from __future__ import annotations
 

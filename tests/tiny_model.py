@@ -16,9 +16,9 @@ from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
 
 from atlas_jax.config import MemoryConfig
 from atlas_jax.gguf import GGUFFile
-from atlas_jax.memory import store
-from atlas_jax.memory.adapter import make_adapter
 from atlas_jax.model.loading import model_config
+from atlas_jax.recall import adapter_store
+from atlas_jax.recall.adapter import make_adapter
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -188,5 +188,5 @@ def write_adapter(path: Path, model: Path, *, seed: int = 0) -> Path:
         random.standard_normal((count, config.embed, memory.components)).astype(np.float32),
         np.asarray([-2.0, 3.0, 2.0, 0.1], np.float32),
     )
-    path.write_bytes(store.encode(fingerprint, memory, adapter))
+    path.write_bytes(adapter_store.encode(fingerprint, memory, adapter))
     return path

@@ -11,8 +11,8 @@ from typing import Any
 
 import msgspec
 
-from server.options import Option, options
-from server.settings import Settings
+from server.config.settings import Settings
+from server.config.sources import Option, options
 
 _MODEL = "data/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 _INTRODUCTION = """# Every setting

@@ -18,7 +18,7 @@ import numpy as np
 
 from atlas_jax import _platform
 from atlas_jax.config import ConfigError
-from atlas_jax.engine import kept
+from atlas_jax.engine import cache_folder
 from atlas_jax.engine.api import (
     ChatFrame,
     EngineStats,
@@ -30,20 +30,21 @@ from atlas_jax.engine.api import (
     Overloaded,
     SlotInfo,
 )
-from atlas_jax.engine.chat_frame import ChatFrames
-from atlas_jax.engine.compiler import CompileCounter, use_cache
-from atlas_jax.engine.grammar import Grammar, Grammars
-from atlas_jax.engine.loop import Loop
-from atlas_jax.engine.opening import Opened, open_pretrained, open_trained
-from atlas_jax.engine.resident import resident_bytes
-from atlas_jax.engine.sessions import SessionTable
-from atlas_jax.engine.store import MemoryFolder
-from atlas_jax.engine.tiers import Budgets
-from atlas_jax.engine.warmup import WarmUp
-from atlas_jax.engine.work import Work, new_work
+from atlas_jax.engine.compile_cache import CompileCounter, use_cache
+from atlas_jax.engine.host_memory import resident_bytes
+from atlas_jax.engine.loader import Opened, open_pretrained, open_trained
+from atlas_jax.engine.runner.warmup import WarmUp
+from atlas_jax.engine.scheduler.request_state import Work, new_work
+from atlas_jax.engine.scheduler.scheduler import Loop
+from atlas_jax.engine.scheduler.structured_output import Grammar, Grammars
+from atlas_jax.engine.sessions.chat_frame import ChatFrames
+from atlas_jax.engine.sessions.store import MemoryFolder
+from atlas_jax.engine.sessions.table import SessionTable
+from atlas_jax.engine.sessions.tiers import Budgets
 from atlas_jax.gguf import ChatTemplate, GGUFFile, TemplateError
-from atlas_jax.kernels import native, pallas
+from atlas_jax.kernels import tpu
 from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.sampling import BIAS_SLOTS, TOP_LOGPROBS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.loading import WeightDtype
@@ -179,9 +180,9 @@ class Engine:
         """
         _limit_threads(threads)
         _platform.limit_lapack()
-        native.use(native_kernels and mesh_data * mesh_model == 1)
-        pallas.use(native_kernels)
-        cache = kept.usable(Path(cache_path) if cache_path is not None else default_cache())
+        ffi.use(native_kernels and mesh_data * mesh_model == 1)
+        tpu.use(native_kernels)
+        cache = cache_folder.usable(Path(cache_path) if cache_path is not None else default_cache())
         if cache is not None:
             use_cache(cache / "compiled")
         compilations = CompileCounter()

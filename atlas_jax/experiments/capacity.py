@@ -18,7 +18,7 @@ import optax
 
 from atlas_jax.experiments._pairs import one_pass, random_pairs
 from atlas_jax.experiments._report import Options, Report, run_command
-from atlas_jax.memory.rules import Features, presets
+from atlas_jax.memory import Features, presets
 from atlas_jax.typing import Array, Float
 
 _RIDGE = 1e-8

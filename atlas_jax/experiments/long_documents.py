@@ -15,7 +15,7 @@ from pathlib import Path
 
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import GenerationRequest, MemoryParams, Prompt
-from atlas_jax.engine.asking import ask
+from atlas_jax.engine.offline import ask
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,16 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels import native
+from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import quantize_rows
-from atlas_jax.kernels.reduce import row_max, row_sum
-from atlas_jax.typing import Array, Bool, Float, Int8, Int32
+from atlas_jax.kernels.reductions import row_max, row_sum
+from atlas_jax.typing import (
+    Array,
+    Bool,
+    Float,
+    Int8,
+    Int32,
+)
 
 KVDtype = Literal["int8", "float32"]
 
@@ -194,10 +200,10 @@ def window_attention(
     batch, tokens, heads, dim = q.shape
     kv_heads = kv.sink_k.shape[1]
     k, v = kv.k, kv.v
-    taken = native.takes_attention(tokens, PAGE, dim, kv.sink_k.shape[2])
+    taken = ffi.takes_attention(tokens, PAGE, dim, kv.sink_k.shape[2])
     if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
-        return native.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale)
+        return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale)
     groups = heads // kv_heads
     score = _page_scores(_group(q, kv_heads), kv.k) * scale  # [B, N, K, G·T, P]
     by_token = score.reshape(*score.shape[:3], groups, tokens, PAGE)

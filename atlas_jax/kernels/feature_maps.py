@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.kernels.features import monomial_table
+from atlas_jax.kernels.monomials import monomial_table
 from atlas_jax.typing import Array, Float
 
 _BLOCK = 8

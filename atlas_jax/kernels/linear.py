@@ -15,9 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.kernels import native
-from atlas_jax.kernels.reduce import row_max
-from atlas_jax.typing import Array, Float, Int8, Int32, UInt8
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.reductions import row_max
+from atlas_jax.typing import (
+    Array,
+    Float,
+    Int8,
+    Int32,
+    UInt8,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -139,9 +145,9 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows 
         pair = jnp.concatenate([flat, flat]) if count == 1 else flat
         product = jnp.einsum("ri,oi->ro", pair, weight, precision=jax.lax.Precision.HIGHEST)
         return product[:count].reshape(*rows, -1)
-    if native.takes_linear(inner, weight.shape[0]):
+    if ffi.takes_linear(inner, weight.shape[0]):
         stored = weight.values if isinstance(weight, QuantArray) else weight.blocks
-        return native.linear(flat, stored, weight.scale).reshape(*rows, -1)
+        return ffi.linear(flat, stored, weight.scale).reshape(*rows, -1)
     if isinstance(weight, PackedArray):
         weight = unpack(weight)
     high, low, unit = split_rows(flat)
@@ -159,8 +165,8 @@ def linear_each(weight: QuantArray, x: Float[Array, "B T inp"]) -> Float[Array, 
       weight: values [B, out, in], scale [B, out].
     """
     tokens, inner = x.shape[1:]
-    if native.takes_linear(inner, weight.values.shape[1]):
-        return native.linear(x, weight.values, weight.scale)
+    if ffi.takes_linear(inner, weight.values.shape[1]):
+        return ffi.linear(x, weight.values, weight.scale)
     high, low, unit = split_rows(x)
     terms = jnp.concatenate([high, low], axis=1)
     sums = jnp.einsum("bti,boi->bto", terms, weight.values, preferred_element_type=jnp.int32)

@@ -13,8 +13,8 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.kernels import pallas
-from atlas_jax.kernels.reduce import row_max, row_sum
+from atlas_jax.kernels import tpu
+from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.typing import Array, Float
 
 CoefficientTable = Literal["jordan", "polar_express"]
@@ -60,7 +60,7 @@ def orthogonalize(
     References:
       Jordan et al., Muon (2024); ATLAS, arXiv 2505.23735, equation 32.
     """
-    return _mosaic(steps, table, matrix) if pallas.takes_orthogonalize(matrix.shape) else _iterate(matrix, steps, table)
+    return _mosaic(steps, table, matrix) if tpu.takes_orthogonalize(matrix.shape) else _iterate(matrix, steps, table)
 
 
 def gram_polynomial(
@@ -105,7 +105,7 @@ def _iterate(matrix: Float[Array, "*batch m n"], steps: int, table: CoefficientT
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mosaic(steps: int, table: CoefficientTable, matrix: jax.Array) -> jax.Array:
     """`_iterate` by a TPU kernel; its gradient is that of `_iterate`, computed anew."""
-    return pallas.orthogonalize(matrix, _coefficients(steps, table))
+    return tpu.orthogonalize(matrix, _coefficients(steps, table))
 
 
 def _mosaic_forward(steps: int, table: CoefficientTable, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:

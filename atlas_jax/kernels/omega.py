@@ -23,8 +23,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.kernels import pallas
-from atlas_jax.kernels.solve import solve_unit_lower
+from atlas_jax.kernels import tpu
+from atlas_jax.kernels.cholesky import solve_unit_lower
 from atlas_jax.typing import Array, Float
 
 ChannelAxis = Literal["row", "column"]
@@ -177,7 +177,7 @@ def dual_product(
     Args:
       momentum: S₀, or None where the rule has none.
     """
-    if pallas.takes_omega(weight.shape, _channels(coefficients)):
+    if tpu.takes_omega(weight.shape, _channels(coefficients)):
         return _mosaic_dual(x, weight, momentum, left, right, coefficients)
     return _dual(x, weight, momentum, left, right, coefficients, axis)
 
@@ -205,7 +205,7 @@ def chunk_end(
     axis: ChannelAxis = "row",
 ) -> tuple[Float[Array, "o i"], Float[Array, "o i"] | None]:
     """W and S after the chunk's last token."""
-    if pallas.takes_omega(weight.shape, _channels(coefficients)):
+    if tpu.takes_omega(weight.shape, _channels(coefficients)):
         return _mosaic_end(weight, momentum, left, right, coefficients)
     return _end(weight, momentum, left, right, coefficients, axis)
 
@@ -324,7 +324,7 @@ def _mosaic_dual(
 ) -> jax.Array:
     """`_dual` with one gate for a whole weight, by a TPU kernel; its gradient is that of `_dual`, computed anew."""
     c = coefficients
-    return pallas.dual_product(x, weight, momentum, left, right, c.weights, c.momentum, c.tokens[..., 0])
+    return tpu.dual_product(x, weight, momentum, left, right, c.weights, c.momentum, c.tokens[..., 0])
 
 
 def _mosaic_dual_backward(args: tuple[Any, ...], slope: jax.Array) -> tuple[Any, ...]:
@@ -341,7 +341,7 @@ def _mosaic_end(
     """`_end` with one gate for a whole weight, by a TPU kernel; its gradient is that of `_end`, computed anew."""
     c = jax.tree.map(lambda leaf: leaf[-1], coefficients)
     gates = c.weights[None], c.tokens, c.momentum[None], c.momentum_left[None], c.momentum_tokens
-    return pallas.chunk_end(weight, momentum, left, right, *gates)
+    return tpu.chunk_end(weight, momentum, left, right, *gates)
 
 
 def _mosaic_end_backward(args: tuple[Any, ...], slopes: tuple[jax.Array, jax.Array | None]) -> tuple[Any, ...]:

@@ -14,9 +14,16 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MAX_LOGIT_BIAS
-from atlas_jax.kernels import native
-from atlas_jax.kernels.reduce import row_max, row_sum
-from atlas_jax.typing import Array, Bool, Float, Int, Int32, UInt32
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.reductions import row_max, row_sum
+from atlas_jax.typing import (
+    Array,
+    Bool,
+    Float,
+    Int,
+    Int32,
+    UInt32,
+)
 
 NEGATIVE = -1e30
 BIAS_SLOTS = MAX_LOGIT_BIAS
@@ -156,8 +163,8 @@ def record(state: SamplingState, tokens: Int32[Array, "B T"], drawn: Bool[Array,
 
 def _greedy(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first of the best tokens, and the logarithm of Σ exp(score)."""
-    if native.takes_vocabulary():
-        return native.greedy(scores)
+    if ffi.takes_vocabulary():
+        return ffi.greedy(scores)
     best = row_max(scores)
     return _first_best(scores), best + jnp.log(row_sum(jnp.exp(scores - best[:, None])))
 
@@ -215,8 +222,8 @@ def _first_best(x: jax.Array) -> jax.Array:
 
 def _draw(state: SamplingState, scores: jax.Array, position: jax.Array) -> jax.Array:
     uniform = _uniform(state.seed, position)
-    if native.takes_vocabulary():
-        return native.draw(
+    if ffi.takes_vocabulary():
+        return ffi.draw(
             scores,
             temperature=state.temperature,
             top_k=state.top_k,

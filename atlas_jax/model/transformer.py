@@ -11,13 +11,18 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import LayerConfig, ModelConfig
-from atlas_jax.kernels import attention, heads, pallas
+from atlas_jax.kernels import attention, qkv_rope_cache, tpu
 from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
-from atlas_jax.kernels.fused import gated_linear, normed_linear, residual_sum, summed_linear
+from atlas_jax.kernels.fused_linear import (
+    gated_linear,
+    normed_linear,
+    residual_sum,
+    summed_linear,
+)
 from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.rope import RopeTable, rotations
 from atlas_jax.model.params import LayerParams, ModelParams
-from atlas_jax.placement import on_each_device
+from atlas_jax.sharding import on_each_device
 from atlas_jax.typing import Array, Float, Int32
 
 SINKS = 4
@@ -123,9 +128,9 @@ def _run_layer(
 
     def attend(by_head: jax.Array, kv: LayerKV, rows: Any, gains: Any) -> tuple[jax.Array, LayerKV]:
         ring, rotary, near, (seen, sinks_seen) = rows
-        q, q_sink, kv = heads.enter(by_head, gains, config.norm_eps, rotary, near, kv, ring)
-        if pallas.takes_attention(kv):
-            return pallas.attention(q, q_sink, kv, ring, spec.sliding_window, config.scale), kv
+        q, q_sink, kv = qkv_rope_cache.enter(by_head, gains, config.norm_eps, rotary, near, kv, ring)
+        if tpu.takes_attention(kv):
+            return tpu.attention(q, q_sink, kv, ring, spec.sliding_window, config.scale), kv
         return attention.window_attention(q, q_sink, kv, seen, sinks_seen, config.scale), kv
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)

@@ -11,7 +11,7 @@ import optax
 from atlas_jax.kernels.newton_schulz import CoefficientTable, orthogonalize
 from atlas_jax.optim.axes import AxesSource, resolve_axes
 from atlas_jax.optim.bank import BankLayout, Banks
-from atlas_jax.optim.placement import LOCAL, Placement, average_gradients
+from atlas_jax.optim.sharding import LOCAL, Placement, average_gradients
 from atlas_jax.typing import Array, Int32
 
 

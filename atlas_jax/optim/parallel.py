@@ -11,7 +11,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from atlas_jax.optim.placement import LOCAL, Placement, mapped, sharded
+from atlas_jax.optim.sharding import (
+    LOCAL,
+    Placement,
+    mapped,
+    sharded,
+)
 from atlas_jax.typing import Array, Float, Int32
 
 Loss = Callable[[Any, Any], Float[Array, ""]]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.crash.disk import build
 from benchmarks.crash.figures import Row, measure_cost, measure_many
-from benchmarks.crash.process import ROOT, Launcher
+from benchmarks.crash.process import Launcher
 from benchmarks.crash.rounds import Plan, Rounds
 
 
@@ -25,8 +25,7 @@ def launcher(args: argparse.Namespace, folder: Path, flags: list[str], concurren
     model, own = args.model, ["--max-concurrent", str(concurrent)]
     own += ["--atlas-window", "128", "--atlas-max-window", "128"]
     if model is None:
-        sys.path.insert(0, str(ROOT / "tests"))
-        import tiny_model
+        from tests import tiny_model
 
         model = tiny_model.write_model(folder / "tiny.gguf")
         own += ["--atlas-adapter", str(tiny_model.write_adapter(folder / "tiny.safetensors", model))]

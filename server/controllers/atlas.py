@@ -9,10 +9,16 @@ from litestar.di import NamedDependency
 from litestar.params import FromQuery, JSONBody, SkipValidation
 
 from server.errors import Forbidden
-from server.http import HttpRequest, atlas_responses, context_of, event_stream, json_response
+from server.http import (
+    HttpRequest,
+    atlas_responses,
+    context_of,
+    event_stream,
+    json_response,
+)
 from server.schemas import atlas as schema
 from server.services.memory import MemoryService
-from server.services.observer import Observer
+from server.services.monitoring import Observer
 from server.services.runtime_config import RuntimeConfig
 from server.validation import invalid, parse
 

@@ -9,10 +9,10 @@ from litestar.di import NamedDependency
 
 from server.errors import Unavailable
 from server.http import json_response, openai_responses
-from server.metrics import CONTENT_TYPE, Metrics
+from server.prometheus import CONTENT_TYPE, Metrics
 from server.schemas.llamacpp import Health
-from server.services.host import EngineHost
-from server.services.observer import Observer
+from server.services.engine_supervisor import EngineHost
+from server.services.monitoring import Observer
 
 _PUBLIC = {"public": True}
 _UNMETERED = {"unmetered": True}

@@ -11,7 +11,7 @@ from litestar.di import NamedDependency
 from atlas_jax import __version__
 from server.http import HttpRequest, json_response, openai_responses
 from server.schemas.root import Root
-from server.services.front import Front
+from server.services.front_page import Front
 
 _PAGE = """<!doctype html>
 <html lang="en">

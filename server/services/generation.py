@@ -24,20 +24,34 @@ from atlas_jax.engine.api import (
     SamplingParams,
     SnapshotInvalid,
 )
-from server.context import PARTY, RequestContext
-from server.errors import ContextExceeded, ServerError, Unavailable, openai_error, problem
-from server.gate import Gate, Lease
-from server.limits import KeyLimits
-from server.metrics import Metrics
+from server.admission import Gate, Lease
+from server.errors import (
+    ContextExceeded,
+    ServerError,
+    Unavailable,
+    openai_error,
+    problem,
+)
+from server.middleware.rate_limits import KeyLimits
+from server.middleware.request_context import PARTY, RequestContext
+from server.prometheus import Metrics
 from server.schemas.usage import Usage
-from server.services.host import EngineHost
-from server.services.job import Job
+from server.services.engine_supervisor import EngineHost
 from server.services.memory_options import MemoryPlan
+from server.services.request_group import Job
+from server.services.response_builder import (
+    Ending,
+    Outcome,
+    Writer,
+    atlas_stats_of,
+    finish_reason,
+    timings_of,
+    usage_of,
+)
 from server.services.runtime_config import RuntimeConfig
 from server.services.sampling import MAX_SEED
 from server.services.stats import Outcome as RequestOutcome
 from server.services.stats import ServerStats
-from server.services.writers import Ending, Outcome, Writer, atlas_stats_of, finish_reason, timings_of, usage_of
 
 log = logging.getLogger("atlas.server")
 PING = b": ping\n\n"

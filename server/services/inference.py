@@ -6,22 +6,28 @@ from collections.abc import Mapping
 from typing import Any
 
 from atlas_jax.engine.api import SamplingParams
-from server.context import PARTY, RequestContext
+from server.config.settings import SamplingSection
+from server.middleware.request_context import PARTY, RequestContext
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.sampling import SamplingFields
-from server.services.chat_writer import ChatWriter
-from server.services.completion_writer import CompletionWriter
-from server.services.formats import answer_grammar
+from server.services.chat_response import ChatWriter
+from server.services.completion_response import CompletionWriter
 from server.services.generation import Generation, GenerationPlan, Generator
 from server.services.memory_options import MemoryPlan, plan_memory
 from server.services.models import Models
+from server.services.response_builder import Identification
+from server.services.response_format import answer_grammar
 from server.services.runtime_config import RuntimeConfig
-from server.services.sampling import choices, default_sampling, sampling_params, stop_strings, token_limit
-from server.services.texts import Texts
+from server.services.sampling import (
+    choices,
+    default_sampling,
+    sampling_params,
+    stop_strings,
+    token_limit,
+)
+from server.services.tokenization import Texts
 from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
-from server.services.writers import Identification
-from server.settings import SamplingSection
 from server.validation import invalid, parse
 
 _COMPLETION_TOKENS = 16

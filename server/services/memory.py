@@ -12,13 +12,13 @@ from typing import TypeVar
 from msgspec import UNSET
 
 from atlas_jax.engine.api import MemoryUnavailable, SessionStore
+from server.config.settings import Settings
 from server.errors import NotEnabled, Unavailable
-from server.metrics import Metrics
+from server.prometheus import Metrics
 from server.schemas import atlas as schema
-from server.services.host import EngineHost
+from server.services.engine_supervisor import EngineHost
 from server.services.memory_options import check_name
-from server.services.workers import Workers
-from server.settings import Settings
+from server.services.thread_pools import Workers
 from server.validation import invalid
 
 log = logging.getLogger("atlas.server")

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import MemoryParams, SessionKey
+from server.config.settings import MIN_WINDOW
 from server.errors import BadRequest, NotEnabled
 from server.schemas.atlas import AtlasDefaults, AtlasOptions
-from server.settings import MIN_WINDOW
 from server.validation import invalid
 
 _EMPTY = AtlasOptions()

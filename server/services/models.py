@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from server.errors import NotFound
 from server.schemas.models import Model, ModelMeta
-from server.services.host import EngineHost
+from server.services.engine_supervisor import EngineHost
 
 
 class Models:

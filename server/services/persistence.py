@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from functools import partial
 
 from atlas_jax.engine.api import EngineError, EngineProtocol
+from server.config.settings import Settings
 from server.errors import ServerError
-from server.metrics import Metrics
-from server.services.host import EngineHost
+from server.prometheus import Metrics
+from server.services.engine_supervisor import EngineHost
 from server.services.runtime_config import RuntimeConfig
-from server.services.workers import in_thread
-from server.settings import Settings
+from server.services.thread_pools import in_thread
 
 log = logging.getLogger("atlas.server")
 _JITTER = 0.1

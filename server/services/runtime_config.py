@@ -6,9 +6,9 @@ from typing import Any
 
 import msgspec
 
+from server.config.settings import Settings
 from server.schemas.atlas import AtlasDefaults, ConfigChange, RuntimeValues
 from server.services.memory_options import check_windows
-from server.settings import Settings
 
 _NULL_MEANS_CALIBRATED = ("learning_rate", "use_muon")
 

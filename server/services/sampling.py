@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from atlas_jax.engine.api import SamplingParams
+from server.config.settings import SamplingSection
 from server.schemas.sampling import SamplingFields
-from server.settings import SamplingSection
 from server.validation import invalid
 
 V = TypeVar("V")

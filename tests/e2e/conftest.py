@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import tiny_model
-from real_server import STOP_SECONDS, RealServer
+
+from tests import tiny_model
+from tests.e2e.real_server import STOP_SECONDS, RealServer
 
 Launch = Callable[..., RealServer]
 _SMALL = (

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT))  # benchmarks are no installed package
 
 from benchmarks.attack.registry import ATTACKS  # noqa: E402
 from benchmarks.attack.runner import run  # noqa: E402

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_server import ROOT
 
 from benchmarks.crash.disk import build
-from benchmarks.crash.ledger import Kind, Operation, Session, judge
+from benchmarks.crash.ledger import (
+    Kind,
+    Operation,
+    Session,
+    judge,
+)
+from tests.e2e.real_server import ROOT
 
 _SMALL = ("--sessions", "12", "--clients", "4", "--operations", "40", "--max-concurrent", "2")
 _PATIENCE = 570.0

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_server import ROOT, RealServer
+
+from tests.e2e.real_server import ROOT, RealServer
 
 MODEL = ROOT / "data" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 needs_model = pytest.mark.skipif(not MODEL.exists(), reason=f"{MODEL.name} is not there: run `make model`")
@@ -73,7 +74,7 @@ def test_the_readmes_engine_answers_and_keeps_its_session(cache: Path, tmp_path:
 
 @pytest.mark.parametrize("document", ["docs/README-atlas.md", "README.md", "examples/atlas-config.md"])
 def test_flags_variables_and_links_of_the_documents_exist(document: str) -> None:
-    from server.options import options
+    from server.config.sources import options
 
     text = (ROOT / document).read_text("utf-8")
     flags = {option.flag for option in options()} | {"--config", "--print-config", "--help", "--version"}

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny_model
-from real_server import RealServer, content, remember, text
+
+from tests import tiny_model
+from tests.e2e.real_server import RealServer, content, remember, text
 
 SYSTEM = "You are a tiny assistant of few words and no manners."
 TEMPLATE = (

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
-from conftest import Launch
-from real_server import STOP_SECONDS, RealServer, content, conversation, remember, text
+
+from tests.e2e.conftest import Launch
+from tests.e2e.real_server import STOP_SECONDS, RealServer, content, conversation, remember, text
 
 FIRST = text("restart", 200)
 SECOND = "And what came first?"

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pydantic
 import pytest
-from real_server import ROOT, RealServer, content
+
+from tests.e2e.real_server import ROOT, RealServer, content
 
 MODEL = ROOT / "data" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUESTION = "What is the capital of France?"

@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
-from real_server import RealServer, content, conversation, remember, text
+
+from tests.e2e.real_server import RealServer, content, conversation, remember, text
 
 CLIENTS = 32
 PROMPT = "The session reads and never again the memory. "

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from real_server import STOP_SECONDS, RealServer, content, conversation
 
 from atlas_jax.model.lm.__main__ import main
+from tests.e2e.real_server import STOP_SECONDS, RealServer, content, conversation
 
 TEXT = "What is read at test time is learned at test time. " * 40
 FLAGS = ("--max-concurrent", "2", "--atlas-latency-budget-ms", "60000")

@@ -13,11 +13,12 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-import tiny_model
 
-from atlas_jax.engine import Engine, successors
+from atlas_jax.engine import Engine
+from atlas_jax.engine.runner import bigram_table
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.loading import model_config
+from tests import tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -51,10 +52,10 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
     for model, _ in models.values():
         with GGUFFile.open(model) as file:
             fingerprint, vocab = file.fingerprint(), model_config(file).vocab
-        path = successors.cached_path(cache, fingerprint)
+        path = bigram_table.cached_path(cache, fingerprint)
         path.parent.mkdir(parents=True, exist_ok=True)
         table = np.random.default_rng(1).integers(0, vocab, vocab)
-        path.write_bytes(successors.encode(fingerprint, table.astype(np.int32)))
+        path.write_bytes(bigram_table.encode(fingerprint, table.astype(np.int32)))
 
     @contextmanager
     def open_engine(name: str = "llama", dtype: str = "int8", **settings: Any) -> Iterator[Engine]:

@@ -10,11 +10,11 @@ import numpy as np
 
 from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.model.context import init_context, page_turn, turn_page
+from atlas_jax.model.kv_cache import init_context, page_turn, turn_page
+from atlas_jax.model.layer_groups import Trunk
+from atlas_jax.model.page_schedule import WindowPlan
 from atlas_jax.model.params import ModelParams
-from atlas_jax.model.stages import Trunk
 from atlas_jax.model.transformer import logits
-from atlas_jax.model.window import WindowPlan
 
 
 @functools.cache

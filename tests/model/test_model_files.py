@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_model
-from reference import transformer_reference
-from scoring import scores
 
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.families._family import UnsupportedModel
 from atlas_jax.model.loading import left_out, load_params, model_config
-from atlas_jax.model.window import WindowPlan
+from atlas_jax.model.page_schedule import WindowPlan
+from tests import tiny_model
+from tests.model.scoring import scores
+from tests.reference import transformer_reference
 
 TEXT = np.random.default_rng(5).integers(0, 300, 120).tolist()
 WHOLE = WindowPlan(window=None)

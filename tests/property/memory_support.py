@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.memory.rules import PRESETS, MemoryRule, chunked, init_params, init_state, scan, step
-from atlas_jax.memory.rules import Tokens as Tokens
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "reference"))
-import memory_reference as reference
+from atlas_jax.memory import (
+    PRESETS,
+    MemoryRule,
+    chunked,
+    init_params,
+    init_state,
+    scan,
+    step,
+)
+from atlas_jax.memory import Tokens as Tokens
+from tests.reference import memory_reference as reference
 
 # the tests run each program on a handful of small arrays: code that compiles twice as fast matters more than its speed
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -25,8 +25,13 @@ from hypothesis.stateful import (
 )
 
 from atlas_jax.engine.api import ChatFrame
-from atlas_jax.engine.continuation import Continuation, Prompt, appending, continuation
-from atlas_jax.engine.history import History
+from atlas_jax.engine.sessions.continuation import (
+    Continuation,
+    Prompt,
+    appending,
+    continuation,
+)
+from atlas_jax.engine.sessions.history import History
 
 BOS, START, END, LINE = 0, 1, 2, 3
 ROLES = {"system": 4, "user": 5, "assistant": 6}

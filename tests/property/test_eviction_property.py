@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine.api import CacheStrategy, SessionKey
-from atlas_jax.engine.eviction import Eviction
+from atlas_jax.engine.sessions.eviction import Eviction
 
 NAMES = 8
 names = st.integers(0, NAMES - 1)

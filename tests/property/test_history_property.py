@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
-from atlas_jax.engine.history import History
+from atlas_jax.engine.sessions.history import History
 
 _TAIL = 64 * PAGE
 

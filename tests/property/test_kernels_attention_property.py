@@ -10,13 +10,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference.attention_reference import attend, rotation, visible_positions
 
 from atlas_jax.config import PAGE, RopeConfig
 from atlas_jax.kernels import attention
 from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView
-from atlas_jax.kernels.rope import RopeTable, apply_rope, rope_table, rotations
-from atlas_jax.model.window import WindowPlan
+from atlas_jax.kernels.rope import (
+    RopeTable,
+    apply_rope,
+    rope_table,
+    rotations,
+)
+from atlas_jax.model.page_schedule import WindowPlan
+from tests.reference.attention_reference import attend, rotation, visible_positions
 
 ROWS, RING, KV_HEADS, GROUPS, DIM, SINKS, TOKENS = 2, 4, 2, 2, 16, 4, 8
 HEADS = KV_HEADS * GROUPS

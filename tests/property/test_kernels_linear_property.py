@@ -22,7 +22,7 @@ from atlas_jax.kernels.linear import (
     split_rows,
     unpack,
 )
-from atlas_jax.kernels.reduce import row_max, row_sum
+from atlas_jax.kernels.reductions import row_max, row_sum
 
 ROWS, IN, OUT = 4, 48, 24
 seeds = st.integers(0, 2**32 - 1)

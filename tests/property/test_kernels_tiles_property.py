@@ -15,15 +15,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.kernels import native
+from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import pack_weight, split_rows
 
 HERE = Path(__file__).parent / "tiles"
-KERNELS = Path(native.__file__).parent
+KERNELS = Path(ffi.__file__).parent
 
 # the comparison is with the product for VNNI, which must be able to run
 pytestmark = pytest.mark.skipif(
-    native.compiler() is None or not native.available(), reason="no C compiler, or no AVX-512 VNNI"
+    ffi.compiler() is None or not ffi.available(), reason="no C compiler, or no AVX-512 VNNI"
 )
 
 
@@ -32,7 +32,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One call of the product as a program of its own."""
     target = tmp_path_factory.mktemp("tiles") / "product"
     command = [
-        str(native.compiler()),
+        str(ffi.compiler()),
         "-std=gnu11",
         "-O1",
         "-ffp-contract=off",

@@ -17,11 +17,10 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memory_support import close, jit, preset
 
 from atlas_jax.config import RopeConfig
 from atlas_jax.kernels.rope import RopeTable, frequencies, rope_table
-from atlas_jax.memory.rules import PRESETS
+from atlas_jax.memory import PRESETS
 from atlas_jax.model.lm import (
     MAX_PIECE,
     GateStart,
@@ -36,6 +35,7 @@ from atlas_jax.model.lm import (
     split,
     streaming,
 )
+from tests.property.memory_support import close, jit, preset
 
 FEW = settings(max_examples=2, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31 - 1)

@@ -12,14 +12,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import recall_reference
 
 from atlas_jax.config import PAGE, MemoryConfig
-from atlas_jax.kernels.features import gather_monomials
-from atlas_jax.memory import recall
-from atlas_jax.memory.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, key_components, make_adapter
-from atlas_jax.memory.inner_step import OPTIMIZERS, Optimizer
-from atlas_jax.memory.recall import MemorySettings, MemoryState, WriteSettings
+from atlas_jax.kernels.monomials import gather_monomials
+from atlas_jax.recall import recall_memory
+from atlas_jax.recall.adapter import (
+    GATE_FEATURES,
+    TRAIL_DECAY,
+    TRAIL_LENGTH,
+    Adapter,
+    key_components,
+    make_adapter,
+)
+from atlas_jax.recall.recall_memory import MemorySettings, MemoryState, WriteSettings
+from atlas_jax.recall.solvers import OPTIMIZERS, Optimizer
+from tests.reference import recall_reference
 
 VOCAB, EMBED, ROWS = 60, 20, 2
 CONFIG = MemoryConfig(
@@ -50,12 +57,12 @@ def adapter() -> Adapter:
 @functools.cache
 def compiled() -> dict[str, object]:
     return {
-        "remember": jax.jit(recall.remember),
-        "scores": jax.jit(recall.scores),
-        "blend": jax.jit(recall.blend),
-        "read": jax.jit(recall.read),
-        "keys": jax.jit(recall.keys),
-        "observe": jax.jit(recall.observe),
+        "remember": jax.jit(recall_memory.remember),
+        "scores": jax.jit(recall_memory.scores),
+        "blend": jax.jit(recall_memory.blend),
+        "read": jax.jit(recall_memory.read),
+        "keys": jax.jit(recall_memory.keys),
+        "observe": jax.jit(recall_memory.observe),
     }
 
 
@@ -66,7 +73,7 @@ def unit_keys(random: np.random.Generator, count: int) -> np.ndarray:
 
 @functools.cache
 def compiled_write(optimizer: Optimizer) -> object:
-    return jax.jit(functools.partial(recall.write, CONFIG, optimizer))
+    return jax.jit(functools.partial(recall_memory.write, CONFIG, optimizer))
 
 
 def write(
@@ -135,7 +142,7 @@ def test_features_are_those_of_the_kernel(seed: int, degree: int, features: int)
     cut = keys.reshape(2, 5, 2, -1)[..., :size].reshape(2, 5, -1)
     wanted = [recall_reference.features(part.astype(np.float64), degree) for part in cut]
     np.testing.assert_allclose(phi[0] @ phi[1].T, wanted[0] @ wanted[1].T, rtol=1e-4, atol=1e-4)
-    kernel = recall.kernel(cut[0], cut[1], jnp.int32(degree - 1))
+    kernel = recall_memory.kernel(cut[0], cut[1], jnp.int32(degree - 1))
     np.testing.assert_allclose(kernel, wanted[0] @ wanted[1].T, rtol=1e-4, atol=1e-4)
 
 
@@ -144,7 +151,7 @@ def test_features_are_those_of_the_kernel(seed: int, degree: int, features: int)
 def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, window: int) -> None:
     random = np.random.default_rng(seed)
     keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
-    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 1, keys, tokens)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 1, keys, tokens)
     for end in (PAGE, 2 * PAGE):
         key, values = pairs(keys, tokens, end, window)
         phi, before = recall_reference.features(key, degree), weights_of(state, 1, degree)
@@ -163,7 +170,7 @@ def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, wi
 def test_what_was_written_is_found_again(seed: int, degree: int) -> None:
     random = np.random.default_rng(seed)
     keys, tokens = unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE)
-    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
     state = write(state, 0, PAGE, 32, "exact", degree)
     asked = np.zeros((ROWS, 31, CONFIG.key_size), np.float32)
     asked[0] = keys[-32:-1]
@@ -179,7 +186,7 @@ def test_gradient_and_muon_writes_descend(
 ) -> None:
     random = np.random.default_rng(seed)
     keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
-    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
     left: list[float] = []
     for end in (PAGE, 2 * PAGE):
         key, values = pairs(keys, tokens, end, window)
@@ -204,7 +211,7 @@ def test_a_step_that_diverges_is_not_taken(
     keys, tokens = unit_keys(random, 6 * PAGE), random.integers(0, VOCAB, 6 * PAGE)
     if same:
         keys[:] = keys[0]
-    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys[: 2 * PAGE], tokens[: 2 * PAGE])
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys[: 2 * PAGE], tokens[: 2 * PAGE])
     state = write(state, 0, PAGE, PAGE, "exact", degree)
     for _ in range(5):
         before, skipped, losses = (np.asarray(part[0]) for part in (state.weights, state.skipped, state.losses))
@@ -226,13 +233,13 @@ def test_a_memory_speaks_only_of_tokens_it_was_given(seed: int, pages: int, wind
     random = np.random.default_rng(seed)
     length = pages * PAGE
     keys, tokens = unit_keys(random, length), random.integers(1, VOCAB // 2, length)
-    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
     state = write(state, 0, length, window, optimizer)
     given_tokens = set(tokens[max(1, length - window) :].tolist())
     assert set(np.flatnonzero(np.asarray(state.seen[0])).tolist()) == given_tokens
     asked = np.stack([keys[:PAGE], unit_keys(random, PAGE)])
     found = np.asarray(compiled()["scores"](adapter(), state, reading(), asked))
-    share = np.asarray(recall.memory_distribution(found))
+    share = np.asarray(recall_memory.memory_distribution(found))
     others = [token for token in range(VOCAB) if token not in given_tokens]
     assert (share[0][:, others] == 0).all()
     assert (found[1] == -2.0).all(), "an empty memory scores nothing"
@@ -284,7 +291,7 @@ def test_the_mixture_is_exact_and_absent_means_untouched(seed: int, log_odds: fl
 def test_reading_is_the_mixture_where_the_memory_takes_part(seed: int, degree: int, case: str) -> None:
     random = np.random.default_rng(seed)
     keys, tokens = unit_keys(random, 2 * PAGE), random.integers(1, VOCAB // 2, 2 * PAGE)
-    state = read_text(recall.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
     if case != "not written":
         state = write(state, 0, 2 * PAGE, PAGE, degree=degree)
     how = reading(degree, read=case != "off", read_from=9 * PAGE if case == "early" else 0, log_odds=1.0)
@@ -310,7 +317,7 @@ def test_reading_is_the_mixture_where_the_memory_takes_part(seed: int, degree: i
 def test_rows_of_a_batch_never_meet(seed: int, optimizer: Optimizer, degree: int, row: int) -> None:
     random = np.random.default_rng(seed)
     other = 1 - row
-    state = recall.init_state(CONFIG, ROWS, VOCAB)
+    state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
     for who in (row, other):
         state = read_text(state, who, unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE))
         state = write(state, who, PAGE, PAGE, "exact", degree)
@@ -338,7 +345,7 @@ def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: Optimizer, 
     elif text == "near copies":
         keys += 1e-6 * random.standard_normal(keys.shape).astype(np.float32)
     tokens = random.integers(0, 3, 6 * PAGE)
-    state = recall.init_state(CONFIG, ROWS, VOCAB)
+    state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
     for page in range(6):
         part = slice(page * PAGE, (page + 1) * PAGE)
         state = read_text(state, 0, keys[part], tokens[part], start=page * PAGE)
@@ -367,7 +374,7 @@ def test_keys_do_not_depend_on_how_a_text_is_cut(seed: int, cuts: list[int], ahe
     tokens = random.integers(0, VOCAB, (ROWS, PAGE)).astype(np.int32)
     how, valid = reading(2), np.ones((ROWS, PAGE), bool)
     positions = np.broadcast_to(np.arange(PAGE, dtype=np.int32), (ROWS, PAGE))
-    fresh = recall.init_state(CONFIG, ROWS, VOCAB)
+    fresh = recall_memory.init_state(CONFIG, ROWS, VOCAB)
     _, whole = compiled()["observe"](adapter(), fresh, how, tuple(streams), tokens, positions, valid)
     state, pieces = fresh, []
     edges = sorted({0, PAGE, *cuts})
@@ -389,7 +396,7 @@ def test_keys_are_two_unit_vectors_of_the_layers_in_use(seed: int, layers: int, 
     random = np.random.default_rng(seed)
     streams = (random.standard_normal((2, ROWS, PAGE, EMBED)) * size).astype(np.float32)
     how = dataclasses.replace(reading(degree), layers=np.full(ROWS, layers - 1, np.int32))  # type: ignore[arg-type]
-    state = recall.init_state(CONFIG, ROWS, VOCAB)
+    state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
     positions = np.broadcast_to(np.arange(PAGE, dtype=np.int32), (ROWS, PAGE))
     found = np.asarray(compiled()["keys"](adapter(), state, how, tuple(streams), positions)[0])
     halves = np.split(found, 2, axis=-1)

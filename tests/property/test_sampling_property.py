@@ -13,12 +13,19 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from reference.sampling_reference import Settings, adjusted, distribution
 
 from atlas_jax.engine.api import SamplingParams
-from atlas_jax.engine.settings import sampling_state
-from atlas_jax.kernels import native
-from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, allowed_words, record, sample
+from atlas_jax.engine.runner.step_inputs import sampling_state
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.sampling import (
+    TOP_LOGPROBS,
+    Sample,
+    SamplingState,
+    allowed_words,
+    record,
+    sample,
+)
+from tests.reference.sampling_reference import Settings, adjusted, distribution
 
 VOCAB = 150
 COPIES, KINDS = 96, 4
@@ -29,10 +36,10 @@ seeds = st.integers(0, 2**32 - 1)
 @pytest.fixture(scope="module", params=["C", "XLA"], autouse=True)
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     """All that is said here holds for the C kernels and for XLA's programs; without a compiler both are the latter."""
-    native.use(request.param == "C")
+    ffi.use(request.param == "C")
     compiled.cache_clear()
     yield
-    native.use(True)
+    ffi.use(True)
 
 
 @functools.cache

@@ -19,13 +19,20 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
-from atlas_jax.engine import archive, snapshot
+from atlas_jax.config import (
+    PAGE,
+    LayerConfig,
+    MemoryConfig,
+    ModelConfig,
+    RopeConfig,
+)
 from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StorageFull
-from atlas_jax.engine.history import History
-from atlas_jax.engine.journal import Reading
-from atlas_jax.engine.recall_layout import RecallLayout
-from atlas_jax.engine.session import (
+from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
+from atlas_jax.engine.sessions import archive, snapshot
+from atlas_jax.engine.sessions.history import History
+from atlas_jax.engine.sessions.journal import Reading
+from atlas_jax.engine.sessions.recall_layout import RecallLayout
+from atlas_jax.engine.sessions.session import (
     Checkpoint,
     Session,
     SessionShape,
@@ -34,10 +41,9 @@ from atlas_jax.engine.session import (
     decode_session,
     encode_session,
 )
-from atlas_jax.engine.snapshot import Listing
-from atlas_jax.engine.state import Sequences, init_sequences
+from atlas_jax.engine.sessions.snapshot import Listing
 from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.model.window import WindowPlan
+from atlas_jax.model.page_schedule import WindowPlan
 
 MODEL = ModelConfig(
     family="llama",

@@ -7,10 +7,10 @@ from typing import Any
 
 import openai
 import pytest
-from fake_engine import FakeEngine
-from live_server import Live, Start, make_settings, wait_for
 
 from server.app import EngineSource
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import Live, Start, make_settings, wait_for
 
 
 @pytest.fixture

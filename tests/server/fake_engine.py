@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fake_sessions import FakeSessions, Session
-
 from atlas_jax.engine.api import (
     ChatFrame,
     Delta,
@@ -35,6 +33,7 @@ from atlas_jax.engine.api import (
     SlotInfo,
     TokenInfo,
 )
+from tests.server.fake_sessions import FakeSessions, Session
 
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}

@@ -12,9 +12,9 @@ import httpx
 import openai
 
 from server.app import EngineSource
+from server.config.settings import AtlasSection, ServerSection, Settings
 from server.lifecycle import Lifecycle
 from server.serve import build
-from server.settings import AtlasSection, ServerSection, Settings
 
 QUIET = {"auto_load_memory": False, "auto_save_memory": False}
 

@@ -9,9 +9,14 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import Live, Start
 
-from atlas_jax.engine.api import MemoryUnavailable, Overloaded, SessionKey, SnapshotInvalid
+from atlas_jax.engine.api import (
+    MemoryUnavailable,
+    Overloaded,
+    SessionKey,
+    SnapshotInvalid,
+)
+from tests.server.live_server import Live, Start
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}

@@ -9,11 +9,16 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
 from litestar.routes import HTTPRoute
-from live_server import Live, Start, make_settings
 
-from server.auth import LOCAL, Identity, KeyFileError, KeyRing
+from server.middleware.auth import (
+    LOCAL,
+    Identity,
+    KeyFileError,
+    KeyRing,
+)
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import Live, Start, make_settings
 
 KEYS = "# comment\n\nalpha-key:team-a\nbeta-key:team-b\nroot-key:ops:admin\nbare-key\nadmin-only::admin\n"
 PUBLIC = {"/", "/health", "/v1/health", "/ready", "/schema", "/schema/openapi.json"}

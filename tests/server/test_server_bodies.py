@@ -7,7 +7,8 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import Live, Start
+
+from tests.server.live_server import Live, Start
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}

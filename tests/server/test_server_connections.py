@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live_server import Live, Start, wait_for
 
+from tests.server.live_server import Live, Start, wait_for
+
+ROOT = Path(__file__).parents[2]
 COMPLETIONS = "/v1/completions"
 GET = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
 ENDLESS = {"prompt": "x" * 2000, "ignore_eos": True, "max_tokens": -1}
@@ -134,9 +136,8 @@ LIMITED = """
 import resource, socket, sys, threading, time
 soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (min(400, hard), min(400, hard)))
-sys.path[:0] = sys.argv[2:]
-from fake_engine import FakeEngine
-from live_server import make_settings
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import make_settings
 from server.serve import serve
 sys.exit(serve(make_settings(server={"port": int(sys.argv[1])}), FakeEngine()))
 """
@@ -154,10 +155,9 @@ class Process:
 
     def __init__(self, *, ignore: int | None = None) -> None:
         self.port = free_port()
-        root = Path(__file__).parents[2]
-        paths = [str(root), str(Path(__file__).parent)]
         self.process = subprocess.Popen(
-            [sys.executable, "-c", LIMITED, str(self.port), *paths],
+            [sys.executable, "-c", LIMITED, str(self.port)],
+            cwd=ROOT,
             preexec_fn=None if ignore is None else lambda: signal.signal(ignore, signal.SIG_IGN) and None,
         )
         wait_for(lambda: b"200" in self.get(), 60)

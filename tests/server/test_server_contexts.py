@@ -9,8 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from live_server import Live, Start, wait_for
+
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import Live, Start, wait_for
 
 COMPLETIONS = "/v1/completions"
 NONE_LEFT = "No available ATLAS contexts"

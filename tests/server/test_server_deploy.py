@@ -16,11 +16,11 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from fake_engine import FakeEngine
-from live_server import Live, make_settings, wait_for
 from prometheus_client.parser import text_string_to_metric_families
 
-from server.options import load
+from server.config.sources import load
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import Live, make_settings, wait_for
 from tools.fetch_model import MODELS
 
 ROOT = Path(__file__).parents[2]

@@ -17,12 +17,12 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from fake_engine import FakeEngine
-from live_server import make_settings
 
 from server import embed
+from server.config.settings import Settings, SettingsError
 from server.embed import AtlasServer
-from server.settings import Settings, SettingsError
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import make_settings
 
 ROOT = Path(__file__).parents[2]
 BODY = {"messages": [{"role": "user", "content": "hello"}], "atlas": {"session_id": "s"}}

@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 import pytest
-from example_shapes import ROOT, differences, examples, run
-from live_server import Live, Start
 
-from server.options import load, options
-from server.settings import Settings
+from server.config.settings import Settings
+from server.config.sources import load, options
+from tests.server.example_shapes import ROOT, differences, examples, run
+from tests.server.live_server import Live, Start
 from tools import write_settings
 
 # What the project's two documents show as requests, word for word.

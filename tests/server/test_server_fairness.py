@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
-from live_server import Live, Start, wait_for
+
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import Live, Start, wait_for
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}

@@ -6,10 +6,10 @@ import json
 from typing import Any
 
 import pytest
-from live_server import Live
 
 from atlas_jax.engine.api import MAX_LOGIT_BIAS
 from atlas_jax.kernels.sampling import BIAS_SLOTS
+from tests.server.live_server import Live
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 BODIES: dict[str, dict[str, Any]] = {

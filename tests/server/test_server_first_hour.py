@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
-from live_server import Live, Start, make_settings, wait_for
-from test_server_settings import ROOT, model_file
 
 from atlas_jax.engine.api import EngineError, EngineProtocol
 from atlas_jax.engine.progress import ProgressLog
 from server.serve import StartError, reachable, serve
 from server.services.runtime_config import RuntimeConfig
 from server.services.stats import ServerStats
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import Live, Start, make_settings, wait_for
+from tests.server.test_server_settings import ROOT, model_file
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}

@@ -8,7 +8,8 @@ from typing import Any
 
 import openai
 import pytest
-from live_server import Live, Start, wait_for
+
+from tests.server.live_server import Live, Start, wait_for
 
 MODEL = "fake-7b"
 

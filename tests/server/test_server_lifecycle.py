@@ -17,14 +17,14 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from fake_sessions import Session
-from live_server import Live, Start, wait_for
 
 from atlas_jax.engine.api import EngineProtocol, SnapshotInvalid
+from tests.server.fake_engine import FakeEngine
+from tests.server.fake_sessions import Session
+from tests.server.live_server import Live, Start, wait_for
 
 COMPLETIONS = "/v1/completions"
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 
 
 # --- readiness ----------------------------------------------------------------------------------------------------
@@ -167,12 +167,11 @@ class Process:
         self.memory = tmp_path / "memory"
         code = f"""
 import json, logging, sys
-sys.path[:0] = {[str(HERE), str(HERE.parent.parent)]!r}
 logging.basicConfig(level="INFO")
-from fake_engine import FakeEngine
+from tests.server.fake_engine import FakeEngine
 from pathlib import Path
 from server.serve import serve
-from server.settings import *
+from server.config.settings import *
 options = json.loads({json.dumps(json.dumps(options))})
 engine = FakeEngine(delay=options.get("delay", 0), root=Path({str(self.memory)!r}))
 engine.on_close = lambda: print("engine closed", file=sys.stderr, flush=True)
@@ -183,7 +182,7 @@ sys.exit(serve(Settings(server=ServerSection(port={self.port}, shutdown_grace=op
 """
         environ = {name: value for name, value in os.environ.items() if not name.startswith("ATLAS_")}
         with self.log.open("w") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", code], stderr=log, stdout=log, env=environ)
+            self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=log, stdout=log, env=environ)
         wait_for(self._up, 20)
 
     def _up(self) -> bool:

@@ -8,10 +8,15 @@ from typing import Any
 
 import httpx
 import pytest
-from fake_engine import FakeEngine
-from live_server import Live, Start, wait_for
 
-from atlas_jax.engine.api import MemoryUnavailable, SetAside, SnapshotInvalid, StorageFull
+from atlas_jax.engine.api import (
+    MemoryUnavailable,
+    SetAside,
+    SnapshotInvalid,
+    StorageFull,
+)
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import Live, Start, wait_for
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}

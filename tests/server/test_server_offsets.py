@@ -13,10 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine.api import Finished, Prompt, TokenInfo
-from atlas_jax.engine.output import TextStream, token_info
+from atlas_jax.engine.scheduler.detokenizer import TextStream, token_info
 from atlas_jax.gguf import Tokenizer
-from server.services.completion_writer import CompletionWriter
-from server.services.writers import Ending, Identification, Outcome, timings_of, usage_of
+from server.services.completion_response import CompletionWriter
+from server.services.response_builder import (
+    Ending,
+    Identification,
+    Outcome,
+    timings_of,
+    usage_of,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"
 

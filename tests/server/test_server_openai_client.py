@@ -6,8 +6,9 @@ import asyncio
 
 import openai
 import pytest
-from fake_engine import CONTEXT
-from live_server import Live
+
+from tests.server.fake_engine import CONTEXT
+from tests.server.live_server import Live
 
 MODEL = "fake-7b"
 

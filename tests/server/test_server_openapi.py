@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
-from live_server import Live, Start
 
 from server.app import create_app
+from server.config.settings import Settings
 from server.openapi import as_yaml
-from server.settings import Settings
+from tests.server.live_server import Live, Start
 
 ROOT = Path(__file__).parents[2]
 FILE = ROOT / "docs" / "atlas-openapi.yaml"

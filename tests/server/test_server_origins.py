@@ -7,7 +7,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from live_server import Live, Start
+
+from tests.server.live_server import Live, Start
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}

@@ -9,9 +9,9 @@ from typing import Any
 
 import httpx
 import pytest
-from live_server import Live, Start, wait_for
 
 from atlas_jax.engine.api import EngineError
+from tests.server.live_server import Live, Start, wait_for
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 JSON = {"content-type": "application/json"}

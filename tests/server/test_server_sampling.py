@@ -6,16 +6,16 @@ import dataclasses
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_server import Live, Start, make_settings
 
 from atlas_jax.engine.api import SamplingParams
 from atlas_jax.gguf import recommended_sampling
-from server.options import load
+from server.config.settings import SamplingSection, Settings
+from server.config.sources import load
 from server.services.sampling import default_sampling
-from server.settings import SamplingSection, Settings
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import Live, Start, make_settings
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 FIELDS = SamplingSection.__struct_fields__

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from server.cli import main
+from server.config.settings import Settings, SettingsError
+from server.config.sources import add_flags, load, options
 from server.engine_factory import engine_factory
-from server.options import add_flags, load, options
 from server.serve import StartError, listen
-from server.settings import Settings, SettingsError
 
 ROOT = Path(__file__).parents[2]
 

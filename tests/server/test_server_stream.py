@@ -7,10 +7,10 @@ import time
 from typing import Any
 
 import pytest
-from fake_engine import FakeEngine
-from live_server import Live, Start, wait_for
 
 from atlas_jax.engine.api import EngineError, Overloaded
+from tests.server.fake_engine import FakeEngine
+from tests.server.live_server import Live, Start, wait_for
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 
 import msgspec
-from live_server import Live, Start
 from prometheus_client.parser import text_string_to_metric_families
+
+from tests.server.live_server import Live, Start
 
 
 def test_openapi_document(live: Live) -> None:
@@ -132,7 +133,13 @@ def test_two_servers_in_one_process_do_not_share_metrics(live: Live, start: Star
 
 
 def test_responses_are_what_the_document_says(live: Live) -> None:
-    from server.schemas import atlas, chat, completions, llamacpp, models
+    from server.schemas import (
+        atlas,
+        chat,
+        completions,
+        llamacpp,
+        models,
+    )
 
     messages = [{"role": "user", "content": "x"}]
     for kind, response in (

@@ -15,17 +15,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine.api import Delta, Finished
-from server.bodies import Bodies
-from server.context import PARTY
-from server.errors import BadRequest, TooLarge, TooManyRequests, Unavailable
-from server.gate import Gate, Lease
-from server.heap import Settled
-from server.hosts import HostCheck
-from server.limits import FailureBudget, KeyLimits, TokenBucket
-from server.services.bridge import Bridge, Mailbox
-from server.services.observer import Subscriber
-from server.services.workers import Workers
-from server.services.writers import timings_of, usage_of
+from server.admission import Gate, Lease
+from server.errors import (
+    BadRequest,
+    TooLarge,
+    TooManyRequests,
+    Unavailable,
+)
+from server.gc_pauses import Settled
+from server.middleware.bodies import Bodies
+from server.middleware.hosts import HostCheck
+from server.middleware.rate_limits import FailureBudget, KeyLimits, TokenBucket
+from server.middleware.request_context import PARTY
+from server.services.event_bridge import Bridge, Mailbox
+from server.services.monitoring import Subscriber
+from server.services.response_builder import timings_of, usage_of
+from server.services.thread_pools import Workers
 
 T = TypeVar("T")
 

@@ -17,15 +17,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atlas_jax import memory
 from atlas_jax.kernels.rope import RopeTable, rotations
-from atlas_jax.memory import rules
-from atlas_jax.memory.rules import MemoryState, Tokens
+from atlas_jax.memory import MemoryState, Tokens
 from atlas_jax.model.lm.attention import NEGATIVE, Attention, rotate_pairs
 from atlas_jax.model.lm.blocks import MemoryAsContext, MemoryAsGate
 from atlas_jax.model.lm.config import LMConfig
-from atlas_jax.model.lm.deep import DeepKeys, DeepMemory, added_weights, deep_keys, deep_read
+from atlas_jax.model.lm.deep import (
+    DeepKeys,
+    DeepMemory,
+    added_weights,
+    deep_keys,
+    deep_read,
+)
 from atlas_jax.model.lm.memory import QKV, MemoryLayer
-from atlas_jax.typing import Array, Bool, Float, Int32
+from atlas_jax.typing import (
+    Array,
+    Bool,
+    Float,
+    Int32,
+)
 
 MAX_PIECE = 64
 """Tokens of a piece at most: a sliding window's ring has room for a piece beside the window."""
@@ -222,11 +233,11 @@ def extend_memory(
 def _write_rows(
     layer: MemoryLayer, state: MemoryState, tokens: Tokens
 ) -> tuple[MemoryState, Float[Array, "B H T d_v"]]:
-    """`rules.chunked`, or `rules.step` for one token, in every row at its own phase."""
+    """`memory.chunked`, or `memory.step` for one token, in every row at its own phase."""
     if tokens.k.shape[2] > 1:
-        return jax.vmap(partial(rules.chunked, layer.rule, layer.params()))(state, tokens)
+        return jax.vmap(partial(memory.chunked, layer.rule, layer.params()))(state, tokens)
     token = jax.tree.map(lambda x: x[:, :, 0], tokens)
-    state, read = jax.vmap(partial(rules.step, layer.rule, layer.params()))(state, token)
+    state, read = jax.vmap(partial(memory.step, layer.rule, layer.params()))(state, token)
     return state, read[:, :, None]
 
 
@@ -283,7 +294,7 @@ def _segment_token(
 
 
 def _read_rows(layer: MemoryLayer, state: MemoryState, q: Float[Array, "B H T d_k"]) -> Float[Array, "B H T d_v"]:
-    return jax.vmap(partial(rules.read, layer.rule, layer.params()))(state, q)
+    return jax.vmap(partial(memory.read, layer.rule, layer.params()))(state, q)
 
 
 def extend_deep(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from atlas_jax.memory.rules import MemoryState
+from atlas_jax.memory import MemoryState
 from atlas_jax.model.lm.attention import Attention, window_mask
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.deep import DeepMemory

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from atlas_jax.config import ConfigError
-from atlas_jax.memory.rules import Features, MemoryRule
+from atlas_jax.memory import Features, MemoryRule
 
 LAYER_KINDS = {
     "A": "attention to everything before, as in Llama",

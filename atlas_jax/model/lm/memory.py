@@ -12,8 +12,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from atlas_jax.memory import rules
-from atlas_jax.memory.rules import MemoryRule, MemoryState, Params, Tokens
+from atlas_jax import memory
+from atlas_jax.memory import (
+    MemoryRule,
+    MemoryState,
+    Params,
+    Tokens,
+)
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.layers import RMSNorm, ShortConv, weight
 from atlas_jax.typing import Array, Float
@@ -92,7 +97,7 @@ class MemoryLayer(nnx.Module):
         self.k_conv = ShortConv((heads, rule.d_k), config.conv, rngs=rngs)
         self.v_conv = ShortConv((heads, rule.d_v), config.conv, rngs=rngs)
         self.gates = Gates(config, rule, rngs=rngs)
-        start = rules.init_params(rule, rngs.params(), (heads,))
+        start = memory.init_params(rule, rngs.params(), (heads,))
         self.start = nnx.Dict({name: nnx.Param(x, matrix="hoi: i -> o") for name, x in start.weights.items()})
         self.features = nnx.Dict({name: nnx.Param(x) for name, x in start.features.items()})
         self.norm = RMSNorm(heads, rule.d_v, eps=_OUTPUT_EPS)
@@ -145,12 +150,12 @@ class MemoryLayer(nnx.Module):
 
     def initial_state(self, batch: int) -> MemoryState:
         """The learned memory that every sequence starts from."""
-        return rules.init_state(self.rule, self.params(), (batch,))
+        return memory.init_state(self.rule, self.params(), (batch,))
 
     def scan(self, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, Float[Array, "B H T d_v"]]:
         """Writes a run of tokens; outputs are read after each token's own write."""
-        return rules.chunked(self.rule, self.params(), state, tokens)
+        return memory.chunked(self.rule, self.params(), state, tokens)
 
     def read(self, state: MemoryState, q: Float[Array, "B H T d_k"]) -> Float[Array, "B H T d_v"]:
         """Reads without writing."""
-        return rules.read(self.rule, self.params(), state, q)
+        return memory.read(self.rule, self.params(), state, q)

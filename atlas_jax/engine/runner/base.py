@@ -1,0 +1,331 @@
+"""What the scheduler needs of a model: rows that read prompts, and a decode batch they are moved in and out of.
+
+`runner.Runner` is a pretrained model with the recall memory, `trained.TrainedRunner` a model with a memory of its own. No
+policy here: the scheduler decides.
+"""
+
+from __future__ import annotations
+
+import functools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from atlas_jax.aot import Program, shape
+from atlas_jax.engine.api import InvalidRequest, MemoryParams
+from atlas_jax.engine.runner import step
+from atlas_jax.engine.runner.decode_state import (
+    DRAFTS,
+    Drawing,
+    Sequences,
+    init_drawing,
+    init_room,
+)
+from atlas_jax.engine.runner.step import Packed
+from atlas_jax.engine.runner.step_inputs import MemoryWrite
+from atlas_jax.engine.sessions.session import SessionShape
+from atlas_jax.kernels.ngram_drafter import NONE
+from atlas_jax.kernels.sampling import SamplingState, allowed_words
+from atlas_jax.model.page_schedule import Turn, WindowPlan, bucket
+from atlas_jax.recall.recall_memory import MemorySettings
+
+DRAFTING = 2
+"""Rows of a batch up to which drafts pay on a CPU; with more, a row pays for its neighbours' wrong guesses. SmolLM2-135M on
+two cores with the native kernels, layers alone, least of 20 in two runs: 13 and 15 ms for one row of one token, 19 and 20 for
+one of four, 28 and 35 for four of four."""
+
+SCALAR = shape((), np.int32)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """Shapes there are compiled programs for.
+
+    Attributes:
+      rows: sizes of the decode batch.
+      pages: sizes of a row's ring of pages.
+      drafting: rows of the largest batch whose decode step also feeds every row its drafts.
+    """
+
+    rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    pages: tuple[int, ...] = (4, 8, 16, 32, 64)
+    drafting: int = DRAFTING
+
+    def width(self, rows: int) -> int:
+        """Tokens per row of a decode step. It depends on nothing else: steps of different shapes round differently."""
+        return 1 + DRAFTS if rows <= self.drafting else 1
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one of the programs that read a piece of a prompt leaves.
+
+    Attributes:
+      row: the row. Before the piece has been read it is where it was, and can be kept as such.
+      made: an array that is there when the program has run.
+      done: whether the piece has been read.
+      scores: those of a piece that is scored, with its last part.
+    """
+
+    row: Sequences
+    made: jax.Array
+    done: bool = True
+    scores: Packed | None = None
+
+
+class Rows(ABC):
+    """Runs compiled steps for one engine thread; not thread-safe, but for `compile_*`.
+
+    Attributes:
+      buckets: shapes there are programs for.
+      chunks: lengths of the pieces that prompts are read in.
+      vocab: tokens of the vocabulary.
+      capacity: independent pairs that a session's memory can hold; 0 without a memory.
+      window: tokens attended exactly by sessions that have no window of their own; 0 where all have one.
+      muon_passes: Newton–Schulz steps of one write with momentum.
+      rewinds: whether a row can be set back to a position whose window it still holds. If not, what a row has read stays
+        read, so a step is launched only when the one before has been looked at.
+      session_context: tokens that a session can have at most, or None.
+      sequences, drawing: the decode batch.
+    """
+
+    rewinds = True
+    window = 0
+    muon_passes = 0
+    session_context: int | None = None
+
+    def __init__(self, vocab: int, capacity: int, buckets: Buckets, chunks: tuple[int, ...]) -> None:
+        self.vocab = vocab
+        self.capacity = capacity
+        self.buckets = buckets
+        self.chunks = chunks
+        self._all_allowed: dict[int, jax.Array] = {}
+        self._new: dict[tuple[int, int], Program] = {}
+        self._new_drawing: dict[int, Program] = {}
+        self._extract = self._program(step.extract)
+        self._extract_drawing = self._program(step.extract)
+        self._start = self._program(step.start, donate=(0,))
+        rows, pages = buckets.rows[0], buckets.pages[0]
+        self.sequences: Sequences = self._sequences(rows, pages)
+        self.drawing: Drawing
+        self.drawing, self._room = self._idle(rows)
+
+    # --- a model's own --------------------------------------------------------------------------------------------
+    @abstractmethod
+    def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> Program:
+        """A compiled function of this model."""
+
+    @abstractmethod
+    def _make(self, *, batch: int, pages: int) -> Sequences:
+        """Rows that have read nothing."""
+
+    @abstractmethod
+    def check(self, memory: MemoryParams) -> None:
+        """Refuses settings of the memory that this model cannot use; raises InvalidRequest."""
+
+    @abstractmethod
+    def shape(self, memory: MemoryParams) -> SessionShape:
+        """The shape of a session that begins with this request."""
+
+    @abstractmethod
+    def ring_pages(self, plan: WindowPlan, tokens: int) -> int:
+        """Ring slots that a row needs for a text of so many tokens."""
+
+    @abstractmethod
+    def adopt(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
+        """A row that goes on from a saved one at `position`; the saved one stays as it is."""
+
+    @abstractmethod
+    def at_least(self, row: Sequences, pages: int) -> Sequences:
+        """The row, in a ring of at least `pages` pages."""
+
+    @abstractmethod
+    def set_back(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
+        """The same row at an earlier position whose window it still holds, in a ring for `pages` pages; uses it up."""
+
+    @abstractmethod
+    def turn(self, row: Sequences, turn: Turn, write: MemoryWrite | None) -> Sequences:
+        """Begins a page of a single row."""
+
+    @abstractmethod
+    def turn_row(self, index: int, turn: Turn, write: MemoryWrite | None) -> None:
+        """Begins a page of the row at place `index`."""
+
+    @abstractmethod
+    def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Iterator[Part]:
+        """Reads tokens of the current page, launching one program after the other; uses the row up."""
+
+    @abstractmethod
+    def score(
+        self,
+        row: Sequences,
+        settings: MemorySettings,
+        tokens: Sequence[int],
+        following: Sequence[int],
+        *,
+        alternatives: bool,
+    ) -> Iterator[Part]:
+        """Reads tokens of the current page and scores the token that follows each; as `read`."""
+
+    @abstractmethod
+    def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> Packed:
+        """One step; the result is on its way to the host when this returns, not there yet.
+
+        Args:
+          wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its drafts out.
+          allowed: which tokens may be drawn, see `all_allowed`; None allows all.
+        """
+
+    @abstractmethod
+    def _put(self, batch: Sequences, row: Sequences, index: int, *, with_memory: bool) -> Sequences:
+        """The batch with a row written over the one at `index`."""
+
+    # --- compiling ahead ------------------------------------------------------------------------------------------
+    @abstractmethod
+    def compile_reading(self, pages: int, length: int) -> None:
+        """Compiles the reading of pieces of `length` tokens in a ring of `pages` pages."""
+
+    @abstractmethod
+    def compile_scoring(self, length: int) -> None:
+        """Compiles the scoring of pieces of `length` tokens, in a ring of any size."""
+
+    @abstractmethod
+    def compile_decoding(self, rows: int, pages: int) -> None:
+        """Compiles what a batch of this size needs while its rows stay."""
+
+    @abstractmethod
+    def compile_whole(self, rows: int, pages: int) -> None:
+        """Compiles the decode step of a small batch as one program, if it is several."""
+
+    @abstractmethod
+    def compile_moves(self, rows: int, pages: int) -> None:
+        """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""
+
+    def _compile_beginning(self, rows: int, pages: int) -> None:
+        """Compiles how a batch of this size begins, and how its rows start to decode."""
+        self._maker(rows, pages).compile(())
+        self._idle_maker(rows).compile(())
+        self._start.compile(rows, self._drawing_shapes(rows), self._drawing_shapes(1), SCALAR)
+
+    def _compile_leaving(self, rows: int, pages: int) -> None:
+        """Compiles how rows leave a batch of this size."""
+        self._extract.compile((rows, pages), self._batch_shapes(rows, pages), SCALAR)
+        self._extract_drawing.compile(rows, self._drawing_shapes(rows), SCALAR)
+
+    # --- rows and the decode batch --------------------------------------------------------------------------------
+    def new_row(self, pages: int) -> Sequences:
+        """An empty row with a ring of at least `pages` pages."""
+        return self._sequences(1, bucket(pages, self.buckets.pages))
+
+    def row_shapes(self, pages: int) -> Sequences:
+        """Shapes and types of a row with a ring of `pages` pages."""
+        return self._batch_shapes(1, pages)
+
+    @property
+    @abstractmethod
+    def rows(self) -> int:
+        """Rows of the decode batch."""
+
+    @property
+    @abstractmethod
+    def pages(self) -> int:
+        """Ring slots of each row of the decode batch."""
+
+    @property
+    def width(self) -> int:
+        """The most tokens a row can gain in one decode step."""
+        return self.buckets.width(self.rows)
+
+    def resize(self, rows: int, pages: int, moves: dict[int, int]) -> None:
+        """Makes the batch another size; `moves` maps each row that lives on to its new place."""
+        key = self.rows, self.pages
+        sequences = self._sequences(rows, pages)
+        drawing, room = self._idle(rows)
+        for source, target in moves.items():
+            index = np.int32(source)
+            sequences = self._put(sequences, self._extract(key, self.sequences, index), target, with_memory=True)
+            single = self._extract_drawing(key[0], self.drawing, index)
+            drawing = self._start(rows, drawing, single, np.int32(target))
+        # all at once: if there was no memory for it, the batch is as it was
+        self.sequences, self.drawing, self._room = sequences, drawing, room
+
+    def insert(
+        self,
+        index: int,
+        row: Sequences,
+        token: int,
+        text: np.ndarray,
+        sampling: SamplingState,
+        settings: MemorySettings,
+        *,
+        with_memory: bool,
+    ) -> None:
+        """Starts decoding a row at place `index`, with `token` as the next to feed; `text` is of `settings.recent_text`."""
+        self.sequences = self._put(self.sequences, row, index, with_memory=with_memory)
+        first, none = np.asarray([token], np.int32), np.full((1, DRAFTS), NONE, np.int32)
+        single = Drawing(first, none, text, sampling, settings)  # type: ignore[arg-type]
+        self.drawing = self._start(self.rows, self.drawing, single, np.int32(index))
+
+    def extract(self, index: int) -> Sequences:
+        """A copy of the row at place `index`."""
+        row: Sequences = self._extract((self.rows, self.pages), self.sequences, np.int32(index))
+        return row
+
+    def all_allowed(self) -> np.ndarray:
+        """A bit for every row and token, all set: int32 [rows, words]."""
+        return np.full((self.rows, allowed_words(self.vocab)), -1, np.int32)
+
+    def _may(self, allowed: np.ndarray | None) -> Any:
+        """`allowed`, or where it is None all tokens, on the device."""
+        if allowed is not None:
+            return allowed
+        if self.rows not in self._all_allowed:
+            self._all_allowed[self.rows] = self._to_device(self.all_allowed())
+        return self._all_allowed[self.rows]
+
+    def _to_device(self, rows: np.ndarray) -> jax.Array:
+        return jax.device_put(rows)
+
+    def _sequences(self, rows: int, pages: int) -> Sequences:
+        sequences: Sequences = self._maker(rows, pages)(())
+        return sequences
+
+    def _maker(self, rows: int, pages: int) -> Program:
+        return self._new.setdefault(
+            (rows, pages), self._program(functools.partial(self._make, batch=rows, pages=pages))
+        )
+
+    def _idle(self, rows: int) -> tuple[Drawing, jax.Array]:
+        drawing, room = self._idle_maker(rows)(())
+        return drawing, room
+
+    def _idle_maker(self, rows: int) -> Program:
+        vocab, width = self.vocab, self.buckets.width(rows)
+        return self._new_drawing.setdefault(
+            rows, self._program(lambda: (init_drawing(vocab, rows), init_room(vocab, rows, width)))
+        )
+
+    def _batch_shapes(self, rows: int, pages: int) -> Sequences:
+        return jax.eval_shape(functools.partial(self._make, batch=rows, pages=pages))
+
+    def _drawing_shapes(self, rows: int) -> Drawing:
+        return jax.eval_shape(functools.partial(init_drawing, self.vocab, rows))
+
+    def _room_shape(self, rows: int) -> jax.Array:
+        return jax.eval_shape(lambda: init_room(self.vocab, rows, self.buckets.width(rows)))
+
+
+def refused(name: str, message: str) -> InvalidRequest:
+    """The error of a setting of the memory."""
+    return InvalidRequest(f"Validation error in field 'atlas.{name}': {message}", param=f"atlas.{name}")
+
+
+def sent(packed: Packed) -> Packed:
+    """A step's result, on its way to the host."""
+    packed.integers.copy_to_host_async()
+    packed.numbers.copy_to_host_async()
+    return packed

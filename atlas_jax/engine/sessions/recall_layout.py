@@ -1,0 +1,221 @@
+"""Snapshots of sessions with the recall memory: what binds them to an engine, their arrays, and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
+from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid
+from atlas_jax.engine.runner.decode_state import Sequences
+from atlas_jax.engine.sessions import snapshot
+from atlas_jax.engine.sessions.info import norm_and_rank, summary
+from atlas_jax.engine.sessions.session import (
+    Checkpoint,
+    Session,
+    SessionShape,
+    integer,
+    to_host,
+)
+from atlas_jax.kernels.attention import (
+    KVDtype,
+    LayerKV,
+    Pages,
+    QuantPages,
+)
+from atlas_jax.model.kv_cache import Context
+from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.transformer import SINKS
+from atlas_jax.recall.recall_memory import MemoryState, recent_states
+
+
+@dataclass(frozen=True)
+class RecallLayout:
+    """Implements `session.Layout` for a pretrained model with the recall memory.
+
+    Attributes:
+      adapter: digest of the memory's adapter; another one's keys mean something else.
+    """
+
+    model: ModelConfig
+    memory: MemoryConfig
+    kv_dtype: KVDtype
+    fingerprint: str
+    adapter: str
+
+    @property
+    def vocab(self) -> int:
+        """Tokens of the vocabulary."""
+        return self.model.vocab
+
+    @property
+    def default_shape(self) -> SessionShape:
+        """Shape of a session that has read nothing yet; its first request replaces it."""
+        return SessionShape(WindowPlan(window=min(4, self.memory.max_window // PAGE)), layers=1, degree=2)
+
+    @property
+    def capacity(self) -> int:
+        """Independent pairs that one session's memory can hold."""
+        return self.memory.features
+
+    @property
+    def largest_window(self) -> int:
+        """Tokens of the largest window this engine has room for."""
+        return self.memory.max_window
+
+    @property
+    def largest_snapshot(self) -> int:
+        """Bytes of the largest snapshot this engine could write, a little rounded up."""
+        model, memory = self.model, self.memory
+        number = 1 if self.kv_dtype == "int8" else 4
+        cache = 2 * len(model.layers) * model.kv_heads * (memory.ring + SINKS) * (model.head_dim * number + 8)
+        matrices = memory.features * memory.code_dim * 9
+        return cache + matrices + memory.ring * (memory.key_size + 1) * 4 + model.vocab + (16 << 20)
+
+    def header(self) -> dict[str, Any]:
+        """The part of a snapshot's header that binds it to this engine."""
+        memory = self.memory
+        return {
+            "model": self.fingerprint,
+            "memory": [list(memory.layers), memory.components, memory.features, memory.code_dim],
+            "adapter": self.adapter,
+            "kv_dtype": self.kv_dtype,
+        }
+
+    def shape(self, header: Mapping[str, Any]) -> SessionShape:
+        """The shape a header describes; raises SnapshotInvalid where this engine has no room for it."""
+        window, update = integer(header, "window", 1, 1 << 16), integer(header, "update", 1, 1 << 16)
+        if (window + update) * PAGE > self.memory.ring:
+            raise SnapshotInvalid(f"snapshot's window of {window * PAGE} tokens exceeds this server's largest")
+        layers, degree = integer(header, "layers", 1, len(self.memory.layers)), integer(header, "degree", 1, 3)
+        return SessionShape(WindowPlan(window, update), layers, degree)
+
+    def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+        """A state as arrays: the pages in use, the memory, and the keys a later write can still need."""
+        return _row_arrays(self, shape.plan, checkpoint)
+
+    def row(self, shape: SessionShape, position: int, page: int, arrays: Mapping[str, np.ndarray]) -> Sequences:
+        """The state again, on the host; raises SnapshotInvalid for an array this engine would not have made."""
+        return _row(self, shape.plan, position, page, arrays)
+
+    def describe(self, sessions: list[Session]) -> MemoryInfo:
+        """What the memories of some sessions hold, together."""
+        features = self.memory.features
+
+        def layers(session: Session, checkpoint: Checkpoint) -> list[LayerMemoryInfo]:
+            memory = checkpoint.row.memory
+            norm, rank = (0.0, 0.0) if memory is None else norm_and_rank(np.asarray(memory.weights)[0])
+            taps = self.memory.layers[: session.shape.layers]  # there is one matrix, whose keys are made of all of them
+            loss = session.stats.omega_loss
+            return [LayerMemoryInfo(layer=taps[0], taps=taps, norm=norm, effective_rank=rank, omega_loss=loss)]
+
+        return summary(sessions, features, layers)
+
+
+_ZERO_AT_FIRST = ("weights", "momentum", "read_values", "read_scale")
+"""Arrays of a memory that are left out of a snapshot where they are zero."""
+
+
+def _kept_positions(memory: MemoryConfig, plan: WindowPlan, position: int) -> np.ndarray:
+    """Positions whose memory keys a later write can still need."""
+    assert plan.window is not None
+    kept = (plan.window + plan.update) * PAGE + memory.max_omega_window
+    return np.arange(max(0, position - kept), position)
+
+
+def _row_arrays(layout: RecallLayout, plan: WindowPlan, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    row = to_host(checkpoint.row)
+    context, memory = row.context, row.memory
+    assert memory is not None
+    ring = plan.ring((checkpoint.page + 1) * PAGE)
+    out: dict[str, np.ndarray] = {
+        "page": np.asarray(context.page)[0, :ring],
+        "seen": np.packbits(np.asarray(memory.seen)[0].astype(bool)),
+        "loss": np.asarray(memory.loss),
+        "recent": np.asarray(memory.recent)[0],
+    }
+    for name in _ZERO_AT_FIRST:  # the memory is most of a snapshot, and nothing while the text is inside the window
+        array = np.asarray(getattr(memory, name))[0]
+        if array.any():
+            out[name] = array
+    kept = _kept_positions(layout.memory, plan, checkpoint.position)
+    slots = kept % layout.memory.ring
+    out["keys"], out["tokens"] = np.asarray(memory.keys)[0, slots], np.asarray(memory.tokens)[0, slots]
+    for index, layer in enumerate(context.kv):
+        for name, pages in (("k", layer.k), ("v", layer.v)):
+            if isinstance(pages, QuantPages):
+                out[f"{index}.{name}"] = np.asarray(pages.values)[0, :ring]
+                out[f"{index}.{name}.scale"] = np.asarray(pages.scale)[0, :ring]
+            else:
+                out[f"{index}.{name}"] = np.asarray(pages)[0, :ring]
+        out[f"{index}.sink_k"], out[f"{index}.sink_v"] = np.asarray(layer.sink_k)[0], np.asarray(layer.sink_v)[0]
+    return out
+
+
+def _row(
+    layout: RecallLayout, plan: WindowPlan, position: int, page: int, arrays: Mapping[str, np.ndarray]
+) -> Sequences:
+    """Rebuilds a row on the host; every array is checked against the shape this engine would have made."""
+    model, config = layout.model, layout.memory
+    ring = plan.ring((page + 1) * PAGE)
+
+    def take(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return snapshot.check_array(name, arrays.get(name), shape, np.dtype(dtype))
+
+    def pages(name: str) -> Pages:
+        shape = (ring, model.kv_heads, PAGE, model.head_dim)
+        if layout.kv_dtype == "float32":
+            return take(name, shape, "f4")[None]  # type: ignore[return-value]
+        values, scale = take(name, shape, "i1"), take(f"{name}.scale", shape[:-1], "f4")
+        return QuantPages(values[None], scale[None])  # type: ignore[arg-type]
+
+    def sink(name: str) -> np.ndarray:
+        return take(name, (model.kv_heads, SINKS, model.head_dim), "f4")[None]
+
+    kv = tuple(
+        LayerKV(pages(f"{i}.k"), pages(f"{i}.v"), sink(f"{i}.sink_k"), sink(f"{i}.sink_v"))  # type: ignore[arg-type]
+        for i in range(len(model.layers))
+    )
+    numbers = take("page", (ring,), "i4")
+    expected = np.full(ring, -1, np.int32)
+    for number in range(max(0, page - ring + 1), page + 1):
+        expected[plan.slot(number)] = number
+    if not np.array_equal(numbers, expected):
+        raise SnapshotInvalid("snapshot's pages do not add up")
+    kept = _kept_positions(config, plan, position)
+    keys = np.zeros((1, config.ring, config.key_size), np.float32)
+    tokens = np.zeros((1, config.ring), np.int32)
+    keys[0, kept % config.ring] = take("keys", (len(kept), config.key_size), "f4")
+    tokens[0, kept % config.ring] = take("tokens", (len(kept),), "i4")
+    if not ((tokens >= 0) & (tokens < model.vocab)).all():
+        raise SnapshotInvalid("snapshot's tokens are out of range")
+    shape = (config.code_dim, config.features)
+    matrices = {
+        name: take(name, size, kind)[None] if name in arrays else np.zeros((1, *size), kind)
+        for name, size, kind in zip(
+            _ZERO_AT_FIRST, (shape, shape, shape, shape[:1]), ("f4", "f4", "i1", "f4"), strict=True
+        )
+    }
+    seen = np.unpackbits(take("seen", (-(-model.vocab // 8),), "u1"))[: model.vocab].astype(np.int8)
+    context = Context(
+        kv=kv,
+        page=numbers[None],  # type: ignore[arg-type]
+        slot=np.asarray([plan.slot(max(page, 0))], np.int32),  # type: ignore[arg-type]
+        first_page=np.asarray([plan.left(max(page, 0))], np.int32),  # type: ignore[arg-type]
+        position=np.asarray([position], np.int32),  # type: ignore[arg-type]
+    )
+    memory = MemoryState(
+        **matrices,  # type: ignore[arg-type]
+        recent=take("recent", (recent_states(config), config.components), "f4")[None],  # type: ignore[arg-type]
+        keys=keys,  # type: ignore[arg-type]
+        tokens=tokens,  # type: ignore[arg-type]
+        seen=seen[None],  # type: ignore[arg-type]
+        loss=take("loss", (1,), "f4"),  # type: ignore[arg-type]
+        losses=np.zeros(1, np.float32),  # type: ignore[arg-type]
+        skipped=np.zeros(1, np.int32),  # type: ignore[arg-type]
+        written=np.asarray([seen.any()]),  # type: ignore[arg-type]
+    )
+    return Sequences(context, memory)

@@ -1,0 +1,90 @@
+"""Products with what a transformer does just before them, a residual sum and a norm, or a gated activation.
+
+On CPU these are done while a row is rounded for the native product: by all threads, and one program's output less. As XLA
+programs they take one thread, and for one row the gaps around them cost more than they do.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeGuard
+
+import jax
+
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.linear import (
+    PackedArray,
+    QuantArray,
+    Weight,
+    linear,
+)
+from atlas_jax.kernels.reductions import row_sum
+from atlas_jax.typing import Array, Float
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+def rms_norm(x: Float[Array, "*rows E"], gain: Float[Array, E], eps: float) -> Float[Array, "*rows E"]:
+    """x / √(mean x² + eps) · gain."""
+    mean_square = row_sum(x * x)[..., None] * (1.0 / x.shape[-1])
+    return x * jax.lax.rsqrt(mean_square + eps) * gain
+
+
+def residual_sum(
+    x: Float[Array, "*rows E"], added: Float[Array, "*rows E"], added_gain: Float[Array, E] | None, eps: float
+) -> Float[Array, "*rows E"]:
+    """x and what a layer's part gives, which has a norm of its own if there is a gain."""
+    return x + (added if added_gain is None else rms_norm(added, added_gain, eps))
+
+
+def gated(x: Float[Array, "*rows 2*F"], block: int, activation: Activation) -> Float[Array, "*rows F"]:
+    """activation(gate) · up of columns that lie as `block` of the gate, then `block` of up, and so on; GELU by tanh."""
+    blocks = x.reshape(*x.shape[:-1], -1, 2, block)
+    gate, up = blocks[..., 0, :], blocks[..., 1, :]
+    activated = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
+    return (activated * up).reshape(*x.shape[:-1], -1)
+
+
+def normed_linear(
+    weight: Weight, x: Float[Array, "*rows inp"], gain: Float[Array, inp], eps: float
+) -> Float[Array, "*rows out"]:
+    """`linear(weight, rms_norm(x, gain, eps))`; the native sum of squares rounds otherwise than XLA's."""
+    if not _taken(weight):
+        return linear(weight, rms_norm(x, gain, eps))
+    rows = x.reshape(-1, x.shape[-1])
+    return ffi.normed_linear(rows, gain, eps, _stored(weight), weight.scale).reshape(*x.shape[:-1], -1)
+
+
+def summed_linear(
+    weight: Weight,
+    x: Float[Array, "*rows inp"],
+    added: Float[Array, "*rows inp"],
+    added_gain: Float[Array, inp] | None,
+    gain: Float[Array, inp],
+    eps: float,
+) -> tuple[Float[Array, "*rows out"], Float[Array, "*rows inp"]]:
+    """`residual_sum` and `normed_linear` of it: the product, and the sum."""
+    if not _taken(weight):
+        total = residual_sum(x, added, added_gain, eps)
+        return linear(weight, rms_norm(total, gain, eps)), total
+    rows, more = (array.reshape(-1, x.shape[-1]) for array in (x, added))
+    product, total = ffi.summed_linear(rows, more, added_gain, gain, eps, _stored(weight), weight.scale)
+    return product.reshape(*x.shape[:-1], -1), total.reshape(x.shape)
+
+
+def gated_linear(
+    weight: Weight, x: Float[Array, "*rows 2*inp"], block: int, activation: Activation
+) -> Float[Array, "*rows out"]:
+    """`linear(weight, gated(x, block, activation))`; the native exponential rounds otherwise than XLA's."""
+    if not _taken(weight) or block % 16:
+        return linear(weight, gated(x, block, activation))
+    rows = x.reshape(-1, x.shape[-1])
+    product = ffi.gated_linear(rows, block, activation == "gelu_tanh", _stored(weight), weight.scale)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def _taken(weight: Weight) -> TypeGuard[QuantArray | PackedArray]:
+    return isinstance(weight, QuantArray | PackedArray) and ffi.takes_linear(weight.shape[1], weight.shape[0])
+
+
+def _stored(weight: QuantArray | PackedArray) -> jax.Array:
+    return weight.values if isinstance(weight, QuantArray) else weight.blocks

@@ -1,0 +1,51 @@
+"""What happens to a step's heads between the product they come from and attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from atlas_jax.config import PAGE
+from atlas_jax.kernels.attention import (
+    LayerKV,
+    QuantPages,
+    RingView,
+    write,
+)
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.fused_linear import rms_norm
+from atlas_jax.kernels.rope import apply_rope
+from atlas_jax.typing import Array, Float
+
+
+def enter(
+    x: Float[Array, "B T K G+2 D"],
+    gains: tuple[Float[Array, D], Float[Array, D]] | None,
+    eps: float,
+    rotary: Sequence[Float[Array, "B T half"]],
+    near: Sequence[Float[Array, "B T half"]],
+    kv: LayerKV,
+    view: RingView,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"], LayerKV]:
+    """Norms and rotates a step's queries and keys, and stores keys and values in the ring.
+
+    Args:
+      x: for each KV head its queries, its key and its value.
+      gains, eps: of the norms of queries and of keys, if the model has them.
+      rotary, near: cosines and sines at the tokens' positions, and at those from which they see the sinks.
+
+    Returns:
+      Queries that meet the ring, queries that meet the sinks, and the cache.
+    """
+    k, v = kv.k, kv.v
+    taken = ffi.takes_heads(PAGE, x.shape[-1], rotary[0].shape[-1])
+    if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
+        ring = k.values, k.scale, v.values, v.scale
+        where = view.slot, view.positions, view.valid
+        q, q_sink, (k_values, k_scale, v_values, v_scale) = ffi.heads(x, gains, eps, rotary, near, *where, ring)
+        written = QuantPages(k_values, k_scale), QuantPages(v_values, v_scale)
+        return q, q_sink, LayerKV(*written, kv.sink_k, kv.sink_v)
+    q, new_k, new_v = x[..., :-2, :].reshape(*x.shape[:2], -1, x.shape[-1]), x[..., -2, :], x[..., -1, :]
+    if gains is not None:
+        q, new_k = (rms_norm(part, gain, eps) for part, gain in zip((q, new_k), gains, strict=True))
+    kv = write(kv, apply_rope(new_k, *rotary), new_v, view)
+    return apply_rope(q, *rotary), apply_rope(q, *near), kv

@@ -1,0 +1,181 @@
+"""A memory token by token: the definition that every faster form must reproduce."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from atlas_jax.kernels.newton_schulz import orthogonalize
+from atlas_jax.kernels.omega import scale, window_gradient
+from atlas_jax.memory import _exact
+from atlas_jax.memory._memory import (
+    channel_axis,
+    encode,
+    forward,
+    gradient_factors,
+    plain,
+)
+from atlas_jax.memory._params import Params, Weights
+from atlas_jax.memory._rule import MemoryRule
+from atlas_jax.memory._scan import checkpointed_scan, over_batch
+from atlas_jax.memory._state import MemoryState, has_momentum, keeps_anchor
+from atlas_jax.memory._tokens import Tokens, check_tokens, prepare
+from atlas_jax.typing import Array, Float
+
+
+def step(
+    rule: MemoryRule, params: Params, state: MemoryState, token: Tokens
+) -> tuple[MemoryState, Float[Array, "*batch d_v"]]:
+    """Writes one token, then reads its query: y_t = M_t(φ(q_t)) (ATLAS, equations 9, 32, 33, 26).
+
+    Args:
+      token: arrays without a time axis, [..., d].
+
+    Raises:
+      ValueError: the token does not have the rule's sizes.
+    """
+    check_tokens(rule, token)
+    return over_batch(partial(_step, rule))(params, state, prepare(rule, token, state.tail_k.dtype))
+
+
+def scan(
+    rule: MemoryRule, params: Params, state: MemoryState, tokens: Tokens
+) -> tuple[MemoryState, Float[Array, "*batch T d_v"]]:
+    """`step` on each token in turn, with a backward pass whose memory grows with √T states.
+
+    Raises:
+      ValueError: the tokens do not have the rule's sizes.
+    """
+    check_tokens(rule, tokens)
+
+    def sequence(params: Params, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, jax.Array]:
+        return checkpointed_scan(lambda s, t: _step(rule, params, s, t), state, tokens, remat=rule.remat)
+
+    return over_batch(sequence)(params, state, prepare(rule, tokens, state.tail_k.dtype))
+
+
+def read(
+    rule: MemoryRule, params: Params, state: MemoryState, q: Float[Array, "*batch d_k"]
+) -> Float[Array, "*batch d_v"]:
+    """M(φ(q)) of the memory as it is, without writing.
+
+    Args:
+      q: the batch of the state, then any axes of queries, then d_k.
+
+    Raises:
+      ValueError: its last axis is not d_k.
+    """
+    if q.shape[-1] != rule.d_k:
+        raise ValueError(f"q has shape {q.shape}; the rule asks for {rule.d_k} components")
+    q = jnp.asarray(q, state.tail_k.dtype)
+
+    def one(params: Params, state: MemoryState, q: jax.Array) -> tuple[MemoryState, jax.Array]:
+        inputs = encode(rule, params, q.reshape(-1, rule.d_k))
+        if rule.optimizer == "exact":
+            y = _exact.read(rule, params, state, inputs.features)
+        else:
+            current = begin_chunk(rule, state, state.phase == 0) if rule.ns_per == "chunk" else state
+            y = forward(rule, plain(current.weights), inputs)
+        return state, y.reshape(*q.shape[:-1], rule.d_v)
+
+    return over_batch(one)(params, state, q)[1]
+
+
+def begin_chunk(rule: MemoryRule, state: MemoryState, starts: jax.Array | None) -> MemoryState:
+    """Where a chunk starts: moves the anchor to the memory, or the memory by what its last chunk has gathered.
+
+    Args:
+      starts: whether one does; None where it is known that one does.
+    """
+    if rule.ns_per == "chunk":
+        if starts is None:
+            return _settle(rule, state)
+        return jax.lax.cond(starts, partial(_settle, rule), lambda s: s, state)
+    if not keeps_anchor(rule):
+        return state
+    anchor = state.weights
+    if starts is not None:
+        anchor = jax.tree.map(lambda new, old: jnp.where(starts, new, old), anchor, state.anchor)
+    return dataclasses.replace(state, anchor=anchor)
+
+
+def anchor_weights(rule: MemoryRule, state: MemoryState, alpha: Float[Array, " h"]) -> Weights:
+    """Where gradients are taken.
+
+    Args:
+      alpha: retention of the token, for rules that take gradients at the decayed memory.
+    """
+    weights = state.anchor if keeps_anchor(rule) else state.weights
+    if rule.gradient_at == "memory":
+        return weights
+    return {name: scale(w, alpha, channel_axis(name)) for name, w in weights.items()}
+
+
+def direction(rule: MemoryRule, momentum: Float[Array, "*batch o i"]) -> Float[Array, "*batch o i"]:
+    """U(S): Newton–Schulz for Muon, else S itself."""
+    if rule.optimizer != "muon":
+        return momentum
+    return orthogonalize(momentum, steps=rule.ns_steps, table=rule.ns_table)
+
+
+def _step(rule: MemoryRule, params: Params, state: MemoryState, token: Tokens) -> tuple[MemoryState, jax.Array]:
+    queries = encode(rule, params, token.q[None])
+    if rule.optimizer == "exact":
+        keys = encode(rule, params, token.k[None])
+        state = _exact.write(state, keys.features[0], token)
+        return state, _exact.read(rule, params, state, queries.features)[0]
+    state = begin_chunk(rule, state, state.phase == 0)
+
+    k = jnp.concatenate([state.tail_k, token.k[None]])
+    v = jnp.concatenate([state.tail_v, token.v[None]])
+    own = token.gamma if rule.gates == "token" else jnp.ones_like(token.gamma[:1])
+    stored = jnp.concatenate([state.tail_gate, own])
+    gamma = stored if rule.gates == "token" else stored * token.gamma[::-1]
+    one = jnp.ones_like(token.eta[:1])
+    inner, outer = (token.eta, one) if rule.step == "inside" else (one, token.eta)
+
+    factors = gradient_factors(rule, anchor_weights(rule, state, token.alpha), encode(rule, params, k), v)
+    momentum = {}
+    for name, factor in factors.items():
+        axis = channel_axis(name)
+        momentum[name] = scale(window_gradient(factor.left, factor.right, gamma[:, None]), inner, axis)
+        if has_momentum(rule):
+            momentum[name] = momentum[name] + scale(state.momentum[name], token.theta, axis)
+
+    weights, pending = state.weights, state.pending
+    if rule.ns_per == "chunk":
+        pending = {
+            "retention": pending["retention"] * token.alpha,
+            "step": pending["step"] * token.alpha + outer,
+        }
+    else:
+        weights = {
+            name: scale(w, token.alpha, channel_axis(name))
+            - scale(direction(rule, momentum[name]), outer, channel_axis(name))
+            for name, w in weights.items()
+        }
+    state = dataclasses.replace(
+        state,
+        weights=weights,
+        momentum=momentum if has_momentum(rule) else {},
+        tail_k=k[1:],
+        tail_v=v[1:],
+        tail_gate=stored[1:],
+        pending=pending,
+        phase=(state.phase + 1) % rule.chunk if rule.anchored else state.phase,
+    )
+    return state, forward(rule, plain(weights), queries)[0]
+
+
+def _settle(rule: MemoryRule, state: MemoryState) -> MemoryState:
+    retention, moved = state.pending["retention"], state.pending["step"]
+    weights = {
+        name: scale(w, retention, channel_axis(name))
+        - scale(direction(rule, state.momentum[name]), moved, channel_axis(name))
+        for name, w in state.weights.items()
+    }
+    pending = {"retention": jnp.ones_like(retention), "step": jnp.zeros_like(moved)}
+    return dataclasses.replace(state, weights=weights, pending=pending)

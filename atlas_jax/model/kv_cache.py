@@ -1,0 +1,102 @@
+"""Attention state of a batch of rows: the ring of pages, and how a row moves from page to page."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax.config import ModelConfig
+from atlas_jax.kernels import attention
+from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
+from atlas_jax.model.page_schedule import Turn
+from atlas_jax.model.transformer import init_kv
+from atlas_jax.typing import Array, Int32
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Context:
+    """Attention state of a batch of rows.
+
+    Attributes:
+      page: page of the text in each ring slot, −1 where there is none.
+      slot: ring slot of the page being filled.
+      first_page: pages before it have left the window.
+      position: position of the next token.
+    """
+
+    kv: tuple[LayerKV, ...]
+    page: Int32[Array, "B N"]
+    slot: Int32[Array, B]
+    first_page: Int32[Array, B]
+    position: Int32[Array, B]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PageTurn:
+    """A row's move to its next page, as the compiled step reads it; see `window.Turn`."""
+
+    row: Int32[Array, ""]
+    slot: Int32[Array, ""]
+    page: Int32[Array, ""]
+    first_page: Int32[Array, ""]
+    sink_slot: Int32[Array, ""]
+
+
+def init_context(model: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> Context:
+    """Rows that have read nothing."""
+
+    def zeros() -> jax.Array:  # never one array twice: the state is donated
+        return jnp.zeros((batch,), jnp.int32)
+
+    return Context(
+        kv=init_kv(model, batch, pages, dtype),
+        page=jnp.full((batch, pages), -1, jnp.int32),
+        slot=zeros(),
+        first_page=zeros(),
+        position=zeros(),
+    )
+
+
+def page_turn(row: int, turn: Turn) -> PageTurn:
+    """One row's move to its next page, made on the host."""
+    numbers = (row, turn.slot, turn.page, turn.first_page, turn.sink_slot)
+    return PageTurn(*(np.asarray(number, np.int32) for number in numbers))  # type: ignore[arg-type]
+
+
+def ring_view(context: Context, tokens: int, count: Int32[Array, B]) -> RingView:
+    """Where the next `count` of up to `tokens` tokens of each row go; all of them lie in the row's current page."""
+    offset = jnp.arange(tokens)[None]
+    return RingView(
+        page=context.page,
+        slot=context.slot,
+        positions=context.position[:, None] + offset,
+        valid=offset < count[:, None],
+        first_page=context.first_page,
+    )
+
+
+def turn_page(context: Context, turn: PageTurn) -> Context:
+    """Enters the next page in a row's ring; a page that was in that slot is gone."""
+    rows = context.position.shape[0]
+    here = jnp.arange(rows) == turn.row
+    keep = here & (turn.sink_slot >= 0)
+    slot = jnp.full((rows,), jnp.maximum(turn.sink_slot, 0), jnp.int32)
+    kv = jax.lax.cond(
+        turn.sink_slot >= 0,
+        lambda sinks: [attention.first_tokens(layer, slot, keep) for layer in context.kv],
+        lambda sinks: sinks,
+        [(layer.sink_k, layer.sink_v) for layer in context.kv],
+    )
+    return dataclasses.replace(
+        context,
+        kv=tuple(dataclasses.replace(layer, sink_k=k, sink_v=v) for layer, (k, v) in zip(context.kv, kv, strict=True)),
+        page=context.page.at[turn.row, turn.slot].set(turn.page),
+        slot=context.slot.at[turn.row].set(turn.slot),
+        first_page=context.first_page.at[turn.row].set(turn.first_page),
+    )

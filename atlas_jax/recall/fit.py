@@ -1,0 +1,98 @@
+"""Fits a memory to a GGUF model and writes the adapter file.
+
+    python -m atlas_jax.recall.fit MODEL.gguf (--output ADAPTER | --ship) [--texts FILE ...] [--max-tokens N]
+
+A server does the same by itself the first time it serves a model, with the texts that come with the library. More text,
+and text like what the model will read, makes a better fit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from atlas_jax.config import PAGE, ModelConfig
+from atlas_jax.gguf import GGUFFile, Tokenizer
+from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.params import ModelParams
+from atlas_jax.recall import adapter_store
+from atlas_jax.recall.calibration import Calibration, calibrate
+from atlas_jax.recall.collect_states import WINDOW, Progress
+from atlas_jax.recall.probe import make_probe
+from atlas_jax.sharding import ONE_DEVICE, Placement
+
+
+def fit(model: Path, texts: list[str], max_tokens: int | None = None) -> tuple[bytes, dict[str, object]]:
+    """Calibrates a memory.
+
+    Args:
+      texts: each long enough to leave the window (512 tokens).
+      max_tokens: most tokens read of each text; None reads all.
+
+    Returns:
+      The adapter file's bytes, and what was measured.
+    """
+    started = time.monotonic()
+    with GGUFFile.open(model) as file:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+        config = model_config(file)
+        params = load_params(file, config, dtype="int8")
+        fingerprint = file.fingerprint()
+    found = calibrate_with(tokenizer, config, params, texts, max_tokens)
+    report: dict[str, object] = {
+        "model": fingerprint,
+        "layers": found.config.layers,
+        "hit_rate": [round(rate, 4) for rate in found.hit_rate],
+        "found_rate": [round(rate, 4) for rate in found.found_rate],
+        "gate": [round(float(weight), 4) for weight in found.adapter.gate],
+        "loss_window": found.loss_window,
+        "loss_memory": found.loss_memory,
+        "seconds": round(time.monotonic() - started, 1),
+    }
+    return adapter_store.encode(fingerprint, found.config, found.adapter), report
+
+
+def calibrate_with(
+    tokenizer: Tokenizer,
+    config: ModelConfig,
+    params: ModelParams,
+    texts: list[str],
+    max_tokens: int | None = None,
+    placement: Placement = ONE_DEVICE,
+    progress: Progress = lambda stage, share: None,
+) -> Calibration:
+    """Calibrates with texts that are still text; see `calibrate`."""
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special=False, parse_special=False)
+
+    ids = [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
+    probe = make_probe(adapter_store.probe_filler(), encode, between=(WINDOW + 4) * PAGE)
+    return calibrate(config, params, ids, probe, placement=placement, progress=progress)
+
+
+def main() -> None:
+    """Command line; raises SystemExit where no memory can be fitted."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="GGUF file")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, help="adapter file to write")
+    target.add_argument("--ship", action="store_true", help="write it into the library, as the model's shipped adapter")
+    parser.add_argument("--texts", type=Path, nargs="+", help="UTF-8 texts (default: those that come with the library)")
+    parser.add_argument("--max-tokens", type=int, help="most tokens read of each text")
+    args = parser.parse_args()
+    texts = [path.read_text("utf-8") for path in args.texts] if args.texts else adapter_store.calibration_texts()
+    try:
+        data, report = fit(args.model, texts, args.max_tokens)
+    except adapter_store.AdapterError as error:
+        raise SystemExit(f"No memory could be fitted to {args.model}: {error}") from error
+    output: Path = adapter_store.shipped_path(str(report["model"])) if args.ship else args.output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_bytes(data)
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,400 @@
+"""The recall memory: what a session has read, held in one matrix of fixed size, without training.
+
+Key: the residual stream after a layer, mapped to a few whitened components and to unit length, and the same of its trail,
+a decaying mean of the states before. Value: a random code of the token that came next. φ: the monomials of one degree
+that join state and trail (`kernel`). A page that leaves the attention window is written by
+reducing the Omega objective (ATLAS, arXiv 2505.23735, equation 9) over the last `omega_window` tokens that have left,
+
+    min_M  Σᵢ γᵢ ‖M φ(kᵢ) − vᵢ‖²,      γᵢ ∈ {0, 1},
+
+to its minimum (exact), by steepest descent (OmegaNet, equation 10) or by orthogonalised momentum (ATLAS with Muon,
+equations 32–33). It is read at the head: s = M φ(k)·code(v) scores every token v the session has seen.
+
+The steps are in `memory.inner_step`. Batched states are slices of the same row functions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from atlas_jax.config import MemoryConfig
+from atlas_jax.kernels import tpu
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.linear import (
+    QuantArray,
+    linear,
+    linear_each,
+    quantize_rows,
+    rows_of,
+)
+from atlas_jax.kernels.monomials import gather_monomials
+from atlas_jax.kernels.reductions import row_max, row_sum
+from atlas_jax.recall.adapter import TRAIL_DECAY, TRAIL_LENGTH, Adapter
+from atlas_jax.recall.solvers import Optimizer, omega_step, product
+from atlas_jax.typing import (
+    Array,
+    Bool,
+    Float,
+    Int8,
+    Int32,
+)
+
+_MIN_SCORE = -2.0
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MemoryState:
+    """Memories of a batch of sessions.
+
+    Attributes:
+      weights: M.
+      momentum: S of the Muon write.
+      read_values, read_scale: the weights in 8 bits, [C, M] per row, what reads use.
+      recent: components of the last states, those that keys are made of; position p is at p mod its length.
+      keys, tokens: ring of the last keys and tokens of the text; position p is at p mod ring.
+      seen: 1 for tokens that have been written as values.
+      loss: Omega loss after the last write.
+      losses, skipped: since the row was taken up: the sum of the losses of its writes, and how many were not taken.
+      written: whether any token has been seen; without one, reading is of no use.
+    """
+
+    weights: Float[Array, "B C M"]
+    momentum: Float[Array, "B C M"]
+    read_values: Int8[Array, "B C M"]
+    read_scale: Float[Array, "B C"]
+    recent: Float[Array, "B recent Z"]
+    keys: Float[Array, "B ring R"]
+    tokens: Int32[Array, "B ring"]
+    seen: Int8[Array, "B V"]
+    loss: Float[Array, B]
+    losses: Float[Array, B]
+    skipped: Int32[Array, B]
+    written: Bool[Array, B]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class MemorySettings:
+    """How each row of a batch uses its memory.
+
+    Attributes:
+      layers: index of the number of layers in use, less one.
+      degree: polynomial degree, less one.
+      read: whether the memory takes part in the answer at all.
+      read_from: position from which it does (`warmup_tokens`).
+      log_odds: ln(blend / (1 − blend)), added to the gate's log odds.
+    """
+
+    layers: Int32[Array, B]
+    degree: Int32[Array, B]
+    read: Bool[Array, B]
+    read_from: Int32[Array, B]
+    log_odds: Float[Array, B]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class WriteSettings:
+    """One write.
+
+    Attributes:
+      end: position of the first token that has not left the window.
+      window: tokens in the Omega objective.
+      step: factor on the calibrated inner step of gradient and Muon.
+      degree: polynomial degree, less one.
+    """
+
+    end: Int32[Array, ""]
+    window: Int32[Array, ""]
+    step: Float[Array, ""]
+    degree: Int32[Array, ""]
+
+
+def recent_states(config: MemoryConfig) -> int:
+    """States kept for trails: as many as one needs, and as many as a row can be set back by without reading again.
+
+    That is to where the memory was last written, at most one write's tokens. A shorter ring would leave trails of what came
+    after in the place of what came before.
+    """
+    return config.max_omega_window + TRAIL_LENGTH
+
+
+def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
+    """Empty memories."""
+    shape = (batch, config.code_dim, config.features)
+    return MemoryState(
+        weights=jnp.zeros(shape, jnp.float32),
+        momentum=jnp.zeros(shape, jnp.float32),
+        read_values=jnp.zeros(shape, jnp.int8),
+        read_scale=jnp.zeros((batch, config.code_dim), jnp.float32),
+        recent=jnp.zeros((batch, recent_states(config), config.components), jnp.float32),
+        keys=jnp.zeros((batch, config.ring, config.key_size), jnp.float32),
+        tokens=jnp.zeros((batch, config.ring), jnp.int32),
+        seen=jnp.zeros((batch, vocab), jnp.int8),
+        loss=jnp.zeros((batch,), jnp.float32),
+        losses=jnp.zeros((batch,), jnp.float32),
+        skipped=jnp.zeros((batch,), jnp.int32),
+        written=jnp.zeros((batch,), bool),
+    )
+
+
+def init_settings(batch: int) -> MemorySettings:
+    """Rows without a memory."""
+    index = jnp.zeros((batch,), jnp.int32)
+    return MemorySettings(
+        layers=index,
+        degree=jnp.ones((batch,), jnp.int32),
+        read=jnp.zeros((batch,), bool),
+        read_from=jnp.zeros((batch,), jnp.int32),
+        log_odds=jnp.zeros((batch,), jnp.float32),
+    )
+
+
+def observe(
+    adapter: Adapter,
+    state: MemoryState,
+    settings: MemorySettings,
+    tapped: tuple[Float[Array, "B T E"], ...],
+    tokens: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> tuple[MemoryState, Float[Array, "B T R"]]:
+    """Makes the keys of a step's tokens, and keeps keys and tokens for when they leave the window.
+
+    Args:
+      tapped: residual streams of the tapped layers.
+      valid: which tokens are real; those that are not come last.
+    """
+    key, z = keys(adapter, state, settings, tapped, positions)
+    return remember(state, key, z, tokens, positions, valid), key
+
+
+def keys(
+    adapter: Adapter,
+    state: MemoryState,
+    settings: MemorySettings,
+    tapped: tuple[Float[Array, "B T E"], ...],
+    positions: Int32[Array, "B T"],
+) -> tuple[Float[Array, "B T R"], Float[Array, "B T Z"]]:
+    """Keys of a step's tokens, and the components they are made of, which later tokens' trails need.
+
+    A key is two unit vectors: the token's own state in the tapped layers, and its trail: a decaying mean of the states of
+    the tokens before, the training-free counterpart of ATLAS's short convolution on keys. The trail tells apart places
+    where the same is being said of different things. The first token of a text has no trail.
+    """
+    batch, length = positions.shape
+    row = jnp.arange(batch)[:, None]
+    taps = [linear(adapter.projection[i].T, h - adapter.mean[i]) for i, h in enumerate(tapped)]
+    tables = jnp.concatenate([*taps, jnp.zeros((batch, length, 1))], axis=2)
+    z = jnp.take_along_axis(tables, adapter.select[settings.layers, settings.degree][:, None, :], axis=2)
+    before = positions[:, :1] - TRAIL_LENGTH + jnp.arange(TRAIL_LENGTH)
+    past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None]
+    extended = jnp.concatenate([past, z], axis=1)
+    trail = jnp.zeros_like(z)
+    for back in range(1, TRAIL_LENGTH + 1):
+        start = TRAIL_LENGTH - back
+        trail = trail + TRAIL_DECAY ** (back - 1) * extended[:, start : start + length]
+
+    def unit(part: jax.Array) -> jax.Array:
+        return part * jax.lax.rsqrt(jnp.maximum(row_sum(part * part), 1e-12))[..., None]
+
+    return jnp.concatenate([unit(z), unit(trail)], axis=2), z
+
+
+def kernel(
+    a: Float[Array, "*rows n R"], b: Float[Array, "*rows m R"], degree: Int32[Array, ""]
+) -> Float[Array, "*rows n m"]:
+    """φ(a)·φ(b): (s·s′)ᵖ⁻¹(t·t′) for keys of states s and trails t, and their mean (s·s′ + t·t′)/2 at p = 1.
+
+    A product asks for both, where all monomials of the joined key would be content with either. With as many features,
+    facts asked for 2 000 tokens later are found again for 0.97 of their digits instead of 0.87 in the same words, 0.75
+    instead of 0.65 in others, and documents gain as much or more (12 contexts, 4 documents, in simulation).
+
+    Args:
+      degree: p − 1.
+    """
+    size = a.shape[-1] // 2
+    state = jnp.einsum("...nz,...mz->...nm", a[..., :size], b[..., :size])
+    trail = jnp.einsum("...nz,...mz->...nm", a[..., size:], b[..., size:])
+    joined = jnp.where(degree == 2, state * state, state) * trail
+    return jnp.where(degree == 0, (state + trail) / 2, joined)
+
+
+def remember(
+    state: MemoryState,
+    key: Float[Array, "B T R"],
+    z: Float[Array, "B T Z"],
+    tokens: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> MemoryState:
+    """Keeps a step's keys and tokens for when they leave the window."""
+    row = jnp.arange(tokens.shape[0])[:, None]
+    ring, recent = state.tokens.shape[1], state.recent.shape[1]
+    index = jnp.where(valid, positions % ring, ring)
+    first = positions[:, :1] + valid.sum(axis=1, keepdims=True) - recent  # of those that end up in the short ring
+    place = jnp.where(valid & (positions >= first), positions % recent, recent)
+    return dataclasses.replace(
+        state,
+        recent=state.recent.at[row, place].set(z, mode="drop"),
+        keys=state.keys.at[row, index].set(key, mode="drop"),
+        tokens=state.tokens.at[row, index].set(tokens, mode="drop"),
+    )
+
+
+def write(
+    config: MemoryConfig,
+    optimizer: Optimizer,
+    adapter: Adapter,
+    state: MemoryState,
+    row: Int32[Array, ""],
+    settings: WriteSettings,
+) -> MemoryState:
+    """Absorbs the tokens before `settings.end` into the memory of one row: one Omega step.
+
+    Args:
+      row: which session of the batch.
+
+    Returns:
+      The state with that row's weights, momentum, seen tokens and figures of loss replaced; everything else untouched.
+    """
+    width = config.max_omega_window
+    offset = jnp.arange(width) - width
+    position = settings.end + offset  # of the values: what follows the last of them may not have been read yet
+    gamma = ((position >= 1) & (offset >= -settings.window)).astype(jnp.float32)
+    ring = state.tokens.shape[1]
+    key = state.keys[row, (position - 1) % ring] * gamma[:, None]
+    token = state.tokens[row, position % ring]
+
+    features = _window_features(adapter, key, settings.degree)  # [W, M]; γ = 0 makes a row zero
+    code = rows_of(adapter.codes, token).T * gamma
+    gram = kernel(key, key, settings.degree)
+    weights, momentum = state.weights[row], state.momentum[row]
+    residual = code - product("cm,wm->cw", weights, features)
+    weights, momentum, loss, taken = omega_step(
+        config, optimizer, settings.step, weights, momentum, features, gram, gamma, residual
+    )
+    values, scale = quantize_rows(weights)
+    written = jnp.where((gamma > 0) & taken, token, state.seen.shape[1])
+
+    def put(whole: jax.Array, part: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, part, row, 0)  # `at` would copy, to allow for a row too many
+
+    return dataclasses.replace(
+        state,
+        weights=put(state.weights, weights),
+        momentum=put(state.momentum, momentum),
+        read_values=put(state.read_values, values),
+        read_scale=put(state.read_scale, scale[:, 0]),
+        seen=state.seen.at[row, written].set(1, mode="drop"),
+        loss=state.loss.at[row].set(jnp.where(taken, loss, state.loss[row])),
+        losses=state.losses.at[row].add(jnp.where(taken, loss, 0.0)),
+        skipped=state.skipped.at[row].add(jnp.where(taken, 0, 1)),
+        written=state.written.at[row].set(state.written[row] | taken),
+    )
+
+
+def read(
+    adapter: Adapter,
+    state: MemoryState,
+    settings: MemorySettings,
+    key: Float[Array, "B T R"],
+    logits: Float[Array, "B T V"],
+    positions: Int32[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
+    """What comes after each token with the memory's word: `blend` of the model's logits and the memory's `scores`.
+
+    Where the memory takes no part, or nothing has been written yet, the logits come back as they are and the gate is 0.
+    """
+    active = (settings.read & state.written)[:, None] & (positions >= settings.read_from[:, None]) & valid
+    if not ffi.takes_codes(adapter.codes.shape[1]):
+        mixed: tuple[jax.Array, jax.Array] = jax.lax.cond(
+            jnp.any(active),
+            lambda: blend(adapter, settings.log_odds, logits, scores(adapter, state, settings, key), active),
+            lambda: (logits, jnp.zeros(positions.shape, jnp.float32)),
+        )
+        return mixed
+    found = jax.lax.cond(
+        jnp.any(active),
+        lambda: _read_out(adapter, state, settings, key),
+        lambda: jnp.zeros((*positions.shape, adapter.codes.shape[1]), jnp.float32),
+    )
+    codes = adapter.codes
+    return ffi.blend(logits, found, codes.values, codes.scale, state.seen, active, settings.log_odds, adapter.gate)
+
+
+def scores(
+    adapter: Adapter, state: MemoryState, settings: MemorySettings, key: Float[Array, "B T R"]
+) -> Float[Array, "B T V"]:
+    """s = M φ(k)·code(v) for every token v seen in the session; −2 for the others (a real score is near 0 … 1)."""
+    found = linear(adapter.codes, _read_out(adapter, state, settings, key))
+    return jnp.where(state.seen[:, None, :] > 0, found, _MIN_SCORE)
+
+
+def _read_out(adapter: Adapter, state: MemoryState, settings: MemorySettings, key: jax.Array) -> jax.Array:
+    """M φ(k): [B, T, C]."""
+    if tpu.takes_read(key.shape[1]):
+        return tpu.read_out(key, settings.degree, state.read_values, state.read_scale, adapter.halves)
+    tables = adapter.factors, adapter.feature_weight
+    if ffi.takes_monomials(adapter.factors.shape[1]):
+        features = ffi.monomials(key, *tables, settings.degree)  # [B, T, M]
+    else:
+        features = jax.vmap(gather_monomials)(key, *(table[settings.degree] for table in tables))
+    return linear_each(QuantArray(state.read_values, state.read_scale), features)
+
+
+def gate_features(score: Float[Array, "*rows V"], entropy: Float[Array, "*rows"]) -> Float[Array, "*rows features"]:
+    """What the gate looks at: 1, the best score, its lead over the second, and the model's entropy in nats."""
+    best = row_max(score)
+    second = row_max(jnp.where(score == best[..., None], _MIN_SCORE, score))
+    return jnp.stack([jnp.ones_like(best), best, best - second, entropy], axis=-1)
+
+
+def memory_distribution(score: Float[Array, "*rows V"]) -> Float[Array, "*rows V"]:
+    """p_mem ∝ max(s, 0)⁶. The sixth power sets scores of value codes' chance overlap (≈ 1/√C) to nothing."""
+    positive = jnp.maximum(score, 0.0)
+    cube = positive * positive * positive
+    weight = cube * cube
+    return weight / jnp.maximum(row_sum(weight), 1e-30)[..., None]
+
+
+def blend(
+    adapter: Adapter,
+    log_odds: Float[Array, B],
+    logits: Float[Array, "B T V"],
+    score: Float[Array, "B T V"],
+    active: Bool[Array, "B T"],
+) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
+    """p = (1 − g)·p_model + g·p_mem, as logits, and g.
+
+    The gate's log odds are a linear function of `gate_features`, plus the request's `log_odds`. Where the memory is not
+    active or has nothing to say, g is 0 and the logits are returned as they came, bit for bit.
+    """
+    peak = row_max(logits)
+    shifted = logits - peak[..., None]
+    weight = jnp.exp(shifted)
+    mass = row_sum(weight)
+    entropy = jnp.log(mass) - row_sum(weight * shifted) / mass
+    odds = jnp.einsum("btf,f->bt", gate_features(score, entropy), adapter.gate) + log_odds[:, None]
+    heard = active & (row_max(score) > 0)
+    g = jnp.where(heard, jax.nn.sigmoid(odds), 0.0)
+    mixed = (1.0 - g)[..., None] * (weight / mass[..., None]) + g[..., None] * memory_distribution(score)
+    return jnp.where(heard[..., None], jnp.log(jnp.maximum(mixed, 1e-37)), logits), g
+
+
+def _window_features(adapter: Adapter, key: Float[Array, "W R"], degree: Int32[Array, ""]) -> Float[Array, "W M"]:
+    """φ of one row's window, in the precision of `inner_step.product`."""
+    if ffi.takes_monomials(adapter.factors.shape[1]):
+        tables = adapter.factors, adapter.feature_weight
+        return ffi.monomials(key[None], *tables, degree[None], rounded=True)[0]
+    extended = jnp.concatenate([key.T, jnp.ones((1, key.shape[0]), key.dtype)])
+    product = adapter.feature_weight[degree][:, None]
+    for position in range(adapter.factors.shape[2]):  # products of contiguous rows of W numbers
+        product = product * extended[adapter.factors[degree, :, position]]
+    return product.T.astype(jnp.bfloat16)

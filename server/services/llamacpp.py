@@ -1,0 +1,91 @@
+"""What llama.cpp's extra endpoints answer."""
+
+from __future__ import annotations
+
+from atlas_jax import __version__
+from server.config.settings import SamplingSection
+from server.schemas import llamacpp as schema
+from server.services.engine_supervisor import EngineHost
+from server.services.models import Models
+from server.services.sampling import default_sampling
+from server.services.tokenization import Texts
+
+
+class Compat:
+    """Tokenizer, template, properties and slots."""
+
+    def __init__(self, *, host: EngineHost, texts: Texts, models: Models, sampling: SamplingSection) -> None:
+        self._host, self._texts, self._models, self._sampling = host, texts, models, sampling
+
+    async def tokenize(self, wanted: schema.TokenizeRequest) -> schema.TokenizeResponse:
+        """Token ids, or tokens with their pieces."""
+        ids = await self._texts.encode(
+            wanted.content,
+            add_special=bool(wanted.add_special),
+            parse_special=wanted.parse_special is None or wanted.parse_special,
+        )
+        if not wanted.with_pieces:
+            return schema.TokenizeResponse(tokens=list(ids))
+        pieces = await self._texts.pieces(ids)
+        return schema.TokenizeResponse(
+            tokens=[schema.TokenPiece(id=one, piece=_piece(data)) for one, data in zip(ids, pieces, strict=True)]
+        )
+
+    async def detokenize(self, wanted: schema.DetokenizeRequest) -> schema.DetokenizeResponse:
+        """The text of token ids."""
+        return schema.DetokenizeResponse(content=await self._texts.decode(wanted.tokens, "tokens"))
+
+    async def apply_template(self, wanted: schema.ApplyTemplateRequest) -> schema.ApplyTemplateResponse:
+        """A conversation as text."""
+        return schema.ApplyTemplateResponse(
+            prompt=await self._texts.template(wanted.messages, wanted.chat_template_kwargs)
+        )
+
+    def props(self) -> schema.Props:
+        """Properties of the model and defaults of a request."""
+        engine = self._host.engine
+        default = default_sampling(self._sampling, engine.model.sampling)
+        name = engine.model.name
+        return schema.Props(
+            default_generation_settings=schema.GenerationSettings(
+                n_ctx=engine.model.context_length,
+                params=schema.SamplingDefaults(
+                    temperature=default.temperature,
+                    top_k=default.top_k,
+                    top_p=default.top_p,
+                    min_p=default.min_p,
+                    typical_p=default.typical_p,
+                    repeat_penalty=default.repeat_penalty,
+                    presence_penalty=default.presence_penalty,
+                    frequency_penalty=default.frequency_penalty,
+                    n_predict=-1,
+                ),
+            ),
+            total_slots=len(engine.slots()),
+            model_alias=self._models.names[-1],
+            model_path=name,
+            modalities={"vision": False, "audio": False},
+            build_info=f"atlas-jax {__version__}",
+        )
+
+    def slots(self, owner: str) -> list[schema.Slot]:
+        """The decode slots of this moment; of another owner's no more than that they are busy."""
+        engine = self._host.engine
+        return [
+            schema.Slot(
+                id=slot.id,
+                is_processing=slot.busy,
+                n_prompt_tokens=slot.prompt_tokens if slot.owner == owner else 0,
+                n_decoded=slot.generated_tokens if slot.owner == owner else 0,
+                session=slot.session and slot.owner == owner,
+                n_ctx=engine.model.context_length,
+            )
+            for slot in engine.slots()
+        ]
+
+
+def _piece(data: bytes) -> str | list[int]:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return list(data)

@@ -1,0 +1,72 @@
+"""An engine on a mesh of eight virtual CPU devices answers as one on one device; a mesh that cannot be is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from atlas_jax.config import ConfigError
+from atlas_jax.gguf import GGUFFile
+from atlas_jax.model.loading import model_config
+from atlas_jax.sharding import check_mesh
+from tests import tiny_model
+
+
+@pytest.mark.parametrize(
+    ("dtype", "meshes"),
+    [
+        ("float32", ["2,2"]),
+        pytest.param("float32", ["1,2", "2,1", "1,4", "2,4"], marks=pytest.mark.slow),
+    ],
+)
+def test_a_mesh_answers_as_one_device(tmp_path: Path, dtype: str, meshes: list[str]) -> None:
+    assert len(run(str(tmp_path), dtype, *meshes).splitlines()) == len(meshes)
+
+
+@pytest.mark.slow
+def test_no_cache_weight_or_memory_moves_between_devices(tmp_path: Path) -> None:
+    assert "collectives" in run("collectives", str(tmp_path))
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, "-m", "tests.engine.runner.eight_devices", *arguments]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=280, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "named"),
+    [
+        (0, 1, "mesh_data must be at least 1"),
+        (1, 3, r"mesh_model \(3\) must divide the model's 2 KV heads"),
+        (1, 2, r"mesh_model \(2\) must divide the MLP's 3 blocks of 32 columns"),
+    ],
+)
+def test_a_mesh_the_model_does_not_fit_is_refused(
+    models: dict[str, tuple[Path, Path]], data: int, model: int, named: str
+) -> None:
+    with GGUFFile.open(models["llama"][0]) as file:
+        config = model_config(file)
+    assert config.ff == tiny_model.LLAMA.ff
+    with pytest.raises(ConfigError, match=named):
+        check_mesh(config, data, model)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "named"),
+    [
+        ({"mesh_data": 3}, r"mesh_data \(3\) times mesh_model \(1\) must not exceed the number of devices"),
+        ({"mesh_data": 8, "max_running": 4}, "mesh_data"),
+    ],
+)
+def test_too_few_devices_are_refused(opened: Callable[..., Any], mesh: dict[str, int], named: str) -> None:
+    with pytest.raises(ConfigError, match=named), opened(**mesh):
+        pass

@@ -1,0 +1,87 @@
+"""A decode step as one program, against the same step in stages: no bit differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax.aot import shape
+from atlas_jax.config import PAGE
+from atlas_jax.engine.api import MemoryParams, SamplingParams
+from atlas_jax.engine.runner import monolithic_step
+from atlas_jax.engine.runner.base import Buckets
+from atlas_jax.engine.runner.decode_state import DRAFTS
+from atlas_jax.engine.runner.pretrained import Runner
+from atlas_jax.engine.runner.step import StepConfig, Weights
+from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sampling_state
+from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.model import layer_groups
+from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.recall import adapter_store
+from tests import tiny_model
+
+SHAPE = tiny_model.Shape(layers=3, embed=64, heads=2, kv_heads=1, head_dim=64, ff=128, nibbles=True)
+STEPS = 6
+
+
+@pytest.mark.skipif(not ffi.takes_attention(1, PAGE, SHAPE.head_dim, 4), reason="no native kernels")
+@pytest.mark.parametrize("drafting", [0, 1])
+def test_one_program_computes_what_the_stages_do(
+    drafting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_groups, "_PREFERRED", (1,))
+    monkeypatch.setattr(ffi, "_wanted", True)  # an engine without kernels may have been opened before
+    model = tiny_model.write_model(tmp_path / "model.gguf", SHAPE)
+    adapter = tiny_model.write_adapter(tmp_path / "adapter.safetensors", model)
+    with GGUFFile.open(model) as file:
+        config, params = model_config(file), load_params(file, model_config(file))
+        memory, found = adapter_store.decode(adapter.read_bytes(), file.fingerprint(), config, max_window=2 * PAGE)
+    weights = Weights(params, found, jnp.arange(1, config.vocab + 1) % config.vocab)
+    runner = Runner(StepConfig(config, memory), weights, "int8", Buckets(rows=(1,), pages=(4,), drafting=drafting))
+    row = runner.turn(runner.new_row(4), WindowPlan(None).turn(0), None)
+    text = [3, 4, 5, 6] * 8
+    row = [*runner.read(row, memory_settings(MemoryParams(), 1, 1), text)][-1].row
+    sampling = sampling_state(SamplingParams(temperature=0.8), config.vocab, 7, [])
+    settings = memory_settings(MemoryParams(), 1, 1)
+    runner.insert(0, row, 3, recent_text(text, len(text)), sampling, settings, with_memory=True)
+
+    def steps() -> list[np.ndarray]:
+        return [
+            np.asarray(leaf)
+            for _ in range(STEPS)
+            for leaf in jax.tree.leaves(runner.decode(np.full(1, 1 + DRAFTS, np.int32)))
+        ] + [np.asarray(leaf) for leaf in jax.tree.leaves((runner.sequences, runner.drawing))]
+
+    begun = jax.tree.map(jnp.copy, (runner.sequences, runner.drawing))
+    in_stages = steps()
+    runner.sequences, runner.drawing = begun
+    runner.compile_whole(1, 4)
+    assert runner.at_once
+    for one, other in zip(steps(), in_stages, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.skipif(not ffi.takes_attention(1, PAGE, SHAPE.head_dim, 4), reason="no native kernels")
+def test_scores_need_no_memory_of_their_own(tmp_path: Path) -> None:
+    with GGUFFile.open(tiny_model.write_model(tmp_path / "model.gguf", SHAPE)) as file:
+        config = StepConfig(dataclasses.replace(model_config(file), vocab=1 << 16), None)
+    rows = 2
+    args = monolithic_step.decode_shapes(config, monolithic_step.weight_shapes(config), rows, 4, "int8")
+    room = shape((rows, config.model.vocab), np.float32)
+
+    def temporary(*rest: Any) -> int:
+        donated = (1, 2, 5)[: 2 + len(rest)]
+        step = jax.jit(functools.partial(monolithic_step.decode, config), donate_argnums=donated, keep_unused=True)
+        size: int = step.lower(*args, *rest).compile().memory_analysis().temp_size_in_bytes
+        return size
+
+    assert temporary() - temporary(room) >= rows * config.model.vocab * 4

@@ -1,0 +1,382 @@
+"""The TPU kernels, interpreted on the CPU, against definitions in float64; and compiled by Mosaic for a described TPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
+
+from atlas_jax.config import (
+    PAGE,
+    LayerConfig,
+    MemoryConfig,
+    ModelConfig,
+    RopeConfig,
+)
+from atlas_jax.kernels import tpu
+from atlas_jax.kernels.attention import (
+    LayerKV,
+    QuantPages,
+    RingView,
+    init_layer_kv,
+)
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.linear import split_rows
+from atlas_jax.kernels.rope import rope_table
+from atlas_jax.kernels.tpu import recall_features, window_attention
+from atlas_jax.model.params import LayerParams
+from atlas_jax.model.transformer import run_layers, step_view
+from atlas_jax.recall import recall_memory
+from atlas_jax.recall.adapter import GATE_FEATURES, Adapter, make_adapter
+from tests.reference import recall_reference
+from tests.reference.attention_reference import attend, visible_positions
+
+SINKS = 4
+seeds = st.integers(0, 2**32 - 1)
+
+
+@pytest.fixture(autouse=True)
+def usual() -> Iterator[None]:
+    yield
+    ffi.use(True)
+    tpu.use(True)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A step's shape, and the model's own window, all of which a compiled kernel is bound to."""
+
+    rows: int
+    tokens: int
+    kv_heads: int
+    groups: int
+    dim: int
+    ring: int
+    sliding_window: int | None = None
+
+    @property
+    def scale(self) -> float:
+        return self.dim**-0.5
+
+
+# head_dim 64 and 32 are read with the tokens last, 128 as it lies; three heads have their scales slot by slot, eight not
+SHAPES = (
+    Shape(rows=2, tokens=1, kv_heads=3, groups=3, dim=64, ring=4),
+    Shape(rows=2, tokens=4, kv_heads=1, groups=2, dim=32, ring=16, sliding_window=150),
+    Shape(rows=1, tokens=35, kv_heads=8, groups=4, dim=128, ring=8),
+)
+
+
+@functools.cache
+def interpreted(shape: Shape) -> Any:
+    def run(q: jax.Array, q_sink: jax.Array, kv: LayerKV, view: RingView) -> jax.Array:
+        return window_attention.attention(q, q_sink, kv, view, shape.sliding_window, shape.scale, interpret=True)
+
+    return jax.jit(run)
+
+
+def some_step(shape: Shape, seed: int) -> tuple[jax.Array, jax.Array, LayerKV, RingView]:
+    """Queries and a ring in any order: pages of the text, the window's and older ones, between slots that hold none."""
+    random = np.random.default_rng(seed)
+    batch = shape.rows
+
+    def floats(*size: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(size).astype(np.float32))
+
+    def pages() -> QuantPages:
+        size = (batch, shape.ring, shape.kv_heads, PAGE)
+        values = random.integers(-127, 128, (*size, shape.dim)).astype(np.int8)
+        return QuantPages(jnp.asarray(values), jnp.asarray(random.uniform(1e-3, 0.02, size).astype(np.float32)))
+
+    sinks = batch, shape.kv_heads, SINKS, shape.dim
+    kv = LayerKV(pages(), pages(), floats(*sinks), floats(*sinks))
+    labels = np.full((batch, shape.ring), -1, np.int32)
+    slot, first = np.zeros((2, batch), np.int32)
+    positions = np.zeros((batch, shape.tokens), np.int32)
+    for row in range(batch):
+        last = int(random.integers(0, 3 * shape.ring))
+        held = int(random.integers(1, min(last + 1, shape.ring) + 1))
+        places = random.permutation(shape.ring)[:held]
+        labels[row, places] = np.arange(last - held + 1, last + 1)
+        slot[row] = places[-1]
+        first[row] = random.integers(max(0, last - held + 1), last + 1)
+        start = random.choice([0, PAGE - shape.tokens, random.integers(0, PAGE - shape.tokens + 1)])
+        positions[row] = last * PAGE + start + np.arange(shape.tokens)
+    view = RingView(*map(jnp.asarray, (labels, slot, positions, np.ones(positions.shape, bool), first)))
+    heads = batch, shape.tokens, shape.kv_heads * shape.groups, shape.dim
+    return floats(*heads), floats(*heads), kv, view
+
+
+def stored(pages: Any) -> np.ndarray:
+    return np.asarray(pages.values, np.float64) * np.asarray(pages.scale, np.float64)[..., None]
+
+
+@settings(max_examples=9, deadline=None, derandomize=True)
+@given(st.sampled_from(SHAPES), seeds)
+def test_attention_is_a_softmax_over_the_window_and_the_sinks(shape: Shape, seed: int) -> None:
+    q, q_sink, kv, view = some_step(shape, seed)
+    out = np.asarray(interpreted(shape)(q, q_sink, kv, view), np.float64)
+    keys, values = stored(kv.k), stored(kv.v)
+    sink_k, sink_v = np.asarray(kv.sink_k, np.float64), np.asarray(kv.sink_v, np.float64)
+    labels = np.asarray(view.page)
+    random = np.random.default_rng(seed)
+    for row in range(shape.rows):
+        first = int(view.first_page[row])
+        for token in {0, shape.tokens - 1, int(random.integers(shape.tokens))}:
+            where = visible_positions(int(view.positions[row, token]), first, shape.sliding_window, PAGE)
+            where = [p for p in where if p // PAGE in labels[row]]
+            slots, offsets = (
+                [int(np.flatnonzero(labels[row] == p // PAGE)[0]) for p in where],
+                [p % PAGE for p in where],
+            )
+            for head in {0, q.shape[2] - 1, int(random.integers(q.shape[2]))}:
+                group = head // shape.groups
+                query = np.asarray(q[row, token, head], np.float64)
+                own_k, own_v = keys[row, slots, group, offsets], values[row, slots, group, offsets]
+                if first > 0 and shape.sliding_window is None:
+                    # a sink is met by a query of its own; as one product: [q, 0]·[k, 0] or [0, q_sink]·[0, k]
+                    blank = np.zeros_like
+                    query = np.concatenate([query, np.asarray(q_sink[row, token, head], np.float64)])
+                    sinks = np.concatenate([blank(sink_k[row, group]), sink_k[row, group]], axis=1)
+                    own_k = np.concatenate([np.concatenate([own_k, blank(own_k)], axis=1), sinks])
+                    own_v = np.concatenate([own_v, sink_v[row, group]])
+                wanted = attend(query, own_k, own_v, shape.scale)
+                assert np.abs(out[row, token, head] - wanted).max() <= 3e-5 * np.abs(own_v).max()
+
+
+@settings(max_examples=9, deadline=None, derandomize=True)
+@given(st.sampled_from(SHAPES), seeds)
+def test_what_is_not_seen_changes_no_bit(shape: Shape, seed: int) -> None:
+    q, q_sink, kv, view = some_step(shape, seed)
+    before = np.asarray(interpreted(shape)(q, q_sink, kv, view))
+    token = np.asarray(view.page)[:, :, None] * PAGE + np.arange(PAGE)
+    seen = (token >= np.asarray(view.first_page)[:, None, None] * PAGE) & (np.asarray(view.page) >= 0)[:, :, None]
+    seen &= token <= np.asarray(view.positions).max(axis=1)[:, None, None]
+    if shape.sliding_window is not None:
+        seen &= token > np.asarray(view.positions).min(axis=1)[:, None, None] - shape.sliding_window
+    seen = seen[:, :, None]
+    noise = np.random.default_rng(seed).integers(-128, 128, kv.k.values.shape).astype(np.int8)
+
+    def disturbed(pages: Any) -> QuantPages:
+        return QuantPages(jnp.where(seen[..., None], pages.values, noise), jnp.where(seen, pages.scale, 1e4))
+
+    other = LayerKV(disturbed(kv.k), disturbed(kv.v), kv.sink_k, kv.sink_v)
+    assert np.array_equal(interpreted(shape)(q, q_sink, other, view), before)
+
+
+def test_a_row_that_sees_nothing_is_zero_and_harms_nobody() -> None:
+    shape = SHAPES[0]
+    q, q_sink, kv, view = some_step(shape, 0)
+    empty = RingView(view.page.at[0].set(-1), view.slot, view.positions, view.valid, view.first_page.at[0].set(0))
+    out = interpreted(shape)(q, q_sink, kv, empty)
+    assert not np.asarray(out[0]).any()
+    assert np.array_equal(out[1], interpreted(shape)(q, q_sink, kv, view)[1])
+
+
+VOCAB, EMBED, ROWS = 60, 20, 3
+# at degree 3 there is room for five of a key's eight components
+MEMORY = MemoryConfig(layers=(0,), components=8, features=96, code_dim=32)
+
+
+@functools.cache
+def adapter(config: MemoryConfig = MEMORY) -> Adapter:
+    mean, projection = np.zeros((1, EMBED)), np.zeros((1, EMBED, config.components))
+    return make_adapter(config, VOCAB, mean, projection, np.zeros(GATE_FEATURES))
+
+
+def some_reading(tokens: int, degrees: list[int], seed: int) -> tuple[Any, ...]:
+    """A memory of random numbers, settings of each row, and keys as `recall_memory.keys` makes them."""
+    random = np.random.default_rng(seed)
+    state = recall_memory.init_state(MEMORY, ROWS, VOCAB)
+    values = random.integers(-127, 128, state.read_values.shape).astype(np.int8)
+    scale = random.uniform(1e-3, 1.0, state.read_scale.shape).astype(np.float32)
+    state = dataclasses.replace(state, read_values=jnp.asarray(values), read_scale=jnp.asarray(scale))
+    state = dataclasses.replace(state, seen=jnp.asarray(random.integers(0, 2, state.seen.shape), jnp.int8))
+    chosen = dataclasses.replace(recall_memory.init_settings(ROWS), degree=jnp.asarray(degrees, jnp.int32) - 1)
+    key = random.standard_normal((ROWS, tokens, 2, MEMORY.components)).astype(np.float32)
+    for row, degree in enumerate(degrees):
+        key[row, :, :, adapter().halves[degree - 1] :] = 0.0
+    key /= np.linalg.norm(key, axis=3, keepdims=True)
+    return state, chosen, jnp.asarray(key.reshape(ROWS, tokens, -1))
+
+
+@functools.cache
+def xla_scores() -> Any:
+    return jax.jit(recall_memory.scores)
+
+
+@functools.cache
+def interpreted_scores() -> Any:
+    return jax.jit(lambda *args: recall_memory.scores(*args))  # a function of its own: traces are kept by function
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(st.lists(st.integers(1, 3), min_size=ROWS, max_size=ROWS), seeds)
+def test_memory_reads_have_the_bits_of_xlas_and_are_the_definition(degrees: list[int], seed: int) -> None:
+    tokens = 3
+    state, chosen, key = some_reading(tokens, degrees, seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tpu, "takes_read", lambda tokens: True)
+        patch.setattr(recall_features, "_EXACT", 40)  # several sums, the last of them shorter
+        patch.setattr(tpu, "read_out", functools.partial(recall_features.read_out, interpret=True))
+        found = np.asarray(interpreted_scores()(adapter(), state, chosen, key))
+    assert np.array_equal(found, np.asarray(xla_scores()(adapter(), state, chosen, key)))
+    codes = np.asarray(adapter().codes.values, np.float64) / np.sqrt(MEMORY.code_dim)
+    for row, degree in enumerate(degrees):
+        half = adapter().halves[degree - 1]
+        cut = np.asarray(key[row], np.float64).reshape(tokens, 2, -1)[:, :, :half].reshape(tokens, -1)
+        phi = recall_reference.features(cut, degree)
+        stored = np.asarray(state.read_values[row], np.float64) * np.asarray(state.read_scale[row], np.float64)[:, None]
+        out = phi @ stored[:, : phi.shape[1]].T
+        # half a unit of every feature, and then of every number read out
+        wide = np.zeros((tokens, stored.shape[1]), np.float32)
+        wide[:, : phi.shape[1]] = phi
+        unit, unit_out = (np.asarray(split_rows(x)[2]).max() for x in (wide, out.astype(np.float32)))
+        bound = unit / 2 * np.abs(stored).sum(axis=1).max() + unit_out / 2
+        seen = np.asarray(state.seen[row]) > 0
+        assert np.abs(found[row] - out @ codes.T)[:, seen].max() <= 1.1 * bound * np.abs(codes).sum(axis=1).max()
+
+
+MODEL = ModelConfig(
+    family="llama",
+    vocab=VOCAB,
+    embed=32,
+    heads=4,
+    kv_heads=2,
+    head_dim=32,
+    ff=32,
+    layers=(LayerConfig(rope=0, sliding_window=150),),
+    ropes=(RopeConfig(base=1e4, dims=32),),
+    context_length=512,
+    norm_eps=1e-5,
+)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def layer_output(config: ModelConfig, kv: LayerKV, view: RingView) -> jax.Array:
+    """A random layer's output."""
+    random = np.random.default_rng(0)
+    size = config.heads * config.head_dim
+
+    def matrix(outputs: int, inputs: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal((outputs, inputs)).astype(np.float32) * inputs**-0.5)
+
+    one, inner = jnp.ones(config.embed), config.embed
+    qkv = matrix(size + 2 * config.kv_heads * config.head_dim, inner)
+    layer = LayerParams(
+        one, qkv, None, None, matrix(inner, size), None, one, matrix(64, inner), matrix(inner, 32), None
+    )
+    x = jnp.asarray(random.standard_normal((*view.positions.shape, config.embed)).astype(np.float32))
+    step = step_view(config, [rope_table(rope) for rope in config.ropes], view)
+    (output,), _ = run_layers(config, config.layers, [layer], [kv], x, step)
+    return output
+
+
+def test_a_model_attends_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = Shape(rows=2, tokens=4, kv_heads=2, groups=2, dim=32, ring=4)
+    _, _, kv, view = some_step(shape, 0)
+    wanted = layer_output(MODEL, kv, view)
+    calls: list[Any] = []
+
+    def attention(*args: Any) -> jax.Array:
+        calls.append(args)
+        return window_attention.attention(*args, interpret=True)
+
+    monkeypatch.setattr(tpu, "takes_attention", lambda kv: True)
+    monkeypatch.setattr(tpu, "attention", attention)
+    found = layer_output(MODEL.replace(vocab=VOCAB + 1), kv, view)  # another model, for layers alike are traced once
+    assert len(calls) == 1
+    np.testing.assert_allclose(found, wanted, atol=0.02)
+
+
+def test_they_run_on_tpus_where_every_device_runs_a_program_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = init_layer_kv(1, 4, 2, 64, SINKS, "int8")
+    assert not tpu.takes_attention(kv)
+    assert not tpu.takes_read(1)
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert tpu.takes_attention(kv)
+    assert tpu.takes_read(1)
+    assert not tpu.takes_read(PAGE)
+    assert not tpu.takes_attention(init_layer_kv(1, 4, 2, 64, SINKS, "float32"))
+    assert not tpu.takes_attention(init_layer_kv(1, 4, 2, 80, SINKS, "int8"))
+    taken = []
+
+    def inside(x: jax.Array) -> jax.Array:
+        taken.append(tpu.takes_attention(kv))
+        return x
+
+    with jax.set_mesh(Mesh(np.asarray(jax.devices()[:1]), ("model",), axis_types=(AxisType.Auto,))):
+        assert not tpu.takes_attention(kv)
+        whole = PartitionSpec()
+        jax.make_jaxpr(jax.shard_map(inside, in_specs=whole, out_specs=whole))(jnp.zeros(()))
+    assert taken == [True]
+    tpu.use(False)
+    assert not tpu.takes_attention(kv)
+
+
+@functools.cache
+def described_tpu() -> SingleDeviceSharding:
+    """One chip of a described machine: what libtpu compiles for without a TPU."""
+    from jax.experimental import topologies
+
+    return SingleDeviceSharding(topologies.get_topology_desc("v5e:2x2", "tpu").devices[0])
+
+
+def placed(tree: Any) -> Any:
+    """The tree's shapes on the described TPU."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=described_tpu()), tree)
+
+
+MODELS = {
+    "smollm2": {"kv_heads": 3, "groups": 3, "dim": 64},
+    "gemma3-270m": {"kv_heads": 1, "groups": 4, "dim": 256},
+    "llama3-8b": {"kv_heads": 8, "groups": 4, "dim": 128},
+    "llama2-7b": {"kv_heads": 32, "groups": 1, "dim": 128},
+}
+
+
+@pytest.mark.tpu_backend
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize(("rows", "tokens", "sliding_window"), [(8, 1, None), (2, 4, 1024), (1, 128, None)])
+def test_mosaic_compiles_attention_and_reads_the_ring_where_it_lies(
+    model: dict[str, int], rows: int, tokens: int, sliding_window: int | None
+) -> None:
+    shape = Shape(rows=rows, tokens=tokens, ring=16, sliding_window=sliding_window, **model)
+    step = placed(jax.eval_shape(lambda: some_step(shape, 0)))
+    compiled = (
+        jax.jit(lambda *args: window_attention.attention(*args, shape.sliding_window, shape.scale))
+        .lower(*step)
+        .compile()
+    )
+    text = compiled.as_text()
+    assert "tpu_custom_call" in text
+    ring = rows * shape.ring * shape.kv_heads * PAGE * shape.dim
+    assert not [line for line in text.splitlines() if f"s8[{rows},{shape.ring}" in line and " copy(" in line]
+    # what XLA's program around the kernel needs in memory is queries and outputs, not a second ring
+    assert compiled.memory_analysis().temp_size_in_bytes < ring + step[0].size * 4
+
+
+@pytest.mark.tpu_backend
+@pytest.mark.parametrize(("rows", "tokens"), [(8, 1), (2, 4), (1, 32)])
+def test_mosaic_compiles_memory_reads(rows: int, tokens: int) -> None:
+    config = MemoryConfig(layers=(0,))
+    key = jax.ShapeDtypeStruct((rows, tokens, config.key_size), jnp.float32)
+    state = jax.eval_shape(lambda: recall_memory.init_state(config, rows, VOCAB))
+    degree = jax.ShapeDtypeStruct((rows,), jnp.int32)
+    compiled = (
+        jax.jit(lambda *args: recall_features.read_out(*args, adapter(config).halves))
+        .lower(*placed((key, degree, state.read_values, state.read_scale)))
+        .compile()
+    )
+    assert "tpu_custom_call" in compiled.as_text()
+    assert compiled.memory_analysis().temp_size_in_bytes < state.read_values.size / 10

@@ -1,0 +1,70 @@
+"""What calibration finds for a model whose states are ordinary, and for one whose states are far beyond float16."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from atlas_jax.config import MemoryConfig
+from atlas_jax.gguf import GGUFFile, Tokenizer
+from atlas_jax.kernels.linear import QuantArray
+from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.transformer import logits
+from atlas_jax.recall import adapter_store, collect_states
+from atlas_jax.recall.calibration import calibrate
+from atlas_jax.recall.probe import make_probe
+
+PHRASE = "The quick brown fox jumps over the lazy dog while seven wizards make toxic brew for the evil queen. "
+
+
+@pytest.mark.parametrize("gain", [1.0, 3e7])
+def test_a_memory_that_was_fitted_helps_and_survives_its_file(
+    models: dict[str, tuple[Path, Path]], gain: float
+) -> None:
+    with GGUFFile.open(models["llama"][0]) as file:
+        tokenizer, config, fingerprint = Tokenizer.from_metadata(file.metadata), model_config(file), file.fingerprint()
+        params = load_params(file, config, dtype="int8")
+    assert isinstance(params.embed, QuantArray)
+    params = dataclasses.replace(params, embed=dataclasses.replace(params.embed, scale=params.embed.scale * gain))
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special=False, parse_special=False)
+
+    small = MemoryConfig(layers=(0, 1), components=8, features=64, code_dim=64)
+    found = calibrate(config, params, [encode(PHRASE * 12)[:900]], make_probe(PHRASE * 14, encode, between=128), small)
+    assert np.isfinite(found.adapter.gate).all()
+    assert found.loss_memory < found.loss_window  # the text repeats itself; a model with random weights does not know
+    read, adapter = adapter_store.decode(
+        adapter_store.encode(fingerprint, found.config, found.adapter),
+        fingerprint,
+        config,
+        max_window=512,
+    )
+    assert read.layers == found.config.layers
+    for kept, wanted in zip(adapter.projection, found.adapter.projection, strict=True):
+        np.testing.assert_allclose(kept, wanted, atol=float(jnp.abs(wanted).max()) * 2**-11)
+    np.testing.assert_array_equal(adapter.mean, found.adapter.mean)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma"])
+def test_a_vocabulary_in_blocks_says_what_it_says_whole(
+    models: dict[str, tuple[Path, Path]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with GGUFFile.open(models[name][0]) as file:
+        config = model_config(file)
+        params = load_params(file, config, dtype="int8")
+    monkeypatch.setattr(collect_states, "_BLOCK", 96)
+    assert config.vocab > 2 * 96
+    random = np.random.default_rng(0)
+    hidden = jnp.asarray(random.standard_normal((40, config.embed)), jnp.float32)
+    target = random.integers(0, config.vocab, 40)
+    chance, entropy = collect_states.Judge(config, params)(hidden, target)
+    scores = np.asarray(logits(config, params, hidden), np.float64)
+    p = np.exp(scores - scores.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    np.testing.assert_allclose(chance, p[np.arange(40), target], rtol=1e-4)
+    np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(axis=1), rtol=1e-4)
