@@ -1,6 +1,6 @@
 """Compiled functions by name of their shape. What is compiled when is decided here, not by whoever calls first.
 
-A plain `jax.jit` compiles inside the first call that brings a new shape, seconds of silence for every stream. A `Program`
+A plain `jax.jit` compiles inside the first call that brings a new shape, seconds of silence for every stream. A `AotProgram`
 is compiled ahead for the keys it will be called with, from shapes alone, on any thread; calling it never traces again.
 """
 
@@ -12,21 +12,21 @@ from typing import Any
 
 import jax
 
-from atlas_jax.sharding import ONE_DEVICE, Placement
+from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 
-class Program:
+class AotProgram:
     """A function with one executable per key; the key names all that decides the shapes of its arguments.
 
-    On a mesh, arguments that are not placed yet and all results have a leading axis of rows (`Placement.rows`).
+    On a mesh, arguments that are not placed yet and all results have a leading axis of rows (`MeshLayout.rows`).
     """
 
     def __init__(
-        self, function: Callable[..., Any], *, donate: tuple[int, ...] = (), placement: Placement = ONE_DEVICE
+        self, function: Callable[..., Any], *, donate: tuple[int, ...] = (), mesh_layout: MeshLayout = ONE_DEVICE
     ) -> None:
-        self._placement = placement
+        self._placement = mesh_layout
         # an argument may be there for its memory alone
-        self._jitted = jax.jit(placement.program(function), donate_argnums=donate, keep_unused=True)
+        self._jitted = jax.jit(mesh_layout.program(function), donate_argnums=donate, keep_unused=True)
         self._ready: dict[Hashable, Callable[..., Any]] = {}
         self._locks: dict[Hashable, threading.Lock] = {}
 

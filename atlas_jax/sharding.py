@@ -48,7 +48,7 @@ _ROWS: dict[str, tuple[str | None, ...]] = {
 
 
 @dataclass(frozen=True)
-class Placement:
+class MeshLayout:
     """Places arrays.
 
     Attributes:
@@ -96,11 +96,11 @@ class Placement:
         return out
 
 
-ONE_DEVICE = Placement()
+ONE_DEVICE = MeshLayout()
 
 
-def on_mesh(config: ModelConfig, data: int, model: int) -> Placement:
-    """A placement on the first `data · model` devices; one device needs no mesh.
+def on_mesh(config: ModelConfig, data: int, model: int) -> MeshLayout:
+    """A mesh_layout on the first `data · model` devices; one device needs no mesh.
 
     Raises:
       ConfigError: there are not as many devices, or the model cannot be divided so; the message names the setting.
@@ -113,7 +113,7 @@ def on_mesh(config: ModelConfig, data: int, model: int) -> Placement:
         raise ConfigError(
             f"mesh_data ({data}) times mesh_model ({model}) must not exceed the number of devices, {len(devices)}"
         )
-    return Placement(make_mesh(devices[: data * model], data, model))
+    return MeshLayout(make_mesh(devices[: data * model], data, model))
 
 
 def make_mesh(devices: Any, data: int, model: int) -> Mesh:
@@ -152,7 +152,7 @@ def on_each_device(
     Args:
       function: returns an array divided like `heads`, and the state.
       heads: [B, T, heads, …].
-      state, rows: divided as `Placement.rows` does.
+      state, rows: divided as `MeshLayout.rows` does.
       whole: what every device has all of.
     """
     mesh = jax.sharding.get_abstract_mesh()

@@ -194,7 +194,7 @@ def clean(text: str) -> str:
 
 
 def cut(text: str, start: str, characters: int) -> str:
-    """Whole lines from the first that holds ``start``, at most ``characters``."""
+    """Whole lines from the first that holds ``insert_decode_state``, at most ``characters``."""
     text = text[text.rfind("\n", 0, text.index(start)) + 1 :]
     if len(text) <= characters:
         return text

@@ -37,10 +37,10 @@ from atlas_jax.kernels.attention import window_attention
 from atlas_jax.kernels.fused_linear import gated_linear, summed_linear
 from atlas_jax.kernels.linear import linear
 from atlas_jax.kernels.sampling import sample
-from atlas_jax.model.kv_cache import init_context, page_turn, turn_page
+from atlas_jax.model.kv_cache import init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.loading import load_params, model_config
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
 
@@ -76,11 +76,11 @@ def parts(config: ModelConfig, params: ModelParams, rows: int, tokens: int, repe
     wide = jnp.asarray(random.standard_normal((rows, tokens, 2 * config.ff)), jnp.float32)
     mixed = jnp.asarray(random.standard_normal((rows, tokens, config.heads * config.head_dim)), jnp.float32)
     queries = mixed.reshape(rows, tokens, config.heads, config.head_dim)
-    turn = jax.jit(turn_page, donate_argnums=0)
-    context = init_context(config, rows, PAGES, "int8")
+    turn = jax.jit(start_page, donate_argnums=0)
+    context = init_kv_cache(config, rows, PAGES, "int8")
     for page in range(_CONTEXT // PAGE + 1):
         for row in range(rows):
-            context = turn(context, page_turn(row, WindowPlan(None).turn(page)))
+            context = turn(context, page_start(row, PageSchedule(None).turn(page)))
     start = jnp.full(rows, _CONTEXT, jnp.int32)
     seen = jnp.broadcast_to(
         jnp.arange(PAGES)[:, None] * PAGE + jnp.arange(PAGE) < _CONTEXT, (rows, tokens, PAGES, PAGE)

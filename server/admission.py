@@ -9,36 +9,36 @@ from collections import Counter, OrderedDict, deque
 from server.errors import TooManyRequests, Unavailable
 
 
-class Lease:
+class Admitted:
     """One of the gate's places; `release` is synchronous and idempotent.
 
     Attributes:
       waited: seconds spent in the queue.
     """
 
-    __slots__ = ("_gate", "_key_id", "_other", "waited")
+    __slots__ = ("_admission", "_key_id", "_other", "waited")
 
-    def __init__(self, gate: Gate, key_id: str, waited: float) -> None:
-        self._gate: Gate | None = gate
+    def __init__(self, gate: Admission, key_id: str, waited: float) -> None:
+        self._admission: Admission | None = gate
         self._key_id = key_id
-        self._other: Lease | None = None
+        self._other: Admitted | None = None
         self.waited = waited
 
-    def joined(self, other: Lease) -> Lease:
+    def joined(self, other: Admitted) -> Admitted:
         """This lease, which now releases the other with it."""
         self._other = other
         return self
 
     def release(self) -> None:
         """Gives the place to the next in turn."""
-        if self._gate is not None:
-            gate, self._gate = self._gate, None
+        if self._admission is not None:
+            gate, self._admission = self._admission, None
             gate._released(self._key_id)
             if self._other is not None:
                 self._other.release()
 
 
-class Gate:
+class Admission:
     """`running` places and a queue of `waiting`, served round-robin between keys.
 
     What runs cannot be taken back, so turns alone would let one key hold every place for as long as it likes: the last
@@ -80,12 +80,12 @@ class Gate:
         if len(self._queues.get(key_id, ())) >= self._per_key:
             raise TooManyRequests("Too many concurrent requests for this key", code="queue_full", retry_after=1.0)
 
-    async def acquire(self, key_id: str) -> Lease:
+    async def acquire(self, key_id: str) -> Admitted:
         """Waits for a place; raises TooManyRequests or Unavailable."""
         self.check(key_id)
         if self._at_once(key_id):
             self._take(key_id)
-            return Lease(self, key_id, 0.0)
+            return Admitted(self, key_id, 0.0)
         started = time.perf_counter()
         place: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._queues.setdefault(key_id, deque()).append(place)
@@ -101,14 +101,14 @@ class Gate:
             if isinstance(error, TimeoutError):
                 raise Unavailable(self._late, code="overloaded", retry_after=5.0) from None
             raise
-        return Lease(self, key_id, time.perf_counter() - started)
+        return Admitted(self, key_id, time.perf_counter() - started)
 
-    def more(self, key_id: str) -> Lease | None:
+    def more(self, key_id: str) -> Admitted | None:
         """A place for a key that does not wait for it, or None where it would have to."""
         if not self._at_once(key_id):
             return None
         self._take(key_id)
-        return Lease(self, key_id, 0.0)
+        return Admitted(self, key_id, 0.0)
 
     def close(self, error: Exception) -> None:
         """Makes everyone who waits fail with this error."""

@@ -13,7 +13,7 @@ from litestar.routes import HTTPRoute
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from atlas_jax.engine.api import EngineProtocol
-from server.admission import Gate
+from server.admission import Admission
 from server.config.settings import ServerSection, Settings
 from server.controllers.atlas import AtlasController, MemoryController
 from server.controllers.health import HealthController
@@ -22,7 +22,7 @@ from server.controllers.openai import OpenAIController
 from server.controllers.root import RootController
 from server.http import error_response, json_request
 from server.lifecycle import Lifecycle
-from server.middleware.asgi import App, Edge
+from server.middleware.asgi import App, EdgeMiddleware
 from server.middleware.auth import KeyRing
 from server.middleware.bodies import Bodies
 from server.middleware.connections import Connections, connection_limit
@@ -31,25 +31,25 @@ from server.middleware.hosts import HostCheck
 from server.middleware.rate_limits import FailureBudget, KeyLimits
 from server.openapi import openapi_config
 from server.prometheus import Metrics
-from server.services.engine_supervisor import EngineHost
-from server.services.front_page import Front
+from server.services.engine_supervisor import EngineSupervisor
+from server.services.front_page import FrontPage
 from server.services.generation import NO_CONTEXT, Generator
 from server.services.inference import Inference
-from server.services.llamacpp import Compat
+from server.services.llamacpp import LlamaCppService
 from server.services.memory import MemoryService
 from server.services.models import Models
-from server.services.monitoring import Observer
+from server.services.monitoring import Monitoring
 from server.services.persistence import Persistence
 from server.services.runtime_config import RuntimeConfig
 from server.services.stats import ServerStats
-from server.services.thread_pools import Workers
-from server.services.tokenization import Texts
+from server.services.thread_pools import ThreadPools
+from server.services.tokenization import Tokenization
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 EngineSource = EngineProtocol | Callable[[], EngineProtocol]
 
 
-def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge]:
+def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, EdgeMiddleware]:
     """Builds the server.
 
     Args:
@@ -64,7 +64,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     """
     server, atlas = settings.server, settings.atlas
     keys = KeyRing.from_file(server.api_keys_file) if server.api_keys_file else KeyRing()
-    host = EngineHost()
+    host = EngineSupervisor()
     config = RuntimeConfig(settings)
     stats = ServerStats(config, atlas.metrics_history_size)
     gate = _gate(server, keys, server.max_concurrent)
@@ -75,15 +75,15 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         stall_timeout=server.client_timeout,
         crowded=lambda: gate.waiting + contexts.waiting > 0,
     )
-    workers = Workers()
+    workers = ThreadPools()
     limits = KeyLimits(server.rate_limit_requests, server.rate_limit_tokens)
-    observer = Observer(host=host, stats=stats, config=config, contexts=contexts, settings=settings)
+    observer = Monitoring(host=host, stats=stats, config=config, contexts=contexts, settings=settings)
     metrics = Metrics(
         engine=observer.engine_stats, server=lambda: _figures(gate, contexts, connections, stats, persistence)
     )
     persistence = Persistence(host=host, config=config, settings=settings, owners=keys.owners, metrics=metrics)
-    texts, models = Texts(host, workers), Models(host, server.model_alias, strict=server.strict_model)
-    front = Front(host, keys=not keys.open, memory=atlas.enabled)
+    texts, models = Tokenization(host, workers), Models(host, server.model_alias, strict=server.strict_model)
+    front = FrontPage(host, keys=not keys.open, memory=atlas.enabled)
     memory = MemoryService(host, settings, metrics, workers)
     generator = Generator(
         host=host,
@@ -132,7 +132,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
             host=host,
             front=front,
             metrics=metrics,
-            compat=Compat(host=host, texts=texts, models=models, sampling=settings.sampling),
+            compat=LlamaCppService(host=host, texts=texts, models=models, sampling=settings.sampling),
         ),
         exception_handlers={HTTPException: error_response, Exception: error_response},
         lifespan=[_lifespan],
@@ -144,7 +144,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     app.state["lifecycle"], app.state["connections"] = lifecycle, connections
     # A page that rebinds its name to this machine has no key, so with keys every name may be used.
     allowed_hosts = server.allowed_hosts or (() if keys.open else ("*",))
-    edge = Edge(
+    edge = EdgeMiddleware(
         cast(App, app),
         hosts=HostCheck(allowed_hosts, bound=server.host),
         cors=Cors(server.cors_origins),
@@ -204,7 +204,7 @@ def _paths_marked(app: Litestar, mark: str) -> set[str]:
     }
 
 
-def _gate(server: ServerSection, keys: KeyRing, places: int, *, exhausted: str | None = None) -> Gate:
+def _gate(server: ServerSection, keys: KeyRing, places: int, *, exhausted: str | None = None) -> Admission:
     """A gate, with room kept for others where there may be any: several keys, or without keys several addresses."""
     alone = server.host in _LOOPBACK if keys.open else keys.single
     per_key, reserve = server.max_waiting_per_key, server.reserved_concurrent
@@ -212,7 +212,7 @@ def _gate(server: ServerSection, keys: KeyRing, places: int, *, exhausted: str |
         per_key = server.max_waiting if alone else max(1, server.max_waiting // 2)
     if reserve is None:
         reserve = 0 if alone else max(1, places // 4)
-    return Gate(
+    return Admission(
         running=places,
         waiting=server.max_waiting,
         per_key=per_key,
@@ -223,7 +223,7 @@ def _gate(server: ServerSection, keys: KeyRing, places: int, *, exhausted: str |
 
 
 def _figures(
-    gate: Gate, contexts: Gate, connections: Connections, stats: ServerStats, persistence: Persistence
+    gate: Admission, contexts: Admission, connections: Connections, stats: ServerStats, persistence: Persistence
 ) -> Iterable[Metric]:
     for name, text, value in (
         ("atlas_gate_requests_running", "Places that are taken, one a sequence", gate.running),

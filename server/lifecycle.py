@@ -7,13 +7,13 @@ import logging
 from collections.abc import Callable
 
 from atlas_jax.engine.api import EngineProtocol
-from server.admission import Gate
+from server.admission import Admission
 from server.errors import Unavailable
-from server.services.engine_supervisor import EngineHost
-from server.services.front_page import Front
-from server.services.monitoring import Observer
+from server.services.engine_supervisor import EngineSupervisor
+from server.services.front_page import FrontPage
+from server.services.monitoring import Monitoring
 from server.services.persistence import Persistence
-from server.services.thread_pools import Workers
+from server.services.thread_pools import ThreadPools
 
 log = logging.getLogger("atlas.server")
 # A stop takes at most the grace of the running requests, then this; together less than the ten seconds most supervisors
@@ -36,18 +36,18 @@ class Lifecycle:
     def __init__(
         self,
         *,
-        host: EngineHost,
-        gate: Gate,
-        contexts: Gate,
-        workers: Workers,
-        observer: Observer,
+        host: EngineSupervisor,
+        gate: Admission,
+        contexts: Admission,
+        workers: ThreadPools,
+        observer: Monitoring,
         persistence: Persistence,
         load: Callable[[], EngineProtocol],
         wait: bool,
-        front: Front,
+        front: FrontPage,
     ) -> None:
         self.host, self.front = host, front
-        self._gate, self._contexts, self._workers = gate, contexts, workers
+        self._admission, self._contexts, self._pools = gate, contexts, workers
         self._observer, self._persistence = observer, persistence
         self._load, self._wait = load, wait
         self._tasks: list[asyncio.Task[None]] = []
@@ -74,9 +74,9 @@ class Lifecycle:
     def cut(self) -> None:
         """Ends what still runs or waits, with an error the clients can read."""
         error = Unavailable("The server is shutting down", code="shutting_down", retry_after=5.0)
-        self._gate.close(error)
+        self._admission.close(error)
         self._contexts.close(error)
-        self._workers.close(error)
+        self._pools.close(error)
         self.host.abort(error)
 
     async def stop(self) -> None:

@@ -17,7 +17,7 @@ from atlas_jax.recall import adapter_store
 from atlas_jax.recall.adapter import Adapter
 from atlas_jax.recall.adapter_store import AdapterError
 from atlas_jax.recall.fit import calibrate_with
-from atlas_jax.sharding import Placement
+from atlas_jax.sharding import MeshLayout
 
 log = logging.getLogger("atlas.engine")
 
@@ -57,13 +57,13 @@ class AdapterFinder:
         params: ModelParams,
         *,
         max_window: int,
-        placement: Placement,
+        mesh_layout: MeshLayout,
     ) -> None:
         """Looks for nothing yet; raises ConfigError for a `max_window` that no memory can have."""
         MemoryConfig(layers=(0,), max_window=max_window)
         self._fingerprint = file.fingerprint()
         self._config, self._tokenizer, self._params = config, tokenizer, params
-        self._max_window, self._placement = max_window, placement
+        self._max_window, self._placement = max_window, mesh_layout
 
     def find(self, path: Path | None, cache: Path | None) -> Fitted | None:
         """The one a user asks for, if there is one; else one that is there; else one that is made now, if that is possible.

@@ -34,8 +34,8 @@ from atlas_jax.engine.compile_cache import CompileCounter, use_cache
 from atlas_jax.engine.host_memory import resident_bytes
 from atlas_jax.engine.loader import Opened, open_pretrained, open_trained
 from atlas_jax.engine.runner.warmup import WarmUp
-from atlas_jax.engine.scheduler.request_state import Work, new_work
-from atlas_jax.engine.scheduler.scheduler import Loop
+from atlas_jax.engine.scheduler.request_state import RequestState, new_request_state
+from atlas_jax.engine.scheduler.scheduler import Scheduler
 from atlas_jax.engine.scheduler.structured_output import Grammar, Grammars
 from atlas_jax.engine.sessions.chat_frame import ChatFrames
 from atlas_jax.engine.sessions.store import MemoryFolder
@@ -110,14 +110,14 @@ class Engine:
                 sync_seconds=journal_sync,
             )
         )
-        self._loop = Loop(
+        self._scheduler = Scheduler(
             runner,
             opened.tokenizer,
             None if self._table is None else self._table.tiers,
             max_rows=limits.running,
             context=limits.context,
             answer=info.context_length,
-            prefix_bytes=prefix_bytes if runner.rewinds else 0,
+            prefix_bytes=prefix_bytes if runner.can_rewind else 0,
         )
         self._warm_up = WarmUp(runner)
 
@@ -172,7 +172,7 @@ class Engine:
           native_kernels: use our kernels: C where a compiler and the processor allow (`kernels.native`), never on a mesh;
             Mosaic on TPUs (`kernels.pallas`).
           mesh_data, mesh_model: devices the rows of a batch, and each layer's heads and columns, are divided over
-            (`placement`).
+            (`mesh_layout`).
 
         Raises:
           ConfigError: the model cannot be divided so, or there are too few devices; the message names the setting.
@@ -219,7 +219,7 @@ class Engine:
                 folder.close()
             raise
         engine._warm_up.start(first_pages=opened.runner.buckets.pages[0])
-        engine._loop.start()
+        engine._scheduler.start()
         # threads still in XLA when the interpreter goes away crash the process
         atexit.register(engine.close, timeout=_EXIT_SECONDS)
         return engine
@@ -281,14 +281,14 @@ class Engine:
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
         """Queues a request; what it takes and raises is said at `api.EngineProtocol.submit`."""
-        if self._draining or not self._loop.alive:
+        if self._draining or not self._scheduler.alive:
             raise Overloaded("The engine is not accepting requests", retry_after=5.0)
-        if self._loop.waiting >= self._limits.waiting + self._limits.running - self._loop.running:
+        if self._scheduler.waiting >= self._limits.waiting + self._limits.running - self._scheduler.running:
             raise Overloaded("Too many requests are waiting", retry_after=1.0)
         tokens = self._check(request)
-        work = new_work(request, tokens, listener, self.tokenizer)
-        self._loop.submit(work)
-        return _Submitted(work, self._loop)
+        work = new_request_state(request, tokens, listener, self.tokenizer)
+        self._scheduler.submit(work)
+        return _Submitted(work, self._scheduler)
 
     def _check(self, request: GenerationRequest) -> np.ndarray:
         """Refuses what can never succeed, or would crash a compiled step; the prompt as an array."""
@@ -342,12 +342,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters since start, and gauges of this moment."""
-        counters, table = self._loop.counters, None if self._table is None else self._table.tiers
-        running = self._loop.running
+        counters, table = self._scheduler.counters, None if self._table is None else self._table.tiers
+        running = self._scheduler.running
         return EngineStats(
             requests_total=counters.requests,
             requests_running=running + (0 if table is None else table.pending),
-            requests_waiting=self._loop.waiting,
+            requests_waiting=self._scheduler.waiting,
             requests_completed=counters.completed,
             requests_failed=counters.failed,
             requests_cancelled=counters.cancelled,
@@ -380,11 +380,11 @@ class Engine:
 
     def slots(self) -> tuple[SlotInfo, ...]:
         """The decode slots."""
-        return self._loop.slots()
+        return self._scheduler.slots()
 
     def alive(self) -> bool:
         """False once the engine's thread has died."""
-        return self._loop.alive
+        return self._scheduler.alive
 
     def warm_up(self, timeout: float | None = None) -> bool:
         """Waits until every program is compiled, from when on nothing compiles; tells whether it is so."""
@@ -399,7 +399,7 @@ class Engine:
         self.drain()
         until = time.monotonic() + timeout
         with self._close_lock:
-            if not self._loop.stop(timeout):
+            if not self._scheduler.stop(timeout):
                 log.error("The engine's thread did not end within %.0f s", timeout)
             if self._table is not None:
                 self._table.close(max(until - time.monotonic(), 0.0))
@@ -408,7 +408,7 @@ class Engine:
         atexit.unregister(self.close)
 
     def _wake(self) -> None:
-        self._loop.wake()
+        self._scheduler.wake()
 
 
 @contextmanager
@@ -423,15 +423,15 @@ def _template_errors() -> Iterator[None]:
 class _Submitted:
     """A request under way."""
 
-    def __init__(self, work: Work, loop: Loop) -> None:
+    def __init__(self, work: RequestState, loop: Scheduler) -> None:
         self._work = work
-        self._loop = loop
+        self._scheduler = loop
 
     def cancel(self) -> None:
         """Ends it at the next step."""
         if not self._work.done:
             self._work.cancelled.set()
-            self._loop.wake()
+            self._scheduler.wake()
 
 
 def _open_model(

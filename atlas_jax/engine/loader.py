@@ -15,8 +15,8 @@ from atlas_jax.config import PAGE, ConfigError
 from atlas_jax.engine.adapter_finder import NOT_FITTED, AdapterFinder, Fitted
 from atlas_jax.engine.api import ModelInfo
 from atlas_jax.engine.runner import bigram_table
-from atlas_jax.engine.runner.base import DRAFTING, Buckets, Rows
-from atlas_jax.engine.runner.pretrained import Runner
+from atlas_jax.engine.runner.base import MAX_DRAFT_ROWS, Buckets, ModelRunner
+from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.trained import TrainedRunner
 from atlas_jax.engine.sessions.recall_layout import RecallLayout
@@ -66,7 +66,7 @@ class Opened:
     info: ModelInfo
     tokenizer: Tokenizer
     template: ChatTemplate | TemplateError
-    runner: Rows
+    runner: ModelRunner
     layout: Layout | None
     longest_prompt: int
 
@@ -94,10 +94,10 @@ def open_pretrained(
     started = _loading(file)
     tokenizer, template = _text(file)
     config, fingerprint = model_config(file), file.fingerprint()
-    placement = on_mesh(config, mesh_data, mesh_model)
+    mesh_layout = on_mesh(config, mesh_data, mesh_model)
     if mesh_data > max_running:
         raise ConfigError(f"mesh_data ({mesh_data}) must not exceed the requests that run at once, {max_running}")
-    params = load_params(file, config, dtype=weight_dtype, placement=placement)
+    params = load_params(file, config, dtype=weight_dtype, mesh_layout=mesh_layout)
     if others := left_out(file):
         names = ", ".join(sorted({f"{name.split('.', 1)[0]}.*" for name in others}))
         log.info(
@@ -108,7 +108,7 @@ def open_pretrained(
     fitted: Fitted | None = None
     unavailable: str | None = None
     if memory:
-        finder = AdapterFinder(file, config, tokenizer, params, max_window=max_window, placement=placement)
+        finder = AdapterFinder(file, config, tokenizer, params, max_window=max_window, mesh_layout=mesh_layout)
         fitted = finder.find(adapter_path, cache)
         if fitted is None:
             unavailable = NOT_FITTED
@@ -118,10 +118,12 @@ def open_pretrained(
     # attention over float pages is never of a single row of a single token: it would round differently
     alone = 1 if speculate or kv_dtype == "int8" else 2
     buckets = Buckets(
-        _powers(max(alone, mesh_data), max_running), _powers(4, pages), drafting=DRAFTING if speculate else 0
+        _powers(max(alone, mesh_data), max_running),
+        _powers(4, pages),
+        max_draft_rows=MAX_DRAFT_ROWS if speculate else 0,
     )
     weights = Weights(params, adapter, jnp.asarray(successor))
-    runner = Runner(StepConfig(config, found), weights, kv_dtype, buckets, placement)
+    runner = PretrainedRunner(StepConfig(config, found), weights, kv_dtype, buckets, mesh_layout)
     info = _info(
         file,
         runner,
@@ -184,7 +186,7 @@ def _loading(file: GGUFFile) -> float:
     return time.monotonic()
 
 
-def _info(file: GGUFFile, runner: Rows, **facts: Any) -> ModelInfo:
+def _info(file: GGUFFile, runner: ModelRunner, **facts: Any) -> ModelInfo:
     return ModelInfo(
         name=file.name,
         fingerprint=file.fingerprint(),
@@ -214,7 +216,7 @@ def _text(file: GGUFFile) -> tuple[Tokenizer, ChatTemplate | TemplateError]:
     return tokenizer, ChatTemplate(FALLBACK_TEMPLATE, bos_token=bos, eos_token=eos)
 
 
-def _state_bytes(runner: Rows) -> int:
+def _state_bytes(runner: ModelRunner) -> int:
     """Bytes of one row's memory and smallest ring."""
     row = runner.row_shapes(runner.buckets.pages[0])
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))

@@ -18,7 +18,7 @@ NONE = -1
 """No token."""
 
 
-def drafts(
+def draft_tokens(
     text: Int32[Array, "B ring"], last: Int32[Array, B], successor: Int32[Array, V], count: int
 ) -> Int32[Array, "B drafts"]:
     """Guesses the `count` tokens after position `last`.
@@ -55,7 +55,7 @@ def drafts(
     return jnp.where(best > 0, found, jnp.stack(chain[1:], axis=1))
 
 
-def ref_drafts(text: np.ndarray, successor: np.ndarray, count: int) -> list[int]:
+def ref_draft_tokens(text: np.ndarray, successor: np.ndarray, count: int) -> list[int]:
     """`drafts` for one row's whole text [tokens], oldest first, and successors [V]: the definition."""
     last = len(text) - 1
     best, period = 0, 0

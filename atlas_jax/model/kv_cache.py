@@ -12,14 +12,14 @@ import numpy as np
 from atlas_jax.config import ModelConfig
 from atlas_jax.kernels import attention
 from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
-from atlas_jax.model.page_schedule import Turn
+from atlas_jax.model.page_schedule import NextPage
 from atlas_jax.model.transformer import init_kv
 from atlas_jax.typing import Array, Int32
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Context:
+class KVCache:
     """Attention state of a batch of rows.
 
     Attributes:
@@ -38,8 +38,8 @@ class Context:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class PageTurn:
-    """A row's move to its next page, as the compiled step reads it; see `window.Turn`."""
+class PageStart:
+    """A row's move to its next page, as the compiled step reads it; see `window.NextPage`."""
 
     row: Int32[Array, ""]
     slot: Int32[Array, ""]
@@ -48,13 +48,13 @@ class PageTurn:
     sink_slot: Int32[Array, ""]
 
 
-def init_context(model: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> Context:
+def init_kv_cache(model: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> KVCache:
     """Rows that have read nothing."""
 
     def zeros() -> jax.Array:  # never one array twice: the state is donated
         return jnp.zeros((batch,), jnp.int32)
 
-    return Context(
+    return KVCache(
         kv=init_kv(model, batch, pages, dtype),
         page=jnp.full((batch, pages), -1, jnp.int32),
         slot=zeros(),
@@ -63,40 +63,40 @@ def init_context(model: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> 
     )
 
 
-def page_turn(row: int, turn: Turn) -> PageTurn:
+def page_start(row: int, turn: NextPage) -> PageStart:
     """One row's move to its next page, made on the host."""
     numbers = (row, turn.slot, turn.page, turn.first_page, turn.sink_slot)
-    return PageTurn(*(np.asarray(number, np.int32) for number in numbers))  # type: ignore[arg-type]
+    return PageStart(*(np.asarray(number, np.int32) for number in numbers))  # type: ignore[arg-type]
 
 
-def ring_view(context: Context, tokens: int, count: Int32[Array, B]) -> RingView:
+def ring_view(cache: KVCache, tokens: int, count: Int32[Array, B]) -> RingView:
     """Where the next `count` of up to `tokens` tokens of each row go; all of them lie in the row's current page."""
     offset = jnp.arange(tokens)[None]
     return RingView(
-        page=context.page,
-        slot=context.slot,
-        positions=context.position[:, None] + offset,
+        page=cache.page,
+        slot=cache.slot,
+        positions=cache.position[:, None] + offset,
         valid=offset < count[:, None],
-        first_page=context.first_page,
+        first_page=cache.first_page,
     )
 
 
-def turn_page(context: Context, turn: PageTurn) -> Context:
+def start_page(cache: KVCache, turn: PageStart) -> KVCache:
     """Enters the next page in a row's ring; a page that was in that slot is gone."""
-    rows = context.position.shape[0]
+    rows = cache.position.shape[0]
     here = jnp.arange(rows) == turn.row
     keep = here & (turn.sink_slot >= 0)
     slot = jnp.full((rows,), jnp.maximum(turn.sink_slot, 0), jnp.int32)
     kv = jax.lax.cond(
         turn.sink_slot >= 0,
-        lambda sinks: [attention.first_tokens(layer, slot, keep) for layer in context.kv],
+        lambda sinks: [attention.first_tokens(layer, slot, keep) for layer in cache.kv],
         lambda sinks: sinks,
-        [(layer.sink_k, layer.sink_v) for layer in context.kv],
+        [(layer.sink_k, layer.sink_v) for layer in cache.kv],
     )
     return dataclasses.replace(
-        context,
-        kv=tuple(dataclasses.replace(layer, sink_k=k, sink_v=v) for layer, (k, v) in zip(context.kv, kv, strict=True)),
-        page=context.page.at[turn.row, turn.slot].set(turn.page),
-        slot=context.slot.at[turn.row].set(turn.slot),
-        first_page=context.first_page.at[turn.row].set(turn.first_page),
+        cache,
+        kv=tuple(dataclasses.replace(layer, sink_k=k, sink_v=v) for layer, (k, v) in zip(cache.kv, kv, strict=True)),
+        page=cache.page.at[turn.row, turn.slot].set(turn.page),
+        slot=cache.slot.at[turn.row].set(turn.slot),
+        first_page=cache.first_page.at[turn.row].set(turn.first_page),
     )

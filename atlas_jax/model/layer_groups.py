@@ -16,10 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.aot import Program, shapes
+from atlas_jax.aot import AotProgram, shapes
 from atlas_jax.config import PAGE, LayerConfig, ModelConfig
 from atlas_jax.kernels import lowering_platform
-from atlas_jax.model.kv_cache import Context, ring_view
+from atlas_jax.model.kv_cache import KVCache, ring_view
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import (
     StepView,
@@ -27,7 +27,7 @@ from atlas_jax.model.transformer import (
     run_layers,
     step_view,
 )
-from atlas_jax.sharding import ONE_DEVICE, Placement
+from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 _PREFERRED = (5, 6, 4, 7, 3)
 """Layers per group on CPU, best first. More dispatch less; but streams wait for a group of a prompt's piece, and ten layers
@@ -35,7 +35,7 @@ of SmolLM2-135M take several times as long as a decode step where a plain prompt
 
 
 @dataclass(frozen=True)
-class Stage:
+class LayerGroup:
     """Consecutive layers that are one program.
 
     Attributes:
@@ -46,9 +46,9 @@ class Stage:
     last: int
 
 
-def stages(layers: Sequence[LayerConfig], group: int) -> tuple[Stage, ...]:
+def layer_groups(layers: Sequence[LayerConfig], group: int) -> tuple[LayerGroup, ...]:
     """Cuts the layers into groups of `group`, the last one perhaps shorter."""
-    return tuple(Stage(first, min(first + group, len(layers))) for first in range(0, len(layers), group))
+    return tuple(LayerGroup(first, min(first + group, len(layers))) for first in range(0, len(layers), group))
 
 
 def preferred_group(layers: Sequence[LayerConfig]) -> int:
@@ -59,8 +59,8 @@ def preferred_group(layers: Sequence[LayerConfig]) -> int:
     return next((size for size in sizes if count % size == 0), min(sizes[0], count))
 
 
-def _stages(layers: Sequence[LayerConfig]) -> tuple[Stage, ...]:
-    return stages(layers, preferred_group(layers) if lowering_platform.platform() == "cpu" else len(layers))
+def _groups(layers: Sequence[LayerConfig]) -> tuple[LayerGroup, ...]:
+    return layer_groups(layers, preferred_group(layers) if lowering_platform.platform() == "cpu" else len(layers))
 
 
 class Trunk:
@@ -69,21 +69,21 @@ class Trunk:
     The key of a step is (rows, ring pages, tokens per row).
     """
 
-    def __init__(self, config: ModelConfig, placement: Placement = ONE_DEVICE) -> None:
+    def __init__(self, config: ModelConfig, mesh_layout: MeshLayout = ONE_DEVICE) -> None:
         """On accelerators all layers are one program: there the gaps between programs cost more than compiling."""
         self._config = config
-        self._stages = _stages(config.layers)
-        self._enter = Program(functools.partial(_enter, config), placement=placement)
-        self._run: dict[tuple[LayerConfig, ...], Program] = {}
-        for stage in self._stages:
-            specs = config.layers[stage.first : stage.last]
+        self._groups = _groups(config.layers)
+        self._enter = AotProgram(functools.partial(_enter, config), mesh_layout=mesh_layout)
+        self._run: dict[tuple[LayerConfig, ...], AotProgram] = {}
+        for group in self._groups:
+            specs = config.layers[group.first : group.last]
             run = functools.partial(run_layers, config, specs)
-            self._run.setdefault(specs, Program(run, donate=(1,), placement=placement))
+            self._run.setdefault(specs, AotProgram(run, donate=(1,), mesh_layout=mesh_layout))
 
     def __call__(
-        self, key: Hashable, params: ModelParams, context: Context, tokens: Any, count: Any
-    ) -> tuple[Context, StepView, list[jax.Array]]:
-        """Runs a step; the context's cache is used up.
+        self, key: Hashable, params: ModelParams, cache: KVCache, tokens: Any, count: Any
+    ) -> tuple[KVCache, StepView, list[jax.Array]]:
+        """Runs a step; the KV cache is donated.
 
         Args:
           tokens: [B, T], or [B] for one token per row, or several such arrays that follow one another; −1 is no token,
@@ -92,65 +92,65 @@ class Trunk:
             page has not begun.
 
         Returns:
-          The context after the step, the step's view, and every layer's output.
+          The KV cache after the step, the step's view, and every layer's output.
         """
-        *_, whole = self.parts(key, params, context, tokens, count)
+        *_, whole = self.parts(key, params, cache, tokens, count)
         return whole
 
     def parts(
-        self, key: Hashable, params: ModelParams, context: Context, tokens: Any, count: Any
-    ) -> Iterator[tuple[Context, StepView, list[jax.Array]]]:
+        self, key: Hashable, params: ModelParams, cache: KVCache, tokens: Any, count: Any
+    ) -> Iterator[tuple[KVCache, StepView, list[jax.Array]]]:
         """The same a group of layers at a time, with the outputs so far.
 
-        Before the last group the context is where it was before the step: what layers have stored beyond that is not seen.
+        Before the last group the cache is where it was before the step: what layers have stored beyond that is not seen.
         """
-        x, view, position = self._enter(key, params.embed, params.ropes, bare(context), tokens, count)
+        x, view, position = self._enter(key, params.embed, params.ropes, page_table(cache), tokens, count)
         states: list[jax.Array] = []
-        cache = list(context.kv)
-        for stage in self._stages:
-            program = self._run[self._config.layers[stage.first : stage.last]]
-            part = slice(stage.first, stage.last)
-            outputs, cache[part] = program(key, params.layers[part], tuple(cache[part]), x, view)
+        kv = list(cache.kv)
+        for group in self._groups:
+            program = self._run[self._config.layers[group.first : group.last]]
+            part = slice(group.first, group.last)
+            outputs, kv[part] = program(key, params.layers[part], tuple(kv[part]), x, view)
             states += outputs
             x = outputs[-1]
-            reached = position if stage is self._stages[-1] else context.position
-            yield dataclasses.replace(context, kv=tuple(cache), position=reached), view, states
+            reached = position if group is self._groups[-1] else cache.position
+            yield dataclasses.replace(cache, kv=tuple(kv), position=reached), view, states
 
     @property
     def programs(self) -> int:
         """How many programs a step runs between its first and its last layer."""
-        return len(self._stages)
+        return len(self._groups)
 
     def compile(
-        self, key: Hashable, params: ModelParams, context: Context, tokens: Any, count: Any
+        self, key: Hashable, params: ModelParams, cache: KVCache, tokens: Any, count: Any
     ) -> tuple[StepView, list[Any]]:
         """Compiles a step from shapes; returns the shapes of its view and of the layers' outputs."""
-        enter = (params.embed, params.ropes, bare(context), tokens, count)
+        enter = (params.embed, params.ropes, page_table(cache), tokens, count)
         self._enter.compile(key, *enter)
         x, view, _ = jax.eval_shape(functools.partial(_enter, self._config), *enter)
-        for stage in self._stages:
-            part = slice(stage.first, stage.last)
-            self._run[self._config.layers[part]].compile(key, params.layers[part], context.kv[part], x, view)
+        for group in self._groups:
+            part = slice(group.first, group.last)
+            self._run[self._config.layers[part]].compile(key, params.layers[part], cache.kv[part], x, view)
         return view, [shapes(x)] * len(self._config.layers)
 
 
 def trunk(
-    config: ModelConfig, params: ModelParams, context: Context, tokens: Any, count: Any
-) -> tuple[Context, StepView, tuple[jax.Array, ...]]:
+    config: ModelConfig, params: ModelParams, cache: KVCache, tokens: Any, count: Any
+) -> tuple[KVCache, StepView, tuple[jax.Array, ...]]:
     """What `Trunk` does, bit for bit, as one function to be compiled into its caller's program."""
-    x, view, position = _enter(config, params.embed, params.ropes, bare(context), tokens, count)
+    x, view, position = _enter(config, params.embed, params.ropes, page_table(cache), tokens, count)
     states: list[jax.Array] = []
-    cache: list[Any] = []
-    parts = _stages(config.layers)
-    for stage in parts:
+    kv: list[Any] = []
+    parts = _groups(config.layers)
+    for group in parts:
         if len(parts) > 1:
             x, view = _edge(jnp.all(count >= 0), (x, view))
-        part = slice(stage.first, stage.last)
-        outputs, kv = run_layers(config, config.layers[part], params.layers[part], context.kv[part], x, view)
+        part = slice(group.first, group.last)
+        outputs, stored = run_layers(config, config.layers[part], params.layers[part], cache.kv[part], x, view)
         states += outputs
-        cache += kv
+        kv += stored
         x = outputs[-1]
-    return dataclasses.replace(context, kv=tuple(cache), position=position), view, tuple(states)
+    return dataclasses.replace(cache, kv=tuple(kv), position=position), view, tuple(states)
 
 
 def _edge(always: jax.Array, tree: Any) -> Any:
@@ -161,19 +161,19 @@ def _edge(always: jax.Array, tree: Any) -> Any:
     return jax.lax.cond(always, lambda tree: tree, lambda tree: jax.tree.map(jnp.zeros_like, tree), tree)
 
 
-def bare(context: Context) -> Context:
-    """The context without its cache: what changes outside the layers."""
-    return dataclasses.replace(context, kv=())
+def page_table(cache: KVCache) -> KVCache:
+    """The cache without keys and values: positions and page table, which change outside the layers."""
+    return dataclasses.replace(cache, kv=())
 
 
 def _enter(
-    config: ModelConfig, table: Any, ropes: Any, context: Context, tokens: Any, count: jax.Array
+    config: ModelConfig, table: Any, ropes: Any, cache: KVCache, tokens: Any, count: jax.Array
 ) -> tuple[jax.Array, StepView, jax.Array]:
-    rows = jnp.arange(context.position.shape[0])
+    rows = jnp.arange(cache.position.shape[0])
     tokens = jnp.concatenate([part.reshape(rows.size, -1) for part in jax.tree.leaves(tokens)], axis=1)
-    begun = context.page[rows, context.slot] == context.position // PAGE
+    begun = cache.page[rows, cache.slot] == cache.position // PAGE
     real = jnp.cumprod(tokens >= 0, axis=1).sum(axis=1)
-    room = jnp.where(begun, PAGE - context.position % PAGE, 0)
+    room = jnp.where(begun, PAGE - cache.position % PAGE, 0)
     count = jnp.minimum(count, jnp.minimum(real, room)).astype(jnp.int32)
-    ring = ring_view(context, tokens.shape[1], count)
-    return embed(config, table, jnp.maximum(tokens, 0)), step_view(config, ropes, ring), context.position + count
+    ring = ring_view(cache, tokens.shape[1], count)
+    return embed(config, table, jnp.maximum(tokens, 0)), step_view(config, ropes, ring), cache.position + count

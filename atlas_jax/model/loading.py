@@ -26,7 +26,7 @@ from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
 from atlas_jax.model.params import LayerParams, ModelParams
-from atlas_jax.sharding import ONE_DEVICE, Placement
+from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 WeightDtype = Literal["int8", "float32"]
 
@@ -98,7 +98,7 @@ def load_params(
     config: ModelConfig,
     *,
     dtype: WeightDtype = "int8",
-    placement: Placement = ONE_DEVICE,
+    mesh_layout: MeshLayout = ONE_DEVICE,
     progress: _Progress | None = None,
 ) -> ModelParams:
     """Reads the weights.
@@ -106,18 +106,20 @@ def load_params(
     Args:
       dtype: "int8" keeps every matrix in 8 bits with a scale per row, or in 5 where the file has 4-bit codes and the
         CPU kernels take them; "float32" is the reference mode.
-      placement: where they go, layer by layer.
+      mesh_layout: where they go, layer by layer.
       progress: called with layers done and in all.
 
     Raises:
       UnsupportedModel: a tensor is missing, unknown or misshapen; the message names it.
     """
-    reader = _Reader(file, dtype, _packed(file, config) if dtype == "int8" and placement.mesh is None else frozenset())
+    reader = _Reader(
+        file, dtype, _packed(file, config) if dtype == "int8" and mesh_layout.mesh is None else frozenset()
+    )
     if any(rope.frequency_factors is not None for rope in config.ropes):
         reader.take(_ROPE_FACTORS)
     layers = []
     for index in range(len(config.layers)):
-        layers.append(placement.weights(_layer(reader, config, index)))
+        layers.append(mesh_layout.weights(_layer(reader, config, index)))
         if progress is not None:
             progress(index + 1, len(config.layers))
     params = ModelParams(
@@ -128,7 +130,7 @@ def load_params(
         ropes=tuple(rope_table(rope) for rope in config.ropes),
     )
     reader.finish()
-    return placement.weights(params)
+    return mesh_layout.weights(params)
 
 
 def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParams:

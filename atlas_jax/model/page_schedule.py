@@ -12,7 +12,7 @@ from atlas_jax.config import PAGE
 
 
 @dataclass(frozen=True)
-class WindowPlan:
+class PageSchedule:
     """How one sequence uses its ring of pages.
 
     Attributes:
@@ -38,10 +38,10 @@ class WindowPlan:
         """Ring slot of a page. While nothing has left, a page's slot is its number, whatever the ring's size."""
         return page if self.window is None else page % (self.window + self.update - 1)
 
-    def turn(self, page: int) -> Turn:
+    def turn(self, page: int) -> NextPage:
         """What happens when `page` begins."""
         before, now = self.left(page - 1), self.left(page)
-        return Turn(
+        return NextPage(
             page=page,
             slot=self.slot(page),
             first_page=now,
@@ -51,7 +51,7 @@ class WindowPlan:
 
 
 @dataclass(frozen=True)
-class Turn:
+class NextPage:
     """The beginning of a page.
 
     Attributes:

@@ -18,7 +18,7 @@ from atlas_jax.optim.parallel import (
 )
 from atlas_jax.optim.sharding import (
     LOCAL,
-    Placement,
+    GradientSharding,
     average_gradients,
     mapped,
     sharded,
@@ -28,7 +28,7 @@ __all__ = [
     "LOCAL",
     "MatrixAxes",
     "MuonState",
-    "Placement",
+    "GradientSharding",
     "TrainState",
     "Training",
     "average_gradients",

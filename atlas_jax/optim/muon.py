@@ -11,7 +11,7 @@ import optax
 from atlas_jax.kernels.newton_schulz import CoefficientTable, orthogonalize
 from atlas_jax.optim.axes import AxesSource, resolve_axes
 from atlas_jax.optim.bank import BankLayout, Banks
-from atlas_jax.optim.sharding import LOCAL, Placement, average_gradients
+from atlas_jax.optim.sharding import LOCAL, GradientSharding, average_gradients
 from atlas_jax.typing import Array, Int32
 
 
@@ -20,7 +20,7 @@ class MuonState(NamedTuple):
 
     Attributes:
       step: steps taken.
-      momentum: stacks of equally shaped matrices; under a `Placement` with shards, this device's share.
+      momentum: stacks of equally shaped matrices; under a `GradientSharding` with shards, this device's share.
     """
 
     step: Int32[Array, ""]
@@ -34,7 +34,7 @@ def scale_by_muon(
     nesterov: bool = True,
     steps: int = 5,
     table: CoefficientTable = "jordan",
-    placement: Placement = LOCAL,
+    sharding: GradientSharding = LOCAL,
 ) -> optax.GradientTransformation:
     """Replaces each matrix's gradient by its orthogonalised momentum, S ← βS + (1−β)G, U = NS(S).
 
@@ -46,21 +46,21 @@ def scale_by_muon(
       beta: decay of the momentum, in [0, 1).
       nesterov: orthogonalises the momentum one step ahead.
       steps, table: see `orthogonalize`.
-      placement: how the matrices are shared out; the updates come back whole on every device.
+      sharding: how the matrices are shared out; the updates come back whole on every device.
 
     Raises:
       ValueError: on use, if a leaf has no axes or axes of another number.
     """
 
     def layout_of(tree: Any) -> BankLayout:
-        return BankLayout.of(tree, resolve_axes(axes, tree), placement.shards)
+        return BankLayout.of(tree, resolve_axes(axes, tree), sharding.shards)
 
     def init(params: optax.Params) -> MuonState:
         layout = layout_of(params)
         shapes = jax.eval_shape(layout.pack, params)
         zeros = {name: jnp.zeros(bank.shape, bank.dtype) for name, bank in shapes.items()}
         # scatter decides where a share lives; of zeros, every share is the same
-        return MuonState(jnp.zeros((), jnp.int32), {name: placement.scatter(bank) for name, bank in zeros.items()})
+        return MuonState(jnp.zeros((), jnp.int32), {name: sharding.scatter(bank) for name, bank in zeros.items()})
 
     def update(
         updates: optax.Updates, state: optax.OptState, params: optax.Params | None = None
@@ -68,7 +68,7 @@ def scale_by_muon(
         del params
         assert isinstance(state, MuonState)
         layout = layout_of(updates)
-        gradient = {name: placement.scatter(bank) for name, bank in layout.pack(updates).items()}
+        gradient = {name: sharding.scatter(bank) for name, bank in layout.pack(updates).items()}
         momentum = jax.tree.map(lambda s, g: beta * s + (1 - beta) * g, state.momentum, gradient)
         taken = state.step + 1
         ahead = momentum
@@ -77,7 +77,7 @@ def scale_by_muon(
             ratio = (1 - beta**taken) / (1 - beta ** (taken + 1))
             ahead = jax.tree.map(lambda s, g: beta * ratio * s + (1 - beta) * g, momentum, gradient)
         orthogonal = {
-            name: placement.gather(orthogonalize(bank, steps=steps, table=table)) for name, bank in ahead.items()
+            name: sharding.gather(orthogonalize(bank, steps=steps, table=table)) for name, bank in ahead.items()
         }
         return layout.unpack(orthogonal, updates), MuonState(taken, momentum)
 
@@ -119,7 +119,7 @@ def muon(
     adam_learning_rate: optax.ScalarOrSchedule | None = None,
     adam_b1: float = 0.9,
     adam_b2: float = 0.999,
-    placement: Placement = LOCAL,
+    sharding: GradientSharding = LOCAL,
 ) -> optax.GradientTransformation:
     """Muon for the matrices and Adam for everything else.
 
@@ -129,7 +129,7 @@ def muon(
       rms: as for `scale_by_shape`.
       weight_decay: of the matrices, multiplied by the learning rate.
       adam_learning_rate: of the rest; the same if None.
-      placement: with shards, each device keeps the momentum of its share of the matrices and orthogonalises only that;
+      sharding: with shards, each device keeps the momentum of its share of the matrices and orthogonalises only that;
         Adam's leaves are few and small, and every device does them all.
     """
 
@@ -142,13 +142,13 @@ def muon(
     return optax.partition(
         {
             "matrix": optax.chain(
-                scale_by_muon(axes, beta=beta, nesterov=nesterov, steps=steps, table=table, placement=placement),
+                scale_by_muon(axes, beta=beta, nesterov=nesterov, steps=steps, table=table, sharding=sharding),
                 scale_by_shape(axes, rms=rms),
                 optax.add_decayed_weights(weight_decay),
                 optax.sgd(learning_rate),
             ),
             "other": optax.chain(
-                average_gradients(placement),
+                average_gradients(sharding),
                 optax.adam(learning_rate if adam_learning_rate is None else adam_learning_rate, b1=adam_b1, b2=adam_b2),
             ),
         },

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from atlas_jax.optim.sharding import (
     LOCAL,
-    Placement,
+    GradientSharding,
     mapped,
     sharded,
 )
@@ -22,7 +22,7 @@ from atlas_jax.typing import Array, Float, Int32
 Loss = Callable[[Any, Any], Float[Array, ""]]
 """(parameters, batch) → mean loss over the batch."""
 
-OptimizerFor = Callable[[Placement], optax.GradientTransformation]
+OptimizerFor = Callable[[GradientSharding], optax.GradientTransformation]
 """Makes the optimiser for the way its work is shared out."""
 
 _AXIS = "data"
@@ -84,7 +84,7 @@ def pmap_training(loss: Loss, optimizer: OptimizerFor, devices: Sequence[jax.Dev
     """Data-parallel training, one program per device with explicit communication (`jax.pmap`).
 
     Args:
-      optimizer: must average gradients through its `Placement`, as `muon` and `average_gradients` do.
+      optimizer: must average gradients through its `GradientSharding`, as `muon` and `average_gradients` do.
       devices: all of them by default. A batch's leading axis must be a multiple of their number.
     """
     devices = list(jax.devices() if devices is None else devices)

@@ -16,7 +16,7 @@ _Move = Callable[[Float[Array, "count *rest"]], Float[Array, "share *rest"]]
 
 
 @dataclass(frozen=True)
-class Placement:
+class GradientSharding:
     """Where gradients come from and where an optimiser's state lives.
 
     Attributes:
@@ -36,17 +36,17 @@ def _same(x: Any) -> Any:
     return x
 
 
-LOCAL = Placement(shards=1, scatter=_same, gather=_same, mean=_same)
+LOCAL = GradientSharding(shards=1, scatter=_same, gather=_same, mean=_same)
 """One device, or every device doing all of the work on gradients that are already equal."""
 
 
-def mapped(axis_name: str, shards: int) -> Placement:
+def mapped(axis_name: str, shards: int) -> GradientSharding:
     """Inside `jax.pmap` or `jax.shard_map`: each device holds the gradient of its own part of the batch.
 
     A reduce-scatter gives each device the mean gradient of its share only, and an all-gather spreads the updates: what
     one all-reduce of the gradients would move. Momentum never leaves its device.
     """
-    return Placement(
+    return GradientSharding(
         shards=shards,
         scatter=lambda x: jax.lax.psum_scatter(x, axis_name, scatter_dimension=0, tiled=True) / shards,
         gather=lambda x: jax.lax.all_gather(x, axis_name, axis=0, tiled=True),
@@ -54,10 +54,10 @@ def mapped(axis_name: str, shards: int) -> Placement:
     )
 
 
-def sharded(mesh: Mesh, axis_name: str = "data") -> Placement:
+def sharded(mesh: Mesh, axis_name: str = "data") -> GradientSharding:
     """Inside `jax.jit` over a mesh: gradients are logically whole, and constraints tell XLA who does what."""
     share, whole = NamedSharding(mesh, PartitionSpec(axis_name)), NamedSharding(mesh, PartitionSpec())
-    return Placement(
+    return GradientSharding(
         shards=mesh.shape[axis_name],
         scatter=lambda x: jax.lax.with_sharding_constraint(x, share),
         gather=lambda x: jax.lax.with_sharding_constraint(x, whole),
@@ -65,6 +65,6 @@ def sharded(mesh: Mesh, axis_name: str = "data") -> Placement:
     )
 
 
-def average_gradients(placement: Placement) -> optax.GradientTransformation:
+def average_gradients(sharding: GradientSharding) -> optax.GradientTransformation:
     """Gradients as the devices have them → their mean, everywhere: the first link of a chain that shares no work."""
-    return optax.stateless(lambda updates, params: placement.mean(updates))
+    return optax.stateless(lambda updates, params: sharding.mean(updates))

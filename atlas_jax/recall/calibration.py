@@ -24,7 +24,7 @@ from atlas_jax.config import (
     MemoryConfig,
     ModelConfig,
 )
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.recall import recall_memory
 from atlas_jax.recall.adapter import (
@@ -44,7 +44,7 @@ from atlas_jax.recall.collect_states import (
 )
 from atlas_jax.recall.probe import Probe
 from atlas_jax.recall.recall_memory import WriteSettings
-from atlas_jax.sharding import ONE_DEVICE, Placement
+from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 _FIRST_CANDIDATE = 0.4
 """Depth from which a layer's state is tried as a key."""
@@ -88,7 +88,7 @@ def calibrate(
     probe: Probe,
     config: MemoryConfig | None = None,
     progress: Progress = lambda stage, share: None,
-    placement: Placement = ONE_DEVICE,
+    mesh_layout: MeshLayout = ONE_DEVICE,
 ) -> Calibration:
     """Fits a memory to a model.
 
@@ -97,7 +97,7 @@ def calibrate(
       probe: facts that left the window, asked for again; ranks the layers together with the texts.
       config: sizes of the memory; its `layers` are the candidates. Default: `candidate_layers`.
       progress: called with a stage's name and the share of it that is done.
-      placement: where the parameters lie.
+      mesh_layout: where the parameters lie.
 
     Raises:
       ValueError: no text reaches past the window.
@@ -106,7 +106,7 @@ def calibrate(
     usable = [whole_pages(text) for text in texts if len(text) // PAGE > WINDOW]
     if not usable:
         raise ValueError(f"calibration needs a text of more than {WINDOW * PAGE} tokens")
-    readings = read_texts(model, params, config, [*usable, whole_pages(probe.tokens)], progress, placement)
+    readings = read_texts(model, params, config, [*usable, whole_pages(probe.tokens)], progress, mesh_layout)
     mean, projection = _key_maps(readings[:-1], config.components)
     maps = [_KeyMap(*numbers) for numbers in zip(mean, projection, strict=True)]
     hit_rate = _hit_rates(readings[:-1], maps)
@@ -242,26 +242,26 @@ def _collect(
     @functools.partial(jax.jit, donate_argnums=1)
     def observe(
         adapter: Adapter,
-        state: recall_memory.MemoryState,
+        state: recall_memory.RecallState,
         tapped: jax.Array,
         exponent: jax.Array,
         tokens: jax.Array,
         positions: jax.Array,
-    ) -> tuple[recall_memory.MemoryState, jax.Array]:
+    ) -> tuple[recall_memory.RecallState, jax.Array]:
         streams = tuple(jnp.ldexp(tapped.astype(jnp.float32), exponent)[:, None])
         valid = jnp.ones(tokens.shape, bool)
         return recall_memory.observe(adapter, state, settings, streams, tokens, positions, valid)
 
     @jax.jit
     def judge(
-        adapter: Adapter, state: recall_memory.MemoryState, key: jax.Array, entropy: jax.Array, place: jax.Array
+        adapter: Adapter, state: recall_memory.RecallState, key: jax.Array, entropy: jax.Array, place: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
         found = recall_memory.scores(adapter, state, settings, key)[0]
         p_memory = recall_memory.memory_distribution(found)[jnp.arange(PAGE), place]
         return recall_memory.gate_features(found, entropy), p_memory
 
     absorb = jax.jit(functools.partial(recall_memory.write, config, "exact"), donate_argnums=1)
-    plan = WindowPlan(window=WINDOW)
+    plan = PageSchedule(window=WINDOW)
     total, done = sum(len(reading.tokens) // PAGE for reading in readings), 0
     samples = []
     for reading in readings:

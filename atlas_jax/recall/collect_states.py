@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.aot import Program
+from atlas_jax.aot import AotProgram
 from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.kernels.reductions import row_max
-from atlas_jax.model.kv_cache import init_context, page_turn, turn_page
+from atlas_jax.model.kv_cache import init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
-from atlas_jax.sharding import Placement
+from atlas_jax.sharding import MeshLayout
 
 WINDOW = 4
 """Pages of the window the memory is calibrated for."""
@@ -64,26 +64,26 @@ def read_texts(
     config: MemoryConfig,
     texts: Sequence[Sequence[int]],
     progress: Progress,
-    placement: Placement,
+    mesh_layout: MeshLayout,
 ) -> list[Reading]:
     """Reads each text, of whole pages and one token more, from its first token on."""
-    plan = WindowPlan(window=WINDOW)
+    plan = PageSchedule(window=WINDOW)
 
-    trunk, judge = Trunk(model, placement), Judge(model, params)
+    trunk, judge = Trunk(model, mesh_layout), Judge(model, params)
     count = np.full((1,), PAGE, np.int32)
-    turn = Program(turn_page, donate=(0,), placement=placement)
+    turn = AotProgram(start_page, donate=(0,), mesh_layout=mesh_layout)
     total = sum(len(text) // PAGE for text in texts)
     done = 0
     readings = []
     for text in texts:
         tokens = np.asarray(text, np.int32)
-        context = placement.rows(init_context(model, 1, WINDOW, "int8"))
+        cache = mesh_layout.rows(init_kv_cache(model, 1, WINDOW, "int8"))
         chance, entropy = np.ones(len(tokens) - 1), np.zeros(len(tokens) - 1)
         tapped, exponent = [], []
         for page in range(len(tokens) // PAGE):
-            context = turn((), context, page_turn(0, plan.turn(page)))
+            cache = turn((), cache, page_start(0, plan.turn(page)))
             part = slice(page * PAGE, (page + 1) * PAGE)
-            context, _, states = trunk((1, WINDOW, PAGE), params, context, tokens[None, part], count)
+            cache, _, states = trunk((1, WINDOW, PAGE), params, cache, tokens[None, part], count)
             if page >= WINDOW:
                 chance[part], entropy[part] = judge(states[-1][0], tokens[1:][part])
             streams = np.stack([np.asarray(states[layer][0]) for layer in config.layers])

@@ -21,7 +21,7 @@ from atlas_jax.recall import adapter_store
 from atlas_jax.recall.calibration import Calibration, calibrate
 from atlas_jax.recall.collect_states import WINDOW, Progress
 from atlas_jax.recall.probe import make_probe
-from atlas_jax.sharding import ONE_DEVICE, Placement
+from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 
 def fit(model: Path, texts: list[str], max_tokens: int | None = None) -> tuple[bytes, dict[str, object]]:
@@ -60,7 +60,7 @@ def calibrate_with(
     params: ModelParams,
     texts: list[str],
     max_tokens: int | None = None,
-    placement: Placement = ONE_DEVICE,
+    mesh_layout: MeshLayout = ONE_DEVICE,
     progress: Progress = lambda stage, share: None,
 ) -> Calibration:
     """Calibrates with texts that are still text; see `calibrate`."""
@@ -70,7 +70,7 @@ def calibrate_with(
 
     ids = [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
     probe = make_probe(adapter_store.probe_filler(), encode, between=(WINDOW + 4) * PAGE)
-    return calibrate(config, params, ids, probe, placement=placement, progress=progress)
+    return calibrate(config, params, ids, probe, mesh_layout=mesh_layout, progress=progress)
 
 
 def main() -> None:

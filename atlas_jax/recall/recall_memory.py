@@ -48,7 +48,7 @@ _MIN_SCORE = -2.0
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MemoryState:
+class RecallState:
     """Memories of a batch of sessions.
 
     Attributes:
@@ -79,7 +79,7 @@ class MemoryState:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class MemorySettings:
+class RecallSettings:
     """How each row of a batch uses its memory.
 
     Attributes:
@@ -124,10 +124,10 @@ def recent_states(config: MemoryConfig) -> int:
     return config.max_omega_window + TRAIL_LENGTH
 
 
-def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
+def init_state(config: MemoryConfig, batch: int, vocab: int) -> RecallState:
     """Empty memories."""
     shape = (batch, config.code_dim, config.features)
-    return MemoryState(
+    return RecallState(
         weights=jnp.zeros(shape, jnp.float32),
         momentum=jnp.zeros(shape, jnp.float32),
         read_values=jnp.zeros(shape, jnp.int8),
@@ -143,10 +143,10 @@ def init_state(config: MemoryConfig, batch: int, vocab: int) -> MemoryState:
     )
 
 
-def init_settings(batch: int) -> MemorySettings:
+def init_settings(batch: int) -> RecallSettings:
     """Rows without a memory."""
     index = jnp.zeros((batch,), jnp.int32)
-    return MemorySettings(
+    return RecallSettings(
         layers=index,
         degree=jnp.ones((batch,), jnp.int32),
         read=jnp.zeros((batch,), bool),
@@ -157,13 +157,13 @@ def init_settings(batch: int) -> MemorySettings:
 
 def observe(
     adapter: Adapter,
-    state: MemoryState,
-    settings: MemorySettings,
+    state: RecallState,
+    settings: RecallSettings,
     tapped: tuple[Float[Array, "B T E"], ...],
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
-) -> tuple[MemoryState, Float[Array, "B T R"]]:
+) -> tuple[RecallState, Float[Array, "B T R"]]:
     """Makes the keys of a step's tokens, and keeps keys and tokens for when they leave the window.
 
     Args:
@@ -176,8 +176,8 @@ def observe(
 
 def keys(
     adapter: Adapter,
-    state: MemoryState,
-    settings: MemorySettings,
+    state: RecallState,
+    settings: RecallSettings,
     tapped: tuple[Float[Array, "B T E"], ...],
     positions: Int32[Array, "B T"],
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T Z"]]:
@@ -226,13 +226,13 @@ def kernel(
 
 
 def remember(
-    state: MemoryState,
+    state: RecallState,
     key: Float[Array, "B T R"],
     z: Float[Array, "B T Z"],
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
-) -> MemoryState:
+) -> RecallState:
     """Keeps a step's keys and tokens for when they leave the window."""
     row = jnp.arange(tokens.shape[0])[:, None]
     ring, recent = state.tokens.shape[1], state.recent.shape[1]
@@ -251,10 +251,10 @@ def write(
     config: MemoryConfig,
     optimizer: Optimizer,
     adapter: Adapter,
-    state: MemoryState,
+    state: RecallState,
     row: Int32[Array, ""],
     settings: WriteSettings,
-) -> MemoryState:
+) -> RecallState:
     """Absorbs the tokens before `settings.end` into the memory of one row: one Omega step.
 
     Args:
@@ -301,8 +301,8 @@ def write(
 
 def read(
     adapter: Adapter,
-    state: MemoryState,
-    settings: MemorySettings,
+    state: RecallState,
+    settings: RecallSettings,
     key: Float[Array, "B T R"],
     logits: Float[Array, "B T V"],
     positions: Int32[Array, "B T"],
@@ -330,14 +330,14 @@ def read(
 
 
 def scores(
-    adapter: Adapter, state: MemoryState, settings: MemorySettings, key: Float[Array, "B T R"]
+    adapter: Adapter, state: RecallState, settings: RecallSettings, key: Float[Array, "B T R"]
 ) -> Float[Array, "B T V"]:
     """s = M φ(k)·code(v) for every token v seen in the session; −2 for the others (a real score is near 0 … 1)."""
     found = linear(adapter.codes, _read_out(adapter, state, settings, key))
     return jnp.where(state.seen[:, None, :] > 0, found, _MIN_SCORE)
 
 
-def _read_out(adapter: Adapter, state: MemoryState, settings: MemorySettings, key: jax.Array) -> jax.Array:
+def _read_out(adapter: Adapter, state: RecallState, settings: RecallSettings, key: jax.Array) -> jax.Array:
     """M φ(k): [B, T, C]."""
     if tpu.takes_read(key.shape[1]):
         return tpu.read_out(key, settings.degree, state.read_values, state.read_scale, adapter.halves)

@@ -142,7 +142,7 @@ class Scene:
         return target
 
     def restart(self, target: Target, *flags: str, kill: bool = False) -> Target:
-        """Ends a server of `start`, in order or at once, and starts it again over its memory."""
+        """Ends a server of `insert_decode_state`, in order or at once, and starts it again over its memory."""
         target.kill() if kill else self.stop(target)
         return self.start(*flags, folder=target.folder.name, keys=target.keys)
 
@@ -157,7 +157,7 @@ class Scene:
             target.kill()
 
     def close(self) -> None:
-        """Ends the servers of `start`."""
+        """Ends the servers of `insert_decode_state`."""
         for target in self._started:
             self.peak = max(self.peak, target.peak)
             target.kill()

@@ -18,7 +18,7 @@ from server.http import (
 )
 from server.schemas import atlas as schema
 from server.services.memory import MemoryService
-from server.services.monitoring import Observer
+from server.services.monitoring import Monitoring
 from server.services.runtime_config import RuntimeConfig
 from server.validation import invalid, parse
 
@@ -30,22 +30,22 @@ class AtlasController(Controller):
     tags = ("ATLAS",)
 
     @get("/status", opt={"unmetered": True}, responses=atlas_responses(schema.StatusResponse))
-    async def status(self, request: HttpRequest, observer: NamedDependency[Observer]) -> Response[Any]:
+    async def status(self, request: HttpRequest, observer: NamedDependency[Monitoring]) -> Response[Any]:
         """The memory subsystem at a glance."""
         return json_response(observer.status(context_of(request).identity.owner))
 
     @get("/stats", responses=atlas_responses(schema.StatsResponse))
-    async def stats(self, observer: NamedDependency[Observer]) -> Response[Any]:
+    async def stats(self, observer: NamedDependency[Monitoring]) -> Response[Any]:
         """Counters since the start and exponential averages."""
         return json_response(observer.statistics())
 
     @get("/metrics", responses=atlas_responses(schema.MetricsResponse))
-    async def metrics(self, observer: NamedDependency[Observer]) -> Response[Any]:
+    async def metrics(self, observer: NamedDependency[Monitoring]) -> Response[Any]:
         """Counts and latencies of this moment."""
         return json_response(observer.metrics())
 
     @get("/metrics/stream", responses=atlas_responses(schema.MetricsEvent))
-    async def metrics_stream(self, request: HttpRequest, observer: NamedDependency[Observer]) -> Response[Any]:
+    async def metrics_stream(self, request: HttpRequest, observer: NamedDependency[Monitoring]) -> Response[Any]:
         """Server-sent events with the figures of every interval."""
         subscriber = observer.subscribe()
         context_of(request).cleanup.append(lambda: observer.unsubscribe(subscriber))

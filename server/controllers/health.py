@@ -11,8 +11,8 @@ from server.errors import Unavailable
 from server.http import json_response, openai_responses
 from server.prometheus import CONTENT_TYPE, Metrics
 from server.schemas.llamacpp import Health
-from server.services.engine_supervisor import EngineHost
-from server.services.monitoring import Observer
+from server.services.engine_supervisor import EngineSupervisor
+from server.services.monitoring import Monitoring
 
 _PUBLIC = {"public": True}
 _UNMETERED = {"unmetered": True}
@@ -24,17 +24,17 @@ class HealthController(Controller):
     tags = ("Operations",)
 
     @get(["/health", "/v1/health"], opt=_PUBLIC, responses=openai_responses(Health, 500, public=True))
-    async def health(self, host: NamedDependency[EngineHost]) -> Response[Any]:
+    async def health(self, host: NamedDependency[EngineSupervisor]) -> Response[Any]:
         """200 while the server works, 503 while the model loads, 500 once the engine has died."""
         return _health(host)
 
     @head(["/health", "/v1/health"], opt=_PUBLIC, include_in_schema=False)
-    async def health_head(self, host: NamedDependency[EngineHost]) -> Response[None]:
+    async def health_head(self, host: NamedDependency[EngineSupervisor]) -> Response[None]:
         """The same without a body."""
         return Response(None, status_code=_health(host).status_code)
 
     @get("/ready", opt=_PUBLIC, responses=openai_responses(Health, public=True))
-    async def ready(self, host: NamedDependency[EngineHost]) -> Response[Any]:
+    async def ready(self, host: NamedDependency[EngineSupervisor]) -> Response[Any]:
         """200 while new requests are accepted, 503 while loading, draining or broken."""
         if host.ready:
             return json_response(Health(status="ready"))
@@ -43,13 +43,15 @@ class HealthController(Controller):
         raise Unavailable("The server does not accept requests", code="draining", retry_after=5.0)
 
     @get("/metrics", media_type="text/plain", opt=_UNMETERED, responses=openai_responses(str))
-    async def prometheus(self, metrics: NamedDependency[Metrics], observer: NamedDependency[Observer]) -> Response[Any]:
+    async def prometheus(
+        self, metrics: NamedDependency[Metrics], observer: NamedDependency[Monitoring]
+    ) -> Response[Any]:
         """Prometheus metrics."""
         observer.require_metrics()
         return Response(metrics.render(), headers={"content-type": CONTENT_TYPE}, media_type="text/plain")
 
 
-def _health(host: EngineHost) -> Response[Any]:
+def _health(host: EngineSupervisor) -> Response[Any]:
     if host.dead:
         return json_response(Health(status="error"), status=500)
     if host.state == "loading":

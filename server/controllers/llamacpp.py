@@ -16,7 +16,7 @@ from server.http import (
     openai_responses,
 )
 from server.schemas import llamacpp as schema
-from server.services.llamacpp import Compat
+from server.services.llamacpp import LlamaCppService
 from server.validation import parse
 
 
@@ -27,31 +27,31 @@ class LlamaCppController(Controller):
 
     @post("/tokenize", status_code=200, responses=openai_responses(schema.TokenizeResponse, body=True))
     async def tokenize(
-        self, data: SkipValidation[JSONBody[schema.TokenizeRequest]], compat: NamedDependency[Compat]
+        self, data: SkipValidation[JSONBody[schema.TokenizeRequest]], compat: NamedDependency[LlamaCppService]
     ) -> Response[Any]:
         """Splits text into tokens."""
         return json_response(await compat.tokenize(parse(schema.TokenizeRequest, data)))
 
     @post("/detokenize", status_code=200, responses=openai_responses(schema.DetokenizeResponse, body=True))
     async def detokenize(
-        self, data: SkipValidation[JSONBody[schema.DetokenizeRequest]], compat: NamedDependency[Compat]
+        self, data: SkipValidation[JSONBody[schema.DetokenizeRequest]], compat: NamedDependency[LlamaCppService]
     ) -> Response[Any]:
         """Joins tokens into text."""
         return json_response(await compat.detokenize(parse(schema.DetokenizeRequest, data)))
 
     @post("/apply-template", status_code=200, responses=openai_responses(schema.ApplyTemplateResponse, body=True))
     async def apply_template(
-        self, data: SkipValidation[JSONBody[schema.ApplyTemplateRequest]], compat: NamedDependency[Compat]
+        self, data: SkipValidation[JSONBody[schema.ApplyTemplateRequest]], compat: NamedDependency[LlamaCppService]
     ) -> Response[Any]:
         """Writes a conversation out as the model reads it."""
         return json_response(await compat.apply_template(parse(schema.ApplyTemplateRequest, data)))
 
     @get("/props", responses=openai_responses(schema.Props))
-    async def props(self, compat: NamedDependency[Compat]) -> Response[Any]:
+    async def props(self, compat: NamedDependency[LlamaCppService]) -> Response[Any]:
         """The server's properties and sampling defaults."""
         return json_response(compat.props())
 
     @get("/slots", responses=openai_responses(list[schema.Slot]))
-    async def slots(self, request: HttpRequest, compat: NamedDependency[Compat]) -> Response[Any]:
+    async def slots(self, request: HttpRequest, compat: NamedDependency[LlamaCppService]) -> Response[Any]:
         """The decode slots, without any text; the counts are those of the caller's own requests."""
         return json_response(msgspec.json.encode(compat.slots(context_of(request).identity.owner)))

@@ -11,7 +11,7 @@ from litestar.di import NamedDependency
 from atlas_jax import __version__
 from server.http import HttpRequest, json_response, openai_responses
 from server.schemas.root import Root
-from server.services.front_page import Front
+from server.services.front_page import FrontPage
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -54,7 +54,7 @@ class RootController(Controller):
     tags = ("Operations",)
 
     @get("/", opt={"public": True}, responses=openai_responses(Root, public=True))
-    async def root(self, request: HttpRequest, front: NamedDependency[Front]) -> Response[Any]:
+    async def root(self, request: HttpRequest, front: NamedDependency[FrontPage]) -> Response[Any]:
         """What this server is: a page for a browser, else JSON."""
         found = front.root()
         if not _wants_html(request.headers.get("accept", "")):

@@ -48,7 +48,7 @@ _OVERLOADED = "overloaded"
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
 
-class Edge:
+class EdgeMiddleware:
     """Request ids, Host and Origin checks, keys, limits, clean-up, and the count of responses.
 
     Args:
@@ -139,7 +139,7 @@ class Edge:
 class _Exchange:
     """One request and its response."""
 
-    def __init__(self, edge: Edge, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, edge: EdgeMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
         self._edge, self._scope, self._receive, self._send = edge, scope, receive, send
         self._received = False
         self._body_bytes = 0

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from server.errors import TooLarge
-from server.services.thread_pools import Workers
+from server.services.thread_pools import ThreadPools
 
 # Reading this much takes less than half a millisecond; more goes to a thread.
 _INLINE_BYTES = 16 << 10
@@ -22,15 +22,15 @@ _VALUE_BYTES, _OBJECT_BYTES = 4, 32
 class Bodies:
     """Decodes bodies, within limits that follow from the largest size of one."""
 
-    def __init__(self, workers: Workers, *, max_bytes: int) -> None:
-        self._workers = workers
+    def __init__(self, workers: ThreadPools, *, max_bytes: int) -> None:
+        self._pools = workers
         self._values, self._objects = max_bytes // _VALUE_BYTES, max_bytes // _OBJECT_BYTES
 
     async def decode(self, body: bytes) -> Any:
         """The JSON value, None for an empty body; raises TooLarge, or what msgspec raises."""
         if len(body) <= _INLINE_BYTES:
             return self._decode(body)
-        return await self._workers.run("bodies", lambda: self._decode(body))
+        return await self._pools.run("bodies", lambda: self._decode(body))
 
     def _decode(self, body: bytes) -> Any:
         if not body:

@@ -32,7 +32,7 @@ _ROLE = ChatDelta(role="assistant", content="")
 _EMPTY = ChatDelta()
 
 
-class ChatWriter:
+class ChatResponseBuilder:
     """Response and chunks of `/v1/chat/completions`.
 
     Args:

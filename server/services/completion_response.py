@@ -74,7 +74,7 @@ def _shown(text: str, tokens: Sequence[TokenInfo]) -> list[bytes]:
     return shown
 
 
-class CompletionWriter:
+class CompletionResponseBuilder:
     """Response and chunks of `/v1/completions`.
 
     Args:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from atlas_jax.engine.api import EngineProtocol
 from server.errors import ServerError, Unavailable
-from server.services.event_bridge import Bridge
+from server.services.event_bridge import EventBridge
 from server.services.thread_pools import in_thread
 
 log = logging.getLogger("atlas.server")
@@ -27,7 +27,7 @@ class Abortable(Protocol):
         """Ends the wait with this error."""
 
 
-class EngineHost:
+class EngineSupervisor:
     """The engine as the services see it.
 
     Attributes:
@@ -42,7 +42,7 @@ class EngineHost:
         self.on_failure: Callable[[], None] = _nothing
         self.error: BaseException | None = None
         self._engine: EngineProtocol | None = None
-        self._bridge: Bridge | None = None
+        self._bridge: EventBridge | None = None
         self._loading: asyncio.Future[EngineProtocol] | None = None
         self._running: set[Abortable] = set()
 
@@ -62,7 +62,7 @@ class EngineHost:
         return self.engine
 
     @property
-    def bridge(self) -> Bridge:
+    def bridge(self) -> EventBridge:
         """The way of the engine's events to this event loop."""
         assert self._bridge is not None, "the host has not been started"
         return self._bridge
@@ -98,7 +98,7 @@ class EngineHost:
     async def start(self, load: Callable[[], EngineProtocol], *, wait: bool) -> None:
         """Runs `load` in a thread of its own; returns at once unless told to wait."""
         loop = asyncio.get_running_loop()
-        self._bridge = Bridge(loop)
+        self._bridge = EventBridge(loop)
         self._loading = in_thread(load, name="engine-loader")
         self._loading.add_done_callback(self._loaded)
         if wait:

@@ -58,7 +58,7 @@ class Mailbox:
         return arrivals
 
 
-class Bridge:
+class EventBridge:
     """One way from the engine's thread to the loop, with one wake-up for however many events are pending."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:

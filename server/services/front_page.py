@@ -7,7 +7,7 @@ import shlex
 from atlas_jax import __version__
 from server.errors import ServerError
 from server.schemas.root import Root
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 
 _ENDPOINTS = {
     "chat": "/v1/chat/completions",
@@ -21,7 +21,7 @@ _ENDPOINTS = {
 _BODY = '{"messages": [{"role": "user", "content": "Name three rivers."}]}'
 
 
-class Front:
+class FrontPage:
     """Introduces the server.
 
     Args:
@@ -29,20 +29,20 @@ class Front:
       memory: whether the memory is on.
     """
 
-    def __init__(self, host: EngineHost, *, keys: bool, memory: bool) -> None:
-        self._host, self._keys, self._memory = host, keys, memory
+    def __init__(self, host: EngineSupervisor, *, keys: bool, memory: bool) -> None:
+        self._supervisor, self._keys, self._memory = host, keys, memory
 
     def root(self) -> Root:
         """What `GET /` answers."""
         shown = not self._keys
         try:
-            model: str | None = self._host.engine.model.name
+            model: str | None = self._supervisor.engine.model.name
         except ServerError:
             model = None
         return Root(
             name="atlas-jax",
             version=__version__,
-            status="failed" if self._host.dead else self._host.state,
+            status="failed" if self._supervisor.dead else self._supervisor.state,
             model=model if shown else None,
             memory=self._memory if shown and model is not None else None,
             endpoints=_ENDPOINTS,
@@ -57,5 +57,5 @@ class Front:
     def ready(self, address: str) -> str:
         """The line in the log once requests are answered."""
         memory = "on" if self._memory else "off"
-        model = self._host.engine.model.name
+        model = self._supervisor.engine.model.name
         return f"Ready: http://{address} (model {model}, memory {memory}). Try: {self.example(address)}"

@@ -24,7 +24,7 @@ from atlas_jax.engine.api import (
     SamplingParams,
     SnapshotInvalid,
 )
-from server.admission import Gate, Lease
+from server.admission import Admission, Admitted
 from server.errors import (
     ContextExceeded,
     ServerError,
@@ -36,13 +36,13 @@ from server.middleware.rate_limits import KeyLimits
 from server.middleware.request_context import PARTY, RequestContext
 from server.prometheus import Metrics
 from server.schemas.usage import Usage
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 from server.services.memory_options import MemoryPlan
-from server.services.request_group import Job
+from server.services.request_group import RequestGroup
 from server.services.response_builder import (
     Ending,
     Outcome,
-    Writer,
+    ResponseBuilder,
     atlas_stats_of,
     finish_reason,
     timings_of,
@@ -88,7 +88,7 @@ class GenerationPlan:
     memory: MemoryPlan
     stream: bool
     include_usage: bool
-    writer: Writer
+    writer: ResponseBuilder
     chat: ChatFrame | None = None
 
     def requests(self, owner: str, longest: int) -> list[GenerationRequest]:
@@ -137,9 +137,9 @@ class Generator:
     def __init__(
         self,
         *,
-        host: EngineHost,
-        gate: Gate,
-        contexts: Gate,
+        host: EngineSupervisor,
+        gate: Admission,
+        contexts: Admission,
         limits: KeyLimits,
         stats: ServerStats,
         metrics: Metrics,
@@ -168,7 +168,7 @@ class Generation:
         self._context = context
         requests = plan.requests(context.identity.owner, generator.max_answer_tokens)
         self._party = PARTY.get()
-        self._job = Job(
+        self._job = RequestGroup(
             generator.host,
             requests,
             width=plan.memory.batch_size,
@@ -176,8 +176,8 @@ class Generation:
             degraded=plan.memory.degraded,
         )
         self._count = len(requests)
-        self._lease: Lease | None = None
-        self._context_lease: Lease | None = None
+        self._lease: Admitted | None = None
+        self._context_lease: Admitted | None = None
         self._waited = 0.0
         self._reserved = 0
         self._last_piece = 0.0
@@ -221,7 +221,7 @@ class Generation:
         self._waited += self._context_lease.waited
         await self._take_place()
 
-    def _more(self) -> Lease | None:
+    def _more(self) -> Admitted | None:
         """A place for one more sequence, with a memory context if the others have one; None where it has to wait."""
         place = self._in.gate.more(self._party)
         if place is None or self._context_lease is None:

@@ -11,8 +11,8 @@ from server.middleware.request_context import PARTY, RequestContext
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.sampling import SamplingFields
-from server.services.chat_response import ChatWriter
-from server.services.completion_response import CompletionWriter
+from server.services.chat_response import ChatResponseBuilder
+from server.services.completion_response import CompletionResponseBuilder
 from server.services.generation import Generation, GenerationPlan, Generator
 from server.services.memory_options import MemoryPlan, plan_memory
 from server.services.models import Models
@@ -26,7 +26,7 @@ from server.services.sampling import (
     stop_strings,
     token_limit,
 )
-from server.services.tokenization import Texts
+from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
 from server.validation import invalid, parse
 
@@ -40,15 +40,15 @@ class Inference:
         self,
         *,
         generator: Generator,
-        texts: Texts,
+        texts: Tokenization,
         models: Models,
         sampling: SamplingSection,
         config: RuntimeConfig,
         memory_enabled: bool,
     ) -> None:
-        self._generator, self._host, self._gate = generator, generator.host, generator.gate
+        self._generator, self._supervisor, self._admission = generator, generator.host, generator.gate
         self._sampling = sampling
-        self._texts, self._models = texts, models
+        self._tokenization, self._models = texts, models
         self._config, self._memory_enabled = config, memory_enabled
 
     async def completion(self, raw: Any, context: RequestContext) -> Generation:
@@ -59,7 +59,7 @@ class Inference:
             raise invalid("best_of", "must be equal to n", code="unsupported_parameter")
         model = self._admitted(body)
         memory = self._memory(body, context)
-        prompts, echoes = await self._texts.prompts(body.prompt, echo=bool(body.echo))
+        prompts, echoes = await self._tokenization.prompts(body.prompt, echo=bool(body.echo))
         count = choices(body, prompts=len(prompts))
         usage = _wants_usage(body)
         plan = GenerationPlan(
@@ -77,8 +77,8 @@ class Inference:
             memory=memory,
             stream=bool(body.stream),
             include_usage=usage,
-            writer=CompletionWriter(
-                Identification.new("cmpl", model=model, fingerprint=self._host.engine.model.fingerprint),
+            writer=CompletionResponseBuilder(
+                Identification.new("cmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
                 echoes=echoes,
                 choices=count,
                 logprobs=body.logprobs is not None,
@@ -96,10 +96,10 @@ class Inference:
             raise invalid("top_logprobs", "needs logprobs to be true")
         model = self._admitted(body)
         memory = self._memory(body, context)
-        grammar = await answer_grammar(self._host, body.response_format, context)
-        prompt = await self._texts.chat(body.messages, body.chat_template_kwargs)
+        grammar = await answer_grammar(self._supervisor, body.response_format, context)
+        prompt = await self._tokenization.chat(body.messages, body.chat_template_kwargs)
         session = memory.params is not None and memory.params.session is not None
-        frame = await self._texts.chat_frame(body.messages, body.chat_template_kwargs) if session else None
+        frame = await self._tokenization.chat_frame(body.messages, body.chat_template_kwargs) if session else None
         usage = _wants_usage(body)
         logprobs = body.top_logprobs or 0 if body.logprobs else None
         plan = GenerationPlan(
@@ -123,8 +123,8 @@ class Inference:
             chat=frame,
             stream=bool(body.stream),
             include_usage=usage,
-            writer=ChatWriter(
-                Identification.new("chatcmpl", model=model, fingerprint=self._host.engine.model.fingerprint),
+            writer=ChatResponseBuilder(
+                Identification.new("chatcmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
                 logprobs=bool(body.logprobs),
                 with_usage=usage,
             ),
@@ -133,13 +133,13 @@ class Inference:
 
     def _admitted(self, body: SamplingFields) -> str:
         """The model's name, once it is sure that the request is not turned away at the door."""
-        _ = self._host.accepting
+        _ = self._supervisor.accepting
         model = self._models.resolve(body.model)
-        self._gate.check(PARTY.get())
+        self._admission.check(PARTY.get())
         return model
 
     def _drawn(self, body: SamplingFields, *, logprobs: int | None) -> SamplingParams:
-        engine = self._host.engine
+        engine = self._supervisor.engine
         default = default_sampling(self._sampling, engine.model.sampling)
         return sampling_params(body, default=default, vocab_size=engine.tokenizer.vocab_size, logprobs=logprobs)
 
@@ -149,7 +149,9 @@ class Inference:
             context.session,
             owner=context.identity.owner,
             defaults=self._config.values,
-            unavailable=self._host.engine.model.memory_unavailable if self._memory_enabled else "ATLAS not enabled",
+            unavailable=self._supervisor.engine.model.memory_unavailable
+            if self._memory_enabled
+            else "ATLAS not enabled",
             max_window=self._config.max_window,
         )
         if plan.session_id is not None and plan.session_id.isascii():

@@ -5,45 +5,47 @@ from __future__ import annotations
 from atlas_jax import __version__
 from server.config.settings import SamplingSection
 from server.schemas import llamacpp as schema
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 from server.services.models import Models
 from server.services.sampling import default_sampling
-from server.services.tokenization import Texts
+from server.services.tokenization import Tokenization
 
 
-class Compat:
+class LlamaCppService:
     """Tokenizer, template, properties and slots."""
 
-    def __init__(self, *, host: EngineHost, texts: Texts, models: Models, sampling: SamplingSection) -> None:
-        self._host, self._texts, self._models, self._sampling = host, texts, models, sampling
+    def __init__(
+        self, *, host: EngineSupervisor, texts: Tokenization, models: Models, sampling: SamplingSection
+    ) -> None:
+        self._supervisor, self._tokenization, self._models, self._sampling = host, texts, models, sampling
 
     async def tokenize(self, wanted: schema.TokenizeRequest) -> schema.TokenizeResponse:
         """Token ids, or tokens with their pieces."""
-        ids = await self._texts.encode(
+        ids = await self._tokenization.encode(
             wanted.content,
             add_special=bool(wanted.add_special),
             parse_special=wanted.parse_special is None or wanted.parse_special,
         )
         if not wanted.with_pieces:
             return schema.TokenizeResponse(tokens=list(ids))
-        pieces = await self._texts.pieces(ids)
+        pieces = await self._tokenization.pieces(ids)
         return schema.TokenizeResponse(
             tokens=[schema.TokenPiece(id=one, piece=_piece(data)) for one, data in zip(ids, pieces, strict=True)]
         )
 
     async def detokenize(self, wanted: schema.DetokenizeRequest) -> schema.DetokenizeResponse:
         """The text of token ids."""
-        return schema.DetokenizeResponse(content=await self._texts.decode(wanted.tokens, "tokens"))
+        return schema.DetokenizeResponse(content=await self._tokenization.decode(wanted.tokens, "tokens"))
 
     async def apply_template(self, wanted: schema.ApplyTemplateRequest) -> schema.ApplyTemplateResponse:
         """A conversation as text."""
         return schema.ApplyTemplateResponse(
-            prompt=await self._texts.template(wanted.messages, wanted.chat_template_kwargs)
+            prompt=await self._tokenization.template(wanted.messages, wanted.chat_template_kwargs)
         )
 
     def props(self) -> schema.Props:
         """Properties of the model and defaults of a request."""
-        engine = self._host.engine
+        engine = self._supervisor.engine
         default = default_sampling(self._sampling, engine.model.sampling)
         name = engine.model.name
         return schema.Props(
@@ -70,7 +72,7 @@ class Compat:
 
     def slots(self, owner: str) -> list[schema.Slot]:
         """The decode slots of this moment; of another owner's no more than that they are busy."""
-        engine = self._host.engine
+        engine = self._supervisor.engine
         return [
             schema.Slot(
                 id=slot.id,

@@ -16,9 +16,9 @@ from server.config.settings import Settings
 from server.errors import NotEnabled, Unavailable
 from server.prometheus import Metrics
 from server.schemas import atlas as schema
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 from server.services.memory_options import check_name
-from server.services.thread_pools import Workers
+from server.services.thread_pools import ThreadPools
 from server.validation import invalid
 
 log = logging.getLogger("atlas.server")
@@ -33,8 +33,8 @@ _SAVE_FAILED = "Failed to save context state"
 class MemoryService:
     """Calls the engine's session store in threads, with one file of sessions for every owner."""
 
-    def __init__(self, host: EngineHost, settings: Settings, metrics: Metrics, workers: Workers) -> None:
-        self._host, self._workers = host, workers
+    def __init__(self, host: EngineSupervisor, settings: Settings, metrics: Metrics, workers: ThreadPools) -> None:
+        self._supervisor, self._pools = host, workers
         self._settings = settings.atlas
         self._metrics = metrics
 
@@ -179,18 +179,18 @@ class MemoryService:
         Args:
           failure: what is said where the disk does not do what it is told.
         """
-        engine = self._host.engine
+        engine = self._supervisor.engine
         if engine.model.memory_unavailable is not None:
             raise NotEnabled(engine.model.memory_unavailable)
         store = engine.sessions
         try:
             for pause in _RETRY_SECONDS:
                 try:
-                    return await self._workers.run("sessions", lambda: work(store))
+                    return await self._pools.run("sessions", lambda: work(store))
                 except MemoryUnavailable:
                     log.warning("The session store is not available; trying again in %.2f s", pause)
                     await asyncio.sleep(pause)
-            return await self._workers.run("sessions", lambda: work(store))
+            return await self._pools.run("sessions", lambda: work(store))
         except OSError as error:
             log.error("[ATLAS] %s: %s", failure, error.strerror or type(error).__name__)
             raise Unavailable(failure, code="storage_failed", retry_after=30.0) from error

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from server.errors import NotFound
 from server.schemas.models import Model, ModelMeta
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 
 
 class Models:
@@ -17,15 +17,15 @@ class Models:
         says so: clients have names built in that no file of ours will ever have.
     """
 
-    def __init__(self, host: EngineHost, aliases: Sequence[str] = (), *, strict: bool = False) -> None:
-        self._host = host
+    def __init__(self, host: EngineSupervisor, aliases: Sequence[str] = (), *, strict: bool = False) -> None:
+        self._supervisor = host
         self._aliases = tuple(aliases)
         self._strict = strict
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every name, the model's own first."""
-        return tuple(dict.fromkeys((self._host.engine.model.name, *self._aliases)))
+        return tuple(dict.fromkeys((self._supervisor.engine.model.name, *self._aliases)))
 
     def resolve(self, name: str | None) -> str:
         """The name a response carries: the one asked for if it is this model's; raises NotFound if that is strict."""
@@ -40,7 +40,7 @@ class Models:
         """One model as `/v1/models` lists it; raises NotFound for any other name."""
         if name not in self.names:
             raise _unknown(name)
-        model = self._host.engine.model
+        model = self._supervisor.engine.model
         return Model(
             id=name,
             created=model.created,

@@ -11,12 +11,12 @@ from collections.abc import AsyncIterator
 import msgspec
 
 from atlas_jax.engine.api import EngineStats
-from server.admission import Gate
+from server.admission import Admission
 from server.config.settings import Settings
 from server.errors import NotEnabled, ServerError, TooManyRequests
 from server.middleware.request_context import PARTY
 from server.schemas import atlas as schema
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 from server.services.runtime_config import RuntimeConfig
 from server.services.stats import ServerStats
 
@@ -55,14 +55,20 @@ class Subscriber:
             await self._news.wait()
 
 
-class Observer:
+class Monitoring:
     """Samples the engine at the configured intervals and hands events to subscribers."""
 
     def __init__(
-        self, *, host: EngineHost, stats: ServerStats, config: RuntimeConfig, contexts: Gate, settings: Settings
+        self,
+        *,
+        host: EngineSupervisor,
+        stats: ServerStats,
+        config: RuntimeConfig,
+        contexts: Admission,
+        settings: Settings,
     ) -> None:
         self._contexts = contexts
-        self._host, self._stats, self._config, self._settings = host, stats, config, settings.atlas
+        self._supervisor, self._stats, self._config, self._settings = host, stats, config, settings.atlas
         self._subscribers: set[Subscriber] = set()
         self._closed = False
         self._silent = False
@@ -87,7 +93,7 @@ class Observer:
     def engine_stats(self) -> EngineStats | None:
         """The engine's figures, or None while there is no engine to ask, or it cannot say."""
         try:
-            return self._host.engine.stats()
+            return self._supervisor.engine.stats()
         except ServerError:
             return None
         except Exception:  # figures are no reason to stop the sampler, or a scrape
@@ -154,10 +160,10 @@ class Observer:
     def status(self, owner: str) -> schema.StatusResponse:
         """The memory subsystem at a glance, and the owner's sessions that cannot be used."""
         self._require()
-        engine = self._host.engine
+        engine = self._supervisor.engine
         model = engine.model
         return schema.StatusResponse(
-            status="healthy" if self._host.ready else "draining",
+            status="healthy" if self._supervisor.ready else "draining",
             data=schema.StatusData(
                 initialized=model.memory_unavailable is None,
                 enabled=True,
@@ -183,7 +189,7 @@ class Observer:
     def statistics(self) -> schema.StatsResponse:
         """Counters since the start and exponential averages."""
         self._require()
-        engine = self._host.engine.stats()
+        engine = self._supervisor.engine.stats()
         return schema.StatsResponse(
             requests_processed=self._stats.completed,
             avg_memory_utilization=self._stats.memory_utilization,
@@ -199,7 +205,7 @@ class Observer:
         """Counts and latencies of this moment."""
         self._require()
         self.require_metrics()
-        engine, latency = self._host.engine.stats(), self._stats.latency
+        engine, latency = self._supervisor.engine.stats(), self._stats.latency
         return schema.MetricsResponse(
             status="success",
             data=schema.MetricsData(
@@ -218,6 +224,6 @@ class Observer:
                     uptime_seconds=self._stats.uptime,
                 ),
                 history_size=self._stats.history_size,
-                server_health=self._host.ready,
+                server_health=self._supervisor.ready,
             ),
         )

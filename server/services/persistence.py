@@ -13,7 +13,7 @@ from atlas_jax.engine.api import EngineError, EngineProtocol
 from server.config.settings import Settings
 from server.errors import ServerError
 from server.prometheus import Metrics
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 from server.services.runtime_config import RuntimeConfig
 from server.services.thread_pools import in_thread
 
@@ -26,9 +26,15 @@ class Persistence:
     """Automatic loading and saving for every owner; each has a file of the same name in a folder of its own."""
 
     def __init__(
-        self, *, host: EngineHost, config: RuntimeConfig, settings: Settings, owners: Sequence[str], metrics: Metrics
+        self,
+        *,
+        host: EngineSupervisor,
+        config: RuntimeConfig,
+        settings: Settings,
+        owners: Sequence[str],
+        metrics: Metrics,
     ) -> None:
-        self._host, self._config, self._settings = host, config, settings.atlas
+        self._supervisor, self._config, self._settings = host, config, settings.atlas
         self._owners, self._metrics = owners, metrics
         self._saved_at = time.monotonic()
 
@@ -111,10 +117,10 @@ class Persistence:
             now = time.monotonic()
             save = now - saved >= self._config.values.memory_save_interval * spread
             sweep = self._settings.session_ttl > 0 and now - swept >= min(_SWEEP_SECONDS, self._settings.session_ttl)
-            if not (save or sweep) or not self._host.ready:
+            if not (save or sweep) or not self._supervisor.ready:
                 continue
             try:
-                engine = self._host.engine
+                engine = self._supervisor.engine
                 if sweep and self._settings.enabled and engine.model.memory_unavailable is None:
                     await in_thread(partial(self.expire, engine), name="atlas-sweep")
                     swept = time.monotonic()

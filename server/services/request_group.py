@@ -21,9 +21,9 @@ from atlas_jax.engine.api import (
     MemoryUnavailable,
     Overloaded,
 )
-from server.admission import Lease
+from server.admission import Admitted
 from server.errors import ServerError, Unavailable
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 from server.services.event_bridge import Mailbox
 
 log = logging.getLogger("atlas.server")
@@ -31,7 +31,7 @@ _RETRY_SECONDS = (0.05, 0.15, 0.4)
 _WAKE = Delta("")
 
 
-class Job:
+class RequestGroup:
     """Runs several engine requests for one caller and gives out their events in the order they came.
 
     One sequence runs in the caller's place; every other that decodes beside it takes a place of its own, where there is
@@ -48,17 +48,17 @@ class Job:
 
     def __init__(
         self,
-        host: EngineHost,
+        host: EngineSupervisor,
         requests: Sequence[GenerationRequest],
         *,
         width: int,
-        more: Callable[[], Lease | None],
+        more: Callable[[], Admitted | None],
         degraded: str | None = None,
     ) -> None:
-        self._host = host
+        self._supervisor = host
         self._requests = list(requests)
         self._width, self._more = width, more
-        self._places: list[Lease] = []
+        self._places: list[Admitted] = []
         self._mailbox = Mailbox()
         self._handles: dict[int, Handle] = {}
         self._started: set[int] = set()
@@ -81,8 +81,8 @@ class Job:
 
     async def start(self) -> None:
         """Submits the first sequences; raises what the engine raises."""
-        self._host.joined(self)
-        await self._fill(self._host.accepting)
+        self._supervisor.joined(self)
+        await self._fill(self._supervisor.accepting)
         self.submitted_at = time.perf_counter()
 
     async def next(self, timeout: float) -> list[tuple[int, Event]]:
@@ -115,7 +115,7 @@ class Job:
 
     def close(self) -> None:
         """Cancels what still runs; idempotent."""
-        self._host.left(self)
+        self._supervisor.left(self)
         self._next = len(self._requests)
         handles, self._handles = self._handles, {}
         for handle in handles.values():
@@ -149,7 +149,7 @@ class Job:
     async def _submit(self, engine: EngineProtocol, index: int) -> None:
         while True:
             try:
-                listener = self._host.bridge.listener(self._mailbox, index)
+                listener = self._supervisor.bridge.listener(self._mailbox, index)
                 self._handles[index] = engine.submit(self._requests[index], listener)
                 return
             except MemoryUnavailable as error:
@@ -164,14 +164,14 @@ class Job:
             out.append((index, event))
             return
         out.append((index, self._ended(index, event)))
-        await self._fill(self._host.engine)
+        await self._fill(self._supervisor.engine)
 
     async def _failed(self, index: int, event: Failed) -> None:
         self._handles.pop(index, None)
         if not isinstance(event.error, MemoryUnavailable) or index in self._started:
             raise event.error
         await self._without_memory(index, event.error)
-        await self._submit(self._host.engine, index)
+        await self._submit(self._supervisor.engine, index)
 
     async def _without_memory(self, index: int, error: MemoryUnavailable) -> None:
         """Takes the memory away from a request without a session; waits for one that has a session, a few times."""

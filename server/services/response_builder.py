@@ -58,7 +58,7 @@ class Ending:
     atlas_stats: AtlasStats | UnsetType = UNSET
 
 
-class Writer(Protocol):
+class ResponseBuilder(Protocol):
     """Turns the engine's events into the structs of one API."""
 
     def piece(self, index: int, event: Delta | Prompt) -> Sequence[msgspec.Struct]:

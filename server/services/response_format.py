@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from server.middleware.request_context import RequestContext
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 from server.validation import invalid
 
 _TYPES = ("text", "json_object", "json_schema")
 
 
-async def answer_grammar(host: EngineHost, given: Mapping[str, Any] | None, context: RequestContext) -> Any:
+async def answer_grammar(host: EngineSupervisor, given: Mapping[str, Any] | None, context: RequestContext) -> Any:
     """The grammar of a `response_format`, or None where any text will do; cancelling ends its compilation.
 
     Keywords of the schema that cannot be enforced are named in the response header `x-atlas-schema-ignored`.

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar
 
-from server.admission import Gate
+from server.admission import Admission
 from server.middleware.request_context import PARTY
 
 log = logging.getLogger("atlas.server")
@@ -19,10 +19,10 @@ Purpose = Literal["bodies", "texts", "sessions"]
 _WAIT_SECONDS = 60.0
 
 
-class Workers:
+class ThreadPools:
     """Threads for what would hold up the event loop, by purpose: what waits for a session delays no tokenising.
 
-    Within a purpose parties take turns (`Gate`): one alone gets at most half the threads, and one that has none always
+    Within a purpose parties take turns (`Admission`): one alone gets at most half the threads, and one that has none always
     gets one while any is free, for a call that blocks for minutes cannot be taken back. A party with too much waiting
     is told so (429).
     """
@@ -30,12 +30,12 @@ class Workers:
     def __init__(self) -> None:
         cores = max(2, os.cpu_count() or 1)
         self._running: set[asyncio.Future[Any]] = set()
-        self._gates: dict[Purpose, Gate] = {
+        self._gates: dict[Purpose, Admission] = {
             # Their work is the interpreter's, so more threads would only be in each other's way.
-            "bodies": Gate(running=cores, waiting=64, per_key=16, timeout=_WAIT_SECONDS, reserve=cores // 2),
-            "texts": Gate(running=2 * cores, waiting=256, per_key=64, timeout=_WAIT_SECONDS, reserve=cores),
+            "bodies": Admission(running=cores, waiting=64, per_key=16, timeout=_WAIT_SECONDS, reserve=cores // 2),
+            "texts": Admission(running=2 * cores, waiting=256, per_key=64, timeout=_WAIT_SECONDS, reserve=cores),
             # These wait: for the disk, or for a session that another request is using.
-            "sessions": Gate(running=32, waiting=512, per_key=64, timeout=_WAIT_SECONDS, reserve=16),
+            "sessions": Admission(running=32, waiting=512, per_key=64, timeout=_WAIT_SECONDS, reserve=16),
         }
 
     async def run(self, purpose: Purpose, work: Callable[[], T]) -> T:

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from atlas_jax.engine.api import ChatFrame
 from server.errors import BadRequest
 from server.schemas.chat import ChatMessage, ContentPart
-from server.services.engine_supervisor import EngineHost
+from server.services.engine_supervisor import EngineSupervisor
 from server.services.sampling import MAX_SEQUENCES
-from server.services.thread_pools import Workers
+from server.services.thread_pools import ThreadPools
 from server.services.unsupported import template_variables
 from server.validation import invalid
 
@@ -23,25 +23,25 @@ _INLINE_CHARS = 4096
 _MESSAGE_CHARS, _PART_CHARS = 128, 4
 
 
-class Texts:
+class Tokenization:
     """The engine's tokenizer and chat template, off the event loop where that pays."""
 
-    def __init__(self, host: EngineHost, workers: Workers) -> None:
-        self._host, self._workers = host, workers
+    def __init__(self, host: EngineSupervisor, workers: ThreadPools) -> None:
+        self._supervisor, self._pools = host, workers
 
     async def _run(self, size: int, work: Callable[[], T]) -> T:
-        return work() if size <= _INLINE_CHARS else await self._workers.run("texts", work)
+        return work() if size <= _INLINE_CHARS else await self._pools.run("texts", work)
 
     async def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of a text."""
-        tokenizer = self._host.engine.tokenizer
+        tokenizer = self._supervisor.engine.tokenizer
         return await self._run(
             len(text), lambda: tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
         )
 
     async def decode(self, ids: Sequence[int], field: str) -> str:
         """The text of token ids; raises BadRequest for an id the vocabulary does not have."""
-        tokenizer = self._host.engine.tokenizer
+        tokenizer = self._supervisor.engine.tokenizer
 
         def decode() -> str:
             self.check_ids(ids, field)
@@ -51,12 +51,12 @@ class Texts:
 
     async def pieces(self, ids: Sequence[int]) -> list[bytes]:
         """The bytes of every token."""
-        tokenizer = self._host.engine.tokenizer
+        tokenizer = self._supervisor.engine.tokenizer
         return await self._run(len(ids), lambda: [tokenizer.token_bytes(one) for one in ids])
 
     def check_ids(self, ids: Sequence[int], field: str) -> None:
         """Raises BadRequest for an id the vocabulary does not have."""
-        size = self._host.engine.tokenizer.vocab_size
+        size = self._supervisor.engine.tokenizer.vocab_size
         if ids and not (min(ids) >= 0 and max(ids) < size):
             raise invalid(field, f"token ids must be between 0 and {size - 1}")
 
@@ -85,7 +85,7 @@ class Texts:
     async def chat(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> list[int]:
         """Token ids of a conversation."""
         allowed = template_variables(variables)
-        engine = self._host.engine
+        engine = self._supervisor.engine
         ids = await self._run(
             _size(messages), lambda: engine.render_chat(plain_messages(messages), variables=allowed or None)
         )
@@ -96,7 +96,7 @@ class Texts:
     async def chat_frame(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> ChatFrame:
         """What the template puts around a conversation, for a session to tell what it knows of it."""
         allowed = template_variables(variables)
-        engine = self._host.engine
+        engine = self._supervisor.engine
         return await self._run(
             _size(messages), lambda: engine.chat_frame(plain_messages(messages), variables=allowed or None)
         )
@@ -104,7 +104,7 @@ class Texts:
     async def template(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> str:
         """A conversation as the text the model reads."""
         allowed = template_variables(variables)
-        engine = self._host.engine
+        engine = self._supervisor.engine
         return await self._run(
             _size(messages), lambda: engine.apply_template(plain_messages(messages), variables=allowed or None)
         )

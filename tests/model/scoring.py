@@ -10,9 +10,9 @@ import numpy as np
 
 from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.model.kv_cache import init_context, page_turn, turn_page
+from atlas_jax.model.kv_cache import init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
 
@@ -23,16 +23,16 @@ def programs(config: ModelConfig) -> tuple[Trunk, object]:
 
 
 def scores(
-    config: ModelConfig, params: ModelParams, text: Sequence[int], kv_dtype: KVDtype, plan: WindowPlan
+    config: ModelConfig, params: ModelParams, text: Sequence[int], kv_dtype: KVDtype, plan: PageSchedule
 ) -> np.ndarray:
     """Scores of every next token at every position."""
     trunk, head = programs(config)
     length = len(text)
-    context = init_context(config, 1, plan.ring(length), kv_dtype)
+    context = init_kv_cache(config, 1, plan.ring(length), kv_dtype)
     out = []
     for page in range(-(-length // PAGE)):
         part = text[page * PAGE : (page + 1) * PAGE]
-        context = turn_page(context, page_turn(0, plan.turn(page)))
+        context = start_page(context, page_start(0, plan.turn(page)))
         tokens = np.zeros((1, PAGE), np.int32)
         tokens[0, : len(part)] = part
         key = (kv_dtype, plan.ring(length))

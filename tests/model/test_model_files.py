@@ -12,13 +12,13 @@ import pytest
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.families._family import UnsupportedModel
 from atlas_jax.model.loading import left_out, load_params, model_config
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from tests import tiny_model
 from tests.model.scoring import scores
 from tests.reference import transformer_reference
 
 TEXT = np.random.default_rng(5).integers(0, 300, 120).tolist()
-WHOLE = WindowPlan(window=None)
+WHOLE = PageSchedule(window=None)
 
 # the keys of real files of these names, and what converters add to them, each at the value that says "nothing here"
 NEUTRAL: dict[str, Any] = {

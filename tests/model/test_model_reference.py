@@ -12,7 +12,7 @@ from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import PackedArray
 from atlas_jax.model.loading import load_params, model_config, parameter_count
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from tests import tiny_model
 from tests.model.scoring import scores
 from tests.reference import transformer_reference
@@ -39,10 +39,10 @@ def test_scores_are_those_of_the_definition(folder: Path, shape: tiny_model.Shap
     weights = transformer_reference.tensors(path)
     assert parameter_count(exact) == parameter_count(rounded) == sum(value.size for value in weights.values())
     wanted = transformer_reference.logits(config, weights, TEXT)
-    found = scores(config, exact, TEXT, "float32", WindowPlan(window=None))
+    found = scores(config, exact, TEXT, "float32", PageSchedule(window=None))
     spread = wanted.std()
     assert np.abs(found - wanted).max() < 2e-3 * spread
-    eight_bits = scores(config, rounded, TEXT, "int8", WindowPlan(window=None))
+    eight_bits = scores(config, rounded, TEXT, "int8", PageSchedule(window=None))
     assert np.sqrt(((eight_bits - wanted) ** 2).mean()) < 0.15 * spread
     if any(layer.sliding_window is not None for layer in config.layers):
         assert shape.sliding_window is not None
@@ -54,11 +54,11 @@ def test_a_window_is_the_whole_model_until_its_first_page_leaves(folder: Path) -
     with GGUFFile.open(path) as file:
         config = model_config(file)
         params = load_params(file, config, dtype="float32")
-    whole = scores(config, params, TEXT, "float32", WindowPlan(window=None))
+    whole = scores(config, params, TEXT, "float32", PageSchedule(window=None))
     windowed = scores(
-        config, params, TEXT, "float32", WindowPlan(window=2, update=2)
+        config, params, TEXT, "float32", PageSchedule(window=2, update=2)
     )  # as many ring slots as the whole text
     assert np.array_equal(windowed, whole)
-    narrow = scores(config, params, TEXT, "float32", WindowPlan(window=1, update=1))
+    narrow = scores(config, params, TEXT, "float32", PageSchedule(window=1, update=1))
     np.testing.assert_allclose(narrow[:PAGE], whole[:PAGE], atol=2e-3)
     assert np.abs(narrow[PAGE:] - whole[PAGE:]).max() > 1e-2

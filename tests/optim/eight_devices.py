@@ -15,7 +15,7 @@ import optax
 from jax.sharding import Mesh
 
 from atlas_jax.optim import (
-    Placement,
+    GradientSharding,
     Training,
     average_gradients,
     local_training,
@@ -31,12 +31,12 @@ AXES = {"layers": "lio: i -> o", "other": "io: i -> o", "in": "io: i -> o", "bia
 SHAPES = {"layers": (9, 6, 6), "other": (6, 6), "in": (4, 6), "bias": (6,)}
 
 
-def optimizer(placement: Placement) -> optax.GradientTransformation:
-    return muon(0.05, AXES, placement=placement)
+def optimizer(sharding: GradientSharding) -> optax.GradientTransformation:
+    return muon(0.05, AXES, sharding=sharding)
 
 
-def adam(placement: Placement) -> optax.GradientTransformation:
-    return optax.chain(average_gradients(placement), optax.adamw(0.05))
+def adam(sharding: GradientSharding) -> optax.GradientTransformation:
+    return optax.chain(average_gradients(sharding), optax.adamw(0.05))
 
 
 def loss(params: dict[str, jax.Array], batch: dict[str, jax.Array]) -> jax.Array:

@@ -20,7 +20,7 @@ from atlas_jax.kernels.rope import (
     rope_table,
     rotations,
 )
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from tests.reference.attention_reference import attend, rotation, visible_positions
 
 ROWS, RING, KV_HEADS, GROUPS, DIM, SINKS, TOKENS = 2, 4, 2, 2, 16, 4, 8
@@ -59,7 +59,7 @@ def stored(pages: attention.Pages) -> np.ndarray:
 class Row:
     """A row's ring filled as the engine fills it, and how it ends: its last tokens, all of one page."""
 
-    def __init__(self, length: int, plan: WindowPlan, random: np.random.Generator) -> None:
+    def __init__(self, length: int, plan: PageSchedule, random: np.random.Generator) -> None:
         self.last = length - 1
         self.page = self.last // PAGE
         self.count = min(TOKENS, self.last % PAGE + 1)
@@ -114,7 +114,7 @@ def inputs(rows: list[Row], random: np.random.Generator) -> tuple[np.ndarray, np
 def test_attention_is_a_softmax_over_the_window_and_the_sinks(dtype: attention.KVDtype, case: tuple) -> None:
     lengths, (window, update), sliding_window, seed = case
     random = np.random.default_rng(seed)
-    rows = [Row(length, WindowPlan(window, update), random) for length in lengths]
+    rows = [Row(length, PageSchedule(window, update), random) for length in lengths]
     kv, view = build(rows, dtype)
     q, k, v = inputs(rows, random)
     kv, out = step(kv, q, k, v, view, sliding_window)
@@ -146,7 +146,7 @@ def test_attention_is_a_softmax_over_the_window_and_the_sinks(dtype: attention.K
 def test_what_is_not_seen_changes_no_bit(dtype: attention.KVDtype, case: tuple) -> None:
     lengths, (window, update), sliding_window, seed = case
     random = np.random.default_rng(seed)
-    rows = [Row(length, WindowPlan(window, update), random) for length in lengths]
+    rows = [Row(length, PageSchedule(window, update), random) for length in lengths]
     q, k, v = inputs(rows, random)
     kv, view = build(rows, dtype)
     _, first = step(kv, q, k, v, view, sliding_window)
@@ -166,7 +166,7 @@ def test_what_is_not_seen_changes_no_bit(dtype: attention.KVDtype, case: tuple) 
 def test_a_token_gets_the_same_output_alone_and_in_a_chunk(dtype: attention.KVDtype, case: tuple) -> None:
     lengths, (window, update), sliding_window, seed = case
     random = np.random.default_rng(seed)
-    rows = [Row(length, WindowPlan(window, update), random) for length in lengths]
+    rows = [Row(length, PageSchedule(window, update), random) for length in lengths]
     kv, view = build(rows, dtype)
     q, k, v = inputs(rows, random)
     together, outputs = step(kv, q, k, v, view, sliding_window)
@@ -185,7 +185,7 @@ def test_a_token_gets_the_same_output_alone_and_in_a_chunk(dtype: attention.KVDt
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 def test_sinks_are_handed_over_as_the_ring_held_them(dtype: attention.KVDtype) -> None:
     random = np.random.default_rng(0)
-    rows = [Row(3 * PAGE, WindowPlan(4), random) for _ in range(ROWS)]
+    rows = [Row(3 * PAGE, PageSchedule(4), random) for _ in range(ROWS)]
     kv, _ = build(rows, dtype)
     sink_k, sink_v = attention.first_tokens(kv, jnp.asarray([0, 0], jnp.int32), jnp.asarray([True, False]))
     assert np.array_equal(sink_k[0], stored(kv.k)[0, 0, :, :SINKS].astype(np.float32))
@@ -199,7 +199,7 @@ def test_sinks_are_handed_over_as_the_ring_held_them(dtype: attention.KVDtype) -
 def test_a_row_that_sits_a_step_out_keeps_its_cache(dtype: attention.KVDtype, tokens: int) -> None:
     """Also one that stands at the end of a page: its next page has not begun, the place it would write is taken."""
     random = np.random.default_rng(0)
-    rows = [Row(2 * PAGE, WindowPlan(4), random), Row(2 * PAGE - 3, WindowPlan(4), random)]
+    rows = [Row(2 * PAGE, PageSchedule(4), random), Row(2 * PAGE - 3, PageSchedule(4), random)]
     kv, view = build(rows, dtype)
     view = RingView(
         page=view.page,

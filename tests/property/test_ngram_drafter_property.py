@@ -7,13 +7,13 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.kernels.ngram_drafter import NONE, drafts, ref_drafts
+from atlas_jax.kernels.ngram_drafter import NONE, draft_tokens, ref_draft_tokens
 
 RING = 32
 COUNT = 3
 VOCAB = 51
 UNKNOWN = np.full((VOCAB,), NONE, np.int32)
-_drafts = jax.jit(drafts, static_argnums=3)
+_drafts = jax.jit(draft_tokens, static_argnums=3)
 
 
 def ring_of(text: list[int]) -> np.ndarray:
@@ -35,7 +35,7 @@ def test_drafts_are_those_of_the_definition(rows: list[list[int]], following: li
     successor = np.asarray(following, np.int32)
     found = np.asarray(_drafts(rings, last, successor, COUNT))
     for text, row in zip(rows, found, strict=True):
-        assert row.tolist() == ref_drafts(np.asarray(text[-RING:]), successor, COUNT)
+        assert row.tolist() == ref_draft_tokens(np.asarray(text[-RING:]), successor, COUNT)
 
 
 def test_a_repeated_text_is_continued_as_a_period() -> None:

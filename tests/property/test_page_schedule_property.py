@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE, MemoryConfig
-from atlas_jax.model.page_schedule import WindowPlan, bucket
+from atlas_jax.model.page_schedule import PageSchedule, bucket
 
-plans = st.builds(WindowPlan, st.integers(1, 16), st.integers(1, 4))
+plans = st.builds(PageSchedule, st.integers(1, 16), st.integers(1, 4))
 lengths = st.integers(1, 60 * PAGE)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(plans, lengths)
-def test_a_token_is_in_the_window_or_absorbed_and_never_both(plan: WindowPlan, length: int) -> None:
+def test_a_token_is_in_the_window_or_absorbed_and_never_both(plan: PageSchedule, length: int) -> None:
     assert plan.window is not None
     ring: dict[int, int] = {}  # slot → page
     absorbed = 0  # every position before it has been given to the memory
@@ -46,7 +46,7 @@ def test_a_token_is_in_the_window_or_absorbed_and_never_both(plan: WindowPlan, l
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(plans, lengths)
-def test_what_has_left_follows_from_the_position_alone(plan: WindowPlan, length: int) -> None:
+def test_what_has_left_follows_from_the_position_alone(plan: PageSchedule, length: int) -> None:
     page = (length - 1) // PAGE
     ends = [end for p in range(page + 1) if (end := plan.turn(p).absorb_end) is not None]
     assert ends == sorted(set(ends))
@@ -56,7 +56,7 @@ def test_what_has_left_follows_from_the_position_alone(plan: WindowPlan, length:
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(plans, st.integers(1, 4), lengths)
 def test_a_write_reaches_back_to_the_last_and_its_keys_are_still_kept(
-    plan: WindowPlan, omega: int, length: int
+    plan: PageSchedule, omega: int, length: int
 ) -> None:
     """The ring of keys is as long as `MemoryConfig.ring` says: window, pages waiting to leave, and the Omega window."""
     assert plan.window is not None
@@ -74,7 +74,7 @@ def test_a_write_reaches_back_to_the_last_and_its_keys_are_still_kept(
 
 @given(lengths)
 def test_the_plain_model_loses_nothing(length: int) -> None:
-    plan = WindowPlan(window=None)
+    plan = PageSchedule(window=None)
     pages = -(-length // PAGE)
     assert plan.ring(length) == pages
     for page in range(pages):

@@ -11,15 +11,15 @@ from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.scheduler.prefix_cache import PrefixCache
-from atlas_jax.model.kv_cache import Context
+from atlas_jax.model.kv_cache import KVCache
 
 SIZE = 64
 
 
-def state(number: int) -> Context:
+def state(number: int) -> KVCache:
     """A state of SIZE bytes that can be told apart."""
     empty = jnp.zeros((0,), jnp.int32)
-    return Context(
+    return KVCache(
         kv=(), page=jnp.full((1, SIZE // 4), number, jnp.int32), slot=empty, first_page=empty, position=empty
     )
 
@@ -58,7 +58,7 @@ def test_the_longest_beginning_of_the_owner_is_found(actions: list[tuple[bool, s
         assert found is not None
         context, length = found
         assert length == best * PAGE
-        who, source = kept[int(context.page[0, 0])]
+        who, source = kept[int(cache.page[0, 0])]
         assert who == owner
         assert source[:length] == tokens[:length]
 

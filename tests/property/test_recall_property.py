@@ -24,7 +24,7 @@ from atlas_jax.recall.adapter import (
     key_components,
     make_adapter,
 )
-from atlas_jax.recall.recall_memory import MemorySettings, MemoryState, WriteSettings
+from atlas_jax.recall.recall_memory import RecallSettings, RecallState, WriteSettings
 from atlas_jax.recall.solvers import OPTIMIZERS, Optimizer
 from tests.reference import recall_reference
 
@@ -77,23 +77,23 @@ def compiled_write(optimizer: Optimizer) -> object:
 
 
 def write(
-    state: MemoryState,
+    state: RecallState,
     row: int,
     end: int,
     window: int,
     optimizer: Optimizer = "exact",
     degree: int = 2,
     step: float = 1.0,
-) -> MemoryState:
+) -> RecallState:
     how = WriteSettings(np.int32(end), np.int32(window), np.float32(step), np.int32(degree - 1))  # type: ignore[arg-type]
     return compiled_write(optimizer)(adapter(), state, np.int32(row), how)
 
 
-def reading(degree: int = 2, read: bool = True, read_from: int = 0, log_odds: float = 0.0) -> MemorySettings:
+def reading(degree: int = 2, read: bool = True, read_from: int = 0, log_odds: float = 0.0) -> RecallSettings:
     def row(value: float, dtype: type) -> np.ndarray:
         return np.full(ROWS, value, dtype)
 
-    return MemorySettings(  # type: ignore[arg-type]
+    return RecallSettings(  # type: ignore[arg-type]
         layers=row(0, np.int32),
         degree=row(degree - 1, np.int32),
         read=row(read, bool),
@@ -102,7 +102,7 @@ def reading(degree: int = 2, read: bool = True, read_from: int = 0, log_odds: fl
     )
 
 
-def read_text(state: MemoryState, row: int, keys: np.ndarray, tokens: np.ndarray, start: int = 0) -> MemoryState:
+def read_text(state: RecallState, row: int, keys: np.ndarray, tokens: np.ndarray, start: int = 0) -> RecallState:
     """Lets one row read whole pages; the other rows sit out."""
     for page in range(0, len(tokens), PAGE):
         part = slice(page, page + PAGE)
@@ -124,7 +124,7 @@ def pairs(keys: np.ndarray, tokens: np.ndarray, end: int, window: int) -> tuple[
     return keys[first - 1 : end - 1].astype(np.float64), codes
 
 
-def weights_of(state: MemoryState, row: int, degree: int) -> np.ndarray:
+def weights_of(state: RecallState, row: int, degree: int) -> np.ndarray:
     count = recall_reference.features(np.zeros((1, CONFIG.key_size)), degree).shape[1]
     return np.asarray(state.weights, np.float64)[row, :, :count].T
 

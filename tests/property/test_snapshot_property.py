@@ -43,7 +43,7 @@ from atlas_jax.engine.sessions.session import (
 )
 from atlas_jax.engine.sessions.snapshot import Listing
 from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 
 MODEL = ModelConfig(
     family="llama",
@@ -79,7 +79,7 @@ def filled(row: Sequences, random: np.random.Generator) -> Sequences:
     return jax.tree.map(fill, row)
 
 
-def make_session(length: int, plan: WindowPlan, dtype: KVDtype, seed: int) -> Session:
+def make_session(length: int, plan: PageSchedule, dtype: KVDtype, seed: int) -> Session:
     """A session that has read `length` tokens, as the engine leaves it."""
     random = np.random.default_rng(seed)
     text = random.integers(0, MODEL.vocab, length).tolist()
@@ -90,7 +90,7 @@ def make_session(length: int, plan: WindowPlan, dtype: KVDtype, seed: int) -> Se
     page = (length - 1) // PAGE if length else -1
     shapes = jax.eval_shape(lambda: init_sequences(MODEL, MEMORY, 1, max(plan.ring((page + 1) * PAGE), 4), dtype))
     row = filled(shapes, random)
-    slots = np.full(row.context.page.shape, -1, np.int32)
+    slots = np.full(row.cache.page.shape, -1, np.int32)
     for number in range(page + 1):
         slots[0, plan.slot(number)] = number
     for name, value in (
@@ -99,7 +99,7 @@ def make_session(length: int, plan: WindowPlan, dtype: KVDtype, seed: int) -> Se
         ("first_page", np.asarray([plan.left(max(page, 0))], np.int32)),
         ("position", np.asarray([length], np.int32)),
     ):
-        object.__setattr__(row.context, name, value)
+        object.__setattr__(row.cache, name, value)
     assert row.memory is not None
     kept = np.arange(length)[-MEMORY.ring :]
     row.memory.tokens[0, kept % MEMORY.ring] = np.asarray(text, np.int32)[kept]  # type: ignore[index]
@@ -120,7 +120,7 @@ def make_session(length: int, plan: WindowPlan, dtype: KVDtype, seed: int) -> Se
 sessions = st.builds(
     make_session,
     st.integers(0, 5 * PAGE) | st.sampled_from([PAGE, 2 * PAGE, 3 * PAGE]),
-    st.sampled_from([WindowPlan(1, 1), WindowPlan(2, 1), WindowPlan(1, 2), WindowPlan(2, 2)]),
+    st.sampled_from([PageSchedule(1, 1), PageSchedule(2, 1), PageSchedule(1, 2), PageSchedule(2, 2)]),
     st.sampled_from(["int8", "float32"]),
     st.integers(0, 2**32 - 1),
 )
@@ -129,7 +129,7 @@ sessions = st.builds(
 def kind_of(session: Session) -> KVDtype:
     if not session.checkpoints:
         return "int8"
-    return "float32" if isinstance(session.checkpoints[0].row.context.kv[0].k, np.ndarray) else "int8"
+    return "float32" if isinstance(session.checkpoints[0].row.cache.kv[0].k, np.ndarray) else "int8"
 
 
 def sealed(payload: bytes, version: int = snapshot.VERSION, **changes: Any) -> bytes:
@@ -166,7 +166,7 @@ def test_loading_what_was_saved_gives_the_session_back(session: Session) -> None
     for old, new in zip(session.checkpoints, loaded.checkpoints, strict=True):
         assert (new.position, new.page, new.absorbed) == (old.position, old.page, old.absorbed)
         ring = session.shape.plan.ring((old.page + 1) * PAGE)
-        for one, other in zip(old.row.context.kv, new.row.context.kv, strict=True):
+        for one, other in zip(old.row.cache.kv, new.row.cache.kv, strict=True):
             for part in ("k", "v"):
                 leaves = zip(jax.tree.leaves(getattr(one, part)), jax.tree.leaves(getattr(other, part)), strict=True)
                 assert all(np.array_equal(a[:, :ring], b) for a, b in leaves)
@@ -175,13 +175,13 @@ def test_loading_what_was_saved_gives_the_session_back(session: Session) -> None
         for name in ("weights", "momentum", "read_values", "read_scale", "seen", "loss"):
             assert np.array_equal(getattr(old.row.memory, name), getattr(new.row.memory, name)), name
         for name in ("slot", "first_page", "position"):
-            assert np.array_equal(getattr(old.row.context, name), getattr(new.row.context, name)), name
+            assert np.array_equal(getattr(old.row.cache, name), getattr(new.row.cache, name)), name
     again = snapshot.read_head(encode_session(where, loaded))[0]
     assert again.payload_sha256 == snapshot.read_head(data)[0].payload_sha256, "saving again gives the same bytes"
 
 
 EXAMPLE = replace(
-    make_session(3 * PAGE + 5, WindowPlan(1, 1), "int8", 0),
+    make_session(3 * PAGE + 5, PageSchedule(1, 1), "int8", 0),
     unread=(Unread([1, 2, 3], Reading(1, 1, 1, 2, "exact", 256, 1.0), ((3 * PAGE + 6, 3 * PAGE + 8),)),),
 )
 DATA = encode_session(layout(), EXAMPLE)
@@ -197,7 +197,7 @@ def test_a_listing_is_read_from_the_first_bytes_alone() -> None:
 
 
 def test_a_memory_that_was_never_written_takes_no_room() -> None:
-    session = make_session(PAGE, WindowPlan(2, 1), "int8", 1)
+    session = make_session(PAGE, PageSchedule(2, 1), "int8", 1)
     memory = session.checkpoints[0].row.memory
     assert memory is not None
     for name in ("weights", "momentum", "read_values", "read_scale"):
@@ -205,7 +205,7 @@ def test_a_memory_that_was_never_written_takes_no_room() -> None:
     matrices = MEMORY.features * MEMORY.code_dim * 9
     small, full = (
         encode_session(layout(), session),
-        encode_session(layout(), make_session(PAGE, WindowPlan(2, 1), "int8", 1)),
+        encode_session(layout(), make_session(PAGE, PageSchedule(2, 1), "int8", 1)),
     )
     assert len(full) - len(small) >= matrices
     loaded = decode_session(layout(), small).checkpoints[0].row.memory

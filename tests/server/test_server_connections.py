@@ -81,7 +81,7 @@ def test_silent_connections_lock_nobody_out_and_end_no_answer(start: Start) -> N
     assert stream.recv(100).startswith(b"HTTP/1.1 200")
     long_answer = live.connect()
     long_answer.sendall(request({**ENDLESS, "max_tokens": 300}))
-    wait_for(lambda: live.gate.running == 2)
+    wait_for(lambda: live.admission.running == 2)
 
     silent = [live.connect() for _ in range(50)]
     wait_for(lambda: count(live) == 8)
@@ -257,12 +257,12 @@ def test_clients_that_do_not_read_lose_their_places_at_once(start: Start) -> Non
         connection.connect(("127.0.0.1", live.port))
         connection.sendall(request({**ENDLESS, "stream": True}))
         unread.append(connection)
-    wait_for(lambda: live.gate.running == 8)
+    wait_for(lambda: live.admission.running == 8)
     began = time.monotonic()
     assert live.post(COMPLETIONS, {"prompt": "x"}).status_code == 200
     # Filling the buffers, one time-out, and one look at the connections; it took four time-outs.
     assert time.monotonic() - began < 3.5
-    wait_for(lambda: live.gate.running == 0 and count(live) <= 1)
+    wait_for(lambda: live.admission.running == 0 and count(live) <= 1)
     for connection in unread:
         connection.close()
 
@@ -331,9 +331,9 @@ def test_a_client_that_has_left_altogether_is_found_out(start: Start) -> None:
     for _ in range(4):
         connection = live.connect()
         connection.sendall(request(ENDLESS))
-        wait_for(lambda: live.gate.running == 1)
+        wait_for(lambda: live.admission.running == 1)
         connection.close()
-        wait_for(lambda: live.gate.running == 0 and live.engine.running == 0, 3)
+        wait_for(lambda: live.admission.running == 0 and live.engine.running == 0, 3)
     wait_for(lambda: count(live) == 0)
 
 

@@ -76,7 +76,7 @@ def test_when_the_contexts_are_used_up(start: Start) -> None:
     assert live.engine.requests[-1].memory is None
     waiting = later(lambda: ask(live, {"session_id": "second"}))
     wait_for(lambda: live.lifecycle._contexts.waiting == 1)
-    wait_for(lambda: live.gate.running == 1)  # whoever waits for a context keeps no place from others
+    wait_for(lambda: live.admission.running == 1)  # whoever waits for a context keeps no place from others
     assert "atlas_contexts_waiting 1.0" in live.http.get("/metrics").text
     holder.end()
     answer = waiting.result(10).json()
@@ -93,7 +93,7 @@ def test_a_session_that_waited_too_long_for_a_context_is_refused(start: Start) -
     assert int(refused.headers["retry-after"]) > 0
     assert not live.engine.sessions.live
     holder.end()
-    wait_for(lambda: status(live)["contexts_in_use"] == live.gate.running == 0)
+    wait_for(lambda: status(live)["contexts_in_use"] == live.admission.running == 0)
     assert ask(live, {"session_id": "second"}).status_code == 200
 
 
@@ -122,7 +122,7 @@ def test_by_default_nothing_degrades_or_waits_but_for_its_place(start: Start, se
         names = [{"session_id": f"s{number}"} if session else {} for number in range(8)]
         answers = list(pool.map(lambda atlas: ask(live, atlas), names))
     assert [answer.json()["atlas_stats"]["degraded"] for answer in answers] == [None] * 8
-    wait_for(lambda: live.gate.running == live.lifecycle._contexts.running == 0)
+    wait_for(lambda: live.admission.running == live.lifecycle._contexts.running == 0)
 
 
 def test_who_waits_for_a_context_is_told_when_the_server_ends(start: Start) -> None:

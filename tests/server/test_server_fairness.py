@@ -98,14 +98,14 @@ def test_endless_answers_of_one_key_leave_places_for_the_others(start: Start, ke
     live = start(server={"api_keys_file": keys, "max_concurrent": 8})
     live.engine.delay = 0.002
     greedy = [ask(live, COMPLETIONS, {**ENDLESS, "stream": True}, "alpha") for _ in range(20)]
-    wait_for(lambda: (live.gate.running, live.gate.waiting) == (6, 14))
+    wait_for(lambda: (live.admission.running, live.admission.waiting) == (6, 14))
     assert call(live, CHAT, HELLO, "beta").status_code == 200
     one = ask(live, COMPLETIONS, {**ENDLESS, "stream": True}, "beta")
-    wait_for(lambda: live.gate.running == 7)
+    wait_for(lambda: live.admission.running == 7)
     assert call(live, CHAT, HELLO, "gamma").status_code == 200
     for connection in (*greedy, one):
         connection.close()
-    wait_for(lambda: live.gate.running == 0)
+    wait_for(lambda: live.admission.running == 0)
 
 
 def test_many_sequences_of_one_request_take_as_much_as_many_requests(start: Start, keys: str) -> None:
@@ -114,16 +114,16 @@ def test_many_sequences_of_one_request_take_as_much_as_many_requests(start: Star
     options = {"atlas": {"batch_size": 32}}
     greedy = ask(live, COMPLETIONS, {**ENDLESS, **options, "n": 32}, "alpha")
     wait_for(lambda: live.engine.running == 6)
-    assert live.gate.running == 6
+    assert live.admission.running == 6
     assert call(live, CHAT, HELLO, "beta").status_code == 200
     assert live.engine.running == 6
     greedy.close()
-    wait_for(lambda: live.gate.running == 0 and live.engine.running == 0)
+    wait_for(lambda: live.admission.running == 0 and live.engine.running == 0)
     # All of them are answered in the end, the places given back as they are needed less.
     some = {"prompt": ["a", "bb", "ccc"] * 5, "n": 2, "max_tokens": 20, "ignore_eos": True, "atlas": {"batch_size": 32}}
     answer = call(live, COMPLETIONS, some, "alpha").json()
     assert len(answer["choices"]) == 30
-    assert live.gate.running == 0
+    assert live.admission.running == 0
 
 
 def test_metrics_streams_of_one_key_leave_some_to_the_others(start: Start, keys: str) -> None:
@@ -145,21 +145,21 @@ def test_one_key_or_this_machine_alone_has_every_place(start: Start, tmp_path: P
         live = start(server={"max_concurrent": 4, **server})
         live.engine.delay = 0.002
         all_of_them = [ask(live, COMPLETIONS, ENDLESS, "alpha") for _ in range(5)]
-        wait_for(lambda live=live: (live.gate.running, live.gate.waiting) == (4, 1))  # type: ignore[misc]
+        wait_for(lambda live=live: (live.admission.running, live.admission.waiting) == (4, 1))  # type: ignore[misc]
         for connection in all_of_them:
             connection.close()
-        wait_for(lambda live=live: live.gate.running == 0)  # type: ignore[misc]
+        wait_for(lambda live=live: live.admission.running == 0)  # type: ignore[misc]
 
 
 def test_without_keys_addresses_take_turns(start: Start) -> None:
     live = start(server={"host": "0.0.0.0", "max_concurrent": 4, "max_waiting": 8})
     live.engine.delay = 0.002
     greedy = [ask(live, COMPLETIONS, ENDLESS, "", source="127.0.0.2") for _ in range(12)]
-    wait_for(lambda: (live.gate.running, live.gate.waiting) == (3, 4))  # one place kept, and half the queue
+    wait_for(lambda: (live.admission.running, live.admission.waiting) == (3, 4))  # one place kept, and half the queue
     assert live.post(CHAT, HELLO).status_code == 200
     for connection in greedy:
         connection.close()
-    wait_for(lambda: live.gate.running == 0)
+    wait_for(lambda: live.admission.running == 0)
 
 
 @pytest.mark.parametrize("wanted", [{"max_tokens": 1 << 31}, {"max_tokens": -1}, {"n_predict": 10_000}])

@@ -204,7 +204,7 @@ def test_a_full_queue_counts_as_limited(start: Start) -> None:
     with live.http.stream(
         "POST", COMPLETIONS, json={"prompt": "x", "max_tokens": -1, "ignore_eos": True, "stream": True}
     ):
-        wait_for(lambda: live.gate.running == 1)
+        wait_for(lambda: live.admission.running == 1)
         assert live.post(COMPLETIONS, {"prompt": "x"}).status_code == 503
     assert limited(live) == {"overloaded": 1.0}
 
@@ -214,7 +214,7 @@ def test_a_client_that_left_is_no_failure(start: Start) -> None:
     endless = {"prompt": "x", "max_tokens": -1, "ignore_eos": True, "stream": True}
     with live.http.stream("POST", COMPLETIONS, json=endless) as response:
         next(response.iter_bytes())
-    wait_for(lambda: live.gate.running == 0)
+    wait_for(lambda: live.admission.running == 0)
     current = live.http.get("/v1/atlas/metrics").json()["data"]["current"]
     assert (current["total_requests"], current["failed_requests"], current["active_requests"]) == (1, 0, 0)
     live.engine.fail_after = 0

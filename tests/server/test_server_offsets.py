@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from atlas_jax.engine.api import Finished, Prompt, TokenInfo
 from atlas_jax.engine.scheduler.detokenizer import TextStream, token_info
 from atlas_jax.gguf import Tokenizer
-from server.services.completion_response import CompletionWriter
+from server.services.completion_response import CompletionResponseBuilder
 from server.services.response_builder import (
     Ending,
     Identification,
@@ -51,8 +51,8 @@ def completion(spoken: Tokenizer, echo: str, prompt: Sequence[int], answer: Sequ
     def info(token: int) -> TokenInfo:
         return token_info(spoken, token, -1.0, (), ())
 
-    def writer() -> CompletionWriter:
-        return CompletionWriter(
+    def writer() -> CompletionResponseBuilder:
+        return CompletionResponseBuilder(
             Identification.new("cmpl", model="m", fingerprint="f" * 12),
             echoes=[echo],
             choices=1,

@@ -240,7 +240,7 @@ def test_a_client_that_leaves_frees_its_place(live: Live, stream: bool) -> None:
         assert connection.recv(100).startswith(b"HTTP/1.1 200")
     connection.close()
     wait_for(lambda: live.engine.running == 0)
-    wait_for(lambda: live.gate.running == 0)
+    wait_for(lambda: live.admission.running == 0)
     current = live.http.get("/v1/atlas/metrics").json()["data"]["current"]
     assert current["active_requests"] == 0
 
@@ -275,7 +275,7 @@ def test_a_client_that_never_reads_loses_its_place(start: Start) -> None:
     data = json.dumps({"prompt": "x" * 2000, "ignore_eos": True, "max_tokens": -1, "stream": True}).encode()
     connection.sendall(head(data) + data)
     wait_for(lambda: live.engine.running == 1)
-    wait_for(lambda: live.engine.running == 0 and live.gate.running == 0, 15)
+    wait_for(lambda: live.engine.running == 0 and live.admission.running == 0, 15)
     assert live.engine.cancels >= 1
     connection.close()
 
@@ -284,16 +284,16 @@ def test_waiting_clients_that_leave_free_the_queue(start: Start) -> None:
     live = start(server={"max_concurrent": 1, "max_waiting": 4})
     live.engine.delay = 0.005
     first = send(live, {"prompt": "x", "ignore_eos": True, "max_tokens": -1})
-    wait_for(lambda: live.gate.running == 1)
+    wait_for(lambda: live.admission.running == 1)
     others = [send(live, {"prompt": "x", "stream": True}) for _ in range(4)]
-    wait_for(lambda: live.gate.waiting == 4)
+    wait_for(lambda: live.admission.waiting == 4)
     refused = live.post(COMPLETIONS, {"prompt": "x"})
     assert (refused.status_code, code_of(refused)) == (503, "overloaded")
     assert "retry-after" in refused.headers
     for connection in others[:3]:
         connection.close()
-    wait_for(lambda: live.gate.waiting == 1)
+    wait_for(lambda: live.admission.waiting == 1)
     first.close()
     assert others[3].recv(100).startswith(b"HTTP/1.1 200")
     others[3].close()
-    wait_for(lambda: live.gate.running == 0)
+    wait_for(lambda: live.admission.running == 0)

@@ -134,7 +134,7 @@ def test_the_queue_serves_keys_in_turn_and_everyone_gets_an_answer(start: Start)
         thread.join()
     assert set(statuses) <= {200, 429, 503}
     assert statuses.count(200) >= 32
-    wait_for(lambda: live.gate.running == 0 and live.gate.waiting == 0)
+    wait_for(lambda: live.admission.running == 0 and live.admission.waiting == 0)
 
 
 @pytest.mark.parametrize("stream", [False, True])

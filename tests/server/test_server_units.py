@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine.api import Delta, Finished
-from server.admission import Gate, Lease
+from server.admission import Admission, Admitted
 from server.errors import (
     BadRequest,
     TooLarge,
@@ -27,10 +27,10 @@ from server.middleware.bodies import Bodies
 from server.middleware.hosts import HostCheck
 from server.middleware.rate_limits import FailureBudget, KeyLimits, TokenBucket
 from server.middleware.request_context import PARTY
-from server.services.event_bridge import Bridge, Mailbox
+from server.services.event_bridge import EventBridge, Mailbox
 from server.services.monitoring import Subscriber
 from server.services.response_builder import timings_of, usage_of
-from server.services.thread_pools import Workers
+from server.services.thread_pools import ThreadPools
 
 T = TypeVar("T")
 
@@ -120,8 +120,8 @@ def test_the_failure_table_is_bounded_and_eviction_refills_nobody() -> None:
 
 
 # --- the gate -----------------------------------------------------------------------------------------------------
-def gate(**options: float) -> Gate:
-    return Gate(**{"running": 1, "waiting": 10, "per_key": 10, "timeout": 5.0, **options})  # type: ignore[arg-type]
+def gate(**options: float) -> Admission:
+    return Admission(**{"running": 1, "waiting": 10, "per_key": 10, "timeout": 5.0, **options})  # type: ignore[arg-type]
 
 
 def test_the_gate_serves_keys_round_robin() -> None:
@@ -162,7 +162,7 @@ def test_the_gate_refuses_a_key_over_its_share_and_everyone_when_full() -> None:
         lease.release()  # twice is once
         assert door.running == 1
 
-        async def pass_on(task: asyncio.Task[Lease]) -> None:
+        async def pass_on(task: asyncio.Task[Admitted]) -> None:
             (await task).release()
 
         await asyncio.gather(*(pass_on(task) for task in tasks))
@@ -262,7 +262,7 @@ def test_no_place_is_lost_and_none_stands_empty_for_nobody(
     async def run() -> None:
         door = gate(running=places, reserve=reserve, waiting=1000, per_key=1000)
         kept = min(reserve, places - 1)
-        asked: list[tuple[str, asyncio.Task[Lease]]] = []
+        asked: list[tuple[str, asyncio.Task[Admitted]]] = []
         for key, action in steps:
             mine = [item for item in asked if item[0] == key]
             if action == "ask":
@@ -293,7 +293,7 @@ def test_no_place_is_lost_and_none_stands_empty_for_nobody(
 # --- threads ------------------------------------------------------------------------------------------------------
 def test_a_party_that_blocks_its_threads_leaves_some_to_the_others() -> None:
     async def run() -> None:
-        workers, release, begun = Workers(), threading.Event(), threading.Semaphore(0)
+        workers, release, begun = ThreadPools(), threading.Event(), threading.Semaphore(0)
 
         def block() -> None:
             begun.release()
@@ -325,7 +325,7 @@ def test_a_party_that_blocks_its_threads_leaves_some_to_the_others() -> None:
 
 def test_what_a_thread_raises_is_raised_to_who_asked() -> None:
     async def run() -> None:
-        workers = Workers()
+        workers = ThreadPools()
         for _ in range(200):
             with pytest.raises(KeyError, match="broken"):
                 await workers.run("texts", lambda: {}["broken"])
@@ -386,7 +386,7 @@ def contents(value: Any) -> tuple[int, int]:
 @given(value=json_values(), limit=st.integers(1, 30), indent=st.sampled_from([None, 1]))
 def test_a_body_is_refused_exactly_where_it_holds_too_many_objects(value: Any, limit: int, indent: int | None) -> None:
     body = json.dumps(value, indent=indent).encode()
-    bodies = Bodies(Workers(), max_bytes=32 * limit)  # so many objects, and eight times as many values
+    bodies = Bodies(ThreadPools(), max_bytes=32 * limit)  # so many objects, and eight times as many values
     objects, values = contents(value)
     if objects > limit:
         with pytest.raises(TooLarge):
@@ -396,7 +396,7 @@ def test_a_body_is_refused_exactly_where_it_holds_too_many_objects(value: Any, l
 
 
 def test_a_body_of_numbers_is_bounded_as_well() -> None:
-    bodies = Bodies(Workers(), max_bytes=4000)
+    bodies = Bodies(ThreadPools(), max_bytes=4000)
     assert asyncio.run(bodies.decode(b"[" + b"1," * 900 + b"1]")) == [1] * 901
     with pytest.raises(TooLarge):
         asyncio.run(bodies.decode(b"[" + b"1," * 1000 + b"1]"))
@@ -472,7 +472,7 @@ def test_the_bridge_wakes_the_loop_once_for_many_events() -> None:
             return original(*args)  # type: ignore[arg-type]
 
         loop.call_soon_threadsafe = counted  # type: ignore[method-assign,assignment]
-        bridge, boxes = Bridge(loop), [Mailbox() for _ in range(32)]
+        bridge, boxes = EventBridge(loop), [Mailbox() for _ in range(32)]
         listeners = [bridge.listener(box, number) for number, box in enumerate(boxes)]
 
         def engine() -> None:
@@ -493,7 +493,7 @@ def test_the_bridge_wakes_the_loop_once_for_many_events() -> None:
 
 def test_the_bridge_loses_nothing_under_contention() -> None:
     async def run() -> int:
-        bridge, box = Bridge(asyncio.get_running_loop()), Mailbox()
+        bridge, box = EventBridge(asyncio.get_running_loop()), Mailbox()
         listener, count = bridge.listener(box, 0), 20_000
 
         def engine() -> None:
@@ -513,7 +513,7 @@ def test_the_bridge_loses_nothing_under_contention() -> None:
 
 def test_a_reader_that_comes_back_late_gets_its_events_a_few_at_a_time() -> None:
     async def run() -> None:
-        bridge, box = Bridge(asyncio.get_running_loop()), Mailbox()
+        bridge, box = EventBridge(asyncio.get_running_loop()), Mailbox()
         listener = bridge.listener(box, 0)
         for number in range(5000):
             listener(Delta(str(number)))
@@ -529,7 +529,7 @@ def test_a_reader_that_comes_back_late_gets_its_events_a_few_at_a_time() -> None
 
 def test_events_after_the_loop_has_closed_are_dropped() -> None:
     loop = asyncio.new_event_loop()
-    bridge = Bridge(loop)
+    bridge = EventBridge(loop)
     loop.close()
     bridge.listener(Mailbox(), 0)(Delta("x"))
 

@@ -1,6 +1,6 @@
 """What the scheduler needs of a model: rows that read prompts, and a decode batch they are moved in and out of.
 
-`runner.Runner` is a pretrained model with the recall memory, `trained.TrainedRunner` a model with a memory of its own. No
+`runner.PretrainedRunner` is a pretrained model with the recall memory, `trained.TrainedRunner` a model with a memory of its own. No
 policy here: the scheduler decides.
 """
 
@@ -15,26 +15,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from atlas_jax.aot import Program, shape
+from atlas_jax.aot import AotProgram, shape
 from atlas_jax.engine.api import InvalidRequest, MemoryParams
 from atlas_jax.engine.runner import step
 from atlas_jax.engine.runner.decode_state import (
-    DRAFTS,
-    Drawing,
+    DRAFT_TOKENS,
+    DecodeState,
     Sequences,
-    init_drawing,
-    init_room,
+    init_decode_state,
+    init_logits_buffer,
 )
-from atlas_jax.engine.runner.step import Packed
+from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.ngram_drafter import NONE
 from atlas_jax.kernels.sampling import SamplingState, allowed_words
-from atlas_jax.model.page_schedule import Turn, WindowPlan, bucket
-from atlas_jax.recall.recall_memory import MemorySettings
+from atlas_jax.model.page_schedule import NextPage, PageSchedule, bucket
+from atlas_jax.recall.recall_memory import RecallSettings
 
-DRAFTING = 2
-"""Rows of a batch up to which drafts pay on a CPU; with more, a row pays for its neighbours' wrong guesses. SmolLM2-135M on
+MAX_DRAFT_ROWS = 2
+"""ModelRunner of a batch up to which drafts pay on a CPU; with more, a row pays for its neighbours' wrong guesses. SmolLM2-135M on
 two cores with the native kernels, layers alone, least of 20 in two runs: 13 and 15 ms for one row of one token, 19 and 20 for
 one of four, 28 and 35 for four of four."""
 
@@ -48,20 +48,20 @@ class Buckets:
     Attributes:
       rows: sizes of the decode batch.
       pages: sizes of a row's ring of pages.
-      drafting: rows of the largest batch whose decode step also feeds every row its drafts.
+      max_draft_rows: rows of the largest batch whose decode step also feeds every row its drafts.
     """
 
     rows: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
     pages: tuple[int, ...] = (4, 8, 16, 32, 64)
-    drafting: int = DRAFTING
+    max_draft_rows: int = MAX_DRAFT_ROWS
 
     def width(self, rows: int) -> int:
         """Tokens per row of a decode step. It depends on nothing else: steps of different shapes round differently."""
-        return 1 + DRAFTS if rows <= self.drafting else 1
+        return 1 + DRAFT_TOKENS if rows <= self.max_draft_rows else 1
 
 
 @dataclass(frozen=True)
-class Part:
+class PrefillStep:
     """What one of the programs that read a piece of a prompt leaves.
 
     Attributes:
@@ -74,10 +74,10 @@ class Part:
     row: Sequences
     made: jax.Array
     done: bool = True
-    scores: Packed | None = None
+    scores: StepOutput | None = None
 
 
-class Rows(ABC):
+class ModelRunner(ABC):
     """Runs compiled steps for one engine thread; not thread-safe, but for `compile_*`.
 
     Attributes:
@@ -87,13 +87,13 @@ class Rows(ABC):
       capacity: independent pairs that a session's memory can hold; 0 without a memory.
       window: tokens attended exactly by sessions that have no window of their own; 0 where all have one.
       muon_passes: Newton–Schulz steps of one write with momentum.
-      rewinds: whether a row can be set back to a position whose window it still holds. If not, what a row has read stays
+      can_rewind: whether a row can be set back to a position whose window it still holds. If not, what a row has read stays
         read, so a step is launched only when the one before has been looked at.
       session_context: tokens that a session can have at most, or None.
-      sequences, drawing: the decode batch.
+      sequences, decode_state: the decode batch.
     """
 
-    rewinds = True
+    can_rewind = True
     window = 0
     muon_passes = 0
     session_context: int | None = None
@@ -103,25 +103,25 @@ class Rows(ABC):
         self.capacity = capacity
         self.buckets = buckets
         self.chunks = chunks
-        self._all_allowed: dict[int, jax.Array] = {}
-        self._new: dict[tuple[int, int], Program] = {}
-        self._new_drawing: dict[int, Program] = {}
+        self._allow_all: dict[int, jax.Array] = {}
+        self._new: dict[tuple[int, int], AotProgram] = {}
+        self._new_decode_state: dict[int, AotProgram] = {}
         self._extract = self._program(step.extract)
-        self._extract_drawing = self._program(step.extract)
-        self._start = self._program(step.start, donate=(0,))
+        self._extract_decode_state = self._program(step.extract)
+        self._insert_decode_state = self._program(step.insert_decode_state, donate=(0,))
         rows, pages = buckets.rows[0], buckets.pages[0]
         self.sequences: Sequences = self._sequences(rows, pages)
-        self.drawing: Drawing
-        self.drawing, self._room = self._idle(rows)
+        self.decode_state: DecodeState
+        self.decode_state, self._logits_buffer = self._idle(rows)
 
     # --- a model's own --------------------------------------------------------------------------------------------
     @abstractmethod
-    def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> Program:
+    def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
         """A compiled function of this model."""
 
     @abstractmethod
     def _make(self, *, batch: int, pages: int) -> Sequences:
-        """Rows that have read nothing."""
+        """ModelRunner that have read nothing."""
 
     @abstractmethod
     def check(self, memory: MemoryParams) -> None:
@@ -132,52 +132,52 @@ class Rows(ABC):
         """The shape of a session that begins with this request."""
 
     @abstractmethod
-    def ring_pages(self, plan: WindowPlan, tokens: int) -> int:
+    def ring_pages(self, plan: PageSchedule, tokens: int) -> int:
         """Ring slots that a row needs for a text of so many tokens."""
 
     @abstractmethod
-    def adopt(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
+    def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A row that goes on from a saved one at `position`; the saved one stays as it is."""
 
     @abstractmethod
-    def at_least(self, row: Sequences, pages: int) -> Sequences:
+    def grow_row(self, row: Sequences, pages: int) -> Sequences:
         """The row, in a ring of at least `pages` pages."""
 
     @abstractmethod
-    def set_back(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
+    def rewind_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """The same row at an earlier position whose window it still holds, in a ring for `pages` pages; uses it up."""
 
     @abstractmethod
-    def turn(self, row: Sequences, turn: Turn, write: MemoryWrite | None) -> Sequences:
+    def start_page(self, row: Sequences, turn: NextPage, write: MemoryWrite | None) -> Sequences:
         """Begins a page of a single row."""
 
     @abstractmethod
-    def turn_row(self, index: int, turn: Turn, write: MemoryWrite | None) -> None:
+    def start_page_in_batch(self, index: int, turn: NextPage, write: MemoryWrite | None) -> None:
         """Begins a page of the row at place `index`."""
 
     @abstractmethod
-    def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Iterator[Part]:
+    def prefill(self, row: Sequences, settings: RecallSettings, tokens: Sequence[int]) -> Iterator[PrefillStep]:
         """Reads tokens of the current page, launching one program after the other; uses the row up."""
 
     @abstractmethod
-    def score(
+    def prefill_scored(
         self,
         row: Sequences,
-        settings: MemorySettings,
+        settings: RecallSettings,
         tokens: Sequence[int],
         following: Sequence[int],
         *,
         alternatives: bool,
-    ) -> Iterator[Part]:
+    ) -> Iterator[PrefillStep]:
         """Reads tokens of the current page and scores the token that follows each; as `read`."""
 
     @abstractmethod
-    def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> Packed:
+    def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> StepOutput:
         """One step; the result is on its way to the host when this returns, not there yet.
 
         Args:
           wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its drafts out.
-          allowed: which tokens may be drawn, see `all_allowed`; None allows all.
+          allowed: which tokens may be drawn, see `allow_all`; None allows all.
         """
 
     @abstractmethod
@@ -186,35 +186,35 @@ class Rows(ABC):
 
     # --- compiling ahead ------------------------------------------------------------------------------------------
     @abstractmethod
-    def compile_reading(self, pages: int, length: int) -> None:
+    def compile_prefill(self, pages: int, length: int) -> None:
         """Compiles the reading of pieces of `length` tokens in a ring of `pages` pages."""
 
     @abstractmethod
-    def compile_scoring(self, length: int) -> None:
+    def compile_scored_prefill(self, length: int) -> None:
         """Compiles the scoring of pieces of `length` tokens, in a ring of any size."""
 
     @abstractmethod
-    def compile_decoding(self, rows: int, pages: int) -> None:
+    def compile_decode(self, rows: int, pages: int) -> None:
         """Compiles what a batch of this size needs while its rows stay."""
 
     @abstractmethod
-    def compile_whole(self, rows: int, pages: int) -> None:
+    def compile_monolithic_step(self, rows: int, pages: int) -> None:
         """Compiles the decode step of a small batch as one program, if it is several."""
 
     @abstractmethod
-    def compile_moves(self, rows: int, pages: int) -> None:
+    def compile_row_moves(self, rows: int, pages: int) -> None:
         """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""
 
-    def _compile_beginning(self, rows: int, pages: int) -> None:
+    def _compile_batch_start(self, rows: int, pages: int) -> None:
         """Compiles how a batch of this size begins, and how its rows start to decode."""
         self._maker(rows, pages).compile(())
         self._idle_maker(rows).compile(())
-        self._start.compile(rows, self._drawing_shapes(rows), self._drawing_shapes(1), SCALAR)
+        self._insert_decode_state.compile(rows, self._decode_state_shapes(rows), self._decode_state_shapes(1), SCALAR)
 
-    def _compile_leaving(self, rows: int, pages: int) -> None:
+    def _compile_row_exit(self, rows: int, pages: int) -> None:
         """Compiles how rows leave a batch of this size."""
         self._extract.compile((rows, pages), self._batch_shapes(rows, pages), SCALAR)
-        self._extract_drawing.compile(rows, self._drawing_shapes(rows), SCALAR)
+        self._extract_decode_state.compile(rows, self._decode_state_shapes(rows), SCALAR)
 
     # --- rows and the decode batch --------------------------------------------------------------------------------
     def new_row(self, pages: int) -> Sequences:
@@ -228,7 +228,7 @@ class Rows(ABC):
     @property
     @abstractmethod
     def rows(self) -> int:
-        """Rows of the decode batch."""
+        """ModelRunner of the decode batch."""
 
     @property
     @abstractmethod
@@ -244,14 +244,14 @@ class Rows(ABC):
         """Makes the batch another size; `moves` maps each row that lives on to its new place."""
         key = self.rows, self.pages
         sequences = self._sequences(rows, pages)
-        drawing, room = self._idle(rows)
+        decode_state, room = self._idle(rows)
         for source, target in moves.items():
             index = np.int32(source)
             sequences = self._put(sequences, self._extract(key, self.sequences, index), target, with_memory=True)
-            single = self._extract_drawing(key[0], self.drawing, index)
-            drawing = self._start(rows, drawing, single, np.int32(target))
+            single = self._extract_decode_state(key[0], self.decode_state, index)
+            decode_state = self._insert_decode_state(rows, decode_state, single, np.int32(target))
         # all at once: if there was no memory for it, the batch is as it was
-        self.sequences, self.drawing, self._room = sequences, drawing, room
+        self.sequences, self.decode_state, self._logits_buffer = sequences, decode_state, room
 
     def insert(
         self,
@@ -260,32 +260,32 @@ class Rows(ABC):
         token: int,
         text: np.ndarray,
         sampling: SamplingState,
-        settings: MemorySettings,
+        settings: RecallSettings,
         *,
         with_memory: bool,
     ) -> None:
         """Starts decoding a row at place `index`, with `token` as the next to feed; `text` is of `settings.recent_text`."""
         self.sequences = self._put(self.sequences, row, index, with_memory=with_memory)
-        first, none = np.asarray([token], np.int32), np.full((1, DRAFTS), NONE, np.int32)
-        single = Drawing(first, none, text, sampling, settings)  # type: ignore[arg-type]
-        self.drawing = self._start(self.rows, self.drawing, single, np.int32(index))
+        first, none = np.asarray([token], np.int32), np.full((1, DRAFT_TOKENS), NONE, np.int32)
+        single = DecodeState(first, none, text, sampling, settings)  # type: ignore[arg-type]
+        self.decode_state = self._insert_decode_state(self.rows, self.decode_state, single, np.int32(index))
 
     def extract(self, index: int) -> Sequences:
         """A copy of the row at place `index`."""
         row: Sequences = self._extract((self.rows, self.pages), self.sequences, np.int32(index))
         return row
 
-    def all_allowed(self) -> np.ndarray:
+    def allow_all(self) -> np.ndarray:
         """A bit for every row and token, all set: int32 [rows, words]."""
         return np.full((self.rows, allowed_words(self.vocab)), -1, np.int32)
 
-    def _may(self, allowed: np.ndarray | None) -> Any:
+    def _allowed_on_device(self, allowed: np.ndarray | None) -> Any:
         """`allowed`, or where it is None all tokens, on the device."""
         if allowed is not None:
             return allowed
-        if self.rows not in self._all_allowed:
-            self._all_allowed[self.rows] = self._to_device(self.all_allowed())
-        return self._all_allowed[self.rows]
+        if self.rows not in self._allow_all:
+            self._allow_all[self.rows] = self._to_device(self.allow_all())
+        return self._allow_all[self.rows]
 
     def _to_device(self, rows: np.ndarray) -> jax.Array:
         return jax.device_put(rows)
@@ -294,37 +294,37 @@ class Rows(ABC):
         sequences: Sequences = self._maker(rows, pages)(())
         return sequences
 
-    def _maker(self, rows: int, pages: int) -> Program:
+    def _maker(self, rows: int, pages: int) -> AotProgram:
         return self._new.setdefault(
             (rows, pages), self._program(functools.partial(self._make, batch=rows, pages=pages))
         )
 
-    def _idle(self, rows: int) -> tuple[Drawing, jax.Array]:
-        drawing, room = self._idle_maker(rows)(())
-        return drawing, room
+    def _idle(self, rows: int) -> tuple[DecodeState, jax.Array]:
+        decode_state, room = self._idle_maker(rows)(())
+        return decode_state, room
 
-    def _idle_maker(self, rows: int) -> Program:
+    def _idle_maker(self, rows: int) -> AotProgram:
         vocab, width = self.vocab, self.buckets.width(rows)
-        return self._new_drawing.setdefault(
-            rows, self._program(lambda: (init_drawing(vocab, rows), init_room(vocab, rows, width)))
+        return self._new_decode_state.setdefault(
+            rows, self._program(lambda: (init_decode_state(vocab, rows), init_logits_buffer(vocab, rows, width)))
         )
 
     def _batch_shapes(self, rows: int, pages: int) -> Sequences:
         return jax.eval_shape(functools.partial(self._make, batch=rows, pages=pages))
 
-    def _drawing_shapes(self, rows: int) -> Drawing:
-        return jax.eval_shape(functools.partial(init_drawing, self.vocab, rows))
+    def _decode_state_shapes(self, rows: int) -> DecodeState:
+        return jax.eval_shape(functools.partial(init_decode_state, self.vocab, rows))
 
-    def _room_shape(self, rows: int) -> jax.Array:
-        return jax.eval_shape(lambda: init_room(self.vocab, rows, self.buckets.width(rows)))
+    def _logits_buffer_shape(self, rows: int) -> jax.Array:
+        return jax.eval_shape(lambda: init_logits_buffer(self.vocab, rows, self.buckets.width(rows)))
 
 
-def refused(name: str, message: str) -> InvalidRequest:
+def invalid_memory_setting(name: str, message: str) -> InvalidRequest:
     """The error of a setting of the memory."""
     return InvalidRequest(f"Validation error in field 'atlas.{name}': {message}", param=f"atlas.{name}")
 
 
-def sent(packed: Packed) -> Packed:
+def start_transfer(packed: StepOutput) -> StepOutput:
     """A step's result, on its way to the host."""
     packed.integers.copy_to_host_async()
     packed.numbers.copy_to_host_async()

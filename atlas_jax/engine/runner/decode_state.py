@@ -15,17 +15,17 @@ from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.ngram_drafter import NONE
 from atlas_jax.kernels.sampling import SamplingState, init_sampling
-from atlas_jax.model.kv_cache import Context, init_context
+from atlas_jax.model.kv_cache import KVCache, init_kv_cache
 from atlas_jax.recall import recall_memory
-from atlas_jax.recall.recall_memory import MemorySettings, MemoryState
+from atlas_jax.recall.recall_memory import RecallSettings, RecallState
 from atlas_jax.typing import Array, Float, Int32
 
-DRAFTS = 2
+DRAFT_TOKENS = 2
 """Tokens guessed ahead of every row. Tokens per second of one stream with 0, 1, 2, 3 and 5 on two cores with AVX-512 VNNI
 (medians of `benchmarks/speed.py`'s texts in turns): SmolLM2-135M chat 156, 173, 178, 162, 138, prose 162, 209, 228, 221, 213;
 Gemma 3 270M chat 95, 185, 223, 259, 263, prose 89, 168, 194, 196, 180. A step of the chats takes 6.4, 7.5, 8.0, 9.1, 11.0
 and 10.5, 9.9, 10.9, 11.7, 15.2 ms."""
-TEXT = 4096
+DRAFT_CONTEXT = 4096
 """Latest tokens of every row in which guesses are looked up."""
 
 
@@ -34,13 +34,13 @@ TEXT = 4096
 class Sequences:
     """Everything that is a sequence's own; `memory` is None in an engine without memory."""
 
-    context: Context
-    memory: MemoryState | None
+    cache: KVCache
+    memory: RecallState | None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Drawing:
+class DecodeState:
     """How a batch of rows draws its tokens.
 
     Attributes:
@@ -53,28 +53,28 @@ class Drawing:
     drafts: Int32[Array, "B drafts"]
     text: Int32[Array, "B text"]
     sampling: SamplingState
-    settings: MemorySettings
+    settings: RecallSettings
 
 
 def init_sequences(
     model: ModelConfig, memory: MemoryConfig | None, batch: int, pages: int, dtype: KVDtype
 ) -> Sequences:
-    """Rows that have read nothing."""
-    context = init_context(model, batch, pages, dtype)
+    """ModelRunner that have read nothing."""
+    context = init_kv_cache(model, batch, pages, dtype)
     return Sequences(context, None if memory is None else recall_memory.init_state(memory, batch, model.vocab))
 
 
-def init_room(vocab: int, batch: int, tokens: int) -> Float[Array, "B*T V"]:
+def init_logits_buffer(vocab: int, batch: int, tokens: int) -> Float[Array, "B*T V"]:
     """Memory for a decode step's scores, see `step.draw`."""
     return jnp.zeros((batch * tokens, vocab), jnp.float32)
 
 
-def init_drawing(vocab: int, batch: int) -> Drawing:
+def init_decode_state(vocab: int, batch: int) -> DecodeState:
     """Idle rows."""
-    return Drawing(
+    return DecodeState(
         token=jnp.zeros((batch,), jnp.int32),
-        drafts=jnp.full((batch, DRAFTS), NONE, jnp.int32),
-        text=jnp.full((batch, TEXT), NONE, jnp.int32),
+        drafts=jnp.full((batch, DRAFT_TOKENS), NONE, jnp.int32),
+        text=jnp.full((batch, DRAFT_CONTEXT), NONE, jnp.int32),
         sampling=init_sampling(batch, vocab),
         settings=recall_memory.init_settings(batch),
     )

@@ -2,11 +2,11 @@
 
 A step is `model.stages.Trunk` followed by one of
 
-finish_read     a piece of a prompt, up to one page
-finish_score    the same, and the log-probability of every token of it
+finish_prefill     a piece of a prompt, up to one page
+finish_scored_prefill    the same, and the log-probability of every token of it
 finish_decode   one token for every active row, and more where drafts were right: head, memory, sampler
 
-and between steps rows move: `extract`, `fit`, `insert_context`, `insert_memory`, `start`, `reposition`; `write_memory`
+and between steps rows move: `extract`, `resize_ring`, `insert_kv_cache`, `insert_memory`, `insert_decode_state`, `set_position`; `write_memory`
 absorbs what has left a window.
 """
 
@@ -21,12 +21,12 @@ import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.engine.runner.decode_state import (
-    DRAFTS,
-    TEXT,
-    Drawing,
+    DRAFT_CONTEXT,
+    DRAFT_TOKENS,
+    DecodeState,
     Sequences,
 )
-from atlas_jax.kernels.ngram_drafter import NONE, drafts
+from atlas_jax.kernels.ngram_drafter import NONE, draft_tokens
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.kernels.sampling import (
     TOP_LOGPROBS,
@@ -34,12 +34,12 @@ from atlas_jax.kernels.sampling import (
     record,
     sample,
 )
-from atlas_jax.model.kv_cache import Context
+from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
 from atlas_jax.recall import recall_memory
 from atlas_jax.recall.adapter import Adapter
-from atlas_jax.recall.recall_memory import MemorySettings, MemoryState, WriteSettings
+from atlas_jax.recall.recall_memory import RecallSettings, RecallState, WriteSettings
 from atlas_jax.recall.solvers import Optimizer
 from atlas_jax.typing import (
     Array,
@@ -48,10 +48,10 @@ from atlas_jax.typing import (
     Int32,
 )
 
-WRONG = -2
+REJECTED = -2
 """No token: a draft was fed in vain."""
 
-State = TypeVar("State", Sequences, Drawing)
+State = TypeVar("State", Sequences, DecodeState)
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Weights:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Packed:
+class StepOutput:
     """What a step tells the host, in two arrays: [T] tokens of a scored piece, [B, T] of a decode step.
 
     Attributes:
-      integers: the token, then the alternatives. In a decode step NONE where nothing was fed, WRONG where a draft was
+      integers: the token, then the alternatives. In a decode step NONE where nothing was fed, REJECTED where a draft was
         fed that was not to come.
       numbers: its log-probability, the gate, then the alternatives' log-probabilities.
     """
@@ -101,33 +101,33 @@ def write_memory(
     config: StepConfig,
     optimizer: Optimizer,
     adapter: Adapter,
-    memory: recall_memory.MemoryState,
+    memory: recall_memory.RecallState,
     row: Int32[Array, ""],
     settings: WriteSettings,
-) -> recall_memory.MemoryState:
+) -> recall_memory.RecallState:
     """Absorbs what has left a row's window; see `recall_memory.write`."""
     assert config.memory is not None
     return recall_memory.write(config.memory, optimizer, adapter, memory, row, settings)
 
 
-def finish_read(
+def finish_prefill(
     adapter: Adapter,
-    memory: MemoryState,
-    settings: MemorySettings,
+    memory: RecallState,
+    settings: RecallSettings,
     tapped: tuple[Float[Array, "B T E"], ...],
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
-) -> MemoryState:
+) -> RecallState:
     """Ends a step that reads: the memory takes note of what was read."""
     return recall_memory.observe(adapter, memory, settings, tapped, tokens, positions, valid)[0]
 
 
-def finish_score(
+def finish_scored_prefill(
     config: StepConfig,
     weights: Weights,
-    memory: MemoryState | None,
-    settings: MemorySettings,
+    memory: RecallState | None,
+    settings: RecallSettings,
     hidden: Float[Array, "B T E"],
     tapped: tuple[Float[Array, "B T E"], ...],
     tokens: Int32[Array, "B T"],
@@ -135,11 +135,11 @@ def finish_score(
     valid: Bool[Array, "B T"],
     following: Int32[Array, "B T"],
     alternatives: Bool[Array, ""],
-) -> tuple[MemoryState | None, Packed]:
+) -> tuple[RecallState | None, StepOutput]:
     """Ends a step that reads and tells how likely each token's successor in `following` was.
 
     Returns:
-      The memory, and a `Packed` with a row per token: the successor, its log-probability and, where `alternatives` are
+      The memory, and a `StepOutput` with a row per token: the successor, its log-probability and, where `alternatives` are
       wanted, the best ones (zeros otherwise: finding them takes longer than the model).
     """
     memory, mixed, gate = _predict(config, weights, memory, settings, hidden, tapped, tokens, positions, valid)
@@ -151,8 +151,8 @@ def scored(
     gate: Float[Array, "B T"],
     following: Int32[Array, "B T"],
     alternatives: Bool[Array, ""],
-) -> Packed:
-    """How likely each token's successor was, [B·T] rows; see `finish_score`."""
+) -> StepOutput:
+    """How likely each token's successor was, [B·T] rows; see `finish_scored_prefill`."""
     flat = scores.reshape(-1, scores.shape[-1])
     best = row_max(flat)
     flat = flat - (best + jnp.log(row_sum(jnp.exp(flat - best[:, None]))))[:, None]
@@ -163,7 +163,7 @@ def scored(
         lambda: tuple(jax.lax.top_k(flat, TOP_LOGPROBS)),
         lambda: (jnp.zeros(shape, flat.dtype), jnp.zeros(shape, jnp.int32)),
     )
-    return Packed(
+    return StepOutput(
         integers=jnp.concatenate([successor, index], axis=1),
         numbers=jnp.concatenate([jnp.take_along_axis(flat, successor, axis=1), gate.reshape(-1, 1), top], axis=1),
     )
@@ -172,15 +172,15 @@ def scored(
 def finish_decode(
     config: StepConfig,
     weights: Weights,
-    memory: MemoryState | None,
-    drawing: Drawing,
+    memory: RecallState | None,
+    decode_state: DecodeState,
     allowed: Int32[Array, "B words"],
     hidden: Float[Array, "B T E"],
     tapped: tuple[Float[Array, "B T E"], ...],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
     room: Float[Array, "B*T V"] | None = None,
-) -> tuple[MemoryState | None, Drawing, Int32[Array, B], Packed, Float[Array, "B*T V"] | None]:
+) -> tuple[RecallState | None, DecodeState, Int32[Array, B], StepOutput, Float[Array, "B*T V"] | None]:
     """Ends a step that fed every active row its token and T − 1 or fewer drafts; idle rows stay as they are.
 
     What a wrong draft left in the cache and in the memory's rings lies at positions that are read only after they have
@@ -192,15 +192,15 @@ def finish_decode(
     Returns:
       The memory, and what `draw` returns.
     """
-    fed = _fed(drawing, positions.shape[1])
+    fed = _fed(decode_state, positions.shape[1])
     memory, mixed, gate = _predict(
-        config, weights, memory, drawing.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid
+        config, weights, memory, decode_state.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid
     )
-    return memory, *draw(drawing, weights.successor, mixed, gate, positions, valid, allowed, room)
+    return memory, *draw(decode_state, weights.successor, mixed, gate, positions, valid, allowed, room)
 
 
 def draw(
-    drawing: Drawing,
+    decode_state: DecodeState,
     successor: Int32[Array, V] | None,
     scores: Float[Array, "B T V"],
     gate: Float[Array, "B T"],
@@ -208,7 +208,7 @@ def draw(
     valid: Bool[Array, "B T"],
     allowed: Int32[Array, "B words"],
     room: Float[Array, "B*T V"] | None = None,
-) -> tuple[Drawing, Int32[Array, B], Packed, Float[Array, "B*T V"] | None]:
+) -> tuple[DecodeState, Int32[Array, B], StepOutput, Float[Array, "B*T V"] | None]:
     """Draws what comes after each fed token.
 
     The next token is drawn as if it had come alone, from the row's seed and the token's position. As long as the draft
@@ -222,14 +222,14 @@ def draw(
         rows over 262 144 tokens met 4 000 to 6 000 page faults and took 46 ms instead of 40.
 
     Returns:
-      What to draw from next, the position of each row's next token, a `Packed` [B, T], and what to give the next step as
+      What to draw from next, the position of each row's next token, a `StepOutput` [B, T], and what to give the next step as
       `room`.
     """
     batch, width = positions.shape
-    fed = _fed(drawing, width)
+    fed = _fed(decode_state, width)
     flat = scores.reshape(batch * width, -1)
     drawn = sample(
-        _after_drafts(drawing.sampling, fed),
+        _after_drafts(decode_state.sampling, fed),
         flat,
         positions.reshape(-1) + 1,
         jnp.repeat(allowed, width, axis=0),
@@ -241,35 +241,37 @@ def draw(
     last = positions[:, 0] + count  # position of the latest token drawn, which is fed next
     row = jnp.arange(batch)[:, None]
     latest = jnp.take_along_axis(token, jnp.maximum(count - 1, 0)[:, None], axis=1)[:, 0]
-    text = drawing.text.at[row, jnp.where(counts, (positions + 1) % TEXT, TEXT)].set(token, mode="drop")
-    drawing = Drawing(
-        token=jnp.where(count > 0, latest, drawing.token),
+    text = decode_state.text.at[row, jnp.where(counts, (positions + 1) % DRAFT_CONTEXT, DRAFT_CONTEXT)].set(
+        token, mode="drop"
+    )
+    decode_state = DecodeState(
+        token=jnp.where(count > 0, latest, decode_state.token),
         # a batch too large for drafts does not look them up either
-        drafts=jnp.full_like(drawing.drafts, NONE)
+        drafts=jnp.full_like(decode_state.drafts, NONE)
         if width == 1 or successor is None
-        else drafts(text, last, successor, DRAFTS),
+        else draft_tokens(text, last, successor, DRAFT_TOKENS),
         text=text,
-        sampling=record(drawing.sampling, token, counts),
-        settings=drawing.settings,
+        sampling=record(decode_state.sampling, token, counts),
+        settings=decode_state.settings,
     )
 
     def packed(first: jax.Array, *rest: jax.Array) -> jax.Array:
         return jnp.concatenate([first[..., None], *(part.reshape(batch, width, -1) for part in rest)], axis=-1)
 
     return (
-        drawing,
+        decode_state,
         last,
-        Packed(
-            integers=packed(jnp.where(counts, token, jnp.where(valid, WRONG, NONE)), drawn.top_token),
+        StepOutput(
+            integers=packed(jnp.where(counts, token, jnp.where(valid, REJECTED, NONE)), drawn.top_token),
             numbers=packed(drawn.logprob.reshape(batch, width), gate, drawn.top_logprob),
         ),
         None if room is None else flat,
     )
 
 
-def _fed(drawing: Drawing, width: int) -> Int32[Array, "B T"]:
+def _fed(decode_state: DecodeState, width: int) -> Int32[Array, "B T"]:
     """Tokens of a step: each row's own, then its drafts."""
-    return jnp.concatenate([drawing.token[:, None], drawing.drafts[:, : width - 1]], axis=1)
+    return jnp.concatenate([decode_state.token[:, None], decode_state.drafts[:, : width - 1]], axis=1)
 
 
 def _after_drafts(state: SamplingState, fed: Int32[Array, "B T"]) -> SamplingState:
@@ -286,14 +288,14 @@ def _after_drafts(state: SamplingState, fed: Int32[Array, "B T"]) -> SamplingSta
 def _predict(
     config: StepConfig,
     weights: Weights,
-    memory: MemoryState | None,
-    settings: MemorySettings,
+    memory: RecallState | None,
+    settings: RecallSettings,
     hidden: jax.Array,
     tapped: tuple[jax.Array, ...],
     tokens: jax.Array,
     positions: jax.Array,
     valid: jax.Array,
-) -> tuple[MemoryState | None, jax.Array, jax.Array]:
+) -> tuple[RecallState | None, jax.Array, jax.Array]:
     """The memory one step on; logits of what comes next with the memory blended in where a row wants it; its gate."""
     scores = logits(config.model, weights.params, hidden)
     adapter = weights.adapter
@@ -309,33 +311,33 @@ def extract(batch: State, row: Int32[Array, ""]) -> State:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1, axis=0), batch)
 
 
-def reposition(sequences: Sequences, position: Int32[Array, ""], slot: Int32[Array, ""]) -> Sequences:
+def set_position(sequences: Sequences, position: Int32[Array, ""], slot: Int32[Array, ""]) -> Sequences:
     """Sets a single row back (or leaves it) at a position whose window the row still holds; nothing else moves."""
-    context = sequences.context
-    context = dataclasses.replace(
-        context, position=jnp.full_like(context.position, position), slot=jnp.full_like(context.slot, slot)
+    cache = sequences.cache
+    cache = dataclasses.replace(
+        cache, position=jnp.full_like(cache.position, position), slot=jnp.full_like(cache.slot, slot)
     )
-    return dataclasses.replace(sequences, context=context)
+    return dataclasses.replace(sequences, cache=cache)
 
 
-def fit(context: Context, empty: Context) -> Context:
+def resize_ring(cache: KVCache, empty: KVCache) -> KVCache:
     """A single row's attention state in a ring of another size, `empty`; the slots in use fit the smaller one."""
-    pages = min(context.page.shape[1], empty.page.shape[1])
+    pages = min(cache.page.shape[1], empty.page.shape[1])
 
     def cut(leaf: jax.Array, into: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(into, leaf[:, :pages], (0,) * into.ndim)
 
     return dataclasses.replace(
-        context,
+        cache,
         kv=tuple(
             dataclasses.replace(layer, k=jax.tree.map(cut, layer.k, new.k), v=jax.tree.map(cut, layer.v, new.v))
-            for layer, new in zip(context.kv, empty.kv, strict=True)
+            for layer, new in zip(cache.kv, empty.kv, strict=True)
         ),
-        page=cut(context.page, empty.page),
+        page=cut(cache.page, empty.page),
     )
 
 
-def insert_context(batch: Context, single: Context, row: Int32[Array, ""]) -> Context:
+def insert_kv_cache(batch: KVCache, single: KVCache, row: Int32[Array, ""]) -> KVCache:
     """Puts a row's attention state into a batch with a ring of the same size."""
     return jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch, single)
 
@@ -347,12 +349,12 @@ def _put_row(whole: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def insert_memory(
-    batch: recall_memory.MemoryState, single: recall_memory.MemoryState, row: Int32[Array, ""]
-) -> recall_memory.MemoryState:
+    batch: recall_memory.RecallState, single: recall_memory.RecallState, row: Int32[Array, ""]
+) -> recall_memory.RecallState:
     """Puts a row's memory into a batch."""
     return jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch, single)
 
 
-def start(drawing: Drawing, single: Drawing, row: Int32[Array, ""]) -> Drawing:
+def insert_decode_state(decode_state: DecodeState, single: DecodeState, row: Int32[Array, ""]) -> DecodeState:
     """Gives a row that has been inserted its next token and its settings."""
-    return jax.tree.map(lambda whole, part: _put_row(whole, part, row), drawing, single)
+    return jax.tree.map(lambda whole, part: _put_row(whole, part, row), decode_state, single)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.engine.api import MemoryParams, SamplingParams
-from atlas_jax.engine.runner.decode_state import TEXT
+from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT
 from atlas_jax.engine.sessions.journal import Reading
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.ngram_drafter import NONE
@@ -19,7 +19,7 @@ from atlas_jax.kernels.sampling import (
     FORCE,
     SamplingState,
 )
-from atlas_jax.recall.recall_memory import MemorySettings, WriteSettings
+from atlas_jax.recall.recall_memory import RecallSettings, WriteSettings
 from atlas_jax.recall.solvers import Optimizer
 
 CALIBRATED_STEP = 1e-3
@@ -76,7 +76,7 @@ def write_settings(write: MemoryWrite, end: int) -> WriteSettings:
     return WriteSettings(**values)
 
 
-def memory_settings(params: MemoryParams | None, layers: int, degree: int) -> MemorySettings:
+def memory_settings(params: MemoryParams | None, layers: int, degree: int) -> RecallSettings:
     """How a row reads its memory; `layers` and `degree` are its session's."""
     blend = params.blend_ratio if params is not None and params.read else 0.0
     odds = np.clip(np.log(max(blend, 1e-12)) - np.log(max(1.0 - blend, 1e-12)), -30.0, 30.0)
@@ -87,14 +87,14 @@ def memory_settings(params: MemoryParams | None, layers: int, degree: int) -> Me
         "read_from": np.asarray([0 if params is None else min(params.warmup_tokens, _NEVER)], np.int32),
         "log_odds": np.asarray([odds], np.float32),
     }
-    return MemorySettings(**values)
+    return RecallSettings(**values)
 
 
 def recent_text(tokens: Sequence[int], position: int) -> np.ndarray:
-    """The text drafts are looked up in, [1, TEXT]; `tokens` are the latest, the last of them at `position`."""
-    text = np.full((1, TEXT), NONE, np.int32)
-    latest = np.asarray(tokens[-TEXT:], np.int32)
-    text[0, np.arange(position + 1 - len(latest), position + 1) % TEXT] = latest
+    """The text drafts are looked up in, [1, DRAFT_CONTEXT]; `tokens` are the latest, the last of them at `position`."""
+    text = np.full((1, DRAFT_CONTEXT), NONE, np.int32)
+    latest = np.asarray(tokens[-DRAFT_CONTEXT:], np.int32)
+    text[0, np.arange(position + 1 - len(latest), position + 1) % DRAFT_CONTEXT] = latest
     return text
 
 

@@ -1,7 +1,7 @@
 """A trained language model with a memory of its own, as the scheduler runs it.
 
 Its state is what its layers have made of all they have read: the memory is written with every token, and what has been
-read cannot be taken back. Prompts are read in pieces of exact length, for a token of padding would be remembered too.
+read cannot be taken back. PrefillQueue are read in pieces of exact length, for a token of padding would be remembered too.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.aot import Program, shape, shapes
+from atlas_jax.aot import AotProgram, shape, shapes
 from atlas_jax.engine.api import MemoryParams
 from atlas_jax.engine.runner import step
 from atlas_jax.engine.runner.base import (
     SCALAR,
     Buckets,
-    Part,
-    Rows,
-    refused,
-    sent,
+    ModelRunner,
+    PrefillStep,
+    invalid_memory_setting,
+    start_transfer,
 )
-from atlas_jax.engine.runner.decode_state import Drawing, Sequences
-from atlas_jax.engine.runner.step import Packed
+from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
+from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.sampling import allowed_words
@@ -34,8 +34,8 @@ from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS, LMConfig
 from atlas_jax.model.lm.model import LMParams
 from atlas_jax.model.lm.streaming import LMState
-from atlas_jax.model.page_schedule import Turn, WindowPlan
-from atlas_jax.recall.recall_memory import MemorySettings
+from atlas_jax.model.page_schedule import NextPage, PageSchedule
+from atlas_jax.recall.recall_memory import RecallSettings
 from atlas_jax.typing import (
     Array,
     Bool,
@@ -65,7 +65,7 @@ _WINDOW_KINDS = frozenset("SGL")
 
 def session_shape() -> SessionShape:
     """Shape of every session: the model has decided what its memory is."""
-    return SessionShape(WindowPlan(None), layers=1, degree=1)
+    return SessionShape(PageSchedule(None), layers=1, degree=1)
 
 
 def capacity(config: LMConfig) -> int:
@@ -78,27 +78,27 @@ def window(config: LMConfig) -> int:
     return config.window if set(config.pattern) & _WINDOW_KINDS else 0
 
 
-class TrainedRunner(Rows):
+class TrainedRunner(ModelRunner):
     """Runs a trained model.
 
     Args:
       context: tokens that layers which attend to everything have room for.
     """
 
-    rewinds = False
+    can_rewind = False
 
     def __init__(self, config: LMConfig, params: LMParams, context: int, rows: tuple[int, ...]) -> None:
         self._config, self._params, self._context = config, params, context
-        super().__init__(config.vocab, capacity(config), Buckets(rows, (1,), drafting=0), PIECES)
+        super().__init__(config.vocab, capacity(config), Buckets(rows, (1,), max_draft_rows=0), PIECES)
         self.window = window(config)
         self.session_context = None if streaming.bounded(config) else context
         self._read = self._program(functools.partial(_read, config), donate=(1,))
         self._score = self._program(functools.partial(_score, config), donate=(1,))
         self._decode = self._program(functools.partial(_decode, config), donate=(1, 2, 5))
-        self._insert = self._program(step.insert_context, donate=(0,))
+        self._insert = self._program(step.insert_kv_cache, donate=(0,))
 
-    def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> Program:
-        return Program(function, donate=donate)
+    def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
+        return AotProgram(function, donate=donate)
 
     def _make(self, *, batch: int, pages: int) -> Sequences:
         state = streaming.init_state(self._config, self._params, batch, context=self._context)
@@ -107,15 +107,15 @@ class TrainedRunner(Rows):
     def check(self, memory: MemoryParams) -> None:
         """Refuses what the client wrote of a memory that is the model's own; raises InvalidRequest."""
         for name in sorted(memory.given & OWN):
-            raise refused(name, "this model's memory is part of the model and has no such setting")
+            raise invalid_memory_setting(name, "this model's memory is part of the model and has no such setting")
         if not memory.read:
-            raise refused("read", "this model cannot answer without its memory")
+            raise invalid_memory_setting("read", "this model cannot answer without its memory")
 
     def shape(self, memory: MemoryParams) -> SessionShape:
         """The model's own; nothing of it is the request's to choose."""
         return session_shape()
 
-    def ring_pages(self, plan: WindowPlan, tokens: int) -> int:
+    def ring_pages(self, plan: PageSchedule, tokens: int) -> int:
         """A row has one size."""
         return 1
 
@@ -124,55 +124,55 @@ class TrainedRunner(Rows):
         """An empty row."""
         return self._sequences(1, 1)
 
-    def adopt(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
+    def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A copy of a saved row, which goes on where it is."""
         return self._put(self.new_row(1), saved, 0, with_memory=True)
 
-    def at_least(self, row: Sequences, pages: int) -> Sequences:
+    def grow_row(self, row: Sequences, pages: int) -> Sequences:
         """The row as it is."""
         return row
 
-    def set_back(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
+    def rewind_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """The row as it is: the scheduler takes out no row that has read further."""
         return row
 
-    def turn(self, row: Sequences, turn: Turn, write: MemoryWrite | None) -> Sequences:
+    def start_page(self, row: Sequences, turn: NextPage, write: MemoryWrite | None) -> Sequences:
         """The row as it is: it has no pages."""
         return row
 
-    def turn_row(self, index: int, turn: Turn, write: MemoryWrite | None) -> None:
+    def start_page_in_batch(self, index: int, turn: NextPage, write: MemoryWrite | None) -> None:
         """Nothing: rows have no pages."""
 
-    def read(self, row: Sequences, settings: MemorySettings, tokens: Sequence[int]) -> Iterator[Part]:
+    def prefill(self, row: Sequences, settings: RecallSettings, tokens: Sequence[int]) -> Iterator[PrefillStep]:
         """Reads tokens, all in one part: what has been read of them stays read."""
-        state: Any = row.context
+        state: Any = row.cache
         for piece in pieces(tokens):
             state, made = self._read(piece.shape[1], self._params, state, piece)
-        yield Part(Sequences(state, None), made)
+        yield PrefillStep(Sequences(state, None), made)
 
-    def score(
+    def prefill_scored(
         self,
         row: Sequences,
-        settings: MemorySettings,
+        settings: RecallSettings,
         tokens: Sequence[int],
         following: Sequence[int],
         *,
         alternatives: bool,
-    ) -> Iterator[Part]:
+    ) -> Iterator[PrefillStep]:
         """Reads tokens and scores the token that follows each; as `read`."""
-        state: Any = row.context
-        found: list[Packed] = []
+        state: Any = row.cache
+        found: list[StepOutput] = []
         for piece, after in zip(pieces(tokens), pieces(following), strict=True):
             state, packed = self._score(piece.shape[1], self._params, state, piece, after, np.bool_(alternatives))
             found.append(packed)
         both = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *found)
-        yield Part(Sequences(state, None), packed.integers, scores=both)
+        yield PrefillStep(Sequences(state, None), packed.integers, scores=both)
 
     # --- the decode batch -----------------------------------------------------------------------------------------
     @property
     def rows(self) -> int:
-        """Rows of the decode batch."""
-        return int(self.drawing.token.shape[0])
+        """ModelRunner of the decode batch."""
+        return int(self.decode_state.token.shape[0])
 
     @property
     def pages(self) -> int:
@@ -180,46 +180,52 @@ class TrainedRunner(Rows):
         return 1
 
     def _put(self, batch: Sequences, row: Sequences, index: int, *, with_memory: bool) -> Sequences:
-        rows = int(jax.tree.leaves(batch.context)[0].shape[0])
-        return Sequences(self._insert(rows, batch.context, row.context, np.int32(index)), None)
+        rows = int(jax.tree.leaves(batch.cache)[0].shape[0])
+        return Sequences(self._insert(rows, batch.cache, row.cache, np.int32(index)), None)
 
-    def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> Packed:
-        """One step, see `Rows.decode`."""
-        may = self._may(allowed)
-        state, self.drawing, packed, self._room = self._decode(
-            self.rows, self._params, self.sequences.context, self.drawing, wanted.astype(np.int32), may, self._room
+    def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> StepOutput:
+        """One step, see `ModelRunner.decode`."""
+        may = self._allowed_on_device(allowed)
+        state, self.decode_state, packed, self._logits_buffer = self._decode(
+            self.rows,
+            self._params,
+            self.sequences.cache,
+            self.decode_state,
+            wanted.astype(np.int32),
+            may,
+            self._logits_buffer,
         )
         self.sequences = Sequences(state, None)
-        return sent(packed)
+        return start_transfer(packed)
 
     # --- compiling ahead ------------------------------------------------------------------------------------------
-    def compile_reading(self, pages: int, length: int) -> None:
+    def compile_prefill(self, pages: int, length: int) -> None:
         """Compiles the reading of pieces of `length` tokens."""
         self._maker(1, 1).compile(())
         tokens = shape((1, length), np.int32)
-        self._read.compile(length, shapes(self._params), self.row_shapes(1).context, tokens)
+        self._read.compile(length, shapes(self._params), self.row_shapes(1).cache, tokens)
 
-    def compile_scoring(self, length: int) -> None:
+    def compile_scored_prefill(self, length: int) -> None:
         """Compiles the scoring of pieces of `length` tokens."""
         tokens, flag = shape((1, length), np.int32), shape((), np.bool_)
-        self._score.compile(length, shapes(self._params), self.row_shapes(1).context, tokens, tokens, flag)
+        self._score.compile(length, shapes(self._params), self.row_shapes(1).cache, tokens, tokens, flag)
 
-    def compile_decoding(self, rows: int, pages: int) -> None:
+    def compile_decode(self, rows: int, pages: int) -> None:
         """Compiles what a batch of this size needs while its rows stay."""
-        self._compile_beginning(rows, 1)
+        self._compile_batch_start(rows, 1)
         batch = self._batch_shapes(rows, 1)
-        self._insert.compile(rows, batch.context, self.row_shapes(1).context, SCALAR)
+        self._insert.compile(rows, batch.cache, self.row_shapes(1).cache, SCALAR)
         wanted, may = shape((rows,), np.int32), shape((rows, allowed_words(self.vocab)), np.int32)
-        drawing, room = self._drawing_shapes(rows), self._room_shape(rows)
-        self._decode.compile(rows, shapes(self._params), batch.context, drawing, wanted, may, room)
+        decode_state, room = self._decode_state_shapes(rows), self._logits_buffer_shape(rows)
+        self._decode.compile(rows, shapes(self._params), batch.cache, decode_state, wanted, may, room)
 
-    def compile_whole(self, rows: int, pages: int) -> None:
+    def compile_monolithic_step(self, rows: int, pages: int) -> None:
         """Nothing: a step is one program."""
 
-    def compile_moves(self, rows: int, pages: int) -> None:
+    def compile_row_moves(self, rows: int, pages: int) -> None:
         """Compiles what rows need to leave a batch of this size or to be saved."""
-        self._compile_leaving(rows, 1)
-        row = self.row_shapes(1).context
+        self._compile_row_exit(rows, 1)
+        row = self.row_shapes(1).cache
         self._insert.compile(1, row, row, SCALAR)
 
 
@@ -248,7 +254,7 @@ def _score(
     tokens: Int32[Array, "B T"],
     following: Int32[Array, "B T"],
     alternatives: Bool[Array, ""],
-) -> tuple[LMState, Packed]:
+) -> tuple[LMState, StepOutput]:
     state, hidden = streaming.extend(config, params, state, tokens, jnp.ones(tokens.shape[:1], bool))
     scores = streaming.logits(config, params, hidden)
     return state, step.scored(scores, jnp.zeros(tokens.shape, scores.dtype), following, alternatives)
@@ -258,16 +264,18 @@ def _decode(
     config: LMConfig,
     params: LMParams,
     state: LMState,
-    drawing: Drawing,
+    decode_state: DecodeState,
     wanted: Int32[Array, B],
     allowed: Int32[Array, "B words"],
     room: Float[Array, "B V"],
-) -> tuple[LMState, Drawing, Packed, Float[Array, "B V"] | None]:
+) -> tuple[LMState, DecodeState, StepOutput, Float[Array, "B V"] | None]:
     """One token for every row that wants one."""
     active = wanted > 0
     positions = state.position[:, None]
-    state, hidden = streaming.extend(config, params, state, drawing.token[:, None], active)
+    state, hidden = streaming.extend(config, params, state, decode_state.token[:, None], active)
     scores = streaming.logits(config, params, hidden)
     gate = jnp.zeros(positions.shape, scores.dtype)
-    drawing, _, packed, left = step.draw(drawing, None, scores, gate, positions, active[:, None], allowed, room)
-    return state, drawing, packed, left
+    decode_state, _, packed, left = step.draw(
+        decode_state, None, scores, gate, positions, active[:, None], allowed, room
+    )
+    return state, decode_state, packed, left

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from atlas_jax.engine.runner.base import Rows
+from atlas_jax.engine.runner.base import ModelRunner
 
 log = logging.getLogger("atlas.engine")
 
@@ -24,7 +24,7 @@ _NICE = 10
 class WarmUp:
     """A thread that compiles what is left, at low priority."""
 
-    def __init__(self, runner: Rows) -> None:
+    def __init__(self, runner: ModelRunner) -> None:
         self._runner = runner
         self._stop = threading.Event()
         self._done = threading.Event()
@@ -39,8 +39,8 @@ class WarmUp:
         runner, started = self._runner, time.monotonic()
         log.info("Compiling the first programs")
         with ThreadPoolExecutor(2) as pool:  # XLA compiles one program on one core for most of the time
-            tasks = [pool.submit(runner.compile_decoding, runner.buckets.rows[0], first_pages)]
-            tasks += [pool.submit(runner.compile_reading, first_pages, length) for length in runner.chunks]
+            tasks = [pool.submit(runner.compile_decode, runner.buckets.rows[0], first_pages)]
+            tasks += [pool.submit(runner.compile_prefill, first_pages, length) for length in runner.chunks]
             for task in tasks:
                 task.result()
         log.info("Compiled them in %.1f s; the rest follow in the background", time.monotonic() - started)
@@ -85,12 +85,12 @@ class WarmUp:
             ranked.append((rank, functools.partial(function, *args)))
 
         for i, length in enumerate(reversed(runner.chunks)):
-            add(2.5 + i, runner.compile_scoring, length)
+            add(2.5 + i, runner.compile_scored_prefill, length)
             for j, pages in enumerate(buckets.pages):
-                add(i + j, runner.compile_reading, pages, length)
+                add(i + j, runner.compile_prefill, pages, length)
         for i, rows in enumerate(buckets.rows):
             for j, pages in enumerate(buckets.pages):
-                add(i + j, runner.compile_decoding, rows, pages)
-                add(i + j, runner.compile_moves, rows, pages)
-                add(i + j + 1.5, runner.compile_whole, rows, pages)
+                add(i + j, runner.compile_decode, rows, pages)
+                add(i + j, runner.compile_row_moves, rows, pages)
+                add(i + j + 1.5, runner.compile_monolithic_step, rows, pages)
         return [task for _, task in sorted(ranked, key=lambda entry: entry[0])]

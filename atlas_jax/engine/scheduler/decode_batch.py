@@ -15,12 +15,12 @@ from typing import Protocol
 import numpy as np
 
 from atlas_jax.engine.api import Delta, EngineError, FinishReason
-from atlas_jax.engine.runner.base import Rows
-from atlas_jax.engine.runner.step import Packed
+from atlas_jax.engine.runner.base import ModelRunner
+from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sampling_state
 from atlas_jax.engine.scheduler.detokenizer import token_info
 from atlas_jax.engine.scheduler.metrics import Counters
-from atlas_jax.engine.scheduler.request_state import Work
+from atlas_jax.engine.scheduler.request_state import RequestState
 from atlas_jax.engine.scheduler.resume import begin_page
 from atlas_jax.engine.scheduler.structured_output import wait_for_any
 from atlas_jax.gguf import Tokenizer
@@ -36,38 +36,40 @@ _PATIENCE = 0.005
 """Seconds an engine with nothing else to decode waits for a grammar before it looks after its requests again."""
 
 _GRACE = 0.25
-"""Part of a step's time for which the next one waits for a grammar, once a token: most need 0.2 ms. The device is busy with
+"""PrefillStep of a step's time for which the next one waits for a grammar, once a token: most need 0.2 ms. The device is busy with
 the step before, so nobody loses anything."""
 
-Riders = list[tuple[int, Work]]
+Riders = list[tuple[int, RequestState]]
 
 
 class Finish(Protocol):
     """Ends a request of row `index`, which must then `leave`."""
 
-    def __call__(self, work: Work, reason: FinishReason, index: int, /) -> None: ...
+    def __call__(self, req: RequestState, reason: FinishReason, index: int, /) -> None: ...
 
 
 class Fail(Protocol):
     """Ends a request of row `index` with an error; it must then `leave`."""
 
-    def __call__(self, work: Work, error: EngineError, index: int, /) -> None: ...
+    def __call__(self, req: RequestState, error: EngineError, index: int, /) -> None: ...
 
 
-class Batch:
-    """Rows that are being answered.
+class DecodeBatch:
+    """ModelRunner that are being answered.
 
     Attributes:
       places: who sits in each row.
     """
 
-    def __init__(self, runner: Rows, tokenizer: Tokenizer, counters: Counters, *, finish: Finish, fail: Fail) -> None:
-        self.places: list[Work | None] = [None] * runner.rows
+    def __init__(
+        self, runner: ModelRunner, tokenizer: Tokenizer, counters: Counters, *, finish: Finish, fail: Fail
+    ) -> None:
+        self.places: list[RequestState | None] = [None] * runner.rows
         self._runner = runner
         self._tokenizer = tokenizer
         self._counters = counters
         self._finish, self._fail = finish, fail
-        self._flight: tuple[Packed, Riders] | None = None
+        self._flight: tuple[StepOutput, Riders] | None = None
         self._oversized = 0
         self._pace = 0.0
         self._rate_from = time.monotonic()
@@ -75,7 +77,7 @@ class Batch:
 
     def __len__(self) -> int:
         """How many rows are taken."""
-        return sum(work is not None for work in self.places)
+        return sum(req is not None for req in self.places)
 
     @property
     def idle(self) -> bool:
@@ -84,44 +86,44 @@ class Batch:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Rows, and pages of each."""
+        """ModelRunner, and pages of each."""
         return self._runner.rows, self._runner.pages
 
-    def sitting(self) -> Riders:
+    def active(self) -> Riders:
         """The rows that are taken."""
-        return [(index, work) for index, work in enumerate(self.places) if work is not None]
+        return [(index, req) for index, req in enumerate(self.places) if req is not None]
 
     def leave(self, index: int) -> None:
         """Frees a row."""
-        work, self.places[index] = self.places[index], None
-        if work is not None and work.constraint is not None:
-            work.constraint.close()
+        req, self.places[index] = self.places[index], None
+        if req is not None and req.constraint is not None:
+            req.constraint.close()
 
     # --- places ---------------------------------------------------------------------------------------------------
-    def add(self, work: Work, *, alone: bool) -> None:
+    def add(self, req: RequestState, *, alone: bool) -> None:
         """Gives a prompt that has been read a row; `alone`: nobody else is about to come."""
-        request = work.request
-        assert work.row is not None
-        read = request.prompt[: work.position] if work.kept is None else work.kept.history.tail
-        index = self._free_place(work.ring_pages, alone)
+        request = req.request
+        assert req.row is not None
+        read = request.prompt[: req.position] if req.kept is None else req.kept.history.tail
+        index = self._free_place(req.ring_pages, alone)
         self._runner.insert(
             index,
-            work.row,
-            work.feed[0],
-            recent_text([*read, work.feed[0]], work.position),
-            sampling_state(request.sampling, self._runner.vocab, work.seed, request.prompt),
-            memory_settings(request.memory, *work.memory_shape),
+            req.row,
+            req.pending_tokens[0],
+            recent_text([*read, req.pending_tokens[0]], req.position),
+            sampling_state(request.sampling, self._runner.vocab, req.seed, request.prompt),
+            memory_settings(request.memory, *req.memory_shape),
             with_memory=request.memory is not None,
         )
-        work.row = None
-        self.places[index] = work
-        if work.constraint is not None:
-            work.constraint.open()
+        req.row = None
+        self.places[index] = req
+        if req.constraint is not None:
+            req.constraint.open()
 
     def _free_place(self, pages: int, alone: bool) -> int:
         """A free row. The batch grows if it must; an empty one gets the size that is needed now."""
-        busy = [work for _, work in self.sitting()]
-        pages = max([pages, *(work.ring_pages for work in busy)])
+        busy = [req for _, req in self.active()]
+        pages = max([pages, *(req.ring_pages for req in busy)])
         wanted = self._size(len(busy) + 1, pages)
         if len(busy) == self.size[0] or pages > self.size[1] or (alone and not busy and wanted != self.size):
             self._resize(*wanted)
@@ -131,23 +133,23 @@ class Batch:
         return bucket(rows, self._runner.buckets.rows), bucket(pages, self._runner.buckets.pages)
 
     def _resize(self, rows: int, pages: int) -> None:
-        self.land()
-        busy = [index for index, _ in self.sitting()]
+        self.synchronise()
+        busy = [index for index, _ in self.active()]
         self._runner.resize(rows, pages, {index: place for place, index in enumerate(busy)})
         self.places = [self.places[index] for index in busy] + [None] * (rows - len(busy))
         self._oversized = 0
 
     def _shrink_if_oversized(self, alone: bool) -> None:
-        busy = [work for _, work in self.sitting()]
+        busy = [req for _, req in self.active()]
         if not busy:  # the last of them ended while its surplus step was on its way
             return
-        wanted = self._size(len(busy), max(work.ring_pages for work in busy))
+        wanted = self._size(len(busy), max(req.ring_pages for req in busy))
         smaller = wanted[0] < self._runner.rows or wanted[1] < self._runner.pages
         self._oversized = self._oversized + 1 if smaller else 0
         if self._oversized > _SHRINK_AFTER and alone:
             self._resize(*wanted)
 
-    def rest(self) -> None:
+    def release_memory(self) -> None:
         """Gives an empty batch its least size: nobody needs what many clients needed any more."""
         least = self._size(1, 1)
         if least != self.size:
@@ -158,15 +160,17 @@ class Batch:
         """Launches a step for everyone who still needs one, and delivers what the step before has drawn, if there was one."""
         launched = time.perf_counter()
         landed = False
-        bound = [(index, work) for index, work in self.sitting() if work.constraint is not None]
+        bound = [(index, req) for index, req in self.active() if req.constraint is not None]
         free = len(bound) < len(self)
-        if not self._runner.rewinds or (bound and not free):
-            landed = self.land()  # what a row may draw, or that it must not read on, follows from the token before
+        if not self._runner.can_rewind or (bound and not free):
+            landed = (
+                self.synchronise()
+            )  # what a row may draw, or that it must not read on, follows from the token before
         flight, width = self._flight, self._runner.width
         if bound:
-            self._hear_grammars(bound)
+            self._collect_masks(bound)
             if not free:
-                wait_for_any([work.constraint for _, work in bound if work.constraint and not work.done], _PATIENCE)
+                wait_for_any([req.constraint for _, req in bound if req.constraint and not req.done], _PATIENCE)
         self._flight, riders = self._launch(width)
         if flight is not None:
             self._deliver(*flight)
@@ -175,46 +179,46 @@ class Batch:
             self._counters.steps += 1
             self._counters.step_seconds += time.perf_counter() - launched
             self._pace += 0.1 * (time.perf_counter() - launched - self._pace)
-        for _, work in riders:
-            work.launched += 1
-            work.flying = width
+        for _, req in riders:
+            req.launched += 1
+            req.in_flight = width
         if riders:
             self._shrink_if_oversized(alone)
         return landed
 
-    def _hear_grammars(self, bound: Riders) -> None:
+    def _collect_masks(self, bound: Riders) -> None:
         """Looks which tokens may come next in the rows under a grammar, and ends those where nothing can."""
         until = time.monotonic() + self._pace * _GRACE
-        for index, work in bound:
-            constraint = work.constraint
-            if work.done or work.flying or constraint is None or constraint.ready:
+        for index, req in bound:
+            constraint = req.constraint
+            if req.done or req.in_flight or constraint is None or constraint.ready:
                 continue
-            wait = until - time.monotonic() if work.fresh else 0.0
-            work.fresh = False
+            wait = until - time.monotonic() if req.fresh else 0.0
+            req.fresh = False
             try:
-                if constraint.look(max(0.0, wait)) and (constraint.complete or len(work.generated) >= work.limit):
-                    self._end(index, work, "stop" if constraint.complete else "length")
+                if constraint.look(max(0.0, wait)) and (constraint.complete or len(req.generated) >= req.limit):
+                    self._end(index, req, "stop" if constraint.complete else "length")
             except EngineError as error:
-                self._fail(work, error, index)
+                self._fail(req, error, index)
             except Exception:
                 log.exception("A grammar failed")
-                self._fail(work, EngineError("The engine could not finish this request"), index)
+                self._fail(req, EngineError("The engine could not finish this request"), index)
 
-    def _launch(self, width: int) -> tuple[tuple[Packed, Riders] | None, Riders]:
+    def _launch(self, width: int) -> tuple[tuple[StepOutput, Riders] | None, Riders]:
         riders = [
-            (index, work)
-            for index, work in self.sitting()
-            if not work.done
-            and len(work.generated) + work.certain < work.limit
-            and (work.constraint is None or work.constraint.ready)
+            (index, req)
+            for index, req in self.active()
+            if not req.done
+            and len(req.generated) + req.certain < req.limit
+            and (req.constraint is None or req.constraint.ready)
         ]
         if not riders:
             return None, []
         wanted = np.zeros(len(self.places), np.int32)
-        for index, work in riders:
-            if work.page_due:
-                self._runner.turn_row(index, *begin_page(self._runner, self._counters, work))
-            wanted[index] = min(width, work.limit - len(work.generated) - work.certain)
+        for index, req in riders:
+            if req.page_due:
+                self._runner.start_page_in_batch(index, *begin_page(self._runner, self._counters, req))
+            wanted[index] = min(width, req.limit - len(req.generated) - req.certain)
         return (self._runner.decode(wanted, self._allowed(riders, wanted)), riders), riders
 
     def _allowed(self, riders: Riders, wanted: np.ndarray) -> np.ndarray | None:
@@ -223,15 +227,15 @@ class Batch:
         A row under a grammar takes no drafts: what may follow them is not known in time.
         """
         allowed = None
-        for index, work in riders:
-            if work.constraint is not None:
-                allowed = self._runner.all_allowed() if allowed is None else allowed
+        for index, req in riders:
+            if req.constraint is not None:
+                allowed = self._runner.allow_all() if allowed is None else allowed
                 wanted[index] = 1
-                work.constraint.allow(allowed[index])
+                req.constraint.allow(allowed[index])
         return allowed
 
     # --- results --------------------------------------------------------------------------------------------------
-    def land(self) -> bool:
+    def synchronise(self) -> bool:
         """Looks at the step in flight, if there is one, and tells whether there was.
 
         To be called before the batch is rearranged, or a row that cannot be set back is taken out of it.
@@ -241,66 +245,66 @@ class Batch:
             self._deliver(*flight)
         return flight is not None
 
-    def _deliver(self, packed: Packed, riders: Riders) -> None:
+    def _deliver(self, packed: StepOutput, riders: Riders) -> None:
         integers, numbers = np.asarray(packed.integers), np.asarray(packed.numbers)
         before = self._counters.generated_tokens
-        for index, work in riders:
-            work.flying = 0
-            if work.done:
+        for index, req in riders:
+            req.in_flight = 0
+            if req.done:
                 continue
             try:
-                self._take(index, work, integers[index], numbers[index])
+                self._take(index, req, integers[index], numbers[index])
             except EngineError as error:
-                self._fail(work, error, index)
+                self._fail(req, error, index)
             except Exception:
                 log.exception("A request failed while its answer was delivered")
-                self._fail(work, EngineError("The engine could not finish this request"), index)
+                self._fail(req, EngineError("The engine could not finish this request"), index)
         self._count_rate(self._counters.generated_tokens - before)
 
-    def _take(self, index: int, work: Work, integers: np.ndarray, numbers: np.ndarray) -> None:
+    def _take(self, index: int, req: RequestState, integers: np.ndarray, numbers: np.ndarray) -> None:
         """What a step has drawn for one row."""
         tokens = integers[:, 0]
         fed, drawn = int((tokens != NONE).sum()), int((tokens >= 0).sum())
-        work.drafted += max(0, fed - 1)
-        work.accepted += max(0, drawn - 1)
+        req.drafted += max(0, fed - 1)
+        req.accepted += max(0, drawn - 1)
         for place in range(drawn):
-            work.position += 1
-            self._take_token(index, work, integers[place], numbers[place])
-            if work.done:
+            req.position += 1
+            self._take_token(index, req, integers[place], numbers[place])
+            if req.done:
                 return
 
-    def _take_token(self, index: int, work: Work, integers: np.ndarray, numbers: np.ndarray) -> None:
+    def _take_token(self, index: int, req: RequestState, integers: np.ndarray, numbers: np.ndarray) -> None:
         token = int(integers[0])
-        if not work.generated:
-            work.read_at = time.monotonic()
-        work.generated.append(token)
+        if not req.generated:
+            req.prefilled_at = time.monotonic()
+        req.generated.append(token)
         self._counters.generated_tokens += 1
         if numbers[1] > 0:
-            work.gate_sum += float(numbers[1])
-            work.gate_count += 1
-        request = work.request
+            req.gate_sum += float(numbers[1])
+            req.gate_count += 1
+        request = req.request
         if token in self._tokenizer.eog_ids and not request.ignore_eos:
-            _send(work, work.stream.finish())
-            self._finish(work, "stop", index)
+            _send(req, req.detokenizer.finish())
+            self._finish(req, "stop", index)
             return
         wanted = request.sampling.logprobs
         info = None
         if wanted is not None:
             top = integers[1 : 1 + wanted], numbers[2 : 2 + wanted]
             info = token_info(self._tokenizer, token, float(numbers[0]), *top)
-        _send(work, work.stream.push(token, info))
-        if work.stream.matched is not None:
-            self._finish(work, "stop", index)
-        elif work.constraint is not None:  # whether it is complete is known when its grammar has seen the token
-            work.constraint.take(token)
-            work.fresh = True
-        elif len(work.generated) >= work.limit:
-            self._end(index, work, "length")
+        _send(req, req.detokenizer.push(token, info))
+        if req.detokenizer.matched is not None:
+            self._finish(req, "stop", index)
+        elif req.constraint is not None:  # whether it is complete is known when its grammar has seen the token
+            req.constraint.take(token)
+            req.fresh = True
+        elif len(req.generated) >= req.limit:
+            self._end(index, req, "length")
 
-    def _end(self, index: int, work: Work, reason: FinishReason) -> None:
+    def _end(self, index: int, req: RequestState, reason: FinishReason) -> None:
         """Ends an answer by itself, after the text that its stop strings have held back."""
-        _send(work, work.stream.finish())
-        self._finish(work, "stop" if work.stream.matched is not None else reason, index)
+        _send(req, req.detokenizer.finish())
+        self._finish(req, "stop" if req.detokenizer.matched is not None else reason, index)
 
     def _count_rate(self, tokens: int) -> None:
         now = time.monotonic()
@@ -310,6 +314,6 @@ class Batch:
             self._rate_from, self._rate_tokens = now, 0
 
 
-def _send(work: Work, delta: Delta | None) -> None:
+def _send(req: RequestState, delta: Delta | None) -> None:
     if delta is not None:
-        work.send(delta)
+        req.send(delta)

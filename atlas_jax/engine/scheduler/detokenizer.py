@@ -10,7 +10,7 @@ from atlas_jax.engine.api import Delta, TokenInfo
 from atlas_jax.gguf import StreamDecoder, Tokenizer
 
 
-class TextStream:
+class Detokenizer:
     """Text of one answer as it grows.
 
     Text that could be the beginning of a stop string is held back until it is certain; tokens are delivered with the

@@ -202,7 +202,7 @@ class _Template:
     """The process all others are forked from."""
 
     def __init__(self, control: socket.socket, process: subprocess.Popen[bytes]) -> None:
-        """Use `start`."""
+        """Use `insert_decode_state`."""
         self._control = control
         self._process = process
 

@@ -1,4 +1,4 @@
-"""Prompts that are being read: whose turn it is, what is read next, and how much of it beside streams.
+"""PrefillQueue that are being read: whose turn it is, what is read next, and how much of it beside streams.
 
 A prompt is read in pieces that end at page boundaries, and a piece in parts: the write of the memory, then one group of
 layers after the other. Which pieces there are follows from the prompt alone, for programs of other shapes round otherwise;
@@ -14,12 +14,12 @@ import jax
 import numpy as np
 
 from atlas_jax.config import PAGE
-from atlas_jax.engine.runner.base import Part, Rows
-from atlas_jax.engine.runner.step import Packed
+from atlas_jax.engine.runner.base import ModelRunner, PrefillStep
+from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import memory_settings
 from atlas_jax.engine.scheduler.detokenizer import token_info
 from atlas_jax.engine.scheduler.metrics import Counters
-from atlas_jax.engine.scheduler.request_state import Work
+from atlas_jax.engine.scheduler.request_state import RequestState
 from atlas_jax.engine.scheduler.resume import begin_page
 from atlas_jax.gguf import Tokenizer
 
@@ -37,7 +37,7 @@ _WEIGHT = 0.25
 """Of the newest duration in the mean."""
 
 
-class Pace:
+class PrefillPace:
     """Divides the time between streams and prompts, half to each.
 
     The device works through what it is given in order, so a turn that launches a step behind some parts makes every stream
@@ -79,50 +79,50 @@ class Pace:
             self._credit = min(self._credit + step - parts * self._part, step + self._part)
 
 
-class Prompts:
+class PrefillQueue:
     """The prompts that are being read, each in a row of its own."""
 
-    def __init__(self, runner: Rows, tokenizer: Tokenizer, counters: Counters) -> None:
+    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, counters: Counters) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
         self._counters = counters
-        self._works: deque[Work] = deque()  # the one that has waited longest first
-        self._pieces: dict[Work, Iterator[Part]] = {}
+        self._queue: deque[RequestState] = deque()  # the one that has waited longest first
+        self._pieces: dict[RequestState, Iterator[PrefillStep]] = {}
         self._ahead: deque[jax.Array] = deque()
         self._parts = 0
 
     def __len__(self) -> int:
-        return len(self._works)
+        return len(self._queue)
 
-    def __iter__(self) -> Iterator[Work]:
-        return iter(self._works)
+    def __iter__(self) -> Iterator[RequestState]:
+        return iter(self._queue)
 
-    def add(self, work: Work) -> None:
-        """Takes a prompt in, whose row is where its `feed` goes on."""
-        self._works.append(work)
+    def add(self, req: RequestState) -> None:
+        """Takes a prompt in, whose row is where its `pending_tokens` goes on."""
+        self._queue.append(req)
 
-    def remove(self, work: Work) -> None:
+    def remove(self, req: RequestState) -> None:
         """Forgets a prompt; its row stays as far as whole pieces of it have been read."""
-        self._works.remove(work)
-        self._pieces.pop(work, None)
+        self._queue.remove(req)
+        self._pieces.pop(req, None)
 
     def clear(self) -> None:
         """Forgets all."""
-        self._works.clear()
+        self._queue.clear()
         self._pieces.clear()
 
     @property
-    def ready(self) -> list[Work]:
+    def ready(self) -> list[RequestState]:
         """Those of which nothing is left to read."""
-        return [work for work in self._works if not _left(work)]
+        return [req for req in self._queue if not _left(req)]
 
-    def next(self) -> Work:
+    def next(self) -> RequestState:
         """The prompt whose turn it is; there must be one."""
         self._parts += 1
-        work = min(self._works, key=_left) if self._parts % _IN_TURN else self._works[0]
-        self._works.remove(work)
-        self._works.append(work)
-        return work
+        req = min(self._queue, key=_left) if self._parts % _IN_TURN else self._queue[0]
+        self._queue.remove(req)
+        self._queue.append(req)
+        return req
 
     def has_room(self, ahead: int, *, wait: bool) -> bool:
         """Whether less than `ahead` parts are on their way; waits until it is so, or only looks."""
@@ -132,69 +132,69 @@ class Prompts:
                 made.block_until_ready()
         return len(self._ahead) < ahead
 
-    def read(self, work: Work) -> None:
+    def read(self, req: RequestState) -> None:
         """Launches the next part of a prompt of which something is left."""
-        piece = self._pieces.get(work)
+        piece = self._pieces.get(req)
         if piece is None:
-            piece = self._pieces[work] = self._piece(work)
+            piece = self._pieces[req] = self._piece(req)
         part = next(piece)
-        work.row = part.row
+        req.row = part.row
         self._ahead.append(part.made)
         if part.done:
-            del self._pieces[work]
-            self._took(work, part.scores)
+            del self._pieces[req]
+            self._took(req, part.scores)
 
-    def _piece(self, work: Work) -> Iterator[Part]:
+    def _piece(self, req: RequestState) -> Iterator[PrefillStep]:
         """Reads up to the end of the page."""
-        assert work.row is not None
-        runner, row = self._runner, work.row
-        if work.needs_page:
-            row = runner.at_least(row, work.plan.ring(work.position + 1))
-            turn, write = begin_page(runner, self._counters, work)
-            row = runner.turn(row, turn, write)
+        assert req.row is not None
+        runner, row = self._runner, req.row
+        if req.needs_page:
+            row = runner.grow_row(row, req.plan.ring(req.position + 1))
+            turn, write = begin_page(runner, self._counters, req)
+            row = runner.start_page(row, turn, write)
             if row.memory is not None and write is not None and turn.absorb_end is not None:
-                yield Part(row, row.memory.loss, done=False)
-        tokens, following = _piece_of(work)
-        settings = memory_settings(work.request.memory, *work.memory_shape)
-        if work.request.prompt_logprobs is None:
-            yield from runner.read(row, settings, tokens)
+                yield PrefillStep(row, row.memory.loss, done=False)
+        tokens, following = _piece_of(req)
+        settings = memory_settings(req.request.memory, *req.memory_shape)
+        if req.request.prompt_logprobs is None:
+            yield from runner.prefill(row, settings, tokens)
         else:
             following += tokens[-1:] * (len(tokens) - len(following))
-            alternatives = work.request.prompt_logprobs > 0
-            yield from runner.score(row, settings, tokens, following, alternatives=alternatives)
+            alternatives = req.request.prompt_logprobs > 0
+            yield from runner.prefill_scored(row, settings, tokens, following, alternatives=alternatives)
 
-    def _took(self, work: Work, scores: Packed | None) -> None:
+    def _took(self, req: RequestState, scores: StepOutput | None) -> None:
         """Takes note of a piece that has been read."""
-        tokens, following = _piece_of(work)
+        tokens, following = _piece_of(req)
         if scores is not None:
-            self._keep_scores(work, scores, following)
-        if work.kept is not None:
-            work.kept.history.extend(tokens)
-            work.kept.pending = None
-        work.position += len(tokens)
-        work.fed += len(tokens)
+            self._keep_scores(req, scores, following)
+        if req.kept is not None:
+            req.kept.history.extend(tokens)
+            req.kept.pending = None
+        req.position += len(tokens)
+        req.prefilled += len(tokens)
         self._counters.prompt_tokens += len(tokens)
 
-    def _keep_scores(self, work: Work, packed: Packed, following: list[int]) -> None:
+    def _keep_scores(self, req: RequestState, packed: StepOutput, following: list[int]) -> None:
         integers, numbers = np.asarray(packed.integers), np.asarray(packed.numbers)
-        if not work.scored:
-            work.scored.append(token_info(self._tokenizer, work.request.prompt[0], None, (), ()))
-        wanted = work.request.prompt_logprobs or 0
+        if not req.scored:
+            req.scored.append(token_info(self._tokenizer, req.request.prompt[0], None, (), ()))
+        wanted = req.request.prompt_logprobs or 0
         for index, token in enumerate(following):
             top = integers[index, 1 : 1 + wanted], numbers[index, 2 : 2 + wanted]
-            work.scored.append(token_info(self._tokenizer, token, float(numbers[index, 0]), *top))
+            req.scored.append(token_info(self._tokenizer, token, float(numbers[index, 0]), *top))
 
 
-def _left(work: Work) -> int:
+def _left(req: RequestState) -> int:
     """Tokens of a prompt that are to be read before it joins the batch."""
-    whole = work.limit == 0  # nothing will be generated: the last token is read like the others
-    return max(0, len(work.feed) - work.fed - (not whole))
+    whole = req.limit == 0  # nothing will be generated: the last token is read like the others
+    return max(0, len(req.pending_tokens) - req.prefilled - (not whole))
 
 
-def _piece_of(work: Work) -> tuple[list[int], list[int]]:
+def _piece_of(req: RequestState) -> tuple[list[int], list[int]]:
     """The tokens that are read next, up to the end of the page, and the one after each as far as there is one."""
-    end = work.fed + min(_left(work), PAGE - work.position % PAGE)
-    return work.feed[work.fed : end], work.feed[work.fed + 1 : end + 1]
+    end = req.prefilled + min(_left(req), PAGE - req.position % PAGE)
+    return req.pending_tokens[req.prefilled : end], req.pending_tokens[req.prefilled + 1 : end + 1]
 
 
 def _has_run(made: jax.Array) -> bool:

@@ -1,4 +1,4 @@
-"""Prompts that have been read, so that the next one that begins the same does not read that part again.
+"""PrefillQueue that have been read, so that the next one that begins the same does not read that part again.
 
 Whole pages only: a page read in one piece holds the same numbers whoever reads it, so an answer after a reused page is
 the answer after a fresh one, bit for bit. Only plain requests take part (sessions keep their own state), and only those
@@ -17,14 +17,14 @@ import jax
 import numpy as np
 
 from atlas_jax.config import PAGE
-from atlas_jax.model.kv_cache import Context
+from atlas_jax.model.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
 class _Entry:
     """A prompt's state and the names of its pages."""
 
-    context: Context
+    cache: KVCache
     names: tuple[bytes, ...]
     size: int
 
@@ -51,7 +51,7 @@ class PrefixCache:
         """Bytes of states that are kept."""
         return self._size
 
-    def find(self, owner: str, tokens: Sequence[int]) -> tuple[Context, int] | None:
+    def find(self, owner: str, tokens: Sequence[int]) -> tuple[KVCache, int] | None:
         """The state that has read most of the first `tokens`, and how many of them: whole pages. It is not to be donated."""
         if not self._entries:
             return None
@@ -61,13 +61,13 @@ class PrefixCache:
             if holders:
                 number = max(holders)
                 self._entries.move_to_end(number)
-                return self._entries[number].context, count * PAGE
+                return self._entries[number].cache, count * PAGE
         return None
 
-    def keep(self, owner: str, tokens: Sequence[int], context: Context) -> None:
+    def keep(self, owner: str, tokens: Sequence[int], cache: KVCache) -> None:
         """Keeps the state of a single row that has read `tokens` as one prompt; nobody may donate it afterwards."""
         names = tuple(_names(owner, tokens))
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(context))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
         if not names or size > self.budget or names[-1] in self._holders:
             return
         for name in names[:-1]:  # a prompt that this one begins with is no longer needed
@@ -77,7 +77,7 @@ class PrefixCache:
         while self._size + size > self.budget:
             self._drop(next(iter(self._entries)))
         number = next(self._number)
-        self._entries[number] = _Entry(context, names, size)
+        self._entries[number] = _Entry(cache, names, size)
         self._size += size
         for name in names:
             self._holders.setdefault(name, set()).add(number)

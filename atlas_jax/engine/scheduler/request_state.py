@@ -25,18 +25,18 @@ from atlas_jax.engine.api import (
 )
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
-from atlas_jax.engine.scheduler.detokenizer import TextStream
+from atlas_jax.engine.scheduler.detokenizer import Detokenizer
 from atlas_jax.engine.scheduler.structured_output import Constraint
 from atlas_jax.engine.sessions.session import Session, SessionShape
-from atlas_jax.engine.sessions.tiers import Lease
+from atlas_jax.engine.sessions.tiers import SessionLease
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 
 log = logging.getLogger("atlas.engine")
 
 
 @dataclass(eq=False)
-class Work:
+class RequestState:
     """A request and everything the engine's thread knows of it.
 
     Attributes:
@@ -46,7 +46,7 @@ class Work:
       feed, fed: prompt tokens to be read, and how many of them have been; the last one is fed by the first decode step.
       position: position of the next token to be read or fed, after the last step whose result is known.
       began: position from which it reads on.
-      flying: tokens per row of the step in flight if it takes part in it, else 0.
+      in_flight: tokens per row of the step in flight if it takes part in it, else 0.
       page: the last page that has begun.
       prompt_end: position of the prompt's last token once it has joined the decode batch, −1 before.
       ring_pages: ring slots it needs.
@@ -64,10 +64,10 @@ class Work:
     tokens: np.ndarray
     listener: Listener
     seed: int
-    stream: TextStream
+    detokenizer: Detokenizer
     submitted: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
-    lease: Lease | None = None
+    lease: SessionLease | None = None
     kept: Session | None = None
     keep: int = 0
     new: list[int] = field(default_factory=list)
@@ -77,8 +77,8 @@ class Work:
     fresh: bool = True
     shape: SessionShape | None = None
     write: MemoryWrite | None = None
-    feed: list[int] = field(default_factory=list)
-    fed: int = 0
+    pending_tokens: list[int] = field(default_factory=list)
+    prefilled: int = 0
     position: int = 0
     began: int = 0
     page: int = -1
@@ -94,7 +94,7 @@ class Work:
     muon_iterations: int = 0
     limit: int = 0
     launched: int = 0
-    flying: int = 0
+    in_flight: int = 0
     drafted: int = 0
     accepted: int = 0
     generated: list[int] = field(default_factory=list)
@@ -102,13 +102,13 @@ class Work:
     gate_sum: float = 0.0
     gate_count: int = 0
     started: float = 0.0
-    read_at: float = 0.0
+    prefilled_at: float = 0.0
     done: bool = False
 
     @property
-    def plan(self) -> WindowPlan:
+    def plan(self) -> PageSchedule:
         """Its window."""
-        return WindowPlan(window=None) if self.shape is None else self.shape.plan
+        return PageSchedule(window=None) if self.shape is None else self.shape.plan
 
     @property
     def memory_shape(self) -> tuple[int, int]:
@@ -121,10 +121,10 @@ class Work:
         request = self.request
         return request.reuse and request.memory is None and request.prompt_logprobs is None
 
-    def reads_for(self, other: Work) -> bool:
+    def reads_for(self, other: RequestState) -> bool:
         """Whether all whole pages it reads are the beginning of another's prompt, which gets them once they are read.
 
-        So the choices of one request, and clients that ask the same at once, read a prompt once. Prompts are read one chunk
+        So the choices of one request, and clients that ask the same at once, read a prompt once. PrefillQueue are read one chunk
         at a time, so waiting costs the other nothing.
         """
         mine, theirs = self.request.prompt, other.request.prompt
@@ -144,12 +144,12 @@ class Work:
     @property
     def certain(self) -> int:
         """How many tokens the step in flight draws for sure: none if it met the end of the page."""
-        return 0 if self.flying == 0 or self.needs_page else 1
+        return 0 if self.in_flight == 0 or self.needs_page else 1
 
     @property
     def page_due(self) -> bool:
         """Whether the next step begins a page. After a step with drafts that is known once its result is."""
-        exact = self.flying <= 1 or self.needs_page
+        exact = self.in_flight <= 1 or self.needs_page
         return exact and self._begins_page(self.position + self.certain)
 
     def _begins_page(self, position: int) -> bool:
@@ -209,7 +209,7 @@ class Work:
         """The last event."""
         now = time.monotonic()
         started = self.started or now
-        read_at = self.read_at or now
+        prefilled_at = self.prefilled_at or now
         return Finished(
             reason=reason,
             prompt_tokens=len(self.request.prompt),
@@ -218,22 +218,24 @@ class Work:
             drafted_tokens=self.drafted,
             accepted_tokens=self.accepted,
             seed=self.seed,
-            stop=self.stream.matched,
+            stop=self.detokenizer.matched,
             queue_seconds=started - self.submitted,
-            prompt_seconds=read_at - started,
-            decode_seconds=now - read_at,
+            prompt_seconds=prefilled_at - started,
+            decode_seconds=now - prefilled_at,
             memory=memory,
         )
 
 
-def new_work(request: GenerationRequest, tokens: np.ndarray, listener: Listener, tokenizer: Tokenizer) -> Work:
+def new_request_state(
+    request: GenerationRequest, tokens: np.ndarray, listener: Listener, tokenizer: Tokenizer
+) -> RequestState:
     """A request that has just arrived, and its prompt as an array."""
     seed = request.sampling.seed
-    return Work(
+    return RequestState(
         request=request,
         tokens=tokens,
         listener=listener,
         seed=secrets.randbits(63) if seed is None else seed & ((1 << 64) - 1),
         constraint=None if request.grammar is None else request.grammar.begin(),
-        stream=TextStream(tokenizer, request.stop, with_tokens=request.sampling.logprobs is not None),
+        detokenizer=Detokenizer(tokenizer, request.stop, with_tokens=request.sampling.logprobs is not None),
     )

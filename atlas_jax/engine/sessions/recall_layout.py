@@ -26,10 +26,10 @@ from atlas_jax.kernels.attention import (
     Pages,
     QuantPages,
 )
-from atlas_jax.model.kv_cache import Context
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.kv_cache import KVCache
+from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.transformer import SINKS
-from atlas_jax.recall.recall_memory import MemoryState, recent_states
+from atlas_jax.recall.recall_memory import RecallState, recent_states
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class RecallLayout:
     @property
     def default_shape(self) -> SessionShape:
         """Shape of a session that has read nothing yet; its first request replaces it."""
-        return SessionShape(WindowPlan(window=min(4, self.memory.max_window // PAGE)), layers=1, degree=2)
+        return SessionShape(PageSchedule(window=min(4, self.memory.max_window // PAGE)), layers=1, degree=2)
 
     @property
     def capacity(self) -> int:
@@ -91,7 +91,7 @@ class RecallLayout:
         if (window + update) * PAGE > self.memory.ring:
             raise SnapshotInvalid(f"snapshot's window of {window * PAGE} tokens exceeds this server's largest")
         layers, degree = integer(header, "layers", 1, len(self.memory.layers)), integer(header, "degree", 1, 3)
-        return SessionShape(WindowPlan(window, update), layers, degree)
+        return SessionShape(PageSchedule(window, update), layers, degree)
 
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         """A state as arrays: the pages in use, the memory, and the keys a later write can still need."""
@@ -119,20 +119,20 @@ _ZERO_AT_FIRST = ("weights", "momentum", "read_values", "read_scale")
 """Arrays of a memory that are left out of a snapshot where they are zero."""
 
 
-def _kept_positions(memory: MemoryConfig, plan: WindowPlan, position: int) -> np.ndarray:
+def _kept_positions(memory: MemoryConfig, plan: PageSchedule, position: int) -> np.ndarray:
     """Positions whose memory keys a later write can still need."""
     assert plan.window is not None
     kept = (plan.window + plan.update) * PAGE + memory.max_omega_window
     return np.arange(max(0, position - kept), position)
 
 
-def _row_arrays(layout: RecallLayout, plan: WindowPlan, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def _row_arrays(layout: RecallLayout, plan: PageSchedule, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
     row = to_host(checkpoint.row)
-    context, memory = row.context, row.memory
+    cache, memory = row.cache, row.memory
     assert memory is not None
     ring = plan.ring((checkpoint.page + 1) * PAGE)
     out: dict[str, np.ndarray] = {
-        "page": np.asarray(context.page)[0, :ring],
+        "page": np.asarray(cache.page)[0, :ring],
         "seen": np.packbits(np.asarray(memory.seen)[0].astype(bool)),
         "loss": np.asarray(memory.loss),
         "recent": np.asarray(memory.recent)[0],
@@ -144,7 +144,7 @@ def _row_arrays(layout: RecallLayout, plan: WindowPlan, checkpoint: Checkpoint) 
     kept = _kept_positions(layout.memory, plan, checkpoint.position)
     slots = kept % layout.memory.ring
     out["keys"], out["tokens"] = np.asarray(memory.keys)[0, slots], np.asarray(memory.tokens)[0, slots]
-    for index, layer in enumerate(context.kv):
+    for index, layer in enumerate(cache.kv):
         for name, pages in (("k", layer.k), ("v", layer.v)):
             if isinstance(pages, QuantPages):
                 out[f"{index}.{name}"] = np.asarray(pages.values)[0, :ring]
@@ -156,7 +156,7 @@ def _row_arrays(layout: RecallLayout, plan: WindowPlan, checkpoint: Checkpoint) 
 
 
 def _row(
-    layout: RecallLayout, plan: WindowPlan, position: int, page: int, arrays: Mapping[str, np.ndarray]
+    layout: RecallLayout, plan: PageSchedule, position: int, page: int, arrays: Mapping[str, np.ndarray]
 ) -> Sequences:
     """Rebuilds a row on the host; every array is checked against the shape this engine would have made."""
     model, config = layout.model, layout.memory
@@ -200,14 +200,14 @@ def _row(
         )
     }
     seen = np.unpackbits(take("seen", (-(-model.vocab // 8),), "u1"))[: model.vocab].astype(np.int8)
-    context = Context(
+    cache = KVCache(
         kv=kv,
         page=numbers[None],  # type: ignore[arg-type]
         slot=np.asarray([plan.slot(max(page, 0))], np.int32),  # type: ignore[arg-type]
         first_page=np.asarray([plan.left(max(page, 0))], np.int32),  # type: ignore[arg-type]
         position=np.asarray([position], np.int32),  # type: ignore[arg-type]
     )
-    memory = MemoryState(
+    memory = RecallState(
         **matrices,  # type: ignore[arg-type]
         recent=take("recent", (recent_states(config), config.components), "f4")[None],  # type: ignore[arg-type]
         keys=keys,  # type: ignore[arg-type]
@@ -218,4 +218,4 @@ def _row(
         skipped=np.zeros(1, np.int32),  # type: ignore[arg-type]
         written=np.asarray([seen.any()]),  # type: ignore[arg-type]
     )
-    return Sequences(context, memory)
+    return Sequences(cache, memory)

@@ -18,7 +18,7 @@ from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.history import History
 from atlas_jax.engine.sessions.journal import Reading, Turn
 from atlas_jax.engine.sessions.snapshot import Head, Listing
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class SessionShape:
       degree: polynomial degree.
     """
 
-    plan: WindowPlan
+    plan: PageSchedule
     layers: int
     degree: int
 
@@ -57,7 +57,7 @@ class Checkpoint:
         """Size of the arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.row))
 
-    def reachable(self, plan: WindowPlan) -> int:
+    def reachable(self, plan: PageSchedule) -> int:
         """The earliest position this state can be rolled back to for nothing: the window still holds what was seen."""
         if plan.window is None:  # what a model's own memory has read cannot be taken back
             return self.position
@@ -85,7 +85,7 @@ class Appended:
 
     prompt: list[int]
     position: int
-    feed: list[int]
+    tokens: list[int]
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class Session:
         return whole
 
     def between(self, start: int, end: int) -> list[int] | None:
-        """The text from position `start`, which is not after what its state has read, to `end`; None if not known."""
+        """The text from position `insert_decode_state`, which is not after what its state has read, to `end`; None if not known."""
         if start < self.history.tail_start and start < min(end, self.history.length):
             return None
         read = min(end, self.history.length)
@@ -461,7 +461,7 @@ def _check_turn(layout: Layout, turn: Turn, length: int) -> None:
 
 
 def _first(parts: Sequence[Unread], start: int, end: int) -> list[Unread]:
-    """The parts, of which the first begins at position `start`, as far as `end`."""
+    """The parts, of which the first begins at position `insert_decode_state`, as far as `end`."""
     out: list[Unread] = []
     for part in parts:
         if start >= end:

@@ -102,7 +102,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Lease:
+class SessionLease:
     """One request's hold on a session; `session` is None for one that does not exist yet."""
 
     key: SessionKey
@@ -226,7 +226,7 @@ class SessionTiers:
         return entry
 
     # --- for the engine's thread ----------------------------------------------------------------------------------
-    def acquire(self, key: SessionKey) -> Lease | None:
+    def acquire(self, key: SessionKey) -> SessionLease | None:
         """Takes a session for one request; the place of one that does not exist yet is held too.
 
         Returns:
@@ -241,11 +241,11 @@ class SessionTiers:
             entry = self._known(key)
             if entry is None:
                 self._check_share(key.owner)
-                if not self._room():
+                if not self._logits_buffer():
                     return None
                 entry = self.entries[key] = Entry(_new_listing(key, time.time()), busy=True)
                 self.misses += 1
-                return Lease(key, entry, None)
+                return SessionLease(key, entry, None)
             if entry.problem is not None:
                 raise MemoryUnavailable(_unusable(entry.problem), retry_after=30.0)
             if entry.error is not None:
@@ -256,8 +256,8 @@ class SessionTiers:
             if entry.session is not None:
                 entry.busy = True
                 self.hits += 1
-                return Lease(key, entry, entry.session)
-            if not self._room():
+                return SessionLease(key, entry, entry.session)
+            if not self._logits_buffer():
                 return None
             entry.busy = True
             self.misses += 1
@@ -266,7 +266,7 @@ class SessionTiers:
 
     def commit(
         self,
-        lease: Lease,
+        lease: SessionLease,
         session: Session,
         text: NewText,
         strategy: CacheStrategy,
@@ -331,7 +331,7 @@ class SessionTiers:
             entry.written = max(entry.written, session.generation)
         return stored
 
-    def release(self, lease: Lease, session: Session | None, strategy: CacheStrategy) -> None:
+    def release(self, lease: SessionLease, session: Session | None, strategy: CacheStrategy) -> None:
         """Gives a session back, changed or (None) as it was."""
         with self.lock:
             entry = lease.entry
@@ -583,7 +583,7 @@ class SessionTiers:
         with self.lock:
             self._check_share(owner, more)
 
-    def _room(self) -> bool:
+    def _logits_buffer(self) -> bool:
         """Whether main memory has room for another session; begins to make some if not. The lock is held.
 
         Raises:

@@ -40,7 +40,7 @@ class TrainedLayout:
     @classmethod
     def of(cls, config: LMConfig, row: Sequences, fingerprint: str) -> TrainedLayout:
         """The layout of sessions that are rows like this one."""
-        return cls(config, shapes(row.context), fingerprint)
+        return cls(config, shapes(row.cache), fingerprint)
 
     @property
     def vocab(self) -> int:
@@ -77,7 +77,7 @@ class TrainedLayout:
 
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         """A state as arrays, by place."""
-        leaves = jax.tree_util.tree_leaves_with_path(to_host(checkpoint.row).context)
+        leaves = jax.tree_util.tree_leaves_with_path(to_host(checkpoint.row).cache)
         return {_name(path): leaf for path, leaf in leaves}
 
     def row(self, shape: SessionShape, position: int, page: int, arrays: Mapping[str, np.ndarray]) -> Sequences:
@@ -103,7 +103,7 @@ class TrainedLayout:
 
 def _layers(session: Session, checkpoint: Checkpoint) -> list[LayerMemoryInfo]:
     """Of each layer with a memory: Frobenius norm of all its matrices, and the mean of their effective ranks."""
-    state: Any = checkpoint.row.context
+    state: Any = checkpoint.row.cache
     found = []
     for layer, held in enumerate(state.layers):
         nodes = jax.tree.leaves(held, is_leaf=lambda node: isinstance(node, MemoryState))

@@ -28,7 +28,7 @@ from atlas_jax.model.lm.model import (
     split,
 )
 from atlas_jax.optim import (
-    Placement,
+    GradientSharding,
     Training,
     average_gradients,
     local_training,
@@ -132,14 +132,14 @@ def train(
     return Trained(jax.tree.map(np.asarray, training.params(state)), tuple(losses), first)
 
 
-def make_optimizer(config: TrainConfig, axes: LMParams) -> Callable[[Placement], optax.GradientTransformation]:
+def make_optimizer(config: TrainConfig, axes: LMParams) -> Callable[[GradientSharding], optax.GradientTransformation]:
     """The optimiser of a run, for each way of sharing out its work."""
 
     def schedule(peak: float) -> optax.Schedule:
         warmup = min(config.warmup, config.steps - 1)
         return optax.warmup_cosine_decay_schedule(0.0, peak, warmup, max(config.steps, warmup + 1), 0.1 * peak)
 
-    def build(placement: Placement) -> optax.GradientTransformation:
+    def build(sharding: GradientSharding) -> optax.GradientTransformation:
         if config.optimizer == "muon":
             return muon(
                 schedule(config.learning_rate),
@@ -147,10 +147,10 @@ def make_optimizer(config: TrainConfig, axes: LMParams) -> Callable[[Placement],
                 weight_decay=config.weight_decay,
                 adam_learning_rate=schedule(config.adam_learning_rate),
                 adam_b2=0.99,
-                placement=placement,
+                sharding=sharding,
             )
         return optax.chain(
-            average_gradients(placement),
+            average_gradients(sharding),
             optax.clip_by_global_norm(config.clip),
             optax.adamw(schedule(config.learning_rate), b2=0.99, weight_decay=config.weight_decay),
         )

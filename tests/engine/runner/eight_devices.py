@@ -64,7 +64,7 @@ def opened(folder: Path, dtype: str, data: int, model: int) -> Iterator[Engine]:
 
 
 def answers(engine: Engine) -> list[Answer]:
-    """Prompts longer than a page, sampling, a memory that has been written and is read, and a session that goes on."""
+    """PrefillQueue longer than a page, sampling, a memory that has been written and is read, and a session that goes on."""
     said = words(1, 200)
     session = memory("told", blend_ratio=0.9)
     plain = ask_all(engine, [request(words(2, 150), 12), request(words(3, 40), 12, temperature=0.8, seed=5, top_p=0.9)])

@@ -14,14 +14,14 @@ from atlas_jax.config import PAGE
 from atlas_jax.engine.api import MemoryParams, SamplingParams
 from atlas_jax.engine.runner import export, monolithic_step
 from atlas_jax.engine.runner.base import Buckets
-from atlas_jax.engine.runner.pretrained import Runner
+from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sampling_state
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import lowering_platform
 from atlas_jax.kernels.ngram_drafter import NONE
 from atlas_jax.model.loading import load_params, model_config
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.recall import adapter_store
 
 STEPS = 4
@@ -40,10 +40,10 @@ def test_the_exported_step_draws_what_the_live_one_does(parts: tuple[StepConfig,
     pytest.importorskip("flatbuffers", reason="needs the extra `export`")
     config, weights = parts
     with lowering_platform.elsewhere("cpu"):
-        runner = Runner(config, weights, "int8", Buckets(rows=(2,), pages=(4,), drafting=0))
+        runner = PretrainedRunner(config, weights, "int8", Buckets(rows=(2,), pages=(4,), max_draft_rows=0))
         for index in range(2):
-            row = runner.turn(runner.new_row(4), WindowPlan(None).turn(0), None)
-            row = [*runner.read(row, memory_settings(None, 1, 1), list(range(3, 20 + index)))][-1].row
+            row = runner.start_page(runner.new_row(4), PageSchedule(None).turn(0), None)
+            row = [*runner.prefill(row, memory_settings(None, 1, 1), list(range(3, 20 + index)))][-1].row
             sampling = sampling_state(SamplingParams(temperature=0.8), config.model.vocab, 7 + index, [])
             text = recent_text([5], 17 + index)
             settings = memory_settings(MemoryParams(), 1, 1)
@@ -56,12 +56,12 @@ def test_the_exported_step_draws_what_the_live_one_does(parts: tuple[StepConfig,
         assert {path.name for path in files} == {"decode.json", "decode-cpu.jax", "decode-cpu.mlir.bc"}
         wanted = np.ones(2, np.int32)
         for _ in range(STEPS):
-            state = jax.tree.map(jnp.copy, (runner.sequences, runner.drawing))
+            state = jax.tree.map(jnp.copy, (runner.sequences, runner.decode_state))
             live = runner.decode(wanted)
-            args = jax.tree.leaves((weights, *state, wanted, runner.all_allowed()))
-            _, drawing, packed, _ = jax.tree.unflatten(jax.tree.structure(step.results), exported.call(*args))
+            args = jax.tree.leaves((weights, *state, wanted, runner.allow_all()))
+            _, decode_state, packed, _ = jax.tree.unflatten(jax.tree.structure(step.results), exported.call(*args))
             assert np.array_equal(packed.integers, live.integers)
-            assert np.array_equal(drawing.text, runner.drawing.text)
+            assert np.array_equal(decode_state.text, runner.decode_state.text)
             # one program sums floats in another order than several
             np.testing.assert_allclose(packed.numbers, live.numbers, atol=2e-3)
 

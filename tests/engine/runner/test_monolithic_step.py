@@ -17,15 +17,15 @@ from atlas_jax.config import PAGE
 from atlas_jax.engine.api import MemoryParams, SamplingParams
 from atlas_jax.engine.runner import monolithic_step
 from atlas_jax.engine.runner.base import Buckets
-from atlas_jax.engine.runner.decode_state import DRAFTS
-from atlas_jax.engine.runner.pretrained import Runner
+from atlas_jax.engine.runner.decode_state import DRAFT_TOKENS
+from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sampling_state
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.model import layer_groups
 from atlas_jax.model.loading import load_params, model_config
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.recall import adapter_store
 from tests import tiny_model
 
@@ -34,9 +34,9 @@ STEPS = 6
 
 
 @pytest.mark.skipif(not ffi.takes_attention(1, PAGE, SHAPE.head_dim, 4), reason="no native kernels")
-@pytest.mark.parametrize("drafting", [0, 1])
+@pytest.mark.parametrize("max_draft_rows", [0, 1])
 def test_one_program_computes_what_the_stages_do(
-    drafting: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    max_draft_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_groups, "_PREFERRED", (1,))
     monkeypatch.setattr(ffi, "_wanted", True)  # an engine without kernels may have been opened before
@@ -46,10 +46,12 @@ def test_one_program_computes_what_the_stages_do(
         config, params = model_config(file), load_params(file, model_config(file))
         memory, found = adapter_store.decode(adapter.read_bytes(), file.fingerprint(), config, max_window=2 * PAGE)
     weights = Weights(params, found, jnp.arange(1, config.vocab + 1) % config.vocab)
-    runner = Runner(StepConfig(config, memory), weights, "int8", Buckets(rows=(1,), pages=(4,), drafting=drafting))
-    row = runner.turn(runner.new_row(4), WindowPlan(None).turn(0), None)
+    runner = PretrainedRunner(
+        StepConfig(config, memory), weights, "int8", Buckets(rows=(1,), pages=(4,), max_draft_rows=max_draft_rows)
+    )
+    row = runner.start_page(runner.new_row(4), PageSchedule(None).turn(0), None)
     text = [3, 4, 5, 6] * 8
-    row = [*runner.read(row, memory_settings(MemoryParams(), 1, 1), text)][-1].row
+    row = [*runner.prefill(row, memory_settings(MemoryParams(), 1, 1), text)][-1].row
     sampling = sampling_state(SamplingParams(temperature=0.8), config.vocab, 7, [])
     settings = memory_settings(MemoryParams(), 1, 1)
     runner.insert(0, row, 3, recent_text(text, len(text)), sampling, settings, with_memory=True)
@@ -58,13 +60,13 @@ def test_one_program_computes_what_the_stages_do(
         return [
             np.asarray(leaf)
             for _ in range(STEPS)
-            for leaf in jax.tree.leaves(runner.decode(np.full(1, 1 + DRAFTS, np.int32)))
-        ] + [np.asarray(leaf) for leaf in jax.tree.leaves((runner.sequences, runner.drawing))]
+            for leaf in jax.tree.leaves(runner.decode(np.full(1, 1 + DRAFT_TOKENS, np.int32)))
+        ] + [np.asarray(leaf) for leaf in jax.tree.leaves((runner.sequences, runner.decode_state))]
 
-    begun = jax.tree.map(jnp.copy, (runner.sequences, runner.drawing))
+    begun = jax.tree.map(jnp.copy, (runner.sequences, runner.decode_state))
     in_stages = steps()
-    runner.sequences, runner.drawing = begun
-    runner.compile_whole(1, 4)
+    runner.sequences, runner.decode_state = begun
+    runner.compile_monolithic_step(1, 4)
     assert runner.at_once
     for one, other in zip(steps(), in_stages, strict=True):
         np.testing.assert_array_equal(one, other)

@@ -23,7 +23,7 @@ from atlas_jax.config import (
 from atlas_jax.engine.runner import monolithic_step
 from atlas_jax.engine.runner.step import StepConfig
 from atlas_jax.kernels import lowering_platform
-from atlas_jax.sharding import Placement, check_mesh, make_mesh
+from atlas_jax.sharding import MeshLayout, check_mesh, make_mesh
 
 FLOPS, BYTES, HBM = 197e12, 819e9, 16 * 2**30
 """Of one v5e chip: bfloat16 operations (twice as many in 8 bits) and bytes a second, and bytes in all."""
@@ -72,7 +72,7 @@ def test_the_tpu_compiler_takes_a_step(
     chips: list[jax.Device], name: str, config: StepConfig, data: int, parts: int, kind: str
 ) -> None:
     check_mesh(config.model, data, parts)
-    placement = Placement(make_mesh(chips, data, parts))
+    placement = MeshLayout(make_mesh(chips, data, parts))
     weights = monolithic_step.weight_shapes(config)
     if kind == "decode":
         args = monolithic_step.decode_shapes(config, weights, ROWS, PAGES, "int8", placement)

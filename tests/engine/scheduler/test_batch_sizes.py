@@ -12,7 +12,7 @@ import pytest
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import MemoryParams, SamplingParams
 from atlas_jax.engine.runner.base import Buckets
-from atlas_jax.engine.runner.pretrained import Runner
+from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.step_inputs import (
     MemoryWrite,
@@ -23,7 +23,7 @@ from atlas_jax.engine.runner.step_inputs import (
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.model.loading import load_params, model_config
-from atlas_jax.model.page_schedule import WindowPlan
+from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.recall import adapter_store
 from tests import tiny_model
 
@@ -42,26 +42,30 @@ def test_a_row_is_what_it_would_be_alone(kernels: bool, tmp_path: Path, monkeypa
         config, params = model_config(file), load_params(file, model_config(file))
         memory, found = adapter_store.decode(adapter.read_bytes(), file.fingerprint(), config, max_window=2 * PAGE)
     weights = Weights(params, found, jnp.arange(1, config.vocab + 1) % config.vocab)
-    runner = Runner(StepConfig(config, memory), weights, "int8", Buckets(rows=SIZES, pages=(4,)))
+    runner = PretrainedRunner(StepConfig(config, memory), weights, "int8", Buckets(rows=SIZES, pages=(4,)))
     how = MemoryParams(window_size=PAGE)
-    plan, write, settings = WindowPlan(window=1), MemoryWrite.from_params(how, DEGREE), memory_settings(how, 1, DEGREE)
+    plan, write, settings = (
+        PageSchedule(window=1),
+        MemoryWrite.from_params(how, DEGREE),
+        memory_settings(how, 1, DEGREE),
+    )
     text = np.random.default_rng(1).integers(0, 340, 3 * PAGE).tolist()
     row = runner.new_row(4)
     for page in range(3):
-        row = runner.turn(row, plan.turn(page), write)
-        row = [*runner.read(row, settings, text[page * PAGE : (page + 1) * PAGE])][-1].row
+        row = runner.start_page(row, plan.turn(page), write)
+        row = [*runner.prefill(row, settings, text[page * PAGE : (page + 1) * PAGE])][-1].row
     sampling = sampling_state(SamplingParams(temperature=0.8, logprobs=3), config.vocab, 7, [])
 
     def steps(size: int, place: int) -> list[np.ndarray]:
         runner.resize(size, 4, {})
         begun = jax.tree.map(jnp.copy, row)
         runner.insert(place, begun, 3, recent_text(text, len(text)), sampling, settings, with_memory=True)
-        runner.turn_row(place, plan.turn(3), write)
+        runner.start_page_in_batch(place, plan.turn(3), write)
         wanted = np.zeros(size, np.int32)
         wanted[place] = 1
         told = [runner.decode(wanted) for _ in range(STEPS)]
         assert np.asarray(told[-1].numbers)[place, 0, 1] > 0, "the memory takes part"
-        runner.turn_row(place, plan.turn(4), write)
+        runner.start_page_in_batch(place, plan.turn(4), write)
         return [np.asarray(leaf)[place, 0] for leaf in jax.tree.leaves(told)] + [
             np.asarray(leaf)[place] for leaf in jax.tree.leaves(runner.sequences)
         ]

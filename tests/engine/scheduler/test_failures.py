@@ -133,12 +133,12 @@ def ended(engine: Engine, asked: Any) -> Any:
 
 
 FAULTS: dict[str, Callable[[Engine], tuple[Any, str]]] = {
-    "taking the session": lambda engine: (engine._loop._sessions, "acquire"),
+    "taking the session": lambda engine: (engine._scheduler._sessions, "acquire"),
     "beginning": lambda engine: (scheduler, "resume"),
-    "reading": lambda engine: (engine._loop._prompts, "read"),
-    "joining the batch": lambda engine: (engine._loop._batch, "add"),
+    "reading": lambda engine: (engine._scheduler._prompts, "read"),
+    "joining the batch": lambda engine: (engine._scheduler._batch, "add"),
     "keeping the session": lambda engine: (scheduler, "kept_session"),
-    "putting the session back": lambda engine: (engine._loop._sessions, "release"),
+    "putting the session back": lambda engine: (engine._scheduler._sessions, "release"),
 }
 
 

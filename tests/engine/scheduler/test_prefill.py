@@ -1,4 +1,4 @@
-"""Prompts beside streams: how time is divided, who is read first, and what a prompt that is left half read leaves behind."""
+"""PrefillQueue beside streams: how time is divided, who is read first, and what a prompt that is left half read leaves behind."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished
 from atlas_jax.engine.scheduler import prefill
-from atlas_jax.engine.scheduler.prefill import Pace, Prompts
-from atlas_jax.engine.scheduler.request_state import Work
+from atlas_jax.engine.scheduler.prefill import PrefillPace, PrefillQueue
+from atlas_jax.engine.scheduler.request_state import RequestState
 from atlas_jax.model import layer_groups
 from tests.engine.offline import PATIENCE, Answer, ask, ask_all, memory, request, words
 
@@ -30,7 +30,7 @@ def turns(step: float, part: float, count: int) -> tuple[list[float], int]:
     Returns:
       The times between the results of steps, and how many parts were read.
     """
-    pace, free, ends = Pace(), 0.0, deque[float]()
+    pace, free, ends = PrefillPace(), 0.0, deque[float]()
     gaps: list[float] = []
     now, last, read = 0.0, 0.0, 0
     for _ in range(count):
@@ -63,7 +63,7 @@ def test_streams_and_prompts_share_the_time(step: float, part: float) -> None:
 
 
 def test_a_step_that_has_become_slower_is_noticed() -> None:
-    pace = Pace()
+    pace = PrefillPace()
     now = 0.0
     for step in [0.01] * 60 + [0.1] * 200:
         parts = pace.parts(SIZE)
@@ -73,7 +73,7 @@ def test_a_step_that_has_become_slower_is_noticed() -> None:
 
 
 def test_nothing_is_read_beside_a_batch_whose_step_nobody_knows() -> None:
-    pace = Pace()
+    pace = PrefillPace()
     assert pace.parts(SIZE) == 0
     for now in (1.0, 1.1):
         pace.turned(SIZE, 0, now, landed=True)
@@ -81,14 +81,14 @@ def test_nothing_is_read_beside_a_batch_whose_step_nobody_knows() -> None:
     assert pace.parts((2, 4)) == 0
 
 
-def prompts_of(*lengths: int) -> tuple[Prompts, list[Work]]:
+def prompts_of(*lengths: int) -> tuple[PrefillQueue, list[RequestState]]:
     works: list[Any] = [
         SimpleNamespace(feed=[1] * length, fed=0, limit=1, number=i) for i, length in enumerate(lengths)
     ]
-    works = [_Work(**vars(work)) for work in works]
-    prompts = Prompts(None, None, None)  # type: ignore[arg-type]
-    for work in works:
-        prompts.add(work)
+    works = [_Work(**vars(req)) for req in works]
+    prompts = PrefillQueue(None, None, None)  # type: ignore[arg-type]
+    for req in works:
+        prompts.add(req)
     return prompts, works
 
 
@@ -101,9 +101,9 @@ def test_a_short_prompt_goes_before_a_long_one_and_both_are_read() -> None:
     prompts, (book, question) = prompts_of(100_000, 300)
     order = []
     while prompts.ready == []:
-        work = prompts.next()
-        work.fed += 32
-        order.append(work is question)
+        req = prompts.next()
+        req.prefilled += 32
+        order.append(req is question)
     assert prompts.ready == [question]
     assert book.fed
     assert order.count(True) >= 2 * order.count(False)
@@ -115,8 +115,8 @@ def test_every_prompt_is_read_whatever_shorter_ones_come(lengths: list[int]) -> 
     prompts, (book,) = prompts_of(50_000)
     coming = deque(lengths * 40)
     for _ in range(40 * sum(length // 32 + 1 for length in lengths)):
-        for work in prompts.ready:
-            prompts.remove(work)
+        for req in prompts.ready:
+            prompts.remove(req)
         while len(prompts) < 4 and coming:
             prompts.add(prompts_of(coming.popleft())[1][0])
         if book not in prompts:
@@ -143,21 +143,21 @@ def test_a_prompt_left_half_read_leaves_the_session_in_order(
     """With a window of one page the third piece begins with a write; a client leaves after so many parts."""
     text = words(17, 420)
     wanted = ask(parted, request(text, 6, memory=memory(f"whole-{parts}")))
-    read = Prompts.read
+    read = PrefillQueue.read
     done = 0
 
-    def count(self: Prompts, work: Work) -> None:
+    def count(self: PrefillQueue, req: RequestState) -> None:
         nonlocal done
-        read(self, work)
+        read(self, req)
         done += 1
         if done == parts:
-            work.cancelled.set()
+            req.cancelled.set()
 
-    monkeypatch.setattr(Prompts, "read", count)
+    monkeypatch.setattr(PrefillQueue, "read", count)
     left = Answer()
     ended = reading_ended(parted, request(text, 6, memory=memory(f"left-{parts}")), left)
     assert ended.reason == "cancelled"
-    monkeypatch.setattr(Prompts, "read", read)
+    monkeypatch.setattr(PrefillQueue, "read", read)
     again = ask(parted, request(text, 6, memory=memory(f"left-{parts}")))
     assert again.infos == wanted.infos
     left_behind, whole = (parted.sessions.info("owner", f"{name}-{parts}") for name in ("left", "whole"))
@@ -190,13 +190,13 @@ def test_what_runs_between_two_parts_changes_no_bit(parted: Engine) -> None:
 def test_only_so_many_parts_are_on_their_way(parted: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """What comes while a long prompt is read does not wait behind what the host has launched ahead."""
     most = 0
-    read = Prompts.read
+    read = PrefillQueue.read
 
-    def count(self: Prompts, work: Work) -> None:
+    def count(self: PrefillQueue, req: RequestState) -> None:
         nonlocal most
-        read(self, work)
+        read(self, req)
         most = max(most, len(self._ahead))
 
-    monkeypatch.setattr(Prompts, "read", count)
+    monkeypatch.setattr(PrefillQueue, "read", count)
     ask(parted, request(words(29, 900), 1))
     assert 0 < most <= prefill.AHEAD

@@ -14,7 +14,7 @@ from atlas_jax.gguf import GGUFError, GGUFFile, Tokenizer
 from atlas_jax.gguf._writer import BYTE_VOCAB, byte_vocabulary, write_gguf
 from atlas_jax.memory import Features, MemoryRule, presets
 from atlas_jax.model import transformer
-from atlas_jax.model.kv_cache import init_context, ring_view
+from atlas_jax.model.kv_cache import init_kv_cache, ring_view
 from atlas_jax.model.lm import (
     LMConfig,
     create,
@@ -142,7 +142,7 @@ def test_exported_llama_is_what_the_engine_computes(tmp_path: Path) -> None:
 
     @jax.jit
     def served(tokens: jax.Array) -> jax.Array:
-        context = init_context(model, 1, 2, "float32")
+        context = init_kv_cache(model, 1, 2, "float32")
         view = transformer.step_view(
             model, weights.ropes, ring_view(_first_page(context), tokens.shape[1], jnp.asarray([tokens.shape[1]]))
         )
