@@ -18,8 +18,8 @@ class Admitted:
 
     __slots__ = ("_admission", "_key_id", "_other", "waited")
 
-    def __init__(self, gate: Admission, key_id: str, waited: float) -> None:
-        self._admission: Admission | None = gate
+    def __init__(self, admission: Admission, key_id: str, waited: float) -> None:
+        self._admission: Admission | None = admission
         self._key_id = key_id
         self._other: Admitted | None = None
         self.waited = waited
@@ -32,8 +32,8 @@ class Admitted:
     def release(self) -> None:
         """Gives the place to the next in turn."""
         if self._admission is not None:
-            gate, self._admission = self._admission, None
-            gate._released(self._key_id)
+            admission, self._admission = self._admission, None
+            admission._released(self._key_id)
             if self._other is not None:
                 self._other.release()
 

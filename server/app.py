@@ -64,30 +64,35 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     """
     server, atlas = settings.server, settings.atlas
     keys = KeyRing.from_file(server.api_keys_file) if server.api_keys_file else KeyRing()
-    host = EngineSupervisor()
+    supervisor = EngineSupervisor()
     config = RuntimeConfig(settings)
     stats = ServerStats(config, atlas.metrics_history_size)
-    gate = _gate(server, keys, server.max_concurrent)
-    contexts = _gate(server, keys, atlas.context_pool_size or server.max_concurrent, exhausted=NO_CONTEXT)
+    admission = _admission(server, keys, server.max_concurrent)
+    contexts = _admission(server, keys, atlas.context_pool_size or server.max_concurrent, exhausted=NO_CONTEXT)
     connections = Connections(
         limit=connection_limit(server.max_connections),
         header_timeout=server.header_timeout,
         stall_timeout=server.client_timeout,
-        crowded=lambda: gate.waiting + contexts.waiting > 0,
+        crowded=lambda: admission.waiting + contexts.waiting > 0,
     )
-    workers = ThreadPools()
+    pools = ThreadPools()
     limits = KeyLimits(server.rate_limit_requests, server.rate_limit_tokens)
-    observer = Monitoring(host=host, stats=stats, config=config, contexts=contexts, settings=settings)
+    monitoring = Monitoring(supervisor=supervisor, stats=stats, config=config, contexts=contexts, settings=settings)
     metrics = Metrics(
-        engine=observer.engine_stats, server=lambda: _figures(gate, contexts, connections, stats, persistence)
+        engine=monitoring.engine_stats, server=lambda: _figures(admission, contexts, connections, stats, persistence)
     )
-    persistence = Persistence(host=host, config=config, settings=settings, owners=keys.owners, metrics=metrics)
-    texts, models = Tokenization(host, workers), Models(host, server.model_alias, strict=server.strict_model)
-    front = FrontPage(host, keys=not keys.open, memory=atlas.enabled)
-    memory = MemoryService(host, settings, metrics, workers)
+    persistence = Persistence(
+        supervisor=supervisor, config=config, settings=settings, owners=keys.owners, metrics=metrics
+    )
+    tokenization, models = (
+        Tokenization(supervisor, pools),
+        Models(supervisor, server.model_alias, strict=server.strict_model),
+    )
+    front_page = FrontPage(supervisor, keys=not keys.open, memory=atlas.enabled)
+    memory = MemoryService(supervisor, settings, metrics, pools)
     generator = Generator(
-        host=host,
-        gate=gate,
+        supervisor=supervisor,
+        admission=admission,
         contexts=contexts,
         limits=limits,
         stats=stats,
@@ -97,15 +102,15 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         max_answer_tokens=server.max_answer_tokens,
     )
     lifecycle = Lifecycle(
-        host=host,
-        gate=gate,
+        supervisor=supervisor,
+        admission=admission,
         contexts=contexts,
-        workers=workers,
-        observer=observer,
+        pools=pools,
+        monitoring=monitoring,
         persistence=persistence,
         load=engine if callable(engine) else lambda: engine,
         wait=not callable(engine),
-        front=front,
+        front_page=front_page,
     )
     app = Litestar(
         route_handlers=[
@@ -119,7 +124,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         dependencies=_dependencies(
             inference=Inference(
                 generator=generator,
-                texts=texts,
+                tokenization=tokenization,
                 models=models,
                 sampling=settings.sampling,
                 config=config,
@@ -127,17 +132,19 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
             ),
             models=models,
             memory=memory,
-            observer=observer,
+            monitoring=monitoring,
             config=config,
-            host=host,
-            front=front,
+            supervisor=supervisor,
+            front_page=front_page,
             metrics=metrics,
-            compat=LlamaCppService(host=host, texts=texts, models=models, sampling=settings.sampling),
+            llamacpp=LlamaCppService(
+                supervisor=supervisor, tokenization=tokenization, models=models, sampling=settings.sampling
+            ),
         ),
         exception_handlers={HTTPException: error_response, Exception: error_response},
         lifespan=[_lifespan],
         openapi_config=openapi_config(),
-        request_class=json_request(Bodies(workers, max_bytes=server.max_body_bytes)),
+        request_class=json_request(Bodies(pools, max_bytes=server.max_body_bytes)),
         request_max_body_size=server.max_body_bytes,
         logging_config=None,
     )
@@ -204,8 +211,8 @@ def _paths_marked(app: Litestar, mark: str) -> set[str]:
     }
 
 
-def _gate(server: ServerSection, keys: KeyRing, places: int, *, exhausted: str | None = None) -> Admission:
-    """A gate, with room kept for others where there may be any: several keys, or without keys several addresses."""
+def _admission(server: ServerSection, keys: KeyRing, places: int, *, exhausted: str | None = None) -> Admission:
+    """A admission, with room kept for others where there may be any: several keys, or without keys several addresses."""
     alone = server.host in _LOOPBACK if keys.open else keys.single
     per_key, reserve = server.max_waiting_per_key, server.reserved_concurrent
     if per_key is None:
@@ -223,11 +230,11 @@ def _gate(server: ServerSection, keys: KeyRing, places: int, *, exhausted: str |
 
 
 def _figures(
-    gate: Admission, contexts: Admission, connections: Connections, stats: ServerStats, persistence: Persistence
+    admission: Admission, contexts: Admission, connections: Connections, stats: ServerStats, persistence: Persistence
 ) -> Iterable[Metric]:
     for name, text, value in (
-        ("atlas_gate_requests_running", "Places that are taken, one a sequence", gate.running),
-        ("atlas_gate_requests_waiting", "HTTP requests that wait for a place", gate.waiting),
+        ("atlas_gate_requests_running", "Places that are taken, one a sequence", admission.running),
+        ("atlas_gate_requests_waiting", "HTTP requests that wait for a place", admission.waiting),
         ("atlas_contexts_in_use", "Memory contexts in use, one a sequence", contexts.running),
         ("atlas_contexts_waiting", "Requests of sessions that wait for a memory context", contexts.waiting),
         ("atlas_contexts_total", "Memory contexts there are", contexts.places),

@@ -46,7 +46,7 @@ class AtlasServer:
         self._running = self._app.lifespan()
         await self._running.__aenter__()
         try:
-            await self.lifecycle.host.loaded()
+            await self.lifecycle.supervisor.loaded()
         except BaseException:
             await self._running.__aexit__(None, None, None)
             raise
@@ -62,7 +62,7 @@ class AtlasServer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
         if scope["type"] != "lifespan":
-            # Some applications leave the path they mount at in front, as ASGI has it, others take it off. What the outer one
+            # Some applications leave the path they mount at in front_page, as ASGI has it, others take it off. What the outer one
             # keeps in the state is its own, and named as ours is if it is made with the same library.
             root, path = scope.get("root_path", "").rstrip("/"), scope["path"]
             if root and (path == root or path.startswith(root + "/")):

@@ -25,37 +25,37 @@ class Lifecycle:
     """What runs beside the requests, from the start of the server to its end.
 
     Args:
-      gate, contexts: those who wait at either are told when it is over.
+      admission, contexts: those who wait at either are told when it is over.
       load: opens the engine.
       wait: whether the server starts to listen only when the engine is there.
 
     Attributes:
-      front: how the server introduces itself.
+      front_page: how the server introduces itself.
     """
 
     def __init__(
         self,
         *,
-        host: EngineSupervisor,
-        gate: Admission,
+        supervisor: EngineSupervisor,
+        admission: Admission,
         contexts: Admission,
-        workers: ThreadPools,
-        observer: Monitoring,
+        pools: ThreadPools,
+        monitoring: Monitoring,
         persistence: Persistence,
         load: Callable[[], EngineProtocol],
         wait: bool,
-        front: FrontPage,
+        front_page: FrontPage,
     ) -> None:
-        self.host, self.front = host, front
-        self._admission, self._contexts, self._pools = gate, contexts, workers
-        self._observer, self._persistence = observer, persistence
+        self.supervisor, self.front_page = supervisor, front_page
+        self._admission, self._contexts, self._pools = admission, contexts, pools
+        self._monitoring, self._persistence = monitoring, persistence
         self._load, self._wait = load, wait
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Loads the engine and starts the background tasks."""
-        await self.host.start(self._opened, wait=self._wait)
-        for work in (self.host.watch(), self._observer.run(), self._persistence.run()):
+        await self.supervisor.start(self._opened, wait=self._wait)
+        for work in (self.supervisor.watch(), self._monitoring.run(), self._persistence.run()):
             task = asyncio.create_task(work)
             task.add_done_callback(_report)
             self._tasks.append(task)
@@ -68,8 +68,8 @@ class Lifecycle:
 
     def drain(self) -> None:
         """Refuses new work and ends the streams that never end by themselves."""
-        self.host.drain()
-        self._observer.close()
+        self.supervisor.drain()
+        self._monitoring.close()
 
     def cut(self) -> None:
         """Ends what still runs or waits, with an error the clients can read."""
@@ -77,7 +77,7 @@ class Lifecycle:
         self._admission.close(error)
         self._contexts.close(error)
         self._pools.close(error)
-        self.host.abort(error)
+        self.supervisor.abort(error)
 
     async def stop(self) -> None:
         """Stops the background work, saves the memory, closes the engine."""
@@ -86,7 +86,7 @@ class Lifecycle:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self.host.close(
+        await self.supervisor.close(
             lambda engine, seconds: self._persistence.save(engine, timeout=seconds), timeout=CLOSE_SECONDS
         )
 

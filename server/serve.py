@@ -53,8 +53,8 @@ class Server(uvicorn.Server):
         self.lifecycle, self._connections = lifecycle, connections
         self._loop: asyncio.AbstractEventLoop | None = None
         self._address = ""
-        lifecycle.host.on_ready = self._engine_ready
-        lifecycle.host.on_failure = self._engine_failed
+        lifecycle.supervisor.on_ready = self._engine_ready
+        lifecycle.supervisor.on_failure = self._engine_failed
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Starts to listen."""
@@ -66,7 +66,7 @@ class Server(uvicorn.Server):
             for listener in server.sockets:
                 with socket.fromfd(listener.fileno(), listener.family, listener.type) as same:
                     same.listen(_BACKLOG)
-        if self.started and self.lifecycle.host.state == "loading":
+        if self.started and self.lifecycle.supervisor.state == "loading":
             log.info("Listening on http://%s; the model is being loaded", self._address)
 
     async def on_tick(self, counter: int) -> bool:
@@ -106,7 +106,7 @@ class Server(uvicorn.Server):
         cut.cancel()
 
     def _engine_ready(self) -> None:
-        log.info(self.lifecycle.front.ready(self._address))
+        log.info(self.lifecycle.front_page.ready(self._address))
 
     def _engine_failed(self) -> None:
         self.should_exit = True
@@ -157,9 +157,9 @@ def serve(settings: Settings, engine: EngineSource) -> int:
             server.run(sockets)
     except KeyboardInterrupt:
         return 130
-    if (error := server.lifecycle.host.error) is not None:
+    if (error := server.lifecycle.supervisor.error) is not None:
         raise StartError(_reason(error)) from error
-    return 1 if server.lifecycle.host.dead or not server.started else 0
+    return 1 if server.lifecycle.supervisor.dead or not server.started else 0
 
 
 def listen(host: str, port: int) -> list[socket.socket]:

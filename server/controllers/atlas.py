@@ -30,25 +30,25 @@ class AtlasController(Controller):
     tags = ("ATLAS",)
 
     @get("/status", opt={"unmetered": True}, responses=atlas_responses(schema.StatusResponse))
-    async def status(self, request: HttpRequest, observer: NamedDependency[Monitoring]) -> Response[Any]:
+    async def status(self, request: HttpRequest, monitoring: NamedDependency[Monitoring]) -> Response[Any]:
         """The memory subsystem at a glance."""
-        return json_response(observer.status(context_of(request).identity.owner))
+        return json_response(monitoring.status(context_of(request).identity.owner))
 
     @get("/stats", responses=atlas_responses(schema.StatsResponse))
-    async def stats(self, observer: NamedDependency[Monitoring]) -> Response[Any]:
+    async def stats(self, monitoring: NamedDependency[Monitoring]) -> Response[Any]:
         """Counters since the start and exponential averages."""
-        return json_response(observer.statistics())
+        return json_response(monitoring.statistics())
 
     @get("/metrics", responses=atlas_responses(schema.MetricsResponse))
-    async def metrics(self, observer: NamedDependency[Monitoring]) -> Response[Any]:
+    async def metrics(self, monitoring: NamedDependency[Monitoring]) -> Response[Any]:
         """Counts and latencies of this moment."""
-        return json_response(observer.metrics())
+        return json_response(monitoring.metrics())
 
     @get("/metrics/stream", responses=atlas_responses(schema.MetricsEvent))
-    async def metrics_stream(self, request: HttpRequest, observer: NamedDependency[Monitoring]) -> Response[Any]:
+    async def metrics_stream(self, request: HttpRequest, monitoring: NamedDependency[Monitoring]) -> Response[Any]:
         """Server-sent events with the figures of every interval."""
-        subscriber = observer.subscribe()
-        context_of(request).cleanup.append(lambda: observer.unsubscribe(subscriber))
+        subscriber = monitoring.subscribe()
+        context_of(request).cleanup.append(lambda: monitoring.unsubscribe(subscriber))
         return event_stream(subscriber.read())
 
     @get("/config", responses=atlas_responses(schema.ConfigResponse))

@@ -24,36 +24,36 @@ class HealthController(Controller):
     tags = ("Operations",)
 
     @get(["/health", "/v1/health"], opt=_PUBLIC, responses=openai_responses(Health, 500, public=True))
-    async def health(self, host: NamedDependency[EngineSupervisor]) -> Response[Any]:
+    async def health(self, supervisor: NamedDependency[EngineSupervisor]) -> Response[Any]:
         """200 while the server works, 503 while the model loads, 500 once the engine has died."""
-        return _health(host)
+        return _health(supervisor)
 
     @head(["/health", "/v1/health"], opt=_PUBLIC, include_in_schema=False)
-    async def health_head(self, host: NamedDependency[EngineSupervisor]) -> Response[None]:
+    async def health_head(self, supervisor: NamedDependency[EngineSupervisor]) -> Response[None]:
         """The same without a body."""
-        return Response(None, status_code=_health(host).status_code)
+        return Response(None, status_code=_health(supervisor).status_code)
 
     @get("/ready", opt=_PUBLIC, responses=openai_responses(Health, public=True))
-    async def ready(self, host: NamedDependency[EngineSupervisor]) -> Response[Any]:
+    async def ready(self, supervisor: NamedDependency[EngineSupervisor]) -> Response[Any]:
         """200 while new requests are accepted, 503 while loading, draining or broken."""
-        if host.ready:
+        if supervisor.ready:
             return json_response(Health(status="ready"))
-        if host.state == "loading":
+        if supervisor.state == "loading":
             raise Unavailable("The model is still loading", code="loading", retry_after=2.0)
         raise Unavailable("The server does not accept requests", code="draining", retry_after=5.0)
 
     @get("/metrics", media_type="text/plain", opt=_UNMETERED, responses=openai_responses(str))
     async def prometheus(
-        self, metrics: NamedDependency[Metrics], observer: NamedDependency[Monitoring]
+        self, metrics: NamedDependency[Metrics], monitoring: NamedDependency[Monitoring]
     ) -> Response[Any]:
         """Prometheus metrics."""
-        observer.require_metrics()
+        monitoring.require_metrics()
         return Response(metrics.render(), headers={"content-type": CONTENT_TYPE}, media_type="text/plain")
 
 
-def _health(host: EngineSupervisor) -> Response[Any]:
-    if host.dead:
+def _health(supervisor: EngineSupervisor) -> Response[Any]:
+    if supervisor.dead:
         return json_response(Health(status="error"), status=500)
-    if host.state == "loading":
+    if supervisor.state == "loading":
         raise Unavailable("The model is still loading", code="loading", retry_after=2.0)
     return json_response(Health(status="ok"))

@@ -27,31 +27,31 @@ class LlamaCppController(Controller):
 
     @post("/tokenize", status_code=200, responses=openai_responses(schema.TokenizeResponse, body=True))
     async def tokenize(
-        self, data: SkipValidation[JSONBody[schema.TokenizeRequest]], compat: NamedDependency[LlamaCppService]
+        self, data: SkipValidation[JSONBody[schema.TokenizeRequest]], llamacpp: NamedDependency[LlamaCppService]
     ) -> Response[Any]:
         """Splits text into tokens."""
-        return json_response(await compat.tokenize(parse(schema.TokenizeRequest, data)))
+        return json_response(await llamacpp.tokenize(parse(schema.TokenizeRequest, data)))
 
     @post("/detokenize", status_code=200, responses=openai_responses(schema.DetokenizeResponse, body=True))
     async def detokenize(
-        self, data: SkipValidation[JSONBody[schema.DetokenizeRequest]], compat: NamedDependency[LlamaCppService]
+        self, data: SkipValidation[JSONBody[schema.DetokenizeRequest]], llamacpp: NamedDependency[LlamaCppService]
     ) -> Response[Any]:
         """Joins tokens into text."""
-        return json_response(await compat.detokenize(parse(schema.DetokenizeRequest, data)))
+        return json_response(await llamacpp.detokenize(parse(schema.DetokenizeRequest, data)))
 
     @post("/apply-template", status_code=200, responses=openai_responses(schema.ApplyTemplateResponse, body=True))
     async def apply_template(
-        self, data: SkipValidation[JSONBody[schema.ApplyTemplateRequest]], compat: NamedDependency[LlamaCppService]
+        self, data: SkipValidation[JSONBody[schema.ApplyTemplateRequest]], llamacpp: NamedDependency[LlamaCppService]
     ) -> Response[Any]:
         """Writes a conversation out as the model reads it."""
-        return json_response(await compat.apply_template(parse(schema.ApplyTemplateRequest, data)))
+        return json_response(await llamacpp.apply_template(parse(schema.ApplyTemplateRequest, data)))
 
     @get("/props", responses=openai_responses(schema.Props))
-    async def props(self, compat: NamedDependency[LlamaCppService]) -> Response[Any]:
+    async def props(self, llamacpp: NamedDependency[LlamaCppService]) -> Response[Any]:
         """The server's properties and sampling defaults."""
-        return json_response(compat.props())
+        return json_response(llamacpp.props())
 
     @get("/slots", responses=openai_responses(list[schema.Slot]))
-    async def slots(self, request: HttpRequest, compat: NamedDependency[LlamaCppService]) -> Response[Any]:
+    async def slots(self, request: HttpRequest, llamacpp: NamedDependency[LlamaCppService]) -> Response[Any]:
         """The decode slots, without any text; the counts are those of the caller's own requests."""
-        return json_response(msgspec.json.encode(compat.slots(context_of(request).identity.owner)))
+        return json_response(msgspec.json.encode(llamacpp.slots(context_of(request).identity.owner)))

@@ -54,12 +54,12 @@ class RootController(Controller):
     tags = ("Operations",)
 
     @get("/", opt={"public": True}, responses=openai_responses(Root, public=True))
-    async def root(self, request: HttpRequest, front: NamedDependency[FrontPage]) -> Response[Any]:
+    async def root(self, request: HttpRequest, front_page: NamedDependency[FrontPage]) -> Response[Any]:
         """What this server is: a page for a browser, else JSON."""
-        found = front.root()
+        found = front_page.root()
         if not _wants_html(request.headers.get("accept", "")):
             return json_response(found)
-        content = _page(found, front.example(str(request.headers.get("host", ""))))
+        content = _page(found, front_page.example(str(request.headers.get("host", ""))))
         return Response(content, media_type="text/html", headers=_HEADERS)
 
 

@@ -22,8 +22,8 @@ _VALUE_BYTES, _OBJECT_BYTES = 4, 32
 class Bodies:
     """Decodes bodies, within limits that follow from the largest size of one."""
 
-    def __init__(self, workers: ThreadPools, *, max_bytes: int) -> None:
-        self._pools = workers
+    def __init__(self, pools: ThreadPools, *, max_bytes: int) -> None:
+        self._pools = pools
         self._values, self._objects = max_bytes // _VALUE_BYTES, max_bytes // _OBJECT_BYTES
 
     async def decode(self, body: bytes) -> Any:

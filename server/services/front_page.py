@@ -29,8 +29,8 @@ class FrontPage:
       memory: whether the memory is on.
     """
 
-    def __init__(self, host: EngineSupervisor, *, keys: bool, memory: bool) -> None:
-        self._supervisor, self._keys, self._memory = host, keys, memory
+    def __init__(self, supervisor: EngineSupervisor, *, keys: bool, memory: bool) -> None:
+        self._supervisor, self._keys, self._memory = supervisor, keys, memory
 
     def root(self) -> Root:
         """What `GET /` answers."""

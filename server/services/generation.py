@@ -1,4 +1,4 @@
-"""One generation request from admission to the last byte: gate, limits, engine, encoding, and settling the account."""
+"""One generation request from admission to the last byte: admission, limits, engine, encoding, and settling the account."""
 
 from __future__ import annotations
 
@@ -130,15 +130,15 @@ class Generator:
     """Starts generations.
 
     Args:
-      gate: places for sequences.
+      admission: places for sequences.
       contexts: memory contexts for those of them that use the memory.
     """
 
     def __init__(
         self,
         *,
-        host: EngineSupervisor,
-        gate: Admission,
+        supervisor: EngineSupervisor,
+        admission: Admission,
         contexts: Admission,
         limits: KeyLimits,
         stats: ServerStats,
@@ -147,7 +147,7 @@ class Generator:
         ping_interval: float,
         max_answer_tokens: int,
     ) -> None:
-        self.host, self.gate, self.contexts, self.limits = host, gate, contexts, limits
+        self.supervisor, self.admission, self.contexts, self.limits = supervisor, admission, contexts, limits
         self.stats, self.metrics, self.config = stats, metrics, config
         self.ping_interval, self.max_answer_tokens = ping_interval, max_answer_tokens
 
@@ -169,7 +169,7 @@ class Generation:
         requests = plan.requests(context.identity.owner, generator.max_answer_tokens)
         self._party = PARTY.get()
         self._job = RequestGroup(
-            generator.host,
+            generator.supervisor,
             requests,
             width=plan.memory.batch_size,
             more=self._more,
@@ -199,7 +199,7 @@ class Generation:
             self._fail(error)
 
     async def _take_place(self) -> None:
-        self._lease = await self._in.gate.acquire(self._party)
+        self._lease = await self._in.admission.acquire(self._party)
         self._waited += self._lease.waited
 
     async def _take_context(self, memory: MemoryParams) -> None:
@@ -223,7 +223,7 @@ class Generation:
 
     def _more(self) -> Admitted | None:
         """A place for one more sequence, with a memory context if the others have one; None where it has to wait."""
-        place = self._in.gate.more(self._party)
+        place = self._in.admission.more(self._party)
         if place is None or self._context_lease is None:
             return place
         context = self._in.contexts.more(self._party)
@@ -335,7 +335,7 @@ class Generation:
                 str(error),
                 param=error.param,
                 prompt_tokens=max(len(prompt) for prompt in self._plan.prompts),
-                context=self._in.host.engine.model.context_length,
+                context=self._in.supervisor.engine.model.context_length,
             )
         return error
 

@@ -40,15 +40,15 @@ class Inference:
         self,
         *,
         generator: Generator,
-        texts: Tokenization,
+        tokenization: Tokenization,
         models: Models,
         sampling: SamplingSection,
         config: RuntimeConfig,
         memory_enabled: bool,
     ) -> None:
-        self._generator, self._supervisor, self._admission = generator, generator.host, generator.gate
+        self._generator, self._supervisor, self._admission = generator, generator.supervisor, generator.admission
         self._sampling = sampling
-        self._tokenization, self._models = texts, models
+        self._tokenization, self._models = tokenization, models
         self._config, self._memory_enabled = config, memory_enabled
 
     async def completion(self, raw: Any, context: RequestContext) -> Generation:

@@ -15,9 +15,9 @@ class LlamaCppService:
     """Tokenizer, template, properties and slots."""
 
     def __init__(
-        self, *, host: EngineSupervisor, texts: Tokenization, models: Models, sampling: SamplingSection
+        self, *, supervisor: EngineSupervisor, tokenization: Tokenization, models: Models, sampling: SamplingSection
     ) -> None:
-        self._supervisor, self._tokenization, self._models, self._sampling = host, texts, models, sampling
+        self._supervisor, self._tokenization, self._models, self._sampling = supervisor, tokenization, models, sampling
 
     async def tokenize(self, wanted: schema.TokenizeRequest) -> schema.TokenizeResponse:
         """Token ids, or tokens with their pieces."""

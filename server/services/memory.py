@@ -33,8 +33,8 @@ _SAVE_FAILED = "Failed to save context state"
 class MemoryService:
     """Calls the engine's session store in threads, with one file of sessions for every owner."""
 
-    def __init__(self, host: EngineSupervisor, settings: Settings, metrics: Metrics, workers: ThreadPools) -> None:
-        self._supervisor, self._pools = host, workers
+    def __init__(self, supervisor: EngineSupervisor, settings: Settings, metrics: Metrics, pools: ThreadPools) -> None:
+        self._supervisor, self._pools = supervisor, pools
         self._settings = settings.atlas
         self._metrics = metrics
 

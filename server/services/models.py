@@ -17,8 +17,8 @@ class Models:
         says so: clients have names built in that no file of ours will ever have.
     """
 
-    def __init__(self, host: EngineSupervisor, aliases: Sequence[str] = (), *, strict: bool = False) -> None:
-        self._supervisor = host
+    def __init__(self, supervisor: EngineSupervisor, aliases: Sequence[str] = (), *, strict: bool = False) -> None:
+        self._supervisor = supervisor
         self._aliases = tuple(aliases)
         self._strict = strict
 

@@ -61,14 +61,14 @@ class Monitoring:
     def __init__(
         self,
         *,
-        host: EngineSupervisor,
+        supervisor: EngineSupervisor,
         stats: ServerStats,
         config: RuntimeConfig,
         contexts: Admission,
         settings: Settings,
     ) -> None:
         self._contexts = contexts
-        self._supervisor, self._stats, self._config, self._settings = host, stats, config, settings.atlas
+        self._supervisor, self._stats, self._config, self._settings = supervisor, stats, config, settings.atlas
         self._subscribers: set[Subscriber] = set()
         self._closed = False
         self._silent = False

@@ -28,13 +28,13 @@ class Persistence:
     def __init__(
         self,
         *,
-        host: EngineSupervisor,
+        supervisor: EngineSupervisor,
         config: RuntimeConfig,
         settings: Settings,
         owners: Sequence[str],
         metrics: Metrics,
     ) -> None:
-        self._supervisor, self._config, self._settings = host, config, settings.atlas
+        self._supervisor, self._config, self._settings = supervisor, config, settings.atlas
         self._owners, self._metrics = owners, metrics
         self._saved_at = time.monotonic()
 

@@ -48,14 +48,14 @@ class RequestGroup:
 
     def __init__(
         self,
-        host: EngineSupervisor,
+        supervisor: EngineSupervisor,
         requests: Sequence[GenerationRequest],
         *,
         width: int,
         more: Callable[[], Admitted | None],
         degraded: str | None = None,
     ) -> None:
-        self._supervisor = host
+        self._supervisor = supervisor
         self._requests = list(requests)
         self._width, self._more = width, more
         self._places: list[Admitted] = []

@@ -13,7 +13,7 @@ from server.validation import invalid
 _TYPES = ("text", "json_object", "json_schema")
 
 
-async def answer_grammar(host: EngineSupervisor, given: Mapping[str, Any] | None, context: RequestContext) -> Any:
+async def answer_grammar(supervisor: EngineSupervisor, given: Mapping[str, Any] | None, context: RequestContext) -> Any:
     """The grammar of a `response_format`, or None where any text will do; cancelling ends its compilation.
 
     Keywords of the schema that cannot be enforced are named in the response header `x-atlas-schema-ignored`.
@@ -40,7 +40,7 @@ async def answer_grammar(host: EngineSupervisor, given: Mapping[str, Any] | None
         schema = {"type": "object"}
     if not isinstance(schema, dict):
         raise invalid(field, "must be an object")
-    grammar = await asyncio.wrap_future(host.engine.json_grammar(schema, owner=context.identity.owner))
+    grammar = await asyncio.wrap_future(supervisor.engine.json_grammar(schema, owner=context.identity.owner))
     if grammar.ignored:
         context.response_headers.append((b"x-atlas-schema-ignored", ", ".join(grammar.ignored).encode("ascii")))
     return grammar

@@ -30,7 +30,7 @@ class ThreadPools:
     def __init__(self) -> None:
         cores = max(2, os.cpu_count() or 1)
         self._running: set[asyncio.Future[Any]] = set()
-        self._gates: dict[Purpose, Admission] = {
+        self._admissions: dict[Purpose, Admission] = {
             # Their work is the interpreter's, so more threads would only be in each other's way.
             "bodies": Admission(running=cores, waiting=64, per_key=16, timeout=_WAIT_SECONDS, reserve=cores // 2),
             "texts": Admission(running=2 * cores, waiting=256, per_key=64, timeout=_WAIT_SECONDS, reserve=cores),
@@ -47,7 +47,7 @@ class ThreadPools:
           TooManyRequests: this party has too much of this kind waiting.
           Unavailable: no thread became free in time.
         """
-        lease = await self._gates[purpose].acquire(PARTY.get())
+        lease = await self._admissions[purpose].acquire(PARTY.get())
         loop = asyncio.get_running_loop()
 
         def run() -> T:
@@ -68,8 +68,8 @@ class ThreadPools:
 
     def close(self, error: Exception) -> None:
         """Makes every caller fail with this error; work that has begun goes on."""
-        for gate in self._gates.values():
-            gate.close(error)
+        for admission in self._admissions.values():
+            admission.close(error)
         for future in list(self._running):
             if not future.done():
                 future.set_exception(error)

@@ -26,8 +26,8 @@ _MESSAGE_CHARS, _PART_CHARS = 128, 4
 class Tokenization:
     """The engine's tokenizer and chat template, off the event loop where that pays."""
 
-    def __init__(self, host: EngineSupervisor, workers: ThreadPools) -> None:
-        self._supervisor, self._pools = host, workers
+    def __init__(self, supervisor: EngineSupervisor, pools: ThreadPools) -> None:
+        self._supervisor, self._pools = supervisor, pools
 
     async def _run(self, size: int, work: Callable[[], T]) -> T:
         return work() if size <= _INLINE_CHARS else await self._pools.run("texts", work)

@@ -51,7 +51,7 @@ def live(_shared: Live) -> Iterator[Live]:
     engine.submit_errors.clear()
     engine.sessions.fail.clear()
     engine.fail_after, engine.delay = None, 0.0
-    wait_for(lambda: engine.running == 0 and _shared.gate.running == 0)
+    wait_for(lambda: engine.running == 0 and _shared.admission.running == 0)
 
 
 @pytest.fixture

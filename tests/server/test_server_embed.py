@@ -89,7 +89,7 @@ Asgi = Callable[[Any, Any, Any], Awaitable[None]]
 
 
 def mounted(inner: AtlasServer, *, path: str, strip: bool) -> Asgi:
-    """An application that mounts another at a path: with the path left in front, as ASGI has it, or taken off."""
+    """An application that mounts another at a path: with the path left in front_page, as ASGI has it, or taken off."""
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
         if scope["type"] == "lifespan":
@@ -148,7 +148,7 @@ def test_entering_waits_for_the_engine_and_raises_what_stands_in_its_way() -> No
             return engine
 
         async with AtlasServer(make_settings(), slow) as atlas:
-            assert atlas.lifecycle.host.ready
+            assert atlas.lifecycle.supervisor.ready
         assert engine.closed
         with pytest.raises(RuntimeError, match="once"):
             await atlas.__aenter__()

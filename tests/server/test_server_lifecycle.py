@@ -58,7 +58,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(start: Start) -> None:
     live = start(load)
     live._thread.join(10)
     assert not live._thread.is_alive()
-    assert live.lifecycle.host.dead
+    assert live.lifecycle.supervisor.dead
 
 
 def test_draining_refuses_new_work(start: Start) -> None:

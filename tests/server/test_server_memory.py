@@ -299,8 +299,8 @@ def test_metrics_stream(start: Start) -> None:
         events.append(json.loads(next(lines)[6:]))
     assert {"timestamp", "active_requests", "avg_latency"} < set(events[0])
     assert all(type(event["timestamp"]) is int for event in events)
-    observer = live.lifecycle._observer
-    wait_for(lambda: not observer._subscribers)
+    monitoring = live.lifecycle._observer
+    wait_for(lambda: not monitoring._subscribers)
 
 
 # --- run-time configuration ---------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The parts that can be tested without a server: buckets, budgets, the gate, hosts, the bridge."""
+"""The parts that can be tested without a server: buckets, budgets, the admission, hosts, the bridge."""
 
 from __future__ import annotations
 
@@ -293,7 +293,7 @@ def test_no_place_is_lost_and_none_stands_empty_for_nobody(
 # --- threads ------------------------------------------------------------------------------------------------------
 def test_a_party_that_blocks_its_threads_leaves_some_to_the_others() -> None:
     async def run() -> None:
-        workers, release, begun = ThreadPools(), threading.Event(), threading.Semaphore(0)
+        pools, release, begun = ThreadPools(), threading.Event(), threading.Semaphore(0)
 
         def block() -> None:
             begun.release()
@@ -301,7 +301,7 @@ def test_a_party_that_blocks_its_threads_leaves_some_to_the_others() -> None:
 
         async def as_party(party: str, work: Callable[[], T]) -> T:
             PARTY.set(party)
-            return await workers.run("sessions", work)
+            return await pools.run("sessions", work)
 
         stuck = [asyncio.create_task(as_party("greedy", block)) for _ in range(80)]
         await asyncio.sleep(0.05)
@@ -325,10 +325,10 @@ def test_a_party_that_blocks_its_threads_leaves_some_to_the_others() -> None:
 
 def test_what_a_thread_raises_is_raised_to_who_asked() -> None:
     async def run() -> None:
-        workers = ThreadPools()
+        pools = ThreadPools()
         for _ in range(200):
             with pytest.raises(KeyError, match="broken"):
-                await workers.run("texts", lambda: {}["broken"])
+                await pools.run("texts", lambda: {}["broken"])
 
     asyncio.run(run())
 
