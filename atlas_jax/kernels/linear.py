@@ -194,8 +194,8 @@ def terms_of(
     total = jnp.abs(jnp.round(x * inverse)).sum(axis=-1, keepdims=True)
     coarse = jnp.minimum(jnp.floor(total * np.float32(5 / (127 * inner))) + 1.0, (largest + 126) // 127)
     unit = peak * (np.float32(1) / np.float32(largest)) * coarse
-    # not inverse / coarse: XLA makes one division of two, which is off by a bit, and a number halfway between two whole
-    # ones then becomes another one than the C kernels'
+    # not inverse / coarse: XLA makes one division of two, which can round to the next float, and a number halfway between
+    # two whole ones then becomes another than in the C kernels
     whole = jnp.round(x * (1.0 / unit))
     high = jnp.floor(whole * (1 / 256) + 0.5)
     return high, whole - 256.0 * high, unit
