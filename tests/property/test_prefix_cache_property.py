@@ -56,7 +56,7 @@ def test_the_longest_beginning_of_the_owner_is_found(actions: list[tuple[bool, s
             assert found is None
             continue
         assert found is not None
-        context, length = found
+        cache, length = found
         assert length == best * PAGE
         who, source = kept[int(cache.page[0, 0])]
         assert who == owner
