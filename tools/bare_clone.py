@@ -85,6 +85,11 @@ class Command:
             self._lines.put(line)
         self._lines.put(None)
 
+    @property
+    def ended(self) -> bool:
+        """Whether nothing of it runs any more."""
+        return self._process.poll() is not None
+
     def wait(self, seconds: float) -> Command:
         """Waits until the command has ended well or its server is ready.
 
