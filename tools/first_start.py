@@ -2,8 +2,8 @@
 
     python -m tools.first_start [--rounds 3] [--port 8099] [--seconds 90 9]
 
-Each round clones the repository anew and starts with nothing: no virtual environment, no model, and empty folders in the place
-of the home, of every cache and of pip's. The second start finds what the first has left. A question is asked in chat from
+Each round clones the repository anew and starts with nothing: no virtual environment, no model, and empty folders in the
+place of the home, of every cache and of pip's. The second start finds what the first has left. A question is asked in chat from
 the beginning, until it is answered. Other work on the machine makes all of it slower, so its load is told beside.
 """
 
@@ -37,7 +37,7 @@ def start(folder: Path, environ: Mapping[str, str], port: int) -> float:
     try:
         while not _answered(f"http://127.0.0.1:{port}/v1/chat/completions"):
             if server.ended or time.monotonic() - began > _PATIENCE:
-                server.wait(0)  # says what it has printed
+                server.wait(5)  # says what it has printed
                 raise Failed("make serve ended before it answered")
             time.sleep(0.05)
         took = time.monotonic() - began
@@ -71,7 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="clones to start")
     parser.add_argument("--port", type=int, default=8099, help="where the servers listen")
-    parser.add_argument("--seconds", type=float, nargs=2, default=(90.0, 9.0), help="most a first and a second start may take")
+    parser.add_argument(
+        "--seconds", type=float, nargs=2, default=(90.0, 9.0), help="most a first and a second start may take"
+    )
     args = parser.parse_args()
     try:
         rounds = []
@@ -82,7 +84,9 @@ def main() -> None:
             note(f"round {number}: first {first:.1f} s, second {second:.1f} s (load before it {load:.1f})")
         for name, times, most in zip(("first", "second"), zip(*rounds, strict=True), args.seconds, strict=True):
             median = statistics.median(times)
-            note(f"{name} start: median {median:.1f} s, {min(times):.1f} to {max(times):.1f}; at most {most:.0f} s wanted")
+            note(
+                f"{name} start: median {median:.1f} s, {min(times):.1f} to {max(times):.1f}; at most {most:.0f} s wanted"
+            )
             if median > most:
                 raise Failed(f"the {name} start took longer than {most:.0f} s")
     except Failed as error:

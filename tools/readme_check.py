@@ -26,7 +26,6 @@ import json
 import re
 import socket
 import subprocess
-import sys
 import symtable
 import tempfile
 import time
