@@ -3,8 +3,8 @@
     python -m tools.first_start [--rounds 3] [--port 8099] [--seconds 90 9]
 
 Each round clones the repository anew and starts with nothing: no virtual environment, no model, and empty folders in the
-place of the home, of every cache and of pip's. The second start finds what the first has left. A question is asked in chat from
-the beginning, until it is answered. Other work on the machine makes all of it slower, so its load is told beside.
+place of the home, of every cache and of pip's. The second start finds what the first has left. A question is asked in chat
+from the beginning, until it is answered. Other work on the machine makes all of it slower, so its load is told beside.
 """
 
 from __future__ import annotations
