@@ -12,7 +12,7 @@ from asking import ask, memory, request, words
 
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig
 from atlas_jax.engine import adapters
-from atlas_jax.engine.api import SnapshotInvalid
+from atlas_jax.engine.api import EngineError
 from atlas_jax.memory import store
 from atlas_jax.memory.adapter import key_components, make_adapter
 from atlas_jax.memory.store import AdapterError
@@ -31,44 +31,34 @@ def own(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_a_memory_of_another_dimension_is_fitted_once_kept_apart_and_smaller(
+def test_a_memory_of_another_dimension_is_fitted_once_and_has_sessions_of_its_own(
     opened: Callable[..., Any], own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found: dict[int, tuple[int, int, int]] = {}
-    for dim in (16, 24):
-        with opened(adapter_path=None, cache_path=own, memory_dim=dim) as engine:
+    where: dict[str, Any] = {"adapter_path": None, "cache_path": own, "memory_path": own / "sessions"}
+    found: dict[int, tuple[int, int]] = {}
+    for dim, name in ((16, "a"), (24, "b")):
+        with opened(memory_dim=dim, **where) as engine:
             assert (engine.model.memory_dim, engine.model.adapter) == (dim, "calibrated")
-            answer = ask(engine, request(words(7, 5 * PAGE), 4, memory=memory("a")))
-            assert answer.memory.tokens_absorbed > 0
-            assert answer.memory.degraded is None
-            info = engine.sessions.info("me", "a")
-            found[dim] = (info.memory_capacity, info.memory_used, engine.model.state_bytes_per_session)
-    assert found[16][0] == 16**2
-    assert found[24][0] == 24**2
-    # two matrices in float32 and one in 8 bits, keys of both parts in the ring, and the states that trails need
+            if dim == 24:
+                assert [one.name for one in engine.sessions.set_aside("owner")] == ["a"]
+                with pytest.raises(EngineError):
+                    ask(engine, request(words(8, 8), 2, memory=memory("a")))
+            stats = ask(engine, request(words(7, 5 * PAGE), 4, memory=memory(name))).end.memory
+            assert stats is not None
+            assert (stats.degraded, stats.tokens_absorbed > 0) == (None, True)
+            found[dim] = engine.sessions.info("owner", name).memory_capacity, engine.model.state_bytes_per_session
+    assert (found[16][0], found[24][0]) == (16**2, 24**2)
+    # two matrices in float32 and one in 8 bits, keys of two parts in the ring, and the states that trails need
     more = (24**2 - 16**2) * 256 * 9 + (256 + 2 * 512) * 2 * 8 * 4 + (512 + 16) * 8 * 4
-    assert found[24][2] - found[16][2] == more
-    assert sorted(path.name.rsplit("-", 1)[1] for path in (own / "adapters").iterdir()) == [
-        "16.safetensors",
-        "24.safetensors",
-    ]
+    assert found[24][1] - found[16][1] == more
+    kept = sorted(path.name.rsplit("-", 1)[1] for path in (own / "adapters").iterdir())
+    assert kept == ["16.safetensors", "24.safetensors"]
+
     monkeypatch.setattr(adapters, "calibrate_with", lambda *_, **__: pytest.fail("fitted again"))
-    with opened(adapter_path=None, cache_path=own, memory_dim=16) as engine:
-        assert engine.model.memory_dim == 16
-
-
-def test_a_session_belongs_to_the_dimension_it_was_begun_with(
-    opened: Callable[..., Any], own: Path, tmp_path: Path
-) -> None:
-    where: dict[str, Any] = {"adapter_path": None, "cache_path": own, "memory_path": tmp_path / "sessions"}
-    with opened(memory_dim=16, **where) as engine:
-        ask(engine, request(words(7, 3 * PAGE), 2, memory=memory("a")))
-    with opened(memory_dim=24, **where) as engine:
-        assert [one.name for one in engine.sessions.set_aside("me")] == ["a"]
-        with pytest.raises(SnapshotInvalid):
-            ask(engine, request(words(8, 8), 2, memory=memory("a")))
-    with opened(memory_dim=16, **where) as engine:  # it is kept as it was
-        assert ask(engine, request(words(8, 8), 2, memory=memory("a"))).memory.cache_hit
+    with opened(memory_dim=16, **where) as engine:  # the session was kept as it was
+        stats = ask(engine, request(words(8, 8), 2, memory=memory("a"))).end.memory
+        assert stats is not None
+        assert stats.history == "appended"
 
 
 def test_an_adapter_that_is_given_decides_unless_another_dimension_is_asked_for(opened: Callable[..., Any]) -> None:
