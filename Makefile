@@ -13,8 +13,8 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours bench-memory mutation \
-  documents recall tpu-compile openapi config lock clean
+.PHONY: help serve test check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
+  bench-memory mutation documents recall tpu-compile openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
