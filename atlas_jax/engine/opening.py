@@ -74,6 +74,7 @@ def open_pretrained(
     max_running: int,
     max_context: int,
     max_window: int,
+    memory_dim: int | None,
     weight_dtype: WeightDtype,
     kv_dtype: KVDtype,
     speculate: bool,
@@ -102,7 +103,9 @@ def open_pretrained(
     fitted: Fitted | None = None
     unavailable: str | None = None
     if memory:
-        finder = AdapterFinder(file, config, tokenizer, params, max_window=max_window, placement=placement)
+        finder = AdapterFinder(
+            file, config, tokenizer, params, max_window=max_window, memory_dim=memory_dim, placement=placement
+        )
         fitted = finder.find(adapter_path, cache)
         if fitted is None:
             unavailable = NOT_FITTED
@@ -125,6 +128,7 @@ def open_pretrained(
         layers=len(config.layers),
         embedding_size=config.embed,
         memory_layers=() if found is None else found.layers,
+        memory_dim=None if found is None else found.components,
         adapter=None if fitted is None else fitted.source,
         memory_unavailable=unavailable,
     )

@@ -41,6 +41,7 @@ OWN = frozenset(
         "blend_ratio",
         "learning_rate",
         "polynomial_degree",
+        "memory_dim",
         "use_muon",
         "warmup_tokens",
         "update_frequency",

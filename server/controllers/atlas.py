@@ -51,7 +51,7 @@ class AtlasController(Controller):
     ) -> Response[Any]:
         """The defaults of the `atlas` object and the intervals."""
         memory.require()
-        return json_response(schema.ConfigResponse(status="success", data=config.values))
+        return json_response(schema.ConfigResponse(status="success", data=config.shown(memory.dim)))
 
     @post("/config", status_code=200, responses=atlas_responses(schema.ConfigResponse, body=True))
     async def set_config(
@@ -65,8 +65,8 @@ class AtlasController(Controller):
         memory.require()
         if not context_of(request).identity.admin:
             raise Forbidden("This key may not change the configuration")
-        values = config.change(parse(schema.ConfigChange, data))
-        return json_response(schema.ConfigResponse(status="success", data=values))
+        config.change(parse(schema.ConfigChange, data), memory.dim)
+        return json_response(schema.ConfigResponse(status="success", data=config.shown(memory.dim)))
 
 
 class MemoryController(Controller):

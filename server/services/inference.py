@@ -145,6 +145,7 @@ class Inference:
             defaults=self._config.values,
             unavailable=self._host.engine.model.memory_unavailable if self._memory_enabled else "ATLAS not enabled",
             max_window=self._config.max_window,
+            memory_dim=self._host.engine.model.memory_dim,
         )
         if plan.session_id is not None and plan.session_id.isascii():
             context.response_headers.append((b"x-session-id", plan.session_id.encode()))
