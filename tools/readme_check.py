@@ -304,7 +304,9 @@ def check(newcomer: Newcomer, found: list[Block]) -> None:
     for number, block in enumerate(found):
         started = time.monotonic()
         output = newcomer.run(block, found[number + 1 :])
-        if lacks := missing(block, output):
+        lacks = missing(block, output)
+        # sampled answers lie between: what is promised is nine of ten
+        if lacks and not (_SESSION.search(block.code) and _repeat(newcomer, block, found[number:], 9) == 9):
             raise Failed(f"{block.name}\n\nshould print {', '.join(lacks)}; it printed:\n{output}")
         note(f"{time.monotonic() - started:6.1f} s  {block.name}")
 
@@ -318,12 +320,17 @@ def recall(newcomer: Newcomer, found: list[Block], times: int) -> int:
     asked = next((n for n, block in enumerate(found) if block.prints and _SESSION.search(block.code)), None)
     if asked is None:
         raise Failed("no block names a session and says what is printed")
-    block, hits = found[asked], 0
     for number, before in enumerate(found[:asked]):
         newcomer.run(before, found[number + 1 :])
+    return _repeat(newcomer, found[asked], found[asked:], times)
+
+
+def _repeat(newcomer: Newcomer, block: Block, later: list[Block], times: int) -> int:
+    """How often a block prints what it says, each time in a session of another name."""
+    hits = 0
     for run in range(1, times + 1):
         code = _SESSION.sub(rf"\g<1>\g<2>-{run}\g<3>", block.code)
-        output = newcomer.run(Block(block.language, code, block.line), found[asked:])
+        output = newcomer.run(Block(block.language, code, block.line), later)
         hit = not missing(block, output)
         hits += hit
         note(f"{run:4d}  {'recalled' if hit else 'not recalled'}: {output.splitlines()[:1]}")
