@@ -42,8 +42,8 @@ class Live:
         return self.server.lifecycle
 
     @property
-    def gate(self) -> Any:
-        return self.lifecycle._gate
+    def admission(self) -> Any:
+        return self.lifecycle._admission
 
     def post(self, path: str, body: Any = None, **headers: str) -> httpx.Response:
         names = {name.replace("_", "-"): value for name, value in headers.items()}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine.api import Finished, Prompt, TokenInfo
-from atlas_jax.engine.scheduler.detokenizer import TextStream, token_info
+from atlas_jax.engine.scheduler.detokenizer import Detokenizer, token_info
 from atlas_jax.gguf import Tokenizer
 from server.services.completion_response import CompletionResponseBuilder
 from server.services.response_builder import (
@@ -60,7 +60,7 @@ def completion(spoken: Tokenizer, echo: str, prompt: Sequence[int], answer: Sequ
             with_usage=False,
         )
 
-    stream = TextStream(spoken, (), with_tokens=True)
+    stream = Detokenizer(spoken, (), with_tokens=True)
     deltas = [delta for token in answer if (delta := stream.push(token, info(token)))]
     deltas += [delta for delta in [stream.finish()] if delta]
     read = Prompt(tuple(map(info, prompt)))
