@@ -55,7 +55,8 @@ L2CacheSize = Annotated[_Bytes, Meta(description="Session cache in host memory i
 L3CacheSize = Annotated[_Bytes, Meta(description="Session storage on disk in bytes")]
 OwnerQuota = Annotated[_Bytes, Meta(description="Bytes one API key's sessions and files may take on disk")]
 PrefixCacheSize = Annotated[
-    _Bytes, Meta(description="Prefix-cache size in bytes: the KV cache of prompts, for prompts that begin the same")
+    _Bytes,
+    Meta(description="Prefix-cache size in bytes: the KV cache of prompts, for prompts that begin the same; 0 is off"),
 ]
 WeightDtypeName = Annotated[WeightDtype, Meta(description="Type of the weights: int8 or float32")]
 KVDtypeName = Annotated[

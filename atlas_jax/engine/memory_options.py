@@ -42,9 +42,7 @@ class MemoryOptions(Struct, kw_only=True, frozen=True):
     ] = None
     # A step twice as long as the line search's no longer lowers the objective; a longer one raises it.
     learning_rate: (
-        Annotated[
-            float, Meta(gt=0, lt=0.002, description="Inner step size of Muon and the gradient; null is the fitted one, 0.001")
-        ]
+        Annotated[float, Meta(gt=0, lt=0.002, description="Inner step size; 0.001, like null, is the calibrated one")]
         | None
     ) = None
     update_frequency: Annotated[
@@ -56,8 +54,8 @@ class MemoryOptions(Struct, kw_only=True, frozen=True):
     warmup_tokens: Annotated[
         int, Meta(ge=0, le=1 << 31, description="Tokens written to the memory before it is read")
     ] = 0
-    read: Annotated[bool, Meta(description="Whether the memory takes part in the answer")] = True
-    write: Annotated[bool, Meta(description="Whether the request teaches the session")] = True
+    read: Annotated[bool, Meta(description="Whether the memory is read: false learns without using it")] = True
+    write: Annotated[bool, Meta(description="Whether the memory is written: false uses it without learning")] = True
     cache_strategy: Annotated[
         CacheStrategy, Meta(description="Which idle sessions leave device and host memory first (adaptive = ARC)")
     ] = "adaptive"

@@ -17,6 +17,7 @@ from server.http import (
     json_response,
 )
 from server.schemas import atlas as schema
+from server.schemas.runtime_config import ConfigChange, ConfigResponse
 from server.services.memory import MemoryService
 from server.services.monitoring import Monitoring
 from server.services.runtime_config import RuntimeConfig
@@ -51,19 +52,19 @@ class AtlasController(Controller):
         context_of(request).cleanup.append(lambda: monitoring.unsubscribe(subscriber))
         return event_stream(subscriber.read())
 
-    @get("/config", responses=atlas_responses(schema.ConfigResponse))
+    @get("/config", responses=atlas_responses(ConfigResponse))
     async def get_config(
         self, memory: NamedDependency[MemoryService], config: NamedDependency[RuntimeConfig]
     ) -> Response[Any]:
         """The defaults of the `atlas` object and the intervals."""
         memory.require()
-        return json_response(schema.ConfigResponse(status="success", data=config.values))
+        return json_response(ConfigResponse(status="success", data=config.values))
 
-    @post("/config", status_code=200, responses=atlas_responses(schema.ConfigResponse, body=True))
+    @post("/config", status_code=200, responses=atlas_responses(ConfigResponse, body=True))
     async def set_config(
         self,
         request: HttpRequest,
-        data: SkipValidation[JSONBody[schema.ConfigChange]],
+        data: SkipValidation[JSONBody[ConfigChange]],
         memory: NamedDependency[MemoryService],
         config: NamedDependency[RuntimeConfig],
     ) -> Response[Any]:
@@ -71,8 +72,8 @@ class AtlasController(Controller):
         memory.require()
         if not context_of(request).identity.admin:
             raise Forbidden("This key may not change the configuration")
-        values = config.change(parse(schema.ConfigChange, data))
-        return json_response(schema.ConfigResponse(status="success", data=values))
+        values = config.change(parse(ConfigChange, data))
+        return json_response(ConfigResponse(status="success", data=values))
 
 
 class MemoryController(Controller):
