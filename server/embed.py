@@ -31,7 +31,7 @@ class AtlasServer:
     """
 
     def __init__(self, settings: Settings, engine: EngineSource | None = None) -> None:
-        self._app, self._edge = create_app(settings, engine_factory(settings) if engine is None else engine)
+        self._app, self._middleware = create_app(settings, engine_factory(settings) if engine is None else engine)
         self._running: AbstractAsyncContextManager[None] | None = None
 
     @property
@@ -68,4 +68,4 @@ class AtlasServer:
             if root and (path == root or path.startswith(root + "/")):
                 path = path.removeprefix(root)
             scope = {**scope, "path": path or "/", "root_path": "", "state": {}}
-        await self._edge(scope, receive, send)
+        await self._middleware(scope, receive, send)

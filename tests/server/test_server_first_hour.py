@@ -355,8 +355,8 @@ def test_long_work_tells_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None
     now += 20
     progress("fitting the gate", 0.75)
     assert server_lines(caplog) == [
-        "[ATLAS] Calibrating: fitting the admission, 50 %",
-        "[ATLAS] Calibrating: fitting the admission, 75 %, about 20 s left",
+        "[ATLAS] Calibrating: fitting the gate, 50 %",
+        "[ATLAS] Calibrating: fitting the gate, 75 %, about 20 s left",
     ]
 
 

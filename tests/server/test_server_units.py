@@ -1,4 +1,4 @@
-"""The parts that can be tested without a server: buckets, budgets, the admission, hosts, the bridge."""
+"""The parts that can be tested without a server: buckets, budgets, admission, hosts, the event bridge."""
 
 from __future__ import annotations
 
@@ -119,18 +119,18 @@ def test_the_failure_table_is_bounded_and_eviction_refills_nobody() -> None:
     assert len(budget._buckets) <= 10
 
 
-# --- the gate -----------------------------------------------------------------------------------------------------
-def gate(**options: float) -> Admission:
+# --- admission ----------------------------------------------------------------------------------------------------
+def make_admission(**options: float) -> Admission:
     return Admission(**{"running": 1, "waiting": 10, "per_key": 10, "timeout": 5.0, **options})  # type: ignore[arg-type]
 
 
-def test_the_gate_serves_keys_round_robin() -> None:
+def test_admission_serves_keys_round_robin() -> None:
     async def run() -> list[str]:
-        door, order = gate(), []
-        lease = await door.acquire("a")
+        admission, order = make_admission(), []
+        lease = await admission.acquire("a")
 
         async def one(key: str) -> None:
-            mine = await door.acquire(key)
+            mine = await admission.acquire(key)
             order.append(key)
             mine.release()
 
@@ -138,114 +138,114 @@ def test_the_gate_serves_keys_round_robin() -> None:
         await asyncio.sleep(0)
         lease.release()
         await asyncio.gather(*tasks)
-        assert (door.running, door.waiting) == (0, 0)
+        assert (admission.running, admission.waiting) == (0, 0)
         return order
 
     assert asyncio.run(run()) == ["a", "b", "c", "a", "b", "a", "a"]
 
 
-def test_the_gate_refuses_a_key_over_its_share_and_everyone_when_full() -> None:
+def test_admission_refuses_a_key_over_its_share_and_everyone_when_full() -> None:
     async def run() -> None:
-        door = gate(waiting=3, per_key=2)
-        lease = await door.acquire("a")
-        tasks = [asyncio.create_task(door.acquire(key)) for key in ("a", "a")]
+        admission = make_admission(waiting=3, per_key=2)
+        lease = await admission.acquire("a")
+        tasks = [asyncio.create_task(admission.acquire(key)) for key in ("a", "a")]
         await asyncio.sleep(0)
         with pytest.raises(TooManyRequests) as over:
-            await door.acquire("a")
+            await admission.acquire("a")
         assert over.value.code == "queue_full"
-        tasks.append(asyncio.create_task(door.acquire("b")))
+        tasks.append(asyncio.create_task(admission.acquire("b")))
         await asyncio.sleep(0)
         with pytest.raises(Unavailable) as full:
-            await door.acquire("c")
+            await admission.acquire("c")
         assert full.value.code == "overloaded"
         lease.release()
         lease.release()  # twice is once
-        assert door.running == 1
+        assert admission.running == 1
 
         async def pass_on(task: asyncio.Task[Admitted]) -> None:
             (await task).release()
 
         await asyncio.gather(*(pass_on(task) for task in tasks))
-        assert (door.running, door.waiting) == (0, 0)
+        assert (admission.running, admission.waiting) == (0, 0)
 
     asyncio.run(run())
 
 
 def test_cancelled_and_late_waiters_leak_no_place() -> None:
     async def run() -> None:
-        door = gate(timeout=0.02)
-        lease = await door.acquire("a")
-        waiting = asyncio.create_task(door.acquire("a"))
+        admission = make_admission(timeout=0.02)
+        lease = await admission.acquire("a")
+        waiting = asyncio.create_task(admission.acquire("a"))
         await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert door.waiting == 0
+        assert admission.waiting == 0
         with pytest.raises(Unavailable):
-            await door.acquire("a")
+            await admission.acquire("a")
         # Cancelled in the very moment its place has come.
-        waiting = asyncio.create_task(door.acquire("a"))
+        waiting = asyncio.create_task(admission.acquire("a"))
         await asyncio.sleep(0)
         lease.release()
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert (door.running, door.waiting) == (0, 0)
+        assert (admission.running, admission.waiting) == (0, 0)
         # Cancelled first, released before the cancellation is seen.
-        lease = await door.acquire("a")
-        waiting = asyncio.create_task(door.acquire("a"))
+        lease = await admission.acquire("a")
+        waiting = asyncio.create_task(admission.acquire("a"))
         await asyncio.sleep(0)
         waiting.cancel()
         lease.release()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        assert (door.running, door.waiting) == (0, 0)
+        assert (admission.running, admission.waiting) == (0, 0)
 
     asyncio.run(run())
 
 
-def test_closing_the_gate_fails_everyone_who_waits() -> None:
+def test_closing_admission_fails_everyone_who_waits() -> None:
     async def run() -> None:
-        door = gate()
-        await door.acquire("a")
-        waiting = asyncio.create_task(door.acquire("b"))
+        admission = make_admission()
+        await admission.acquire("a")
+        waiting = asyncio.create_task(admission.acquire("b"))
         await asyncio.sleep(0)
-        door.close(Unavailable("closing"))
+        admission.close(Unavailable("closing"))
         with pytest.raises(Unavailable, match="closing"):
             await waiting
-        assert (door.running, door.waiting) == (1, 0)
+        assert (admission.running, admission.waiting) == (1, 0)
 
     asyncio.run(run())
 
 
 def test_what_runs_for_one_key_leaves_room_for_the_others() -> None:
     async def run() -> None:
-        door = gate(running=8, reserve=2)
-        greedy = [await door.acquire("greedy") for _ in range(6)]
-        waiting = asyncio.create_task(door.acquire("greedy"))
+        admission = make_admission(running=8, reserve=2)
+        greedy = [await admission.acquire("greedy") for _ in range(6)]
+        waiting = asyncio.create_task(admission.acquire("greedy"))
         await asyncio.sleep(0)
-        assert (door.running, door.waiting) == (6, 1)
+        assert (admission.running, admission.waiting) == (6, 1)
         # Those who hold none get the reserved places, though somebody waits; a second one each they do not get.
-        others = [await door.acquire(key) for key in ("b", "c")]
-        assert (door.running, door.waiting) == (8, 1)
-        second = asyncio.create_task(door.acquire("b"))
+        others = [await admission.acquire(key) for key in ("b", "c")]
+        assert (admission.running, admission.waiting) == (8, 1)
+        second = asyncio.create_task(admission.acquire("b"))
         await asyncio.sleep(0)
-        late = asyncio.create_task(door.acquire("d"))
+        late = asyncio.create_task(admission.acquire("d"))
         await asyncio.sleep(0)
-        assert (door.running, door.waiting) == (8, 3)
+        assert (admission.running, admission.waiting) == (8, 3)
         greedy.pop().release()  # one place is free: it goes to who holds none, past those before it in the queue
         others.append(await late)
-        assert (door.running, door.waiting) == (8, 2)
+        assert (admission.running, admission.waiting) == (8, 2)
         for lease in others[:2]:
             lease.release()
-        assert (door.running, door.waiting) == (7, 1)  # b, who holds none again, and not the greedy key
+        assert (admission.running, admission.waiting) == (7, 1)  # b, who holds none again, and not the greedy key
         (await second).release()
-        assert (door.running, door.waiting) == (6, 1)
+        assert (admission.running, admission.waiting) == (6, 1)
         others[2].release()
         greedy.append(await waiting)
         for lease in greedy:
             lease.release()
-        assert (door.running, door.waiting) == (0, 0)
+        assert (admission.running, admission.waiting) == (0, 0)
 
     asyncio.run(run())
 
@@ -260,13 +260,13 @@ def test_no_place_is_lost_and_none_stands_empty_for_nobody(
     places: int, reserve: int, steps: list[tuple[str, str]]
 ) -> None:
     async def run() -> None:
-        door = gate(running=places, reserve=reserve, waiting=1000, per_key=1000)
+        admission = make_admission(running=places, reserve=reserve, waiting=1000, per_key=1000)
         kept = min(reserve, places - 1)
         asked: list[tuple[str, asyncio.Task[Admitted]]] = []
         for key, action in steps:
             mine = [item for item in asked if item[0] == key]
             if action == "ask":
-                asked.append((key, asyncio.create_task(door.acquire(key))))
+                asked.append((key, asyncio.create_task(admission.acquire(key))))
             elif action == "end" and (done := [item for item in mine if item[1].done()]):
                 done[0][1].result().release()
                 asked.remove(done[0])
@@ -277,7 +277,7 @@ def test_no_place_is_lost_and_none_stands_empty_for_nobody(
                 await asyncio.sleep(0)
             holding = [key for key, task in asked if task.done()]
             waiting = [key for key, task in asked if not task.done()]
-            assert (door.running, door.waiting) == (len(holding), len(waiting))
+            assert (admission.running, admission.waiting) == (len(holding), len(waiting))
             assert len(holding) <= places
             free = places - len(holding)
             assert not any(free > (kept if key in holding else 0) for key in waiting)
@@ -328,7 +328,7 @@ def test_what_a_thread_raises_is_raised_to_who_asked() -> None:
         pools = ThreadPools()
         for _ in range(200):
             with pytest.raises(KeyError, match="broken"):
-                await pools.run("texts", lambda: {}["broken"])
+                await pools.run("tokenization", lambda: {}["broken"])
 
     asyncio.run(run())
 
