@@ -1,7 +1,8 @@
 """What goes into the engine and what comes out: requests, events, and the facts an embedding program can ask for.
 
 Plain frozen dataclasses and one msgspec struct, no JAX: the server, its tests and the engine meet here and nowhere else.
-Values are validated where they enter (the server's schemas); the engine only re-checks what it would crash on.
+Values are validated where they enter (the server's schemas); the engine only re-checks what it would crash on. It is one long
+file so that the whole seam between engine and server can be read at once.
 """
 
 from __future__ import annotations

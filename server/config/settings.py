@@ -120,14 +120,24 @@ class SamplingSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
     temperature: Annotated[Temperature | None, Meta(description="Temperature; 0 is greedy")] = None
     top_k: Annotated[TopK | None, Meta(description="Keep the k likeliest tokens; 0 keeps every one")] = None
-    top_p: Annotated[Fraction | None, Meta(description="Keep the likeliest tokens of this share in all")] = None
-    min_p: Annotated[Fraction | None, Meta(description="Keep tokens of at least this share of the likeliest's")] = None
-    typical_p: Annotated[Fraction | None, Meta(description="Keep the most typical tokens of this share in all")] = None
-    repeat_penalty: Annotated[RepeatPenalty | None, Meta(description="Divides the scores of tokens used; 1 is off")] = (
-        None
-    )
-    presence_penalty: Annotated[Penalty | None, Meta(description="Taken off the scores of tokens written")] = None
-    frequency_penalty: Annotated[Penalty | None, Meta(description="The same, once for each time")] = None
+    top_p: Annotated[
+        Fraction | None, Meta(description="Nucleus sampling: keep the likeliest tokens of this probability in all")
+    ] = None
+    min_p: Annotated[
+        Fraction | None, Meta(description="Keep tokens of at least this share of the likeliest token's probability")
+    ] = None
+    typical_p: Annotated[
+        Fraction | None, Meta(description="Keep the most typical tokens of this probability in all")
+    ] = None
+    repeat_penalty: Annotated[
+        RepeatPenalty | None, Meta(description="Divides the logits of tokens in the prompt or answer; 1 is off")
+    ] = None
+    presence_penalty: Annotated[
+        Penalty | None, Meta(description="Subtracted from the logits of tokens already generated")
+    ] = None
+    frequency_penalty: Annotated[
+        Penalty | None, Meta(description="Subtracted from a token's logit once for each time it was generated")
+    ] = None
 
 
 class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
