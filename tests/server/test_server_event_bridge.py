@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import TypeVar
 
 from atlas_jax.engine.api import Delta
 from server.services.event_bridge import EventBridge, Mailbox
-
-T = TypeVar("T")
 
 
 def test_the_bridge_wakes_the_loop_once_for_many_events() -> None:

@@ -6,7 +6,7 @@ import asyncio
 import gc
 import json
 import weakref
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,8 +25,6 @@ from server.middleware.rate_limits import FailureBudget, KeyLimits, TokenBucket
 from server.services.monitoring import Subscriber
 from server.services.response_builder import timings_of, usage_of
 from server.services.thread_pools import ThreadPools
-
-T = TypeVar("T")
 
 
 class Clock:
