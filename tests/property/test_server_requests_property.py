@@ -15,12 +15,12 @@ from server.errors import BadRequest
 from server.schemas.atlas import (
     AtlasDefaults,
     AtlasOptions,
-    ConfigChange,
     LoadRequest,
     SaveRequest,
 )
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
+from server.schemas.runtime_config import ConfigChange
 from server.services.memory_options import check_name, plan_memory
 from server.services.unsupported import _NEUTRAL
 from server.validation import parse
