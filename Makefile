@@ -105,7 +105,7 @@ mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a 
 openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
 	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml
 
-config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, its default and what it does
+config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, and README's table of the atlas object
 	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)

@@ -59,7 +59,7 @@ class Inference:
         plan = GenerationPlan(
             prompts=prompts,
             choices=count,
-            sampling=self._drawn(body, logprobs=body.logprobs),
+            sampling=self._sampling_params(body, logprobs=body.logprobs),
             max_tokens=token_limit(
                 {"max_tokens": body.max_tokens, "n_predict": body.n_predict}, default=_COMPLETION_TOKENS
             ),
@@ -71,7 +71,7 @@ class Inference:
             memory=memory,
             stream=bool(body.stream),
             include_usage=usage,
-            writer=CompletionResponseBuilder(
+            builder=CompletionResponseBuilder(
                 Identification.new("cmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
                 echoes=echoes,
                 choices=count,
@@ -99,7 +99,7 @@ class Inference:
         plan = GenerationPlan(
             prompts=[prompt],
             choices=choices(body, prompts=1),
-            sampling=self._drawn(body, logprobs=logprobs),
+            sampling=self._sampling_params(body, logprobs=logprobs),
             max_tokens=token_limit(
                 {
                     "max_completion_tokens": body.max_completion_tokens,
@@ -117,7 +117,7 @@ class Inference:
             chat=frame,
             stream=bool(body.stream),
             include_usage=usage,
-            writer=ChatResponseBuilder(
+            builder=ChatResponseBuilder(
                 Identification.new("chatcmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
                 logprobs=bool(body.logprobs),
                 with_usage=usage,
@@ -126,13 +126,13 @@ class Inference:
         return await self._generator.start(plan, context)
 
     def _admitted(self, body: SamplingFields) -> str:
-        """The model's name, once it is sure that the request is not turned away at the door."""
+        """The model's name, once it is sure that admission does not refuse the request at once."""
         _ = self._supervisor.accepting
         model = self._models.resolve(body.model)
         self._admission.check(PARTY.get())
         return model
 
-    def _drawn(self, body: SamplingFields, *, logprobs: int | None) -> SamplingParams:
+    def _sampling_params(self, body: SamplingFields, *, logprobs: int | None) -> SamplingParams:
         engine = self._supervisor.engine
         default = default_sampling(self._sampling, engine.model.sampling)
         return sampling_params(body, default=default, vocab_size=engine.tokenizer.vocab_size, logprobs=logprobs)

@@ -58,7 +58,7 @@ def test_full_tiers_refuse_before_they_break_and_lose_nothing(
     """Forty sessions where the disk has room for some fifteen and main memory for four."""
     resident, stored = one_session
     host, disk = 4 * resident, 5 * resident + 10 * stored
-    how = {"memory_path": tmp_path, "host_cache_bytes": host, "disk_cache_bytes": disk}
+    how = {"memory_path": tmp_path, "l2_cache_size": host, "l3_cache_size": disk}
     kept: dict[str, int] = {}
     waits: list[float] = []
     with opened(**how) as engine:
@@ -87,7 +87,7 @@ def test_full_tiers_refuse_before_they_break_and_lose_nothing(
 
 def test_an_owners_share_is_its_own(opened: Callable[..., Any], tmp_path: Path, one_session: tuple[int, int]) -> None:
     quota = 3 * max(one_session)
-    with opened(memory_path=tmp_path, owner_quota_bytes=quota) as engine:
+    with opened(memory_path=tmp_path, owner_quota=quota) as engine:
         refused = 0
         for number in range(8):
             try:
@@ -106,7 +106,7 @@ def test_an_owners_share_is_its_own(opened: Callable[..., Any], tmp_path: Path, 
 
 
 def test_a_callers_json_counts_and_is_listed(opened: Callable[..., Any], tmp_path: Path) -> None:
-    with opened(memory_path=tmp_path, owner_quota_bytes=3 << 20) as engine:
+    with opened(memory_path=tmp_path, owner_quota=3 << 20) as engine:
         engine.sessions.save_context("owner", "a", {"text": "x" * (1 << 20)})
         assert engine.sessions.list("owner", after=None, limit=1)[0][0].bytes > 1 << 20
         engine.sessions.save_context("owner", "b", {"text": "x" * (1 << 20)})
@@ -116,7 +116,7 @@ def test_a_callers_json_counts_and_is_listed(opened: Callable[..., Any], tmp_pat
 
 
 def test_without_a_disk_main_memory_has_a_bound(opened: Callable[..., Any], one_session: tuple[int, int]) -> None:
-    with opened(host_cache_bytes=2 * one_session[0]) as engine:
+    with opened(l2_cache_size=2 * one_session[0]) as engine:
         answered, waits = 0, []
         for number in range(8):
             try:
