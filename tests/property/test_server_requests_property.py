@@ -150,7 +150,9 @@ def test_parsing_raises_nothing_else(kind: Any, body: Any) -> None:
 def test_memory_plans_are_within_the_contract(atlas: Any, header: str | None) -> None:
     try:
         options = None if atlas is None else parse(AtlasOptions, atlas)
-        plan = plan_memory(options, header, owner="o", defaults=AtlasDefaults(), unavailable=None, max_window=2048)
+        plan = plan_memory(
+            options, header, owner="o", defaults=AtlasDefaults(), unavailable=None, max_window=2048, memory_dim=96
+        )
     except BadRequest:
         return
     assert 1 <= plan.batch_size <= 32

@@ -47,8 +47,12 @@ def bounds() -> list[tuple[str, Any, Any]]:
 
 def test_all_forms_have_the_same_fields() -> None:
     fields = set(AtlasDefaults.__struct_fields__)
-    assert set(AtlasOptions.__struct_fields__) == fields | {"session_id", "regenerate"}
-    assert set(ConfigChange.__struct_fields__) == set(RuntimeValues.__struct_fields__) == fields | set(CHANGEABLE)
+    assert set(AtlasOptions.__struct_fields__) == fields | {"session_id", "regenerate", "memory_dim"}
+    assert (
+        set(ConfigChange.__struct_fields__)
+        == set(RuntimeValues.__struct_fields__)
+        == fields | {*CHANGEABLE, "memory_dim"}
+    )
     assert fields - set(MemoryParams.__struct_fields__) == {"enabled", "batch_size"}
     assert set(CHANGEABLE) <= set(AtlasSection.__struct_fields__)
 

@@ -30,6 +30,7 @@ OTHERS: dict[str, Any] = {
     "max_waiting": 7,
     "max_context": 4096,
     "max_window": 1024,
+    "memory_dim": 64,
     "l1_cache_size": 11,
     "l2_cache_size": 13,
     "l3_cache_size": 17,
