@@ -49,7 +49,7 @@ class ServerStats:
         self.memory_utilization = 0.0
         self.window_fill_ratio = 0.0
         self._sampled = False
-        self._measured = self._slow = 0
+        self._measured = self._slow = self._told = 0
         self._slowest = 0.0
         self._since = self.started_at
 
@@ -117,7 +117,9 @@ class ServerStats:
         self._sampled = True
         self.memory_utilization = old * self.memory_utilization + new * engine.memory_utilization
         self.window_fill_ratio = old * self.window_fill_ratio + new * engine.window_fill_ratio
-        log.debug("[ATLAS] Metrics updated: %d requests, %.1fms avg latency", self.total, self.latency.average)
+        if self.total != self._told:  # a line a second would bury all others
+            log.debug("[ATLAS] Metrics updated: %d requests, %.1fms avg latency", self.total, self.latency.average)
+            self._told = self.total
         if self._config.values.log_atlas_operations:
             log.debug(
                 "ATLAS Stats: Memory=%.2f%%, Window=%.2f%%, Loss=%.6f",
