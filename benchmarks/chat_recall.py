@@ -1,11 +1,13 @@
 """Everyday facts in a long message, asked for in a chat: window alone, memory, everything sent without a memory.
 
-    python benchmarks/chat_recall.py MODEL.gguf --texts TEXT TEXT TEXT [--blends 0.5 0.9] [--seeds 3] [--output FILE.md]
+    python benchmarks/chat_recall.py MODEL.gguf --texts TEXT TEXT TEXT [--blends 0.5 0.9] [--draws 3] [--output FILE.md]
 
 A conversation begins with a message of 20 000 characters of a real text, between whose paragraphs six things lie that
-people tell: the name of a dog, a birthday, a seat. The model answers it; then each thing is asked for in a message of its
-own, by a client that sends the whole conversation, as most do. Every question of a conversation is asked from the same
-state (`write: false`), greedily and with the sampling the server gives to requests that name none, under several seeds.
+people tell: the name of a dog, a birthday, a seat. The last of them ends more than 4 000 characters before the message
+does, so that all have left a window of 512 tokens. The model answers "OK", made to with `logit_bias`: a small model goes on
+saying what it has said, and what it would say is not the same in every arm. Then each thing is asked for in a message of
+its own, by a client that sends the whole conversation, as most do. Every question of a conversation is asked from the same
+state (`write: false`), greedily and several times with the sampling of requests that name none.
 
 A fact is found if the answer holds its key, whole words, whatever the case and punctuation; numbers may be written as
 words ("seven forty-two" for 7:42, "the fourteenth of March"). An answer that also says something else counts too: the
@@ -28,17 +30,21 @@ from typing import Any
 
 from server_process import Server
 
+from atlas_jax.gguf import GGUFFile, Tokenizer
+
 CHARACTERS = 20_000
 FACTS = 6
 _ANSWER_TOKENS = 48
-_FIRST_ANSWER_TOKENS = 32
-_BEGIN = "Please read this text; I will ask you about it.\n\n"
+_BEGIN = "Please read this, I will ask you about it later.\n\n"
+_FIRST_ANSWER = "OK"
+_TOLD = 0.8
+"""The share of the message over which the facts lie."""
 _WORDS = re.compile(r"[a-z0-9]+")
-_UNITS = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-_TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+_UNITS = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen",
+    "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]  # fmt: skip
+_TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 _ORDINALS = {
     "first": 1, "second": 2, "third": 3, "fifth": 5, "eighth": 8, "ninth": 9, "twelfth": 12, "twentieth": 20, "thirtieth": 30,
 }  # fmt: skip
@@ -76,7 +82,9 @@ CONVERSATIONS: tuple[tuple[Fact, ...], ...] = (
         ),
         Fact("Please remember that I am allergic to walnuts.", "What am I allergic to?", ("walnut", "walnuts")),
         Fact(
-            "My train to Leeds leaves at 7:42 on Friday.", "At what time does my train to Leeds leave?", ("7 42", "07 42")
+            "My train to Leeds leaves at 7:42 on Friday.",
+            "At what time does my train to Leeds leave?",
+            ("7 42", "07 42"),
         ),
     ),
     (
@@ -138,7 +146,7 @@ class Answer:
 
     conversation: int
     fact: Fact
-    seed: int | None
+    greedy: bool
     text: str
 
     @property
@@ -180,7 +188,7 @@ def message(text: str, facts: Sequence[Fact], start: int) -> str:
     paragraphs = [part.strip("\n") for part in re.split(r"\n\s*\n", text) if part.strip()]
     paragraphs = paragraphs[start:] + paragraphs[:start]
     room = CHARACTERS - len(_BEGIN) - sum(len(fact.said) + 2 for fact in facts)
-    places = [round(room * (index + 0.5) / len(facts)) for index in range(len(facts))]
+    places = [round(room * _TOLD * (index + 0.5) / len(facts)) for index in range(len(facts))]
     parts, used = list[str](), 0
     waiting = list(zip(places, facts, strict=True))
     for paragraph in paragraphs:
@@ -188,7 +196,8 @@ def message(text: str, facts: Sequence[Fact], start: int) -> str:
             parts.append(waiting.pop(0)[1].said)
         if used + len(paragraph) + 2 > room:
             parts.append(paragraph[: room - used])
-            return _BEGIN + "\n\n".join(parts + [fact.said for _, fact in waiting])
+            assert not waiting, "a paragraph is longer than what lies between two facts"
+            return _BEGIN + "\n\n".join(parts)
         parts.append(paragraph)
         used += len(paragraph) + 2
     raise ValueError(f"a text of {used} characters, {room} are needed")
@@ -212,36 +221,46 @@ def chat(server: Server, messages: list[dict[str, str]], tokens: int, **fields: 
     return body
 
 
-def ask(server: Server, arm: Arm, texts: Sequence[str], seeds: Sequence[int | None]) -> list[Answer]:
-    """All facts of all conversations; a seed of None is greedy."""
+def ask(server: Server, arm: Arm, texts: Sequence[str], ok: int, draws: int) -> list[Answer]:
+    """All facts of all conversations, each asked for greedily and `draws` times with the server's own sampling.
+
+    Args:
+      ok: the token that the first answer consists of.
+    """
     out: list[Answer] = []
     for index, (text, facts) in enumerate(zip(texts, CONVERSATIONS, strict=True)):
         atlas = None if arm.atlas is None else arm.atlas | {"session_id": f"{arm.name} {index}"}
         common: dict[str, Any] = {} if atlas is None else {"atlas": atlas}
         begun = [{"role": "user", "content": text}]
-        first = chat(server, begun, _FIRST_ANSWER_TOKENS, temperature=0, **common)
-        begun.append({"role": "assistant", "content": first["choices"][0]["message"]["content"]})
+        first = chat(server, begun, 1, temperature=0, logit_bias={str(ok): 100}, **common)
+        said = first["choices"][0]["message"]["content"]
+        assert said == _FIRST_ANSWER, said
+        begun.append({"role": "assistant", "content": said})
         if atlas is not None:
             common = {"atlas": atlas | {"write": False}}
         for fact in facts:
             messages = [*begun, {"role": "user", "content": fact.question}]
-            for seed in seeds:
-                sampling = {"temperature": 0} if seed is None else {"seed": seed}
+            for sampling in ({"temperature": 0}, {"seed": 1, "n": draws}):
                 body = chat(server, messages, _ANSWER_TOKENS, **sampling, **common)
                 if atlas is not None:  # each question finds the session as the first answer left it
                     assert body["atlas_stats"]["history"] == "continued", body["atlas_stats"]
-                out.append(Answer(index, fact, seed, body["choices"][0]["message"]["content"]))
+                out += [
+                    Answer(index, fact, "temperature" in sampling, choice["message"]["content"])
+                    for choice in body["choices"]
+                ]
     return out
 
 
-def table(answers: dict[str, list[Answer]], seeds: Sequence[int | None]) -> str:
-    """Facts found by arm, with intervals; several seeds of a fact count as one question."""
+def table(answers: dict[str, list[Answer]], draws: int) -> str:
+    """Facts found by arm, with intervals; several draws of a fact count as one question."""
     facts = sum(map(len, CONVERSATIONS))
-    sampled = len(seeds) - 1
-    lines = [f"| | greedy, of {facts} | default sampling, mean of {sampled} seeds, of {facts} |", "|---|---|---|"]
+    lines = [
+        f"| facts found of {facts} (95 % interval of the share) | greedy | default sampling, mean of {draws} draws |",
+        "|---|---|---|",
+    ]
     for name, given in answers.items():
-        greedy = sum(one.found for one in given if one.seed is None)
-        drawn = sum(one.found for one in given if one.seed is not None) / sampled
+        greedy = sum(one.found for one in given if one.greedy)
+        drawn = sum(one.found for one in given if not one.greedy) / draws
         cells = []
         for figure, found in ((f"{greedy}", greedy), (f"{drawn:.1f}", drawn)):
             low, high = wilson(found, facts)
@@ -254,7 +273,7 @@ def examples(answers: dict[str, list[Answer]]) -> str:
     """What every arm said greedily."""
     names = list(answers)
     lines = [f"| question | {' | '.join(names)} |", f"|---|{'---|' * len(names)}"]
-    rows = zip(*([one for one in answers[name] if one.seed is None] for name in names), strict=True)
+    rows = zip(*([one for one in answers[name] if one.greedy] for name in names), strict=True)
     for row in rows:
         assert len({one.fact.question for one in row}) == 1, "the arms were asked different questions"
         cells = [f"{'**' if one.found else ''}{_cell(one.text)}{'**' if one.found else ''}" for one in row]
@@ -272,11 +291,14 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="texts the facts lie in, in turn")
     parser.add_argument("--blends", type=float, nargs="+", default=[0.5, 0.9])
-    parser.add_argument("--seeds", type=int, default=3, help="how often each question is asked at default sampling")
+    parser.add_argument("--draws", type=int, default=3, help="how often each question is asked at default sampling")
     parser.add_argument("--adapter", type=Path, help="another memory than the shipped one")
     parser.add_argument("--output", type=Path, help="Markdown file for the result")
     parser.add_argument("--answers", type=Path, help="JSON file for all answers")
     args = parser.parse_args()
+    with GGUFFile.open(args.model) as file:
+        tokenizer = Tokenizer.from_metadata(file.metadata)
+    (ok,) = tokenizer.encode(_FIRST_ANSWER, add_special=False, parse_special=False)
     sources = [path.read_text("utf-8") for path in args.texts]
     # a text that is used again begins elsewhere
     texts = [
@@ -289,26 +311,27 @@ def main() -> None:
         for blend in args.blends
     ]
     arms.append(Arm("everything sent, no memory", None))
-    seeds: list[int | None] = [None, *range(1, args.seeds + 1)]
     answers: dict[str, list[Answer]] = {}
     with tempfile.TemporaryDirectory() as name:
         flags = () if args.adapter is None else ("--atlas-adapter", str(args.adapter))
         server = Server(args.model, Path(name), flags)
         try:
             for arm in arms:
-                answers[arm.name] = ask(server, arm, texts, seeds)
+                answers[arm.name] = ask(server, arm, texts, ok, args.draws)
                 found = sum(one.found for one in answers[arm.name])
                 print(f"{arm.name}: {found} of {len(answers[arm.name])} answers", flush=True)
         finally:
             server.end()
     if args.answers is not None:
         rows = [
-            {"arm": arm, "said": one.fact.said, "seed": one.seed, "found": one.found, "answer": one.text}
+            {"arm": arm, "said": one.fact.said, "greedy": one.greedy, "found": one.found, "answer": one.text}
             for arm, given in answers.items()
             for one in given
         ]
         args.answers.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-    report = f"{table(answers, seeds)}\n\nGreedy answers, those that hold the fact in bold:\n\n{examples(answers)}\n"
+    report = (
+        f"{table(answers, args.draws)}\n\nGreedy answers, those that hold the fact in bold:\n\n{examples(answers)}\n"
+    )
     print(report)
     if args.output is not None:
         command = f"python benchmarks/chat_recall.py {args.model} --texts {' '.join(path.stem for path in args.texts)}"
