@@ -194,12 +194,11 @@ def message(text: str, facts: Sequence[Fact], start: int) -> str:
     for paragraph in paragraphs:
         while waiting and used >= waiting[0][0]:
             parts.append(waiting.pop(0)[1].said)
-        if used + len(paragraph) + 2 > room:
-            parts.append(paragraph[: room - used])
-            assert not waiting, "a paragraph is longer than what lies between two facts"
-            return _BEGIN + "\n\n".join(parts)
         parts.append(paragraph)
         used += len(paragraph) + 2
+        if used >= room + 2:
+            assert not waiting, "a paragraph is longer than what lies between two facts"
+            return (_BEGIN + "\n\n".join(parts))[:CHARACTERS]
     raise ValueError(f"a text of {used} characters, {room} are needed")
 
 

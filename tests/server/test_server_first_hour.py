@@ -300,6 +300,19 @@ def test_an_hour_within_the_budget_says_nothing(caplog: pytest.LogCaptureFixture
     assert server_lines(caplog) == []
 
 
+def test_an_idle_hour_says_nothing_at_debug_level_either(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    stats, engine = ServerStats(RuntimeConfig(make_settings()), 100), FakeEngine().stats()
+    for _ in range(3600):
+        stats.sample(engine)
+    assert caplog.records == []
+    stats.begin()
+    stats.end("completed", added_ms=1.0, request_id="r")
+    for _ in range(60):
+        stats.sample(engine)
+    assert [one.getMessage() for one in caplog.records] == ["[ATLAS] Metrics updated: 1 requests, 1.0ms avg latency"]
+
+
 def test_ordinary_use_adds_no_line_a_request(start: Start, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     live = start(atlas={"latency_budget_ms": 0.001, "stats_update_interval": 50})
