@@ -41,6 +41,7 @@ def plan_memory(
     defaults: AtlasDefaults,
     unavailable: str | None,
     max_window: int,
+    asked: bool = False,
 ) -> MemoryPlan:
     """Resolves one request.
 
@@ -49,6 +50,7 @@ def plan_memory(
     Args:
       header: the value of `X-Session-ID`, or None.
       unavailable: why this server has no memory, or None.
+      asked: whether the model answers somebody instead of going on with a text.
 
     Raises:
       BadRequest: a value out of range, or two different sessions.
@@ -80,6 +82,7 @@ def plan_memory(
             cache_strategy=merged.cache_strategy,
             read=merged.read,
             write=merged.write,
+            asked=asked,
             regenerate=atlas is not None and bool(atlas.regenerate),
             given=frozenset(
                 name for name in AtlasOptions.__struct_fields__ if getattr(atlas or _EMPTY, name) is not None
