@@ -35,6 +35,7 @@ from atlas_jax.gguf import GGUFFile, Tokenizer
 CHARACTERS = 20_000
 FACTS = 6
 _ANSWER_TOKENS = 48
+_NOTES = "## Notes\n"
 _MEANINGS = {0.1: ", the gate as fitted on running text", 0.5: ", the default"}
 _BEGIN = "Please read this, I will ask you about it later.\n\n"
 _FIRST_ANSWER = "OK"
@@ -293,7 +294,7 @@ def main() -> None:
     parser.add_argument("--blends", type=float, nargs="+", default=[0.1, 0.5, 0.9])
     parser.add_argument("--draws", type=int, default=3, help="how often each question is asked at default sampling")
     parser.add_argument("--adapter", type=Path, help="another memory than the shipped one")
-    parser.add_argument("--output", type=Path, help="Markdown file for the result")
+    parser.add_argument("--output", type=Path, help="Markdown file for the result; its notes stay")
     parser.add_argument("--answers", type=Path, help="JSON file for all answers")
     args = parser.parse_args()
     with GGUFFile.open(args.model) as file:
@@ -331,8 +332,15 @@ def main() -> None:
     )
     print(report)
     if args.output is not None:
-        command = f"python benchmarks/chat_recall.py {args.model} --texts {' '.join(path.stem for path in args.texts)}"
-        args.output.write_text(f"# Everyday facts in a chat\n\n`{command}`:\n\n{report}")
+        command = f"python benchmarks/chat_recall.py {args.model} --texts {' '.join(path.name for path in args.texts)}"
+        document = f"# Everyday facts in a chat\n\n`{command}` (`make chat-recall`):\n\n{report}"
+        args.output.write_text(document + _notes(args.output))
+
+
+def _notes(output: Path) -> str:
+    """What people have written under the tables of an earlier run."""
+    _, found, notes = output.read_text().partition(_NOTES) if output.exists() else ("", "", "")
+    return f"\n{found}{notes}" if found else ""
 
 
 if __name__ == "__main__":
