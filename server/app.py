@@ -84,7 +84,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     persistence = Persistence(host=host, config=config, settings=settings, owners=keys.owners, metrics=metrics)
     texts, models = Texts(host, workers), Models(host, server.model_alias, strict=server.strict_model)
     front = Front(host, keys=not keys.open, memory=atlas.enabled)
-    memory = MemoryService(host, settings, metrics, workers)
+    memory = MemoryService(host, settings, config, metrics, workers)
     generator = Generator(
         host=host,
         gate=gate,
@@ -106,6 +106,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         load=engine if callable(engine) else lambda: engine,
         wait=not callable(engine),
         front=front,
+        stats=stats,
     )
     app = Litestar(
         route_handlers=[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 
 from atlas_jax.engine.api import EngineProtocol
 from server.errors import Unavailable
@@ -13,6 +14,7 @@ from server.services.front import Front
 from server.services.host import EngineHost
 from server.services.observer import Observer
 from server.services.persistence import Persistence
+from server.services.stats import ServerStats
 from server.services.workers import Workers
 
 log = logging.getLogger("atlas.server")
@@ -45,8 +47,10 @@ class Lifecycle:
         load: Callable[[], EngineProtocol],
         wait: bool,
         front: Front,
+        stats: ServerStats,
     ) -> None:
         self.host, self.front = host, front
+        self._stats = stats
         self._gate, self._contexts, self._workers = gate, contexts, workers
         self._observer, self._persistence = observer, persistence
         self._load, self._wait = load, wait
@@ -88,6 +92,14 @@ class Lifecycle:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.host.close(
             lambda engine, seconds: self._persistence.save(engine, timeout=seconds), timeout=CLOSE_SECONDS
+        )
+        stats = self._stats
+        log.info(
+            "Stopped after %s: %d requests, %d failed, %d left by their clients",
+            timedelta(seconds=round(stats.uptime)),
+            stats.total,
+            stats.failed,
+            stats.cancelled,
         )
 
 

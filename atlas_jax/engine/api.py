@@ -123,6 +123,8 @@ class MemoryParams:
       omega_window: tokens in the objective of one write; at least `update_frequency`.
       read: whether the memory takes part in the answer.
       write: whether the request teaches the session (False leaves it exactly as it was).
+      asked: whether the model answers somebody, as in a chat, instead of going on with a text: what a person asks for is
+        more often something said before than the next word of a text is, so the calibrated gate opens further.
       regenerate: a prompt the session has been asked before is answered anew: what followed it there is forgotten.
       given: fields the client wrote itself; a session keeps the window, update frequency, layers and degree it was
         begun with, and refuses a request that names others, but not one whose defaults differ.
@@ -141,6 +143,7 @@ class MemoryParams:
     cache_strategy: CacheStrategy = "adaptive"
     read: bool = True
     write: bool = True
+    asked: bool = False
     regenerate: bool = False
     given: frozenset[str] = frozenset()
 

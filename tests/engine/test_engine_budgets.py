@@ -183,3 +183,21 @@ def test_a_disk_that_fails_is_told_and_the_next_turn_is_written_whole(
     with opened(memory_path=tmp_path) as after:
         assert names(after) == wanted
         assert wanted["s"] == 3 * (len(TEXT) + 4) - 1
+
+
+def test_a_save_that_the_disk_refuses_is_one_line_however_many_sessions_it_left(
+    opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with opened(memory_path=tmp_path) as engine:
+        for name in ("a", "b", "c"):
+            turn(engine, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            assert engine.sessions.save_changed() == 3
+        lines = [one.getMessage() for one in caplog.records if one.name == "atlas.engine" and one.levelname == "ERROR"]
+        assert lines == ["[ATLAS] Failed to save 3 of 3 sessions: no space left for session snapshots"]
+        assert engine.stats().snapshot_failures == 3
+        assert engine.sessions.save_changed() == 0
