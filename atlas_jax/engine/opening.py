@@ -118,7 +118,7 @@ def open_pretrained(
         _powers(max(alone, mesh_data), max_running), _powers(4, pages), drafting=DRAFTING if speculate else 0
     )
     weights = Weights(params, adapter, jnp.asarray(successor))
-    runner = Runner(StepConfig(config, found), weights, kv_dtype, buckets, placement)
+    runner = Runner(StepConfig(config, found, tuple(sorted(tokenizer.eog_ids))), weights, kv_dtype, buckets, placement)
     info = _info(
         file,
         runner,

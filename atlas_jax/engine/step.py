@@ -41,10 +41,15 @@ State = TypeVar("State", Sequences, Drawing)
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Static facts of every compiled function."""
+    """Static facts of every compiled function.
+
+    Attributes:
+      ends: tokens that end an answer.
+    """
 
     model: ModelConfig
     memory: MemoryConfig | None
+    ends: tuple[int, ...] = ()
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -285,8 +290,8 @@ def _predict(
     if memory is None or adapter is None:
         return None, scores, jnp.zeros(positions.shape, jnp.float32)
     memory, key = recall.observe(adapter, memory, settings, tapped, tokens, positions, valid)
-
-    return memory, *recall.read(adapter, memory, settings, key, scores, positions, valid)
+    mixed, gate = recall.read(adapter, memory, settings, key, scores, positions, valid)
+    return memory, recall.keep_endings(mixed, gate, config.ends), gate
 
 
 def extract(batch: State, row: Int32[Array, ""]) -> State:
