@@ -98,7 +98,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
     tokenization = Tokenization(supervisor, pools)
     models = Models(supervisor, server.model_alias, strict=server.strict_model)
     front_page = FrontPage(supervisor, keys=not keys.open, memory=atlas.enabled)
-    memory = MemoryService(supervisor, settings, metrics, pools)
+    memory = MemoryService(supervisor, settings, config, metrics, pools)
     generator = Generator(
         supervisor=supervisor,
         admission=admission,
@@ -120,6 +120,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
         load=engine if callable(engine) else lambda: engine,
         wait=not callable(engine),
         front_page=front_page,
+        stats=stats,
     )
     app = Litestar(
         route_handlers=_CONTROLLERS,

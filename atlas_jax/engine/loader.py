@@ -112,7 +112,8 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
     memory, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
     weights = Weights(params, adapter, jnp.asarray(bigram_table.find(cache, fingerprint, model.vocab)))
     buckets = _buckets(config, context, memory)
-    runner = PretrainedRunner(StepConfig(model, memory), weights, config.kv_dtype, buckets, mesh_layout)
+    step_config = StepConfig(model, memory, tuple(sorted(tokenizer.eog_ids)))
+    runner = PretrainedRunner(step_config, weights, config.kv_dtype, buckets, mesh_layout)
     info = _info(
         file,
         runner,

@@ -171,7 +171,10 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
             gt=0, le=60_000, description="What the server may add to a request before it is counted and logged as slow"
         ),
     ] = 5.0
-    log_atlas_operations: Annotated[bool, Meta(description="Log every request that used the memory")] = False
+    log_atlas_operations: Annotated[
+        bool,
+        Meta(description="Log every request that used the memory, and every save, load, reset and deletion asked for"),
+    ] = False
     context_pool_size: Annotated[
         Annotated[int, Meta(ge=1, le=8192)] | None,
         Meta(description="Memory contexts, one a sequence, that may be in use at once; null is max_concurrent"),

@@ -15,10 +15,10 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Overloaded, StorageFull
 from tests.engine.offline import ask, memory, request, words
 
-DRAFT_CONTEXT = words(31, 40)
+TEXT = words(31, 40)
 
 
-def turn(engine: Engine, name: str, owner: str = "owner", prompt: list[int] = DRAFT_CONTEXT) -> int:
+def turn(engine: Engine, name: str, owner: str = "owner", prompt: list[int] = TEXT) -> int:
     return ask(engine, request(prompt, 4, memory=memory(name, owner))).end.completion_tokens
 
 
@@ -65,7 +65,7 @@ def test_full_tiers_refuse_before_they_break_and_lose_nothing(
         for number in range(40):
             try:
                 turn(engine, f"s{number}")
-                kept[f"s{number}"] = len(DRAFT_CONTEXT) + 3
+                kept[f"s{number}"] = len(TEXT) + 3
             except StorageFull as error:
                 waits.append(error.retry_after)
             # what has just been answered is on its way out
@@ -80,7 +80,7 @@ def test_full_tiers_refuse_before_they_break_and_lose_nothing(
         engine.sessions.delete("owner", "s1")
         del kept["s1"]
         turn(engine, "new")
-        kept["new"] = len(DRAFT_CONTEXT) + 3
+        kept["new"] = len(TEXT) + 3
     with opened(**how) as after:
         assert names(after) == kept
 
@@ -173,13 +173,31 @@ def test_a_disk_that_fails_is_told_and_the_next_turn_is_written_whole(
         turn(engine, "s")
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", full)
-            answer = ask(engine, request(DRAFT_CONTEXT, 4, memory=memory("s")))
+            answer = ask(engine, request(TEXT, 4, memory=memory("s")))
         assert answer.end.memory is not None
         assert "could not be written" in str(answer.end.memory.degraded)
-        end = ask(engine, request(DRAFT_CONTEXT, 4, memory=memory("s"))).end
+        end = ask(engine, request(TEXT, 4, memory=memory("s"))).end
         assert end.memory is not None
         assert end.memory.degraded is None
         wanted = names(engine)
     with opened(memory_path=tmp_path) as after:
         assert names(after) == wanted
-        assert wanted["s"] == 3 * (len(DRAFT_CONTEXT) + 4) - 1
+        assert wanted["s"] == 3 * (len(TEXT) + 4) - 1
+
+
+def test_a_save_that_the_disk_refuses_is_one_line_however_many_sessions_it_left(
+    opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with opened(memory_path=tmp_path) as engine:
+        for name in ("a", "b", "c"):
+            turn(engine, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            assert engine.sessions.save_changed() == 3
+        lines = [one.getMessage() for one in caplog.records if one.name == "atlas.engine" and one.levelname == "ERROR"]
+        assert lines == ["[ATLAS] Failed to save 3 of 3 sessions: no space left for session snapshots"]
+        assert engine.stats().snapshot_failures == 3
+        assert engine.sessions.save_changed() == 0
