@@ -37,10 +37,11 @@ from atlas_jax.engine.runner.warmup import WarmUp
 from atlas_jax.engine.scheduler.request_state import RequestState, new_request_state
 from atlas_jax.engine.scheduler.scheduler import Scheduler
 from atlas_jax.engine.scheduler.structured_output import Grammar, Grammars
+from atlas_jax.engine.sessions.budgets import Budgets
 from atlas_jax.engine.sessions.chat_frame import ChatFrames
-from atlas_jax.engine.sessions.store import MemoryFolder
+from atlas_jax.engine.sessions.storage import open_storage
+from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.table import SessionTable
-from atlas_jax.engine.sessions.tiers import Budgets
 from atlas_jax.gguf import ChatTemplate, GGUFFile, TemplateError
 from atlas_jax.kernels import tpu
 from atlas_jax.kernels.attention import KVDtype
@@ -78,7 +79,7 @@ class Engine:
         self,
         *,
         opened: Opened,
-        folder: MemoryFolder | None,
+        storage: Storage | None,
         memory_file: str | None,
         journal_sync: float,
         budgets: Budgets,
@@ -103,7 +104,7 @@ class Engine:
             if layout is None
             else SessionTable(
                 layout,
-                folder=folder,
+                storage=storage,
                 default_file=memory_file or f"{info.name}_memory.atlas",
                 budgets=budgets,
                 on_idle=self._wake,
@@ -187,7 +188,7 @@ class Engine:
             use_cache(cache / "compiled")
         compilations = CompileCounter()
         # first: loading a model takes seconds, and another server's folder is no use
-        folder = None if memory_path is None or not memory_enabled else MemoryFolder(Path(memory_path))
+        storage = None if memory_path is None or not memory_enabled else open_storage(memory_path)
         try:
             opened = _open_model(
                 model_path,
@@ -206,7 +207,7 @@ class Engine:
             _platform.self_test()
             engine = cls(
                 opened=opened,
-                folder=folder,
+                storage=storage,
                 memory_file=memory_file,
                 journal_sync=journal_sync,
                 budgets=Budgets(device_cache_bytes, host_cache_bytes, disk_cache_bytes, owner_quota_bytes),
@@ -215,8 +216,8 @@ class Engine:
                 compilations=compilations,
             )
         except BaseException:
-            if folder is not None:
-                folder.close()
+            if storage is not None:
+                storage.close()
             raise
         engine._warm_up.start(first_pages=opened.runner.buckets.pages[0])
         engine._scheduler.start()
@@ -363,8 +364,8 @@ class Engine:
             sessions_device=0 if table is None else table.count("device"),
             sessions_host=0 if table is None else table.count("host"),
             sessions_disk=0 if table is None else table.count("disk"),
-            session_hits=0 if table is None else table.hits,
-            session_misses=0 if table is None else table.misses,
+            session_hits=0 if table is None else table.counters.hits,
+            session_misses=0 if table is None else table.counters.misses,
             memory_updates_total=counters.memory_updates,
             muon_iterations_total=counters.muon_iterations,
             writes_skipped_total=counters.writes_skipped,
@@ -372,9 +373,9 @@ class Engine:
             omega_loss=counters.omega_loss,
             memory_utilization=counters.memory_utilization,
             window_fill_ratio=counters.window_fill,
-            memory_saves=0 if table is None else table.saves,
-            memory_loads=0 if table is None else table.loads,
-            snapshot_failures=0 if table is None else table.failures,
+            memory_saves=0 if table is None else table.counters.saves,
+            memory_loads=0 if table is None else table.counters.loads,
+            snapshot_failures=0 if table is None else table.counters.failures,
             memory_bytes=resident_bytes(),
         )
 

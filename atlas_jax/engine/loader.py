@@ -19,8 +19,8 @@ from atlas_jax.engine.runner.base import MAX_DRAFT_ROWS, Buckets, ModelRunner
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.trained import TrainedRunner
+from atlas_jax.engine.sessions.layout import Layout
 from atlas_jax.engine.sessions.recall_layout import RecallLayout
-from atlas_jax.engine.sessions.session import Layout
 from atlas_jax.engine.sessions.trained_layout import TrainedLayout
 from atlas_jax.gguf import (
     FALLBACK_TEMPLATE,

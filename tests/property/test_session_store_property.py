@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from atlas_jax.config import ConfigError
-from atlas_jax.engine.api import SessionKey, SnapshotInvalid
+from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StorageFull
 from atlas_jax.engine.sessions import journal, snapshot
+from atlas_jax.engine.sessions.folder_store import FolderStore, MemoryFolder
 from atlas_jax.engine.sessions.journal import Origin, Reading, Turn
 from atlas_jax.engine.sessions.snapshot import Listing
-from atlas_jax.engine.sessions.store import FolderStore, MemoryFolder
+from atlas_jax.engine.sessions.store import Place
 
 READING = Reading(4, 1, 1, 2, "exact", 512, 1.0)
 ORIGIN = Origin("model", "owner", "s", 1.5)
@@ -252,7 +253,7 @@ def test_a_save_point_is_kept_and_restored_without_copying(store: FolderStore) -
 def test_one_damaged_session_is_named_and_the_rest_is_found(store: FolderStore, damage: str, tmp_path: Path) -> None:
     for name in ("s", "t"):
         assert store.session(SessionKey("owner", name)).write(1, encoded(1, session=name))
-    place = Path(store.place(KEY))
+    place = store.folder(KEY)
     (file,) = place.glob("*.snapshot.atlas")
     if damage == "head":
         file.write_bytes(b"ATLASNAP" + bytes(100))
@@ -262,10 +263,10 @@ def test_one_damaged_session_is_named_and_the_rest_is_found(store: FolderStore, 
         file.unlink()
         file.symlink_to("/etc/hostname") if damage == "link" else file.mkdir()
     store = again(store)
-    found = {one.stored.name: one for one in store.list()}
-    assert found[store.place(SessionKey("owner", "t"))].problem is None
-    assert found[store.place(KEY)].problem
-    assert found[store.place(KEY)].key is None
+    found = {one.stored.place: one for one in store.list()}
+    assert found[Place.of(SessionKey("owner", "t"))].problem is None
+    assert found[Place.of(KEY)].problem
+    assert found[Place.of(KEY)].key is None
     store.close()
 
 
@@ -297,7 +298,7 @@ def test_sessions_of_another_model_are_left_alone(store: FolderStore) -> None:
 
 def test_a_folder_is_nobody_elses_while_its_process_lives(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from atlas_jax.engine.sessions.store import MemoryFolder;"
+        "import sys, pathlib; from atlas_jax.engine.sessions.folder_store import MemoryFolder;"
         "MemoryFolder(pathlib.Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -319,12 +320,12 @@ names = st.text(min_size=1, max_size=20)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names, names, names)
 def test_names_never_choose_where_a_file_lies(store: FolderStore, owner: str, session: str, other: str) -> None:
-    place = Path(store.place(SessionKey(owner, session)))
+    place = store.folder(SessionKey(owner, session))
     assert place.is_relative_to(store.root)
     assert ".." not in place.parts
     assert len(place.relative_to(store.root).parts) == 5
-    assert (store.place(SessionKey(other, session)) == str(place)) == (other == owner)
-    assert (store.place(SessionKey(owner, other)) == str(place)) == (other == session)
+    assert (store.folder(SessionKey(other, session)) == place) == (other == owner)
+    assert (store.folder(SessionKey(owner, other)) == place) == (other == session)
 
 
 def test_a_write_that_fails_leaves_everything_as_it_was(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +338,7 @@ def test_a_write_that_fails_leaves_everything_as_it_was(store: FolderStore, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(snapshot.StorageFull):
+        with pytest.raises(StorageFull):
             place.append(ORIGIN, Turn(3, 2, 6, [1], [], None, None, READING, 1.0))
     assert place.append(ORIGIN, Turn(4, 2, 6, [1], [], None, None, READING, 1.0))
     read = place.read(10_000)[1]

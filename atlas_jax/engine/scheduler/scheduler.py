@@ -43,8 +43,9 @@ from atlas_jax.engine.scheduler.resume import (
     resume_plain,
     same_shape,
 )
+from atlas_jax.engine.sessions.entry import NewText
 from atlas_jax.engine.sessions.session import Session
-from atlas_jax.engine.sessions.tiers import NewText, SessionTiers
+from atlas_jax.engine.sessions.tiers import SessionTiers
 from atlas_jax.gguf import Tokenizer
 
 log = logging.getLogger("atlas.engine")

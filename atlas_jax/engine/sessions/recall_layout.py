@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,13 +12,13 @@ from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.sessions import snapshot
+from atlas_jax.engine.sessions.host_arrays import shared_zeros, to_host, to_numpy
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
+from atlas_jax.engine.sessions.layout import integer
 from atlas_jax.engine.sessions.session import (
     Checkpoint,
     Session,
     SessionShape,
-    integer,
-    to_host,
 )
 from atlas_jax.kernels.attention import (
     KVDtype,
@@ -34,7 +34,7 @@ from atlas_jax.recall.recall_memory import RecallState, recent_states
 
 @dataclass(frozen=True)
 class RecallLayout:
-    """Implements `session.Layout` for a pretrained model with the recall memory.
+    """Implements `layout.Layout` for a pretrained model with the recall memory.
 
     Attributes:
       adapter: digest of the memory's adapter; another one's keys mean something else.
@@ -93,6 +93,17 @@ class RecallLayout:
         layers, degree = integer(header, "layers", 1, len(self.memory.layers)), integer(header, "degree", 1, 3)
         return SessionShape(PageSchedule(window, update), layers, degree)
 
+    def rest(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The same state as it rests in host memory; matrices that were never written take no room there."""
+        row = checkpoint.row
+        if row.memory is not None and not checkpoint.absorbed:
+            zeros: dict[str, Any] = {}
+            for name in _MATRICES:
+                array = getattr(row.memory, name)
+                zeros[name] = shared_zeros(array.shape, array.dtype)
+            row = replace(row, memory=replace(row.memory, **zeros))
+        return replace(checkpoint, row=to_host(row))
+
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         """A state as arrays: the pages in use, the memory, and the keys a later write can still need."""
         return _row_arrays(self, shape.plan, checkpoint)
@@ -115,7 +126,8 @@ class RecallLayout:
         return summary(sessions, features, layers)
 
 
-_ZERO_AT_FIRST = ("weights", "momentum", "read_values", "read_scale")
+_MATRICES = ("weights", "momentum", "read_values")
+_ZERO_AT_FIRST = (*_MATRICES, "read_scale")
 """Arrays of a memory that are left out of a snapshot where they are zero."""
 
 
@@ -127,7 +139,7 @@ def _kept_positions(memory: MemoryConfig, plan: PageSchedule, position: int) -> 
 
 
 def _row_arrays(layout: RecallLayout, plan: PageSchedule, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    row = to_host(checkpoint.row)
+    row = to_numpy(checkpoint.row)
     cache, memory = row.cache, row.memory
     assert memory is not None
     ring = plan.ring((checkpoint.page + 1) * PAGE)
@@ -194,7 +206,7 @@ def _row(
         raise SnapshotInvalid("snapshot's tokens are out of range")
     shape = (config.code_dim, config.features)
     matrices = {
-        name: take(name, size, kind)[None] if name in arrays else np.zeros((1, *size), kind)
+        name: take(name, size, kind)[None] if name in arrays else shared_zeros((1, *size), kind)
         for name, size, kind in zip(
             _ZERO_AT_FIRST, (shape, shape, shape, shape[:1]), ("f4", "f4", "i1", "f4"), strict=True
         )
