@@ -64,7 +64,7 @@ class SessionStore(Protocol):
         """Brings in what the default file has that is newer than what is stored; None where there is no file."""
 
     def load_context(self, owner: str, context_id: str) -> Any:
-        """The caller's JSON as saved (None if only neural memory was), with the session set back to its save point."""
+        """The caller's JSON as saved (None if only neural memory was), with the session rolled back to its save point."""
 
     def reset(self, owner: str, session_id: str | None) -> int:
         """Empties one session's memory, or all of the owner's; returns how many."""

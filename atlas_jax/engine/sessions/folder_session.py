@@ -92,8 +92,7 @@ class FolderSession:
             data = files.read_file(path, _LONGEST_JOURNAL)
         except FileNotFoundError:
             return None
-        found = journal.decode(data)
-        end = 0 if found is None else found.end
+        found, end = journal.decode(data)
         if end < len(data):
             os.truncate(path, end)
         self._journal_bytes = end

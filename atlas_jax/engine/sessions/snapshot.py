@@ -33,7 +33,7 @@ class Listing(msgspec.Struct, frozen=True):
       generation: orders everything that was ever done to a session: later changes have greater numbers, on every machine
         whose clock is about right.
       tokens: length of its text.
-      floor: the earliest position to which the state can be set back; a journal after it must not go back further.
+      floor: the earliest position to which the state can be rolled back; a journal after it must not go back further.
       bytes: of its state in host memory.
       has_state: a caller stored JSON with it.
       window, window_fill, absorbed, updates, last_update: what its memory held, for totals over many sessions.

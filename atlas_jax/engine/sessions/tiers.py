@@ -144,7 +144,7 @@ class SessionTiers:
         def written(failure: Exception | None) -> None:
             problem = None
             if failure is not None:
-                problem = "This turn is in main memory only: it could not be written to disk"
+                problem = "This turn is in host memory only: it could not be written to disk"
                 log.error("[ATLAS] Failed to save a session's turn: %s", reason(failure))
                 self._persistence.note_failure(failure)
             try:
@@ -272,7 +272,7 @@ class SessionTiers:
                 raise MemoryUnavailable("No available ATLAS contexts: session memory is full", retry_after=5.0)
             return True
         if self._persistence.is_full:
-            raise StorageFull("There is no room on disk for the sessions that have to leave main memory")
+            raise StorageFull("There is no room on disk for the sessions that have to leave host memory")
         self._make_room("adaptive")
         # who is on the way out wakes the scheduler; where nobody can leave, waiting would not help
         return usage.host_excess() <= 0 or not self._leaving
