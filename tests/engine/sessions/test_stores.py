@@ -148,7 +148,7 @@ def test_sessions_live_in_any_store(
     kept = DictStore()
     monkeypatch.setitem(storage._KINDS, "dict", lambda location: kept)
     wanted = [turn(engine, seed, "in-any-store").infos for seed in (1, 2, 3)]
-    with opened(memory_path="dict://any", host_cache_bytes=1) as first:
+    with opened(memory_path="dict://any", l2_cache_size=1) as first:
         assert turn(first, 1).infos == wanted[0]
         assert turn(first, 2).infos == wanted[1]
         turn(first, 9, "gone")
