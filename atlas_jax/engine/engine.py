@@ -117,7 +117,7 @@ class Engine:
             max_rows=limits.running,
             context=limits.context,
             answer=info.context_length,
-            prefix_bytes=prefix_bytes if runner.can_rewind else 0,
+            prefix_bytes=prefix_bytes,
         )
         self._warm_up = WarmUp(runner)
 
@@ -286,9 +286,9 @@ class Engine:
         if self._scheduler.waiting >= self._limits.waiting + self._limits.running - self._scheduler.running:
             raise Overloaded("Too many requests are waiting", retry_after=1.0)
         tokens = self._check(request)
-        work = new_request_state(request, tokens, listener, self.tokenizer)
-        self._scheduler.submit(work)
-        return _Submitted(work, self._scheduler)
+        state = new_request_state(request, tokens, listener, self.tokenizer)
+        self._scheduler.submit(state)
+        return _Submitted(state, self._scheduler)
 
     def _check(self, request: GenerationRequest) -> np.ndarray:
         """Refuses what can never succeed, or would crash a compiled step; the prompt as an array."""
@@ -423,14 +423,14 @@ def _template_errors() -> Iterator[None]:
 class _Submitted:
     """A request under way."""
 
-    def __init__(self, work: RequestState, loop: Scheduler) -> None:
-        self._work = work
-        self._scheduler = loop
+    def __init__(self, state: RequestState, scheduler: Scheduler) -> None:
+        self._state = state
+        self._scheduler = scheduler
 
     def cancel(self) -> None:
         """Ends it at the next step."""
-        if not self._work.done:
-            self._work.cancelled.set()
+        if not self._state.done:
+            self._state.cancelled.set()
             self._scheduler.wake()
 
 
