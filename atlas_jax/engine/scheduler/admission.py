@@ -85,7 +85,7 @@ class Admission:
 
     def _ready(self, req: RequestState, prefilling: Iterable[RequestState]) -> bool:
         """Whether a request can start; takes its session if it can."""
-        if self._prefixes.budget and any(other.reads_for(req) for other in prefilling):
+        if self._prefixes.budget and any(other.prefills_for(req) for other in prefilling):
             return False
         memory = req.request.memory
         if memory is None or memory.session is None or self._sessions is None:

@@ -88,14 +88,14 @@ class DecodeBatch:
     def add(self, req: RequestState) -> None:
         """Gives a request whose prompt has been prefilled a free row; `grown_size` tells whether there is one."""
         request, position, token = req.request, req.cursor.position, req.prefill.rest[0]
-        read = request.prompt[:position] if req.update is None else req.update.session.history.tail
+        text = request.prompt[:position] if req.update is None else req.update.session.history.tail
         row, index = req.prefill.row, self.requests.index(None)
         assert row is not None
         self._runner.insert(
             index,
             row,
             token,
-            recent_text([*read, token], position),
+            recent_text([*text, token], position),
             sampling_state(request.sampling, self._runner.vocab, req.seed, request.prompt),
             memory_settings(request.memory, *req.memory_shape),
             with_memory=request.memory is not None,

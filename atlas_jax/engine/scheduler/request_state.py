@@ -1,7 +1,7 @@
 """One request on its way through the engine: waiting, in prefill, in the decode batch.
 
-Each part of its state has one place that changes it: `admission` makes them, `prefill` advances what is read of the prompt,
-`decode_batch` what is drawn of the answer, and the memory's account is kept by its own methods.
+Each part of its state has one place that changes it: `admission` makes them all, `prefill` advances `PrefillProgress`,
+`decode_batch` advances `DecodeProgress`, `MemoryAccount` counts by its own methods, and `endings` closes.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ class RequestState:
         request = self.request
         return request.reuse and request.memory is None and request.prompt_logprobs is None
 
-    def reads_for(self, other: RequestState) -> bool:
+    def prefills_for(self, other: RequestState) -> bool:
         """Whether all whole pages of its prompt are a prefix of another's, which gets them once they are prefilled.
 
         So the choices of one request, and clients that ask the same at once, prefill a prompt once. Prompts are prefilled one
@@ -231,7 +231,7 @@ class RequestState:
         return max(0, len(self.prefill.pending_tokens) - self.prefill.done - (self.decode.limit > 0))
 
     def chunk(self) -> tuple[list[int], list[int]]:
-        """The tokens that are read next, up to the end of the page, and the one after each as far as there is one."""
+        """The tokens of the next chunk, up to the end of the page, and the one after each as far as there is one."""
         start, pending = self.prefill.done, self.prefill.pending_tokens
         end = start + min(self.left, PAGE - self.cursor.position % PAGE)
         return pending[start:end], pending[start + 1 : end + 1]
@@ -274,7 +274,7 @@ class RequestState:
         exact = self.decode.in_flight <= 1 or self.needs_page
         return exact and self.cursor.begins_page(self.cursor.position + self.certain)
 
-    # --- listener ---------------------------------------------------------------------------------------------
+    # --- listener -------------------------------------------------------------------------------------------------
     def send(self, event: Event | None) -> None:
         """Tells the listener, if there is something to tell; its failure is not the engine's, and ends the request."""
         if event is None:

@@ -199,7 +199,7 @@ class Scheduler:
             if req in self._prefilling:
                 self._prefilling.remove(req)
             if not isinstance(error, EngineError):
-                log.exception("A request failed while its prompt was read")
+                log.exception("A request failed in prefill")
                 error = EngineError("The engine could not read this prompt")
             self._end(Ended(req, error))
 
