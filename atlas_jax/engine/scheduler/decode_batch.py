@@ -57,6 +57,7 @@ class DecodeBatch:
         self._in_flight: tuple[StepOutput, Scheduled] | None = None
         self._started = 0.0
         self._collected = False
+        self._awaited: list[RequestState] = []
         self._oversized = 0
         self._mean_seconds = 0.0
         self._rate_from = time.monotonic()
@@ -79,10 +80,6 @@ class DecodeBatch:
     def active(self) -> Scheduled:
         """The rows that are taken."""
         return [(row, req) for row, req in enumerate(self.requests) if req is not None]
-
-    def _constrained(self) -> Scheduled:
-        """The rows under a grammar."""
-        return [(row, req) for row, req in self.active() if req.constraint is not None]
 
     # --- rows -----------------------------------------------------------------------------------------------------
     def add(self, req: RequestState) -> None:
@@ -161,8 +158,10 @@ class DecodeBatch:
         flight is waited for.
         """
         self._started, self._collected = time.perf_counter(), False
-        constrained, ended = self._constrained(), list[Ended]()
-        if not self._runner.capabilities.rewind or (constrained and len(constrained) == len(self)):
+        constrained, ended = [(row, req) for row, req in self.active() if req.constraint is not None], list[Ended]()
+        all_constrained = bool(constrained) and len(constrained) == len(self)
+        self._awaited = [req for _, req in constrained] if all_constrained else []
+        if not self._runner.capabilities.rewind or all_constrained:
             self._collected = self._in_flight is not None
             ended = self.synchronise()
         gone = {one.row for one in ended}
@@ -194,9 +193,8 @@ class DecodeBatch:
         Returns:
           What has ended, and whether there was a step before, also if `collect` has looked at it.
         """
-        constrained = self._constrained()
-        if constrained and len(constrained) == len(self):
-            wait_for_any([req.constraint for _, req in constrained if req.constraint is not None], _PATIENCE)
+        if self._awaited:
+            wait_for_any([req.constraint for req in self._awaited if req.constraint and not req.done], _PATIENCE)
         before, width = self._in_flight, self._runner.width
         self._in_flight, scheduled = self._launch(width)
         ended = [] if before is None else self._deliver(*before)

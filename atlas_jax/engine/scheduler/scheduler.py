@@ -60,7 +60,7 @@ class Scheduler:
         self._inbox: deque[RequestState] = deque()
         self._stopping = False
         self._poked = False
-        self._waiting = Admission(runner, tokenizer, sessions, self._prefixes, context=context, answer=answer)
+        self._admission = Admission(runner, tokenizer, sessions, self._prefixes, context=context, answer=answer)
         self._prefilling = PrefillQueue(runner, tokenizer, self.counters)
         self._pace = PrefillPace()
         self._batch = DecodeBatch(runner, tokenizer, self.counters)
@@ -110,7 +110,7 @@ class Scheduler:
     @property
     def waiting(self) -> int:
         """Requests that have not begun."""
-        return len(self._inbox) + len(self._waiting)
+        return len(self._inbox) + len(self._admission)
 
     def slots(self) -> tuple[SlotInfo, ...]:
         """The decode slots."""
@@ -153,7 +153,7 @@ class Scheduler:
             arrived, self._inbox = self._inbox, deque()
             stopping = self._stopping
         for req in arrived:
-            self._waiting.add(req)
+            self._admission.add(req)
         return not stopping
 
     def _release_idle_memory(self) -> None:
@@ -179,17 +179,16 @@ class Scheduler:
             self._poked = True  # there is room for one that waits, though nothing else may be left to do
 
     def _drop_cancelled(self) -> None:
-        if any(req.cancelled.is_set() for _, req in self._batch.active()):
-            self._end(*self._batch.settle())
-        for req in [req for req in self._waiting if req.cancelled.is_set()]:
-            self._waiting.remove(req)
+        decoding = [Ended(req, "cancelled", row) for row, req in self._batch.active() if req.cancelled.is_set()]
+        if decoding:
+            self._end(*self._batch.settle())  # which ends some by themselves
+        for req in [req for req in self._admission if req.cancelled.is_set()]:
+            self._admission.remove(req)
             self._end(Ended(req, "cancelled"))
         for req in [req for req in self._prefilling if req.cancelled.is_set()]:
             self._end(Ended(req, "cancelled"))  # first: whoever sees it gone may count on its session being back
             self._prefilling.remove(req)
-        for row, req in self._batch.active():
-            if req.cancelled.is_set():
-                self._end(Ended(req, "cancelled", row))
+        self._end(*decoding)
 
     def _contained(self, req: RequestState, act: Callable[[RequestState], None]) -> None:
         """Does something for a request that is not in the batch; what goes wrong ends that request and no other."""
@@ -211,7 +210,7 @@ class Scheduler:
             self._end(*self._batch.settle())
         outcome: FinishReason | EngineError
         outcome = "cancelled" if self.failure is None else EngineError("The engine has stopped")
-        everyone = [Ended(req, outcome) for req in [*arrived, *self._waiting, *self._prefilling]]
+        everyone = [Ended(req, outcome) for req in [*arrived, *self._admission, *self._prefilling]]
         everyone += [Ended(req, outcome, row) for row, req in self._batch.active()]
         for ended in everyone:
             try:
@@ -222,8 +221,8 @@ class Scheduler:
 
     # --- admission ------------------------------------------------------------------------------------------------
     def _admit(self) -> None:
-        while len(self._waiting) and self.running < self._max_rows:
-            req = self._waiting.next(self._prefilling)
+        while len(self._admission) and self.running < self._max_rows:
+            req = self._admission.next(self._prefilling)
             if req is None:
                 return
             if isinstance(req, Ended):
@@ -232,7 +231,7 @@ class Scheduler:
                 self._contained(req, self._start)
 
     def _start(self, req: RequestState) -> None:
-        self._waiting.start(req)
+        self._admission.start(req)
         self._prefilling.add(req)
 
     # --- prefill --------------------------------------------------------------------------------------------------
@@ -270,7 +269,7 @@ class Scheduler:
         else:
             if req.reuses and req.prefill.row is not None:
                 self._prefixes.keep(request.owner, request.prompt[: req.cursor.position], req.prefill.row.cache)
-            alone = len(self._prefilling) <= 1 and not len(self._waiting)  # the one prompt is its own
+            alone = len(self._prefilling) <= 1 and not len(self._admission)  # the one prompt is its own
             self._resize(self._batch.grown_size(req, alone=alone))
             self._batch.add(req)
         self._prefilling.remove(req)
@@ -278,7 +277,7 @@ class Scheduler:
     # --- decode ---------------------------------------------------------------------------------------------------
     def _decode(self) -> bool:
         """Has the batch launch a step, ends what has ended, and tells whether a step's result has come."""
-        alone = not len(self._prefilling) and not len(self._waiting)
+        alone = not len(self._prefilling) and not len(self._admission)
         self._end(*self._batch.collect())
         ended, delivered = self._batch.step()
         self._end(*ended)
