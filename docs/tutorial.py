@@ -80,7 +80,7 @@ from atlas_jax.model.lm import (
     init_params,
     parameter_count,
     text_batches,
-)  # noqa: E402
+)
 from atlas_jax.model.lm.training import TrainConfig, train  # noqa: E402
 
 text = b"what is read at test time is learned at test time. " * 20
