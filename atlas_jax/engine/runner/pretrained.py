@@ -15,15 +15,13 @@ from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
 from atlas_jax.engine.api import MemoryParams
 from atlas_jax.engine.runner import monolithic_step, step
 from atlas_jax.engine.runner.base import (
-    SCALAR,
     Buckets,
     Capabilities,
-    ModelRunner,
     NewPage,
     PrefillStep,
     invalid_memory_setting,
-    start_transfer,
 )
+from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
 from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
 from atlas_jax.engine.runner.step import StepConfig, StepOutput, Weights
 from atlas_jax.engine.runner.step_inputs import (
@@ -56,7 +54,7 @@ MONOLITHIC_ROWS = 2
 gaps between programs. SmolLM2-135M, one row, greedy, medians of 7 × 100 steps in one run: 13.9 ms against 19.2."""
 
 
-class PretrainedRunner(ModelRunner):
+class PretrainedRunner(CompiledRunner):
     """Runs a pretrained model."""
 
     def __init__(

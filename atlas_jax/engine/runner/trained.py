@@ -18,15 +18,13 @@ from atlas_jax.aot import AotProgram, shape, shapes
 from atlas_jax.engine.api import MemoryParams
 from atlas_jax.engine.runner import step
 from atlas_jax.engine.runner.base import (
-    SCALAR,
     Buckets,
     Capabilities,
-    ModelRunner,
     NewPage,
     PrefillStep,
     invalid_memory_setting,
-    start_transfer,
 )
+from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
 from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.sessions.session import SessionShape
@@ -79,7 +77,7 @@ def window(config: LMConfig) -> int:
     return config.window if set(config.pattern) & _WINDOW_KINDS else 0
 
 
-class TrainedRunner(ModelRunner):
+class TrainedRunner(CompiledRunner):
     """Runs a trained model.
 
     Args:
