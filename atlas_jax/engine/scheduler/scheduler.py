@@ -199,7 +199,7 @@ class Scheduler:
                 self._prefilling.remove(req)
             if not isinstance(error, EngineError):
                 log.exception("A request failed in prefill")
-                error = EngineError("The engine could not read this prompt")
+                error = EngineError("The engine could not process this prompt")
             self._end(Ended(req, error))
 
     def _end_everything(self) -> None:
