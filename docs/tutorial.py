@@ -73,14 +73,7 @@ for name, features in {"degree 1": Features(), "degree 2": Features(kind="polyno
 
 # %%
 from atlas_jax.gguf._writer import BYTE_VOCAB, byte_vocabulary  # noqa: E402
-from atlas_jax.model.lm import (
-    LMConfig,
-    export_gguf,
-    import_gguf,
-    init_params,
-    parameter_count,
-    text_batches,
-)
+from atlas_jax.model.lm import LMConfig, export_gguf, import_gguf, init_params, parameter_count, text_batches
 from atlas_jax.model.lm.training import TrainConfig, train  # noqa: E402
 
 text = b"what is read at test time is learned at test time. " * 20
