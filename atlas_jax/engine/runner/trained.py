@@ -17,13 +17,7 @@ import numpy as np
 from atlas_jax.aot import AotProgram, shape, shapes
 from atlas_jax.engine.api import MemoryParams
 from atlas_jax.engine.runner import step
-from atlas_jax.engine.runner.base import (
-    Buckets,
-    Capabilities,
-    NewPage,
-    PrefillStep,
-    invalid_memory_setting,
-)
+from atlas_jax.engine.runner.base import Buckets, Capabilities, NewPage, PrefillStep, invalid_memory_setting
 from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
 from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
 from atlas_jax.engine.runner.step import StepOutput
