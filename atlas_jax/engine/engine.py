@@ -86,7 +86,7 @@ class Engine:
             max_rows=config.max_concurrent,
             context=opened.longest_prompt,
             answer=info.context_length,
-            prefix_bytes=config.prefix_cache_size if runner.can_rewind else 0,
+            prefix_bytes=config.prefix_cache_size,
         )
         self._warm_up = WarmUp(runner)
 

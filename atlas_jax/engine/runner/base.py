@@ -1,44 +1,31 @@
-"""What the scheduler needs of a model: rows that read prompts, and a decode batch they are moved in and out of.
+"""What the scheduler needs of a model: rows that prompts are prefilled into, and a decode batch they move in and out of.
 
-`runner.PretrainedRunner` is a pretrained model with the recall memory, `trained.TrainedRunner` a model with a memory of its own. No
-policy here: the scheduler decides.
+`pretrained.PretrainedRunner` pages its KV cache and has the recall memory; the rows of `trained.TrainedRunner` have one size,
+and the model's own memory in them. No policy here: the scheduler decides.
 """
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import numpy as np
 
-from atlas_jax.aot import AotProgram, shape
 from atlas_jax.engine.api import InvalidRequest, MemoryParams
-from atlas_jax.engine.runner import step
-from atlas_jax.engine.runner.decode_state import (
-    DRAFT_TOKENS,
-    DecodeState,
-    Sequences,
-    init_decode_state,
-    init_logits_buffer,
-)
+from atlas_jax.engine.runner.decode_state import DRAFT_TOKENS, Sequences
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.sessions.session import SessionShape
-from atlas_jax.kernels.ngram_drafter import NONE
 from atlas_jax.kernels.sampling import SamplingState, allowed_words
-from atlas_jax.model.page_schedule import NextPage, PageSchedule, bucket
+from atlas_jax.model.page_schedule import NextPage, PageSchedule
 from atlas_jax.recall.recall_memory import RecallSettings
 
 MAX_DRAFT_ROWS = 2
-"""ModelRunner of a batch up to which drafts pay on a CPU; with more, a row pays for its neighbours' wrong guesses. SmolLM2-135M on
+"""Rows of a batch up to which drafts pay on a CPU; with more, a row pays for its neighbours' rejected drafts. SmolLM2-135M on
 two cores with the native kernels, layers alone, least of 20 in two runs: 13 and 15 ms for one row of one token, 19 and 20 for
 one of four, 28 and 35 for four of four."""
-
-SCALAR = shape((), np.int32)
 
 
 @dataclass(frozen=True)
@@ -61,14 +48,54 @@ class Buckets:
 
 
 @dataclass(frozen=True)
-class PrefillStep:
-    """What one of the programs that read a piece of a prompt leaves.
+class Capabilities:
+    """What a model can do, and how much it can hold.
 
     Attributes:
-      row: the row. Before the piece has been read it is where it was, and can be kept as such.
+      rewind: whether a row can be set back to a position that its window still holds. If not, what a row has read stays read:
+        a decode step is launched only when the result of the one before is known, and no prefix is shared.
+      memory_capacity: independent pairs that a session's memory can hold; 0 without a memory.
+      window: tokens attended exactly by sessions that have no window of their own; 0 where all have one.
+      muon_passes: Newton–Schulz steps of one memory write with momentum.
+      session_context: tokens that a session can have at most, or None.
+    """
+
+    rewind: bool
+    memory_capacity: int = 0
+    window: int = 0
+    muon_passes: int = 0
+    session_context: int | None = None
+
+
+@dataclass(frozen=True)
+class NewPage:
+    """A page that begins with the next token of a row. A model whose state has one size has no use for it.
+
+    Attributes:
+      place: where it goes in the row's ring of pages, and what leaves the window for it.
+      ring_pages: pages of the ring that are in use from now on.
+      write: how the memory is written with what leaves, or None.
+    """
+
+    place: NextPage
+    ring_pages: int
+    write: MemoryWrite | None
+
+    @property
+    def writes(self) -> bool:
+        """Whether the memory is written when it begins."""
+        return self.write is not None and self.place.absorb_end is not None
+
+
+@dataclass(frozen=True)
+class PrefillStep:
+    """What one of the programs that prefill a chunk leaves.
+
+    Attributes:
+      row: the row. Before the chunk has been prefilled it is where it was, and can be kept as such.
       made: an array that is there when the program has run.
-      done: whether the piece has been read.
-      scores: those of a piece that is scored, with its last part.
+      done: whether the chunk has been prefilled.
+      scores: those of a chunk that is scored, with its last step.
     """
 
     row: Sequences
@@ -78,51 +105,25 @@ class PrefillStep:
 
 
 class ModelRunner(ABC):
-    """Runs compiled steps for one engine thread; not thread-safe, but for `compile_*`.
+    """A model as the scheduler sees it, for one engine thread; not thread-safe, but for `compile_*`.
 
     Attributes:
+      capabilities: what the model can do.
       buckets: shapes there are programs for.
-      chunks: lengths of the pieces that prompts are read in.
+      chunks: lengths of the chunks that prompts are prefilled in.
       vocab: tokens of the vocabulary.
-      capacity: independent pairs that a session's memory can hold; 0 without a memory.
-      window: tokens attended exactly by sessions that have no window of their own; 0 where all have one.
-      muon_passes: Newton–Schulz steps of one write with momentum.
-      can_rewind: whether a row can be set back to a position whose window it still holds. If not, what a row has read stays
-        read, so a step is launched only when the one before has been looked at.
-      session_context: tokens that a session can have at most, or None.
-      sequences, decode_state: the decode batch.
+      sequences: the decode batch.
     """
 
-    can_rewind = True
-    window = 0
-    muon_passes = 0
-    session_context: int | None = None
+    sequences: Sequences
 
-    def __init__(self, vocab: int, capacity: int, buckets: Buckets, chunks: tuple[int, ...]) -> None:
+    def __init__(self, capabilities: Capabilities, vocab: int, buckets: Buckets, chunks: tuple[int, ...]) -> None:
+        self.capabilities = capabilities
         self.vocab = vocab
-        self.capacity = capacity
         self.buckets = buckets
         self.chunks = chunks
-        self._allow_all: dict[int, jax.Array] = {}
-        self._new: dict[tuple[int, int], AotProgram] = {}
-        self._new_decode_state: dict[int, AotProgram] = {}
-        self._extract = self._program(step.extract)
-        self._extract_decode_state = self._program(step.extract)
-        self._insert_decode_state = self._program(step.insert_decode_state, donate=(0,))
-        rows, pages = buckets.rows[0], buckets.pages[0]
-        self.sequences: Sequences = self._sequences(rows, pages)
-        self.decode_state: DecodeState
-        self.decode_state, self._logits_buffer = self._idle(rows)
 
-    # --- a model's own --------------------------------------------------------------------------------------------
-    @abstractmethod
-    def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
-        """A compiled function of this model."""
-
-    @abstractmethod
-    def _make(self, *, batch: int, pages: int) -> Sequences:
-        """ModelRunner that have read nothing."""
-
+    # --- sessions -------------------------------------------------------------------------------------------------
     @abstractmethod
     def check(self, memory: MemoryParams) -> None:
         """Refuses settings of the memory that this model cannot use; raises InvalidRequest."""
@@ -131,33 +132,43 @@ class ModelRunner(ABC):
     def shape(self, memory: MemoryParams) -> SessionShape:
         """The shape of a session that begins with this request."""
 
+    # --- rows -----------------------------------------------------------------------------------------------------
     @abstractmethod
+    def new_row(self, pages: int) -> Sequences:
+        """An empty row with a ring of at least `pages` pages."""
+
+    @abstractmethod
+    def row_shapes(self, pages: int) -> Sequences:
+        """Shapes and types of a row with a ring of `pages` pages."""
+
     def ring_pages(self, plan: PageSchedule, tokens: int) -> int:
-        """Ring slots that a row needs for a text of so many tokens."""
+        """Pages of KV cache that a row needs for a text of so many tokens; 1 where all rows have one size."""
+        return 1
 
     @abstractmethod
     def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
-        """A row that goes on from a saved one at `position`; the saved one stays as it is."""
+        """A row that goes on from a saved one, which stays as it is.
+
+        Args:
+          pages: what `ring_pages` says of the text up to `position`.
+          position: where it goes on; an earlier one than the saved row's only where rows can be rewound.
+          slot: ring slot of the page that `position` is in.
+        """
 
     @abstractmethod
-    def grow_row(self, row: Sequences, pages: int) -> Sequences:
-        """The row, in a ring of at least `pages` pages."""
+    def save_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
+        """A row to be resumed later, as it is after `position` tokens; uses the row up. Arguments as for `resume_row`."""
 
     @abstractmethod
-    def rewind_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
-        """The same row at an earlier position whose window it still holds, in a ring for `pages` pages; uses it up."""
+    def prefill(
+        self, row: Sequences, settings: RecallSettings, tokens: Sequence[int], page: NewPage | None = None
+    ) -> Iterator[PrefillStep]:
+        """Prefills a chunk, launching one program after the other; uses the row up.
 
-    @abstractmethod
-    def start_page(self, row: Sequences, turn: NextPage, write: MemoryWrite | None) -> Sequences:
-        """Begins a page of a single row."""
-
-    @abstractmethod
-    def start_page_in_batch(self, index: int, turn: NextPage, write: MemoryWrite | None) -> None:
-        """Begins a page of the row at place `index`."""
-
-    @abstractmethod
-    def prefill(self, row: Sequences, settings: RecallSettings, tokens: Sequence[int]) -> Iterator[PrefillStep]:
-        """Reads tokens of the current page, launching one program after the other; uses the row up."""
+        Args:
+          tokens: of one page.
+          page: the page that begins with them, if one does.
+        """
 
     @abstractmethod
     def prefill_scored(
@@ -166,93 +177,33 @@ class ModelRunner(ABC):
         settings: RecallSettings,
         tokens: Sequence[int],
         following: Sequence[int],
+        page: NewPage | None = None,
         *,
         alternatives: bool,
     ) -> Iterator[PrefillStep]:
-        """Reads tokens of the current page and scores the token that follows each; as `read`."""
+        """Prefills a chunk and scores the token that follows each of its tokens; otherwise as `prefill`."""
 
-    @abstractmethod
-    def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> StepOutput:
-        """One step; the result is on its way to the host when this returns, not there yet.
-
-        Args:
-          wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its drafts out.
-          allowed: which tokens may be drawn, see `allow_all`; None allows all.
-        """
-
-    @abstractmethod
-    def _put(self, batch: Sequences, row: Sequences, index: int, *, with_memory: bool) -> Sequences:
-        """The batch with a row written over the one at `index`."""
-
-    # --- compiling ahead ------------------------------------------------------------------------------------------
-    @abstractmethod
-    def compile_prefill(self, pages: int, length: int) -> None:
-        """Compiles the reading of pieces of `length` tokens in a ring of `pages` pages."""
-
-    @abstractmethod
-    def compile_scored_prefill(self, length: int) -> None:
-        """Compiles the scoring of pieces of `length` tokens, in a ring of any size."""
-
-    @abstractmethod
-    def compile_decode(self, rows: int, pages: int) -> None:
-        """Compiles what a batch of this size needs while its rows stay."""
-
-    @abstractmethod
-    def compile_monolithic_step(self, rows: int, pages: int) -> None:
-        """Compiles the decode step of a small batch as one program, if it is several."""
-
-    @abstractmethod
-    def compile_row_moves(self, rows: int, pages: int) -> None:
-        """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""
-
-    def _compile_batch_start(self, rows: int, pages: int) -> None:
-        """Compiles how a batch of this size begins, and how its rows start to decode."""
-        self._maker(rows, pages).compile(())
-        self._idle_maker(rows).compile(())
-        self._insert_decode_state.compile(rows, self._decode_state_shapes(rows), self._decode_state_shapes(1), SCALAR)
-
-    def _compile_row_exit(self, rows: int, pages: int) -> None:
-        """Compiles how rows leave a batch of this size."""
-        self._extract.compile((rows, pages), self._batch_shapes(rows, pages), SCALAR)
-        self._extract_decode_state.compile(rows, self._decode_state_shapes(rows), SCALAR)
-
-    # --- rows and the decode batch --------------------------------------------------------------------------------
-    def new_row(self, pages: int) -> Sequences:
-        """An empty row with a ring of at least `pages` pages."""
-        return self._sequences(1, bucket(pages, self.buckets.pages))
-
-    def row_shapes(self, pages: int) -> Sequences:
-        """Shapes and types of a row with a ring of `pages` pages."""
-        return self._batch_shapes(1, pages)
-
+    # --- the decode batch -----------------------------------------------------------------------------------------
     @property
     @abstractmethod
     def rows(self) -> int:
-        """ModelRunner of the decode batch."""
+        """Rows of the decode batch."""
 
     @property
-    @abstractmethod
     def pages(self) -> int:
-        """Ring slots of each row of the decode batch."""
+        """Pages of the ring of each row of the decode batch; 1 where all rows have one size."""
+        return 1
 
     @property
     def width(self) -> int:
         """The most tokens a row can gain in one decode step."""
         return self.buckets.width(self.rows)
 
+    @abstractmethod
     def resize(self, rows: int, pages: int, moves: dict[int, int]) -> None:
-        """Makes the batch another size; `moves` maps each row that lives on to its new place."""
-        key = self.rows, self.pages
-        sequences = self._sequences(rows, pages)
-        decode_state, room = self._idle(rows)
-        for source, target in moves.items():
-            index = np.int32(source)
-            sequences = self._put(sequences, self._extract(key, self.sequences, index), target, with_memory=True)
-            single = self._extract_decode_state(key[0], self.decode_state, index)
-            decode_state = self._insert_decode_state(rows, decode_state, single, np.int32(target))
-        # all at once: if there was no memory for it, the batch is as it was
-        self.sequences, self.decode_state, self._logits_buffer = sequences, decode_state, room
+        """Makes the batch another size; `moves` maps each row that stays to its new index."""
 
+    @abstractmethod
     def insert(
         self,
         index: int,
@@ -264,68 +215,49 @@ class ModelRunner(ABC):
         *,
         with_memory: bool,
     ) -> None:
-        """Starts decoding a row at place `index`, with `token` as the next to feed; `text` is of `settings.recent_text`."""
-        self.sequences = self._put(self.sequences, row, index, with_memory=with_memory)
-        first, none = np.asarray([token], np.int32), np.full((1, DRAFT_TOKENS), NONE, np.int32)
-        single = DecodeState(first, none, text, sampling, settings)  # type: ignore[arg-type]
-        self.decode_state = self._insert_decode_state(self.rows, self.decode_state, single, np.int32(index))
+        """Starts decoding a row at `index`, with `token` as the next to feed; `text` is of `step_inputs.recent_text`."""
 
+    @abstractmethod
     def extract(self, index: int) -> Sequences:
-        """A copy of the row at place `index`."""
-        row: Sequences = self._extract((self.rows, self.pages), self.sequences, np.int32(index))
-        return row
+        """A copy of the row at `index`."""
 
     def allow_all(self) -> np.ndarray:
         """A bit for every row and token, all set: int32 [rows, words]."""
         return np.full((self.rows, allowed_words(self.vocab)), -1, np.int32)
 
-    def _allowed_on_device(self, allowed: np.ndarray | None) -> Any:
-        """`allowed`, or where it is None all tokens, on the device."""
-        if allowed is not None:
-            return allowed
-        if self.rows not in self._allow_all:
-            self._allow_all[self.rows] = self._to_device(self.allow_all())
-        return self._allow_all[self.rows]
+    @abstractmethod
+    def decode(
+        self, wanted: np.ndarray, allowed: np.ndarray | None = None, pages: Mapping[int, NewPage] | None = None
+    ) -> StepOutput:
+        """One step; the result is on its way to the host when this returns, not there yet.
 
-    def _to_device(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(rows)
+        Args:
+          wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its drafts out.
+          allowed: which tokens may be drawn, see `allow_all`; None allows all.
+          pages: the pages that begin, by row.
+        """
 
-    def _sequences(self, rows: int, pages: int) -> Sequences:
-        sequences: Sequences = self._maker(rows, pages)(())
-        return sequences
+    # --- compiling ahead ------------------------------------------------------------------------------------------
+    @abstractmethod
+    def compile_prefill(self, pages: int, length: int) -> None:
+        """Compiles the prefill of chunks of `length` tokens in a ring of `pages` pages."""
 
-    def _maker(self, rows: int, pages: int) -> AotProgram:
-        return self._new.setdefault(
-            (rows, pages), self._program(functools.partial(self._make, batch=rows, pages=pages))
-        )
+    @abstractmethod
+    def compile_scored_prefill(self, length: int) -> None:
+        """Compiles the scoring of chunks of `length` tokens, in a ring of any size."""
 
-    def _idle(self, rows: int) -> tuple[DecodeState, jax.Array]:
-        decode_state, room = self._idle_maker(rows)(())
-        return decode_state, room
+    @abstractmethod
+    def compile_decode(self, rows: int, pages: int) -> None:
+        """Compiles what a batch of this size needs while its rows stay."""
 
-    def _idle_maker(self, rows: int) -> AotProgram:
-        vocab, width = self.vocab, self.buckets.width(rows)
-        return self._new_decode_state.setdefault(
-            rows, self._program(lambda: (init_decode_state(vocab, rows), init_logits_buffer(vocab, rows, width)))
-        )
+    def compile_monolithic_step(self, rows: int, pages: int) -> None:  # noqa: B027 - few models need it
+        """Compiles the decode step of a small batch as one program, for models of which it is several otherwise."""
 
-    def _batch_shapes(self, rows: int, pages: int) -> Sequences:
-        return jax.eval_shape(functools.partial(self._make, batch=rows, pages=pages))
-
-    def _decode_state_shapes(self, rows: int) -> DecodeState:
-        return jax.eval_shape(functools.partial(init_decode_state, self.vocab, rows))
-
-    def _logits_buffer_shape(self, rows: int) -> jax.Array:
-        return jax.eval_shape(lambda: init_logits_buffer(self.vocab, rows, self.buckets.width(rows)))
+    @abstractmethod
+    def compile_row_moves(self, rows: int, pages: int) -> None:
+        """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""
 
 
 def invalid_memory_setting(name: str, message: str) -> InvalidRequest:
     """The error of a setting of the memory."""
     return InvalidRequest(f"Validation error in field 'atlas.{name}': {message}", param=f"atlas.{name}")
-
-
-def start_transfer(packed: StepOutput) -> StepOutput:
-    """A step's result, on its way to the host."""
-    packed.integers.copy_to_host_async()
-    packed.numbers.copy_to_host_async()
-    return packed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,13 @@ from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
 from atlas_jax.engine.api import MemoryParams
 from atlas_jax.engine.runner import monolithic_step, step
 from atlas_jax.engine.runner.base import (
-    SCALAR,
     Buckets,
-    ModelRunner,
+    Capabilities,
+    NewPage,
     PrefillStep,
     invalid_memory_setting,
-    start_transfer,
 )
+from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
 from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
 from atlas_jax.engine.runner.step import StepConfig, StepOutput, Weights
 from atlas_jax.engine.runner.step_inputs import CALIBRATED_STEP, MemoryWrite, memory_settings, write_settings
@@ -45,11 +45,11 @@ MAX_LEARNING_RATE = 2 * CALIBRATED_STEP
 raises it. Omega loss that the gradient writes of a text left (SmolLM2-135M; an empty memory's is 1): 0.13, 0.16 and 0.41 at
 0.001, 0.0015 and 0.0019, 2.3 at 0.002, 30 at 0.0025; at 0.003 none was taken."""
 MONOLITHIC_ROWS = 2
-"""ModelRunner of a batch up to which a decode step is one program, once that is compiled (8 s where stages take 1.5): it saves the
+"""Rows of a batch up to which a decode step is one program, once that is compiled (8 s where stages take 1.5): it saves the
 gaps between programs. SmolLM2-135M, one row, greedy, medians of 7 × 100 steps in one run: 13.9 ms against 19.2."""
 
 
-class PretrainedRunner(ModelRunner):
+class PretrainedRunner(CompiledRunner):
     """Runs a pretrained model."""
 
     def __init__(
@@ -66,10 +66,13 @@ class PretrainedRunner(ModelRunner):
         self._placement = mesh_layout
         self._weights = weights
         self._ends = dataclasses.replace(weights, params=dataclasses.replace(weights.params, layers=()))
-        capacity = 0 if config.memory is None else config.memory.features
-        super().__init__(config.model.vocab, capacity, buckets, CHUNKS)
-        if config.memory is not None:
-            self.muon_passes = config.memory.passes
+        memory = config.memory
+        capabilities = Capabilities(
+            rewind=True,
+            memory_capacity=0 if memory is None else memory.features,
+            muon_passes=0 if memory is None else memory.passes,
+        )
+        super().__init__(capabilities, config.model.vocab, buckets, CHUNKS)
         self._trunk = Trunk(config.model, mesh_layout)
         self._finish_read = self._program(step.finish_prefill, donate=(1,))
         self._finish_score = self._program(functools.partial(step.finish_scored_prefill, config), donate=(1,))
@@ -151,15 +154,15 @@ class PretrainedRunner(ModelRunner):
         )
         return Sequences(dataclasses.replace(cache, kv=kv, page=pad(cache.page, -1)), row.memory)
 
-    def grow_row(self, row: Sequences, pages: int) -> Sequences:
+    def _grow_row(self, row: Sequences, pages: int) -> Sequences:
         """The row, in a ring of at least `pages` pages: a prompt starts in a small ring, for attention reads all of it."""
         if _pages(row) >= pages:
             return row
         size = bucket(pages, self.buckets.pages)
         return Sequences(self._resize_ring((_pages(row), size), row.cache, self.new_row(size).cache), row.memory)
 
-    def rewind_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
-        """The same row at an earlier position whose window it still holds, with a ring of the size for `pages` pages.
+    def save_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
+        """The same row rewound to `position`, whose window it still holds, in a ring of the size for `pages` pages.
 
         The row itself is used up.
         """
@@ -171,8 +174,20 @@ class PretrainedRunner(ModelRunner):
         """Begins a page of a single row."""
         return self._start_page_of(row, 0, turn, write)
 
-    def prefill(self, row: Sequences, settings: RecallSettings, tokens: Sequence[int]) -> Iterator[PrefillStep]:
-        """Reads tokens of the current page, a group of layers at a time; uses the row up."""
+    def _begin_chunk(self, row: Sequences, page: NewPage | None) -> Generator[PrefillStep, None, Sequences]:
+        """The row as a chunk finds it: a page may begin with it, and writing the memory for that is a step of its own."""
+        if page is None:
+            return row
+        row = self.start_page(self._grow_row(row, page.ring_pages), page.place, page.write)
+        if row.memory is not None and page.writes:
+            yield PrefillStep(row, row.memory.loss, done=False)
+        return row
+
+    def prefill(
+        self, row: Sequences, settings: RecallSettings, tokens: Sequence[int], page: NewPage | None = None
+    ) -> Iterator[PrefillStep]:
+        """Prefills a chunk, a group of layers at a time; uses the row up."""
+        row = yield from self._begin_chunk(row, page)
         padded, count = self._pad(tokens)
         key, memory = _step_key(row, padded.shape[1]), row.memory
         for cache, view, states in self._trunk.parts(key, self._weights.params, row.cache, padded, count):
@@ -188,10 +203,12 @@ class PretrainedRunner(ModelRunner):
         settings: RecallSettings,
         tokens: Sequence[int],
         following: Sequence[int],
+        page: NewPage | None = None,
         *,
         alternatives: bool,
     ) -> Iterator[PrefillStep]:
-        """Reads tokens of the current page and scores the token that follows each; as `read`."""
+        """Prefills a chunk and scores the token that follows each of its tokens; otherwise as `prefill`."""
+        row = yield from self._begin_chunk(row, page)
         padded, count = self._pad(tokens)
         successors, _ = self._pad(following)
         key = _step_key(row, padded.shape[1])
@@ -216,11 +233,6 @@ class PretrainedRunner(ModelRunner):
         return padded, np.asarray([len(tokens)], np.int32)
 
     # --- the decode batch -----------------------------------------------------------------------------------------
-    @property
-    def rows(self) -> int:
-        """ModelRunner of the decode batch."""
-        return _rows(self.sequences)
-
     @property
     def pages(self) -> int:
         """Ring slots of each row of the decode batch."""
@@ -247,13 +259,12 @@ class PretrainedRunner(ModelRunner):
         """Whether the next decode step is one program."""
         return self._whole[self.width > 1].ready(_step_key(self.sequences, self.width))
 
-    def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> StepOutput:
-        """One step; the result is on its way to the host when this returns, not there yet.
-
-        Args:
-          wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its drafts out.
-          allowed: which tokens may be drawn, see `allow_all`; None allows all.
-        """
+    def decode(
+        self, wanted: np.ndarray, allowed: np.ndarray | None = None, pages: Mapping[int, NewPage] | None = None
+    ) -> StepOutput:
+        """One step, see `ModelRunner.decode`."""
+        for index, page in (pages or {}).items():
+            self.start_page_in_batch(index, page.place, page.write)
         rows, width, wanted, may = self.rows, self.width, wanted.astype(np.int32), self._allowed_on_device(allowed)
         key = _step_key(self.sequences, width)
         if self.at_once:

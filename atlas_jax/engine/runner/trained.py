@@ -1,13 +1,13 @@
 """A trained language model with a memory of its own, as the scheduler runs it.
 
 Its state is what its layers have made of all they have read: the memory is written with every token, and what has been
-read cannot be taken back. PrefillQueue are read in pieces of exact length, for a token of padding would be remembered too.
+read cannot be taken back. Prompts are prefilled in chunks of exact length, for a token of padding would be remembered too.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,31 +17,24 @@ import numpy as np
 from atlas_jax.aot import AotProgram, shape, shapes
 from atlas_jax.engine.api import MemoryParams
 from atlas_jax.engine.runner import step
-from atlas_jax.engine.runner.base import (
-    SCALAR,
-    Buckets,
-    ModelRunner,
-    PrefillStep,
-    invalid_memory_setting,
-    start_transfer,
-)
+from atlas_jax.engine.runner.base import Buckets, Capabilities, NewPage, PrefillStep, invalid_memory_setting
+from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
 from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
 from atlas_jax.engine.runner.step import StepOutput
-from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.sampling import allowed_words
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS, LMConfig
 from atlas_jax.model.lm.model import LMParams
 from atlas_jax.model.lm.streaming import LMState
-from atlas_jax.model.page_schedule import NextPage, PageSchedule
+from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.recall.recall_memory import RecallSettings
 from atlas_jax.typing import Array, Bool, Float, Int32
 
-PIECES = (64, 8, 1)
-"""Lengths of the pieces a prompt is read in, each as often as it fits. More lengths would be more programs to compile, and
-128 tokens at once are no faster a token than 64."""
-OWN = frozenset(
+CHUNKS = (64, 8, 1)
+"""Lengths of the chunks a prompt is prefilled in, each as often as it fits. More lengths would be more programs to compile,
+and 128 tokens at once are no faster a token than 64."""
+FIXED_SETTINGS = frozenset(
     {
         "memory_layers",
         "window_size",
@@ -74,22 +67,24 @@ def window(config: LMConfig) -> int:
     return config.window if set(config.pattern) & _WINDOW_KINDS else 0
 
 
-class TrainedRunner(ModelRunner):
+class TrainedRunner(CompiledRunner):
     """Runs a trained model.
 
     Args:
       context: tokens that layers which attend to everything have room for.
     """
 
-    can_rewind = False
-
     def __init__(self, config: LMConfig, params: LMParams, context: int, rows: tuple[int, ...]) -> None:
         self._config, self._params, self._context = config, params, context
-        super().__init__(config.vocab, capacity(config), Buckets(rows, (1,), max_draft_rows=0), PIECES)
-        self.window = window(config)
-        self.session_context = None if streaming.bounded(config) else context
-        self._read = self._program(functools.partial(_read, config), donate=(1,))
-        self._score = self._program(functools.partial(_score, config), donate=(1,))
+        capabilities = Capabilities(
+            rewind=False,
+            memory_capacity=capacity(config),
+            window=window(config),
+            session_context=None if streaming.bounded(config) else context,
+        )
+        super().__init__(capabilities, config.vocab, Buckets(rows, (1,), max_draft_rows=0), CHUNKS)
+        self._prefill = self._program(functools.partial(_prefill, config), donate=(1,))
+        self._prefill_scored = self._program(functools.partial(_prefill_scored, config), donate=(1,))
         self._decode = self._program(functools.partial(_decode, config), donate=(1, 2, 5))
         self._insert = self._program(step.insert_kv_cache, donate=(0,))
 
@@ -102,7 +97,7 @@ class TrainedRunner(ModelRunner):
 
     def check(self, memory: MemoryParams) -> None:
         """Refuses what the client wrote of a memory that is the model's own; raises InvalidRequest."""
-        for name in sorted(memory.given & OWN):
+        for name in sorted(memory.given & FIXED_SETTINGS):
             raise invalid_memory_setting(name, "this model's memory is part of the model and has no such setting")
         if not memory.read:
             raise invalid_memory_setting("read", "this model cannot answer without its memory")
@@ -111,39 +106,22 @@ class TrainedRunner(ModelRunner):
         """The model's own; nothing of it is the request's to choose."""
         return session_shape()
 
-    def ring_pages(self, plan: PageSchedule, tokens: int) -> int:
-        """A row has one size."""
-        return 1
-
     # --- single rows ----------------------------------------------------------------------------------------------
-    def new_row(self, pages: int) -> Sequences:
-        """An empty row."""
-        return self._sequences(1, 1)
-
     def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A copy of a saved row, which goes on where it is."""
         return self._put(self.new_row(1), saved, 0, with_memory=True)
 
-    def grow_row(self, row: Sequences, pages: int) -> Sequences:
-        """The row as it is."""
+    def save_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
+        """The row as it is: `Capabilities.rewind` sees to it that it has read no further."""
         return row
 
-    def rewind_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
-        """The row as it is: the scheduler takes out no row that has read further."""
-        return row
-
-    def start_page(self, row: Sequences, turn: NextPage, write: MemoryWrite | None) -> Sequences:
-        """The row as it is: it has no pages."""
-        return row
-
-    def start_page_in_batch(self, index: int, turn: NextPage, write: MemoryWrite | None) -> None:
-        """Nothing: rows have no pages."""
-
-    def prefill(self, row: Sequences, settings: RecallSettings, tokens: Sequence[int]) -> Iterator[PrefillStep]:
-        """Reads tokens, all in one part: what has been read of them stays read."""
+    def prefill(
+        self, row: Sequences, settings: RecallSettings, tokens: Sequence[int], page: NewPage | None = None
+    ) -> Iterator[PrefillStep]:
+        """Prefills a chunk, all in one step: what has been read of it stays read."""
         state: Any = row.cache
-        for piece in pieces(tokens):
-            state, made = self._read(piece.shape[1], self._params, state, piece)
+        for chunk in chunks(tokens):
+            state, made = self._prefill(chunk.shape[1], self._params, state, chunk)
         yield PrefillStep(Sequences(state, None), made)
 
     def prefill_scored(
@@ -152,34 +130,28 @@ class TrainedRunner(ModelRunner):
         settings: RecallSettings,
         tokens: Sequence[int],
         following: Sequence[int],
+        page: NewPage | None = None,
         *,
         alternatives: bool,
     ) -> Iterator[PrefillStep]:
-        """Reads tokens and scores the token that follows each; as `read`."""
+        """Prefills a chunk and scores the token that follows each of its tokens; otherwise as `prefill`."""
         state: Any = row.cache
         found: list[StepOutput] = []
-        for piece, after in zip(pieces(tokens), pieces(following), strict=True):
-            state, packed = self._score(piece.shape[1], self._params, state, piece, after, np.bool_(alternatives))
+        for chunk, after in zip(chunks(tokens), chunks(following), strict=True):
+            flag = np.bool_(alternatives)
+            state, packed = self._prefill_scored(chunk.shape[1], self._params, state, chunk, after, flag)
             found.append(packed)
         both = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *found)
         yield PrefillStep(Sequences(state, None), packed.integers, scores=both)
 
     # --- the decode batch -----------------------------------------------------------------------------------------
-    @property
-    def rows(self) -> int:
-        """ModelRunner of the decode batch."""
-        return int(self.decode_state.token.shape[0])
-
-    @property
-    def pages(self) -> int:
-        """One: a row has one size."""
-        return 1
-
     def _put(self, batch: Sequences, row: Sequences, index: int, *, with_memory: bool) -> Sequences:
         rows = int(jax.tree.leaves(batch.cache)[0].shape[0])
         return Sequences(self._insert(rows, batch.cache, row.cache, np.int32(index)), None)
 
-    def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> StepOutput:
+    def decode(
+        self, wanted: np.ndarray, allowed: np.ndarray | None = None, pages: Mapping[int, NewPage] | None = None
+    ) -> StepOutput:
         """One step, see `ModelRunner.decode`."""
         may = self._allowed_on_device(allowed)
         state, self.decode_state, packed, self._logits_buffer = self._decode(
@@ -196,27 +168,24 @@ class TrainedRunner(ModelRunner):
 
     # --- compiling ahead ------------------------------------------------------------------------------------------
     def compile_prefill(self, pages: int, length: int) -> None:
-        """Compiles the reading of pieces of `length` tokens."""
+        """Compiles the prefill of chunks of `length` tokens."""
         self._maker(1, 1).compile(())
         tokens = shape((1, length), np.int32)
-        self._read.compile(length, shapes(self._params), self.row_shapes(1).cache, tokens)
+        self._prefill.compile(length, shapes(self._params), self.row_shapes(1).cache, tokens)
 
     def compile_scored_prefill(self, length: int) -> None:
-        """Compiles the scoring of pieces of `length` tokens."""
+        """Compiles the scoring of chunks of `length` tokens."""
         tokens, flag = shape((1, length), np.int32), shape((), np.bool_)
-        self._score.compile(length, shapes(self._params), self.row_shapes(1).cache, tokens, tokens, flag)
+        self._prefill_scored.compile(length, shapes(self._params), self.row_shapes(1).cache, tokens, tokens, flag)
 
     def compile_decode(self, rows: int, pages: int) -> None:
         """Compiles what a batch of this size needs while its rows stay."""
         self._compile_batch_start(rows, 1)
         batch = self._batch_shapes(rows, 1)
         self._insert.compile(rows, batch.cache, self.row_shapes(1).cache, SCALAR)
-        wanted, may = shape((rows,), np.int32), shape((rows, allowed_words(self.vocab)), np.int32)
-        decode_state, room = self._decode_state_shapes(rows), self._logits_buffer_shape(rows)
-        self._decode.compile(rows, shapes(self._params), batch.cache, decode_state, wanted, may, room)
-
-    def compile_monolithic_step(self, rows: int, pages: int) -> None:
-        """Nothing: a step is one program."""
+        wanted, allowed = shape((rows,), np.int32), shape((rows, allowed_words(self.vocab)), np.int32)
+        decode_state, logits_buffer = self._decode_state_shapes(rows), self._logits_buffer_shape(rows)
+        self._decode.compile(rows, shapes(self._params), batch.cache, decode_state, wanted, allowed, logits_buffer)
 
     def compile_row_moves(self, rows: int, pages: int) -> None:
         """Compiles what rows need to leave a batch of this size or to be saved."""
@@ -225,25 +194,25 @@ class TrainedRunner(ModelRunner):
         self._insert.compile(1, row, row, SCALAR)
 
 
-def pieces(tokens: Sequence[int]) -> list[Int32[np.ndarray, "1 T"]]:
-    """A run of tokens in the lengths of `PIECES`, longest first."""
+def chunks(tokens: Sequence[int]) -> list[Int32[np.ndarray, "1 T"]]:
+    """A run of tokens in the lengths of `CHUNKS`, longest first."""
     found, start = [], 0
-    for length in PIECES:
+    for length in CHUNKS:
         while len(tokens) - start >= length:
             found.append(np.asarray([tokens[start : start + length]], np.int32))
             start += length
     return found
 
 
-def _read(
+def _prefill(
     config: LMConfig, params: LMParams, state: LMState, tokens: Int32[Array, "B T"]
 ) -> tuple[LMState, Int32[Array, ""]]:
-    """The state, and how many tokens have been read: an array that the next piece does not use up."""
+    """The state, and how many tokens have been read: an array that the next chunk does not use up."""
     state = streaming.extend(config, params, state, tokens, jnp.ones(tokens.shape[:1], bool))[0]
     return state, state.position.sum()
 
 
-def _score(
+def _prefill_scored(
     config: LMConfig,
     params: LMParams,
     state: LMState,
@@ -263,7 +232,7 @@ def _decode(
     decode_state: DecodeState,
     wanted: Int32[Array, B],
     allowed: Int32[Array, "B words"],
-    room: Float[Array, "B V"],
+    logits_buffer: Float[Array, "B V"],
 ) -> tuple[LMState, DecodeState, StepOutput, Float[Array, "B V"] | None]:
     """One token for every row that wants one."""
     active = wanted > 0
@@ -272,6 +241,6 @@ def _decode(
     scores = streaming.logits(config, params, hidden)
     gate = jnp.zeros(positions.shape, scores.dtype)
     decode_state, _, packed, left = step.draw(
-        decode_state, None, scores, gate, positions, active[:, None], allowed, room
+        decode_state, None, scores, gate, positions, active[:, None], allowed, logits_buffer
     )
     return state, decode_state, packed, left

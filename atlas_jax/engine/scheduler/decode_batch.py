@@ -1,27 +1,26 @@
-"""The decode batch: who sits in which row, the step in flight, and what its result means for each.
+"""The decode batch: which request has which row, the step in flight, and what its result means for each.
 
 The result of a step is looked at while the next one runs: an answer's end is noticed one step late, and that step's
 surplus tokens are thrown away. A step with drafts ends at the page's end; the row sits out the next one, which was
 launched before anybody knew. So does a row under a grammar, whose next tokens are not known before its last one is; it
-never holds up the others. Runs on the engine's thread.
+never holds up the others. What ends in a step is returned; the scheduler ends it, and frees its row with `leave`. Runs on
+the engine's thread.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from typing import Protocol
 
 import numpy as np
 
-from atlas_jax.engine.api import Delta, EngineError, FinishReason
-from atlas_jax.engine.runner.base import ModelRunner
+from atlas_jax.engine.api import EngineError, FinishReason
+from atlas_jax.engine.runner.base import ModelRunner, NewPage
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sampling_state
 from atlas_jax.engine.scheduler.detokenizer import token_info
 from atlas_jax.engine.scheduler.metrics import Counters
-from atlas_jax.engine.scheduler.request_state import RequestState
-from atlas_jax.engine.scheduler.resume import begin_page
+from atlas_jax.engine.scheduler.request_state import Ended, RequestState
 from atlas_jax.engine.scheduler.structured_output import wait_for_any
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.kernels.ngram_drafter import NONE
@@ -36,275 +35,274 @@ _PATIENCE = 0.005
 """Seconds an engine with nothing else to decode waits for a grammar before it looks after its requests again."""
 
 _GRACE = 0.25
-"""PrefillStep of a step's time for which the next one waits for a grammar, once a token: most need 0.2 ms. The device is busy with
+"""Part of a step's time for which the next one waits for a grammar, once a token: most need 0.2 ms. The device is busy with
 the step before, so nobody loses anything."""
 
-Riders = list[tuple[int, RequestState]]
-
-
-class Finish(Protocol):
-    """Ends a request of row `index`, which must then `leave`."""
-
-    def __call__(self, req: RequestState, reason: FinishReason, index: int, /) -> None: ...
-
-
-class Fail(Protocol):
-    """Ends a request of row `index` with an error; it must then `leave`."""
-
-    def __call__(self, req: RequestState, error: EngineError, index: int, /) -> None: ...
+Scheduled = list[tuple[int, RequestState]]
+"""Rows and their requests."""
 
 
 class DecodeBatch:
-    """ModelRunner that are being answered.
+    """Requests whose answers are being decoded.
 
     Attributes:
-      places: who sits in each row.
+      requests: by row; None where one is free.
     """
 
-    def __init__(
-        self, runner: ModelRunner, tokenizer: Tokenizer, counters: Counters, *, finish: Finish, fail: Fail
-    ) -> None:
-        self.places: list[RequestState | None] = [None] * runner.rows
+    def __init__(self, runner: ModelRunner, tokenizer: Tokenizer, counters: Counters) -> None:
+        self.requests: list[RequestState | None] = [None] * runner.rows
         self._runner = runner
         self._tokenizer = tokenizer
         self._counters = counters
-        self._finish, self._fail = finish, fail
-        self._flight: tuple[StepOutput, Riders] | None = None
+        self._in_flight: tuple[StepOutput, Scheduled] | None = None
+        self._started = 0.0
+        self._collected = False
+        self._awaited: list[RequestState] = []
         self._oversized = 0
-        self._pace = 0.0
+        self._mean_seconds = 0.0
         self._rate_from = time.monotonic()
         self._rate_tokens = 0
 
     def __len__(self) -> int:
         """How many rows are taken."""
-        return sum(req is not None for req in self.places)
+        return sum(req is not None for req in self.requests)
 
     @property
     def idle(self) -> bool:
         """Whether a step would do nothing."""
-        return self._flight is None and not len(self)
+        return self._in_flight is None and not len(self)
 
     @property
     def size(self) -> tuple[int, int]:
-        """ModelRunner, and pages of each."""
+        """Rows, and pages of each."""
         return self._runner.rows, self._runner.pages
 
-    def active(self) -> Riders:
+    def active(self) -> Scheduled:
         """The rows that are taken."""
-        return [(index, req) for index, req in enumerate(self.places) if req is not None]
+        return [(row, req) for row, req in enumerate(self.requests) if req is not None]
 
-    def leave(self, index: int) -> None:
-        """Frees a row."""
-        req, self.places[index] = self.places[index], None
-        if req is not None and req.constraint is not None:
-            req.constraint.close()
-
-    # --- places ---------------------------------------------------------------------------------------------------
-    def add(self, req: RequestState, *, alone: bool) -> None:
-        """Gives a prompt that has been read a row; `alone`: nobody else is about to come."""
-        request = req.request
-        assert req.row is not None
-        read = request.prompt[: req.position] if req.kept is None else req.kept.history.tail
-        index = self._free_place(req.ring_pages, alone)
+    # --- rows -----------------------------------------------------------------------------------------------------
+    def add(self, req: RequestState) -> None:
+        """Gives a request whose prompt has been prefilled a free row; `grown_size` tells whether there is one."""
+        request, position, token = req.request, req.cursor.position, req.prefill.rest[0]
+        text = request.prompt[:position] if req.update is None else req.update.session.history.tail
+        row, index = req.prefill.row, self.requests.index(None)
+        assert row is not None
         self._runner.insert(
             index,
-            req.row,
-            req.pending_tokens[0],
-            recent_text([*read, req.pending_tokens[0]], req.position),
+            row,
+            token,
+            recent_text([*text, token], position),
             sampling_state(request.sampling, self._runner.vocab, req.seed, request.prompt),
             memory_settings(request.memory, *req.memory_shape),
             with_memory=request.memory is not None,
         )
-        req.row = None
-        self.places[index] = req
+        req.prefill.take_row()
+        req.decode.prompt_end = position
+        self.requests[index] = req
         if req.constraint is not None:
             req.constraint.open()
 
-    def _free_place(self, pages: int, alone: bool) -> int:
-        """A free row. The batch grows if it must; an empty one gets the size that is needed now."""
-        busy = [req for _, req in self.active()]
-        pages = max([pages, *(req.ring_pages for req in busy)])
-        wanted = self._size(len(busy) + 1, pages)
-        if len(busy) == self.size[0] or pages > self.size[1] or (alone and not busy and wanted != self.size):
-            self._resize(*wanted)
-        return self.places.index(None)
+    def leave(self, row: int) -> None:
+        """Frees a row."""
+        req, self.requests[row] = self.requests[row], None
+        if req is not None and req.constraint is not None:
+            req.constraint.close()
 
-    def _size(self, rows: int, pages: int) -> tuple[int, int]:
+    # --- its size -------------------------------------------------------------------------------------------------
+    def grown_size(self, req: RequestState, *, alone: bool) -> tuple[int, int] | None:
+        """The size the batch needs for one more request, or None if it has that.
+
+        Args:
+          alone: nobody else is about to come, so that an empty batch gets the size that is needed now.
+        """
+        busy = [other for _, other in self.active()]
+        pages = max([req.ring_pages, *(other.ring_pages for other in busy)])
+        wanted = self._bucket(len(busy) + 1, pages)
+        if len(busy) == self.size[0] or pages > self.size[1] or (alone and not busy and wanted != self.size):
+            return wanted
+        return None
+
+    def shrunk_size(self, *, alone: bool) -> tuple[int, int] | None:
+        """The size the batch should have after a step, where it has been too large for a while; else None."""
+        busy = [req for _, req in self.active()]
+        if not busy or self._in_flight is None:  # the last of them ended while its surplus step was on its way
+            return None
+        wanted = self._bucket(len(busy), max(req.ring_pages for req in busy))
+        smaller = wanted[0] < self.size[0] or wanted[1] < self.size[1]
+        self._oversized = self._oversized + 1 if smaller else 0
+        return wanted if self._oversized > _SHRINK_AFTER and alone else None
+
+    def _bucket(self, rows: int, pages: int) -> tuple[int, int]:
         return bucket(rows, self._runner.buckets.rows), bucket(pages, self._runner.buckets.pages)
 
-    def _resize(self, rows: int, pages: int) -> None:
-        self.synchronise()
-        busy = [index for index, _ in self.active()]
-        self._runner.resize(rows, pages, {index: place for place, index in enumerate(busy)})
-        self.places = [self.places[index] for index in busy] + [None] * (rows - len(busy))
+    def resize(self, rows: int, pages: int) -> None:
+        """Gives the batch another size; no step may be in flight."""
+        assert self._in_flight is None
+        busy = [row for row, _ in self.active()]
+        self._runner.resize(rows, pages, {row: index for index, row in enumerate(busy)})
+        self.requests = [self.requests[row] for row in busy] + [None] * (rows - len(busy))
         self._oversized = 0
-
-    def _shrink_if_oversized(self, alone: bool) -> None:
-        busy = [req for _, req in self.active()]
-        if not busy:  # the last of them ended while its surplus step was on its way
-            return
-        wanted = self._size(len(busy), max(req.ring_pages for req in busy))
-        smaller = wanted[0] < self._runner.rows or wanted[1] < self._runner.pages
-        self._oversized = self._oversized + 1 if smaller else 0
-        if self._oversized > _SHRINK_AFTER and alone:
-            self._resize(*wanted)
 
     def release_memory(self) -> None:
         """Gives an empty batch its least size: nobody needs what many clients needed any more."""
-        least = self._size(1, 1)
+        least = self._bucket(1, 1)
         if least != self.size:
-            self._resize(*least)
+            self.resize(*least)
 
     # --- steps ----------------------------------------------------------------------------------------------------
-    def step(self, *, alone: bool) -> bool:
-        """Launches a step for everyone who still needs one, and delivers what the step before has drawn, if there was one."""
-        launched = time.perf_counter()
-        landed = False
-        bound = [(index, req) for index, req in self.active() if req.constraint is not None]
-        free = len(bound) < len(self)
-        if not self._runner.can_rewind or (bound and not free):
-            landed = (
-                self.synchronise()
-            )  # what a row may draw, or that it must not read on, follows from the token before
-        flight, width = self._flight, self._runner.width
-        if bound:
-            self._collect_masks(bound)
-            if not free:
-                wait_for_any([req.constraint for _, req in bound if req.constraint and not req.done], _PATIENCE)
-        self._flight, riders = self._launch(width)
-        if flight is not None:
-            self._deliver(*flight)
-        landed = landed or flight is not None
-        if landed:
-            self._counters.steps += 1
-            self._counters.step_seconds += time.perf_counter() - launched
-            self._pace += 0.1 * (time.perf_counter() - launched - self._pace)
-        for _, req in riders:
-            req.launched += 1
-            req.in_flight = width
-        if riders:
-            self._shrink_if_oversized(alone)
-        return landed
+    def collect(self) -> list[Ended]:
+        """Finds out what the next step depends on; what has ended must leave before it is launched.
 
-    def _collect_masks(self, bound: Riders) -> None:
-        """Looks which tokens may come next in the rows under a grammar, and ends those where nothing can."""
-        until = time.monotonic() + self._pace * _GRACE
-        for index, req in bound:
-            constraint = req.constraint
-            if req.done or req.in_flight or constraint is None or constraint.ready:
+        What a row may draw, or that it must not read on, can follow from the token before: then the result of the step in
+        flight is waited for.
+        """
+        self._started, self._collected = time.perf_counter(), False
+        constrained, ended = [(row, req) for row, req in self.active() if req.constraint is not None], list[Ended]()
+        all_constrained = bool(constrained) and len(constrained) == len(self)
+        self._awaited = [req for _, req in constrained] if all_constrained else []
+        if not self._runner.capabilities.rewind or all_constrained:
+            self._collected = self._in_flight is not None
+            ended = self.synchronise()
+        gone = {one.row for one in ended}
+        return ended + self._look_at_grammars([(row, req) for row, req in constrained if row not in gone])
+
+    def _look_at_grammars(self, constrained: Scheduled) -> list[Ended]:
+        """Looks which tokens may come next in the rows under a grammar; those where nothing can have ended."""
+        ended = []
+        until = time.monotonic() + self._mean_seconds * _GRACE
+        for row, req in constrained:
+            constraint, decode = req.constraint, req.decode
+            if decode.in_flight or constraint is None or constraint.ready:
                 continue
-            wait = until - time.monotonic() if req.fresh else 0.0
-            req.fresh = False
+            wait = until - time.monotonic() if decode.mask_due else 0.0
+            decode.mask_due = False
             try:
-                if constraint.look(max(0.0, wait)) and (constraint.complete or len(req.generated) >= req.limit):
-                    self._end(index, req, "stop" if constraint.complete else "length")
+                if constraint.look(max(0.0, wait)) and (constraint.complete or len(decode.generated) >= decode.limit):
+                    ended.append(Ended(req, _flush(req, "stop" if constraint.complete else "length"), row))
             except EngineError as error:
-                self._fail(req, error, index)
+                ended.append(Ended(req, error, row))
             except Exception:
                 log.exception("A grammar failed")
-                self._fail(req, EngineError("The engine could not finish this request"), index)
+                ended.append(Ended(req, EngineError("The engine could not finish this request"), row))
+        return ended
 
-    def _launch(self, width: int) -> tuple[tuple[StepOutput, Riders] | None, Riders]:
-        riders = [
-            (index, req)
-            for index, req in self.active()
-            if not req.done
-            and len(req.generated) + req.certain < req.limit
+    def step(self) -> tuple[list[Ended], bool]:
+        """Launches a step for everyone who still needs one, and delivers what the step before has drawn.
+
+        Returns:
+          What has ended, and whether there was a step before, also if `collect` has looked at it.
+        """
+        if self._awaited:
+            wait_for_any([req.constraint for req in self._awaited if req.constraint and not req.done], _PATIENCE)
+        before, width = self._in_flight, self._runner.width
+        self._in_flight, scheduled = self._launch(width)
+        ended = [] if before is None else self._deliver(*before)
+        for _, req in scheduled:
+            req.decode.launch(width)
+        delivered = self._collected or before is not None
+        if delivered:
+            seconds = time.perf_counter() - self._started
+            self._counters.steps += 1
+            self._counters.step_seconds += seconds
+            self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
+        return ended, delivered
+
+    def _launch(self, width: int) -> tuple[tuple[StepOutput, Scheduled] | None, Scheduled]:
+        scheduled = [
+            (row, req)
+            for row, req in self.active()
+            if len(req.decode.generated) + req.certain < req.decode.limit
             and (req.constraint is None or req.constraint.ready)
         ]
-        if not riders:
+        if not scheduled:
             return None, []
-        wanted = np.zeros(len(self.places), np.int32)
-        for index, req in riders:
+        wanted, pages = np.zeros(len(self.requests), np.int32), dict[int, NewPage]()
+        for row, req in scheduled:
             if req.page_due:
-                self._runner.start_page_in_batch(index, *begin_page(self._runner, self._counters, req))
-            wanted[index] = min(width, req.limit - len(req.generated) - req.certain)
-        return (self._runner.decode(wanted, self._allowed(riders, wanted)), riders), riders
+                pages[row] = req.begin_page(self._runner.capabilities, self._counters)
+            wanted[row] = min(width, req.decode.limit - len(req.decode.generated) - req.certain)
+        return (self._runner.decode(wanted, self._allowed(scheduled, wanted), pages), scheduled), scheduled
 
-    def _allowed(self, riders: Riders, wanted: np.ndarray) -> np.ndarray | None:
+    def _allowed(self, scheduled: Scheduled, wanted: np.ndarray) -> np.ndarray | None:
         """Which tokens may come next, a bit each; None where all may.
 
         A row under a grammar takes no drafts: what may follow them is not known in time.
         """
         allowed = None
-        for index, req in riders:
+        for row, req in scheduled:
             if req.constraint is not None:
                 allowed = self._runner.allow_all() if allowed is None else allowed
-                wanted[index] = 1
-                req.constraint.allow(allowed[index])
+                wanted[row] = 1
+                req.constraint.allow(allowed[row])
         return allowed
 
     # --- results --------------------------------------------------------------------------------------------------
-    def synchronise(self) -> bool:
-        """Looks at the step in flight, if there is one, and tells whether there was.
+    def settle(self) -> list[Ended]:
+        """To be called before a row leaves that has not ended: one that cannot be rewound must not have read further."""
+        return [] if self._runner.capabilities.rewind else self.synchronise()
 
-        To be called before the batch is rearranged, or a row that cannot be set back is taken out of it.
-        """
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._deliver(*flight)
-        return flight is not None
+    def synchronise(self) -> list[Ended]:
+        """Waits for the step in flight, if there is one, and delivers what it has drawn."""
+        before, self._in_flight = self._in_flight, None
+        return [] if before is None else self._deliver(*before)
 
-    def _deliver(self, packed: StepOutput, riders: Riders) -> None:
-        integers, numbers = np.asarray(packed.integers), np.asarray(packed.numbers)
-        before = self._counters.generated_tokens
-        for index, req in riders:
-            req.in_flight = 0
+    def _deliver(self, output: StepOutput, scheduled: Scheduled) -> list[Ended]:
+        integers, numbers = np.asarray(output.integers), np.asarray(output.numbers)
+        before, ended = self._counters.generated_tokens, []
+        for row, req in scheduled:
+            req.decode.in_flight = 0
             if req.done:
                 continue
+            outcome: FinishReason | EngineError | None
             try:
-                self._take(index, req, integers[index], numbers[index])
+                outcome = self._take(req, integers[row], numbers[row])
             except EngineError as error:
-                self._fail(req, error, index)
+                outcome = error
             except Exception:
                 log.exception("A request failed while its answer was delivered")
-                self._fail(req, EngineError("The engine could not finish this request"), index)
+                outcome = EngineError("The engine could not finish this request")
+            if outcome is not None:
+                ended.append(Ended(req, outcome, row))
         self._count_rate(self._counters.generated_tokens - before)
+        return ended
 
-    def _take(self, index: int, req: RequestState, integers: np.ndarray, numbers: np.ndarray) -> None:
-        """What a step has drawn for one row."""
+    def _take(self, req: RequestState, integers: np.ndarray, numbers: np.ndarray) -> FinishReason | None:
+        """Takes what a step has drawn for one row; why the answer ends with it, if it does."""
         tokens = integers[:, 0]
-        fed, drawn = int((tokens != NONE).sum()), int((tokens >= 0).sum())
-        req.drafted += max(0, fed - 1)
-        req.accepted += max(0, drawn - 1)
-        for place in range(drawn):
-            req.position += 1
-            self._take_token(index, req, integers[place], numbers[place])
-            if req.done:
-                return
+        drawn = int((tokens >= 0).sum())
+        req.decode.verify(int((tokens != NONE).sum()), drawn)
+        for index in range(drawn):
+            req.cursor.position += 1
+            reason = self._take_token(req, integers[index], numbers[index])
+            if reason is not None:
+                return reason
+        return None
 
-    def _take_token(self, index: int, req: RequestState, integers: np.ndarray, numbers: np.ndarray) -> None:
-        token = int(integers[0])
-        if not req.generated:
-            req.prefilled_at = time.monotonic()
-        req.generated.append(token)
+    def _take_token(self, req: RequestState, integers: np.ndarray, numbers: np.ndarray) -> FinishReason | None:
+        token, request, decode = int(integers[0]), req.request, req.decode
+        if not decode.generated:
+            req.answered = time.monotonic()
+        decode.generated.append(token)
         self._counters.generated_tokens += 1
-        if numbers[1] > 0:
-            req.gate_sum += float(numbers[1])
-            req.gate_count += 1
-        request = req.request
+        if req.memory is not None:
+            req.memory.gate(float(numbers[1]))
         if token in self._tokenizer.eog_ids and not request.ignore_eos:
-            _send(req, req.detokenizer.finish())
-            self._finish(req, "stop", index)
-            return
+            req.send(req.detokenizer.finish())
+            return "stop"
         wanted = request.sampling.logprobs
         info = None
         if wanted is not None:
             top = integers[1 : 1 + wanted], numbers[2 : 2 + wanted]
             info = token_info(self._tokenizer, token, float(numbers[0]), *top)
-        _send(req, req.detokenizer.push(token, info))
+        req.send(req.detokenizer.push(token, info))
         if req.detokenizer.matched is not None:
-            self._finish(req, "stop", index)
-        elif req.constraint is not None:  # whether it is complete is known when its grammar has seen the token
+            return "stop"
+        if req.constraint is not None:  # whether it is complete is known when its grammar has seen the token
             req.constraint.take(token)
-            req.fresh = True
-        elif len(req.generated) >= req.limit:
-            self._end(index, req, "length")
-
-    def _end(self, index: int, req: RequestState, reason: FinishReason) -> None:
-        """Ends an answer by itself, after the text that its stop strings have held back."""
-        _send(req, req.detokenizer.finish())
-        self._finish(req, "stop" if req.detokenizer.matched is not None else reason, index)
+            decode.mask_due = True
+            return None
+        return _flush(req, "length") if len(decode.generated) >= decode.limit else None
 
     def _count_rate(self, tokens: int) -> None:
         now = time.monotonic()
@@ -314,6 +312,7 @@ class DecodeBatch:
             self._rate_from, self._rate_tokens = now, 0
 
 
-def _send(req: RequestState, delta: Delta | None) -> None:
-    if delta is not None:
-        req.send(delta)
+def _flush(req: RequestState, reason: FinishReason) -> FinishReason:
+    """Sends the text that stop strings have held back, at an answer's end; why it ends then."""
+    req.send(req.detokenizer.finish())
+    return "stop" if req.detokenizer.matched is not None else reason

@@ -1,8 +1,8 @@
-"""PrefillQueue that have been read, so that the next one that begins the same does not read that part again.
+"""KV caches of prompts, so that the next one with the same prefix does not prefill that again.
 
-Whole pages only: a page read in one piece holds the same numbers whoever reads it, so an answer after a reused page is
-the answer after a fresh one, bit for bit. Only plain requests take part (sessions keep their own state), and only those
-of one owner share.
+Whole pages only: a page that was prefilled as one chunk holds the same numbers whoever does it, so an answer after a reused
+page is the answer after a fresh one, bit for bit. Only plain requests take part (sessions keep their own state), and only
+those of one owner share.
 """
 
 from __future__ import annotations

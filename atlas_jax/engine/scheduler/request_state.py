@@ -1,4 +1,8 @@
-"""One request on its way through the engine: waiting, being read, being answered."""
+"""One request on its way through the engine: waiting, in prefill, in the decode batch.
+
+Each part of its state has one place that changes it: `admission` makes them all, `prefill` advances `PrefillProgress`,
+`decode_batch` advances `DecodeProgress`, `MemoryAccount` counts by its own methods, and `endings` closes.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,14 @@ import logging
 import secrets
 import threading
 import time
-from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import (
+    EngineError,
     Event,
     Failed,
     Finished,
@@ -23,16 +28,142 @@ from atlas_jax.engine.api import (
     MemoryStats,
     TokenInfo,
 )
+from atlas_jax.engine.runner.base import Capabilities, NewPage
 from atlas_jax.engine.runner.decode_state import Sequences
-from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.scheduler.detokenizer import Detokenizer
+from atlas_jax.engine.scheduler.memory_account import MemoryAccount
+from atlas_jax.engine.scheduler.metrics import Counters
 from atlas_jax.engine.scheduler.structured_output import Constraint
 from atlas_jax.engine.sessions.entry import SessionLease
-from atlas_jax.engine.sessions.session import Session, SessionShape
+from atlas_jax.engine.sessions.session import Session
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.model.page_schedule import PageSchedule
 
 log = logging.getLogger("atlas.engine")
+
+
+@dataclass
+class Cursor:
+    """Where a request stands in its text.
+
+    Attributes:
+      position: of the next token to be read, after the last step whose result is known.
+      start: position it went on from.
+      page: the last page that has begun.
+    """
+
+    plan: PageSchedule = field(default_factory=lambda: PageSchedule(window=None))
+    position: int = 0
+    page: int = -1
+    start: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start = self.position
+
+    def begins_page(self, position: int) -> bool:
+        """Whether the token at `position` begins a page."""
+        return position % PAGE == 0 and self.page < position // PAGE
+
+    def begin_page(self) -> int:
+        """Begins the next page; how many leave the window for it."""
+        self.page += 1
+        return self.plan.left(self.page) - self.plan.left(self.page - 1)
+
+
+@dataclass
+class PrefillProgress:
+    """A prompt on its way into the KV cache.
+
+    Attributes:
+      row: where it is read into; None before admission and in the decode batch.
+      pending_tokens: what is to be read; the last is left to the first decode step, unless nothing is generated.
+      done: how many of them have been read.
+      cached: tokens of the prompt that were read before.
+      logprobs: what has been scored of it.
+    """
+
+    row: Sequences | None = None
+    pending_tokens: list[int] = field(default_factory=list)
+    done: int = 0
+    cached: int = 0
+    logprobs: list[TokenInfo] = field(default_factory=list)
+
+    @property
+    def rest(self) -> list[int]:
+        """What has not been read yet."""
+        return self.pending_tokens[self.done :]
+
+    def take_row(self) -> Sequences | None:
+        """Gives its row away."""
+        row, self.row = self.row, None
+        return row
+
+
+@dataclass
+class DecodeProgress:
+    """An answer as far as the decode batch has drawn it.
+
+    Attributes:
+      limit: tokens it may have.
+      prompt_end: position of the prompt's last token once it has joined the batch, −1 before.
+      launched: steps it took part in.
+      in_flight: tokens per row of the step in flight if it takes part in it, else 0.
+      drafted, accepted: draft tokens it was fed, and those that it kept.
+      mask_due: whether its grammar has been given a token, or begun, and its mask not been waited for since.
+      generated: the tokens drawn.
+    """
+
+    limit: int = 0
+    prompt_end: int = -1
+    launched: int = 0
+    in_flight: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    mask_due: bool = True
+    generated: list[int] = field(default_factory=list)
+
+    @property
+    def read(self) -> int:
+        """Position up to which its text is to stay read once decoding ends.
+
+        The last drawn token has not been read; the step in flight may have read it, which rewinding the row undoes.
+        """
+        return self.prompt_end + (len(self.generated) or min(self.launched, 1))
+
+    def launch(self, width: int) -> None:
+        """Accounts for a step of `width` tokens per row that is in flight now."""
+        self.launched += 1
+        self.in_flight = width
+
+    def verify(self, fed: int, drawn: int) -> None:
+        """Accounts for the draft tokens of a step that fed `fed` tokens and drew `drawn`."""
+        self.drafted += max(0, fed - 1)
+        self.accepted += max(0, drawn - 1)
+
+
+@dataclass(frozen=True)
+class SessionUpdate:
+    """What a request does to its session.
+
+    Attributes:
+      session: the session it goes on as; its history grows with the prefill.
+      effect: what the prompt did to what the session held.
+      hit: whether a state of it was gone on from.
+      keep, new, repeats: tokens of its text that stay, what follows them before the answer, and whether those that stay are
+        the prompt's own first ones.
+    """
+
+    session: Session
+    effect: HistoryEffect
+    hit: bool
+    keep: int
+    new: list[int]
+    repeats: bool
+
+    def extend(self, tokens: list[int]) -> None:
+        """Takes note of tokens that have been read."""
+        self.session.history.extend(tokens)
+        self.session.pending = None
 
 
 @dataclass(eq=False)
@@ -41,23 +172,11 @@ class RequestState:
 
     Attributes:
       tokens: the prompt as an array.
-      history: what the prompt did to what its session holds.
-      shape, write: of its memory, or None for the plain model.
-      feed, fed: prompt tokens to be read, and how many of them have been; the last one is fed by the first decode step.
-      position: position of the next token to be read or fed, after the last step whose result is known.
-      began: position from which it reads on.
-      in_flight: tokens per row of the step in flight if it takes part in it, else 0.
-      page: the last page that has begun.
-      prompt_end: position of the prompt's last token once it has joined the decode batch, −1 before.
-      ring_pages: ring slots it needs.
-      row: its state while the prompt is being read.
-      kept: session it goes on as when it ends, or None.
-      keep, new, repeats: tokens of its session's text that stay, what follows them before the answer, and whether they are
-        the prompt's own first ones.
-      replayed: how the memory is written while text is read that came before this request: to which position, and how.
-      absorbed, written: tokens its memory has taken in, in all and in this request.
       constraint: what the answer must match, as far as it has come.
-      fresh: whether the constraint has been given a token, or begun, and not been waited for since.
+      submitted, admitted, answered: when it came, left the queue, and drew its first token.
+      ring_pages: pages of KV cache that its whole text needs.
+      memory: None for the plain model.
+      update: None without a session.
     """
 
     request: GenerationRequest
@@ -65,67 +184,36 @@ class RequestState:
     listener: Listener
     seed: int
     detokenizer: Detokenizer
-    submitted: float = field(default_factory=time.monotonic)
-    cancelled: threading.Event = field(default_factory=threading.Event)
-    lease: SessionLease | None = None
-    kept: Session | None = None
-    keep: int = 0
-    new: list[int] = field(default_factory=list)
-    repeats: bool = False
-    replayed: deque[tuple[int, MemoryWrite]] = field(default_factory=deque)
     constraint: Constraint | None = None
-    fresh: bool = True
-    shape: SessionShape | None = None
-    write: MemoryWrite | None = None
-    pending_tokens: list[int] = field(default_factory=list)
-    prefilled: int = 0
-    position: int = 0
-    began: int = 0
-    page: int = -1
-    prompt_end: int = -1
-    ring_pages: int = 1
-    row: Sequences | None = None
-    cached: int = 0
-    history: HistoryEffect = "new"
-    cache_hit: bool = False
-    absorbed: int = 0
-    written: int = 0
-    updates: int = 0
-    muon_iterations: int = 0
-    limit: int = 0
-    launched: int = 0
-    in_flight: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    generated: list[int] = field(default_factory=list)
-    scored: list[TokenInfo] = field(default_factory=list)
-    gate_sum: float = 0.0
-    gate_count: int = 0
-    started: float = 0.0
-    prefilled_at: float = 0.0
+    submitted: float = field(default_factory=time.monotonic)
+    admitted: float = 0.0
+    answered: float = 0.0
+    cancelled: threading.Event = field(default_factory=threading.Event)
     done: bool = False
-
-    @property
-    def plan(self) -> PageSchedule:
-        """Its window."""
-        return PageSchedule(window=None) if self.shape is None else self.shape.plan
+    lease: SessionLease | None = None
+    ring_pages: int = 1
+    cursor: Cursor = field(default_factory=Cursor)
+    prefill: PrefillProgress = field(default_factory=PrefillProgress)
+    decode: DecodeProgress = field(default_factory=DecodeProgress)
+    memory: MemoryAccount | None = None
+    update: SessionUpdate | None = None
 
     @property
     def memory_shape(self) -> tuple[int, int]:
         """Layers and degree of its memory; any valid ones if it has none."""
-        return (1, 2) if self.shape is None else (self.shape.layers, self.shape.degree)
+        return (1, 2) if self.memory is None else (self.memory.shape.layers, self.memory.shape.degree)
 
     @property
     def reuses(self) -> bool:
-        """Whether it takes and leaves whole pages of its prompt."""
+        """Whether it takes and leaves whole pages of its prompt as a shared prefix."""
         request = self.request
         return request.reuse and request.memory is None and request.prompt_logprobs is None
 
-    def reads_for(self, other: RequestState) -> bool:
-        """Whether all whole pages it reads are the beginning of another's prompt, which gets them once they are read.
+    def prefills_for(self, other: RequestState) -> bool:
+        """Whether all whole pages of its prompt are a prefix of another's, which gets them once they are prefilled.
 
-        So the choices of one request, and clients that ask the same at once, read a prompt once. PrefillQueue are read one chunk
-        at a time, so waiting costs the other nothing.
+        So the choices of one request, and clients that ask the same at once, prefill a prompt once. Prompts are prefilled one
+        chunk at a time, so waiting costs the other nothing.
         """
         mine, theirs = self.request.prompt, other.request.prompt
         shared = (len(mine) - 1) // PAGE * PAGE
@@ -136,94 +224,104 @@ class RequestState:
         # the last token first: it tells most texts apart that begin with the same template
         return mine[shared - 1] == theirs[shared - 1] and list(mine[:shared]) == list(theirs[:shared])
 
+    # --- prefill --------------------------------------------------------------------------------------------------
+    @property
+    def left(self) -> int:
+        """Tokens of the prompt that are to be read before it joins the decode batch, whose first step reads the last one."""
+        return max(0, len(self.prefill.pending_tokens) - self.prefill.done - (self.decode.limit > 0))
+
+    def chunk(self) -> tuple[list[int], list[int]]:
+        """The tokens of the next chunk, up to the end of the page, and the one after each as far as there is one."""
+        start, pending = self.prefill.done, self.prefill.pending_tokens
+        end = start + min(self.left, PAGE - self.cursor.position % PAGE)
+        return pending[start:end], pending[start + 1 : end + 1]
+
+    def advance(self, tokens: list[int]) -> None:
+        """Takes note of prompt tokens that have been read."""
+        if self.update is not None:
+            self.update.extend(tokens)
+        self.cursor.position += len(tokens)
+        self.prefill.done += len(tokens)
+
+    # --- pages ----------------------------------------------------------------------------------------------------
     @property
     def needs_page(self) -> bool:
-        """Whether the token at `position` begins a page."""
-        return self._begins_page(self.position)
+        """Whether the token at its position begins a page."""
+        return self.cursor.begins_page(self.cursor.position)
 
+    def begin_page(self, capabilities: Capabilities, counters: Counters) -> NewPage:
+        """Accounts for the page that begins with the next token; what the runner has to do."""
+        cursor, memory, write = self.cursor, self.memory, None
+        left = cursor.begin_page()
+        if memory is not None:
+            write = memory.write_at(cursor.position)
+            if left:
+                passes = capabilities.muon_passes if write.optimizer == "muon" else 0
+                memory.absorb(left * PAGE, passes)
+                counters.memory_updates += 1
+                counters.muon_iterations += passes
+        return NewPage(cursor.plan.turn(cursor.page), cursor.plan.ring(cursor.position + 1), write)
+
+    # --- decode ---------------------------------------------------------------------------------------------------
     @property
     def certain(self) -> int:
         """How many tokens the step in flight draws for sure: none if it met the end of the page."""
-        return 0 if self.in_flight == 0 or self.needs_page else 1
+        return 0 if self.decode.in_flight == 0 or self.needs_page else 1
 
     @property
     def page_due(self) -> bool:
         """Whether the next step begins a page. After a step with drafts that is known once its result is."""
-        exact = self.in_flight <= 1 or self.needs_page
-        return exact and self._begins_page(self.position + self.certain)
+        exact = self.decode.in_flight <= 1 or self.needs_page
+        return exact and self.cursor.begins_page(self.cursor.position + self.certain)
 
-    def _begins_page(self, position: int) -> bool:
-        return position % PAGE == 0 and self.page < position // PAGE
-
-    @property
-    def read_tokens(self) -> int:
-        """Position up to which its text is to stay read once decoding ends.
-
-        The last drawn token has not been read; the step in flight may have read it, which setting the row back undoes.
-        """
-        return self.prompt_end + (len(self.generated) or min(self.launched, 1))
-
-    def write_now(self) -> MemoryWrite | None:
-        """How the memory is written when the page begins that `position` is in."""
-        while self.replayed and self.replayed[0][0] <= self.position:
-            self.replayed.popleft()
-        return self.replayed[0][1] if self.replayed else self.write
-
-    def begin_page(self, muon_passes: int) -> bool:
-        """Accounts for the next page, which begins now; tells whether the memory is written with it."""
-        self.page += 1
-        left = self.plan.left(self.page) - self.plan.left(self.page - 1)
-        if left == 0 or self.write is None:
-            return False
-        self.absorbed += left * PAGE
-        self.written += left * PAGE
-        self.updates += 1
-        self.muon_iterations += muon_passes
-        return True
-
-    def skip(self, writes: int) -> None:
-        """Takes back what `begin_page` has accounted for writes that were not taken."""
-        if writes and self.updates:
-            lost = round(self.written * writes / self.updates)
-            self.absorbed, self.written, self.updates = self.absorbed - lost, self.written - lost, self.updates - writes
-
-    def account(self, read: int) -> None:
-        """Accounts for a memory that is written with every token, up to position `read`."""
-        self.written = self.updates = read - self.began
-        self.absorbed = read
-
-    def send(self, event: Event) -> None:
-        """Tells the listener; its failure is not the engine's, and ends the request."""
+    # --- listener -------------------------------------------------------------------------------------------------
+    def send(self, event: Event | None) -> None:
+        """Tells the listener, if there is something to tell; its failure is not the engine's, and ends the request."""
+        if event is None:
+            return
         try:
             self.listener(event)
         except Exception:
             log.exception("A listener failed")
             self.cancelled.set()
 
-    def fail(self, failure: Failed) -> None:
+    def fail(self, error: EngineError) -> None:
         """Ends it with an error."""
         self.done = True
-        self.send(failure)
+        self.send(Failed(error))
 
     def finished(self, reason: FinishReason, memory: MemoryStats | None) -> Finished:
         """The last event."""
         now = time.monotonic()
-        started = self.started or now
-        prefilled_at = self.prefilled_at or now
+        admitted = self.admitted or now
+        answered = self.answered or now
         return Finished(
             reason=reason,
             prompt_tokens=len(self.request.prompt),
-            completion_tokens=len(self.generated),
-            cached_tokens=self.cached,
-            drafted_tokens=self.drafted,
-            accepted_tokens=self.accepted,
+            completion_tokens=len(self.decode.generated),
+            cached_tokens=self.prefill.cached,
+            drafted_tokens=self.decode.drafted,
+            accepted_tokens=self.decode.accepted,
             seed=self.seed,
             stop=self.detokenizer.matched,
-            queue_seconds=started - self.submitted,
-            prompt_seconds=prefilled_at - started,
-            decode_seconds=now - prefilled_at,
+            queue_seconds=admitted - self.submitted,
+            prompt_seconds=answered - admitted,
+            decode_seconds=now - answered,
             memory=memory,
         )
+
+
+class Ended(NamedTuple):
+    """A request that has come to its end.
+
+    Attributes:
+      outcome: why, or what went wrong.
+      row: its row in the decode batch, or None.
+    """
+
+    req: RequestState
+    outcome: FinishReason | EngineError
+    row: int | None = None
 
 
 def new_request_state(

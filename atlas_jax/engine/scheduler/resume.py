@@ -1,24 +1,32 @@
-"""Where a prompt goes on from, how its next page begins, and a session as its turn leaves it."""
+"""Where a request goes on from: nothing, a shared prefix, or its session's state, rewound where the prompt replaces text."""
 
 from __future__ import annotations
 
-import time
 from collections import deque
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import InvalidRequest
 from atlas_jax.engine.runner.base import ModelRunner
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
-from atlas_jax.engine.scheduler.metrics import Counters
+from atlas_jax.engine.scheduler.memory_account import MemoryAccount
 from atlas_jax.engine.scheduler.prefix_cache import PrefixCache
-from atlas_jax.engine.scheduler.request_state import RequestState
+from atlas_jax.engine.scheduler.request_state import Cursor, PrefillProgress, RequestState, SessionUpdate
 from atlas_jax.engine.sessions.continuation import Continuation, Prompt, appending, continuation
-from atlas_jax.engine.sessions.entry import NewText
 from atlas_jax.engine.sessions.history import History
 from atlas_jax.engine.sessions.session import Appended, Checkpoint, Session, SessionShape, SessionStats
-from atlas_jax.model.page_schedule import NextPage
+
+
+@dataclass(frozen=True)
+class Start:
+    """The state of a request that begins; its parts are those of `RequestState`."""
+
+    cursor: Cursor
+    prefill: PrefillProgress
+    memory: MemoryAccount | None = None
+    update: SessionUpdate | None = None
 
 
 def same_shape(session: SessionShape, request: SessionShape, given: frozenset[str]) -> SessionShape:
@@ -43,33 +51,78 @@ def same_shape(session: SessionShape, request: SessionShape, given: frozenset[st
     return session
 
 
-def resume_plain(runner: ModelRunner, prefixes: PrefixCache, req: RequestState) -> None:
-    """Goes on from the longest beginning of the prompt that has been read before, else from nothing."""
+def start_plain(runner: ModelRunner, prefixes: PrefixCache, req: RequestState) -> Start:
+    """Goes on from the longest prefix of the prompt that is cached, else from nothing."""
     prompt = list(req.request.prompt)
     # the last token is fed by the first decode step, so it is never part of what has been read
     known = prefixes.find(req.request.owner, prompt[:-1]) if req.reuses else None
     if known is None:
-        req.row = runner.new_row(1)
+        return Start(Cursor(), PrefillProgress(runner.new_row(1), prompt))
+    cache, position = known
+    cursor = Cursor(position=position, page=position // PAGE - 1)
+    plan = cursor.plan
+    row = runner.resume_row(Sequences(cache, None), plan.ring(position + 1), position, plan.slot(cursor.page))
+    return Start(cursor, PrefillProgress(row, prompt[position:], cached=position))
+
+
+def start_new(runner: ModelRunner, req: RequestState, shape: SessionShape, write: MemoryWrite) -> Start:
+    """Starts with an empty memory that nobody keeps."""
+    prefill = PrefillProgress(runner.new_row(1), list(req.request.prompt))
+    return Start(Cursor(shape.plan), prefill, MemoryAccount(shape, write))
+
+
+def start_session(
+    runner: ModelRunner, req: RequestState, session: Session, shape: SessionShape, write: MemoryWrite, bos: int | None
+) -> Start:
+    """Goes on from the session's state, rewound where the prompt replaces some of what it has read (`continuation`)."""
+    found = _find(req, session, bos)
+    step, checkpoint, position = found.step, found.checkpoint, found.position
+    kept, repeated, prompt = _continued(session, shape, found), found.repeated, req.request.prompt
+    new = [*step.insert, *prompt[step.skip :]] if repeated is None else repeated.tokens
+    kept.appended = repeated
+    if step.effect in ("new", "appended") and repeated is None:
+        kept.appended = Appended(list(prompt), step.keep, new)
+    cursor = Cursor(shape.plan, position)
+    account = MemoryAccount(shape, write, _replayed(session))
+    if checkpoint is None:
+        row = runner.new_row(1)
     else:
-        context, req.position = known
-        req.page = req.position // PAGE - 1
-        saved = Sequences(context, None)
-        req.row = runner.resume_row(saved, req.plan.ring(req.position + 1), req.position, req.plan.slot(req.page))
-    req.cached = req.position
-    req.pending_tokens = prompt[req.position :]
+        cursor.page = min(checkpoint.page, position // PAGE)
+        slot = shape.plan.slot(max(cursor.page, 0))
+        row = runner.resume_row(checkpoint.row, shape.plan.ring(position + 1), position, slot)
+        account.absorbed = checkpoint.absorbed
+    prefill = PrefillProgress(row, [*found.between, *new], cached=max(0, step.skip - len(found.between)))
+    hit = checkpoint is not None and (position > 0 or step.effect == "appended")
+    return Start(cursor, prefill, account, SessionUpdate(kept, step.effect, hit, step.keep, new, step.repeats))
 
 
-def resume(runner: ModelRunner, req: RequestState, session: Session, bos: int | None) -> None:
-    """Goes on from the session's state, set back where the prompt replaces some of what it has read (`continuation`)."""
-    assert req.shape is not None
-    plan, request, history = req.shape.plan, req.request, session.text()
+@dataclass(frozen=True)
+class _Found:
+    """Where a session is gone on from.
+
+    Attributes:
+      step: what the prompt does to the session's text.
+      checkpoint, position: the state to go on from, None for the empty one, and the position it will be at.
+      between: text that stays but that the state has not read.
+      repeated: the new text, where an earlier choice of the same request brought it.
+    """
+
+    step: Continuation
+    checkpoint: Checkpoint | None
+    position: int
+    between: Sequence[int]
+    repeated: Appended | None
+
+
+def _find(req: RequestState, session: Session, bos: int | None) -> _Found:
+    request, history = req.request, session.text()
     regenerate = request.memory is not None and request.memory.regenerate
     prompt = Prompt(req.tokens, session.pending, bos, request.chat, regenerate)
-    appended = _further_choice(req, session)
-    if appended is not None:
-        position = appended.position
+    repeated = _further_choice(req, session)
+    if repeated is not None:
+        position = repeated.position
         checkpoint = session.state_at(position)
-        skip = max(0, len(req.tokens) - len(appended.tokens))
+        skip = max(0, len(req.tokens) - len(repeated.tokens))
         step = Continuation("appended" if position else "new", position, skip=skip)
     else:
         step = continuation(history, prompt)
@@ -80,22 +133,23 @@ def resume(runner: ModelRunner, req: RequestState, session: Session, bos: int | 
         checkpoint, position = session.resume(step.keep)
         between = session.between(position, step.keep)
         assert between is not None
-    new = [*step.insert, *request.prompt[step.skip :]] if appended is None else appended.tokens
-    if step.effect in ("new", "appended"):
-        appended = appended or Appended(list(request.prompt), step.keep, new)
+    return _Found(step, checkpoint, position, between, repeated)
+
+
+def _continued(session: Session, shape: SessionShape, found: _Found) -> Session:
+    """A copy of the session at the position found, for the request to go on with."""
+    step, checkpoint, position, history = found.step, found.checkpoint, found.position, session.text()
     kept = Session(
         session.key,
-        req.shape,
+        shape,
         history=session.history.copy(),
         checkpoints=list(session.checkpoints),
         stats=replace(session.stats),
         pending=session.pending if step.keep == history.length else None,
-        appended=appended,
         state=session.state,
         created=session.created,
     )
     if checkpoint is None:
-        req.row = runner.new_row(1)
         kept.history, kept.checkpoints, kept.stats = History(), [], SessionStats()
     else:
         if position < kept.history.tail_start:  # of a further choice, which leaves no trace
@@ -103,25 +157,13 @@ def resume(runner: ModelRunner, req: RequestState, session: Session, bos: int | 
         else:
             kept.history.truncate(position)
         kept.roll_back(checkpoint, position)
-        req.page = min(checkpoint.page, position // PAGE)
-        slot = plan.slot(max(req.page, 0))
-        req.row = runner.resume_row(checkpoint.row, plan.ring(position + 1), position, slot)
-        req.absorbed = checkpoint.absorbed
     kept.history.adopt_turns(history, step.keep)
     kept.history.replies += step.answers
     kept.history.preamble = step.preamble
-    req.position = position
-    req.pending_tokens = [*between, *new]
-    req.keep, req.new = step.keep, new
-    req.repeats = step.repeats
-    req.replayed = _writes(session)
-    req.history = step.effect
-    req.cached = max(0, step.skip - len(between))
-    req.cache_hit = checkpoint is not None and (position > 0 or step.effect == "appended")
-    req.kept = kept
+    return kept
 
 
-def _writes(session: Session) -> deque[tuple[int, MemoryWrite]]:
+def _replayed(session: Session) -> deque[tuple[int, MemoryWrite]]:
     """How the memory is written while text is read that the state has not read yet: to which position, and how."""
     writes: deque[tuple[int, MemoryWrite]] = deque()
     end = session.history.length
@@ -132,53 +174,9 @@ def _writes(session: Session) -> deque[tuple[int, MemoryWrite]]:
 
 
 def _further_choice(req: RequestState, session: Session) -> Appended | None:
-    """The turn a further choice of a request answers too, if it brought new text and the first has answered it since."""
+    """The new text that a further choice of a request answers too, if the first choice has answered it since."""
     before = session.appended
     if not req.request.choice or before is None or before.prompt != list(req.request.prompt):
         return None
     known = before.position == 0 or session.state_at(before.position) is not None
     return before if known else None
-
-
-def kept_session(runner: ModelRunner, req: RequestState, row: Sequences, read: int, loss: float) -> Session:
-    """The session as this request leaves it."""
-    session = req.kept
-    assert session is not None
-    assert req.shape is not None
-    session.history.forget_turns(session.history.length + 1)  # a prompt that was not read to its end
-    if read > req.prompt_end >= 0:
-        session.history.extend([*req.pending_tokens, *req.generated[: read - req.prompt_end - 1]])
-        if req.generated:
-            session.history.answered(req.prompt_end + 1, read + 1)
-    if req.generated:
-        session.pending = req.generated[-1]
-    row = runner.rewind_row(row, req.ring_pages, read, req.plan.slot(max(req.page, 0)))
-    session.advance(Checkpoint(read, req.page, row, req.absorbed))
-    stats = session.stats
-    stats.updates += req.updates
-    stats.muon_iterations += req.muon_iterations
-    if req.updates:
-        stats.omega_loss, stats.last_update = loss, time.time()
-    return session
-
-
-def new_text(req: RequestState, session: Session) -> NewText:
-    """What this request has done to its session's text, for the journal."""
-    request, keep = req.request, req.keep
-    tokens = [*req.new, *req.generated][: session.history.length - keep]
-    assert req.write is not None
-
-    def whole() -> list[int]:
-        return [*request.prompt[:keep], *tokens]
-
-    return NewText(keep, tokens, whole if req.repeats else None, req.write.reading(session.shape))
-
-
-def begin_page(runner: ModelRunner, counters: Counters, req: RequestState) -> tuple[NextPage, MemoryWrite | None]:
-    """Accounts for the page that begins with the next token; what the runner has to do, and how the memory is written."""
-    write = req.write_now()
-    passes = runner.muon_passes if write is not None and write.optimizer == "muon" else 0
-    if req.begin_page(passes):
-        counters.memory_updates += 1
-        counters.muon_iterations += passes
-    return req.plan.turn(req.page), write

@@ -171,14 +171,14 @@ class Grammars:
         self._refusals: OrderedDict[_Key, str] = OrderedDict()
         self._rest: asyncio.TimerHandle | None = None
         self._lock = threading.Lock()
-        self._scheduler: asyncio.AbstractEventLoop | None = None
+        self._event_loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
 
     def json(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[Grammar]:
         """JSON texts that a schema allows; milliseconds, and a second once for the tokenizer.
 
-        Cancelling the future ends the req. It fails with InvalidRequest where the schema is wrong, too large, or uses
+        Cancelling the future ends it. It fails with InvalidRequest where the schema is wrong, too large, or uses
         what llguidance does not know, and with Overloaded where no process can be had.
 
         Args:
@@ -211,14 +211,14 @@ class Grammars:
         """Takes note of an answer's end."""
         answer.close()
         with self._lock:
-            if self._scheduler is not None:
-                self._scheduler.call_soon_threadsafe(self._leave, process)
+            if self._event_loop is not None:
+                self._event_loop.call_soon_threadsafe(self._leave, process)
 
     def close(self) -> None:
         """Ends all processes and the thread; idempotent."""
         with self._lock:
             self._closed = True
-            loop, self._scheduler = self._scheduler, None
+            loop, self._event_loop = self._event_loop, None
         if loop is None or self._thread is None:
             return
         asyncio.run_coroutine_threadsafe(self._end(), loop).result()
@@ -226,16 +226,16 @@ class Grammars:
         self._thread.join()
         loop.close()
 
-    def _start(self, req: Coroutine[Any, Any, T]) -> Future[T]:
+    def _start(self, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
         with self._lock:
             if self._closed:
-                req.close()
+                coroutine.close()
                 raise Overloaded("The engine is not accepting requests", retry_after=5.0)
-            if self._scheduler is None:
-                self._scheduler = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._scheduler.run_forever, name="atlas-grammars", daemon=True)
+            if self._event_loop is None:
+                self._event_loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._event_loop.run_forever, name="atlas-grammars", daemon=True)
                 self._thread.start()
-            return asyncio.run_coroutine_threadsafe(req, self._scheduler)
+            return asyncio.run_coroutine_threadsafe(coroutine, self._event_loop)
 
     # --- on the thread --------------------------------------------------------------------------------------------
     async def _grammar(self, key: _Key, schema: bytes) -> Grammar:

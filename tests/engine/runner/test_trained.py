@@ -136,7 +136,7 @@ def test_the_prompt_is_scored_as_in_training(engines: Callable[[str], Engine]) -
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_neighbours_change_nothing(engines: Callable[[str], Engine], name: str) -> None:
-    """ModelRunner of different lengths, some of which end and make room while others go on."""
+    """Requests of different lengths, some of which end and make room while others go on."""
     asked = [request(words(40 + i, 5 + 23 * i, 256), 6 + 5 * i) for i in range(5)]
     asked[2] = request(words(42, 51, 256), 30, temperature=0.9, seed=3)
     together = ask_all(engines(name), asked)

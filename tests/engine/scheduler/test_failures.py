@@ -15,7 +15,7 @@ import pytest
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import EngineError, Failed, Finished, MemoryUnavailable
 from atlas_jax.engine.host_memory import give_back, resident_bytes
-from atlas_jax.engine.scheduler import scheduler
+from atlas_jax.engine.scheduler import admission, endings, scheduler
 from tests.engine.offline import PATIENCE, Answer, ask, memory, request, words
 
 
@@ -128,12 +128,12 @@ def ended(engine: Engine, asked: Any) -> Any:
 
 
 FAULTS: dict[str, Callable[[Engine], tuple[Any, str]]] = {
-    "taking the session": lambda engine: (engine._scheduler._sessions, "acquire"),
-    "beginning": lambda engine: (scheduler, "resume"),
-    "reading": lambda engine: (engine._scheduler._prompts, "read"),
+    "taking the session": lambda engine: (engine.sessions.tiers, "acquire"),
+    "starting": lambda engine: (admission, "start_session"),
+    "prefill": lambda engine: (engine._scheduler._prefilling, "step"),
     "joining the batch": lambda engine: (engine._scheduler._batch, "add"),
-    "keeping the session": lambda engine: (scheduler, "kept_session"),
-    "putting the session back": lambda engine: (engine._scheduler._sessions, "release"),
+    "keeping the session": lambda engine: (endings, "kept_session"),
+    "putting the session back": lambda engine: (engine.sessions.tiers, "release"),
 }
 
 
