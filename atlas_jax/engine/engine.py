@@ -42,9 +42,8 @@ from atlas_jax.engine.sessions.store import MemoryFolder
 from atlas_jax.engine.sessions.table import SessionTable
 from atlas_jax.engine.sessions.tiers import Budgets
 from atlas_jax.gguf import ChatTemplate, GGUFFile, TemplateError
-from atlas_jax.kernels import tpu
-from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.kernel_choice import KernelChoice
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.kernels.sampling import BIAS_SLOTS, TOP_LOGPROBS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.loading import WeightDtype
@@ -169,8 +168,8 @@ class Engine:
           prefix_cache_bytes: states of plain prompts kept on the device for prompts that begin the same.
           weight_dtype, kv_dtype: "float32" for both is the reference mode.
           speculate: guess tokens ahead from the text where that is free (`runner.Buckets`). Answers are the same.
-          native_kernels: use our kernels: C where a compiler and the processor allow (`kernels.native`), never on a mesh;
-            Mosaic on TPUs (`kernels.pallas`).
+          native_kernels: use our kernels: C where a compiler and the processor allow (`kernels.cpu`), never on a mesh;
+            Mosaic on TPUs (`kernels.tpu`).
           mesh_data, mesh_model: devices the rows of a batch, and each layer's heads and columns, are divided over
             (`mesh_layout`).
 
@@ -180,8 +179,7 @@ class Engine:
         """
         _limit_threads(threads)
         _platform.limit_lapack()
-        ffi.use(native_kernels and mesh_data * mesh_model == 1)
-        tpu.use(native_kernels)
+        kernels = KernelChoice(cpu=native_kernels and mesh_data * mesh_model == 1, tpu=native_kernels)
         cache = cache_folder.usable(Path(cache_path) if cache_path is not None else default_cache())
         if cache is not None:
             use_cache(cache / "compiled")
@@ -189,20 +187,21 @@ class Engine:
         # first: loading a model takes seconds, and another server's folder is no use
         folder = None if memory_path is None or not memory_enabled else MemoryFolder(Path(memory_path))
         try:
-            opened = _open_model(
-                model_path,
-                cache=cache,
-                memory=memory_enabled,
-                adapter_path=None if adapter_path is None else Path(adapter_path),
-                max_running=max_running,
-                max_context=max_context,
-                max_window=max_window,
-                weight_dtype=weight_dtype,
-                kv_dtype=kv_dtype,
-                speculate=speculate,
-                mesh_data=mesh_data,
-                mesh_model=mesh_model,
-            )
+            with kernels.scope():
+                opened = _open_model(
+                    model_path,
+                    cache=cache,
+                    memory=memory_enabled,
+                    adapter_path=None if adapter_path is None else Path(adapter_path),
+                    max_running=max_running,
+                    max_context=max_context,
+                    max_window=max_window,
+                    weight_dtype=weight_dtype,
+                    kv_dtype=kv_dtype,
+                    speculate=speculate,
+                    mesh_data=mesh_data,
+                    mesh_model=mesh_model,
+                )
             _platform.self_test()
             engine = cls(
                 opened=opened,

@@ -31,7 +31,8 @@ from atlas_jax.gguf import (
     Tokenizer,
     recommended_sampling,
 )
-from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels import kernel_choice
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
@@ -123,7 +124,9 @@ def open_pretrained(
         max_draft_rows=MAX_DRAFT_ROWS if speculate else 0,
     )
     weights = Weights(params, adapter, jnp.asarray(successor))
-    runner = PretrainedRunner(StepConfig(config, found), weights, kv_dtype, buckets, mesh_layout)
+    runner = PretrainedRunner(
+        StepConfig(config, found, kernel_choice.chosen()), weights, kv_dtype, buckets, mesh_layout
+    )
     info = _info(
         file,
         runner,
@@ -162,7 +165,7 @@ def open_trained(file: GGUFFile, *, max_running: int, max_context: int, sessions
         raise GGUFError(
             f"{TRAINED}.config: the state of one sequence would take {size} bytes, at most {_LARGEST_STATE}"
         )
-    runner = TrainedRunner(config, params, context, _powers(1, max_running))
+    runner = TrainedRunner(config, params, context, _powers(1, max_running), kernel_choice.chosen())
     log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
     info = _info(
         file,

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import ModelConfig
-from atlas_jax.kernels import attention
-from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
+from atlas_jax.kernels import kv_pages
+from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, RingView
 from atlas_jax.model.page_schedule import NextPage
 from atlas_jax.model.transformer import init_kv
 from atlas_jax.typing import Array, Int32
@@ -89,7 +89,7 @@ def start_page(cache: KVCache, turn: PageStart) -> KVCache:
     slot = jnp.full((rows,), jnp.maximum(turn.sink_slot, 0), jnp.int32)
     kv = jax.lax.cond(
         turn.sink_slot >= 0,
-        lambda sinks: [attention.first_tokens(layer, slot, keep) for layer in cache.kv],
+        lambda sinks: [kv_pages.first_tokens(layer, slot, keep) for layer in cache.kv],
         lambda sinks: sinks,
         [(layer.sink_k, layer.sink_v) for layer in cache.kv],
     )

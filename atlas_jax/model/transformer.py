@@ -11,15 +11,16 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import LayerConfig, ModelConfig
-from atlas_jax.kernels import attention, qkv_rope_cache, tpu
-from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
+from atlas_jax.kernels import attention, kv_pages
 from atlas_jax.kernels.fused_linear import (
     gated_linear,
     normed_linear,
     residual_sum,
     summed_linear,
 )
+from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, RingView
 from atlas_jax.kernels.linear import Weight, linear, rows_of
+from atlas_jax.kernels.qkv_rope_cache import qkv_rope_cache
 from atlas_jax.kernels.rope import RopeTable, rotations
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.sharding import on_each_device
@@ -32,7 +33,7 @@ SINKS = 4
 def init_kv(config: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> tuple[LayerKV, ...]:
     """An empty cache of `pages` pages for each of `batch` rows."""
     return tuple(
-        attention.init_layer_kv(batch, pages, config.kv_heads, config.head_dim, SINKS, dtype) for _ in config.layers
+        kv_pages.init_layer_kv(batch, pages, config.kv_heads, config.head_dim, SINKS, dtype) for _ in config.layers
     )
 
 
@@ -127,11 +128,9 @@ def _run_layer(
     rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)]
 
     def attend(by_head: jax.Array, kv: LayerKV, rows: Any, gains: Any) -> tuple[jax.Array, LayerKV]:
-        ring, rotary, near, (seen, sinks_seen) = rows
-        q, q_sink, kv = qkv_rope_cache.enter(by_head, gains, config.norm_eps, rotary, near, kv, ring)
-        if tpu.takes_attention(kv):
-            return tpu.attention(q, q_sink, kv, ring, spec.sliding_window, config.scale), kv
-        return attention.window_attention(q, q_sink, kv, seen, sinks_seen, config.scale), kv
+        ring, rotary, near, masks = rows
+        q, q_sink, kv = qkv_rope_cache(by_head, gains, config.norm_eps, rotary, near, kv, ring)
+        return attention.attend(q, q_sink, kv, ring, spec.sliding_window, masks, config.scale), kv
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)
     attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1))

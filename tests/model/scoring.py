@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from atlas_jax.config import PAGE, ModelConfig
-from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.kv_cache import init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.page_schedule import PageSchedule

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels.attention import (
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.kv_pages import (
     LayerKV,
     QuantPages,
     RingView,
     init_layer_kv,
 )
-from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.qkv_rope_cache import enter
 
 EPS, PAGES, SINKS = 1e-6, 3, 4

@@ -24,13 +24,13 @@ from atlas_jax.config import (
     RopeConfig,
 )
 from atlas_jax.kernels import tpu
-from atlas_jax.kernels.attention import (
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.kv_pages import (
     LayerKV,
     QuantPages,
     RingView,
     init_layer_kv,
 )
-from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import split_rows
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.kernels.tpu import recall_features, window_attention

@@ -42,7 +42,7 @@ from atlas_jax.engine.sessions.session import (
     encode_session,
 )
 from atlas_jax.engine.sessions.snapshot import Listing
-from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.page_schedule import PageSchedule
 
 MODEL = ModelConfig(

@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from atlas_jax.aot import AotProgram, shape, shapes
+from atlas_jax.aot import COMPILE, RUN, AotProgram, shapes
 from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
 from atlas_jax.engine.api import MemoryParams
-from atlas_jax.engine.runner import monolithic_step, step
+from atlas_jax.engine.runner import step
 from atlas_jax.engine.runner.base import (
     SCALAR,
     Buckets,
@@ -24,18 +24,17 @@ from atlas_jax.engine.runner.base import (
 )
 from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
 from atlas_jax.engine.runner.step import StepConfig, StepOutput, Weights
-from atlas_jax.engine.runner.step_inputs import (
-    CALIBRATED_STEP,
-    MemoryWrite,
-    memory_settings,
-    write_settings,
+from atlas_jax.engine.runner.step_inputs import CALIBRATED_STEP, MemoryWrite, write_settings
+from atlas_jax.engine.runner.step_programs import (
+    StepPrograms,
+    batch_key,
+    decode_inputs,
+    prefill_inputs,
 )
 from atlas_jax.engine.sessions.session import SessionShape
-from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.sampling import allowed_words
+from atlas_jax.kernels.attention import uses_cpu_kernel
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.kv_cache import page_start, start_page
-from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.page_schedule import NextPage, PageSchedule, bucket
 from atlas_jax.model.transformer import SINKS
 from atlas_jax.recall.recall_memory import RecallSettings, RecallState
@@ -43,15 +42,18 @@ from atlas_jax.recall.solvers import OPTIMIZERS
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 CHUNKS = (32, PAGE)
-"""Lengths a piece of prompt is padded to. Which one never depends on what is compiled yet: programs of different shapes
+"""Lengths a chunk of a prompt is padded to. Which one never depends on what is compiled yet: programs of different shapes
 round differently, and a session must go on after a restart bit for bit as without one."""
 MAX_LEARNING_RATE = 2 * CALIBRATED_STEP
 """Where the inner step stops learning: a step of twice the line search's leaves the objective where it was, a longer one
 raises it. Omega loss that the gradient writes of a text left (SmolLM2-135M; an empty memory's is 1): 0.13, 0.16 and 0.41 at
 0.001, 0.0015 and 0.0019, 2.3 at 0.002, 30 at 0.0025; at 0.003 none was taken."""
 MONOLITHIC_ROWS = 2
-"""ModelRunner of a batch up to which a decode step is one program, once that is compiled (8 s where stages take 1.5): it saves the
+"""Rows of a batch up to which a decode step is one program, once that is compiled (8 s where stages take 1.5): it saves the
 gaps between programs. SmolLM2-135M, one row, greedy, medians of 7 × 100 steps in one run: 13.9 ms against 19.2."""
+
+
+_PAGE_START = shapes(page_start(0, PageSchedule(None).turn(0)))
 
 
 class PretrainedRunner(ModelRunner):
@@ -67,22 +69,13 @@ class PretrainedRunner(ModelRunner):
     ) -> None:
         self.config = config
         self._kv_dtype = kv_dtype
-        weights = mesh_layout.weights(weights)
-        self._placement = mesh_layout
-        self._weights = weights
-        self._ends = dataclasses.replace(weights, params=dataclasses.replace(weights.params, layers=()))
+        self._mesh_layout = mesh_layout
+        self._weights = mesh_layout.weights(weights)
         capacity = 0 if config.memory is None else config.memory.features
         super().__init__(config.model.vocab, capacity, buckets, CHUNKS)
         if config.memory is not None:
             self.muon_passes = config.memory.passes
-        self._trunk = Trunk(config.model, mesh_layout)
-        self._finish_read = self._program(step.finish_prefill, donate=(1,))
-        self._finish_score = self._program(functools.partial(step.finish_scored_prefill, config), donate=(1,))
-        self._finish_decode = self._program(functools.partial(step.finish_decode, config), donate=(1, 2, 8))
-        self._whole = {
-            drafts: self._program(functools.partial(monolithic_step.decode, config, drafts=drafts), donate=(1, 2, 5))
-            for drafts in (False, True)
-        }
+        self._steps = StepPrograms(config, self._program)
         self._write_memory = {
             optimizer: self._program(functools.partial(step.write_memory, config, optimizer), donate=(1,))
             for optimizer in OPTIMIZERS
@@ -94,13 +87,13 @@ class PretrainedRunner(ModelRunner):
         self._set_position = self._program(step.set_position, donate=(0,))
 
     def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
-        return AotProgram(function, donate=donate, mesh_layout=self._placement)
+        return AotProgram(function, donate=donate, mesh_layout=self._mesh_layout, kernels=self.config.kernels)
 
     def _make(self, *, batch: int, pages: int) -> Sequences:
         return init_sequences(self.config.model, self.config.memory, batch, pages, self._kv_dtype)
 
     def _to_device(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(self._placement.rows(rows))
+        return jax.device_put(self._mesh_layout.rows(rows))
 
     def shape(self, memory: MemoryParams) -> SessionShape:
         """What the request asks for: the memory of a pretrained model is as large as one likes."""
@@ -178,14 +171,7 @@ class PretrainedRunner(ModelRunner):
 
     def prefill(self, row: Sequences, settings: RecallSettings, tokens: Sequence[int]) -> Iterator[PrefillStep]:
         """Reads tokens of the current page, a group of layers at a time; uses the row up."""
-        padded, count = self._pad(tokens)
-        key, memory = _step_key(row, padded.shape[1]), row.memory
-        for cache, view, states in self._trunk.parts(key, self._weights.params, row.cache, padded, count):
-            done = len(states) == len(self.config.model.layers)
-            if done and memory is not None:
-                rest = (self._taps(states), padded, view.ring.positions, view.ring.valid)
-                memory = self._finish_read(padded.shape, self._ends.adapter, memory, settings, *rest)
-            yield PrefillStep(Sequences(cache, memory), states[-1], done)
+        return self._steps.prefill(RUN, self._weights, row, settings, *self._pad(tokens))
 
     def prefill_scored(
         self,
@@ -196,24 +182,10 @@ class PretrainedRunner(ModelRunner):
         *,
         alternatives: bool,
     ) -> Iterator[PrefillStep]:
-        """Reads tokens of the current page and scores the token that follows each; as `read`."""
+        """Reads tokens of the current page and scores the token that follows each; as `prefill`."""
         padded, count = self._pad(tokens)
-        successors, _ = self._pad(following)
-        key = _step_key(row, padded.shape[1])
-        whole = None
-        for whole in self._trunk.parts(key, self._weights.params, row.cache, padded, count):
-            unread = dataclasses.replace(whole[0], position=row.cache.position)
-            yield PrefillStep(Sequences(unread, row.memory), whole[2][-1], done=False)
-        assert whole is not None
-        cache, view, states = whole
-        rest = (states[-1], self._taps(states), padded, view.ring.positions, view.ring.valid, successors)
-        memory, packed = self._finish_score(
-            padded.shape, self._ends, row.memory, settings, *rest, np.bool_(alternatives)
-        )
-        yield PrefillStep(Sequences(cache, memory), packed.integers, scores=packed)
-
-    def _taps(self, states: list[Any]) -> tuple[Any, ...]:
-        return tuple(states[layer] for layer in self.config.taps)
+        scored = self._pad(following)[0], np.bool_(alternatives)
+        return self._steps.scored_prefill(RUN, self._weights, row, settings, padded, count, *scored)
 
     def _pad(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         padded = np.zeros((1, bucket(len(tokens), CHUNKS)), np.int32)
@@ -223,7 +195,7 @@ class PretrainedRunner(ModelRunner):
     # --- the decode batch -----------------------------------------------------------------------------------------
     @property
     def rows(self) -> int:
-        """ModelRunner of the decode batch."""
+        """Rows of the decode batch."""
         return _rows(self.sequences)
 
     @property
@@ -237,7 +209,7 @@ class PretrainedRunner(ModelRunner):
         single = row.cache
         if _pages(row) != size:
             single = self._resize_ring((_pages(row), size), single, self.new_row(size).cache)
-        cache = self._insert_kv_cache(_shape_key(batch), batch.cache, single, place)
+        cache = self._insert_kv_cache(batch_key(batch), batch.cache, single, place)
         memory = batch.memory
         if memory is not None and row.memory is not None and with_memory:
             memory = self._insert_memory(_rows(batch), memory, row.memory, place)
@@ -248,90 +220,66 @@ class PretrainedRunner(ModelRunner):
         self.sequences = self._start_page_of(self.sequences, index, turn, write)
 
     @property
-    def at_once(self) -> bool:
+    def is_monolithic(self) -> bool:
         """Whether the next decode step is one program."""
-        return self._whole[self.width > 1].ready(_step_key(self.sequences, self.width))
+        return self._steps.is_monolithic(self.sequences, drafts=self.width > 1)
 
     def decode(self, wanted: np.ndarray, allowed: np.ndarray | None = None) -> StepOutput:
         """One step; the result is on its way to the host when this returns, not there yet.
 
         Args:
-          wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its drafts out.
+          wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its draft tokens out.
           allowed: which tokens may be drawn, see `allow_all`; None allows all.
         """
-        rows, width, wanted, may = self.rows, self.width, wanted.astype(np.int32), self._allowed_on_device(allowed)
-        key = _step_key(self.sequences, width)
-        if self.at_once:
-            self.sequences, self.decode_state, packed, self._logits_buffer = self._whole[width > 1](
-                key, self._weights, self.sequences, self.decode_state, wanted, may, self._logits_buffer
-            )
-        else:
-            feed = self.decode_state.token if width == 1 else (self.decode_state.token, self.decode_state.drafts)
-            cache, view, states = self._trunk(key, self._weights.params, self.sequences.cache, feed, wanted)
-            rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid, self._logits_buffer)
-            memory, self.decode_state, position, packed, self._logits_buffer = self._finish_decode(
-                rows, self._ends, self.sequences.memory, self.decode_state, may, *rest
-            )
-            self.sequences = Sequences(dataclasses.replace(cache, position=position), memory)
-        return start_transfer(packed)
+        inputs = self.sequences, self.decode_state, wanted.astype(np.int32), self._allowed_on_device(allowed)
+        self.sequences, self.decode_state, output, self._logits_buffer = self._steps.run_decode(
+            self._weights, *inputs, self._logits_buffer, drafts=self.width > 1
+        )
+        return start_transfer(output)
 
     def _start_page_of(self, sequences: Sequences, index: int, turn: NextPage, write: MemoryWrite | None) -> Sequences:
         memory = sequences.memory
         if memory is not None and write is not None and turn.absorb_end is not None:
             settings = write_settings(write, turn.absorb_end)
             absorb = self._write_memory[write.optimizer]
-            memory = absorb(_rows(sequences), self._ends.adapter, memory, np.int32(index), settings)
-        cache = self._start_page(_shape_key(sequences), sequences.cache, page_start(index, turn))
+            memory = absorb(_rows(sequences), self._weights.adapter, memory, np.int32(index), settings)
+        cache = self._start_page(batch_key(sequences), sequences.cache, page_start(index, turn))
         return Sequences(cache, memory)
 
     # --- compiling ahead ------------------------------------------------------------------------------------------
     def compile_prefill(self, pages: int, length: int) -> None:
-        """Compiles the reading of pieces of `length` tokens in a ring of `pages` pages."""
-        row, tokens, count = self.row_shapes(pages), _integers(1, length), _integers(1)
+        """Compiles the prefill of chunks of `length` tokens in a ring of `pages` pages."""
+        inputs = prefill_inputs(self.config, self._weights, pages, length, self._kv_dtype)
         self._maker(1, pages).compile(())
-        self._start_page.compile((1, pages), row.cache, shapes(page_start(0, PageSchedule(None).turn(0))))
-        view, states = self._trunk.compile((1, pages, length), self._weights.params, row.cache, tokens, count)
-        if row.memory is not None:
-            rest = (self._taps(states), tokens, view.ring.positions, view.ring.valid)
-            self._finish_read.compile((1, length), self._ends.adapter, row.memory, self._one_setting(), *rest)
+        self._start_page.compile((1, pages), inputs[1].cache, _PAGE_START)
+        _run_out(self._steps.prefill(COMPILE, *inputs))
 
     def compile_scored_prefill(self, length: int) -> None:
-        """Compiles the scoring of pieces of `length` tokens, in a ring of any size."""
-        row, tokens, valid = self.row_shapes(self.buckets.pages[0]), _integers(1, length), _booleans(1, length)
-        state = shape((1, length, self.config.model.embed), np.float32)
-        rest = (state, (state,) * len(self.config.taps), tokens, tokens, valid, tokens, _booleans())
-        self._finish_score.compile((1, length), self._ends, row.memory, self._one_setting(), *rest)
+        """Compiles the scoring of chunks of `length` tokens, in a ring of any size."""
+        inputs = prefill_inputs(self.config, self._weights, self.buckets.pages[0], length, self._kv_dtype, scored=True)
+        _run_out(self._steps.scored_prefill(COMPILE, *inputs))
+
+    def _decode_inputs(self, rows: int, pages: int) -> tuple[tuple[Any, ...], bool]:
+        drafts = self.buckets.width(rows) > 1
+        return decode_inputs(self.config, self._weights, rows, pages, self._kv_dtype, drafts=drafts), drafts
 
     def compile_decode(self, rows: int, pages: int) -> None:
         """Compiles what a batch of this size needs while its rows stay."""
-        batch, single, decode_state = (
-            self._batch_shapes(rows, pages),
-            self.row_shapes(pages),
-            self._decode_state_shapes(rows),
-        )
+        inputs, drafts = self._decode_inputs(rows, pages)
+        batch = inputs[1].cache
         self._compile_batch_start(rows, pages)
-        self._insert_kv_cache.compile((rows, pages), batch.cache, single.cache, SCALAR)
-        self._start_page.compile((rows, pages), batch.cache, shapes(page_start(0, PageSchedule(None).turn(0))))
-        width = self.buckets.width(rows)
-        key, count = (rows, pages, width), _integers(rows)
-        feed = decode_state.token if width == 1 else (decode_state.token, decode_state.drafts)
-        view, states = self._trunk.compile(key, self._weights.params, batch.cache, feed, count)
-        rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid, self._logits_buffer_shape(rows))
-        allowed = _integers(rows, allowed_words(self.vocab))
-        self._finish_decode.compile(rows, self._ends, batch.memory, decode_state, allowed, *rest)
+        self._insert_kv_cache.compile((rows, pages), batch, self.row_shapes(pages).cache, SCALAR)
+        self._start_page.compile((rows, pages), batch, _PAGE_START)
+        self._steps.decode(COMPILE, *inputs, drafts=drafts)
 
     def compile_monolithic_step(self, rows: int, pages: int) -> None:
         """Compiles the decode step of a small batch as one program, if it is several."""
-        head_dim = self.config.model.head_dim
-        # XLA's own attention is fused otherwise in one program than in several, and rounds differently
-        same = ffi.takes_attention(self.buckets.width(rows), PAGE, head_dim, SINKS)
-        if rows > MONOLITHIC_ROWS or self._trunk.programs == 1 or not same:
-            return
-        batch = self._batch_shapes(rows, pages)
-        decode_state = self._decode_state_shapes(rows)
-        width = self.buckets.width(rows)
-        inputs = _integers(rows), _integers(rows, allowed_words(self.vocab)), self._logits_buffer_shape(rows)
-        self._whole[width > 1].compile((rows, pages, width), self._weights, batch, decode_state, *inputs)
+        with self.config.kernels.scope():
+            # XLA's own attention is fused otherwise in one program than in several, and rounds differently
+            same = uses_cpu_kernel(self.buckets.width(rows), self.config.model.head_dim, SINKS)
+        if rows <= MONOLITHIC_ROWS and self._steps.layer_programs > 1 and same:
+            inputs, drafts = self._decode_inputs(rows, pages)
+            self._steps.compile_monolithic(*inputs, drafts=drafts)
 
     def compile_row_moves(self, rows: int, pages: int) -> None:
         """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""
@@ -347,10 +295,7 @@ class PretrainedRunner(ModelRunner):
                 self._insert_memory.compile(size, state, single.memory, SCALAR)
                 write = shapes(write_settings(MemoryWrite(PAGE, "exact", 1.0, 1), PAGE))
                 for program in self._write_memory.values():
-                    program.compile(size, self._ends.adapter, state, SCALAR, write)
-
-    def _one_setting(self) -> RecallSettings:
-        return shapes(memory_settings(None, 1, 1))
+                    program.compile(size, self._weights.adapter, state, SCALAR, write)
 
 
 def _no_figures(memory: RecallState) -> RecallState:
@@ -358,12 +303,9 @@ def _no_figures(memory: RecallState) -> RecallState:
     return dataclasses.replace(memory, **zeros)
 
 
-def _integers(*sizes: int) -> Any:
-    return shape(sizes, np.int32)
-
-
-def _booleans(*sizes: int) -> Any:
-    return shape(sizes, np.bool_)
+def _run_out(steps: Iterator[PrefillStep]) -> None:
+    for _ in steps:
+        pass
 
 
 def _rows(batch: Sequences) -> int:
@@ -372,11 +314,3 @@ def _rows(batch: Sequences) -> int:
 
 def _pages(batch: Sequences) -> int:
     return int(batch.cache.page.shape[1])
-
-
-def _shape_key(batch: Sequences) -> tuple[int, int]:
-    return _rows(batch), _pages(batch)
-
-
-def _step_key(batch: Sequences, tokens: int) -> tuple[int, int, int]:
-    return _rows(batch), _pages(batch), tokens

@@ -29,6 +29,7 @@ from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.sessions.session import SessionShape
+from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
 from atlas_jax.kernels.sampling import allowed_words
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS, LMConfig
@@ -87,8 +88,15 @@ class TrainedRunner(ModelRunner):
 
     can_rewind = False
 
-    def __init__(self, config: LMConfig, params: LMParams, context: int, rows: tuple[int, ...]) -> None:
-        self._config, self._params, self._context = config, params, context
+    def __init__(
+        self,
+        config: LMConfig,
+        params: LMParams,
+        context: int,
+        rows: tuple[int, ...],
+        kernels: KernelChoice = ALL_KERNELS,
+    ) -> None:
+        self._config, self._params, self._context, self._kernels = config, params, context, kernels
         super().__init__(config.vocab, capacity(config), Buckets(rows, (1,), max_draft_rows=0), PIECES)
         self.window = window(config)
         self.session_context = None if streaming.bounded(config) else context
@@ -98,7 +106,7 @@ class TrainedRunner(ModelRunner):
         self._insert = self._program(step.insert_kv_cache, donate=(0,))
 
     def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
-        return AotProgram(function, donate=donate)
+        return AotProgram(function, donate=donate, kernels=self._kernels)
 
     def _make(self, *, batch: int, pages: int) -> Sequences:
         state = streaming.init_state(self._config, self._params, batch, context=self._context)

@@ -20,7 +20,7 @@ from atlas_jax.engine.sessions.session import (
     integer,
     to_host,
 )
-from atlas_jax.kernels.attention import (
+from atlas_jax.kernels.kv_pages import (
     KVDtype,
     LayerKV,
     Pages,

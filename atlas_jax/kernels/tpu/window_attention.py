@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView
+from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView
 from atlas_jax.typing import (
     Array,
     Bool,

@@ -12,11 +12,12 @@ import pytest
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import MemoryParams, SamplingParams
-from atlas_jax.engine.runner import export, monolithic_step
+from atlas_jax.engine.runner import export
 from atlas_jax.engine.runner.base import Buckets
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sampling_state
+from atlas_jax.engine.runner.step_programs import weight_shapes
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import lowering_platform
 from atlas_jax.kernels.ngram_drafter import NONE
@@ -80,7 +81,7 @@ def test_the_step_lowers_for_platforms_that_are_not_here(parts: tuple[StepConfig
 
 def test_the_shapes_are_those_of_the_loaded_weights(parts: tuple[StepConfig, Weights]) -> None:
     config, weights = parts
-    described = monolithic_step.weight_shapes(config)
+    described = weight_shapes(config)
     assert jax.tree.structure(described) == jax.tree.structure(weights)
     for one, other in zip(jax.tree.leaves(described), jax.tree.leaves(weights), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)

@@ -23,7 +23,7 @@ typedef struct {
   const float *q_sink;
   float *out;
   const uint8_t *seen;
-  int8_t *rounded; /* [D] */
+  int8_t *quantized; /* [D] */
   float *score;    /* [N, P], later the weights */
   float *total;    /* [D] */
   float unit, peak, mass, sink_score[16];
@@ -31,7 +31,7 @@ typedef struct {
   int64_t sinks;
 } Query;
 
-/* Queries that meet a page while its keys are laid out, those that meet its values together, and tokens of one part. */
+/* Queries that meet a page while its keys are repacked, those that meet its values together, and tokens of one part. */
 enum { QUERIES = 32, TOGETHER = 3, TOKENS = 8, GROUPS = PAGE / 16 };
 /* Where the worth of a unit of a page's weights is kept: behind two bytes for each of them. */
 enum { UNIT = PAGE / 2 };
@@ -52,15 +52,15 @@ static Seen seen_of(__m512i lower, __m512i upper) {
   return (Seen){.first = first, .count = last + 1 - first};
 }
 
-static void round_query(Query *query, const float *q, int64_t dim, float scale) {
-  query->unit = round_term(q, dim, query->rounded) * scale;
-  query->offset = offset_of(query->rounded, dim);
+static void quantize_query(Query *query, const float *q, int64_t dim, float scale) {
+  query->unit = quantize_term(q, dim, query->quantized) * scale;
+  query->offset = offset_of(query->quantized, dim);
   memset(query->total, 0, sizeof(float) * (size_t)dim);
 }
 
 /* A page's keys as [D / 4, P] of four bytes each, the top bits flipped: a vector has what 16 keys multiply with the same four
    numbers of a query, so that sums need not be added up across lanes (128 tokens over 8 pages, one core: 2.3 ms instead of
-   3.0). The page's values and the next page's keys are asked for meanwhile (one token over 64 pages: 335 µs instead of 400). */
+   3.0). The page's values and the next page's keys are prefetched meanwhile (one token over 64 pages: 335 µs instead of 400). */
 static void lay_out_keys(const int8_t *keys, const int8_t *values, const int8_t *next, int64_t dim, Seen seen,
                          __m512i *laid) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
@@ -89,7 +89,7 @@ static inline __attribute__((always_inline)) __m512 score_groups(const Query *qu
   laid += first;
   for (int64_t d = 0; d < dim; d += 4, laid += GROUPS) {
     int32_t four;
-    memcpy(&four, query->rounded + d, sizeof four);
+    memcpy(&four, query->quantized + d, sizeof four);
     const __m512i q = _mm512_set1_epi32(four);
 #pragma GCC unroll 8
     for (int g = 0; g < count; g++) add_dots(&dots[g], laid[g], q);
@@ -270,14 +270,14 @@ static void attention_part(const void *data, int64_t part) {
     for (int j = 0; j < count; j++) {
       query[j].score = (float *)(memory + each * j);
       query[j].total = query[j].score + keys;
-      query[j].rounded = (int8_t *)(query[j].total + dim);
+      query[j].quantized = (int8_t *)(query[j].total + dim);
       int64_t t = b * task->tokens + first + (i + j) / groups;
       int64_t place = (t * task->heads + kv * groups + (i + j) % groups) * dim;
       query[j].out = task->out + place;
       query[j].q_sink = task->q_sink + place;
       query[j].seen = task->seen + t * keys;
       query[j].sinks = task->sinks_seen[t] ? task->sinks : 0;
-      round_query(&query[j], task->q + place, dim, *task->scale);
+      quantize_query(&query[j], task->q + place, dim, *task->scale);
       peak[j] = _mm512_set1_ps(-1e30f);
     }
     for (int64_t n = 0; n < task->pages; n++) {
