@@ -75,7 +75,7 @@ def embed(config: ModelConfig, table: Weight, tokens: Int32[Array, "B T"]) -> Fl
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Residual:
-    """The residual stream, x, and what is still to be added to it: the next product does so while it rounds its rows.
+    """The residual stream, x, and what is still to be added to it: the next GEMM does so while it quantises its rows.
 
     Attributes:
       gain: of the norm of what is added, if it has one.
@@ -121,8 +121,8 @@ def _run_layer(
     config: ModelConfig, spec: LayerConfig, layer: LayerParams, kv: LayerKV, residual: Residual, view: StepView
 ) -> tuple[jax.Array, Residual, LayerKV]:
     """What the layer reads, what it leaves, and its cache."""
-    product, x = _product(config, layer.qkv, residual, layer.attn_norm)
-    by_head = product.reshape(*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
+    qkv, x = _normed_linear(config, layer.qkv, residual, layer.attn_norm)
+    by_head = qkv.reshape(*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
     gains = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
     rotary, near = view.rotary[spec.rope], view.rotary_sink[spec.rope]
     rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)]
@@ -134,12 +134,14 @@ def _run_layer(
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)
     attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1))
-    gate_up, between = _product(config, layer.gate_up, Residual(x, attended, layer.attn_post_norm), layer.ff_norm)
+    gate_up, between = _normed_linear(config, layer.gate_up, Residual(x, attended, layer.attn_post_norm), layer.ff_norm)
     made = gated_linear(layer.down, gate_up, config.ff_block, config.activation)
     return x, Residual(between, made, layer.ff_post_norm), kv
 
 
-def _product(config: ModelConfig, weight: Weight, residual: Residual, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _normed_linear(
+    config: ModelConfig, weight: Weight, residual: Residual, gain: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Of the normed residual stream; and the stream, with what was to be added."""
     if residual.added is None:
         return normed_linear(weight, residual.x, gain, config.norm_eps), residual.x

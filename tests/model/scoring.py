@@ -32,7 +32,7 @@ def scores(
     out = []
     for page in range(-(-length // PAGE)):
         part = text[page * PAGE : (page + 1) * PAGE]
-        context = start_page(context, page_start(0, plan.turn(page)))
+        context = start_page(context, page_start(0, plan.next_page(page)))
         tokens = np.zeros((1, PAGE), np.int32)
         tokens[0, : len(part)] = part
         key = (kv_dtype, plan.ring(length))

@@ -1,4 +1,4 @@
-"""A pretrained model with the recall memory, as the scheduler runs it: weights, rows and the compiled functions."""
+"""A pretrained model with the recall memory, as the scheduler runs it: weights, rows and AOT-compiled programs."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ MONOLITHIC_ROWS = 2
 gaps between programs. SmolLM2-135M, one row, greedy, medians of 7 × 100 steps in one run: 13.9 ms against 19.2."""
 
 
-_PAGE_START = shapes(page_start(0, PageSchedule(None).turn(0)))
+_PAGE_START = shapes(page_start(0, PageSchedule(None).next_page(0)))
 
 
 class PretrainedRunner(ModelRunner):
@@ -165,9 +165,9 @@ class PretrainedRunner(ModelRunner):
             return self.resume_row(row, pages, position, slot)
         return self._set_position(_pages(row), row, np.int32(position), np.int32(slot))
 
-    def start_page(self, row: Sequences, turn: NextPage, write: MemoryWrite | None) -> Sequences:
+    def start_page(self, row: Sequences, page: NextPage, write: MemoryWrite | None) -> Sequences:
         """Begins a page of a single row."""
-        return self._start_page_of(row, 0, turn, write)
+        return self._start_page_of(row, 0, page, write)
 
     def prefill(self, row: Sequences, settings: RecallSettings, tokens: Sequence[int]) -> Iterator[PrefillStep]:
         """Reads tokens of the current page, a group of layers at a time; uses the row up."""
@@ -215,9 +215,9 @@ class PretrainedRunner(ModelRunner):
             memory = self._insert_memory(_rows(batch), memory, row.memory, place)
         return Sequences(cache, memory)
 
-    def start_page_in_batch(self, index: int, turn: NextPage, write: MemoryWrite | None) -> None:
+    def start_page_in_batch(self, index: int, page: NextPage, write: MemoryWrite | None) -> None:
         """Begins a page of the row at place `index`."""
-        self.sequences = self._start_page_of(self.sequences, index, turn, write)
+        self.sequences = self._start_page_of(self.sequences, index, page, write)
 
     @property
     def is_monolithic(self) -> bool:
@@ -237,13 +237,13 @@ class PretrainedRunner(ModelRunner):
         )
         return start_transfer(output)
 
-    def _start_page_of(self, sequences: Sequences, index: int, turn: NextPage, write: MemoryWrite | None) -> Sequences:
+    def _start_page_of(self, sequences: Sequences, index: int, page: NextPage, write: MemoryWrite | None) -> Sequences:
         memory = sequences.memory
-        if memory is not None and write is not None and turn.absorb_end is not None:
-            settings = write_settings(write, turn.absorb_end)
+        if memory is not None and write is not None and page.absorb_end is not None:
+            settings = write_settings(write, page.absorb_end)
             absorb = self._write_memory[write.optimizer]
             memory = absorb(_rows(sequences), self._weights.adapter, memory, np.int32(index), settings)
-        cache = self._start_page(batch_key(sequences), sequences.cache, page_start(index, turn))
+        cache = self._start_page(batch_key(sequences), sequences.cache, page_start(index, page))
         return Sequences(cache, memory)
 
     # --- compiling ahead ------------------------------------------------------------------------------------------

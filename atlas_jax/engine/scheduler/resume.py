@@ -198,4 +198,4 @@ def begin_page(runner: ModelRunner, counters: Counters, req: RequestState) -> tu
     if req.begin_page(passes):
         counters.memory_updates += 1
         counters.muon_iterations += passes
-    return req.plan.turn(req.page), write
+    return req.plan.next_page(req.page), write

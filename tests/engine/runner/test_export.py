@@ -43,7 +43,7 @@ def test_the_exported_step_draws_what_the_live_one_does(parts: tuple[StepConfig,
     with lowering_platform.elsewhere("cpu"):
         runner = PretrainedRunner(config, weights, "int8", Buckets(rows=(2,), pages=(4,), max_draft_rows=0))
         for index in range(2):
-            row = runner.start_page(runner.new_row(4), PageSchedule(None).turn(0), None)
+            row = runner.start_page(runner.new_row(4), PageSchedule(None).next_page(0), None)
             row = [*runner.prefill(row, memory_settings(None, 1, 1), list(range(3, 20 + index)))][-1].row
             sampling = sampling_state(SamplingParams(temperature=0.8), config.model.vocab, 7 + index, [])
             text = recent_text([5], 17 + index)

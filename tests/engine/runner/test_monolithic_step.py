@@ -49,7 +49,7 @@ def test_one_program_computes_what_the_stages_do(
     runner = PretrainedRunner(
         StepConfig(config, memory), weights, "int8", Buckets(rows=(1,), pages=(4,), max_draft_rows=max_draft_rows)
     )
-    row = runner.start_page(runner.new_row(4), PageSchedule(None).turn(0), None)
+    row = runner.start_page(runner.new_row(4), PageSchedule(None).next_page(0), None)
     text = [3, 4, 5, 6] * 8
     row = [*runner.prefill(row, memory_settings(MemoryParams(), 1, 1), text)][-1].row
     sampling = sampling_state(SamplingParams(temperature=0.8), config.vocab, 7, [])

@@ -90,7 +90,7 @@ static const int8_t *laid_out(const Linear *task, const int8_t *weight, int widt
 }
 
 /* Where the weights that are repacked next lie, and how far on with every step: they are prefetched bit by bit, in two halves,
-   while these are multiplied. All at once while laying out, each core waited for memory and then left it idle (Gemma 3 270M,
+   while these are multiplied. All at once while repacking, each core waited for memory and then left it idle (Gemma 3 270M,
    16 rows: 1.3 times as long; a prompt: 1.05). */
 typedef struct {
   const char *next;
