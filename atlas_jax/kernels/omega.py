@@ -11,7 +11,8 @@ everything a chunk does is linear in those rank-one terms: W_t = ᾱ_t W₀ − 
 follows from the gates alone. So W_t·x is one matmul with W₀ and one with a masked b×m matrix of inner products.
 
 Axes: b tokens of a chunk, m = c − 1 + b tokens its windows reach (the previous chunk's tail first), h gate channels (1:
-one gate for all), o rows and i columns of a weight. Add a batch with `jax.vmap`.
+one gate for all), o rows and i columns of a weight. Add a batch with `jax.vmap`. The file is long because every operation
+stands with its choice of kernel, its gradient and its definition.
 """
 
 from __future__ import annotations

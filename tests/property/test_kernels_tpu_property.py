@@ -236,6 +236,16 @@ def test_memory_reads_have_the_bits_of_xlas_and_are_the_definition(degrees: list
         assert np.abs(found[row] - out @ codes.T)[:, seen].max() <= 1.1 * bound * np.abs(codes).sum(axis=1).max()
 
 
+@pytest.mark.parametrize("choice", [KernelChoice(), KernelChoice(cpu=False), INTERPRETED], ids=["C", "XLA", "Mosaic"])
+def test_a_memory_read_is_its_reference_up_to_quantisation(choice: KernelChoice) -> None:
+    state, chosen, key = some_reading(3, [1, 2, 3][:ROWS], 0)
+    args = key, chosen.degree, state.read_values, state.read_scale, adapter().factors, adapter().feature_weight
+    wanted = np.asarray(recall_features.ref_read_out(*args))
+    with choice.scope():
+        found = jax.jit(lambda *args: recall_features.read_out(*args, adapter().halves))(*args)
+    np.testing.assert_allclose(found, wanted, atol=0.01 * np.abs(wanted).max())
+
+
 MODEL = ModelConfig(
     family="llama",
     vocab=VOCAB,

@@ -32,6 +32,7 @@ from atlas_jax.kernels.ngram_drafter import NONE, draft_tokens
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.kernels.sampling import (
     TOP_LOGPROBS,
+    Sample,
     SamplingState,
     record,
     sample,
@@ -263,18 +264,17 @@ def draw(
         sampling=record(decode_state.sampling, token, counts),
         settings=decode_state.settings,
     )
+    output = _decode_output(drawn, jnp.where(counts, token, jnp.where(valid, REJECTED, NONE)), gate)
+    return decode_state, last, output, None if logits_buffer is None else flat
 
+
+def _decode_output(drawn: Sample, token: Int32[Array, "B T"], gate: Float[Array, "B T"]) -> StepOutput:
     def packed(first: jax.Array, *rest: jax.Array) -> jax.Array:
-        return jnp.concatenate([first[..., None], *(part.reshape(batch, width, -1) for part in rest)], axis=-1)
+        return jnp.concatenate([first[..., None], *(part.reshape(*token.shape, -1) for part in rest)], axis=-1)
 
-    return (
-        decode_state,
-        last,
-        StepOutput(
-            integers=packed(jnp.where(counts, token, jnp.where(valid, REJECTED, NONE)), drawn.top_token),
-            numbers=packed(drawn.logprob.reshape(batch, width), gate, drawn.top_logprob),
-        ),
-        None if logits_buffer is None else flat,
+    return StepOutput(
+        integers=packed(token, drawn.top_token),
+        numbers=packed(drawn.logprob.reshape(token.shape), gate, drawn.top_logprob),
     )
 
 
