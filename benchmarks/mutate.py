@@ -259,7 +259,7 @@ BINARY = {
 COMPARE = {ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq}
 # modules to load anew for each mutant: the memories, and the tests that have imported them
 FRESH = ("atlas_jax.kernels.omega", "atlas_jax.kernels.newton_schulz", "atlas_jax.kernels.feature_maps")
-FRESH += ("atlas_jax.memory", "memory_support", "test_memory_", "test_kernels_pallas_rules")
+FRESH += ("atlas_jax.memory", "memory_support", "test_memory_", "test_kernels_tpu_rules")
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def parts(config: ModelConfig, params: ModelParams, rows: int, tokens: int, repe
     context = init_kv_cache(config, rows, PAGES, "int8")
     for page in range(_CONTEXT // PAGE + 1):
         for row in range(rows):
-            context = turn(context, page_start(row, PageSchedule(None).turn(page)))
+            context = turn(context, page_start(row, PageSchedule(None).next_page(page)))
     start = jnp.full(rows, _CONTEXT, jnp.int32)
     seen = jnp.broadcast_to(
         jnp.arange(PAGES)[:, None] * PAGE + jnp.arange(PAGE) < _CONTEXT, (rows, tokens, PAGES, PAGE)

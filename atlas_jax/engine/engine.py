@@ -41,8 +41,7 @@ from atlas_jax.engine.sessions.budgets import Budgets
 from atlas_jax.engine.sessions.storage import open_storage
 from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.table import SessionTable
-from atlas_jax.kernels import tpu
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.kernel_choice import KernelChoice
 
 log = logging.getLogger("atlas.engine")
 
@@ -108,8 +107,7 @@ class Engine:
         config = EngineConfig(**fields) if config is None else dataclasses.replace(config, **fields)
         _limit_threads(config.threads)
         _platform.limit_lapack()
-        ffi.use(config.native_kernels and config.devices == 1)
-        tpu.use(config.native_kernels)
+        kernels = KernelChoice(cpu=config.native_kernels and config.devices == 1, tpu=config.native_kernels)
         cache = cache_folder.usable(config.cache_folder)
         if cache is not None:
             use_cache(cache / "compiled")
@@ -118,7 +116,8 @@ class Engine:
         kept = config.memory_path if config.memory_enabled else None
         storage = None if kept is None else open_storage(kept)
         try:
-            opened = open_model(config, cache)
+            with kernels.scope():
+                opened = open_model(config, cache)
             _platform.self_test()
             engine = cls(config, opened, storage, compilations)
         except BaseException:

@@ -32,6 +32,7 @@ from atlas_jax.gguf import (
     Tokenizer,
     recommended_sampling,
 )
+from atlas_jax.kernels import kernel_choice
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
@@ -107,7 +108,7 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
     memory, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
     weights = Weights(params, adapter, jnp.asarray(bigram_table.find(cache, fingerprint, model.vocab)))
     buckets = _buckets(config, context, memory)
-    step_config = StepConfig(model, memory, tuple(sorted(tokenizer.eog_ids)))
+    step_config = StepConfig(model, memory, kernel_choice.chosen(), tuple(sorted(tokenizer.eog_ids)))
     runner = PretrainedRunner(step_config, weights, config.kv_dtype, buckets, mesh_layout)
     info = _info(
         file,
@@ -160,7 +161,7 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
         raise GGUFError(
             f"{TRAINED}.config: the state of one sequence would take {size} bytes, at most {_LARGEST_STATE}"
         )
-    runner = TrainedRunner(model, params, context, _powers(1, config.max_concurrent))
+    runner = TrainedRunner(model, params, context, _powers(1, config.max_concurrent), kernel_choice.chosen())
     log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
     info = _info(
         file,

@@ -1,7 +1,7 @@
 """Feature maps φ of the inner memory: monomials without gathers, their sketch, exponential and elementwise features
 (ATLAS, arXiv 2505.23735, section 3.1).
 
-`features.py` evaluates a table of monomials that is data; here the degree is static, so a block of monomials is built
+`monomials.py` evaluates a table of monomials that is data; here the degree is static, so a block of monomials is built
 from slices of the block one degree lower and its gradient needs no scatter.
 """
 
@@ -51,7 +51,7 @@ def polynomial(x: Float[Array, "*rows d"], scale: Float[Array, " orders"]) -> Fl
 
 
 def polynomial_blocks(x: Float[Array, "*rows d"], degree: int) -> Float[Array, "*rows N"]:
-    """Monomials of degree 0 … p for a product with `projection_blocks`: variables are taken eight at a time.
+    """Monomials of degree 0 … p for a matmul with `projection_blocks`: variables are taken eight at a time.
 
     Outer products of eight variables and a suffix of the degree below have some monomials twice, 10 % more than
     `polynomial` in 64 variables, but they and their gradients are 8 array operations per degree instead of 64.
@@ -59,12 +59,12 @@ def polynomial_blocks(x: Float[Array, "*rows d"], degree: int) -> Float[Array, "
     lower = x
     parts = [jnp.ones((*x.shape[:-1], 1), x.dtype), x][: degree + 1]
     for starts in _block_starts(x.shape[-1], degree):
-        pieces = [
+        blocks = [
             x[..., first : first + _BLOCK, None] * lower[..., None, start:]
             for first, start in zip(range(0, x.shape[-1], _BLOCK), starts, strict=True)
         ]
         lower = jnp.concatenate(
-            [piece.reshape(*x.shape[:-1], math.prod(piece.shape[-2:])) for piece in pieces], axis=-1
+            [block.reshape(*x.shape[:-1], math.prod(block.shape[-2:])) for block in blocks], axis=-1
         )
         parts.append(lower)
     return jnp.concatenate(parts, axis=-1)
@@ -73,7 +73,7 @@ def polynomial_blocks(x: Float[Array, "*rows d"], degree: int) -> Float[Array, "
 def projection_blocks(
     projection: Float[Array, "M width"], scale: Float[Array, " orders"], dim: int
 ) -> Float[Array, "N width"]:
-    """The matrix whose product with `polynomial_blocks` is that of `polynomial` with the projection.
+    """The matrix whose matmul with `polynomial_blocks` is that of `polynomial` with the projection.
 
     Args:
       scale: as for `polynomial`.

@@ -1,7 +1,8 @@
-"""Products with what a transformer does just before them, a residual sum and a norm, or a gated activation.
+"""Linear layers fused with what a transformer does just before them: a residual sum and a norm, or a gated activation.
 
-On CPU these are done while a row is rounded for the native product: by all threads, and one program's output less. As XLA
-programs they take one thread, and for one row the gaps around them cost more than they do.
+On CPU these are done while a row is quantised for the C kernel's GEMM: by all threads, and one program's output less. As
+XLA programs they take one thread, and for one row the gaps around them cost more than they do. The definition of each is
+the pair of functions that its docstring names.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Literal, TypeGuard
 import jax
 
 from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, linear
+from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, linear, uses_cpu_kernel
 from atlas_jax.kernels.reductions import row_sum
 from atlas_jax.typing import Array, Float
 
@@ -42,8 +43,8 @@ def gated(x: Float[Array, "*rows 2*F"], block: int, activation: Activation) -> F
 def normed_linear(
     weight: Weight, x: Float[Array, "*rows inp"], gain: Float[Array, inp], eps: float
 ) -> Float[Array, "*rows out"]:
-    """`linear(weight, rms_norm(x, gain, eps))`; the native sum of squares rounds otherwise than XLA's."""
-    if not _taken(weight):
+    """`linear(weight, rms_norm(x, gain, eps))`; the C kernel's sum of squares rounds otherwise than XLA's."""
+    if not _uses_cpu_kernel(weight):
         return linear(weight, rms_norm(x, gain, eps))
     rows = x.reshape(-1, x.shape[-1])
     return ffi.normed_linear(rows, gain, eps, _stored(weight), weight.scale).reshape(*x.shape[:-1], -1)
@@ -57,28 +58,28 @@ def summed_linear(
     gain: Float[Array, inp],
     eps: float,
 ) -> tuple[Float[Array, "*rows out"], Float[Array, "*rows inp"]]:
-    """`residual_sum` and `normed_linear` of it: the product, and the sum."""
-    if not _taken(weight):
+    """`residual_sum` and `normed_linear` of it: the output, and the sum."""
+    if not _uses_cpu_kernel(weight):
         total = residual_sum(x, added, added_gain, eps)
         return linear(weight, rms_norm(total, gain, eps)), total
     rows, more = (array.reshape(-1, x.shape[-1]) for array in (x, added))
-    product, total = ffi.summed_linear(rows, more, added_gain, gain, eps, _stored(weight), weight.scale)
-    return product.reshape(*x.shape[:-1], -1), total.reshape(x.shape)
+    out, total = ffi.summed_linear(rows, more, added_gain, gain, eps, _stored(weight), weight.scale)
+    return out.reshape(*x.shape[:-1], -1), total.reshape(x.shape)
 
 
 def gated_linear(
     weight: Weight, x: Float[Array, "*rows 2*inp"], block: int, activation: Activation
 ) -> Float[Array, "*rows out"]:
-    """`linear(weight, gated(x, block, activation))`; the native exponential rounds otherwise than XLA's."""
-    if not _taken(weight) or block % 16:
+    """`linear(weight, gated(x, block, activation))`; the C kernel's exponential rounds otherwise than XLA's."""
+    if not _uses_cpu_kernel(weight) or block % 16:
         return linear(weight, gated(x, block, activation))
     rows = x.reshape(-1, x.shape[-1])
-    product = ffi.gated_linear(rows, block, activation == "gelu_tanh", _stored(weight), weight.scale)
-    return product.reshape(*x.shape[:-1], -1)
+    out = ffi.gated_linear(rows, block, activation == "gelu_tanh", _stored(weight), weight.scale)
+    return out.reshape(*x.shape[:-1], -1)
 
 
-def _taken(weight: Weight) -> TypeGuard[QuantArray | PackedArray]:
-    return isinstance(weight, QuantArray | PackedArray) and ffi.takes_linear(weight.shape[1], weight.shape[0])
+def _uses_cpu_kernel(weight: Weight) -> TypeGuard[QuantArray | PackedArray]:
+    return isinstance(weight, QuantArray | PackedArray) and uses_cpu_kernel(weight.shape[1], weight.shape[0])
 
 
 def _stored(weight: QuantArray | PackedArray) -> jax.Array:

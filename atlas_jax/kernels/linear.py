@@ -1,8 +1,8 @@
-"""Linear layers over weights that may be quantised: `QuantArray`, and the one product that knows about it.
+"""Linear layers over weights that may be quantised: `QuantArray`, and the one matmul that knows about it.
 
-On CPU, XLA sends int8 × int8 → int32 products of at least two rows to AMX / VNNI kernels, at memory speed for few rows
-and 600–800 GOP/s for many; one row, or a float × int8 product, is a slow loop. So weights stay int8 with one scale per
-output, stored [out, in], and activations are quantised per row just before the product. For few rows a product takes as
+On CPU, XLA sends int8 × int8 → int32 GEMMs of at least two rows to AMX / VNNI kernels, at memory speed for few rows
+and 600–800 GOP/s for many; a GEMV, or a float × int8 GEMM, is a slow loop. So weights stay int8 with one scale per
+output, stored [out, in], and activations are quantised per row just before the GEMM. For few rows a GEMM takes as
 long as its weights take to come from memory; where the processor multiplies faster than it reads, weights that a file
 has in 4 bits stay in 5 (`PackedArray`).
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.reductions import row_max
 from atlas_jax.typing import Array, Float, Int8, Int32, UInt8
 
@@ -67,7 +67,7 @@ Weight = QuantArray | PackedArray | jax.Array
 
 
 def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rounds each row of a float matrix to int8 with its own scale.
+    """Quantises each row of a float matrix to int8 with its own scale.
 
     Args:
       matrix: float32 [out, in].
@@ -82,7 +82,7 @@ def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_weight(codes: np.ndarray, step: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays of the `PackedArray` of a matrix of 4-bit codes: its weights rounded to 8 bits like `quantize_weight`'s.
+    """Arrays of the `PackedArray` of a matrix of 4-bit codes: its weights quantised to 8 bits like `quantize_weight`'s.
 
     Args:
       codes: uint8 [out, in], 0 … 15; in a multiple of 64.
@@ -117,16 +117,21 @@ def unpack(weight: PackedArray) -> QuantArray:
 
 
 def quantize_rows(x: Float[Array, "*rows inp"]) -> tuple[Int8[Array, "*rows inp"], Float[Array, "*rows 1"]]:
-    """Rounds the last axis to int8 with one scale per row; an all-zero row stays zero."""
+    """Quantises the last axis to int8 with one scale per row; an all-zero row stays zero."""
     peak = jnp.maximum(row_max(jnp.abs(x)), 1e-30)[..., None]
     return jnp.round(x * (127.0 / peak)).astype(jnp.int8), peak * (1.0 / 127.0)
+
+
+def uses_cpu_kernel(inner: int, outputs: int) -> bool:
+    """Whether a GEMM of quantised weights of this shape runs in C; for any number of rows, XLA's would round differently."""
+    return inner % 64 == 0 and outputs % 16 == 0 and library.usable()
 
 
 def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows out"]:
     """Computes `x @ weight.T`.
 
     Args:
-      weight: [out, in]; the product of a `QuantArray` runs in int8 with int32 sums, of activations in the two terms of
+      weight: [out, in]; the GEMM of a `QuantArray` runs in int8 with int32 sums, of activations in the two terms of
         `split_rows`. It is exact in the integers, so a row's result does not depend on its neighbours or on how many there
         are.
       x: any leading axes.
@@ -135,11 +140,11 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows 
     flat = x.reshape(-1, inner)
     count = flat.shape[0]
     if not isinstance(weight, QuantArray | PackedArray):
-        # a product of a single row rounds differently from the same row among others
+        # a GEMV rounds differently from the same row of a GEMM
         pair = jnp.concatenate([flat, flat]) if count == 1 else flat
-        product = jnp.einsum("ri,oi->ro", pair, weight, precision=jax.lax.Precision.HIGHEST)
-        return product[:count].reshape(*rows, -1)
-    if ffi.takes_linear(inner, weight.shape[0]):
+        out = jnp.einsum("ri,oi->ro", pair, weight, precision=jax.lax.Precision.HIGHEST)
+        return out[:count].reshape(*rows, -1)
+    if uses_cpu_kernel(inner, weight.shape[0]):
         stored = weight.values if isinstance(weight, QuantArray) else weight.blocks
         return ffi.linear(flat, stored, weight.scale).reshape(*rows, -1)
     if isinstance(weight, PackedArray):
@@ -159,7 +164,7 @@ def linear_each(weight: QuantArray, x: Float[Array, "B T inp"]) -> Float[Array, 
       weight: values [B, out, in], scale [B, out].
     """
     tokens, inner = x.shape[1:]
-    if ffi.takes_linear(inner, weight.values.shape[1]):
+    if uses_cpu_kernel(inner, weight.values.shape[1]):
         return ffi.linear(x, weight.values, weight.scale)
     high, low, unit = split_rows(x)
     terms = jnp.concatenate([high, low], axis=1)
@@ -170,10 +175,10 @@ def linear_each(weight: QuantArray, x: Float[Array, "B T inp"]) -> Float[Array, 
 def split_rows(
     x: Float[Array, "*rows inp"],
 ) -> tuple[Int8[Array, "*rows inp"], Int8[Array, "*rows inp"], Float[Array, "*rows 1"]]:
-    """Rounds the last axis to whole numbers of two int8 terms: `x ≈ (256 * high + low) * unit`.
+    """Quantises the last axis to two int8 terms: `x ≈ (256 * high + low) * unit`.
 
     Five times the mean of |x| is about what the lower term holds, so that the upper one is 0 but for numbers that stand
-    out, and a product of many rows can leave it out there. The unit is never more than 1/127 of the row's peak, nor so
+    out, and a GEMM of many rows can leave it out there. The unit is never more than 1/127 of the row's peak, nor so
     small that a sum of these numbers times 8-bit weights would leave 32 bits.
 
     Returns:
@@ -202,7 +207,7 @@ def terms_of(
 
 
 def from_terms(high: Int32[Array, "*shape"], low: Int32[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """What sums of products of the two terms of `split_rows` stand for, in the row's unit."""
+    """What dot products with the two terms of `split_rows` stand for, in the row's unit."""
     return (high * 256 + low).astype(jnp.float32)
 
 

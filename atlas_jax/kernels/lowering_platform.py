@@ -1,4 +1,4 @@
-"""Which platform programs are traced for: this machine's own, unless they are to run elsewhere."""
+"""Which platform programs are lowered for: this machine's own, unless they are to run elsewhere."""
 
 from __future__ import annotations
 

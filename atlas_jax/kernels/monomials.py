@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.typing import Array, Float
+from atlas_jax.kernels.cpu import ffi, library
+from atlas_jax.typing import Array, Float, Int32
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,39 @@ def gather_monomials(x: jax.Array, factors: jax.Array, weight: jax.Array) -> jax
     for position in range(factors.shape[-1]):
         product = product * jnp.take(extended, factors[..., position], axis=-1)
     return product
+
+
+def uses_cpu_kernel(features: int) -> bool:
+    """Whether monomials from tables of this length are formed in C."""
+    return features % 16 == 0 and library.usable()
+
+
+def batch_monomials(
+    x: Float[Array, "B T R"],
+    factors: Int32[Array, "degree M F"],
+    weight: Float[Array, "degree M"],
+    degree: Int32[Array, B],
+) -> Float[Array, "B T M"]:
+    """`gather_monomials` with the tables of each row's degree, less one."""
+    if uses_cpu_kernel(factors.shape[1]):
+        return ffi.monomials(x, factors, weight, degree)
+    return jax.vmap(gather_monomials)(x, factors[degree], weight[degree])
+
+
+def window_monomials(
+    x: Float[Array, "W R"],
+    factors: Int32[Array, "degree M F"],
+    weight: Float[Array, "degree M"],
+    degree: Int32[Array, ""],
+) -> Float[Array, "W M"]:
+    """`gather_monomials` of many vectors with one table, rounded to bfloat16."""
+    if uses_cpu_kernel(factors.shape[1]):
+        return ffi.monomials(x[None], factors, weight, degree[None], rounded=True)[0]
+    extended = jnp.concatenate([x.T, jnp.ones((1, x.shape[0]), x.dtype)])
+    product = weight[degree][:, None]
+    for position in range(factors.shape[2]):  # contiguous rows of W numbers are multiplied
+        product = product * extended[factors[degree, :, position]]
+    return product.T.astype(jnp.bfloat16)
 
 
 def ref_polynomial_features(x: Float[Array, "*rows d"], coefficients: Sequence[float]) -> Float[Array, "*rows M"]:

@@ -38,6 +38,11 @@ SINGULAR_BAND: dict[str, tuple[float, float]] = {"jordan": (0.681, 1.135), "pola
 """Where five steps take singular values that are at least 0.01 of the Frobenius norm."""
 
 
+def uses_tpu_kernel(shape: tuple[int, ...]) -> bool:
+    """Whether matrices of this shape are iterated by the Mosaic kernel."""
+    return 4 * shape[-2] * shape[-1] <= tpu.MATRIX_BYTES and tpu.usable_undivided()
+
+
 def orthogonalize(
     matrix: Float[Array, "*batch m n"],
     *,
@@ -47,8 +52,8 @@ def orthogonalize(
     """Replaces the singular values of a matrix by values near 1, keeping its singular vectors: ≈ U·Vᵀ.
 
     Works on the smaller side: for m ≫ n every step multiplies n×n matrices only. With X₀ the normalised matrix, each
-    iterate is X₀·Q with Q an n×n polynomial of the Gram matrix X₀ᵀX₀, so X₀ itself enters two products in all. A matrix
-    that is square or nearly so is iterated itself: 3 products of that size a step, not 4.
+    iterate is X₀·Q with Q an n×n polynomial of the Gram matrix X₀ᵀX₀, so X₀ itself enters two matmuls in all. A matrix
+    that is square or nearly so is iterated itself: 3 matmuls of that size a step, not 4.
 
     Args:
       matrix: any shape of at least two axes; leading axes are a batch.
@@ -60,7 +65,7 @@ def orthogonalize(
     References:
       Jordan et al., Muon (2024); ATLAS, arXiv 2505.23735, equation 32.
     """
-    return _mosaic(steps, table, matrix) if tpu.takes_orthogonalize(matrix.shape) else _iterate(matrix, steps, table)
+    return _mosaic(steps, table, matrix) if uses_tpu_kernel(matrix.shape) else _iterate(matrix, steps, table)
 
 
 def gram_polynomial(
@@ -104,8 +109,10 @@ def _iterate(matrix: Float[Array, "*batch m n"], steps: int, table: CoefficientT
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mosaic(steps: int, table: CoefficientTable, matrix: jax.Array) -> jax.Array:
-    """`_iterate` by a TPU kernel; its gradient is that of `_iterate`, computed anew."""
-    return tpu.orthogonalize(matrix, _coefficients(steps, table))
+    """`_iterate` by a TPU kernel; its gradient is that of `_iterate`, recomputed."""
+    from atlas_jax.kernels.tpu import newton_schulz as mosaic  # importing Pallas takes 0.4 s that only TPUs need
+
+    return mosaic.orthogonalize(matrix, _coefficients(steps, table), interpret=tpu.interpreted())
 
 
 def _mosaic_forward(steps: int, table: CoefficientTable, matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -133,7 +140,7 @@ def _quintic_forward(row: _Row, x: jax.Array) -> tuple[jax.Array, tuple[jax.Arra
 
 
 def _quintic_backward(row: _Row, kept: tuple[jax.Array, ...], slope: jax.Array) -> tuple[jax.Array]:
-    """Of P and the Gram matrix, being symmetric, only the symmetric part of a cotangent counts: 4 products, not 6."""
+    """Of P and the Gram matrix, being symmetric, only the symmetric part of a cotangent counts: 4 matmuls, not 6."""
     a, b, c = row
     x, gram, p = kept
     of_p = _symmetric(jnp.einsum("...mi,...mj->...ij", x, slope))

@@ -1,7 +1,9 @@
-"""Drafts: what followed the last place where the latest tokens occurred before, else what usually follows the latest.
+"""The n-gram drafter of speculative decoding (prompt lookup): what followed the last place where the latest tokens occurred
+before, else what usually follows the latest token (a bigram table).
 
-Answers repeat names, code and phrases of what was read, and a decode step over several tokens of a row costs much less than
-four steps, for its weights are read once. The sampler checks every draft against its own draw; a wrong one changes nothing.
+Answers repeat names, code and phrases of what was read, and a decode step over several tokens of a row costs much less
+than as many steps, for its weights are read once. The sampler checks every draft token against its own draw; a rejected
+one changes nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ NONE = -1
 def draft_tokens(
     text: Int32[Array, "B ring"], last: Int32[Array, B], successor: Int32[Array, V], count: int
 ) -> Int32[Array, "B drafts"]:
-    """Guesses the `count` tokens after position `last`.
+    """Drafts the `count` tokens after position `last`.
 
     Args:
       text: the latest tokens of each row, position p at p mod ring; NONE where there is none.
@@ -56,7 +58,7 @@ def draft_tokens(
 
 
 def ref_draft_tokens(text: np.ndarray, successor: np.ndarray, count: int) -> list[int]:
-    """`drafts` for one row's whole text [tokens], oldest first, and successors [V]: the definition."""
+    """`draft_tokens` for one row's whole text [tokens], oldest first, and successors [V]: the definition."""
     last = len(text) - 1
     best, period = 0, 0
     for place in range(last):
@@ -67,8 +69,8 @@ def ref_draft_tokens(text: np.ndarray, successor: np.ndarray, count: int) -> lis
             best, period = length, last - place
     if best:
         return [int(text[last - period + 1 + i % period]) for i in range(count)]
-    guesses, token = [], int(text[last])
+    drafted, token = [], int(text[last])
     for _ in range(count):
         token = NONE if token == NONE else int(successor[token])
-        guesses.append(token)
-    return guesses
+        drafted.append(token)
+    return drafted

@@ -8,10 +8,11 @@ matrix is rank one, left_i·right_iᵀ. With momentum S and memory W,
     W_t = α_t W_{t−1} − η_t S_t                                               (equation 32 without Newton–Schulz)
 
 everything a chunk does is linear in those rank-one terms: W_t = ᾱ_t W₀ − m̄_t S₀ − Σ_i C[t, i] left_i right_iᵀ, where C
-follows from the gates alone. So W_t·x is one product with W₀ and one with a masked b×m matrix of inner products.
+follows from the gates alone. So W_t·x is one matmul with W₀ and one with a masked b×m matrix of inner products.
 
 Axes: b tokens of a chunk, m = c − 1 + b tokens its windows reach (the previous chunk's tail first), h gate channels (1:
-one gate for all), o rows and i columns of a weight. Add a batch with `jax.vmap`.
+one gate for all), o rows and i columns of a weight. Add a batch with `jax.vmap`. The file is long because every operation
+stands with its choice of kernel, its gradient and its definition.
 """
 
 from __future__ import annotations
@@ -96,7 +97,7 @@ def _decay_products(gate: Float[Array, "b h"]) -> Float[Array, "b b h"]:
 def _decay_products_jvp(
     primals: tuple[jax.Array], tangents: tuple[jax.Array]
 ) -> tuple[Float[Array, "b b h"], Float[Array, "b b h"]]:
-    """∂L[t, n]/∂gate_s = L[t, s]·L[s − 1, n]: one product of matrices, and no gate is divided by."""
+    """∂L[t, n]/∂gate_s = L[t, s]·L[s − 1, n]: one matmul, and no gate is divided by."""
     products = _decay_products(*primals)
     before = jnp.concatenate([jnp.zeros_like(products[:1]), products[:-1]])
     return products, _chain(products * tangents[0][None], before)
@@ -163,6 +164,11 @@ def momenta(
     return kept + jax.vmap(window_gradient, (None, None, 0, None))(left, right, coefficients.momentum_tokens, axis)
 
 
+def uses_tpu_kernel(shape: tuple[int, ...], channels: int) -> bool:
+    """Whether `dual_product` and `chunk_end` of a weight of this shape, with gates of so many channels, run in Mosaic."""
+    return channels == 1 and 4 * shape[-2] * shape[-1] <= tpu.MATRIX_BYTES and tpu.usable_undivided()
+
+
 def dual_product(
     x: Float[Array, "b i"],
     weight: Float[Array, "o i"],
@@ -177,7 +183,7 @@ def dual_product(
     Args:
       momentum: S₀, or None where the rule has none.
     """
-    if tpu.takes_omega(weight.shape, _channels(coefficients)):
+    if uses_tpu_kernel(weight.shape, _channels(coefficients)):
         return _mosaic_dual(x, weight, momentum, left, right, coefficients)
     return _dual(x, weight, momentum, left, right, coefficients, axis)
 
@@ -205,7 +211,7 @@ def chunk_end(
     axis: ChannelAxis = "row",
 ) -> tuple[Float[Array, "o i"], Float[Array, "o i"] | None]:
     """W and S after the chunk's last token."""
-    if tpu.takes_omega(weight.shape, _channels(coefficients)):
+    if uses_tpu_kernel(weight.shape, _channels(coefficients)):
         return _mosaic_end(weight, momentum, left, right, coefficients)
     return _end(weight, momentum, left, right, coefficients, axis)
 
@@ -322,9 +328,12 @@ def _mosaic_dual(
     right: jax.Array,
     coefficients: Coefficients,
 ) -> jax.Array:
-    """`_dual` with one gate for a whole weight, by a TPU kernel; its gradient is that of `_dual`, computed anew."""
+    """`_dual` with one gate for a whole weight, by a TPU kernel; its gradient is that of `_dual`, recomputed."""
+    from atlas_jax.kernels.tpu import omega as mosaic  # importing Pallas takes 0.4 s that only TPUs need
+
     c = coefficients
-    return tpu.dual_product(x, weight, momentum, left, right, c.weights, c.momentum, c.tokens[..., 0])
+    gates = c.weights, c.momentum, c.tokens[..., 0]
+    return mosaic.dual_product(x, weight, momentum, left, right, *gates, interpret=tpu.interpreted())
 
 
 def _mosaic_dual_backward(args: tuple[Any, ...], slope: jax.Array) -> tuple[Any, ...]:
@@ -338,10 +347,12 @@ _mosaic_dual.defvjp(lambda *args: (_mosaic_dual(*args), args), _mosaic_dual_back
 def _mosaic_end(
     weight: jax.Array, momentum: jax.Array | None, left: jax.Array, right: jax.Array, coefficients: Coefficients
 ) -> tuple[jax.Array, jax.Array | None]:
-    """`_end` with one gate for a whole weight, by a TPU kernel; its gradient is that of `_end`, computed anew."""
+    """`_end` with one gate for a whole weight, by a TPU kernel; its gradient is that of `_end`, recomputed."""
+    from atlas_jax.kernels.tpu import omega as mosaic
+
     c = jax.tree.map(lambda leaf: leaf[-1], coefficients)
     gates = c.weights[None], c.tokens, c.momentum[None], c.momentum_left[None], c.momentum_tokens
-    return tpu.chunk_end(weight, momentum, left, right, *gates)
+    return mosaic.chunk_end(weight, momentum, left, right, *gates, interpret=tpu.interpreted())
 
 
 def _mosaic_end_backward(args: tuple[Any, ...], slopes: tuple[jax.Array, jax.Array | None]) -> tuple[Any, ...]:
@@ -355,7 +366,7 @@ _mosaic_end.defvjp(lambda *args: (_mosaic_end(*args), args), _mosaic_end_backwar
 def _combine(mixing: Float[Array, "b m"], terms: Float[Array, "m o i"]) -> Float[Array, "b o i"]:
     """Σ_m mixing[t, m]·terms[m].
 
-    JAX has the slope as the first operand of both products of the backward pass; XLA then transposes b whole memories
+    JAX has the slope as the first operand of both matmuls of the backward pass; XLA then transposes b whole memories
     on CPU. In this order most are not: `atlas` per token on plain keys with backward, a quarter less time.
     """
     return jnp.einsum("tm,moi->toi", mixing, terms)

@@ -1,18 +1,22 @@
-"""What happens to a step's heads between the product they come from and attention."""
+"""Between the QKV GEMM and attention: norms and RoPE on queries and keys, and the write to the KV cache."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from atlas_jax.config import PAGE
-from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView, write
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.fused_linear import rms_norm
+from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView, write
 from atlas_jax.kernels.rope import apply_rope
 from atlas_jax.typing import Array, Float
 
 
-def enter(
+def uses_cpu_kernel(dim: int, half: int) -> bool:
+    """Whether heads of this many dimensions, `half` of them first of a rotated pair, run the C kernel on int8 pages."""
+    return dim % 16 == 0 and half % 16 == 0 and library.usable()
+
+
+def qkv_rope_cache(
     x: Float[Array, "B T K G+2 D"],
     gains: tuple[Float[Array, D], Float[Array, D]] | None,
     eps: float,
@@ -32,11 +36,12 @@ def enter(
       Queries that meet the ring, queries that meet the sinks, and the cache.
     """
     k, v = kv.k, kv.v
-    taken = ffi.takes_heads(PAGE, x.shape[-1], rotary[0].shape[-1])
-    if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
+    if uses_cpu_kernel(x.shape[-1], rotary[0].shape[-1]) and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
         where = view.slot, view.positions, view.valid
-        q, q_sink, (k_values, k_scale, v_values, v_scale) = ffi.heads(x, gains, eps, rotary, near, *where, ring)
+        q, q_sink, (k_values, k_scale, v_values, v_scale) = ffi.qkv_rope_cache(
+            x, gains, eps, rotary, near, *where, ring
+        )
         written = QuantPages(k_values, k_scale), QuantPages(v_values, v_scale)
         return q, q_sink, LayerKV(*written, kv.sink_k, kv.sink_v)
     q, new_k, new_v = x[..., :-2, :].reshape(*x.shape[:2], -1, x.shape[-1]), x[..., -2, :], x[..., -1, :]

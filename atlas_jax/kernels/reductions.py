@@ -1,7 +1,7 @@
 """Sums and maxima along the last axis in the form XLA's CPU backend runs fast.
 
 XLA rewrites a CPU reduction of more than 32 elements into `reduce-window`, a scalar loop: 0.67 ms for the maxima of
-[128, 576], as long as the matrix product beside it. Reducing in stages of at most 32, outer axis first so that the inner
+[128, 576], as long as the GEMM beside it. Reducing in stages of at most 32, outer axis first so that the inner
 one is a vector, takes 0.05 ms. The barriers keep XLA from merging the stages again; on other platforms they are free.
 """
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MAX_LOGIT_BIAS
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.typing import Array, Bool, Float, Int, Int32, UInt32
 
@@ -156,7 +156,7 @@ def record(state: SamplingState, tokens: Int32[Array, "B T"], drawn: Bool[Array,
 
 def _greedy(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The first of the best tokens, and the logarithm of Σ exp(score)."""
-    if ffi.takes_vocabulary():
+    if library.usable():
         return ffi.greedy(scores)
     best = row_max(scores)
     return _first_best(scores), best + jnp.log(row_sum(jnp.exp(scores - best[:, None])))
@@ -215,7 +215,7 @@ def _first_best(x: jax.Array) -> jax.Array:
 
 def _draw(state: SamplingState, scores: jax.Array, position: jax.Array) -> jax.Array:
     uniform = _uniform(state.seed, position)
-    if ffi.takes_vocabulary():
+    if library.usable():
         return ffi.draw(
             scores,
             temperature=state.temperature,

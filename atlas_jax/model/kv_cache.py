@@ -1,4 +1,4 @@
-"""Attention state of a batch of rows: the ring of pages, and how a row moves from page to page."""
+"""The KV cache of a batch of rows: rings of pages, and how a row moves from page to page."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import ModelConfig
-from atlas_jax.kernels import attention
-from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
+from atlas_jax.kernels import kv_pages
+from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, RingView
 from atlas_jax.model.page_schedule import NextPage
 from atlas_jax.model.transformer import init_kv
 from atlas_jax.typing import Array, Int32
@@ -20,7 +20,7 @@ from atlas_jax.typing import Array, Int32
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Attention state of a batch of rows.
+    """Keys and values of a batch of rows, and what they have read.
 
     Attributes:
       page: page of the text in each ring slot, −1 where there is none.
@@ -39,7 +39,7 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PageStart:
-    """A row's move to its next page, as the compiled step reads it; see `window.NextPage`."""
+    """A row's move to its next page, as the compiled step reads it; see `page_schedule.NextPage`."""
 
     row: Int32[Array, ""]
     slot: Int32[Array, ""]
@@ -63,9 +63,9 @@ def init_kv_cache(model: ModelConfig, batch: int, pages: int, dtype: KVDtype) ->
     )
 
 
-def page_start(row: int, turn: NextPage) -> PageStart:
+def page_start(row: int, page: NextPage) -> PageStart:
     """One row's move to its next page, made on the host."""
-    numbers = (row, turn.slot, turn.page, turn.first_page, turn.sink_slot)
+    numbers = (row, page.slot, page.page, page.first_page, page.sink_slot)
     return PageStart(*(np.asarray(number, np.int32) for number in numbers))  # type: ignore[arg-type]
 
 
@@ -81,22 +81,22 @@ def ring_view(cache: KVCache, tokens: int, count: Int32[Array, B]) -> RingView:
     )
 
 
-def start_page(cache: KVCache, turn: PageStart) -> KVCache:
+def start_page(cache: KVCache, start: PageStart) -> KVCache:
     """Enters the next page in a row's ring; a page that was in that slot is gone."""
     rows = cache.position.shape[0]
-    here = jnp.arange(rows) == turn.row
-    keep = here & (turn.sink_slot >= 0)
-    slot = jnp.full((rows,), jnp.maximum(turn.sink_slot, 0), jnp.int32)
+    here = jnp.arange(rows) == start.row
+    keep = here & (start.sink_slot >= 0)
+    slot = jnp.full((rows,), jnp.maximum(start.sink_slot, 0), jnp.int32)
     kv = jax.lax.cond(
-        turn.sink_slot >= 0,
-        lambda sinks: [attention.first_tokens(layer, slot, keep) for layer in cache.kv],
+        start.sink_slot >= 0,
+        lambda sinks: [kv_pages.first_tokens(layer, slot, keep) for layer in cache.kv],
         lambda sinks: sinks,
         [(layer.sink_k, layer.sink_v) for layer in cache.kv],
     )
     return dataclasses.replace(
         cache,
         kv=tuple(dataclasses.replace(layer, sink_k=k, sink_v=v) for layer, (k, v) in zip(cache.kv, kv, strict=True)),
-        page=cache.page.at[turn.row, turn.slot].set(turn.page),
-        slot=cache.slot.at[turn.row].set(turn.slot),
-        first_page=cache.first_page.at[turn.row].set(turn.first_page),
+        page=cache.page.at[start.row, start.slot].set(start.page),
+        slot=cache.slot.at[start.row].set(start.slot),
+        first_page=cache.first_page.at[start.row].set(start.first_page),
     )

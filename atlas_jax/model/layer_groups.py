@@ -2,30 +2,29 @@
 
 XLA's compile time is mostly passes over the whole program: 30 unrolled layers take 11 s on two cores, five take 2 s, and
 equal groups of layers share one program. Scanning over stacked layers would compile as fast but copies every weight on CPU.
-`trunk` is for where the gaps between programs cost more than compiling: the same numbers from one program.
+Where the gaps between programs cost more than compiling, `Trunk.parts` gives the same numbers inlined into one program.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.aot import AotProgram, shapes
+from atlas_jax.aot import INLINE, RUN, AotProgram, Mode
 from atlas_jax.config import PAGE, LayerConfig, ModelConfig
 from atlas_jax.kernels import lowering_platform
 from atlas_jax.model.kv_cache import KVCache, ring_view
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import StepView, embed, run_layers, step_view
-from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 _PREFERRED = (5, 6, 4, 7, 3)
-"""Layers per group on CPU, best first. More dispatch less; but streams wait for a group of a prompt's piece, and ten layers
+"""Layers per group on CPU, best first. More dispatch less; but streams wait for a group of a prompt's chunk, and ten layers
 of SmolLM2-135M take several times as long as a decode step where a plain prompt has come to its 8 000th token."""
 
 
@@ -59,56 +58,63 @@ def _groups(layers: Sequence[LayerConfig]) -> tuple[LayerGroup, ...]:
 
 
 class Trunk:
-    """Everything between token ids and the last layer's output, compiled per shape of a step.
+    """Everything between token ids and the last layer's output, as programs compiled per shape of a step.
 
     The key of a step is (rows, ring pages, tokens per row).
     """
 
-    def __init__(self, config: ModelConfig, mesh_layout: MeshLayout = ONE_DEVICE) -> None:
-        """On accelerators all layers are one program: there the gaps between programs cost more than compiling."""
-        self._config = config
-        self._groups = _groups(config.layers)
-        self._enter = AotProgram(functools.partial(_enter, config), mesh_layout=mesh_layout)
-        self._run: dict[tuple[LayerConfig, ...], AotProgram] = {}
-        for group in self._groups:
-            specs = config.layers[group.first : group.last]
-            run = functools.partial(run_layers, config, specs)
-            self._run.setdefault(specs, AotProgram(run, donate=(1,), mesh_layout=mesh_layout))
+    def __init__(self, config: ModelConfig, program: Callable[..., AotProgram] = AotProgram) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          program: makes a program of a function. On accelerators all layers are one: there the gaps between programs cost
+            more than compiling.
+        """
+        self._layers = len(config.layers)
+        self._enter = program(functools.partial(_enter, config))
+        alike: dict[tuple[LayerConfig, ...], AotProgram] = {}
+        self._groups: list[tuple[AotProgram, slice]] = []
+        for group in _groups(config.layers):
+            part = slice(group.first, group.last)
+            specs = config.layers[part]
+            if specs not in alike:
+                alike[specs] = program(functools.partial(run_layers, config, specs), donate=(1,))
+            self._groups.append((alike[specs], part))
 
     def __call__(
         self, key: Hashable, params: ModelParams, cache: KVCache, tokens: Any, count: Any
     ) -> tuple[KVCache, StepView, list[jax.Array]]:
-        """Runs a step; the KV cache is donated.
+        """Runs a step; the KV cache is donated. Arguments and results as for `parts`, of which this is the last."""
+        *_, whole = self.parts(RUN, key, params, cache, tokens, count)
+        return whole
+
+    def parts(
+        self, call: Mode, key: Hashable, params: ModelParams, cache: KVCache, tokens: Any, count: Any
+    ) -> Iterator[tuple[KVCache, StepView, list[jax.Array]]]:
+        """A step, one group of layers after the other.
 
         Args:
+          call: how its programs are called. `INLINE` gives the same bits as `RUN`.
+          cache: donated.
           tokens: [B, T], or [B] for one token per row, or several such arrays that follow one another; −1 is no token,
             nor is anything after it.
           count: how many tokens of each row are wanted. A row takes no more than its page has room for, and none if that
             page has not begun.
 
-        Returns:
-          The KV cache after the step, the step's view, and every layer's output.
+        Yields:
+          The KV cache, the step's view, and the outputs of all layers so far. Before the last group the cache is where it
+          was before the step: what layers have stored beyond that is not seen.
         """
-        *_, whole = self.parts(key, params, cache, tokens, count)
-        return whole
-
-    def parts(
-        self, key: Hashable, params: ModelParams, cache: KVCache, tokens: Any, count: Any
-    ) -> Iterator[tuple[KVCache, StepView, list[jax.Array]]]:
-        """The same a group of layers at a time, with the outputs so far.
-
-        Before the last group the cache is where it was before the step: what layers have stored beyond that is not seen.
-        """
-        x, view, position = self._enter(key, params.embed, params.ropes, page_table(cache), tokens, count)
+        x, view, position = call(self._enter, key, params.embed, params.ropes, page_table(cache), tokens, count)
         states: list[jax.Array] = []
         kv = list(cache.kv)
-        for group in self._groups:
-            program = self._run[self._config.layers[group.first : group.last]]
-            part = slice(group.first, group.last)
-            outputs, kv[part] = program(key, params.layers[part], tuple(kv[part]), x, view)
+        for program, part in self._groups:
+            if call is INLINE and self.programs > 1:
+                x, view = _edge(jnp.all(count >= 0), (x, view))
+            outputs, kv[part] = call(program, key, params.layers[part], tuple(kv[part]), x, view)
             states += outputs
             x = outputs[-1]
-            reached = position if group is self._groups[-1] else cache.position
+            reached = position if part.stop == self._layers else cache.position
             yield dataclasses.replace(cache, kv=tuple(kv), position=reached), view, states
 
     @property
@@ -116,40 +122,9 @@ class Trunk:
         """How many programs a step runs between its first and its last layer."""
         return len(self._groups)
 
-    def compile(
-        self, key: Hashable, params: ModelParams, cache: KVCache, tokens: Any, count: Any
-    ) -> tuple[StepView, list[Any]]:
-        """Compiles a step from shapes; returns the shapes of its view and of the layers' outputs."""
-        enter = (params.embed, params.ropes, page_table(cache), tokens, count)
-        self._enter.compile(key, *enter)
-        x, view, _ = jax.eval_shape(functools.partial(_enter, self._config), *enter)
-        for group in self._groups:
-            part = slice(group.first, group.last)
-            self._run[self._config.layers[part]].compile(key, params.layers[part], cache.kv[part], x, view)
-        return view, [shapes(x)] * len(self._config.layers)
-
-
-def trunk(
-    config: ModelConfig, params: ModelParams, cache: KVCache, tokens: Any, count: Any
-) -> tuple[KVCache, StepView, tuple[jax.Array, ...]]:
-    """What `Trunk` does, bit for bit, as one function to be compiled into its caller's program."""
-    x, view, position = _enter(config, params.embed, params.ropes, page_table(cache), tokens, count)
-    states: list[jax.Array] = []
-    kv: list[Any] = []
-    parts = _groups(config.layers)
-    for group in parts:
-        if len(parts) > 1:
-            x, view = _edge(jnp.all(count >= 0), (x, view))
-        part = slice(group.first, group.last)
-        outputs, stored = run_layers(config, config.layers[part], params.layers[part], cache.kv[part], x, view)
-        states += outputs
-        kv += stored
-        x = outputs[-1]
-    return dataclasses.replace(cache, kv=tuple(kv), position=position), view, tuple(states)
-
 
 def _edge(always: jax.Array, tree: Any) -> Any:
-    """The tree, as an edge between programs leaves it: nothing is fused across, where it would round differently.
+    """The tree, as an edge between programs leaves it: nothing is fused across it, which would round differently.
 
     XLA removes barriers before it fuses, but nothing from around a conditional whose outcome it cannot know.
     """

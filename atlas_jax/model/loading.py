@@ -15,8 +15,7 @@ from atlas_jax.aot import shape, shapes
 from atlas_jax.config import ConfigError, ModelConfig, RopeConfig
 from atlas_jax.config import WeightDtype as WeightDtype
 from atlas_jax.gguf import GGUFFile
-from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight
+from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight, uses_cpu_kernel
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
@@ -180,7 +179,7 @@ def _packed(file: GGUFFile, config: ModelConfig) -> frozenset[str]:
     def taken(name: str) -> bool:
         shape = file.tensors[name].shape
         outputs = config.vocab if name in (_EMBED, _HEAD) else shape[0]
-        return file.has_nibbles(name) and ffi.takes_linear(shape[1], outputs)
+        return file.has_nibbles(name) and uses_cpu_kernel(shape[1], outputs)
 
     return frozenset(name for names in by_role.values() if all(map(taken, names)) for name in names)
 

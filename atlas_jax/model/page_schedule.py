@@ -38,7 +38,7 @@ class PageSchedule:
         """Ring slot of a page. While nothing has left, a page's slot is its number, whatever the ring's size."""
         return page if self.window is None else page % (self.window + self.update - 1)
 
-    def turn(self, page: int) -> NextPage:
+    def next_page(self, page: int) -> NextPage:
         """What happens when `page` begins."""
         before, now = self.left(page - 1), self.left(page)
         return NextPage(

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import LayerConfig, ModelConfig
-from atlas_jax.kernels import attention, qkv_rope_cache, tpu
-from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
+from atlas_jax.kernels import attention, kv_pages
 from atlas_jax.kernels.fused_linear import gated_linear, normed_linear, residual_sum, summed_linear
+from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, RingView
 from atlas_jax.kernels.linear import Weight, linear, rows_of
+from atlas_jax.kernels.qkv_rope_cache import qkv_rope_cache
 from atlas_jax.kernels.rope import RopeTable, rotations
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.sharding import on_each_device
@@ -27,7 +28,7 @@ SINKS = 4
 def init_kv(config: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> tuple[LayerKV, ...]:
     """An empty cache of `pages` pages for each of `batch` rows."""
     return tuple(
-        attention.init_layer_kv(batch, pages, config.kv_heads, config.head_dim, SINKS, dtype) for _ in config.layers
+        kv_pages.init_layer_kv(batch, pages, config.kv_heads, config.head_dim, SINKS, dtype) for _ in config.layers
     )
 
 
@@ -69,7 +70,7 @@ def embed(config: ModelConfig, table: Weight, tokens: Int32[Array, "B T"]) -> Fl
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Residual:
-    """The residual stream, x, and what is still to be added to it: the next product does so while it rounds its rows.
+    """The residual stream, x, and what is still to be added to it: the next GEMM does so while it quantises its rows.
 
     Attributes:
       gain: of the norm of what is added, if it has one.
@@ -115,27 +116,27 @@ def _run_layer(
     config: ModelConfig, spec: LayerConfig, layer: LayerParams, kv: LayerKV, residual: Residual, view: StepView
 ) -> tuple[jax.Array, Residual, LayerKV]:
     """What the layer reads, what it leaves, and its cache."""
-    product, x = _product(config, layer.qkv, residual, layer.attn_norm)
-    by_head = product.reshape(*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
+    qkv, x = _normed_linear(config, layer.qkv, residual, layer.attn_norm)
+    by_head = qkv.reshape(*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
     gains = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
     rotary, near = view.rotary[spec.rope], view.rotary_sink[spec.rope]
     rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)]
 
     def attend(by_head: jax.Array, kv: LayerKV, rows: Any, gains: Any) -> tuple[jax.Array, LayerKV]:
-        ring, rotary, near, (seen, sinks_seen) = rows
-        q, q_sink, kv = qkv_rope_cache.enter(by_head, gains, config.norm_eps, rotary, near, kv, ring)
-        if tpu.takes_attention(kv):
-            return tpu.attention(q, q_sink, kv, ring, spec.sliding_window, config.scale), kv
-        return attention.window_attention(q, q_sink, kv, seen, sinks_seen, config.scale), kv
+        ring, rotary, near, masks = rows
+        q, q_sink, kv = qkv_rope_cache(by_head, gains, config.norm_eps, rotary, near, kv, ring)
+        return attention.attend(q, q_sink, kv, ring, spec.sliding_window, masks, config.scale), kv
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)
     attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1))
-    gate_up, between = _product(config, layer.gate_up, Residual(x, attended, layer.attn_post_norm), layer.ff_norm)
+    gate_up, between = _normed_linear(config, layer.gate_up, Residual(x, attended, layer.attn_post_norm), layer.ff_norm)
     made = gated_linear(layer.down, gate_up, config.ff_block, config.activation)
     return x, Residual(between, made, layer.ff_post_norm), kv
 
 
-def _product(config: ModelConfig, weight: Weight, residual: Residual, gain: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _normed_linear(
+    config: ModelConfig, weight: Weight, residual: Residual, gain: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Of the normed residual stream; and the stream, with what was to be added."""
     if residual.added is None:
         return normed_linear(weight, residual.x, gain, config.norm_eps), residual.x

@@ -266,7 +266,7 @@ def _collect(
         for page in range(len(reading.tokens) // PAGE):
             part = slice(page * PAGE, (page + 1) * PAGE)
             positions = np.arange(page * PAGE, (page + 1) * PAGE, dtype=np.int32)[None]
-            left = plan.turn(page).absorb_end
+            left = plan.next_page(page).absorb_end
             if left is not None:
                 state = absorb(adapter, state, np.int32(0), _exact_write(left, config.max_omega_window))
             streams = reading.tapped[:, part], reading.exponent[:, part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,9 +70,10 @@ def read_texts(
     """Reads each text, of whole pages and one token more, from its first token on."""
     plan = PageSchedule(window=WINDOW)
 
-    trunk, judge = Trunk(model, mesh_layout), Judge(model, params)
+    program = functools.partial(AotProgram, mesh_layout=mesh_layout)
+    trunk, judge = Trunk(model, program), Judge(model, params)
     count = np.full((1,), PAGE, np.int32)
-    turn = AotProgram(start_page, donate=(0,), mesh_layout=mesh_layout)
+    next_page = program(start_page, donate=(0,))
     total = sum(len(text) // PAGE for text in texts)
     done = 0
     readings = []
@@ -81,7 +83,7 @@ def read_texts(
         chance, entropy = np.ones(len(tokens) - 1), np.zeros(len(tokens) - 1)
         tapped, exponent = [], []
         for page in range(len(tokens) // PAGE):
-            cache = turn((), cache, page_start(0, plan.turn(page)))
+            cache = next_page((), cache, page_start(0, plan.next_page(page)))
             part = slice(page * PAGE, (page + 1) * PAGE)
             cache, _, states = trunk((1, WINDOW, PAGE), params, cache, tokens[None, part], count)
             if page >= WINDOW:

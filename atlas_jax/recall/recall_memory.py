@@ -23,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import MemoryConfig
-from atlas_jax.kernels import tpu
-from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import QuantArray, linear, linear_each, quantize_rows, rows_of
-from atlas_jax.kernels.monomials import gather_monomials
+from atlas_jax.kernels.cpu import ffi, library
+from atlas_jax.kernels.linear import linear, quantize_rows, rows_of
+from atlas_jax.kernels.monomials import window_monomials
+from atlas_jax.kernels.recall_features import read_out
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.recall.adapter import TRAIL_DECAY, TRAIL_LENGTH, Adapter
 from atlas_jax.recall.solvers import Optimizer, omega_step, product
@@ -304,7 +304,7 @@ def read(
     Where the memory takes no part, or nothing has been written yet, the logits come back as they are and the gate is 0.
     """
     active = (settings.read & state.written)[:, None] & (positions >= settings.read_from[:, None]) & valid
-    if not ffi.takes_codes(adapter.codes.shape[1]):
+    if adapter.codes.shape[1] % 64 or not library.usable():  # the C kernel takes codes of whole vectors
         mixed: tuple[jax.Array, jax.Array] = jax.lax.cond(
             jnp.any(active),
             lambda: blend(adapter, settings.log_odds, logits, scores(adapter, state, settings, key), active),
@@ -330,14 +330,8 @@ def scores(
 
 def _read_out(adapter: Adapter, state: RecallState, settings: RecallSettings, key: jax.Array) -> jax.Array:
     """M φ(k): [B, T, C]."""
-    if tpu.takes_read(key.shape[1]):
-        return tpu.read_out(key, settings.degree, state.read_values, state.read_scale, adapter.halves)
-    tables = adapter.factors, adapter.feature_weight
-    if ffi.takes_monomials(adapter.factors.shape[1]):
-        features = ffi.monomials(key, *tables, settings.degree)  # [B, T, M]
-    else:
-        features = jax.vmap(gather_monomials)(key, *(table[settings.degree] for table in tables))
-    return linear_each(QuantArray(state.read_values, state.read_scale), features)
+    tables = adapter.factors, adapter.feature_weight, adapter.halves
+    return read_out(key, settings.degree, state.read_values, state.read_scale, *tables)
 
 
 def gate_features(score: Float[Array, "*rows V"], entropy: Float[Array, "*rows"]) -> Float[Array, "*rows features"]:
@@ -399,11 +393,4 @@ def keep_endings(
 
 def _window_features(adapter: Adapter, key: Float[Array, "W R"], degree: Int32[Array, ""]) -> Float[Array, "W M"]:
     """φ of one row's window, in the precision of `inner_step.product`."""
-    if ffi.takes_monomials(adapter.factors.shape[1]):
-        tables = adapter.factors, adapter.feature_weight
-        return ffi.monomials(key[None], *tables, degree[None], rounded=True)[0]
-    extended = jnp.concatenate([key.T, jnp.ones((1, key.shape[0]), key.dtype)])
-    product = adapter.feature_weight[degree][:, None]
-    for position in range(adapter.factors.shape[2]):  # products of contiguous rows of W numbers
-        product = product * extended[adapter.factors[degree, :, position]]
-    return product.T.astype(jnp.bfloat16)
+    return window_monomials(key, adapter.factors, adapter.feature_weight, degree)

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from atlas_jax.config import PAGE, ModelConfig
-from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.kv_cache import init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.page_schedule import PageSchedule
@@ -32,7 +32,7 @@ def scores(
     out = []
     for page in range(-(-length // PAGE)):
         part = text[page * PAGE : (page + 1) * PAGE]
-        context = start_page(context, page_start(0, plan.turn(page)))
+        context = start_page(context, page_start(0, plan.next_page(page)))
         tokens = np.zeros((1, PAGE), np.int32)
         tokens[0, : len(part)] = part
         key = (kv_dtype, plan.ring(length))

@@ -9,8 +9,7 @@ import pytest
 
 from atlas_jax.config import PAGE
 from atlas_jax.gguf import GGUFFile
-from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import PackedArray
+from atlas_jax.kernels.linear import PackedArray, uses_cpu_kernel
 from atlas_jax.model.loading import load_params, model_config, parameter_count
 from atlas_jax.model.page_schedule import PageSchedule
 from tests import tiny_model
@@ -35,7 +34,7 @@ def test_scores_are_those_of_the_definition(folder: Path, shape: tiny_model.Shap
     with GGUFFile.open(path) as file:
         config = model_config(file)
         exact, rounded = (load_params(file, config, dtype=dtype) for dtype in ("float32", "int8"))
-    assert isinstance(rounded.layers[0].gate_up, PackedArray) == (shape.nibbles and ffi.takes_linear(64, 16))
+    assert isinstance(rounded.layers[0].gate_up, PackedArray) == (shape.nibbles and uses_cpu_kernel(64, 16))
     weights = transformer_reference.tensors(path)
     assert parameter_count(exact) == parameter_count(rounded) == sum(value.size for value in weights.values())
     wanted = transformer_reference.logits(config, weights, TEXT)

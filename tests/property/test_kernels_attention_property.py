@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE, RopeConfig
-from atlas_jax.kernels import attention
-from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView
+from atlas_jax.kernels import attention, kv_pages
+from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, QuantPages, RingView
+from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.rope import RopeTable, apply_rope, rope_table, rotations
 from atlas_jax.model.page_schedule import PageSchedule
 from tests.reference.attention_reference import attend, rotation, visible_positions
@@ -33,7 +34,7 @@ cases = st.tuples(
 def write_and_attend(
     kv: LayerKV, q: jax.Array, k: jax.Array, v: jax.Array, view: RingView, seen: jax.Array, sinks_seen: jax.Array
 ) -> tuple[LayerKV, jax.Array]:
-    kv = attention.write(kv, k, v, view)
+    kv = kv_pages.write(kv, k, v, view)
     return kv, attention.window_attention(q, q, kv, seen, sinks_seen, SCALE)
 
 
@@ -44,7 +45,7 @@ def step(
     return write_and_attend(kv, q, k, v, view, *attention.visible(view, sliding_window))
 
 
-def stored(pages: attention.Pages) -> np.ndarray:
+def stored(pages: kv_pages.Pages) -> np.ndarray:
     """What a ring holds, as float64 numbers."""
     if isinstance(pages, QuantPages):
         return np.asarray(pages.values, np.float64) * np.asarray(pages.scale, np.float64)[..., None]
@@ -68,7 +69,7 @@ class Row:
         self.stale = random.standard_normal((2, RING, PAGE, KV_HEADS, DIM)).astype(np.float32) * 50
 
 
-def build(rows: list[Row], dtype: attention.KVDtype) -> tuple[LayerKV, RingView]:
+def build(rows: list[Row], dtype: KVDtype) -> tuple[LayerKV, RingView]:
     """The rings before the last tokens are written; what nobody may see is large garbage."""
     ring = np.stack([row.stale for row in rows], axis=1)  # [2, B, N, P, K, D]
     for index, row in enumerate(rows):
@@ -79,9 +80,9 @@ def build(rows: list[Row], dtype: attention.KVDtype) -> tuple[LayerKV, RingView]
                     ring[which, index, slot, : part.stop - part.start] = text[part]
     ring = ring.transpose(0, 1, 2, 4, 3, 5)
     sinks = np.stack([np.stack([t[:SINKS].transpose(1, 0, 2) for t in (r.k, r.v)]) for r in rows], axis=1)
-    pages: list[attention.Pages] = [jnp.asarray(part) for part in ring]
+    pages: list[kv_pages.Pages] = [jnp.asarray(part) for part in ring]
     if dtype == "int8":
-        pages = [QuantPages(*(x if x.ndim == 5 else x[..., 0] for x in attention.quantize_rows(p))) for p in pages]
+        pages = [QuantPages(*(x if x.ndim == 5 else x[..., 0] for x in quantize_rows(p))) for p in pages]
         pages = [QuantPages(p.values, p.scale.reshape(p.values.shape[:-1])) for p in pages]
     kv = LayerKV(pages[0], pages[1], jnp.asarray(sinks[0]), jnp.asarray(sinks[1]))
     view = RingView(
@@ -106,7 +107,7 @@ def inputs(rows: list[Row], random: np.random.Generator) -> tuple[np.ndarray, np
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases)
-def test_attention_is_a_softmax_over_the_window_and_the_sinks(dtype: attention.KVDtype, case: tuple) -> None:
+def test_attention_is_a_softmax_over_the_window_and_the_sinks(dtype: KVDtype, case: tuple) -> None:
     lengths, (window, update), sliding_window, seed = case
     random = np.random.default_rng(seed)
     rows = [Row(length, PageSchedule(window, update), random) for length in lengths]
@@ -138,7 +139,7 @@ def test_attention_is_a_softmax_over_the_window_and_the_sinks(dtype: attention.K
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases)
-def test_what_is_not_seen_changes_no_bit(dtype: attention.KVDtype, case: tuple) -> None:
+def test_what_is_not_seen_changes_no_bit(dtype: KVDtype, case: tuple) -> None:
     lengths, (window, update), sliding_window, seed = case
     random = np.random.default_rng(seed)
     rows = [Row(length, PageSchedule(window, update), random) for length in lengths]
@@ -158,7 +159,7 @@ def test_what_is_not_seen_changes_no_bit(dtype: attention.KVDtype, case: tuple) 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(cases)
-def test_a_token_gets_the_same_output_alone_and_in_a_chunk(dtype: attention.KVDtype, case: tuple) -> None:
+def test_a_token_gets_the_same_output_alone_and_in_a_chunk(dtype: KVDtype, case: tuple) -> None:
     lengths, (window, update), sliding_window, seed = case
     random = np.random.default_rng(seed)
     rows = [Row(length, PageSchedule(window, update), random) for length in lengths]
@@ -178,7 +179,7 @@ def test_a_token_gets_the_same_output_alone_and_in_a_chunk(dtype: attention.KVDt
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_sinks_are_handed_over_as_the_ring_held_them(dtype: attention.KVDtype) -> None:
+def test_sinks_are_handed_over_as_the_ring_held_them(dtype: KVDtype) -> None:
     random = np.random.default_rng(0)
     rows = [Row(3 * PAGE, PageSchedule(4), random) for _ in range(ROWS)]
     kv, _ = build(rows, dtype)
@@ -191,7 +192,7 @@ def test_sinks_are_handed_over_as_the_ring_held_them(dtype: attention.KVDtype) -
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("tokens", [1, TOKENS])
-def test_a_row_that_sits_a_step_out_keeps_its_cache(dtype: attention.KVDtype, tokens: int) -> None:
+def test_a_row_that_sits_a_step_out_keeps_its_cache(dtype: KVDtype, tokens: int) -> None:
     """Also one that stands at the end of a page: its next page has not begun, the place it would write is taken."""
     random = np.random.default_rng(0)
     rows = [Row(2 * PAGE, PageSchedule(4), random), Row(2 * PAGE - 3, PageSchedule(4), random)]

@@ -7,7 +7,6 @@ import functools
 import logging
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +19,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels.attention import LayerKV, QuantPages, ref_window_attention, window_attention
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels import attention
+from atlas_jax.kernels.attention import ref_window_attention, window_attention
+from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.fused_linear import gated_linear, normed_linear, summed_linear
+from atlas_jax.kernels.kernel_choice import KernelChoice
+from atlas_jax.kernels.kv_pages import LayerKV, QuantPages
 from atlas_jax.kernels.linear import (
     PackedArray,
     QuantArray,
@@ -34,31 +36,26 @@ from atlas_jax.kernels.linear import (
     split_rows,
     unpack,
 )
+from atlas_jax.kernels.linear import uses_cpu_kernel as linear_uses_cpu_kernel
 from atlas_jax.kernels.monomials import gather_monomials
 from atlas_jax.recall import recall_memory
 from tests.property.rounding_support import halfway
 
-available = ffi.available()
+available = library.available()
 needs_kernels = pytest.mark.skipif(not available, reason="no C compiler, or no AVX-512 VNNI")
 seeds = st.integers(0, 2**32 - 1)
 DIM, SINKS, SCALE = 64, 4, 0.125
 
 
-@pytest.fixture(autouse=True)
-def usual() -> Iterator[None]:
-    yield
-    ffi.use(True)
-
-
 @functools.cache
-def compiled(wanted: bool, function: Any) -> Any:
-    return jax.jit(lambda *args: function(*args))
+def compiled(function: Any) -> Any:
+    return jax.jit(function)
 
 
-def run(wanted: bool, function: Any, *args: Any) -> np.ndarray:
+def run(cpu: bool, function: Any, *args: Any) -> np.ndarray:
     """A function traced with or without the kernels."""
-    ffi.use(wanted)
-    return np.asarray(compiled(wanted, function)(*args))
+    with KernelChoice(cpu=cpu).scope():
+        return np.asarray(compiled(function)(*args))
 
 
 def product(weight: Weight, x: jax.Array) -> jax.Array:
@@ -138,13 +135,13 @@ def test_a_matrix_for_each_row_is_one_product_after_the_other(seed: int, batch: 
 @pytest.mark.parametrize("rows", [*range(1, 10), 20])
 def test_without_amx_products_are_the_same(rows: int, built: Path, tmp_path: Path) -> None:
     """A copy of the library that has not been asked what the processor has takes the path of VNNI alone."""
-    library = ctypes.CDLL(shutil.copy(built, tmp_path / "copy.so"))
+    copy = ctypes.CDLL(shutil.copy(built, tmp_path / "copy.so"))
     rng = np.random.default_rng(rows)
     weight = QuantArray(*map(jnp.asarray, quantize_weight(rng.normal(size=(80, 192)).astype(np.float32))))
     packed = packed_weight(rng, 80, 192)
     x = jnp.asarray(rng.normal(size=(rows, 192)).astype(np.float32))
     target = f"atlas_linear_{tmp_path.name}"
-    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(library.atlas_linear), platform="cpu")
+    jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(copy.atlas_linear), platform="cpu")
     call = jax.ffi.ffi_call(target, jax.ShapeDtypeStruct((rows, 80), jnp.float32))
     found = jax.jit(call)(x, weight.values, weight.scale)
     np.testing.assert_array_equal(found, run(False, product, weight, x))
@@ -316,22 +313,22 @@ def test_without_a_compiler_xla_does_it(
 ) -> None:
     monkeypatch.setenv("CC", str(tmp_path / "no-such-compiler"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    ffi.available.cache_clear()
+    library.available.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "atlas.kernels"):
-            assert not ffi.takes_linear(64, 64)
+            assert not linear_uses_cpu_kernel(64, 64)
         assert "native kernels" in caplog.text
         weight = QuantArray(jnp.ones((16, 64), jnp.int8), jnp.ones((16,)))
         np.testing.assert_allclose(linear(weight, jnp.ones((2, 64))), np.full((2, 16), 64.0), rtol=1e-6)
     finally:
-        ffi.available.cache_clear()
+        library.available.cache_clear()
     assert not list((tmp_path / "atlas-jax" / "native").iterdir())
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The kernels, compiled."""
-    return ffi.build(tmp_path_factory.mktemp("native"))
+    return library.build(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture
@@ -353,18 +350,18 @@ def _compiler(folder: Path, monkeypatch: pytest.MonkeyPatch, does: str) -> None:
 @pytest.mark.parametrize("damage", [slice(0, 4096), slice(0, -1), slice(0, 0), slice(1, None)])
 def test_a_damaged_library_is_built_anew(damage: slice, fresh: Path) -> None:
     fresh.mkdir(parents=True)
-    library = ffi.build(fresh)
-    whole = library.read_bytes()
-    library.write_bytes(whole[damage])
-    assert ffi._library().atlas_supported()
-    assert library.read_bytes() == whole
+    file = library.build(fresh)
+    whole = file.read_bytes()
+    file.write_bytes(whole[damage])
+    assert library._library().atlas_supported()
+    assert file.read_bytes() == whole
 
 
 @needs_kernels
 def test_a_cache_that_cannot_be_written_costs_no_kernels(fresh: Path, caplog: pytest.LogCaptureFixture) -> None:
     fresh.parent.mkdir()
     fresh.write_text("a file where the folder should be")
-    assert ffi._library().atlas_supported()
+    assert library._library().atlas_supported()
     assert not caplog.records
 
 
@@ -375,9 +372,9 @@ def test_kernels_that_are_shipped_need_no_compiler(
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     (shipped / built.name).write_bytes(built.read_bytes())
-    monkeypatch.setattr(ffi, "SHIPPED", shipped)
+    monkeypatch.setattr(library, "SHIPPED", shipped)
     _compiler(tmp_path, monkeypatch, "exit 1")
-    assert ffi._library().atlas_supported()
+    assert library._library().atlas_supported()
     assert not fresh.exists()
 
 
@@ -385,9 +382,9 @@ def test_kernels_that_are_shipped_need_no_compiler(
 def test_a_compiler_that_takes_long_is_waited_for(
     fresh: Path, built: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ffi, "_NEWS_SECONDS", 0.05)
+    monkeypatch.setattr(library, "_NEWS_SECONDS", 0.05)
     _compiler(tmp_path, monkeypatch, f'for output; do :; done; sleep 0.5; cp "{built}" "$output"')
-    assert ffi._library().atlas_supported()
+    assert library._library().atlas_supported()
     assert "still being compiled" in caplog.text
 
 
@@ -395,22 +392,22 @@ def test_a_compiler_that_takes_long_is_waited_for(
 def test_a_compiler_that_never_ends_is_given_up(
     fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(ffi, "_NEWS_SECONDS", 0.05)
-    monkeypatch.setattr(ffi, "_BUILD_SECONDS", 0.2)
+    monkeypatch.setattr(library, "_NEWS_SECONDS", 0.05)
+    monkeypatch.setattr(library, "_BUILD_SECONDS", 0.2)
     _compiler(tmp_path, monkeypatch, "sleep 3600")
-    ffi.available.cache_clear()
-    assert not ffi.available()
-    ffi.available.cache_clear()
+    library.available.cache_clear()
+    assert not library.available()
+    library.available.cache_clear()
     assert "the next start" in caplog.text
     assert not list(fresh.iterdir())
 
 
 def test_shapes_they_do_not_take_are_left_to_xla() -> None:
-    assert not ffi.takes_linear(96, 64)
-    assert not ffi.takes_linear(64, 8)
-    assert not ffi.takes_attention(1, 64, 64, 4)
-    assert not ffi.takes_attention(1, PAGE, 80, 4)
-    assert not ffi.takes_attention(PAGE + 1, PAGE, 64, 4)
+    assert not linear_uses_cpu_kernel(96, 64)
+    assert not linear_uses_cpu_kernel(64, 8)
+    assert not attention.uses_cpu_kernel(1, 80, SINKS)
+    assert not attention.uses_cpu_kernel(PAGE + 1, 64, SINKS)
+    assert not attention.uses_cpu_kernel(1, 64, 17)
 
 
 def norm(x: np.ndarray, gain: np.ndarray) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -13,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView, init_layer_kv
-from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.qkv_rope_cache import enter
+from atlas_jax.kernels.kernel_choice import KernelChoice
+from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView, init_layer_kv
+from atlas_jax.kernels.qkv_rope_cache import qkv_rope_cache
 
 EPS, PAGES, SINKS = 1e-6, 3, 4
 # rows, tokens, KV heads, queries of each, dimensions, half of the rotated ones
@@ -25,22 +24,19 @@ shapes = st.sampled_from(
 cases = st.tuples(st.integers(0, 2**32 - 1), shapes, st.booleans())
 
 
-@functools.cache
-def compiled(wanted: bool) -> Any:
-    return jax.jit(lambda x, gains, rotary, near, kv, view: enter(x, gains, EPS, rotary, near, kv, view))
+@jax.jit
+def compiled(x: Any, gains: Any, *rest: Any) -> Any:
+    return qkv_rope_cache(x, gains, EPS, *rest)
 
 
-def run(wanted: bool, *args: Any) -> Any:
-    """`enter`, traced with or without the kernels."""
-    ffi.use(wanted)
-    try:
-        return compiled(wanted)(*args)
-    finally:
-        ffi.use(True)
+def run(cpu: bool, *args: Any) -> Any:
+    """`qkv_rope_cache`, traced with or without the kernels."""
+    with KernelChoice(cpu=cpu).scope():
+        return compiled(*args)
 
 
 def some_step(seed: int, shape: tuple[int, ...], normed: bool) -> tuple[Any, ...]:
-    """Arguments of `enter`; some tokens are not valid, and the ring is full of other numbers."""
+    """Arguments of `qkv_rope_cache`; some tokens are not valid, and the ring is full of other numbers."""
     batch, tokens, kv_heads, groups, dim, half = shape
     random = np.random.default_rng(seed)
 

@@ -1,7 +1,7 @@
-"""The product for AMX on processors that have none: its source compiled with AMX in plain C, against that for AVX-512 VNNI.
+"""The GEMM for AMX on processors that have none: its source compiled with AMX in plain C, against that for AVX-512 VNNI.
 
 How fast it is, and whether the processor agrees with `tiles/tiles.h`, only a processor with AMX can say: there, the tests
-of `test_kernels_native_property.py` run the product itself.
+of `test_kernels_cpu_property.py` run the GEMM itself.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.cpu import library
 from atlas_jax.kernels.linear import pack_weight, split_rows
 from tests.patience import PATIENCE
 
 HERE = Path(__file__).parent / "tiles"
-KERNELS = Path(ffi.__file__).parent
+KERNELS = library.SHIPPED
 
-# the comparison is with the product for VNNI, which must be able to run
+# the comparison is with the GEMM for VNNI, which must be able to run
 pytestmark = pytest.mark.skipif(
-    ffi.compiler() is None or not ffi.available(), reason="no C compiler, or no AVX-512 VNNI"
+    library.compiler() is None or not library.available(), reason="no C compiler, or no AVX-512 VNNI"
 )
 
 
@@ -33,7 +33,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One call of the product as a program of its own."""
     target = tmp_path_factory.mktemp("tiles") / "product"
     command = [
-        str(ffi.compiler()),
+        str(library.compiler()),
         "-std=gnu11",
         "-O1",
         "-ffp-contract=off",

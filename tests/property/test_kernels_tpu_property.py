@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,12 +16,13 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
 
 from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
-from atlas_jax.kernels import tpu
-from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView, init_layer_kv
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels import attention, recall_features
+from atlas_jax.kernels.kernel_choice import KernelChoice
+from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView, init_layer_kv
 from atlas_jax.kernels.linear import split_rows
 from atlas_jax.kernels.rope import rope_table
-from atlas_jax.kernels.tpu import recall_features, window_attention
+from atlas_jax.kernels.tpu import recall_features as mosaic_recall_features
+from atlas_jax.kernels.tpu import window_attention
 from atlas_jax.model.params import LayerParams
 from atlas_jax.model.transformer import run_layers, step_view
 from atlas_jax.recall import recall_memory
@@ -34,11 +34,7 @@ SINKS = 4
 seeds = st.integers(0, 2**32 - 1)
 
 
-@pytest.fixture(autouse=True)
-def usual() -> Iterator[None]:
-    yield
-    ffi.use(True)
-    tpu.use(True)
+INTERPRETED = KernelChoice(interpret_tpu=True)
 
 
 @dataclass(frozen=True)
@@ -200,13 +196,8 @@ def some_reading(tokens: int, degrees: list[int], seed: int) -> tuple[Any, ...]:
 
 
 @functools.cache
-def xla_scores() -> Any:
+def scores() -> Any:
     return jax.jit(recall_memory.scores)
-
-
-@functools.cache
-def interpreted_scores() -> Any:
-    return jax.jit(lambda *args: recall_memory.scores(*args))  # a function of its own: traces are kept by function
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -214,12 +205,10 @@ def interpreted_scores() -> Any:
 def test_memory_reads_have_the_bits_of_xlas_and_are_the_definition(degrees: list[int], seed: int) -> None:
     tokens = 3
     state, chosen, key = some_reading(tokens, degrees, seed)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpu, "takes_read", lambda tokens: True)
-        patch.setattr(recall_features, "_EXACT", 40)  # several sums, the last of them shorter
-        patch.setattr(tpu, "read_out", functools.partial(recall_features.read_out, interpret=True))
-        found = np.asarray(interpreted_scores()(adapter(), state, chosen, key))
-    assert np.array_equal(found, np.asarray(xla_scores()(adapter(), state, chosen, key)))
+    with pytest.MonkeyPatch.context() as patch, INTERPRETED.scope():
+        patch.setattr(mosaic_recall_features, "_EXACT", 40)  # several sums, the last of them shorter
+        found = np.asarray(scores()(adapter(), state, chosen, key))
+    assert np.array_equal(found, np.asarray(scores()(adapter(), state, chosen, key)))
     codes = np.asarray(adapter().codes.values, np.float64) / np.sqrt(MEMORY.code_dim)
     for row, degree in enumerate(degrees):
         half = adapter().halves[degree - 1]
@@ -234,6 +223,16 @@ def test_memory_reads_have_the_bits_of_xlas_and_are_the_definition(degrees: list
         bound = unit / 2 * np.abs(stored).sum(axis=1).max() + unit_out / 2
         seen = np.asarray(state.seen[row]) > 0
         assert np.abs(found[row] - out @ codes.T)[:, seen].max() <= 1.1 * bound * np.abs(codes).sum(axis=1).max()
+
+
+@pytest.mark.parametrize("choice", [KernelChoice(), KernelChoice(cpu=False), INTERPRETED], ids=["C", "XLA", "Mosaic"])
+def test_a_memory_read_is_its_reference_up_to_quantisation(choice: KernelChoice) -> None:
+    state, chosen, key = some_reading(3, [1, 2, 3][:ROWS], 0)
+    args = key, chosen.degree, state.read_values, state.read_scale, adapter().factors, adapter().feature_weight
+    wanted = np.asarray(recall_features.ref_read_out(*args))
+    with choice.scope():
+        found = jax.jit(lambda *args: recall_features.read_out(*args, adapter().halves))(*args)
+    np.testing.assert_allclose(found, wanted, atol=0.01 * np.abs(wanted).max())
 
 
 MODEL = ModelConfig(
@@ -271,46 +270,39 @@ def layer_output(config: ModelConfig, kv: LayerKV, view: RingView) -> jax.Array:
     return output
 
 
-def test_a_model_attends_through_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_attends_through_the_kernel() -> None:
     shape = Shape(rows=2, tokens=4, kv_heads=2, groups=2, dim=32, ring=4)
     _, _, kv, view = some_step(shape, 0)
     wanted = layer_output(MODEL, kv, view)
-    calls: list[Any] = []
-
-    def attention(*args: Any) -> jax.Array:
-        calls.append(args)
-        return window_attention.attention(*args, interpret=True)
-
-    monkeypatch.setattr(tpu, "takes_attention", lambda kv: True)
-    monkeypatch.setattr(tpu, "attention", attention)
-    found = layer_output(MODEL.replace(vocab=VOCAB + 1), kv, view)  # another model, for layers alike are traced once
-    assert len(calls) == 1
+    with INTERPRETED.scope():
+        assert str(jax.make_jaxpr(layer_output, static_argnums=0)(MODEL, kv, view)).count("name=window_attention") == 1
+        found = layer_output(MODEL, kv, view)
     np.testing.assert_allclose(found, wanted, atol=0.02)
 
 
 def test_they_run_on_tpus_where_every_device_runs_a_program_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     kv = init_layer_kv(1, 4, 2, 64, SINKS, "int8")
-    assert not tpu.takes_attention(kv)
-    assert not tpu.takes_read(1)
+    assert not attention.uses_tpu_kernel(kv)
+    assert not recall_features.uses_tpu_kernel(1)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    assert tpu.takes_attention(kv)
-    assert tpu.takes_read(1)
-    assert not tpu.takes_read(PAGE)
-    assert not tpu.takes_attention(init_layer_kv(1, 4, 2, 64, SINKS, "float32"))
-    assert not tpu.takes_attention(init_layer_kv(1, 4, 2, 80, SINKS, "int8"))
+    assert attention.uses_tpu_kernel(kv)
+    assert recall_features.uses_tpu_kernel(1)
+    assert not recall_features.uses_tpu_kernel(PAGE)
+    assert not attention.uses_tpu_kernel(init_layer_kv(1, 4, 2, 64, SINKS, "float32"))
+    assert not attention.uses_tpu_kernel(init_layer_kv(1, 4, 2, 80, SINKS, "int8"))
     taken = []
 
     def inside(x: jax.Array) -> jax.Array:
-        taken.append(tpu.takes_attention(kv))
+        taken.append(attention.uses_tpu_kernel(kv))
         return x
 
     with jax.set_mesh(Mesh(np.asarray(jax.devices()[:1]), ("model",), axis_types=(AxisType.Auto,))):
-        assert not tpu.takes_attention(kv)
+        assert not attention.uses_tpu_kernel(kv)
         whole = PartitionSpec()
         jax.make_jaxpr(jax.shard_map(inside, in_specs=whole, out_specs=whole))(jnp.zeros(()))
     assert taken == [True]
-    tpu.use(False)
-    assert not tpu.takes_attention(kv)
+    with KernelChoice(tpu=False).scope():
+        assert not attention.uses_tpu_kernel(kv)
 
 
 @functools.cache
@@ -363,7 +355,7 @@ def test_mosaic_compiles_memory_reads(rows: int, tokens: int) -> None:
     state = jax.eval_shape(lambda: recall_memory.init_state(config, rows, VOCAB))
     degree = jax.ShapeDtypeStruct((rows,), jnp.int32)
     compiled = (
-        jax.jit(lambda *args: recall_features.read_out(*args, adapter(config).halves))
+        jax.jit(lambda *args: mosaic_recall_features.read_out(*args, adapter(config).halves))
         .lower(*placed((key, degree, state.read_values, state.read_scale)))
         .compile()
     )

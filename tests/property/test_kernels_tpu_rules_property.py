@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import SingleDeviceSharding
 
-from atlas_jax.kernels import omega, tpu
+from atlas_jax.kernels import newton_schulz, omega
+from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.kernels.newton_schulz import COEFFICIENTS, orthogonalize, ref_orthogonalize
 from atlas_jax.kernels.tpu import newton_schulz as mosaic_newton_schulz
 from atlas_jax.kernels.tpu import omega as mosaic_omega
@@ -26,16 +27,10 @@ JORDAN = (COEFFICIENTS["jordan"] * 5)[:5]
 
 
 @pytest.fixture
-def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def interpreted() -> Iterator[None]:
     """As on one TPU, but the kernels are interpreted."""
-    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
-    run = functools.partial(mosaic_newton_schulz.orthogonalize, interpret=True)
-    monkeypatch.setattr(tpu, "orthogonalize", run)
-    monkeypatch.setattr(tpu, "dual_product", functools.partial(mosaic_omega.dual_product, interpret=True))
-    monkeypatch.setattr(tpu, "chunk_end", functools.partial(mosaic_omega.chunk_end, interpret=True))
-    yield
-    jax.clear_caches()  # what was traced as if for a TPU
+    with KernelChoice(interpret_tpu=True).scope():
+        yield
 
 
 @FEW
@@ -86,11 +81,8 @@ def test_the_omega_rule_where_they_are_called(momentum: bool, interpreted: None)
     assert "omega_chunk_end" in text
     assert "pallas_call" not in str(jax.make_jaxpr(functools.partial(both, channels=o))(*args))
     mosaic = both(*args), jax.grad(loss, argnums=range(7))(*args)
-    tpu.use(False)
-    try:
+    with KernelChoice(tpu=False).scope():
         plain = both(*args), jax.grad(loss, argnums=range(7))(*args)
-    finally:
-        tpu.use(True)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), mosaic, plain)
 
 
@@ -131,25 +123,23 @@ def test_rules_and_their_gradients_are_xlas(name: str, interpreted: None) -> Non
     text = str(jax.make_jaxpr(lambda: loss(params, q, k, v))())
     assert ("newton_schulz" in text) == (name == "atlas")
     assert ("omega_dual_product" in text and "omega_chunk_end" in text) == (name != "atlas")
-    tpu.use(False)
-    try:
-        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4), mosaic, run())
-    finally:
-        tpu.use(True)
+    with KernelChoice(tpu=False).scope():
+        plain = run()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-3, atol=2e-4), mosaic, plain)
 
 
 def test_they_run_where_a_program_surely_has_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = jnp.zeros((64, 256))
-    assert not tpu.takes_orthogonalize(weight.shape)
+    assert not newton_schulz.uses_tpu_kernel(weight.shape)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(jax, "device_count", lambda: 1)
-    assert tpu.takes_orthogonalize((7, *weight.shape))
-    assert tpu.takes_omega(weight.shape, 1)
-    assert not tpu.takes_omega(weight.shape, 64)
-    assert not tpu.takes_orthogonalize((4096, 4096))
+    assert newton_schulz.uses_tpu_kernel((7, *weight.shape))
+    assert omega.uses_tpu_kernel(weight.shape, 1)
+    assert not omega.uses_tpu_kernel(weight.shape, 64)
+    assert not newton_schulz.uses_tpu_kernel((4096, 4096))
     monkeypatch.setattr(jax, "device_count", lambda: 4)
-    assert not tpu.takes_orthogonalize(weight.shape)
-    assert not tpu.takes_omega(weight.shape, 1)
+    assert not newton_schulz.uses_tpu_kernel(weight.shape)
+    assert not omega.uses_tpu_kernel(weight.shape, 1)
 
 
 # --- the TPU compiler -------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ def test_a_token_is_in_the_window_or_absorbed_and_never_both(plan: PageSchedule,
     absorbed = 0  # every position before it has been given to the memory
     sinks_taken = 0
     for page in range(-(-length // PAGE)):
-        turn = plan.turn(page)
+        turn = plan.next_page(page)
         if turn.absorb_end is not None:
             assert turn.absorb_end > absorbed, "a write has something new to write"
             assert turn.absorb_end - absorbed == plan.update * PAGE, "and a whole update of it"
@@ -48,9 +48,9 @@ def test_a_token_is_in_the_window_or_absorbed_and_never_both(plan: PageSchedule,
 @given(plans, lengths)
 def test_what_has_left_follows_from_the_position_alone(plan: PageSchedule, length: int) -> None:
     page = (length - 1) // PAGE
-    ends = [end for p in range(page + 1) if (end := plan.turn(p).absorb_end) is not None]
+    ends = [end for p in range(page + 1) if (end := plan.next_page(p).absorb_end) is not None]
     assert ends == sorted(set(ends))
-    assert (ends[-1] if ends else 0) == plan.left(page) * PAGE == plan.turn(page).first_page * PAGE
+    assert (ends[-1] if ends else 0) == plan.left(page) * PAGE == plan.next_page(page).first_page * PAGE
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
@@ -64,7 +64,7 @@ def test_a_write_reaches_back_to_the_last_and_its_keys_are_still_kept(
     largest = MemoryConfig(layers=(0,), max_window=plan.window * PAGE, max_omega_window=4 * PAGE)
     before = 0
     for page in range(-(-length // PAGE)):
-        end = plan.turn(page).absorb_end
+        end = plan.next_page(page).absorb_end
         if end is None:
             continue
         assert end - omega <= before, "no token leaves without having been in an objective"
@@ -78,7 +78,7 @@ def test_the_plain_model_loses_nothing(length: int) -> None:
     pages = -(-length // PAGE)
     assert plan.ring(length) == pages
     for page in range(pages):
-        turn = plan.turn(page)
+        turn = plan.next_page(page)
         assert (turn.slot, turn.first_page, turn.sink_slot, turn.absorb_end) == (page, 0, -1, None)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import strategies as st
 
 from atlas_jax.engine.api import SamplingParams
 from atlas_jax.engine.runner.step_inputs import sampling_state
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, allowed_words, record, sample
 from tests.reference.sampling_reference import Settings, adjusted, distribution
 
@@ -29,19 +28,11 @@ seeds = st.integers(0, 2**32 - 1)
 @pytest.fixture(scope="module", params=["C", "XLA"], autouse=True)
 def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
     """All that is said here holds for the C kernels and for XLA's programs; without a compiler both are the latter."""
-    ffi.use(request.param == "C")
-    compiled.cache_clear()
-    yield
-    ffi.use(True)
+    with KernelChoice(cpu=request.param == "C").scope():
+        yield
 
 
-@functools.cache
-def compiled() -> Any:
-    return jax.jit(lambda *args: sample(*args))  # a function of its own: traces are kept by function
-
-
-def draw(*args: Any) -> Sample:
-    return compiled()(*args)
+draw: Any = jax.jit(sample)
 
 
 def unit(low: float, high: float) -> st.SearchStrategy[float]:

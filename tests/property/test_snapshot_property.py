@@ -30,7 +30,7 @@ from atlas_jax.engine.sessions.journal import Reading
 from atlas_jax.engine.sessions.recall_layout import RecallLayout
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape, SessionStats, Unread
 from atlas_jax.engine.sessions.snapshot import Listing
-from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.page_schedule import PageSchedule
 
 MODEL = ModelConfig(

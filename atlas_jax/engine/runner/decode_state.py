@@ -1,6 +1,6 @@
 """What the compiled step carries from token to token: one donated pytree for a batch of sequences.
 
-A `Sequences` value with one row is also how a sequence is moved: a prompt is read into a row of its own, the row is
+A `Sequences` value with one row is also how a sequence is moved: a prompt is prefilled into a row of its own, the row is
 inserted into the decode batch, and taken out again when the session goes to sleep.
 """
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig, ModelConfig
-from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.kernels.ngram_drafter import NONE
 from atlas_jax.kernels.sampling import SamplingState, init_sampling
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache
@@ -21,12 +21,12 @@ from atlas_jax.recall.recall_memory import RecallSettings, RecallState
 from atlas_jax.typing import Array, Float, Int32
 
 DRAFT_TOKENS = 2
-"""Tokens guessed ahead of every row. Tokens per second of one stream with 0, 1, 2, 3 and 5 on two cores with AVX-512 VNNI
+"""Draft tokens of every row. Tokens per second of one stream with 0, 1, 2, 3 and 5 on two cores with AVX-512 VNNI
 (medians of `benchmarks/speed.py`'s texts in turns): SmolLM2-135M chat 156, 173, 178, 162, 138, prose 162, 209, 228, 221, 213;
 Gemma 3 270M chat 95, 185, 223, 259, 263, prose 89, 168, 194, 196, 180. A step of the chats takes 6.4, 7.5, 8.0, 9.1, 11.0
 and 10.5, 9.9, 10.9, 11.7, 15.2 ms."""
 DRAFT_CONTEXT = 4096
-"""Latest tokens of every row in which guesses are looked up."""
+"""Latest tokens of every row in which the n-gram drafter looks for a match."""
 
 
 @jax.tree_util.register_dataclass
@@ -45,8 +45,8 @@ class DecodeState:
 
     Attributes:
       token: the token to feed next.
-      drafts: guesses at the tokens after it, `lookup.NONE` where there are fewer.
-      text: the latest tokens, `token` included, position p at p mod its length; `lookup.NONE` where there is none.
+      drafts: draft tokens after it, `ngram_drafter.NONE` where there are fewer.
+      text: the latest tokens, `token` included, position p at p mod its length; `ngram_drafter.NONE` where there is none.
     """
 
     token: Int32[Array, B]
@@ -59,13 +59,13 @@ class DecodeState:
 def init_sequences(
     model: ModelConfig, memory: MemoryConfig | None, batch: int, pages: int, dtype: KVDtype
 ) -> Sequences:
-    """ModelRunner that have read nothing."""
+    """Rows that have read nothing."""
     context = init_kv_cache(model, batch, pages, dtype)
     return Sequences(context, None if memory is None else recall_memory.init_state(memory, batch, model.vocab))
 
 
 def init_logits_buffer(vocab: int, batch: int, tokens: int) -> Float[Array, "B*T V"]:
-    """Memory for a decode step's scores, see `step.draw`."""
+    """The logits buffer of a decode step, see `step.draw`."""
     return jnp.zeros((batch * tokens, vocab), jnp.float32)
 
 

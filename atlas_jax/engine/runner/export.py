@@ -10,19 +10,19 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from atlas_jax.aot import shapes
-from atlas_jax.engine.runner import monolithic_step
+from atlas_jax.aot import INLINE, shapes
 from atlas_jax.engine.runner.step import StepConfig
+from atlas_jax.engine.runner.step_programs import StepPrograms, decode_inputs, weight_shapes
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import lowering_platform
-from atlas_jax.kernels.attention import KVDtype
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.loading import WeightDtype, model_config
 from atlas_jax.recall import adapter_store
 
@@ -31,14 +31,13 @@ PLATFORMS = ("cpu", "cuda", "tpu")
 
 @dataclass(frozen=True)
 class DecodeStep:
-    """`monolithic_step.decode` of one model and batch size, over a plain list of arrays.
+    """`StepPrograms.decode` of one model and batch size as one program over a plain list of arrays.
 
     Attributes:
-      function: arrays in, arrays out, in the order of the two trees.
       arguments, results: trees of shapes, whose leaves are that list.
     """
 
-    function: Callable[..., tuple[jax.Array, ...]]
+    config: StepConfig
     arguments: Any
     results: Any
 
@@ -52,25 +51,24 @@ class DecodeStep:
         weight_dtype: WeightDtype = "int8",
         kv_dtype: KVDtype = "int8",
     ) -> DecodeStep:
-        """The step of a batch of `rows` rows with rings of `pages` pages, one token per row."""
-        step = functools.partial(monolithic_step.decode, config)
-        arguments = monolithic_step.decode_shapes(
-            config, monolithic_step.weight_shapes(config, weight_dtype), rows, pages, kv_dtype
-        )
-        structure = jax.tree.structure(arguments)
-
-        def flat(*leaves: jax.Array) -> tuple[jax.Array, ...]:
-            return tuple(jax.tree.leaves(step(*jax.tree.unflatten(structure, leaves))))
-
+        """The step of a batch of `rows` rows with rings of `pages` pages, one token per row, without a logits buffer."""
+        *arguments, _ = decode_inputs(config, weight_shapes(config, weight_dtype), rows, pages, kv_dtype)
         with lowering_platform.elsewhere("cpu"):
-            return cls(flat, arguments, shapes(jax.eval_shape(step, *arguments)))
+            results = jax.eval_shape(functools.partial(StepPrograms(config).decode, INLINE), *arguments)
+        return cls(config, tuple(arguments), shapes(results))
 
     def export(self, platform: str) -> jax.export.Exported:
         """Lowers it for a platform (`PLATFORMS`), which need not be here. The states are donated."""
+        structure = jax.tree.structure(self.arguments)
         weights = len(jax.tree.leaves(self.arguments[0]))
         states = len(jax.tree.leaves(self.arguments[1:3]))
-        program = jax.jit(self.function, donate_argnums=tuple(range(weights, weights + states)))
         with lowering_platform.elsewhere(platform):
+            decode = StepPrograms(self.config).decode  # which layers are one program depends on the platform
+
+            def flat(*leaves: jax.Array) -> tuple[jax.Array, ...]:
+                return tuple(jax.tree.leaves(decode(INLINE, *jax.tree.unflatten(structure, leaves))))
+
+            program = jax.jit(flat, donate_argnums=tuple(range(weights, weights + states)))
             return jax.export.export(program, platforms=[platform])(*jax.tree.leaves(self.arguments))
 
     def manifest(self) -> dict[str, list[dict[str, object]]]:

@@ -1,4 +1,4 @@
-"""A pretrained model with the recall memory, as the scheduler runs it: weights, rows and the compiled functions."""
+"""A pretrained model with the recall memory, as the scheduler runs it: weights, rows and AOT-compiled programs."""
 
 from __future__ import annotations
 
@@ -10,27 +10,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from atlas_jax.aot import AotProgram, shape, shapes
+from atlas_jax.aot import COMPILE, RUN, AotProgram, shapes
 from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
 from atlas_jax.engine.api import MemoryParams
-from atlas_jax.engine.runner import monolithic_step, step
-from atlas_jax.engine.runner.base import (
-    Buckets,
-    Capabilities,
-    NewPage,
-    PrefillStep,
-    invalid_memory_setting,
-)
+from atlas_jax.engine.runner import step
+from atlas_jax.engine.runner.base import Buckets, Capabilities, NewPage, PrefillStep, invalid_memory_setting
 from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
 from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
 from atlas_jax.engine.runner.step import StepConfig, StepOutput, Weights
-from atlas_jax.engine.runner.step_inputs import CALIBRATED_STEP, MemoryWrite, memory_settings, write_settings
+from atlas_jax.engine.runner.step_inputs import CALIBRATED_STEP, MemoryWrite, write_settings
+from atlas_jax.engine.runner.step_programs import StepPrograms, batch_key, decode_inputs, prefill_inputs
 from atlas_jax.engine.sessions.session import SessionShape
-from atlas_jax.kernels.attention import KVDtype
-from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.sampling import allowed_words
+from atlas_jax.kernels.attention import uses_cpu_kernel
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.kv_cache import page_start, start_page
-from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.page_schedule import NextPage, PageSchedule, bucket
 from atlas_jax.model.transformer import SINKS
 from atlas_jax.recall.recall_memory import RecallSettings, RecallState
@@ -38,7 +31,7 @@ from atlas_jax.recall.solvers import OPTIMIZERS
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 CHUNKS = (32, PAGE)
-"""Lengths a piece of prompt is padded to. Which one never depends on what is compiled yet: programs of different shapes
+"""Lengths a chunk of a prompt is padded to. Which one never depends on what is compiled yet: programs of different shapes
 round differently, and a session must go on after a restart bit for bit as without one."""
 MAX_LEARNING_RATE = 2 * CALIBRATED_STEP
 """Where the inner step stops learning: a step of twice the line search's leaves the objective where it was, a longer one
@@ -47,6 +40,9 @@ raises it. Omega loss that the gradient writes of a text left (SmolLM2-135M; an 
 MONOLITHIC_ROWS = 2
 """Rows of a batch up to which a decode step is one program, once that is compiled (8 s where stages take 1.5): it saves the
 gaps between programs. SmolLM2-135M, one row, greedy, medians of 7 × 100 steps in one run: 13.9 ms against 19.2."""
+
+
+_PAGE_START = shapes(page_start(0, PageSchedule(None).next_page(0)))
 
 
 class PretrainedRunner(CompiledRunner):
@@ -62,10 +58,8 @@ class PretrainedRunner(CompiledRunner):
     ) -> None:
         self.config = config
         self._kv_dtype = kv_dtype
-        weights = mesh_layout.weights(weights)
-        self._placement = mesh_layout
-        self._weights = weights
-        self._ends = dataclasses.replace(weights, params=dataclasses.replace(weights.params, layers=()))
+        self._mesh_layout = mesh_layout
+        self._weights = mesh_layout.weights(weights)
         memory = config.memory
         capabilities = Capabilities(
             rewind=True,
@@ -73,14 +67,7 @@ class PretrainedRunner(CompiledRunner):
             muon_passes=0 if memory is None else memory.passes,
         )
         super().__init__(capabilities, config.model.vocab, buckets, CHUNKS)
-        self._trunk = Trunk(config.model, mesh_layout)
-        self._finish_read = self._program(step.finish_prefill, donate=(1,))
-        self._finish_score = self._program(functools.partial(step.finish_scored_prefill, config), donate=(1,))
-        self._finish_decode = self._program(functools.partial(step.finish_decode, config), donate=(1, 2, 8))
-        self._whole = {
-            drafts: self._program(functools.partial(monolithic_step.decode, config, drafts=drafts), donate=(1, 2, 5))
-            for drafts in (False, True)
-        }
+        self._steps = StepPrograms(config, self._program)
         self._write_memory = {
             optimizer: self._program(functools.partial(step.write_memory, config, optimizer), donate=(1,))
             for optimizer in OPTIMIZERS
@@ -92,13 +79,13 @@ class PretrainedRunner(CompiledRunner):
         self._set_position = self._program(step.set_position, donate=(0,))
 
     def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
-        return AotProgram(function, donate=donate, mesh_layout=self._placement)
+        return AotProgram(function, donate=donate, mesh_layout=self._mesh_layout, kernels=self.config.kernels)
 
     def _make(self, *, batch: int, pages: int) -> Sequences:
         return init_sequences(self.config.model, self.config.memory, batch, pages, self._kv_dtype)
 
     def _to_device(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(self._placement.rows(rows))
+        return jax.device_put(self._mesh_layout.rows(rows))
 
     def shape(self, memory: MemoryParams) -> SessionShape:
         """What the request asks for: the memory of a pretrained model is as large as one likes."""
@@ -170,9 +157,9 @@ class PretrainedRunner(CompiledRunner):
             return self.resume_row(row, pages, position, slot)
         return self._set_position(_pages(row), row, np.int32(position), np.int32(slot))
 
-    def start_page(self, row: Sequences, turn: NextPage, write: MemoryWrite | None) -> Sequences:
+    def start_page(self, row: Sequences, page: NextPage, write: MemoryWrite | None) -> Sequences:
         """Begins a page of a single row."""
-        return self._start_page_of(row, 0, turn, write)
+        return self._start_page_of(row, 0, page, write)
 
     def _begin_chunk(self, row: Sequences, page: NewPage | None) -> Generator[PrefillStep, None, Sequences]:
         """The row as a chunk finds it: a page may begin with it, and writing the memory for that is a step of its own."""
@@ -188,14 +175,7 @@ class PretrainedRunner(CompiledRunner):
     ) -> Iterator[PrefillStep]:
         """Prefills a chunk, a group of layers at a time; uses the row up."""
         row = yield from self._begin_chunk(row, page)
-        padded, count = self._pad(tokens)
-        key, memory = _step_key(row, padded.shape[1]), row.memory
-        for cache, view, states in self._trunk.parts(key, self._weights.params, row.cache, padded, count):
-            done = len(states) == len(self.config.model.layers)
-            if done and memory is not None:
-                rest = (self._taps(states), padded, view.ring.positions, view.ring.valid)
-                memory = self._finish_read(padded.shape, self._ends.adapter, memory, settings, *rest)
-            yield PrefillStep(Sequences(cache, memory), states[-1], done)
+        yield from self._steps.prefill(RUN, self._weights, row, settings, *self._pad(tokens))
 
     def prefill_scored(
         self,
@@ -210,22 +190,8 @@ class PretrainedRunner(CompiledRunner):
         """Prefills a chunk and scores the token that follows each of its tokens; otherwise as `prefill`."""
         row = yield from self._begin_chunk(row, page)
         padded, count = self._pad(tokens)
-        successors, _ = self._pad(following)
-        key = _step_key(row, padded.shape[1])
-        whole = None
-        for whole in self._trunk.parts(key, self._weights.params, row.cache, padded, count):
-            unread = dataclasses.replace(whole[0], position=row.cache.position)
-            yield PrefillStep(Sequences(unread, row.memory), whole[2][-1], done=False)
-        assert whole is not None
-        cache, view, states = whole
-        rest = (states[-1], self._taps(states), padded, view.ring.positions, view.ring.valid, successors)
-        memory, packed = self._finish_score(
-            padded.shape, self._ends, row.memory, settings, *rest, np.bool_(alternatives)
-        )
-        yield PrefillStep(Sequences(cache, memory), packed.integers, scores=packed)
-
-    def _taps(self, states: list[Any]) -> tuple[Any, ...]:
-        return tuple(states[layer] for layer in self.config.taps)
+        scored = self._pad(following)[0], np.bool_(alternatives)
+        yield from self._steps.scored_prefill(RUN, self._weights, row, settings, padded, count, *scored)
 
     def _pad(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         padded = np.zeros((1, bucket(len(tokens), CHUNKS)), np.int32)
@@ -244,20 +210,20 @@ class PretrainedRunner(CompiledRunner):
         single = row.cache
         if _pages(row) != size:
             single = self._resize_ring((_pages(row), size), single, self.new_row(size).cache)
-        cache = self._insert_kv_cache(_shape_key(batch), batch.cache, single, place)
+        cache = self._insert_kv_cache(batch_key(batch), batch.cache, single, place)
         memory = batch.memory
         if memory is not None and row.memory is not None and with_memory:
             memory = self._insert_memory(_rows(batch), memory, row.memory, place)
         return Sequences(cache, memory)
 
-    def start_page_in_batch(self, index: int, turn: NextPage, write: MemoryWrite | None) -> None:
+    def start_page_in_batch(self, index: int, page: NextPage, write: MemoryWrite | None) -> None:
         """Begins a page of the row at place `index`."""
-        self.sequences = self._start_page_of(self.sequences, index, turn, write)
+        self.sequences = self._start_page_of(self.sequences, index, page, write)
 
     @property
-    def at_once(self) -> bool:
+    def is_monolithic(self) -> bool:
         """Whether the next decode step is one program."""
-        return self._whole[self.width > 1].ready(_step_key(self.sequences, self.width))
+        return self._steps.is_monolithic(self.sequences, drafts=self.width > 1)
 
     def decode(
         self, wanted: np.ndarray, allowed: np.ndarray | None = None, pages: Mapping[int, NewPage] | None = None
@@ -265,79 +231,55 @@ class PretrainedRunner(CompiledRunner):
         """One step, see `ModelRunner.decode`."""
         for index, page in (pages or {}).items():
             self.start_page_in_batch(index, page.place, page.write)
-        rows, width, wanted, may = self.rows, self.width, wanted.astype(np.int32), self._allowed_on_device(allowed)
-        key = _step_key(self.sequences, width)
-        if self.at_once:
-            self.sequences, self.decode_state, packed, self._logits_buffer = self._whole[width > 1](
-                key, self._weights, self.sequences, self.decode_state, wanted, may, self._logits_buffer
-            )
-        else:
-            feed = self.decode_state.token if width == 1 else (self.decode_state.token, self.decode_state.drafts)
-            cache, view, states = self._trunk(key, self._weights.params, self.sequences.cache, feed, wanted)
-            rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid, self._logits_buffer)
-            memory, self.decode_state, position, packed, self._logits_buffer = self._finish_decode(
-                rows, self._ends, self.sequences.memory, self.decode_state, may, *rest
-            )
-            self.sequences = Sequences(dataclasses.replace(cache, position=position), memory)
-        return start_transfer(packed)
+        inputs = self.sequences, self.decode_state, wanted.astype(np.int32), self._allowed_on_device(allowed)
+        self.sequences, self.decode_state, output, self._logits_buffer = self._steps.run_decode(
+            self._weights, *inputs, self._logits_buffer, drafts=self.width > 1
+        )
+        return start_transfer(output)
 
-    def _start_page_of(self, sequences: Sequences, index: int, turn: NextPage, write: MemoryWrite | None) -> Sequences:
+    def _start_page_of(self, sequences: Sequences, index: int, page: NextPage, write: MemoryWrite | None) -> Sequences:
         memory = sequences.memory
-        if memory is not None and write is not None and turn.absorb_end is not None:
-            settings = write_settings(write, turn.absorb_end)
+        if memory is not None and write is not None and page.absorb_end is not None:
+            settings = write_settings(write, page.absorb_end)
             absorb = self._write_memory[write.optimizer]
-            memory = absorb(_rows(sequences), self._ends.adapter, memory, np.int32(index), settings)
-        cache = self._start_page(_shape_key(sequences), sequences.cache, page_start(index, turn))
+            memory = absorb(_rows(sequences), self._weights.adapter, memory, np.int32(index), settings)
+        cache = self._start_page(batch_key(sequences), sequences.cache, page_start(index, page))
         return Sequences(cache, memory)
 
     # --- compiling ahead ------------------------------------------------------------------------------------------
     def compile_prefill(self, pages: int, length: int) -> None:
-        """Compiles the reading of pieces of `length` tokens in a ring of `pages` pages."""
-        row, tokens, count = self.row_shapes(pages), _integers(1, length), _integers(1)
+        """Compiles the prefill of chunks of `length` tokens in a ring of `pages` pages."""
+        inputs = prefill_inputs(self.config, self._weights, pages, length, self._kv_dtype)
         self._maker(1, pages).compile(())
-        self._start_page.compile((1, pages), row.cache, shapes(page_start(0, PageSchedule(None).turn(0))))
-        view, states = self._trunk.compile((1, pages, length), self._weights.params, row.cache, tokens, count)
-        if row.memory is not None:
-            rest = (self._taps(states), tokens, view.ring.positions, view.ring.valid)
-            self._finish_read.compile((1, length), self._ends.adapter, row.memory, self._one_setting(), *rest)
+        self._start_page.compile((1, pages), inputs[1].cache, _PAGE_START)
+        _run_out(self._steps.prefill(COMPILE, *inputs))
 
     def compile_scored_prefill(self, length: int) -> None:
-        """Compiles the scoring of pieces of `length` tokens, in a ring of any size."""
-        row, tokens, valid = self.row_shapes(self.buckets.pages[0]), _integers(1, length), _booleans(1, length)
-        state = shape((1, length, self.config.model.embed), np.float32)
-        rest = (state, (state,) * len(self.config.taps), tokens, tokens, valid, tokens, _booleans())
-        self._finish_score.compile((1, length), self._ends, row.memory, self._one_setting(), *rest)
+        """Compiles the scoring of chunks of `length` tokens, in a ring of any size."""
+        inputs = prefill_inputs(self.config, self._weights, self.buckets.pages[0], length, self._kv_dtype, scored=True)
+        _run_out(self._steps.scored_prefill(COMPILE, *inputs))
+
+    def _decode_inputs(self, rows: int, pages: int) -> tuple[tuple[Any, ...], bool]:
+        drafts = self.buckets.width(rows) > 1
+        return decode_inputs(self.config, self._weights, rows, pages, self._kv_dtype, drafts=drafts), drafts
 
     def compile_decode(self, rows: int, pages: int) -> None:
         """Compiles what a batch of this size needs while its rows stay."""
-        batch, single, decode_state = (
-            self._batch_shapes(rows, pages),
-            self.row_shapes(pages),
-            self._decode_state_shapes(rows),
-        )
+        inputs, drafts = self._decode_inputs(rows, pages)
+        batch = inputs[1].cache
         self._compile_batch_start(rows, pages)
-        self._insert_kv_cache.compile((rows, pages), batch.cache, single.cache, SCALAR)
-        self._start_page.compile((rows, pages), batch.cache, shapes(page_start(0, PageSchedule(None).turn(0))))
-        width = self.buckets.width(rows)
-        key, count = (rows, pages, width), _integers(rows)
-        feed = decode_state.token if width == 1 else (decode_state.token, decode_state.drafts)
-        view, states = self._trunk.compile(key, self._weights.params, batch.cache, feed, count)
-        rest = (states[-1], self._taps(states), view.ring.positions, view.ring.valid, self._logits_buffer_shape(rows))
-        allowed = _integers(rows, allowed_words(self.vocab))
-        self._finish_decode.compile(rows, self._ends, batch.memory, decode_state, allowed, *rest)
+        self._insert_kv_cache.compile((rows, pages), batch, self.row_shapes(pages).cache, SCALAR)
+        self._start_page.compile((rows, pages), batch, _PAGE_START)
+        self._steps.decode(COMPILE, *inputs, drafts=drafts)
 
     def compile_monolithic_step(self, rows: int, pages: int) -> None:
         """Compiles the decode step of a small batch as one program, if it is several."""
-        head_dim = self.config.model.head_dim
-        # XLA's own attention is fused otherwise in one program than in several, and rounds differently
-        same = ffi.takes_attention(self.buckets.width(rows), PAGE, head_dim, SINKS)
-        if rows > MONOLITHIC_ROWS or self._trunk.programs == 1 or not same:
-            return
-        batch = self._batch_shapes(rows, pages)
-        decode_state = self._decode_state_shapes(rows)
-        width = self.buckets.width(rows)
-        inputs = _integers(rows), _integers(rows, allowed_words(self.vocab)), self._logits_buffer_shape(rows)
-        self._whole[width > 1].compile((rows, pages, width), self._weights, batch, decode_state, *inputs)
+        with self.config.kernels.scope():
+            # XLA's own attention is fused otherwise in one program than in several, and rounds differently
+            same = uses_cpu_kernel(self.buckets.width(rows), self.config.model.head_dim, SINKS)
+        if rows <= MONOLITHIC_ROWS and self._steps.layer_programs > 1 and same:
+            inputs, drafts = self._decode_inputs(rows, pages)
+            self._steps.compile_monolithic(*inputs, drafts=drafts)
 
     def compile_row_moves(self, rows: int, pages: int) -> None:
         """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""
@@ -353,10 +295,7 @@ class PretrainedRunner(CompiledRunner):
                 self._insert_memory.compile(size, state, single.memory, SCALAR)
                 write = shapes(write_settings(MemoryWrite(PAGE, "exact", 1.0, 1), PAGE))
                 for program in self._write_memory.values():
-                    program.compile(size, self._ends.adapter, state, SCALAR, write)
-
-    def _one_setting(self) -> RecallSettings:
-        return shapes(memory_settings(None, 1, 1))
+                    program.compile(size, self._weights.adapter, state, SCALAR, write)
 
 
 def _no_figures(memory: RecallState) -> RecallState:
@@ -364,12 +303,9 @@ def _no_figures(memory: RecallState) -> RecallState:
     return dataclasses.replace(memory, **zeros)
 
 
-def _integers(*sizes: int) -> Any:
-    return shape(sizes, np.int32)
-
-
-def _booleans(*sizes: int) -> Any:
-    return shape(sizes, np.bool_)
+def _run_out(steps: Iterator[PrefillStep]) -> None:
+    for _ in steps:
+        pass
 
 
 def _rows(batch: Sequences) -> int:
@@ -378,11 +314,3 @@ def _rows(batch: Sequences) -> int:
 
 def _pages(batch: Sequences) -> int:
     return int(batch.cache.page.shape[1])
-
-
-def _shape_key(batch: Sequences) -> tuple[int, int]:
-    return _rows(batch), _pages(batch)
-
-
-def _step_key(batch: Sequences, tokens: int) -> tuple[int, int, int]:
-    return _rows(batch), _pages(batch), tokens

@@ -1,18 +1,19 @@
 """What the engine compiles around the transformer's layers. State that changes is donated and returned; none syncs.
 
-A step is `model.stages.Trunk` followed by one of
+A step (`step_programs`) is `model.layer_groups.Trunk` followed by one of
 
-finish_prefill     a piece of a prompt, up to one page
-finish_scored_prefill    the same, and the log-probability of every token of it
-finish_decode   one token for every active row, and more where drafts were right: head, memory, sampler
+finish_prefill          a chunk of a prompt, up to one page
+finish_scored_prefill   the same, and the log-probability of every token of it
+finish_decode           one token for every active row, and more where draft tokens were right: head, memory, sampler
 
-and between steps rows move: `extract`, `resize_ring`, `insert_kv_cache`, `insert_memory`, `insert_decode_state`, `set_position`; `write_memory`
-absorbs what has left a window.
+and between steps rows move: `extract`, `resize_ring`, `insert_kv_cache`, `insert_memory`, `insert_decode_state`,
+`set_position`; `write_memory` absorbs what has left a window.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -21,9 +22,10 @@ import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState, Sequences
+from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
 from atlas_jax.kernels.ngram_drafter import NONE, draft_tokens
 from atlas_jax.kernels.reductions import row_max, row_sum
-from atlas_jax.kernels.sampling import TOP_LOGPROBS, SamplingState, record, sample
+from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, record, sample
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
@@ -34,7 +36,7 @@ from atlas_jax.recall.solvers import Optimizer
 from atlas_jax.typing import Array, Bool, Float, Int32
 
 REJECTED = -2
-"""No token: a draft was fed in vain."""
+"""No token: a draft token was rejected."""
 
 State = TypeVar("State", Sequences, DecodeState)
 
@@ -44,12 +46,14 @@ class StepConfig:
     """Static facts of every compiled function.
 
     Attributes:
-      ends: tokens that end an answer.
+      kernels: which of our kernels the functions use.
+      end_tokens: tokens that end an answer.
     """
 
     model: ModelConfig
     memory: MemoryConfig | None
-    ends: tuple[int, ...] = ()
+    kernels: KernelChoice = ALL_KERNELS
+    end_tokens: tuple[int, ...] = ()
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -64,22 +68,27 @@ class Weights:
 
     Attributes:
       adapter: None in an engine without memory.
-      successor: what usually follows each token, for drafts; `lookup.NONE` where that is not known.
+      successor: what usually follows each token, for the n-gram drafter; `ngram_drafter.NONE` where that is not known.
     """
 
     params: ModelParams
     adapter: Adapter | None
     successor: Int32[Array, V]
 
+    @functools.cached_property
+    def ends(self) -> Weights:
+        """Those that are used before and after the layers: fewer arrays to hand to a program."""
+        return dataclasses.replace(self, params=dataclasses.replace(self.params, layers=()))
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class StepOutput:
-    """What a step tells the host, in two arrays: [T] tokens of a scored piece, [B, T] of a decode step.
+    """What a step tells the host, in two arrays: [T] tokens of a scored chunk, [B, T] of a decode step.
 
     Attributes:
-      integers: the token, then the alternatives. In a decode step NONE where nothing was fed, REJECTED where a draft was
-        fed that was not to come.
+      integers: the token, then the alternatives. In a decode step NONE where nothing was fed, REJECTED where a draft
+        token was fed that was not drawn.
       numbers: its log-probability, the gate, then the alternatives' log-probabilities.
     """
 
@@ -109,7 +118,7 @@ def finish_prefill(
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
 ) -> RecallState:
-    """Ends a step that reads: the memory takes note of what was read."""
+    """Ends a prefill step: the memory takes note of what was read."""
     return recall_memory.observe(adapter, memory, settings, tapped, tokens, positions, valid)[0]
 
 
@@ -126,7 +135,7 @@ def finish_scored_prefill(
     following: Int32[Array, "B T"],
     alternatives: Bool[Array, ""],
 ) -> tuple[RecallState | None, StepOutput]:
-    """Ends a step that reads and tells how likely each token's successor in `following` was.
+    """Ends a prefill step and tells how likely each token's successor in `following` was.
 
     Returns:
       The memory, and a `StepOutput` with a row per token: the successor, its log-probability and, where `alternatives` are
@@ -169,15 +178,15 @@ def finish_decode(
     tapped: tuple[Float[Array, "B T E"], ...],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
-    room: Float[Array, "B*T V"] | None = None,
+    logits_buffer: Float[Array, "B*T V"] | None = None,
 ) -> tuple[RecallState | None, DecodeState, Int32[Array, B], StepOutput, Float[Array, "B*T V"] | None]:
-    """Ends a step that fed every active row its token and T − 1 or fewer drafts; idle rows stay as they are.
+    """Ends a step that fed every active row its token and T − 1 or fewer draft tokens; idle rows stay as they are.
 
-    What a wrong draft left in the cache and in the memory's rings lies at positions that are read only after they have
-    been written again.
+    What a rejected draft token left in the cache and in the memory's rings lies at positions that are read only after they
+    have been written again.
 
     Args:
-      allowed, room: as for `draw`.
+      allowed, logits_buffer: as for `draw`.
 
     Returns:
       The memory, and what `draw` returns.
@@ -186,7 +195,7 @@ def finish_decode(
     memory, mixed, gate = _predict(
         config, weights, memory, decode_state.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid
     )
-    return memory, *draw(decode_state, weights.successor, mixed, gate, positions, valid, allowed, room)
+    return memory, *draw(decode_state, weights.successor, mixed, gate, positions, valid, allowed, logits_buffer)
 
 
 def draw(
@@ -197,23 +206,24 @@ def draw(
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
     allowed: Int32[Array, "B words"],
-    room: Float[Array, "B*T V"] | None = None,
+    logits_buffer: Float[Array, "B*T V"] | None = None,
 ) -> tuple[DecodeState, Int32[Array, B], StepOutput, Float[Array, "B*T V"] | None]:
     """Draws what comes after each fed token.
 
-    The next token is drawn as if it had come alone, from the row's seed and the token's position. As long as the draft
-    was what is drawn, the following draw counts too. So tokens and their distribution are those of a step without drafts.
+    Speculative decoding: the next token is drawn as if it had come alone, from the row's seed and the token's position. As
+    long as the draft token was what is drawn, the following draw counts too. So tokens and their distribution are those of
+    a step without draft tokens.
 
     Args:
-      successor: as `Weights.successor`; needed where rows are fed drafts.
-      allowed: which tokens a row may draw, see `sampling.sample`; the same after its drafts, so a row for which that would
-        be wrong comes without drafts.
-      room: memory for this step's scores, donated: those of the step before. With a new allocation instead a step of 16
-        rows over 262 144 tokens met 4 000 to 6 000 page faults and took 46 ms instead of 40.
+      successor: as `Weights.successor`; needed where rows are fed draft tokens.
+      allowed: which tokens a row may draw, see `sampling.sample`; the same after its draft tokens, so a row for which
+        that would be wrong comes without any.
+      logits_buffer: memory for this step's logits, donated: those of the step before. With a new allocation instead a
+        step of 16 rows over 262 144 tokens met 4 000 to 6 000 page faults and took 46 ms instead of 40.
 
     Returns:
-      What to draw from next, the position of each row's next token, a `StepOutput` [B, T], and what to give the next step as
-      `room`.
+      What to draw from next, the position of each row's next token, a `StepOutput` [B, T], and the next step's
+      `logits_buffer`.
     """
     batch, width = positions.shape
     fed = _fed(decode_state, width)
@@ -236,7 +246,7 @@ def draw(
     )
     decode_state = DecodeState(
         token=jnp.where(count > 0, latest, decode_state.token),
-        # a batch too large for drafts does not look them up either
+        # a batch too large for draft tokens does not look any up either
         drafts=jnp.full_like(decode_state.drafts, NONE)
         if width == 1 or successor is None
         else draft_tokens(text, last, successor, DRAFT_TOKENS),
@@ -244,28 +254,27 @@ def draw(
         sampling=record(decode_state.sampling, token, counts),
         settings=decode_state.settings,
     )
+    output = _decode_output(drawn, jnp.where(counts, token, jnp.where(valid, REJECTED, NONE)), gate)
+    return decode_state, last, output, None if logits_buffer is None else flat
 
+
+def _decode_output(drawn: Sample, token: Int32[Array, "B T"], gate: Float[Array, "B T"]) -> StepOutput:
     def packed(first: jax.Array, *rest: jax.Array) -> jax.Array:
-        return jnp.concatenate([first[..., None], *(part.reshape(batch, width, -1) for part in rest)], axis=-1)
+        return jnp.concatenate([first[..., None], *(part.reshape(*token.shape, -1) for part in rest)], axis=-1)
 
-    return (
-        decode_state,
-        last,
-        StepOutput(
-            integers=packed(jnp.where(counts, token, jnp.where(valid, REJECTED, NONE)), drawn.top_token),
-            numbers=packed(drawn.logprob.reshape(batch, width), gate, drawn.top_logprob),
-        ),
-        None if room is None else flat,
+    return StepOutput(
+        integers=packed(token, drawn.top_token),
+        numbers=packed(drawn.logprob.reshape(token.shape), gate, drawn.top_logprob),
     )
 
 
 def _fed(decode_state: DecodeState, width: int) -> Int32[Array, "B T"]:
-    """Tokens of a step: each row's own, then its drafts."""
+    """Tokens of a step: each row's own, then its draft tokens."""
     return jnp.concatenate([decode_state.token[:, None], decode_state.drafts[:, : width - 1]], axis=1)
 
 
 def _after_drafts(state: SamplingState, fed: Int32[Array, "B T"]) -> SamplingState:
-    """The settings of every row T times, the t-th with the first t drafts in its history."""
+    """The settings of every row T times, the t-th with the first t draft tokens in its history."""
     batch, width = fed.shape
     if width == 1:
         return state
@@ -293,7 +302,7 @@ def _predict(
         return None, scores, jnp.zeros(positions.shape, jnp.float32)
     memory, key = recall_memory.observe(adapter, memory, settings, tapped, tokens, positions, valid)
     mixed, gate = recall_memory.read(adapter, memory, settings, key, scores, positions, valid)
-    return memory, recall_memory.keep_endings(mixed, gate, config.ends), gate
+    return memory, recall_memory.keep_endings(mixed, gate, config.end_tokens), gate
 
 
 def extract(batch: State, row: Int32[Array, ""]) -> State:

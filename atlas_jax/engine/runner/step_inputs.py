@@ -54,11 +54,11 @@ class MemoryWrite:
 
     @classmethod
     def from_reading(cls, reading: Reading) -> MemoryWrite:
-        """What a journal says of a turn."""
+        """What a journal says of a request."""
         return cls(reading.omega_window, reading.optimizer, reading.step, reading.degree)
 
     def reading(self, shape: SessionShape) -> Reading:
-        """What a journal keeps of a turn that is written so."""
+        """What a journal keeps of a request that is written so."""
         plan = shape.plan
         return Reading(plan.window, plan.update, shape.layers, shape.degree, self.optimizer, self.window, self.step)
 
@@ -92,7 +92,7 @@ def memory_settings(params: MemoryParams | None, layers: int, degree: int) -> Re
 
 
 def recent_text(tokens: Sequence[int], position: int) -> np.ndarray:
-    """The text drafts are looked up in, [1, DRAFT_CONTEXT]; `tokens` are the latest, the last of them at `position`."""
+    """Where the n-gram drafter looks for a match, [1, DRAFT_CONTEXT]; `tokens` are the latest, the last at `position`."""
     text = np.full((1, DRAFT_CONTEXT), NONE, np.int32)
     latest = np.asarray(tokens[-DRAFT_CONTEXT:], np.int32)
     text[0, np.arange(position + 1 - len(latest), position + 1) % DRAFT_CONTEXT] = latest

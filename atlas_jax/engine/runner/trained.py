@@ -22,6 +22,7 @@ from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_trans
 from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.sessions.session import SessionShape
+from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
 from atlas_jax.kernels.sampling import allowed_words
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS, LMConfig
@@ -74,8 +75,15 @@ class TrainedRunner(CompiledRunner):
       context: tokens that layers which attend to everything have room for.
     """
 
-    def __init__(self, config: LMConfig, params: LMParams, context: int, rows: tuple[int, ...]) -> None:
-        self._config, self._params, self._context = config, params, context
+    def __init__(
+        self,
+        config: LMConfig,
+        params: LMParams,
+        context: int,
+        rows: tuple[int, ...],
+        kernels: KernelChoice = ALL_KERNELS,
+    ) -> None:
+        self._config, self._params, self._context, self._kernels = config, params, context, kernels
         capabilities = Capabilities(
             rewind=False,
             memory_capacity=capacity(config),
@@ -89,7 +97,7 @@ class TrainedRunner(CompiledRunner):
         self._insert = self._program(step.insert_kv_cache, donate=(0,))
 
     def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
-        return AotProgram(function, donate=donate)
+        return AotProgram(function, donate=donate, kernels=self._kernels)
 
     def _make(self, *, batch: int, pages: int) -> Sequences:
         state = streaming.init_state(self._config, self._params, batch, context=self._context)

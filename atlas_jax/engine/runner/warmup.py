@@ -1,4 +1,4 @@
-"""Compiles every program the engine can need, the likely ones before it serves and the rest behind its back.
+"""Compiles every program the engine can need, the likely ones before it serves and the rest in the background.
 
 From then on nothing compiles, whatever lengths, settings and numbers of clients come. Until then a request that needs a
 program nobody has compiled yet waits for it.

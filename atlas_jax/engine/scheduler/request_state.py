@@ -260,7 +260,7 @@ class RequestState:
                 memory.absorb(left * PAGE, passes)
                 counters.memory_updates += 1
                 counters.muon_iterations += passes
-        return NewPage(cursor.plan.turn(cursor.page), cursor.plan.ring(cursor.position + 1), write)
+        return NewPage(cursor.plan.next_page(cursor.page), cursor.plan.ring(cursor.position + 1), write)
 
     # --- decode ---------------------------------------------------------------------------------------------------
     @property

@@ -16,7 +16,7 @@ from atlas_jax.engine.sessions.host_arrays import shared_zeros, to_host, to_nump
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
 from atlas_jax.engine.sessions.layout import integer
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
-from atlas_jax.kernels.attention import KVDtype, LayerKV, Pages, QuantPages
+from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, Pages, QuantPages
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.transformer import SINKS

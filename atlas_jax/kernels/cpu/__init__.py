@@ -1,1 +1,1 @@
-"""The native CPU kernels: C sources in `csrc/`, built once and called through XLA's foreign-function interface (`ffi`)."""
+"""The C kernels for CPUs: sources in `csrc/`, built once (`library`) and called through XLA's FFI (`ffi`)."""

@@ -1,6 +1,6 @@
 """The dual form of the Omega rule on TPU: what a chunk makes of queries and of memory and momentum, formed in VMEM.
 
-XLA's programs write every product and its scaled copies out: for 512 chunks of 64 tokens, a window of 16 and weights of
+XLA's programs write every matmul and its scaled copies out: for 512 chunks of 64 tokens, a window of 16 and weights of
 64 × 256 the TPU compiler counts (v5e) 972 MB for `omega.dual_product` and 616 MB for `omega.chunk_end`, with these kernels
 398 and 324. Gates are one for a whole weight here; gates per channel stay XLA's.
 """

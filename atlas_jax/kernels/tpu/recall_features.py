@@ -1,6 +1,6 @@
 """The recall memory's polynomial features on TPU, formed in VMEM where they are used.
 
-φ of a key joins each monomial of its state with all numbers of its trail (`memory.adapter`), so it is the trail, times one
+φ of a key joins each monomial of its state with all numbers of its trail (`recall.adapter`), so it is the trail, times one
 number after another, laid side by side. XLA's program gathers every factor by its index in a table of 9216 × 3 per row.
 """
 
@@ -35,7 +35,7 @@ def read_out(
 ) -> Float[Array, "B T C"]:
     """M φ(k) from the memory's 8-bit copy.
 
-    φ is rounded to two 8-bit terms with one unit per token and sums are exact, as in XLA's program: the result has the
+    φ is quantised to two 8-bit terms with one unit per token and sums are exact, as in XLA's program: the result has the
     same bits. Per row it reads M once, 2.4 MB for 9216 features and 256 dimensions, and writes the result.
 
     Args:

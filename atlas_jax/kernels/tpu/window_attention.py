@@ -7,7 +7,7 @@ the pages' labels and the tokens' positions, so there is no mask in memory eithe
 
 Numbers: int8 values are exact in bfloat16, the MXU's own type. Queries and weighted probabilities are two bfloat16 terms
 each (relative error 2⁻¹⁶) and sums are float32, so the result is the float32 softmax over the stored numbers. XLA's
-program rounds queries to one int8 term, which is coarser; the two are not equal bit for bit.
+program quantises queries to one int8 term, which is coarser; the two are not equal bit for bit.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView
+from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView
 from atlas_jax.typing import Array, Bool, Float, Int32
 
 _NEGATIVE = -1e30
@@ -186,7 +186,7 @@ def _kernel(
         return (of[0, :, slot] if heads_first else of[0, slot])[:, None]
 
     def attend(slot: jax.Array, page: jax.Array) -> None:
-        score = _sum_terms(_product(q[0], keys[0, slot], features)) * scale(key_scale, slot)
+        score = _sum_terms(_page_matmul(q[0], keys[0, slot], features)) * scale(key_scale, slot)
         token = page * PAGE + jax.lax.broadcasted_iota(jnp.int32, (positions.shape[1], PAGE), 1)
         seen = token <= positions[0]
         if sliding_window is not None:
@@ -197,7 +197,7 @@ def _kernel(
         fade = jnp.exp(peak[...] - highest)
         terms = _two_terms(weight * scale(value_scale, slot))
         mass[...] = mass[...] * fade + jnp.sum(weight, axis=-1, keepdims=True)
-        total[...] = total[...] * fade + _sum_terms(_product(terms, values[0, slot], tokens))
+        total[...] = total[...] * fade + _sum_terms(_page_matmul(terms, values[0, slot], tokens))
         peak[...] = highest
 
     @pl.loop(0, slots)
@@ -210,7 +210,7 @@ def _kernel(
         out[0] = total[...] / jnp.maximum(mass[...], 1e-30)
 
 
-def _product(terms: jax.Array, page: jax.Array, contract: int) -> jax.Array:
+def _page_matmul(terms: jax.Array, page: jax.Array, contract: int) -> jax.Array:
     """[K, Q, n] times a page of every KV head, over the page's axis `contract`."""
     page = page.astype(jnp.float32).astype(jnp.bfloat16)
     dims = (((2,), (contract,)), ((0,), (0,)))
@@ -223,9 +223,9 @@ def _two_terms(x: jax.Array) -> jax.Array:
     return jnp.concatenate([high, x - high], axis=-2).astype(jnp.bfloat16)
 
 
-def _sum_terms(product: jax.Array) -> jax.Array:
-    rows = product.shape[1] // 2
-    return product[:, :rows] + product[:, rows:]
+def _sum_terms(dots: jax.Array) -> jax.Array:
+    rows = dots.shape[1] // 2
+    return dots[:, :rows] + dots[:, rows:]
 
 
 def _labels(view: RingView, sliding_window: int | None) -> jax.Array:

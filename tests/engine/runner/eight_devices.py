@@ -1,4 +1,4 @@
-"""Run by `test_engine_mesh.py` in a process of its own: jax must not have started before XLA_FLAGS is set.
+"""Run by `test_mesh.py` in a process of its own: jax must not have started before XLA_FLAGS is set.
 
 Arguments: a folder, a dtype, and meshes as data,model: every mesh answers as one device does. Or "collectives": what
 devices tell one another in a decode step is small.
@@ -22,13 +22,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import numpy as np
 
+from atlas_jax.aot import INLINE, AotProgram
 from atlas_jax.config import MemoryConfig
 from atlas_jax.engine import Engine
-from atlas_jax.engine.runner import monolithic_step
 from atlas_jax.engine.runner.step import StepConfig
+from atlas_jax.engine.runner.step_programs import StepPrograms, decode_inputs, weight_shapes
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import lowering_platform
 from atlas_jax.model.loading import model_config
@@ -66,7 +66,7 @@ def opened(folder: Path, dtype: str, data: int, model: int) -> Iterator[Engine]:
 
 
 def answers(engine: Engine) -> list[Answer]:
-    """PrefillQueue longer than a page, sampling, a memory that has been written and is read, and a session that goes on."""
+    """Prompts longer than a page, sampling, a memory that has been written and is read, and a session that goes on."""
     said = words(1, 200)
     session = memory("told", blend_ratio=0.9)
     plain = ask_all(engine, [request(words(2, 150), 12), request(words(3, 40), 12, temperature=0.8, seed=5, top_p=0.9)])
@@ -94,10 +94,10 @@ def collectives() -> None:
         model = model_config(file)
     config = StepConfig(model, MemoryConfig(layers=(0, 1), components=16, features=256, code_dim=64, max_window=128))
     rows, pages, placement = 4, 8, on_mesh(model, 2, 2)
-    args = monolithic_step.decode_shapes(config, monolithic_step.weight_shapes(config), rows, pages, "int8", placement)
-    with placement.scope(), lowering_platform.elsewhere("cpu"):
-        program = jax.jit(placement.program(functools.partial(monolithic_step.decode, config)), donate_argnums=(1, 2))
-        text = program.lower(*args).compile().as_text()
+    *inputs, _ = decode_inputs(config, placement.weights(weight_shapes(config)), rows, pages, "int8")
+    with lowering_platform.elsewhere("cpu"):
+        decode = functools.partial(StepPrograms(config).decode, INLINE)
+        text = AotProgram(decode, donate=(1, 2), mesh_layout=placement).executable((), *inputs).as_text()
     kinds = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
     found = re.findall(rf"= (\S+) (?:{kinds})(?:-start)?\(", text)
     sizes = [math.prod(map(int, dims.split(","))) for kind in found for dims in re.findall(r"\[([\d,]+)\]", kind)]

@@ -12,11 +12,12 @@ import pytest
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import MemoryParams, SamplingParams
-from atlas_jax.engine.runner import export, monolithic_step
+from atlas_jax.engine.runner import export
 from atlas_jax.engine.runner.base import Buckets
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sampling_state
+from atlas_jax.engine.runner.step_programs import weight_shapes
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import lowering_platform
 from atlas_jax.kernels.ngram_drafter import NONE
@@ -42,7 +43,7 @@ def test_the_exported_step_draws_what_the_live_one_does(parts: tuple[StepConfig,
     with lowering_platform.elsewhere("cpu"):
         runner = PretrainedRunner(config, weights, "int8", Buckets(rows=(2,), pages=(4,), max_draft_rows=0))
         for index in range(2):
-            row = runner.start_page(runner.new_row(4), PageSchedule(None).turn(0), None)
+            row = runner.start_page(runner.new_row(4), PageSchedule(None).next_page(0), None)
             row = [*runner.prefill(row, memory_settings(None, 1, 1), list(range(3, 20 + index)))][-1].row
             sampling = sampling_state(SamplingParams(temperature=0.8), config.model.vocab, 7 + index, [])
             text = recent_text([5], 17 + index)
@@ -80,7 +81,7 @@ def test_the_step_lowers_for_platforms_that_are_not_here(parts: tuple[StepConfig
 
 def test_the_shapes_are_those_of_the_loaded_weights(parts: tuple[StepConfig, Weights]) -> None:
     config, weights = parts
-    described = monolithic_step.weight_shapes(config)
+    described = weight_shapes(config)
     assert jax.tree.structure(described) == jax.tree.structure(weights)
     for one, other in zip(jax.tree.leaves(described), jax.tree.leaves(weights), strict=True):
         assert (one.shape, one.dtype) == (other.shape, other.dtype)

@@ -12,20 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax.aot import shape
+from atlas_jax.aot import INLINE, AotProgram
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import MemoryParams, SamplingParams
-from atlas_jax.engine.runner import monolithic_step
 from atlas_jax.engine.runner.base import Buckets
 from atlas_jax.engine.runner.decode_state import DRAFT_TOKENS
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sampling_state
+from atlas_jax.engine.runner.step_programs import StepPrograms, decode_inputs, weight_shapes
 from atlas_jax.gguf import GGUFFile
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.attention import uses_cpu_kernel
 from atlas_jax.model import layer_groups
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.page_schedule import PageSchedule
+from atlas_jax.model.transformer import SINKS
 from atlas_jax.recall import adapter_store
 from tests import tiny_model
 
@@ -33,13 +34,12 @@ SHAPE = tiny_model.Shape(layers=3, embed=64, heads=2, kv_heads=1, head_dim=64, f
 STEPS = 6
 
 
-@pytest.mark.skipif(not ffi.takes_attention(1, PAGE, SHAPE.head_dim, 4), reason="no native kernels")
+@pytest.mark.skipif(not uses_cpu_kernel(1, SHAPE.head_dim, SINKS), reason="no native kernels")
 @pytest.mark.parametrize("max_draft_rows", [0, 1])
 def test_one_program_computes_what_the_stages_do(
     max_draft_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_groups, "_PREFERRED", (1,))
-    monkeypatch.setattr(ffi, "_wanted", True)  # an engine without kernels may have been opened before
     model = tiny_model.write_model(tmp_path / "model.gguf", SHAPE)
     adapter = tiny_model.write_adapter(tmp_path / "adapter.safetensors", model)
     with GGUFFile.open(model) as file:
@@ -49,7 +49,7 @@ def test_one_program_computes_what_the_stages_do(
     runner = PretrainedRunner(
         StepConfig(config, memory), weights, "int8", Buckets(rows=(1,), pages=(4,), max_draft_rows=max_draft_rows)
     )
-    row = runner.start_page(runner.new_row(4), PageSchedule(None).turn(0), None)
+    row = runner.start_page(runner.new_row(4), PageSchedule(None).next_page(0), None)
     text = [3, 4, 5, 6] * 8
     row = [*runner.prefill(row, memory_settings(MemoryParams(), 1, 1), text)][-1].row
     sampling = sampling_state(SamplingParams(temperature=0.8), config.vocab, 7, [])
@@ -67,23 +67,22 @@ def test_one_program_computes_what_the_stages_do(
     in_stages = steps()
     runner.sequences, runner.decode_state = begun
     runner.compile_monolithic_step(1, 4)
-    assert runner.at_once
+    assert runner.is_monolithic
     for one, other in zip(steps(), in_stages, strict=True):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.skipif(not ffi.takes_attention(1, PAGE, SHAPE.head_dim, 4), reason="no native kernels")
+@pytest.mark.skipif(not uses_cpu_kernel(1, SHAPE.head_dim, SINKS), reason="no native kernels")
 def test_scores_need_no_memory_of_their_own(tmp_path: Path) -> None:
     with GGUFFile.open(tiny_model.write_model(tmp_path / "model.gguf", SHAPE)) as file:
         config = StepConfig(dataclasses.replace(model_config(file), vocab=1 << 16), None)
     rows = 2
-    args = monolithic_step.decode_shapes(config, monolithic_step.weight_shapes(config), rows, 4, "int8")
-    room = shape((rows, config.model.vocab), np.float32)
+    *inputs, logits_buffer = decode_inputs(config, weight_shapes(config), rows, 4, "int8")
 
     def temporary(*rest: Any) -> int:
-        donated = (1, 2, 5)[: 2 + len(rest)]
-        step = jax.jit(functools.partial(monolithic_step.decode, config), donate_argnums=donated, keep_unused=True)
-        size: int = step.lower(*args, *rest).compile().memory_analysis().temp_size_in_bytes
+        decode = functools.partial(StepPrograms(config).decode, INLINE)
+        program = AotProgram(decode, donate=(1, 2, 5)[: 2 + len(rest)])
+        size: int = program.executable((), *inputs, *rest).memory_analysis().temp_size_in_bytes
         return size
 
-    assert temporary() - temporary(room) >= rows * config.model.vocab * 4
+    assert temporary() - temporary(logits_buffer) >= rows * config.model.vocab * 4

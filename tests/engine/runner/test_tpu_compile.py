@@ -13,9 +13,10 @@ import jax
 import pytest
 from jax.experimental import topologies
 
+from atlas_jax.aot import INLINE, AotProgram
 from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
-from atlas_jax.engine.runner import monolithic_step
 from atlas_jax.engine.runner.step import StepConfig
+from atlas_jax.engine.runner.step_programs import StepPrograms, decode_inputs, prefill_inputs, weight_shapes
 from atlas_jax.kernels import lowering_platform
 from atlas_jax.sharding import MeshLayout, check_mesh, make_mesh
 
@@ -55,7 +56,7 @@ def chips() -> list[jax.Device]:
 
 
 @pytest.mark.tpu_backend
-@pytest.mark.parametrize("kind", ["decode", "read"])
+@pytest.mark.parametrize("kind", ["decode", "prefill"])
 @pytest.mark.parametrize(
     ("name", "config", "data", "parts"),
     [("SmolLM2-135M", SMALL, 4, 1), ("Llama-3-8B", LARGE, 1, 4)],
@@ -67,17 +68,17 @@ def test_the_tpu_compiler_takes_a_step(
 ) -> None:
     check_mesh(config.model, data, parts)
     placement = MeshLayout(make_mesh(chips, data, parts))
-    weights = monolithic_step.weight_shapes(config)
-    if kind == "decode":
-        args = monolithic_step.decode_shapes(config, weights, ROWS, PAGES, "int8", placement)
-        function, donate, tokens = monolithic_step.decode, (1, 2), ROWS
-    else:
-        args = monolithic_step.read_shapes(config, weights, PAGE, PAGES, "int8", placement)
-        function, donate, tokens = monolithic_step.read, (1,), PAGE
+    weights = placement.weights(weight_shapes(config))
     started = time.process_time()
-    program = jax.jit(placement.program(functools.partial(function, config)), donate_argnums=donate)
-    with placement.scope(), lowering_platform.elsewhere("tpu"):
-        compiled = program.lower(*args).compile()
+    with lowering_platform.elsewhere("tpu"):
+        steps = StepPrograms(config)
+        if kind == "decode":
+            *inputs, _ = decode_inputs(config, weights, ROWS, PAGES, "int8")
+            function, donate, tokens = functools.partial(steps.decode, INLINE), (1, 2), ROWS
+        else:
+            inputs = [*prefill_inputs(config, weights, PAGES, PAGE, "int8")]
+            function, donate, tokens = lambda *args: [*steps.prefill(INLINE, *args)][-1].row, (1,), PAGE
+        compiled = AotProgram(function, donate=donate, mesh_layout=placement).executable((), *inputs)
     seconds = time.process_time() - started
     cost, memory = compiled.cost_analysis(), compiled.memory_analysis()
     peak = (

@@ -16,7 +16,7 @@ from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.step_inputs import MemoryWrite, memory_settings, recent_text, sampling_state
 from atlas_jax.gguf import GGUFFile
-from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.recall import adapter_store
@@ -28,16 +28,16 @@ DEGREE = 2
 
 
 @pytest.mark.parametrize("kernels", [True, False])
-def test_a_row_is_what_it_would_be_alone(kernels: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_is_what_it_would_be_alone(kernels: bool, tmp_path: Path) -> None:
     """Its memory too, which is written before, read in every step, and written again after."""
-    monkeypatch.setattr(ffi, "_wanted", kernels)
+    choice = KernelChoice(cpu=kernels)
     model = tiny_model.write_model(tmp_path / "model.gguf", tiny_model.LLAMA)
     adapter = tiny_model.write_adapter(tmp_path / "adapter.safetensors", model)
-    with GGUFFile.open(model) as file:
+    with GGUFFile.open(model) as file, choice.scope():
         config, params = model_config(file), load_params(file, model_config(file))
         memory, found = adapter_store.decode(adapter.read_bytes(), file.fingerprint(), config, max_window=2 * PAGE)
     weights = Weights(params, found, jnp.arange(1, config.vocab + 1) % config.vocab)
-    runner = PretrainedRunner(StepConfig(config, memory), weights, "int8", Buckets(rows=SIZES, pages=(4,)))
+    runner = PretrainedRunner(StepConfig(config, memory, choice), weights, "int8", Buckets(rows=SIZES, pages=(4,)))
     how = MemoryParams(window_size=PAGE)
     plan, write, settings = (
         PageSchedule(window=1),
@@ -47,7 +47,7 @@ def test_a_row_is_what_it_would_be_alone(kernels: bool, tmp_path: Path, monkeypa
     text = np.random.default_rng(1).integers(0, 340, 3 * PAGE).tolist()
     row = runner.new_row(4)
     for page in range(3):
-        row = runner.start_page(row, plan.turn(page), write)
+        row = runner.start_page(row, plan.next_page(page), write)
         row = [*runner.prefill(row, settings, text[page * PAGE : (page + 1) * PAGE])][-1].row
     sampling = sampling_state(SamplingParams(temperature=0.8, logprobs=3), config.vocab, 7, [])
 
@@ -55,12 +55,12 @@ def test_a_row_is_what_it_would_be_alone(kernels: bool, tmp_path: Path, monkeypa
         runner.resize(size, 4, {})
         begun = jax.tree.map(jnp.copy, row)
         runner.insert(place, begun, 3, recent_text(text, len(text)), sampling, settings, with_memory=True)
-        runner.start_page_in_batch(place, plan.turn(3), write)
+        runner.start_page_in_batch(place, plan.next_page(3), write)
         wanted = np.zeros(size, np.int32)
         wanted[place] = 1
         told = [runner.decode(wanted) for _ in range(STEPS)]
-        assert np.asarray(told[-1].numbers)[place, 0, 1] > 0, "the memory is read"
-        runner.start_page_in_batch(place, plan.turn(4), write)
+        assert np.asarray(told[-1].numbers)[place, 0, 1] > 0, "the memory takes part"
+        runner.start_page_in_batch(place, plan.next_page(4), write)
         return [np.asarray(leaf)[place, 0] for leaf in jax.tree.leaves(told)] + [
             np.asarray(leaf)[place] for leaf in jax.tree.leaves(runner.sequences)
         ]

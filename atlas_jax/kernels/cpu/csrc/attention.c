@@ -23,7 +23,7 @@ typedef struct {
   const float *q_sink;
   float *out;
   const uint8_t *seen;
-  int8_t *rounded; /* [D] */
+  int8_t *quantized; /* [D] */
   float *score;    /* [N, P], later the weights */
   float *total;    /* [D] */
   float unit, peak, mass, sink_score[16];
@@ -31,7 +31,7 @@ typedef struct {
   int64_t sinks;
 } Query;
 
-/* Queries that meet a page while its keys are laid out, those that meet its values together, and tokens of one part. */
+/* Queries that meet a page while its keys are repacked, those that meet its values together, and tokens of one part. */
 enum { QUERIES = 32, TOGETHER = 3, TOKENS = 8, GROUPS = PAGE / 16 };
 /* Where the worth of a unit of a page's weights is kept: behind two bytes for each of them. */
 enum { UNIT = PAGE / 2 };
@@ -52,17 +52,17 @@ static Seen seen_of(__m512i lower, __m512i upper) {
   return (Seen){.first = first, .count = last + 1 - first};
 }
 
-static void round_query(Query *query, const float *q, int64_t dim, float scale) {
-  query->unit = round_term(q, dim, query->rounded) * scale;
-  query->offset = offset_of(query->rounded, dim);
+static void quantize_query(Query *query, const float *q, int64_t dim, float scale) {
+  query->unit = quantize_term(q, dim, query->quantized) * scale;
+  query->offset = offset_of(query->quantized, dim);
   memset(query->total, 0, sizeof(float) * (size_t)dim);
 }
 
 /* A page's keys as [D / 4, P] of four bytes each, the top bits flipped: a vector has what 16 keys multiply with the same four
    numbers of a query, so that sums need not be added up across lanes (128 tokens over 8 pages, one core: 2.3 ms instead of
-   3.0). The page's values and the next page's keys are asked for meanwhile (one token over 64 pages: 335 µs instead of 400). */
-static void lay_out_keys(const int8_t *keys, const int8_t *values, const int8_t *next, int64_t dim, Seen seen,
-                         __m512i *laid) {
+   3.0). The page's values and the next page's keys are prefetched meanwhile (one token over 64 pages: 335 µs instead of 400). */
+static void repack_keys(const int8_t *keys, const int8_t *values, const int8_t *next, int64_t dim, Seen seen,
+                         __m512i *packed) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   for (int64_t d = 0; d < dim; d += 64)
     for (int g = seen.first; g < seen.first + seen.count; g++) {
@@ -76,23 +76,23 @@ static void lay_out_keys(const int8_t *keys, const int8_t *values, const int8_t 
       }
       transpose(v);
 #pragma GCC unroll 16
-      for (int i = 0; i < 16; i++) _mm512_store_si512(laid + (d / 4 + i) * GROUPS + g, v[i]);
+      for (int i = 0; i < 16; i++) _mm512_store_si512(packed + (d / 4 + i) * GROUPS + g, v[i]);
     }
 }
 
 /* Scores of `count` groups of a page's keys, the largest of them, and −1e30 for those not seen. */
-static inline __attribute__((always_inline)) __m512 score_groups(const Query *query, const __m512i *laid, const float *scale,
+static inline __attribute__((always_inline)) __m512 score_groups(const Query *query, const __m512i *packed, const float *scale,
                                                                  int64_t n, int64_t dim, int first, int count, __m512 peak) {
   __m512i dots[GROUPS];
 #pragma GCC unroll 8
   for (int g = 0; g < count; g++) dots[g] = _mm512_set1_epi32(-query->offset);
-  laid += first;
-  for (int64_t d = 0; d < dim; d += 4, laid += GROUPS) {
+  packed += first;
+  for (int64_t d = 0; d < dim; d += 4, packed += GROUPS) {
     int32_t four;
-    memcpy(&four, query->rounded + d, sizeof four);
+    memcpy(&four, query->quantized + d, sizeof four);
     const __m512i q = _mm512_set1_epi32(four);
 #pragma GCC unroll 8
-    for (int g = 0; g < count; g++) add_dots(&dots[g], laid[g], q);
+    for (int g = 0; g < count; g++) add_dots(&dots[g], packed[g], q);
   }
 #pragma GCC unroll 8
   for (int g = 0; g < count; g++) {
@@ -107,35 +107,35 @@ static inline __attribute__((always_inline)) __m512 score_groups(const Query *qu
   return peak;
 }
 
-static __m512 score_page(const Query *query, const __m512i *laid, const float *scale, int64_t n, int64_t dim, Seen seen,
+static __m512 score_page(const Query *query, const __m512i *packed, const float *scale, int64_t n, int64_t dim, Seen seen,
                          __m512 peak) {
   switch (seen.count) {
-    case 2: return score_groups(query, laid, scale, n, dim, seen.first, 2, peak);
-    case 4: return score_groups(query, laid, scale, n, dim, seen.first, 4, peak);
-    case 6: return score_groups(query, laid, scale, n, dim, seen.first, 6, peak);
-    default: return score_groups(query, laid, scale, n, dim, seen.first, 8, peak);
+    case 2: return score_groups(query, packed, scale, n, dim, seen.first, 2, peak);
+    case 4: return score_groups(query, packed, scale, n, dim, seen.first, 4, peak);
+    case 6: return score_groups(query, packed, scale, n, dim, seen.first, 6, peak);
+    default: return score_groups(query, packed, scale, n, dim, seen.first, 8, peak);
   }
 }
 
 /* 64 columns of `count` of a page's values as [count / 4, 4, 16] of four bytes each: a vector has what 16 columns of four
    tokens multiply with the same four weights. Number 4l + e of vector i is column 16l + 4i + e. */
-static void lay_out_values(const int8_t *values, int64_t count, int64_t dim, __m512i *laid) {
-  for (int64_t p = 0; p < count; p += 4, laid += 4) {
+static void repack_values(const int8_t *values, int64_t count, int64_t dim, __m512i *packed) {
+  for (int64_t p = 0; p < count; p += 4, packed += 4) {
     __m512i v[4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; i++) v[i] = _mm512_loadu_si512(values + (p + i) * dim);
     __m512i low = _mm512_unpacklo_epi8(v[0], v[1]), high = _mm512_unpackhi_epi8(v[0], v[1]);
     __m512i low2 = _mm512_unpacklo_epi8(v[2], v[3]), high2 = _mm512_unpackhi_epi8(v[2], v[3]);
-    _mm512_store_si512(laid, _mm512_unpacklo_epi16(low, low2));
-    _mm512_store_si512(laid + 1, _mm512_unpackhi_epi16(low, low2));
-    _mm512_store_si512(laid + 2, _mm512_unpacklo_epi16(high, high2));
-    _mm512_store_si512(laid + 3, _mm512_unpackhi_epi16(high, high2));
+    _mm512_store_si512(packed, _mm512_unpacklo_epi16(low, low2));
+    _mm512_store_si512(packed + 1, _mm512_unpackhi_epi16(low, low2));
+    _mm512_store_si512(packed + 2, _mm512_unpacklo_epi16(high, high2));
+    _mm512_store_si512(packed + 3, _mm512_unpackhi_epi16(high, high2));
   }
 }
 
 /* Adds 64 columns of a page's values to the totals of `count` queries, each by its weights in 16 bits; sums are exact (128
    tokens over 32 pages, one core, 64 and 256 columns: 8.4 and 11.4 ms; 10.3 and 18.8 with sums in float32). */
-static inline __attribute__((always_inline)) void add_values_to(Query *query, int count, const __m512i *laid, int64_t n,
+static inline __attribute__((always_inline)) void add_values_to(Query *query, int count, const __m512i *packed, int64_t n,
                                                                 Seen seen, int64_t d) {
   __m512i sum[TOGETHER * 8];
   const uint8_t *weight[TOGETHER];
@@ -143,8 +143,8 @@ static inline __attribute__((always_inline)) void add_values_to(Query *query, in
   for (int i = 0; i < count * 8; i++) sum[i] = _mm512_setzero_si512();
 #pragma GCC unroll 3
   for (int j = 0; j < count; j++) weight[j] = (const uint8_t *)(query[j].score + n * PAGE) + 16 * seen.first;
-  for (int64_t p = 0; p < 16 * seen.count; p += 4, laid += 4) {
-    const __m512i v[4] = {laid[0], laid[1], laid[2], laid[3]};
+  for (int64_t p = 0; p < 16 * seen.count; p += 4, packed += 4) {
+    const __m512i v[4] = {packed[0], packed[1], packed[2], packed[3]};
 #pragma GCC unroll 6
     for (int j = 0; j < count * 2; j++) {
       int32_t four;
@@ -166,13 +166,13 @@ static inline __attribute__((always_inline)) void add_values_to(Query *query, in
 }
 
 /* Adds a page's values to the totals of `count` queries. */
-static void add_values(Query *query, int count, const int8_t *values, int64_t n, Seen seen, int64_t dim, __m512i *laid) {
+static void add_values(Query *query, int count, const int8_t *values, int64_t n, Seen seen, int64_t dim, __m512i *packed) {
   for (int64_t d = 0; d < dim; d += 64) {
-    lay_out_values(values + 16 * seen.first * dim + d, 16 * seen.count, dim, laid);
+    repack_values(values + 16 * seen.first * dim + d, 16 * seen.count, dim, packed);
     for (int j = 0; j < count; j += TOGETHER) switch (count - j) {
-        case 1: add_values_to(query + j, 1, laid, n, seen, d); break;
-        case 2: add_values_to(query + j, 2, laid, n, seen, d); break;
-        default: add_values_to(query + j, TOGETHER, laid, n, seen, d);
+        case 1: add_values_to(query + j, 1, packed, n, seen, d); break;
+        case 2: add_values_to(query + j, 2, packed, n, seen, d); break;
+        default: add_values_to(query + j, TOGETHER, packed, n, seen, d);
       }
   }
 }
@@ -260,7 +260,7 @@ static void attention_part(const void *data, int64_t part) {
   int64_t each = (keys + dim) * (int64_t)sizeof(float) + dim;
   char *memory = grown(&kept, PAGE * dim + each * QUERIES);
   if (!memory) abort();
-  __m512i *laid = (__m512i *)memory;
+  __m512i *packed = (__m512i *)memory;
   memory += PAGE * dim;
   Seen seen[task->pages];
   for (int64_t i = 0; i < tokens * groups; i += QUERIES) {
@@ -270,14 +270,14 @@ static void attention_part(const void *data, int64_t part) {
     for (int j = 0; j < count; j++) {
       query[j].score = (float *)(memory + each * j);
       query[j].total = query[j].score + keys;
-      query[j].rounded = (int8_t *)(query[j].total + dim);
+      query[j].quantized = (int8_t *)(query[j].total + dim);
       int64_t t = b * task->tokens + first + (i + j) / groups;
       int64_t place = (t * task->heads + kv * groups + (i + j) % groups) * dim;
       query[j].out = task->out + place;
       query[j].q_sink = task->q_sink + place;
       query[j].seen = task->seen + t * keys;
       query[j].sinks = task->sinks_seen[t] ? task->sinks : 0;
-      round_query(&query[j], task->q + place, dim, *task->scale);
+      quantize_query(&query[j], task->q + place, dim, *task->scale);
       peak[j] = _mm512_set1_ps(-1e30f);
     }
     for (int64_t n = 0; n < task->pages; n++) {
@@ -290,15 +290,15 @@ static void attention_part(const void *data, int64_t part) {
       if (!seen[n].count) continue;
       int64_t page = first_page + n * page_step;
       int64_t next = n + 1 < task->pages ? page + page_step : page;
-      lay_out_keys(task->k + page * dim, task->v + page * dim, task->k + next * dim, dim, seen[n], laid);
-      for (int j = 0; j < count; j++) peak[j] = score_page(&query[j], laid, task->k_scale + page, n, dim, seen[n], peak[j]);
+      repack_keys(task->k + page * dim, task->v + page * dim, task->k + next * dim, dim, seen[n], packed);
+      for (int j = 0; j < count; j++) peak[j] = score_page(&query[j], packed, task->k_scale + page, n, dim, seen[n], peak[j]);
     }
     for (int j = 0; j < count; j++) {
       query[j].peak = _mm512_reduce_max_ps(peak[j]);
       weigh(task, &query[j], seen, sink_k, first_page, page_step);
     }
     for (int64_t n = 0; n < task->pages; n++)
-      if (seen[n].count) add_values(query, count, task->v + (first_page + n * page_step) * dim, n, seen[n], dim, laid);
+      if (seen[n].count) add_values(query, count, task->v + (first_page + n * page_step) * dim, n, seen[n], dim, packed);
     for (int j = 0; j < count; j++) {
       float *total = query[j].total;
       in_columns(total, dim);

@@ -1,4 +1,4 @@
-/* The memory's word on what comes next: scores of the tokens it has seen, and their mixture with the model's logits, which
+/* The memory's next-token distribution: scores of the tokens it has seen, and their mixture with the model's logits, which
    is written over them. Only the codes of tokens a session has seen are read. */
 
 #include "common.h"
@@ -44,7 +44,7 @@ static inline __mmask16 seen_at(const Blend *task, int64_t row, int64_t i, int64
                             _mm_set1_epi8(-1));
 }
 
-static inline __attribute__((always_inline)) __m512i products(const int8_t *const codes[GROUP], int64_t size,
+static inline __attribute__((always_inline)) __m512i dot_products(const int8_t *const codes[GROUP], int64_t size,
                                                               const int8_t *terms) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   __m512i sum[GROUP];
@@ -62,7 +62,7 @@ static inline __attribute__((always_inline)) __m512i products(const int8_t *cons
 static __m512 scores_of(const Blend *task, const Asked *asked, const int32_t tokens[GROUP]) {
   const int8_t *codes[GROUP];
   for (int j = 0; j < GROUP; j++) codes[j] = task->codes + tokens[j] * task->size;
-  __m512i high = products(codes, task->size, asked->high), low = products(codes, task->size, asked->low);
+  __m512i high = dot_products(codes, task->size, asked->high), low = dot_products(codes, task->size, asked->low);
   const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high, 8), low);
   const __m512 total = _mm512_cvtepi32_ps(_mm512_sub_epi32(whole, _mm512_set1_epi32(asked->offset)));
   __m512 scale = _mm512_i32gather_ps(_mm512_loadu_si512(tokens), task->code_scale, sizeof(float));

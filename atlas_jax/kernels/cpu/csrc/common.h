@@ -1,9 +1,9 @@
 /* CPU kernels of a decode step, called from compiled JAX functions through XLA's foreign function interface.
 
-   XLA's own int8 products took 1.3 to 4 times as long for 2 to 256 rows of SmolLM2-135M's weights (medians, two shared cores
-   with AMX). These read weights, keys and values once, as they lie. Sums of products are exact integers, and what a row
+   XLA's own int8 GEMMs took 1.3 to 4 times as long for 2 to 256 rows of SmolLM2-135M's weights (medians, two shared cores
+   with AMX). These read weights, keys and values once, as they lie. Dot products are exact integers, and what a row
    gets depends on that row alone, so results are the same for any batch, any number of threads, and with or without
-   drafts. The definitions are `linear` and `ref_window_attention` in Python; the tests compare. */
+   draft tokens. The definitions are `linear` and `ref_window_attention` in Python; the tests compare. */
 
 #ifndef ATLAS_COMMON_H
 #define ATLAS_COMMON_H
@@ -38,7 +38,7 @@ bool asked_for_version(XLA_FFI_CallFrame *frame);
 static inline int64_t in_lines(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 /* A thread's own room for what a call works on. It is kept: these are threads of a pool, and fresh pages cost as much as a
-   product. */
+   GEMM. */
 typedef struct {
   char *bytes;
   int64_t size;

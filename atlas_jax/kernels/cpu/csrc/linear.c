@@ -1,6 +1,6 @@
-/* Products of float rows with 8-bit weights.
+/* GEMM and GEMV of float rows with 8-bit weights.
 
-   A row is rounded to whole numbers of two 8-bit terms, x ≈ (256 · high + low) · unit, and
+   A row is quantised to whole numbers of two 8-bit terms, x ≈ (256 · high + low) · unit, and
 
      y[r, o] = (256 · Σ high[r]·w[o] + Σ low[r]·w[o]) · unit[r] · weight_scale[o]
 
@@ -10,12 +10,12 @@
    The unit is such that most numbers of a row fit the lower term, and those that stand out take the upper one: for many
    rows it is multiplied only where four of them are not all 0.
 
-   What usually comes just before, a residual sum, a norm or a gate, is done while a row is rounded: by all threads and
+   What usually comes just before, a residual sum, a norm or a gate, is done while a row is quantised: by all threads and
    without a trip through memory (SmolLM2-135M, 128 tokens: 0.33 ms a layer for the gate alone as an XLA program, which
    takes one thread).
 
    Weights may lie coded, in 5 bits instead of 8 (`PackedArray`). Then a few outputs' weights are decoded to where the
-   caches keep them, just before they are multiplied: for few rows a product takes as long as its weights take to come from
+   caches keep them, just before they are multiplied: for few rows a GEMM takes as long as its weights take to come from
    memory. */
 
 #include "linear.h"
@@ -41,7 +41,7 @@ static void gate(const float *x, int64_t block, bool gelu, int64_t count, float 
     }
 }
 
-/* Rounds x to its lower terms and the list of the upper ones that are not 0; returns their unit, and Σ of the numbers. */
+/* Quantises x to its lower terms and the list of the upper ones that are not 0; returns their unit, and Σ of the numbers. */
 static float split_sparsely(const float *x, int64_t count, const Fours *fours, int8_t *low, int32_t *sum) {
   const Unit unit = unit_of(x, count);
   const __m512i sixteen = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -72,7 +72,7 @@ static float split_sparsely(const float *x, int64_t count, const Fours *fours, i
   return unit.unit;
 }
 
-void round_row(const Linear *task, int64_t m, int64_t row, int8_t *high, int8_t *low) {
+void quantize_row(const Linear *task, int64_t m, int64_t row, int8_t *high, int8_t *low) {
   static _Thread_local Room room;
   const float *x = task->x + (m * task->rows + row) * task->inner * (task->block ? 2 : 1);
   if (task->added) {
@@ -106,7 +106,7 @@ int8_t *room_for(const Linear *task, int64_t outputs) {
   return (int8_t *)bytes;
 }
 
-/* What is done to a row before it is rounded. */
+/* What is done to a row before it is quantised. */
 typedef enum { NOTHING, NORM, SUM_NORM, GATE } Before;
 
 /* (x f32 [R, in], weight int8 [out, in], its scale f32 [out]) -> f32 [R, out], or the same with one leading axis on all of
@@ -114,7 +114,7 @@ typedef enum { NOTHING, NORM, SUM_NORM, GATE } Before;
    RECORD], without such an axis. With NORM, a fourth argument is the gain, f32 [in], and an attribute `eps`; with SUM_NORM,
    a fifth is what is added to x first, f32 [R, in], a sixth, if there is one, the gain of its own norm, and a second result
    is the sum, f32 [R, in]. With GATE, x is f32 [R, 2 · in], and attributes are `block` and `gelu`. */
-static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, Before before) {
+static XLA_FFI_Error *matmul(XLA_FFI_CallFrame *frame, Before before) {
   XLA_FFI_Buffer *x = argument(frame, 0), *weight = argument(frame, 1), *scale = argument(frame, 2), *out = result(frame, 0);
   bool coded = weight->dtype == XLA_FFI_DataType_U8;
   int64_t each = x->rank - 2, matrices = each ? weight->dims[0] : 1, given = x->dims[each + 1];
@@ -162,23 +162,23 @@ static XLA_FFI_Error *product(XLA_FFI_CallFrame *frame, Before before) {
   task.offset = (int32_t *)(room + units);
   task.terms = (int8_t *)(room + 2 * units);
   task.packed = task.fours = (int32_t *)(room + 2 * units + bytes);
-  run_parts(frame, tiles ? pack_terms : few ? round_few : round_many, &task, matrices * (tiles ? task.groups : task.rows));
+  run_parts(frame, tiles ? pack_terms : few ? quantize_few : quantize_many, &task, matrices * (tiles ? task.groups : task.rows));
   run_parts(frame, tiles ? multiply_tiles : few ? multiply_few : multiply_many, &task, matrices * task.strips);
   return no_room ? failed(frame, "atlas_linear: out of memory") : NULL;
 }
 
 EXPORT XLA_FFI_Error *atlas_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, NOTHING);
+  return asked_for_version(frame) ? NULL : matmul(frame, NOTHING);
 }
 
 EXPORT XLA_FFI_Error *atlas_normed_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, NORM);
+  return asked_for_version(frame) ? NULL : matmul(frame, NORM);
 }
 
 EXPORT XLA_FFI_Error *atlas_summed_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, SUM_NORM);
+  return asked_for_version(frame) ? NULL : matmul(frame, SUM_NORM);
 }
 
 EXPORT XLA_FFI_Error *atlas_gated_linear(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : product(frame, GATE);
+  return asked_for_version(frame) ? NULL : matmul(frame, GATE);
 }

@@ -1,4 +1,4 @@
-/* Products of float rows with 8-bit weights: what their parts for AVX-512 VNNI and for AMX share. */
+/* GEMM of float rows with 8-bit weights: what its parts for AVX-512 VNNI and for AMX share. */
 
 #ifndef ATLAS_LINEAR_H
 #define ATLAS_LINEAR_H
@@ -10,7 +10,7 @@
 
 /* Outputs, or terms, of one tile; rows of one call; bytes of a record; rows of a block where there are many (VNNI). */
 enum { TILE = 16, MAX_ROWS = 128, RECORD = 40, BLOCK = 8 };
-/* Bytes ahead of the reader that are asked for, as far as the second cache (65 536 outputs of 640 weights in 8 bits, two rows,
+/* Bytes ahead of the reader that are prefetched, as far as the second cache (65 536 outputs of 640 weights in 8 bits, two rows,
    one core: 1.5 ms; 2.2 with 4096 bytes, 3.3 with 8192 as far as the first cache, 3.7 without). */
 enum { AHEAD = 32768 };
 
@@ -54,18 +54,18 @@ static inline Fours fours_of(const Linear *task, int64_t m, int64_t row) {
   return (Fours){.count = first, .at = first + 1, .four = first + 1 + task->inner / 4 + TILE};
 }
 
-/* A product as part of a call: which matrix, and where its rows' results go. */
+/* A GEMM as part of a call: which matrix, and where its rows' results go. */
 typedef struct {
   const int8_t *weight, *terms;
   const int32_t *packed, *offset;
   const float *scale, *unit;
   float *out;
   int64_t matrix, first, last;
-} Product;
+} Gemm;
 
-static inline Product product_of(const Linear *task, int64_t part) {
+static inline Gemm gemm_of(const Linear *task, int64_t part) {
   int64_t m = part / task->strips, first = part % task->strips * task->strip, last = first + task->strip;
-  return (Product){.weight = task->weight + m * task->outputs * task->width,
+  return (Gemm){.weight = task->weight + m * task->outputs * task->width,
                    .terms = task->terms + m * task->padded * task->inner,
                    .packed = task->packed + m * task->padded * task->inner / 4,
                    .offset = task->offset + m * task->rows,
@@ -77,14 +77,14 @@ static inline Product product_of(const Linear *task, int64_t part) {
                    .last = last < task->outputs ? last : task->outputs};
 }
 
-/* Rounds a row to whole numbers, 256 · high + low: writes `low`, and `high` or, if that is NULL, the row's `fours`. */
-void round_row(const Linear *task, int64_t m, int64_t row, int8_t *high, int8_t *low);
+/* Quantises a row to whole numbers, 256 · high + low: writes `low`, and `high` or, if that is NULL, the row's `fours`. */
+void quantize_row(const Linear *task, int64_t m, int64_t row, int8_t *high, int8_t *low);
 
 /* Room of this thread's own for the weights of `outputs` outputs as bytes; NULL if there is none. */
 int8_t *room_for(const Linear *task, int64_t outputs);
 
-/* Parts of a call: rounding rows and multiplying them, few and many (VNNI), and with AMX. */
-Part round_few, round_many, multiply_few, multiply_many, pack_terms, multiply_tiles;
+/* Parts of a call: quantising rows and multiplying them, few and many (VNNI), and with AMX. */
+Part quantize_few, quantize_many, multiply_few, multiply_many, pack_terms, multiply_tiles;
 
 /* 64 weights of one output from their record: step and base of either half in 16 bits, then a byte for every two codes. A
    weight is the upper byte of code · step + base. */
@@ -103,7 +103,7 @@ static inline __attribute__((always_inline)) __m512i decode(const uint8_t *recor
 }
 
 /* Results of 16 outputs of a row, from their sums. */
-static inline __attribute__((always_inline)) void finish(const Linear *task, const Product *p, int64_t row, int64_t o,
+static inline __attribute__((always_inline)) void finish(const Linear *task, const Gemm *p, int64_t row, int64_t o,
                                                          __m512i sum) {
   const __m512 unit = _mm512_mul_ps(_mm512_set1_ps(p->unit[row]), _mm512_loadu_ps(p->scale + o));
   _mm512_storeu_ps(p->out + row * task->outputs + o, _mm512_mul_ps(_mm512_cvtepi32_ps(sum), unit));

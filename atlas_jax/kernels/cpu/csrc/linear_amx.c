@@ -1,4 +1,4 @@
-/* Products on AMX, 16 outputs by 16 terms at a time: see linear.c. */
+/* GEMM on AMX, 16 outputs by 16 terms at a time: see linear.c. */
 
 #include "linear.h"
 
@@ -11,7 +11,7 @@ typedef struct {
   uint8_t rows[16];
 } TileShapes;
 
-/* Two tiles of outputs by two of rows of terms, so that every tile read takes part in two products; `width` and `height`
+/* Two tiles of outputs by two of rows of terms, so that every tile read takes part in two multiplications; `width` and `height`
    say how many of them there are. */
 static inline __attribute__((always_inline)) void tile_block(const int8_t *weight, const int32_t *terms, int64_t inner,
                                                              int64_t group, int width, int height, bool ahead) {
@@ -33,7 +33,7 @@ static inline __attribute__((always_inline)) void tile_block(const int8_t *weigh
       _tile_dpbssd(2, 4, 7);
       if (width > 1) _tile_dpbssd(3, 5, 7);
     }
-    if (ahead) /* the next outputs' weights, while these are in the works */
+    if (ahead) /* the next outputs' weights are prefetched while these are multiplied */
       for (int j = 0; j < width * TILE; j++)
         _mm_prefetch((const char *)(weight + (width * TILE + j) * inner + i), _MM_HINT_T0);
   }
@@ -46,7 +46,7 @@ void pack_terms(const void *data, int64_t part) {
   int64_t rows = task->rows - first < ROWS ? task->rows - first : ROWS;
   int8_t *terms = task->terms + part * TILE * task->inner;
   for (int64_t r = 0; r < rows; r++)
-    round_row(task, m, first + r, terms + r * task->inner, terms + (ROWS + r) * task->inner);
+    quantize_row(task, m, first + r, terms + r * task->inner, terms + (ROWS + r) * task->inner);
   const int32_t *given = (const int32_t *)terms;
   int32_t *packed = task->packed + part * TILE * words;
   bool used[TILE] = {false};
@@ -78,7 +78,7 @@ static const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t 
 
 void multiply_tiles(const void *data, int64_t part) {
   const Linear *task = data;
-  Product p = product_of(task, part);
+  Gemm p = gemm_of(task, part);
   int64_t inner = task->inner;
   TileShapes shapes = {.palette = 1};
   for (int i = 0; i < 8; i++) shapes.column_bytes[i] = 64, shapes.rows[i] = TILE;

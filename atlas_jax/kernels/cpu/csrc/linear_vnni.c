@@ -1,25 +1,25 @@
-/* Products on AVX-512 VNNI, which multiplies unsigned by signed bytes: see linear.c. */
+/* GEMM on AVX-512 VNNI, which multiplies unsigned by signed bytes: see linear.c. */
 
 #include "linear.h"
 
-void round_few(const void *data, int64_t part) {
+void quantize_few(const void *data, int64_t part) {
   const Linear *task = data;
   int64_t m = part / task->rows, row = part % task->rows;
   int8_t *high = task->terms + (m * task->padded + row) * task->inner;
-  round_row(task, m, row, high, high + task->rows * task->inner);
+  quantize_row(task, m, row, high, high + task->rows * task->inner);
 }
 
-void round_many(const void *data, int64_t part) {
+void quantize_many(const void *data, int64_t part) {
   const Linear *task = data;
   int64_t m = part / task->rows, row = part % task->rows;
-  round_row(task, m, row, NULL, task->terms + (m * task->padded + row) * task->inner);
+  quantize_row(task, m, row, NULL, task->terms + (m * task->padded + row) * task->inner);
 }
 
 /* ---- few rows --------------------------------------------------------------------------------------------------- */
 
 /* 16 outputs of a few rows, one output after the other, so that weights are read in the order they lie (a head of
    65 536 outputs in 8 bits, one row, both cores: 2.0 ms; 4.5 with four outputs side by side). */
-static inline __attribute__((always_inline)) void row_by_row(const Linear *task, const Product *p, int64_t output,
+static inline __attribute__((always_inline)) void row_by_row(const Linear *task, const Gemm *p, int64_t output,
                                                              const int8_t *weight, int rows, bool coded) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   const int terms = 2 * rows;
@@ -42,7 +42,7 @@ static inline __attribute__((always_inline)) void row_by_row(const Linear *task,
 }
 
 /* `row_by_row`, made for each number of rows. */
-static inline __attribute__((always_inline)) void few_rows(const Linear *task, const Product *p, int64_t output,
+static inline __attribute__((always_inline)) void few_rows(const Linear *task, const Gemm *p, int64_t output,
                                                            const int8_t *weight, bool coded) {
   switch (task->rows) {
     case 1: row_by_row(task, p, output, weight, 1, coded); break;
@@ -57,7 +57,7 @@ static inline __attribute__((always_inline)) void few_rows(const Linear *task, c
 
 void multiply_few(const void *data, int64_t part) {
   const Linear *task = data;
-  Product p = product_of(task, part);
+  Gemm p = gemm_of(task, part);
   for (int64_t o = p.first; o < p.last; o += TILE) {
     const int8_t *weight = p.weight + o * task->width;
     if (task->width != task->inner)
@@ -89,15 +89,15 @@ static const int8_t *laid_out(const Linear *task, const int8_t *weight, int widt
   return room;
 }
 
-/* Where the weights that are laid out next lie, and how far on with every step: they are asked for bit by bit, in two halves,
-   while these are multiplied. All at once while laying out, each core waited for memory and then left it idle (Gemma 3 270M,
+/* Where the weights that are repacked next lie, and how far on with every step: they are prefetched bit by bit, in two halves,
+   while these are multiplied. All at once while repacking, each core waited for memory and then left it idle (Gemma 3 270M,
    16 rows: 1.3 times as long; a prompt: 1.05). */
 typedef struct {
   const char *next;
   int64_t half, step;
 } Ahead;
 
-static inline Ahead ahead_of(const Linear *task, const Product *p, int64_t o, int width) {
+static inline Ahead ahead_of(const Linear *task, const Gemm *p, int64_t o, int width) {
   /* parts are taken in turns: the next one is most likely another thread's, whose cache is not this one */
   const int64_t own = o + width * TILE < p->last ? o + width * TILE : p->first + task->threads * task->strip;
   const int64_t half = width * TILE / 2 * task->width, steps = (task->padded + BLOCK - 1) / BLOCK * task->inner / 4;
@@ -106,7 +106,7 @@ static inline Ahead ahead_of(const Linear *task, const Product *p, int64_t o, in
 
 /* Sums of `width` times 16 outputs of eight rows. Rows take their upper terms side by side, as many as the one that has most:
    the others' lists end in zeros. */
-static inline __attribute__((always_inline)) void wide_block(const Linear *task, const Product *p, const int8_t *weight,
+static inline __attribute__((always_inline)) void wide_block(const Linear *task, const Gemm *p, const int8_t *weight,
                                                              int64_t first, int width, Ahead *ahead, __m512i sum[2 * BLOCK]) {
   const int64_t inner = task->inner;
   const int8_t *low = p->terms + first * inner;
@@ -145,7 +145,7 @@ static inline __attribute__((always_inline)) void wide_block(const Linear *task,
 
 void multiply_many(const void *data, int64_t part) {
   const Linear *task = data;
-  Product p = product_of(task, part);
+  Gemm p = gemm_of(task, part);
   for (int64_t o = p.first; o < p.last; o += 2 * TILE) {
     int width = p.last - o > TILE ? 2 : 1;
     const int8_t *weight = laid_out(task, p.weight + o * task->width, width);

@@ -80,8 +80,8 @@ static inline float peak_of(const float *x, int64_t count) {
   return _mm512_reduce_max_ps(_mm512_max_ps(peak, odd));
 }
 
-/* Rounds x to one int8 term; returns its unit. */
-static inline float round_term(const float *x, int64_t count, int8_t *term) {
+/* Quantises x to one int8 term; returns its unit. */
+static inline float quantize_term(const float *x, int64_t count, int8_t *term) {
   const float peak = peak_of(x, count);
   const __m512 inverse = _mm512_set1_ps(127.0f / peak);
   for (int64_t i = 0; i < count; i += 16) {
@@ -91,7 +91,7 @@ static inline float round_term(const float *x, int64_t count, int8_t *term) {
   return peak * (1.0f / 127.0f);
 }
 
-/* The unit of the whole numbers, 256 · high + low, that x is rounded to (`split_rows` in Python), and what x is multiplied by
+/* The unit of the whole numbers, 256 · high + low, that x is quantised to (`split_rows` in Python), and what x is multiplied by
    to have it in units. */
 typedef struct {
   float unit, inverse;
@@ -122,7 +122,7 @@ static inline __m128i upper_terms(__m512i whole) {
   return _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(128)), 8));
 }
 
-/* Rounds x to two int8 terms; returns their unit, and Σ of the whole numbers. */
+/* Quantises x to two int8 terms; returns their unit, and Σ of the whole numbers. */
 static inline float split_row(const float *x, int64_t count, int8_t *high, int8_t *low, int32_t *sum) {
   const Unit unit = unit_of(x, count);
   __m512i all = _mm512_setzero_si512();
@@ -136,7 +136,7 @@ static inline float split_row(const float *x, int64_t count, int8_t *high, int8_
   return unit.unit;
 }
 
-/* What unsigned weights, whose signs were flipped, add to a product with these terms. */
+/* What unsigned weights, whose signs were flipped, add to a dot product with these terms. */
 static inline int32_t offset_of(const int8_t *terms, int64_t size) {
   __m512i sum = _mm512_setzero_si512();
   for (int64_t i = 0; i < size; i += 64)

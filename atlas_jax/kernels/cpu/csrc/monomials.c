@@ -1,4 +1,4 @@
-/* Features of the memory's keys. */
+/* Monomials of the memory's keys. */
 
 #include "common.h"
 #include "vectors.h"
