@@ -60,15 +60,15 @@ recall: $(VENV)/bench model ## facts asked for long after they left the window, 
 bench: $(VENV)/bench model gemma ## speed beside llama.cpp, cost of the memory (builds llama-cpp-python: ten minutes once)
 	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install \
 	  --quiet 'llama-cpp-python>=0.3.16,<0.4' numpy)
-	$(RUN) -m benchmarks.speed $(MODEL) --peer-python data/peer/bin/python --output docs/speed.md
-	$(RUN) -m benchmarks.speed $(GEMMA) --peer-python data/peer/bin/python --output docs/speed_gemma.md
-	$(RUN) -m benchmarks.memory_cost $(MODEL) --output docs/memory_cost.md
+	$(RUN) -m benchmarks.speed $(MODEL) --peer-python data/peer/bin/python --output docs/benchmarks/speed.md
+	$(RUN) -m benchmarks.speed $(GEMMA) --peer-python data/peer/bin/python --output docs/benchmarks/speed_gemma.md
+	$(RUN) -m benchmarks.memory_cost $(MODEL) --output docs/benchmarks/memory_cost.md
 
 endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000 and 128 000 tokens
-	$(RUN) -m benchmarks.endless $(MODEL) --output docs/endless.md
+	$(RUN) -m benchmarks.endless $(MODEL) --output docs/benchmarks/endless.md
 
 load: $(VENV)/bench model ## a hundred streams at once with settings drawn at random: all end, nothing compiles, memory comes back
-	$(RUN) -m benchmarks.load $(MODEL) --output docs/load.md
+	$(RUN) -m benchmarks.load $(MODEL) --output docs/benchmarks/load.md
 
 crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowledged is lost (90 min; needs a C compiler)
 	$(RUN) -m benchmarks.crash rounds --kills 150 --stops 20 --sessions 200
@@ -77,15 +77,15 @@ crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowle
 	$(RUN) -m benchmarks.crash cost --model $(MODEL)
 
 neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
-	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/neighbours.md
+	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/benchmarks/neighbours.md
 
 attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
-	$(RUN) -m benchmarks.attack $(MODEL) --output docs/attack.md $(ARGS)
+	$(RUN) -m benchmarks.attack $(MODEL) --output docs/benchmarks/attack.md $(ARGS)
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
 	  titans-pytorch)
-	$(RUN) -m benchmarks.memory_speed --titans-python data/titans/bin/python --output docs/memory_speed.md
+	$(RUN) -m benchmarks.memory_speed --titans-python data/titans/bin/python --output docs/benchmarks/memory_speed.md
 
 tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic kernels, without a TPU (brings libtpu)
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[tpu-compile]'
@@ -94,7 +94,7 @@ tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic ker
 
 mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a test notice? (goes on where it stopped)
 	mkdir -p data
-	$(RUN) -m benchmarks.mutate --results data/mutation.jsonl --output docs/mutation.md
+	$(RUN) -m benchmarks.mutate --results data/mutation.jsonl --output docs/benchmarks/mutation.md
 
 openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
 	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml

@@ -1,7 +1,7 @@
 """Runs attacks on a real server and says what each has done to it.
 
     python -m benchmarks.attack MODEL.gguf [--only NAME …] [--quick] [--seconds 180] [--seed 0] [--list]
-                                [--output docs/attack.md] [flags of the server]
+                                [--output docs/benchmarks/attack.md] [flags of the server]
 
 `--only` takes names of attacks and of families. Ends with 1 if an attack ended the server, lost a session, took more
 memory than it may, slowed a neighbour to a third or found anything else that must not be.
