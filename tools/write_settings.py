@@ -6,6 +6,7 @@ python tools/write_settings.py [--folder examples]
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def reference() -> str:
         out.append(f"\n## `{section}`\n\n| key | default | flag | environment | |\n|---|---|---|---|---|\n")
         for one in members:
             default = msgspec.json.encode(one.default).decode()
-            text = one.help.replace("|", "\\|")
+            text = re.sub(r"[|\[\]<]", r"\\\g<0>", one.help)  # a table's cell is Markdown, a help text is not
             out.append(f"| `{one.path[-1]}` | `{default}` | `{one.flag}` | `{one.env}` | {text} |\n")
     return "".join(out)
 
