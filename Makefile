@@ -14,12 +14,12 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint model gemma fit quality bench endless load crash attack neighbours bench-memory mutation \
-  documents recall tpu-compile openapi config lock clean
+  documents recall tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-serve: $(VENV)/serve model ## install, bring the default model, serve it with the memory on (ARGS="--port 9000 …")
+serve: $(VENV)/serve model ## install, download the default model, serve it with the memory on (ARGS="--port 9000 …")
 	$(VENV)/bin/atlas-jax serve --model $(MODEL) $(ARGS)
 
 test: $(VENV)/dev model ## install what tests need and run them (ARGS="-k name …")
@@ -32,13 +32,13 @@ lint: $(VENV)/dev ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-model: $(VENV)/base ## bring the default model (SmolLM2-135M-Instruct, Q4_1)
+model: $(VENV)/base ## download the default model (SmolLM2-135M-Instruct, Q4_1)
 	@$(RUN) tools/fetch_model.py default
 
-gemma: $(VENV)/base ## bring Gemma 3 270M, for tests and benchmarks
+gemma: $(VENV)/base ## download Gemma 3 270M, for tests and benchmarks
 	@$(RUN) tools/fetch_model.py gemma
 
-fit: $(VENV)/dev model ## fit the memory and make the successor table that are shipped for the default model
+fit: $(VENV)/dev model ## fit the memory and make the bigram table that are shipped for the default model
 	$(RUN) -m atlas_jax.recall.fit $(MODEL) --ship
 	$(RUN) -m atlas_jax.engine.fit_bigrams $(MODEL) --ship
 
@@ -87,7 +87,7 @@ bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	  titans-pytorch)
 	$(RUN) -m benchmarks.memory_speed --titans-python data/titans/bin/python --output docs/benchmarks/memory_speed.md
 
-tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic kernels, without a TPU (brings libtpu)
+tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic kernels, without a TPU (installs libtpu)
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[tpu-compile]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/runner/test_tpu_compile.py \
 	  tests/property/test_kernels_tpu_property.py tests/property/test_kernels_tpu_rules_property.py
@@ -96,6 +96,12 @@ mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a 
 	mkdir -p data
 	$(RUN) -m benchmarks.mutate --results data/mutation.jsonl --output docs/benchmarks/mutation.md
 
+docs: $(VENV)/docs ## build the documentation site into build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+diagrams: ## write docs/images/*.svg, the diagrams of README and DESIGN
+	$(PYTHON) tools/draw_diagrams.py
+
 openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
 	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml
 
@@ -103,11 +109,11 @@ config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, 
 	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --universal --no-emit-index-url \
+	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --universal --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what make has installed and built, not the models
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # One virtual environment; each marker file says which extras it holds. Versions are those of requirements.lock.
 $(VENV)/base:
@@ -125,4 +131,8 @@ $(VENV)/dev: $(VENV)/serve pyproject.toml requirements.lock
 
 $(VENV)/bench: $(VENV)/dev
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,plots]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/base pyproject.toml requirements.lock
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[docs]'
 	touch $@
