@@ -99,7 +99,14 @@ def idea() -> Drawing:
     draw.box(690, 154, 186, 62, "mixture", "green", "(1 − g)·p_model + g·p_memory")
     draw.arrow((511, 98), (511, 152))
     draw.arrow((616, 185), (688, 185), label="p_model", at=(652, 178))
-    draw.arrow((225, 216), (225, 262), (783, 262), (783, 218), label="p_memory: tokens that followed this state before", at=(504, 255))
+    draw.arrow(
+        (225, 216),
+        (225, 262),
+        (783, 262),
+        (783, 218),
+        label="p_memory: tokens that followed this state before",
+        at=(504, 255),
+    )
     draw.arrow((735, 152), (735, 88))
     draw.arrow((110, 185), (62, 185), (62, 228))
     draw.box(24, 230, 150, 46, "disk", "grey", "journal, snapshot")
