@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
-_LINE_SECONDS = 120.0
+_LINE_SECONDS = 600.0
 """Within which a line that is waited for has to come: a log that says it in other words is no reason to wait for ever."""
 
 

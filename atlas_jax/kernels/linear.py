@@ -199,9 +199,12 @@ def terms_of(
     # whole numbers, and their sum at most 2²⁴: exact in whatever order they are added
     total = jnp.abs(jnp.round(x * inverse)).sum(axis=-1, keepdims=True)
     coarse = jnp.minimum(jnp.floor(total * np.float32(5 / (127 * inner))) + 1.0, (largest + 126) // 127)
-    whole = jnp.round(x * (inverse / coarse))
+    unit = peak * (np.float32(1) / np.float32(largest)) * coarse
+    # not inverse / coarse: XLA makes one division of two, which can round to the next float, and a number halfway between
+    # two whole ones then becomes another than in the C kernels
+    whole = jnp.round(x * (1.0 / unit))
     high = jnp.floor(whole * (1 / 256) + 0.5)
-    return high, whole - 256.0 * high, peak * (np.float32(1) / np.float32(largest)) * coarse
+    return high, whole - 256.0 * high, unit
 
 
 def from_terms(high: Int32[Array, "*shape"], low: Int32[Array, "*shape"]) -> Float[Array, "*shape"]:

@@ -26,9 +26,9 @@ from atlas_jax.optim.sharding import (
 
 __all__ = [
     "LOCAL",
+    "GradientSharding",
     "MatrixAxes",
     "MuonState",
-    "GradientSharding",
     "TrainState",
     "Training",
     "average_gradients",

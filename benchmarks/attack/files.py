@@ -68,6 +68,7 @@ def snapshots(scene: Scene) -> None:
         wrong = set()
         for path in chosen:
             changed = damaged(originals[path], scene.rng)
+            path.unlink()  # a save point is the same file as the snapshot, and is to be damaged by itself
             path.write_bytes(changed)
             if changed and changed != originals[path]:
                 wrong.add(hashlib.sha256(changed).digest())

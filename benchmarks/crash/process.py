@@ -112,6 +112,12 @@ class Process:
         """Its memory in MiB."""
         return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * _PAGE_BYTES / 2**20
 
+    @property
+    def processor_seconds(self) -> float:
+        """Seconds of a processor that it has used, all its threads together."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
     async def ready(self, *, warm: bool = False) -> float:
         """Waits until it answers, or until every program is compiled; seconds since its start."""
         while (found := _LISTENS.search(self.log)) is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 from collections.abc import Sequence
 
 from msgspec import UNSET, UnsetType
@@ -29,29 +28,53 @@ class _Offsets:
 
     def advance(self, data: bytes) -> int:
         """The offset of a token with these bytes; a token inside a character begins where the character does."""
-        if self._open and data and not _goes_on(self._open, data[:1]):
+        if self._open and data and not _begins(self._open + data[:1]):
             # the character never comes to its end, so it stands as U+FFFD before the token
-            self._at += len(self._open.decode("utf-8", "replace"))
-            self._open = b""
-        start = self._at
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at += len(decoder.decode(self._open + data))
-        self._open = decoder.getstate()[0]
+            self._at, self._open = self._at + 1, b""
+        start, data = self._at, self._open + data
+        self._open = next((data[-size:] for size in (3, 2, 1) if _begins(data[-size:], ended=False)), b"")
+        self._at += len(data[: len(data) - len(self._open)].decode("utf-8", "replace"))
         return start
 
 
-def _goes_on(begun: bytes, following: bytes) -> bool:
-    """Whether a character that has begun can go on so."""
+def _begins(data: bytes, *, ended: bool = True) -> bool:
+    """Whether bytes are the beginning of a character, or (`ended`) one or more whole ones."""
     try:
-        codecs.getincrementaldecoder("utf-8")().decode(begun + following)
-    except UnicodeDecodeError:
-        return False
-    return True
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start == 0 and error.reason == "unexpected end of data"
+    return ended
+
+
+_SPACE_MARK = "\u2581"
 
 
 def _shown(text: str, tokens: Sequence[TokenInfo]) -> list[bytes]:
     """What each token of a prompt is of its text, which may have been given as tokens or as a text."""
     pieces = [token.data for token in tokens]
+    found = _parts(text, pieces)
+    if found is None:
+        # to SentencePiece its mark is a space, and a token may say the one for the other
+        text, pieces = text.replace(_SPACE_MARK, " "), [piece.replace(_SPACE_MARK.encode(), b" ") for piece in pieces]
+        found = _parts(text, pieces)
+    if found is not None:
+        return found
+    # A token the tokenizer added itself, and a space it put before a word, are no part of the text and take no room;
+    # white space that a token swallowed goes with that token.
+    data, at, shown = text.encode("utf-8", "replace"), 0, list[bytes]()
+    for piece in pieces:
+        blank = len(data) - len(data[at:].lstrip())
+        places = ((piece, at), (piece.removeprefix(b" "), at), (piece, blank))
+        own, begin = next(((one, begin) for one, begin in places if one and data.startswith(one, begin)), (b"", at))
+        if shown:
+            shown[-1] += data[at:begin]
+        shown.append(own)
+        at = begin + len(own)
+    return shown
+
+
+def _parts(text: str, pieces: Sequence[bytes]) -> list[bytes] | None:
+    """The pieces less what the tokenizer put before them, if they are the text then."""
     for added in (0, 1):  # a beginning-of-text token
         own = [b"" if index < added else piece for index, piece in enumerate(pieces)]
         whole = b"".join(own)
@@ -60,18 +83,7 @@ def _shown(text: str, tokens: Sequence[TokenInfo]) -> list[bytes]:
         if whole[:1] == b" " and whole[1:].decode("utf-8", "replace") == text:  # put before it by the tokenizer
             first = next(index for index, piece in enumerate(own) if piece)
             return [piece[1:] if index == first else piece for index, piece in enumerate(own)]
-    # A token the tokenizer added itself, and a space it put before a word, are no part of the text and take no room;
-    # white space that a token swallowed goes with that token.
-    data, at, shown = text.encode("utf-8", "replace"), 0, list[bytes]()
-    for piece in pieces:
-        blank = len(data) - len(data[at:].lstrip())
-        places = ((piece, at), (piece.removeprefix(b" "), at), (piece, blank))
-        found, begin = next(((one, begin) for one, begin in places if one and data.startswith(one, begin)), (b"", at))
-        if shown:
-            shown[-1] += data[at:begin]
-        shown.append(found)
-        at = begin + len(found)
-    return shown
+    return None
 
 
 class CompletionResponseBuilder:

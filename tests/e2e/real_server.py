@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 import openai
 
+from tests.patience import PATIENCE
+
 ROOT = Path(__file__).parents[2]
-PATIENCE = 240.0
 STOP_SECONDS = 10.0
 """What supervisors give a process between SIGTERM and SIGKILL."""
 _LISTENS = re.compile(r"Listening on (http://127\.0\.0\.1:\d+)")

@@ -21,9 +21,9 @@ from benchmarks.crash.ledger import (
     judge,
 )
 from tests.e2e.real_server import ROOT
+from tests.patience import PATIENCE
 
 _SMALL = ("--sessions", "12", "--clients", "4", "--operations", "40", "--max-concurrent", "2")
-_PATIENCE = 570.0
 pytestmark = pytest.mark.timeout(600)  # a minute where nothing else runs
 
 
@@ -54,7 +54,7 @@ def rounds(tiny: tuple[Path, Path], cache: Path, folder: Path, *flags: str) -> R
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as harness:
         try:
-            output, _ = harness.communicate(timeout=_PATIENCE)
+            output, _ = harness.communicate(timeout=PATIENCE)
         except BaseException:
             os.killpg(harness.pid, signal.SIGKILL)  # its servers too
             raise

@@ -19,6 +19,7 @@ from atlas_jax.engine.runner import bigram_table
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.loading import model_config
 from tests import tiny_model
+from tests.patience import PATIENCE
 
 
 @pytest.fixture(scope="session")
@@ -71,7 +72,7 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
         try:
             yield engine
         finally:
-            engine.close(timeout=30)
+            engine.close(timeout=PATIENCE)
         assert not engine.alive()
 
     return open_engine

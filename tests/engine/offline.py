@@ -22,8 +22,7 @@ from atlas_jax.engine.api import (
     SessionKey,
     TokenInfo,
 )
-
-PATIENCE = 280.0
+from tests.patience import PATIENCE
 
 
 @dataclass

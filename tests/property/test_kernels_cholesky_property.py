@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.kernels.cholesky import cholesky, solve_lower, solve_unit_lower
+from tests.patience import PATIENCE
 
 FEW = settings(max_examples=10, deadline=None)
 cases = st.tuples(
@@ -84,4 +85,4 @@ jax.block_until_ready(jax.jit(lambda xs: jax.lax.fori_loop(0, 300, again, xs))(x
 
 def test_many_batches_at_once_end() -> None:
     """With LAPACK's own batches this hangs where there are few cores."""
-    subprocess.run([sys.executable, "-c", _MANY], check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", _MANY], check=True, timeout=PATIENCE)

@@ -23,6 +23,7 @@ from atlas_jax.kernels.linear import (
     unpack,
 )
 from atlas_jax.kernels.reductions import row_max, row_sum
+from tests.property.rounding_support import halfway
 
 ROWS, IN, OUT = 4, 48, 24
 seeds = st.integers(0, 2**32 - 1)
@@ -130,6 +131,15 @@ def test_two_terms_hold_an_activation_to_a_share_of_what_is_usual_in_its_row(see
     assert (high[zero] == 0).all()
     assert (low[zero] == 0).all()
     assert (values[zero] == 0).all()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, magnitudes)
+def test_rounding_in_a_compiled_program_is_that_of_its_operations_one_by_one(seed: int, size: float) -> None:
+    """What XLA makes of several operations rounds as they do, even a number halfway between two whole ones."""
+    x = halfway(jnp.asarray(numbers(seed, (512, IN), size)))
+    for compiled, plain in zip(jax.jit(split_rows)(x), split_rows(x), strict=True):
+        np.testing.assert_array_equal(compiled, plain)
 
 
 reductions = functools.cache(lambda: (jax.jit(row_max), jax.jit(row_sum)))

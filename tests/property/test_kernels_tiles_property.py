@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import pack_weight, split_rows
+from tests.patience import PATIENCE
 
 HERE = Path(__file__).parent / "tiles"
 KERNELS = Path(ffi.__file__).parent
@@ -42,7 +43,9 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jax.ffi.include_dir(),
     ]
     sources = [str(source) for source in (*sorted(KERNELS.glob("linear*.c")), HERE / "product.c")]
-    subprocess.run([*command, "-include", str(HERE / "tiles.h"), *sources, "-o", str(target)], check=True, timeout=120)
+    subprocess.run(
+        [*command, "-include", str(HERE / "tiles.h"), *sources, "-o", str(target)], check=True, timeout=PATIENCE
+    )
     return target
 
 
@@ -50,7 +53,7 @@ def call(product: Path, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, *,
     numbers = (int(tiles), *x.shape, weight.shape[0], int(weight.dtype == np.uint8))
     given = b"".join(array.tobytes() for array in (x, weight, scale))
     words = [str(product), *(str(number) for number in numbers)]
-    done = subprocess.run(words, input=given, capture_output=True, check=True, timeout=60)
+    done = subprocess.run(words, input=given, capture_output=True, check=True, timeout=PATIENCE)
     return np.frombuffer(done.stdout, np.float32).reshape(x.shape[0], -1)
 
 

@@ -15,6 +15,7 @@ from server.app import EngineSource
 from server.config.settings import AtlasSection, ServerSection, Settings
 from server.lifecycle import Lifecycle
 from server.serve import build
+from tests.patience import PATIENCE
 
 QUIET = {"auto_load_memory": False, "auto_save_memory": False}
 
@@ -32,7 +33,7 @@ class Live:
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)
         self._thread.start()
-        self.http = httpx.Client(base_url=self.url, timeout=20)
+        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE)
         while not self.server.started:
             assert self._thread.is_alive()
             time.sleep(0.005)
@@ -42,8 +43,8 @@ class Live:
         return self.server.lifecycle
 
     @property
-    def gate(self) -> Any:
-        return self.lifecycle._gate
+    def admission(self) -> Any:
+        return self.lifecycle._admission
 
     def post(self, path: str, body: Any = None, **headers: str) -> httpx.Response:
         names = {name.replace("_", "-"): value for name, value in headers.items()}
@@ -63,7 +64,7 @@ class Live:
         return out
 
     def connect(self, *, source: str = "127.0.0.1") -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10, source_address=(source, 0))
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE, source_address=(source, 0))
 
     def openai(self, **options: Any) -> openai.OpenAI:
         options = {"api_key": "unused", "max_retries": 0, **options}
@@ -76,7 +77,7 @@ class Live:
         assert not self._thread.is_alive()
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 5.0) -> None:
+def wait_for(condition: Callable[[], object], seconds: float = PATIENCE) -> None:
     """Waits until something is true; fails after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.patience import PATIENCE
 from tests.server.live_server import Live, Start, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -160,10 +161,10 @@ class Process:
             cwd=ROOT,
             preexec_fn=None if ignore is None else lambda: signal.signal(ignore, signal.SIG_IGN) and None,
         )
-        wait_for(lambda: b"200" in self.get(), 60)
+        wait_for(lambda: b"200" in self.get())
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
 
     def get(self) -> bytes:
         try:
@@ -233,7 +234,7 @@ def test_a_byte_now_and_then_keeps_nothing_alive(start: Start, dripped: str) -> 
             return True
         return False
 
-    wait_for(drip, 8)
+    wait_for(drip)
     connection.close()
     wait_for(lambda: count(live) == 0)
 
@@ -274,7 +275,7 @@ def test_an_answer_nobody_fetches_does_not_keep_its_connection(start: Start) -> 
     connection.connect(("127.0.0.1", live.port))
     connection.sendall(b"GET /schema/openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 40)
     wait_for(lambda: count(live) == 1)
-    wait_for(lambda: count(live) == 0, 10)
+    wait_for(lambda: count(live) == 0)
     connection.close()
 
 
@@ -333,7 +334,7 @@ def test_a_client_that_has_left_altogether_is_found_out(start: Start) -> None:
         connection.sendall(request(ENDLESS))
         wait_for(lambda: live.admission.running == 1)
         connection.close()
-        wait_for(lambda: live.admission.running == 0 and live.engine.running == 0, 3)
+        wait_for(lambda: live.admission.running == 0 and live.engine.running == 0)
     wait_for(lambda: count(live) == 0)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.patience import PATIENCE
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import Live, Start, wait_for
 
@@ -31,7 +32,7 @@ class Holder:
 
     def _read(self, live: Live, body: dict[str, Any]) -> None:
         with (
-            httpx.Client(base_url=live.url, timeout=20) as client,
+            httpx.Client(base_url=live.url, timeout=PATIENCE) as client,
             client.stream("POST", COMPLETIONS, json=body) as answer,
         ):
             for _ in answer.iter_lines():
@@ -51,7 +52,9 @@ def status(live: Live) -> dict[str, Any]:
 
 def ask(live: Live, atlas: dict[str, Any] | None, **fields: Any) -> httpx.Response:
     body = {"prompt": "hello", "max_tokens": 3, **fields}
-    return httpx.post(live.url + COMPLETIONS, json=body if atlas is None else {**body, "atlas": atlas}, timeout=20)
+    return httpx.post(
+        live.url + COMPLETIONS, json=body if atlas is None else {**body, "atlas": atlas}, timeout=PATIENCE
+    )
 
 
 def later(work: Callable[[], httpx.Response]) -> Future[httpx.Response]:

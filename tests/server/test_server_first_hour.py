@@ -21,6 +21,7 @@ from atlas_jax.engine.progress import ProgressLog
 from server.serve import StartError, reachable, serve
 from server.services.runtime_config import RuntimeConfig
 from server.services.stats import ServerStats
+from tests.patience import PATIENCE
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import Live, Start, make_settings, wait_for
 from tests.server.test_server_settings import ROOT, model_file
@@ -69,7 +70,7 @@ def test_a_browser_sees_a_page_whose_links_and_example_work(live: Live) -> None:
         assert live.http.get(link).status_code == 200, link
     example = re.search(r"curl .*", page.text)
     assert example is not None
-    ended = subprocess.run(["sh", "-c", example[0]], capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(["sh", "-c", example[0]], capture_output=True, text=True, timeout=PATIENCE)
     assert json.loads(ended.stdout)["model"] == "fake-7b"
 
 
@@ -329,7 +330,7 @@ def test_the_last_line_of_a_start_says_where_to_go(start: Start, caplog: pytest.
     wait_for(lambda: any("Ready" in line for line in server_lines(caplog)))
     line = server_lines(caplog)[-1]
     assert line.startswith(f"Ready: {live.url} (model fake-7b, memory on). Try: curl ")
-    ended = subprocess.run(["sh", "-c", line.partition("Try: ")[2]], capture_output=True, text=True, timeout=30)
+    ended = subprocess.run(["sh", "-c", line.partition("Try: ")[2]], capture_output=True, text=True, timeout=PATIENCE)
     assert json.loads(ended.stdout)["model"] == "fake-7b"
 
 
@@ -355,8 +356,8 @@ def test_long_work_tells_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None
     now += 20
     progress("fitting the gate", 0.75)
     assert server_lines(caplog) == [
-        "[ATLAS] Calibrating: fitting the admission, 50 %",
-        "[ATLAS] Calibrating: fitting the admission, 75 %, about 20 s left",
+        "[ATLAS] Calibrating: fitting the gate, 50 %",
+        "[ATLAS] Calibrating: fitting the gate, 75 %, about 20 s left",
     ]
 
 
@@ -389,7 +390,7 @@ def test_a_model_that_cannot_be_loaded_is_a_reason_and_no_traceback(
 def test_the_process_prints_the_reason_as_its_only_error(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "server", "--model", model_file(tmp_path), "--port", "0", "--log-level", "warning"]
     command += ["--atlas-memory-path", str(tmp_path / "memory")]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == 1
     lines = ended.stderr.splitlines()
     assert len(lines) == 1, ended.stderr

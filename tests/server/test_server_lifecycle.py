@@ -19,6 +19,7 @@ import httpx
 import pytest
 
 from atlas_jax.engine.api import EngineProtocol, SnapshotInvalid
+from tests.patience import PATIENCE
 from tests.server.fake_engine import FakeEngine
 from tests.server.fake_sessions import Session
 from tests.server.live_server import Live, Start, wait_for
@@ -183,7 +184,7 @@ sys.exit(serve(Settings(server=ServerSection(port={self.port}, shutdown_grace=op
         environ = {name: value for name, value in os.environ.items() if not name.startswith("ATLAS_")}
         with self.log.open("w") as log:
             self.process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stderr=log, stdout=log, env=environ)
-        wait_for(self._up, 20)
+        wait_for(self._up)
 
     def _up(self) -> bool:
         try:
@@ -193,7 +194,7 @@ sys.exit(serve(Settings(server=ServerSection(port={self.port}, shutdown_grace=op
             return False
 
     def open(self, method: str, path: str, body: Any = None) -> http.client.HTTPResponse:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=15)
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
         data = None if body is None else json.dumps(body)
         connection.request(method, path, data, {"Content-Type": "application/json"})
         return connection.getresponse()

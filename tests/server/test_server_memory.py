@@ -299,7 +299,7 @@ def test_metrics_stream(start: Start) -> None:
         events.append(json.loads(next(lines)[6:]))
     assert {"timestamp", "active_requests", "avg_latency"} < set(events[0])
     assert all(type(event["timestamp"]) is int for event in events)
-    monitoring = live.lifecycle._observer
+    monitoring = live.lifecycle._monitoring
     wait_for(lambda: not monitoring._subscribers)
 
 

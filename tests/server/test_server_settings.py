@@ -19,6 +19,7 @@ from server.config.settings import Settings, SettingsError
 from server.config.sources import add_flags, load, options
 from server.engine_factory import engine_factory
 from server.serve import StartError, listen
+from tests.patience import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 
@@ -279,7 +280,7 @@ def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         command = [sys.executable, "-m", "server", "--model", model_file(tmp_path), "--port", str(port)]
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == 1
     assert ended.stderr == f"atlas-jax: error: cannot listen on 127.0.0.1:{port}: address already in use\n"
 
@@ -376,7 +377,7 @@ jax.warning("falling back to cpu"), ours.info("ready"), ours.debug("detail")
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=PATIENCE,
         )
         assert [line.split(" ", 4)[4] for line in ended.stderr.splitlines()] == expected, level
 

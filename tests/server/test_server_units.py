@@ -31,6 +31,7 @@ from server.services.event_bridge import EventBridge, Mailbox
 from server.services.monitoring import Subscriber
 from server.services.response_builder import timings_of, usage_of
 from server.services.thread_pools import ThreadPools
+from tests.patience import PATIENCE
 
 T = TypeVar("T")
 
@@ -305,9 +306,9 @@ def test_a_party_that_blocks_its_threads_leaves_some_to_the_others() -> None:
 
         stuck = [asyncio.create_task(as_party("greedy", block)) for _ in range(80)]
         await asyncio.sleep(0.05)
-        assert all(begun.acquire(timeout=5) for _ in range(16))
+        assert all(begun.acquire(timeout=PATIENCE) for _ in range(16))
         assert not begun.acquire(timeout=0.05)  # the rest waits in its own line
-        assert await asyncio.wait_for(as_party("other", lambda: "served"), 5) == "served"
+        assert await asyncio.wait_for(as_party("other", lambda: "served"), PATIENCE) == "served"
         with pytest.raises(TooManyRequests) as refused:
             await as_party("greedy", block)
         assert refused.value.retry_after

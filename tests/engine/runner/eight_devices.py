@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 
+from tests.patience import PATIENCE
+
 os.environ["XLA_FLAGS"] = (
     f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
@@ -60,7 +62,7 @@ def opened(folder: Path, dtype: str, data: int, model: int) -> Iterator[Engine]:
     try:
         yield engine
     finally:
-        engine.close(timeout=60)
+        engine.close(timeout=PATIENCE)
 
 
 def answers(engine: Engine) -> list[Answer]:

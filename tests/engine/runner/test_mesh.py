@@ -15,6 +15,7 @@ from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.loading import model_config
 from atlas_jax.sharding import check_mesh
 from tests import tiny_model
+from tests.patience import PATIENCE
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_no_cache_weight_or_memory_moves_between_devices(tmp_path: Path) -> None
 def run(*arguments: str) -> str:
     command = [sys.executable, "-m", "tests.engine.runner.eight_devices", *arguments]
     done = subprocess.run(
-        command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=280, check=False
+        command, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=PATIENCE, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr[-4000:]
     return done.stdout

@@ -33,6 +33,7 @@ from atlas_jax.model.lm import LMConfig, export_gguf
 from atlas_jax.model.lm.export import CONFIG_KEY
 from atlas_jax.model.lm.model import create, split
 from tests.engine.offline import Answer, ask, ask_all, memory, request, words
+from tests.patience import PATIENCE
 
 BASE = LMConfig(
     vocab=BYTE_VOCAB,
@@ -79,7 +80,7 @@ def opened(files: dict[str, Path], cache: Path) -> Callable[..., Any]:
         try:
             yield engine
         finally:
-            engine.close(timeout=60)
+            engine.close(timeout=PATIENCE)
 
     return open_engine
 
@@ -387,4 +388,4 @@ def test_rows_past_the_last_token_stand_for_nothing(tmp_path: Path, cache: Path)
         assert engine.model.vocab_size == BYTE_VOCAB
         assert max(answer.tokens) < BYTE_VOCAB
     finally:
-        engine.close(timeout=60)
+        engine.close(timeout=PATIENCE)

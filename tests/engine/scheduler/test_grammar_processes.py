@@ -24,9 +24,9 @@ from atlas_jax.engine.scheduler import structured_output
 from atlas_jax.engine.scheduler.structured_output import Constraint, Grammars
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from tests import tiny_model
+from tests.patience import PATIENCE
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="limits and /proc are Linux's")
-PATIENCE = 120.0
 PERSON = {
     "type": "object",
     "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"type": "integer"}},

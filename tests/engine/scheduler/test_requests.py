@@ -249,7 +249,7 @@ def test_an_idle_engine_gives_back_what_many_requests_needed(engine: Engine, mon
 
 
 def test_nothing_compiles_once_warm(engine: Engine, compiled: list[str]) -> None:
-    assert engine.warm_up(timeout=280)
+    assert engine.warm_up(timeout=PATIENCE)
     before = len(compiled)
     count = 0
 
@@ -272,7 +272,7 @@ def test_nothing_compiles_once_warm(engine: Engine, compiled: list[str]) -> None
 
 def test_a_hundred_requests_at_once_all_end_and_nothing_stays(engine: Engine, compiled: list[str]) -> None:
     """Half of them in sessions, all with settings drawn at random; ten would go on for long and are cancelled."""
-    assert engine.warm_up(timeout=280)
+    assert engine.warm_up(timeout=PATIENCE)
     before = len(compiled)
     rng = random.Random(0)
 

@@ -13,6 +13,7 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import InvalidRequest
 from tests import tiny_model
 from tests.engine.offline import ask, request, words
+from tests.patience import PATIENCE
 
 TOKENS = len(tiny_model.byte_level_vocabulary()[0])
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -45,7 +46,7 @@ def test_a_padded_model_in_parts_whose_template_is_of_no_use(
             with pytest.raises(InvalidRequest, match=r"cannot be used .*'from_another_world'.*/v1/completions"):
                 ask_for_chat(MESSAGES)
     finally:
-        engine.close(timeout=30)
+        engine.close(timeout=PATIENCE)
     said = [record.getMessage() for record in caplog.records]
     assert any("2 tensors" in one and "(mm.*, v.*)" in one for one in said)
     assert any("from_another_world" in one and "only plain completions" in one for one in said)

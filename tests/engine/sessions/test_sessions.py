@@ -28,6 +28,7 @@ from atlas_jax.engine.api import (
     SessionNotFound,
 )
 from tests.engine.offline import Answer, ask, ask_all, memory, request, words
+from tests.patience import PATIENCE
 
 LONG = words(11, 4 * PAGE + 37)  # three pages leave a window of one
 NEXT = words(12, 20)
@@ -470,5 +471,5 @@ def test_a_program_that_leaves_its_engine_open_ends_as_it_wants(
     models: dict[str, tuple[Path, Path]], cache: Path
 ) -> None:
     command = [sys.executable, "-c", _UNCLOSED, *map(str, models["llama"]), str(cache)]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=250)
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == 3, ended.stderr[-2000:]

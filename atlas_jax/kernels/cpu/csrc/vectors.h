@@ -113,7 +113,8 @@ static inline Unit unit_of(const float *x, int64_t count) {
   const float most = (float)((largest_of(count) + 126) / 127), share = (float)(5.0 / (127.0 * (double)count));
   float coarse = (float)((int32_t)((float)_mm512_reduce_add_epi32(sum) * share) + 1);
   coarse = coarse < most ? coarse : most;
-  return (Unit){.unit = peak * (1.0f / largest) * coarse, .inverse = inverse / coarse};
+  const float unit = peak * (1.0f / largest) * coarse;
+  return (Unit){.unit = unit, .inverse = 1.0f / unit};
 }
 
 /* The upper terms of 16 whole numbers; the lower ones are their lowest bytes. */
