@@ -138,7 +138,16 @@ class ModelConfig:
 
 
 MAX_MEMORY_LAYERS = 10
+MIN_MEMORY_DIM, MAX_MEMORY_DIM, MEMORY_DIM_STEP = 8, 128, 8
 MAX_DEGREE = 3
+
+
+def check_memory_dim(dim: int) -> None:
+    """Raises ConfigError for a dimension of keys that no memory is fitted with."""
+    _require(
+        MIN_MEMORY_DIM <= dim <= MAX_MEMORY_DIM and dim % MEMORY_DIM_STEP == 0,
+        f"memory_dim must be a multiple of {MEMORY_DIM_STEP} between {MIN_MEMORY_DIM} and {MAX_MEMORY_DIM}, got {dim}",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,6 +186,16 @@ class MemoryConfig:
             _require(value >= PAGE and value % PAGE == 0, f"{name} must be a positive multiple of {PAGE}, got {value}")
         _require(self.ridge > 0, f"ridge must be positive, got {self.ridge}")
         _require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
+
+    @classmethod
+    def of_dim(cls, dim: int, layers: tuple[int, ...]) -> MemoryConfig:
+        """A memory whose keys keep `dim` numbers of a state, with all the features that degree 2 then has.
+
+        Raises:
+          ConfigError: the dimension is out of range.
+        """
+        check_memory_dim(dim)
+        return cls(layers=layers, components=dim, features=dim * dim)
 
     @property
     def key_size(self) -> int:

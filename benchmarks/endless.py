@@ -15,13 +15,7 @@ from importlib import resources
 from pathlib import Path
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import (
-    Finished,
-    GenerationRequest,
-    MemoryParams,
-    SamplingParams,
-    SessionKey,
-)
+from atlas_jax.engine.api import Finished, GenerationRequest, MemoryParams, SamplingParams, SessionKey
 from atlas_jax.engine.offline import ask
 
 _PIECE = 4096

@@ -32,15 +32,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from atlas_jax.memory import (
-    PRESETS,
-    Features,
-    MemoryRule,
-    chunked,
-    init_params,
-    init_state,
-    make_tokens,
-)
+from atlas_jax.memory import PRESETS, Features, MemoryRule, chunked, init_params, init_state, make_tokens
 
 MODES = ("forward", "both")
 SETTLE = 0.1

@@ -17,12 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import (
-    Delta,
-    GenerationRequest,
-    Prompt,
-    SamplingParams,
-)
+from atlas_jax.engine.api import Delta, GenerationRequest, Prompt, SamplingParams
 from atlas_jax.engine.offline import ask
 
 AGREE_ON = 16

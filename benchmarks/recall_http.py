@@ -12,14 +12,7 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from atlas_jax.experiments.fact_recall import (
-    DIGITS,
-    QUESTIONS,
-    Score,
-    cases,
-    table_head,
-    table_row,
-)
+from atlas_jax.experiments.fact_recall import DIGITS, QUESTIONS, Score, cases, table_head, table_row
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from benchmarks.server_process import Server
 

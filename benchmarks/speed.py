@@ -27,12 +27,7 @@ from importlib import resources
 from pathlib import Path
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import (
-    Finished,
-    GenerationRequest,
-    MemoryParams,
-    SamplingParams,
-)
+from atlas_jax.engine.api import Finished, GenerationRequest, MemoryParams, SamplingParams
 from atlas_jax.engine.offline import ask
 
 TESTS = (

@@ -74,14 +74,7 @@ for name, features in {"degree 1": Features(), "degree 2": Features(kind="polyno
 
 # %%
 from atlas_jax.gguf import BYTE_VOCAB, byte_vocabulary
-from atlas_jax.model.lm import (
-    LMConfig,
-    export_gguf,
-    import_gguf,
-    init_params,
-    parameter_count,
-    text_batches,
-)
+from atlas_jax.model.lm import LMConfig, export_gguf, import_gguf, init_params, parameter_count, text_batches
 from atlas_jax.model.lm.training import TrainConfig, train
 
 text = b"what is read at test time is learned at test time. " * 20

@@ -15,12 +15,7 @@ import msgspec
 
 from atlas_jax import __version__
 from server.config.settings import Settings, SettingsError
-from server.config.sources import (
-    CONFIG_ENV,
-    add_flags,
-    load,
-    suggestion,
-)
+from server.config.sources import CONFIG_ENV, add_flags, load, suggestion
 from server.engine_factory import check_files, engine_factory
 from server.middleware.auth import KeyFileError
 

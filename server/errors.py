@@ -10,12 +10,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from atlas_jax.engine import api
-from server.schemas.errors import (
-    AtlasError,
-    AtlasErrorBody,
-    OpenAIError,
-    OpenAIErrorBody,
-)
+from server.schemas.errors import AtlasError, AtlasErrorBody, OpenAIError, OpenAIErrorBody
 
 ATLAS_PREFIX = "/v1/atlas"
 

@@ -13,13 +13,7 @@ from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi.datastructures import ResponseSpec
 from litestar.response import Stream
 
-from server.errors import (
-    Problem,
-    body,
-    headers,
-    http_problem,
-    problem,
-)
+from server.errors import Problem, body, headers, http_problem, problem
 from server.middleware.bodies import Bodies
 from server.middleware.not_found import advice
 from server.middleware.request_context import STATE_KEY, RequestContext

@@ -22,15 +22,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 
 from atlas_jax import __version__
 from server.errors import ATLAS_PREFIX
-from server.schemas import (
-    atlas,
-    chat,
-    completions,
-    errors,
-    llamacpp,
-    models,
-    root,
-)
+from server.schemas import atlas, chat, completions, errors, llamacpp, models, root
 
 _MODULES = (atlas, chat, completions, errors, llamacpp, models, root)
 _STREAMS = {

@@ -16,12 +16,7 @@ from typing import cast
 
 import uvicorn
 
-from server.app import (
-    EngineSource,
-    connections_of,
-    create_app,
-    lifecycle_of,
-)
+from server.app import EngineSource, connections_of, create_app, lifecycle_of
 from server.config.settings import Settings
 from server.gc_pauses import settled
 from server.lifecycle import Lifecycle

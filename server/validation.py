@@ -79,6 +79,8 @@ def _range(meta: msgspec.Meta | None) -> str:
         if meta.lt is not None:
             return f"{above} and less than {_plain(meta.lt)}"
         return above if high is None else f"{above} and at most {_plain(high)}"
+    if meta is not None and meta.multiple_of is not None and low is not None and high is not None:
+        return f"value must be a multiple of {_plain(meta.multiple_of)} between {_plain(low)} and {_plain(high)}"
     if low is not None and high is not None:
         return f"value must be between {_plain(low)} and {_plain(high)}"
     if low is not None:

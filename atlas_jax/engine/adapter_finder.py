@@ -16,6 +16,7 @@ from atlas_jax.model.params import ModelParams
 from atlas_jax.recall import adapter_store
 from atlas_jax.recall.adapter import Adapter
 from atlas_jax.recall.adapter_store import AdapterError
+from atlas_jax.recall.calibration import DEFAULT_DIM, candidates
 from atlas_jax.recall.fit import calibrate_with
 from atlas_jax.sharding import MeshLayout
 
@@ -57,10 +58,20 @@ class AdapterFinder:
         params: ModelParams,
         *,
         max_window: int,
+        memory_dim: int | None,
         mesh_layout: MeshLayout,
     ) -> None:
-        """Looks for nothing yet; raises ConfigError for a `max_window` that no memory can have."""
+        """Looks for nothing yet.
+
+        Args:
+          memory_dim: of the memory; None takes that of the adapter a user gives, else `calibrate.DEFAULT_DIM`.
+
+        Raises:
+          ConfigError: no memory of this model can have this `max_window` or `memory_dim`.
+        """
         MemoryConfig(layers=(0,), max_window=max_window)
+        self._wanted = memory_dim
+        self._memory = candidates(config, DEFAULT_DIM if memory_dim is None else memory_dim)
         self._fingerprint = file.fingerprint()
         self._config, self._tokenizer, self._params = config, tokenizer, params
         self._max_window, self._placement = max_window, mesh_layout
@@ -79,17 +90,22 @@ class AdapterFinder:
         """The one a user asks for.
 
         Raises:
-          AdapterError: it cannot be read, is damaged, or was made for another model.
+          AdapterError: it cannot be read, is damaged, or was made for another model or another `memory_dim`.
         """
         try:
             data = path.read_bytes()
         except OSError as error:
             raise AdapterError(f"adapter file {path} cannot be read: {error.strerror}") from error
-        return self._fitted(data, "given")
+        fitted = self._fitted(data, "given")
+        dim = fitted.config.components
+        if self._wanted not in (None, dim):
+            raise AdapterError(f"memory_dim is {self._wanted}, but adapter file {path} was fitted with {dim}")
+        return fitted
 
     def kept(self, cache: Path | None) -> Fitted | None:
         """The one that comes with the library, else the one an earlier start has left in the cache folder."""
-        shipped = adapter_store.shipped_path(self._fingerprint)
+        default = self._memory.components == DEFAULT_DIM
+        shipped = adapter_store.shipped_path(self._fingerprint) if default else None
         found = cache_folder.load("adapter", shipped, self._own(cache), self._decode)
         if found is None:
             return None
@@ -110,6 +126,7 @@ class AdapterFinder:
                 _TOKENS,
                 self._placement,
                 ProgressLog("[ATLAS] Calibrating"),
+                self._memory,
             )
             data = adapter_store.encode(self._fingerprint, found.config, found.adapter)
             fitted = self._fitted(data, "calibrated")
@@ -134,7 +151,9 @@ class AdapterFinder:
         return fitted
 
     def _own(self, cache: Path | None) -> Path | None:
-        return None if cache is None else adapter_store.cached(cache / "adapters", self._fingerprint)
+        if cache is None:
+            return None
+        return adapter_store.cached(cache / "adapters", self._fingerprint, self._memory.components)
 
     def _decode(self, data: bytes) -> tuple[MemoryConfig, Adapter]:
         return adapter_store.decode(data, self._fingerprint, self._config, max_window=self._max_window)

@@ -306,6 +306,7 @@ class ModelInfo:
       fingerprint: identifies weights and tokenizer; snapshots are bound to it.
       context_length: the model's trained context in tokens.
       created: Unix seconds (the file's time).
+      memory_dim: numbers of a state that the recall memory's keys keep; None without such a memory.
       memory_unavailable: why the model is served without a memory although one was asked for, or None.
       sampling: what the file recommends, by the names of `SamplingParams`; empty where it says nothing.
     """
@@ -323,6 +324,7 @@ class ModelInfo:
     state_bytes_per_session: int
     adapter: str | None
     created: int
+    memory_dim: int | None = None
     memory_unavailable: str | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
 

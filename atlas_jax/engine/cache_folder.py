@@ -16,7 +16,9 @@ log = logging.getLogger("atlas.engine")
 T = TypeVar("T")
 
 
-def load(what: str, shipped: Path, kept: Path | None, decode: Callable[[bytes], T]) -> tuple[T, bytes, Path] | None:
+def load(
+    what: str, shipped: Path | None, kept: Path | None, decode: Callable[[bytes], T]
+) -> tuple[T, bytes, Path] | None:
     """The first of two files that can be used: what `decode` makes of it, its bytes, and which it is.
 
     One that cannot is named in the log; in the cache folder it is set aside, so that it is made anew and not met again.

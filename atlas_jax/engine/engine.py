@@ -137,6 +137,7 @@ class Engine:
         max_waiting: int = 256,
         max_context: int = 8192,
         max_window: int = 2048,
+        memory_dim: int | None = None,
         device_cache_bytes: int = 0,
         host_cache_bytes: int = 1 << 30,
         disk_cache_bytes: int = 16 << 30,
@@ -166,6 +167,8 @@ class Engine:
             `$XDG_CACHE_HOME/atlas-jax`). One that cannot be written costs time at the next start, nothing else.
           threads: CPU threads; 0 takes every core. Takes effect only if JAX has not run anything yet.
           max_context: longest plain request in tokens; the model's own context if that is shorter.
+          memory_dim: numbers of a state that the memory's keys keep, a multiple of 8 from 8 to 128; its matrix has the square
+            of it in features. None is that of the adapter given, else 96. One that no adapter is there for is fitted.
           prefix_cache_bytes: states of plain prompts kept on the device for prompts that begin the same.
           weight_dtype, kv_dtype: "float32" for both is the reference mode.
           speculate: guess tokens ahead from the text where that is free (`runner.Buckets`). Answers are the same.
@@ -197,6 +200,7 @@ class Engine:
                 max_running=max_running,
                 max_context=max_context,
                 max_window=max_window,
+                memory_dim=memory_dim,
                 weight_dtype=weight_dtype,
                 kv_dtype=kv_dtype,
                 speculate=speculate,
@@ -443,6 +447,7 @@ def _open_model(
     max_running: int,
     max_context: int,
     max_window: int,
+    memory_dim: int | None,
     weight_dtype: WeightDtype,
     kv_dtype: KVDtype,
     speculate: bool,
@@ -454,6 +459,8 @@ def _open_model(
         if file.require("general.architecture", str) == TRAINED:
             if mesh_data * mesh_model != 1:
                 raise ConfigError("mesh_data and mesh_model must be 1: a model with its own memory runs on one device")
+            if memory and memory_dim is not None:
+                raise ConfigError("memory_dim cannot be set: this model was trained with a memory of its own")
             return open_trained(file, max_running=max_running, max_context=max_context, sessions=memory)
         return open_pretrained(
             file,
@@ -463,6 +470,7 @@ def _open_model(
             max_running=max_running,
             max_context=max_context,
             max_window=max_window,
+            memory_dim=memory_dim,
             weight_dtype=weight_dtype,
             kv_dtype=kv_dtype,
             speculate=speculate,

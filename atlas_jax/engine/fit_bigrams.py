@@ -18,12 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from atlas_jax.engine.api import (
-    Delta,
-    Finished,
-    GenerationRequest,
-    SamplingParams,
-)
+from atlas_jax.engine.api import Delta, Finished, GenerationRequest, SamplingParams
 from atlas_jax.engine.engine import Engine, default_cache
 from atlas_jax.engine.offline import ask
 from atlas_jax.engine.runner import bigram_table

@@ -36,13 +36,7 @@ from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.lm.export import read_gguf
-from atlas_jax.model.loading import (
-    WeightDtype,
-    left_out,
-    load_params,
-    model_config,
-    parameter_count,
-)
+from atlas_jax.model.loading import WeightDtype, left_out, load_params, model_config, parameter_count
 from atlas_jax.sharding import on_mesh
 
 log = logging.getLogger("atlas.engine")
@@ -80,6 +74,7 @@ def open_pretrained(
     max_running: int,
     max_context: int,
     max_window: int,
+    memory_dim: int | None,
     weight_dtype: WeightDtype,
     kv_dtype: KVDtype,
     speculate: bool,
@@ -108,7 +103,9 @@ def open_pretrained(
     fitted: Fitted | None = None
     unavailable: str | None = None
     if memory:
-        finder = AdapterFinder(file, config, tokenizer, params, max_window=max_window, mesh_layout=mesh_layout)
+        finder = AdapterFinder(
+            file, config, tokenizer, params, max_window=max_window, memory_dim=memory_dim, mesh_layout=mesh_layout
+        )
         fitted = finder.find(adapter_path, cache)
         if fitted is None:
             unavailable = NOT_FITTED
@@ -133,6 +130,7 @@ def open_pretrained(
         layers=len(config.layers),
         embedding_size=config.embed,
         memory_layers=() if found is None else found.layers,
+        memory_dim=None if found is None else found.components,
         adapter=None if fitted is None else fitted.source,
         memory_unavailable=unavailable,
     )

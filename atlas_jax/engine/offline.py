@@ -5,14 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 
-from atlas_jax.engine.api import (
-    Delta,
-    Event,
-    Failed,
-    Finished,
-    GenerationRequest,
-    Listener,
-)
+from atlas_jax.engine.api import Delta, Event, Failed, Finished, GenerationRequest, Listener
 from atlas_jax.engine.engine import Engine
 
 

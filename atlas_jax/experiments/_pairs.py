@@ -7,15 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.memory import (
-    MemoryRule,
-    Tokens,
-    chunked,
-    init_params,
-    init_state,
-    make_tokens,
-    read,
-)
+from atlas_jax.memory import MemoryRule, Tokens, chunked, init_params, init_state, make_tokens, read
 from atlas_jax.typing import Array, Float
 
 

@@ -21,12 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import (
-    GenerationRequest,
-    MemoryParams,
-    SamplingParams,
-    SessionKey,
-)
+from atlas_jax.engine.api import GenerationRequest, MemoryParams, SamplingParams, SessionKey
 from atlas_jax.engine.offline import ask, text_of
 
 DIGITS = 5

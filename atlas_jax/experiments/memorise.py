@@ -17,12 +17,7 @@ import numpy as np
 
 from atlas_jax.experiments._pairs import best_step, one_pass, random_pairs
 from atlas_jax.experiments._report import Options, Report, run_command
-from atlas_jax.memory import (
-    Features,
-    MemoryRule,
-    init_params,
-    presets,
-)
+from atlas_jax.memory import Features, MemoryRule, init_params, presets
 from atlas_jax.memory._params import apply_features, unit_keys
 
 STEPS = tuple(float(x) for x in 2.0 ** np.arange(-8, 1.5))

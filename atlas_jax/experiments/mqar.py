@@ -20,15 +20,7 @@ import optax
 
 from atlas_jax.experiments._report import Options, Report, run_command
 from atlas_jax.memory import Features, MemoryRule, presets
-from atlas_jax.model.lm import (
-    IGNORE,
-    GateStart,
-    LMConfig,
-    LMParams,
-    create,
-    cross_entropy,
-    split,
-)
+from atlas_jax.model.lm import IGNORE, GateStart, LMConfig, LMParams, create, cross_entropy, split
 from atlas_jax.model.lm.data import Batch
 from atlas_jax.typing import Array, Float
 

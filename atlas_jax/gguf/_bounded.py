@@ -14,16 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from atlas_jax.gguf._budget import (
-    ELEMENT,
-    MAX_INTEGER_BITS,
-    Own,
-    TemplateError,
-    current,
-    is_own,
-    made_of,
-    text,
-)
+from atlas_jax.gguf._budget import ELEMENT, MAX_INTEGER_BITS, Own, TemplateError, current, is_own, made_of, text
 
 _MAX_WIDTH = 10_000
 # Characters of the longest text that is wrapped or laid out, which takes microseconds for each.

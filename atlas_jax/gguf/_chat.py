@@ -18,13 +18,7 @@ from typing import Any
 import jinja2
 from gguf.constants import Keys
 
-from atlas_jax.gguf._budget import (
-    MAX_DEPTH,
-    Budget,
-    Own,
-    TemplateError,
-    spending,
-)
+from atlas_jax.gguf._budget import MAX_DEPTH, Budget, Own, TemplateError, spending
 from atlas_jax.gguf._metadata import get
 from atlas_jax.gguf._sandbox import TemplateEnvironment
 from atlas_jax.gguf._special import SpecialSplitter

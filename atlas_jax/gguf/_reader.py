@@ -20,13 +20,7 @@ from gguf import quants
 from gguf.constants import GGMLQuantizationType, Keys
 
 from atlas_jax.gguf import _metadata
-from atlas_jax.gguf._header import (
-    GGUFError,
-    Header,
-    TensorInfo,
-    quote,
-    scan_header,
-)
+from atlas_jax.gguf._header import GGUFError, Header, TensorInfo, quote, scan_header
 from atlas_jax.gguf._nibbles import Nibbles, holds_nibbles, unpack_nibbles
 
 T = TypeVar("T", bool, int, float, str, list[str], np.ndarray)

@@ -23,13 +23,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Cycler, Joiner, Namespace
 
 from atlas_jax.gguf import _bounded
-from atlas_jax.gguf._budget import (
-    Own,
-    TemplateError,
-    current,
-    made_of,
-    text,
-)
+from atlas_jax.gguf._budget import Own, TemplateError, current, made_of, text
 
 _MAX_RANGE = 100_000
 # Jinja's own filters that are safe once their arguments and results are measured.

@@ -13,12 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 from gguf.constants import Keys, TokenType
 
-from atlas_jax.gguf._bpe import (
-    BytePairMerger,
-    from_byte_level,
-    parse_merges,
-    to_byte_level,
-)
+from atlas_jax.gguf._bpe import BytePairMerger, from_byte_level, parse_merges, to_byte_level
 from atlas_jax.gguf._header import GGUFError, quote
 from atlas_jax.gguf._metadata import get, require
 from atlas_jax.gguf._pretokenizers import PreTokenizer, pretokenizer

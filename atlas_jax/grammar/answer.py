@@ -7,12 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from atlas_jax.grammar.wire import (
-    COMPLETE,
-    FAILED,
-    MAY_GO_ON,
-    mask_bytes,
-)
+from atlas_jax.grammar.wire import COMPLETE, FAILED, MAY_GO_ON, mask_bytes
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

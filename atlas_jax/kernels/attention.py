@@ -22,13 +22,7 @@ from atlas_jax.config import PAGE
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.reductions import row_max, row_sum
-from atlas_jax.typing import (
-    Array,
-    Bool,
-    Float,
-    Int8,
-    Int32,
-)
+from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 KVDtype = Literal["int8", "float32"]
 

@@ -11,12 +11,7 @@ from typing import Literal, TypeGuard
 import jax
 
 from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import (
-    PackedArray,
-    QuantArray,
-    Weight,
-    linear,
-)
+from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, linear
 from atlas_jax.kernels.reductions import row_sum
 from atlas_jax.typing import Array, Float
 

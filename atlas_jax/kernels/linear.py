@@ -17,13 +17,7 @@ import numpy as np
 
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.reductions import row_max
-from atlas_jax.typing import (
-    Array,
-    Float,
-    Int8,
-    Int32,
-    UInt8,
-)
+from atlas_jax.typing import Array, Float, Int8, Int32, UInt8
 
 
 @jax.tree_util.register_dataclass

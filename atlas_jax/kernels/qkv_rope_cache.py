@@ -5,12 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels.attention import (
-    LayerKV,
-    QuantPages,
-    RingView,
-    write,
-)
+from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView, write
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.fused_linear import rms_norm
 from atlas_jax.kernels.rope import apply_rope

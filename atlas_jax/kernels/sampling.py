@@ -16,14 +16,7 @@ import jax.numpy as jnp
 from atlas_jax.config import MAX_LOGIT_BIAS
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.reductions import row_max, row_sum
-from atlas_jax.typing import (
-    Array,
-    Bool,
-    Float,
-    Int,
-    Int32,
-    UInt32,
-)
+from atlas_jax.typing import Array, Bool, Float, Int, Int32, UInt32
 
 NEGATIVE = -1e30
 BIAS_SLOTS = MAX_LOGIT_BIAS

@@ -14,12 +14,7 @@ import jax.numpy as jnp
 
 from atlas_jax.kernels.omega import ChannelAxis
 from atlas_jax.kernels.reductions import row_max, row_sum
-from atlas_jax.memory._params import (
-    Params,
-    Weights,
-    apply_features,
-    unit_keys,
-)
+from atlas_jax.memory._params import Params, Weights, apply_features, unit_keys
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.typing import Array, Float
 

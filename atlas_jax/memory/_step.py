@@ -11,13 +11,7 @@ import jax.numpy as jnp
 from atlas_jax.kernels.newton_schulz import orthogonalize
 from atlas_jax.kernels.omega import scale, window_gradient
 from atlas_jax.memory import _exact
-from atlas_jax.memory._memory import (
-    channel_axis,
-    encode,
-    forward,
-    gradient_factors,
-    plain,
-)
+from atlas_jax.memory._memory import channel_axis, encode, forward, gradient_factors, plain
 from atlas_jax.memory._params import Params, Weights
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.memory._scan import checkpointed_scan, over_batch

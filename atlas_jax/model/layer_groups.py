@@ -21,12 +21,7 @@ from atlas_jax.config import PAGE, LayerConfig, ModelConfig
 from atlas_jax.kernels import lowering_platform
 from atlas_jax.model.kv_cache import KVCache, ring_view
 from atlas_jax.model.params import ModelParams
-from atlas_jax.model.transformer import (
-    StepView,
-    embed,
-    run_layers,
-    step_view,
-)
+from atlas_jax.model.transformer import StepView, embed, run_layers, step_view
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 _PREFERRED = (5, 6, 4, 7, 3)

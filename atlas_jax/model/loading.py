@@ -15,13 +15,7 @@ from atlas_jax.aot import shape, shapes
 from atlas_jax.config import ConfigError, ModelConfig, RopeConfig
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import (
-    PackedArray,
-    QuantArray,
-    Weight,
-    pack_weight,
-    quantize_weight,
-)
+from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary

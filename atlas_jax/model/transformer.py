@@ -13,12 +13,7 @@ import jax.numpy as jnp
 from atlas_jax.config import LayerConfig, ModelConfig
 from atlas_jax.kernels import attention, qkv_rope_cache, tpu
 from atlas_jax.kernels.attention import KVDtype, LayerKV, RingView
-from atlas_jax.kernels.fused_linear import (
-    gated_linear,
-    normed_linear,
-    residual_sum,
-    summed_linear,
-)
+from atlas_jax.kernels.fused_linear import gated_linear, normed_linear, residual_sum, summed_linear
 from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.rope import RopeTable, rotations
 from atlas_jax.model.params import LayerParams, ModelParams

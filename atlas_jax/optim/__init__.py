@@ -3,26 +3,9 @@
 from __future__ import annotations
 
 from atlas_jax.optim.axes import MatrixAxes
-from atlas_jax.optim.muon import (
-    MuonState,
-    muon,
-    scale_by_muon,
-    scale_by_shape,
-)
-from atlas_jax.optim.parallel import (
-    Training,
-    TrainState,
-    local_training,
-    pmap_training,
-    sharded_training,
-)
-from atlas_jax.optim.sharding import (
-    LOCAL,
-    GradientSharding,
-    average_gradients,
-    mapped,
-    sharded,
-)
+from atlas_jax.optim.muon import MuonState, muon, scale_by_muon, scale_by_shape
+from atlas_jax.optim.parallel import Training, TrainState, local_training, pmap_training, sharded_training
+from atlas_jax.optim.sharding import LOCAL, GradientSharding, average_gradients, mapped, sharded
 
 __all__ = [
     "LOCAL",

@@ -11,12 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from atlas_jax.optim.sharding import (
-    LOCAL,
-    GradientSharding,
-    mapped,
-    sharded,
-)
+from atlas_jax.optim.sharding import LOCAL, GradientSharding, mapped, sharded
 from atlas_jax.typing import Array, Float, Int32
 
 Loss = Callable[[Any, Any], Float[Array, ""]]

@@ -124,6 +124,6 @@ def probe_filler() -> str:
     return (resources.files("atlas_jax.recall") / "texts" / "prose.txt").read_text("utf-8")
 
 
-def cached(folder: Path, fingerprint: str) -> Path:
-    """Where an adapter calibrated on this machine is kept."""
-    return folder / f"{fingerprint[:32]}.safetensors"
+def cached(folder: Path, fingerprint: str, dim: int) -> Path:
+    """Where an adapter calibrated on this machine is kept; models have one for every dimension of keys that was asked for."""
+    return folder / f"{fingerprint[:32]}-{dim}.safetensors"

@@ -18,34 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.config import (
-    MAX_MEMORY_LAYERS,
-    PAGE,
-    MemoryConfig,
-    ModelConfig,
-)
+from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.recall import recall_memory
-from atlas_jax.recall.adapter import (
-    GATE_FEATURES,
-    TRAIL_DECAY,
-    TRAIL_LENGTH,
-    Adapter,
-    make_adapter,
-    value_codes,
-)
-from atlas_jax.recall.collect_states import (
-    WINDOW,
-    Progress,
-    Reading,
-    read_texts,
-    whole_pages,
-)
+from atlas_jax.recall.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, make_adapter, value_codes
+from atlas_jax.recall.collect_states import WINDOW, Progress, Reading, read_texts, whole_pages
 from atlas_jax.recall.probe import Probe
 from atlas_jax.recall.recall_memory import WriteSettings
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
+DEFAULT_DIM: int = MemoryConfig.components
+"""Dimension of keys where none is asked for; a model with smaller states has the rest zero."""
 _FIRST_CANDIDATE = 0.4
 """Depth from which a layer's state is tried as a key."""
 _LEAST = 1e-30
@@ -73,6 +57,18 @@ class Calibration:
     loss_memory: float
 
 
+def candidates(model: ModelConfig, dim: int = DEFAULT_DIM) -> MemoryConfig:
+    """The memory to be fitted to a model, its layers not ranked yet.
+
+    Raises:
+      ConfigError: `dim` is out of range, or larger than the model's states.
+    """
+    config = MemoryConfig.of_dim(dim, candidate_layers(len(model.layers)))
+    if dim != DEFAULT_DIM and dim > model.embed:
+        raise ConfigError(f"memory_dim must be at most {model.embed}, the size of this model's states, got {dim}")
+    return config
+
+
 def candidate_layers(layers: int) -> tuple[int, ...]:
     """Layers worth trying: spread over the later part of the model, the last one left out."""
     first, last = int(_FIRST_CANDIDATE * layers), max(layers - 2, 0)
@@ -95,14 +91,14 @@ def calibrate(
     Args:
       texts: token sequences, each well longer than the window (4 pages); about 12 000 tokens in all are enough.
       probe: facts that left the window, asked for again; ranks the layers together with the texts.
-      config: sizes of the memory; its `layers` are the candidates. Default: `candidate_layers`.
+      config: sizes of the memory; its `layers` are the candidates. Default: `candidates`.
       progress: called with a stage's name and the share of it that is done.
       mesh_layout: where the parameters lie.
 
     Raises:
       ValueError: no text reaches past the window.
     """
-    config = config or MemoryConfig(layers=candidate_layers(len(model.layers)))
+    config = config or candidates(model)
     usable = [whole_pages(text) for text in texts if len(text) // PAGE > WINDOW]
     if not usable:
         raise ValueError(f"calibration needs a text of more than {WINDOW * PAGE} tokens")

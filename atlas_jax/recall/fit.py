@@ -1,6 +1,7 @@
 """Fits a memory to a GGUF model and writes the adapter file.
 
     python -m atlas_jax.recall.fit MODEL.gguf (--output ADAPTER | --ship) [--texts FILE ...] [--max-tokens N]
+      [--memory-dim N]
 
 A server does the same by itself the first time it serves a model, with the texts that come with the library. More text,
 and text like what the model will read, makes a better fit.
@@ -13,23 +14,29 @@ import json
 import time
 from pathlib import Path
 
-from atlas_jax.config import PAGE, ModelConfig
+from atlas_jax.config import PAGE, ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.params import ModelParams
 from atlas_jax.recall import adapter_store
-from atlas_jax.recall.calibration import Calibration, calibrate
+from atlas_jax.recall.calibration import DEFAULT_DIM, Calibration, calibrate, candidates
 from atlas_jax.recall.collect_states import WINDOW, Progress
 from atlas_jax.recall.probe import make_probe
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 
-def fit(model: Path, texts: list[str], max_tokens: int | None = None) -> tuple[bytes, dict[str, object]]:
+def fit(
+    model: Path, texts: list[str], max_tokens: int | None = None, memory_dim: int = DEFAULT_DIM
+) -> tuple[bytes, dict[str, object]]:
     """Calibrates a memory.
 
     Args:
       texts: each long enough to leave the window (512 tokens).
       max_tokens: most tokens read of each text; None reads all.
+      memory_dim: numbers of a state that keys keep.
+
+    Raises:
+      ConfigError: no memory of this model can have this `memory_dim`.
 
     Returns:
       The adapter file's bytes, and what was measured.
@@ -40,9 +47,10 @@ def fit(model: Path, texts: list[str], max_tokens: int | None = None) -> tuple[b
         config = model_config(file)
         params = load_params(file, config, dtype="int8")
         fingerprint = file.fingerprint()
-    found = calibrate_with(tokenizer, config, params, texts, max_tokens)
+    found = calibrate_with(tokenizer, config, params, texts, max_tokens, memory=candidates(config, memory_dim))
     report: dict[str, object] = {
         "model": fingerprint,
+        "memory_dim": found.config.components,
         "layers": found.config.layers,
         "hit_rate": [round(rate, 4) for rate in found.hit_rate],
         "found_rate": [round(rate, 4) for rate in found.found_rate],
@@ -62,6 +70,7 @@ def calibrate_with(
     max_tokens: int | None = None,
     mesh_layout: MeshLayout = ONE_DEVICE,
     progress: Progress = lambda stage, share: None,
+    memory: MemoryConfig | None = None,
 ) -> Calibration:
     """Calibrates with texts that are still text; see `calibrate`."""
 
@@ -70,7 +79,7 @@ def calibrate_with(
 
     ids = [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
     probe = make_probe(adapter_store.probe_filler(), encode, between=(WINDOW + 4) * PAGE)
-    return calibrate(config, params, ids, probe, mesh_layout=mesh_layout, progress=progress)
+    return calibrate(config, params, ids, probe, memory, progress, mesh_layout)
 
 
 def main() -> None:
@@ -82,11 +91,19 @@ def main() -> None:
     target.add_argument("--ship", action="store_true", help="write it into the library, as the model's shipped adapter")
     parser.add_argument("--texts", type=Path, nargs="+", help="UTF-8 texts (default: those that come with the library)")
     parser.add_argument("--max-tokens", type=int, help="most tokens read of each text")
+    parser.add_argument(
+        "--memory-dim",
+        type=int,
+        default=DEFAULT_DIM,
+        help=f"numbers of a state that keys keep (default: {DEFAULT_DIM})",
+    )
     args = parser.parse_args()
+    if args.ship and args.memory_dim != DEFAULT_DIM:
+        parser.error(f"--ship is for adapters of the default --memory-dim, {DEFAULT_DIM}")
     texts = [path.read_text("utf-8") for path in args.texts] if args.texts else adapter_store.calibration_texts()
     try:
-        data, report = fit(args.model, texts, args.max_tokens)
-    except adapter_store.AdapterError as error:
+        data, report = fit(args.model, texts, args.max_tokens, args.memory_dim)
+    except (adapter_store.AdapterError, ConfigError) as error:
         raise SystemExit(f"No memory could be fitted to {args.model}: {error}") from error
     output: Path = adapter_store.shipped_path(str(report["model"])) if args.ship else args.output
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -24,24 +24,12 @@ import jax.numpy as jnp
 from atlas_jax.config import MemoryConfig
 from atlas_jax.kernels import tpu
 from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import (
-    QuantArray,
-    linear,
-    linear_each,
-    quantize_rows,
-    rows_of,
-)
+from atlas_jax.kernels.linear import QuantArray, linear, linear_each, quantize_rows, rows_of
 from atlas_jax.kernels.monomials import gather_monomials
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.recall.adapter import TRAIL_DECAY, TRAIL_LENGTH, Adapter
 from atlas_jax.recall.solvers import Optimizer, omega_step, product
-from atlas_jax.typing import (
-    Array,
-    Bool,
-    Float,
-    Int8,
-    Int32,
-)
+from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 _MIN_SCORE = -2.0
 

@@ -8,13 +8,7 @@ from typing import Any
 import httpx
 
 from benchmarks.attack.registry import Scene, attack
-from benchmarks.attack.target import (
-    ATTACKER,
-    MEMORY,
-    VICTIM,
-    Target,
-    prose,
-)
+from benchmarks.attack.target import ATTACKER, MEMORY, VICTIM, Target, prose
 
 _STATES, _STATE_BYTES = 16, 12_300_000
 _SESSIONS, _HOST, _DISK = 40, 60 / 13.6, 150 / 13.6

@@ -13,12 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 
 from benchmarks.attack.registry import Scene, attack
-from benchmarks.attack.target import (
-    ATTACKER,
-    VICTIM,
-    Target,
-    key_of,
-)
+from benchmarks.attack.target import ATTACKER, VICTIM, Target, key_of
 
 _HELD_SECONDS = 30.0
 _STALL_SECONDS = "3"

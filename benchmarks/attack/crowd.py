@@ -12,14 +12,7 @@ import httpx
 
 from benchmarks.attack.bodies import draw
 from benchmarks.attack.registry import Scene, attack
-from benchmarks.attack.target import (
-    ATTACKER,
-    COMPANION,
-    MEMORY,
-    NEIGHBOUR,
-    SECRET,
-    prose,
-)
+from benchmarks.attack.target import ATTACKER, COMPANION, MEMORY, NEIGHBOUR, SECRET, prose
 
 _CLIENTS = 100
 

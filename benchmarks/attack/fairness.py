@@ -13,13 +13,7 @@ from typing import Any
 import httpx
 
 from benchmarks.attack.registry import Scene, attack
-from benchmarks.attack.target import (
-    ATTACKER,
-    MEMORY,
-    VICTIM,
-    Target,
-    key_of,
-)
+from benchmarks.attack.target import ATTACKER, MEMORY, VICTIM, Target, key_of
 
 _PATIENCE = 10.0
 _BEGIN_SECONDS = 60.0

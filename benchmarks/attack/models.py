@@ -16,13 +16,7 @@ from typing import TypeVar
 import numpy as np
 from gguf import GGUFWriter, TokenType
 
-from atlas_jax.gguf import (
-    ChatTemplate,
-    GGUFError,
-    GGUFFile,
-    TemplateError,
-    Tokenizer,
-)
+from atlas_jax.gguf import ChatTemplate, GGUFError, GGUFFile, TemplateError, Tokenizer
 from benchmarks.attack.registry import Scene, attack
 
 T = TypeVar("T")

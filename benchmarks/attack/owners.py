@@ -8,13 +8,7 @@ from typing import Any
 import httpx
 
 from benchmarks.attack.registry import Scene, attack
-from benchmarks.attack.target import (
-    ATTACKER,
-    MEMORY,
-    SECRET,
-    VICTIM,
-    key_of,
-)
+from benchmarks.attack.target import ATTACKER, MEMORY, SECRET, VICTIM, key_of
 
 _PUBLIC = {"/", "/health", "/v1/health", "/ready", "/schema", "/schema/openapi.json"}
 _NO_KEY = {401, 404, 405}

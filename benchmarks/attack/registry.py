@@ -23,12 +23,7 @@ from typing import Any
 import httpx
 
 from benchmarks.attack.neighbour import Interval, Pace, beside
-from benchmarks.attack.target import (
-    COMPANION,
-    NEIGHBOUR,
-    Target,
-    key_of,
-)
+from benchmarks.attack.target import COMPANION, NEIGHBOUR, Target, key_of
 
 RATIO = 3.0
 """How much longer a neighbour's pauses may become, at their 99th percentile, beside any one client's request."""

@@ -14,12 +14,7 @@ import httpx
 import numpy as np
 
 from benchmarks.attack.registry import Scene, attack
-from benchmarks.attack.target import (
-    ATTACKER,
-    VICTIM,
-    Target,
-    prose,
-)
+from benchmarks.attack.target import ATTACKER, VICTIM, Target, prose
 
 _SESSIONS = 8
 

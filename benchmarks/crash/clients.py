@@ -12,12 +12,7 @@ from typing import Any
 
 import httpx
 
-from benchmarks.crash.ledger import (
-    Answer,
-    Kind,
-    Operation,
-    Session,
-)
+from benchmarks.crash.ledger import Answer, Kind, Operation, Session
 from benchmarks.crash.process import Process, Refused
 
 _CHAT = "/v1/chat/completions"

@@ -7,13 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from benchmarks.crash.clients import Load
-from benchmarks.crash.ledger import (
-    Answer,
-    Count,
-    Kind,
-    Operation,
-    Session,
-)
+from benchmarks.crash.ledger import Answer, Count, Kind, Operation, Session
 from benchmarks.crash.process import Process, Refused
 
 _AT_ONCE = 4

@@ -16,19 +16,9 @@ from typing import Any
 
 from benchmarks.crash.clients import Load, features
 from benchmarks.crash.disk import SlowDisk
-from benchmarks.crash.ledger import (
-    Kind,
-    Operation,
-    Session,
-    judge,
-)
+from benchmarks.crash.ledger import Kind, Operation, Session, judge
 from benchmarks.crash.oracle import Oracle
-from benchmarks.crash.process import (
-    SIGNALS,
-    Launcher,
-    Process,
-    Refused,
-)
+from benchmarks.crash.process import SIGNALS, Launcher, Process, Refused
 
 _DELETE = "/v1/atlas/memory/delete"
 _LOAD = "/v1/atlas/memory/load"

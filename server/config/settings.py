@@ -10,19 +10,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from server.schemas.atlas import (
-    AtlasDefaults,
-    BudgetMs,
-    IntervalMs,
-    IntervalSeconds,
-)
-from server.schemas.sampling import (
-    Fraction,
-    Penalty,
-    RepeatPenalty,
-    Temperature,
-    TopK,
-)
+from server.schemas.atlas import AtlasDefaults, BudgetMs, IntervalMs, IntervalSeconds, MemoryDim
+from server.schemas.sampling import Fraction, Penalty, RepeatPenalty, Temperature, TopK
 
 MIN_WINDOW = 128
 Port = Annotated[int, Meta(ge=0, le=65_535)]
@@ -176,6 +165,13 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     max_window: Annotated[
         int, Meta(ge=MIN_WINDOW, le=1 << 20, description="Largest window_size a request may ask for")
     ] = 2048
+    memory_dim: Annotated[
+        MemoryDim | None,
+        Meta(
+            description="Numbers of a state that the memory's keys keep: a multiple of 8 from 8 to 128; null is the"
+            " adapter's, 96 for one that is shipped or fitted here"
+        ),
+    ] = None
     l1_cache_size: Annotated[
         Bytes, Meta(description="Bytes of idle sessions kept on the device; 0: they rest in main memory")
     ] = 0

@@ -9,13 +9,7 @@ from litestar.di import NamedDependency
 from litestar.params import FromQuery, JSONBody, SkipValidation
 
 from server.errors import Forbidden
-from server.http import (
-    HttpRequest,
-    atlas_responses,
-    context_of,
-    event_stream,
-    json_response,
-)
+from server.http import HttpRequest, atlas_responses, context_of, event_stream, json_response
 from server.schemas import atlas as schema
 from server.services.memory import MemoryService
 from server.services.monitoring import Monitoring
@@ -57,7 +51,7 @@ class AtlasController(Controller):
     ) -> Response[Any]:
         """The defaults of the `atlas` object and the intervals."""
         memory.require()
-        return json_response(schema.ConfigResponse(status="success", data=config.values))
+        return json_response(schema.ConfigResponse(status="success", data=config.shown(memory.dim)))
 
     @post("/config", status_code=200, responses=atlas_responses(schema.ConfigResponse, body=True))
     async def set_config(
@@ -71,8 +65,8 @@ class AtlasController(Controller):
         memory.require()
         if not context_of(request).identity.admin:
             raise Forbidden("This key may not change the configuration")
-        values = config.change(parse(schema.ConfigChange, data))
-        return json_response(schema.ConfigResponse(status="success", data=values))
+        config.change(parse(schema.ConfigChange, data), memory.dim)
+        return json_response(schema.ConfigResponse(status="success", data=config.shown(memory.dim)))
 
 
 class MemoryController(Controller):

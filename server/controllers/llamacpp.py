@@ -9,12 +9,7 @@ from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, SkipValidation
 
-from server.http import (
-    HttpRequest,
-    context_of,
-    json_response,
-    openai_responses,
-)
+from server.http import HttpRequest, context_of, json_response, openai_responses
 from server.schemas import llamacpp as schema
 from server.services.llamacpp import LlamaCppService
 from server.validation import parse

@@ -8,13 +8,7 @@ from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody, SkipValidation
 
-from server.http import (
-    HttpRequest,
-    generate,
-    generation_responses,
-    json_response,
-    openai_responses,
-)
+from server.http import HttpRequest, generate, generation_responses, json_response, openai_responses
 from server.schemas.chat import ChatCompletion, ChatRequest
 from server.schemas.completions import Completion, CompletionRequest
 from server.schemas.models import Model, ModelList

@@ -19,15 +19,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
-from server.errors import (
-    BadRequest,
-    RequestTimeout,
-    ServerError,
-    Unavailable,
-    body,
-    headers,
-    problem,
-)
+from server.errors import BadRequest, RequestTimeout, ServerError, Unavailable, body, headers, problem
 from server.middleware.rate_limits import network
 
 log = logging.getLogger("atlas.server")

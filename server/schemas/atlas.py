@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from atlas_jax.config import MAX_MEMORY_DIM, MEMORY_DIM_STEP, MIN_MEMORY_DIM
+
 CacheStrategy = Literal["lru", "lfu", "adaptive"]
 HistoryEffect = Literal["new", "continued", "appended", "rolled_back"]
 MemoryLayers = Annotated[
@@ -25,6 +27,15 @@ LearningRate = Annotated[
     float, Meta(gt=0, lt=0.002, description="Inner step size; 0.001, like null, is the calibrated one")
 ]
 PolynomialDegree = Annotated[int, Meta(ge=1, le=3, description="Degree of the feature map")]
+MemoryDim = Annotated[
+    int,
+    Meta(
+        ge=MIN_MEMORY_DIM,
+        le=MAX_MEMORY_DIM,
+        multiple_of=MEMORY_DIM_STEP,
+        description="Numbers of a state that the memory's keys keep; decided when the server starts",
+    ),
+]
 WarmupTokens = Annotated[int, Meta(ge=0, le=1 << 31, description="Tokens written to the memory before it is read")]
 UpdateFrequency = Annotated[int, Meta(ge=1, le=512, description="Tokens per memory write: a multiple of the page")]
 OmegaWindow = Annotated[
@@ -45,6 +56,7 @@ class AtlasOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     blend_ratio: BlendRatio | None = None
     learning_rate: LearningRate | None = None
     polynomial_degree: PolynomialDegree | None = None
+    memory_dim: MemoryDim | None = None
     use_muon: bool | None = None
     warmup_tokens: WarmupTokens | None = None
     update_frequency: UpdateFrequency | None = None
@@ -119,6 +131,7 @@ class ConfigChange(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     """Body of `POST /v1/atlas/config`: the settings to change, all or none of them.
 
     null resets `learning_rate` and `use_muon` to the calibrated choice and leaves every other field as it is.
+    `memory_dim` is decided when the server starts: another than the one that is shown is refused.
     """
 
     enabled: bool | None = None
@@ -140,6 +153,7 @@ class ConfigChange(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     stats_update_interval: IntervalMs | None = None
     latency_budget_ms: BudgetMs | None = None
     log_atlas_operations: bool | None = None
+    memory_dim: MemoryDim | None = None
 
 
 class RuntimeValues(AtlasDefaults, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -150,6 +164,7 @@ class RuntimeValues(AtlasDefaults, kw_only=True, frozen=True, forbid_unknown_fie
     stats_update_interval: IntervalMs
     latency_budget_ms: BudgetMs
     log_atlas_operations: bool
+    memory_dim: MemoryDim | None = None
 
 
 class ConfigResponse(Struct, kw_only=True, frozen=True):
@@ -307,6 +322,7 @@ class StatusData(Struct, kw_only=True, frozen=True):
     uptime_seconds: float
     model: str
     memory_layers: list[int]
+    memory_dim: int | None
     state_bytes_per_session: int
     adapter: str | None
     set_aside: list[SetAside]

@@ -19,14 +19,7 @@ from server.schemas.chat import (
     TopLogprob,
 )
 from server.schemas.usage import Usage
-from server.services.response_builder import (
-    Ending,
-    FinishReason,
-    Identification,
-    Outcome,
-    finish_reason,
-    finite,
-)
+from server.services.response_builder import Ending, FinishReason, Identification, Outcome, finish_reason, finite
 
 _ROLE = ChatDelta(role="assistant", content="")
 _EMPTY = ChatDelta()

@@ -9,14 +9,7 @@ from msgspec import UNSET, UnsetType
 from atlas_jax.engine.api import Delta, Prompt, TokenInfo
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs
 from server.schemas.usage import Usage
-from server.services.response_builder import (
-    Ending,
-    FinishReason,
-    Identification,
-    Outcome,
-    finish_reason,
-    finite,
-)
+from server.services.response_builder import Ending, FinishReason, Identification, Outcome, finish_reason, finite
 
 
 class _Offsets:

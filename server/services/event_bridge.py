@@ -6,12 +6,7 @@ import asyncio
 import time
 from collections import deque
 
-from atlas_jax.engine.api import (
-    Event,
-    Failed,
-    Finished,
-    Listener,
-)
+from atlas_jax.engine.api import Event, Failed, Finished, Listener
 
 Arrival = tuple[int, Event]
 # A reader that comes back after a while finds thousands of events; encoded in one go they would hold up everybody else.

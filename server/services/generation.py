@@ -25,13 +25,7 @@ from atlas_jax.engine.api import (
     SnapshotInvalid,
 )
 from server.admission import Admission, Admitted
-from server.errors import (
-    ContextExceeded,
-    ServerError,
-    Unavailable,
-    openai_error,
-    problem,
-)
+from server.errors import ContextExceeded, ServerError, Unavailable, openai_error, problem
 from server.middleware.rate_limits import KeyLimits
 from server.middleware.request_context import PARTY, RequestContext
 from server.prometheus import Metrics

@@ -19,13 +19,7 @@ from server.services.models import Models
 from server.services.response_builder import Identification
 from server.services.response_format import answer_grammar
 from server.services.runtime_config import RuntimeConfig
-from server.services.sampling import (
-    choices,
-    default_sampling,
-    sampling_params,
-    stop_strings,
-    token_limit,
-)
+from server.services.sampling import choices, default_sampling, sampling_params, stop_strings, token_limit
 from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
 from server.validation import invalid, parse
@@ -153,6 +147,7 @@ class Inference:
             if self._memory_enabled
             else "ATLAS not enabled",
             max_window=self._config.max_window,
+            memory_dim=self._supervisor.engine.model.memory_dim,
         )
         if plan.session_id is not None and plan.session_id.isascii():
             context.response_headers.append((b"x-session-id", plan.session_id.encode()))

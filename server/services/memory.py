@@ -38,6 +38,11 @@ class MemoryService:
         self._settings = settings.atlas
         self._metrics = metrics
 
+    @property
+    def dim(self) -> int | None:
+        """Dimension of the memory that is served; None where it has none."""
+        return self._supervisor.engine.model.memory_dim
+
     def require(self, *, endpoints: bool = False) -> None:
         """Raises NotEnabled where the operator has turned the memory, or its endpoints, off."""
         if not self._settings.enabled:

@@ -41,6 +41,7 @@ def plan_memory(
     defaults: AtlasDefaults,
     unavailable: str | None,
     max_window: int,
+    memory_dim: int | None,
 ) -> MemoryPlan:
     """Resolves one request.
 
@@ -49,6 +50,7 @@ def plan_memory(
     Args:
       header: the value of `X-Session-ID`, or None.
       unavailable: why this server has no memory, or None.
+      memory_dim: of the memory that is served; None where it has no such dimension.
 
     Raises:
       BadRequest: a value out of range, or two different sessions.
@@ -59,6 +61,8 @@ def plan_memory(
     session_id = _session(atlas, header)
     merged = _merge(atlas or _EMPTY, defaults)
     check_windows(merged, max_window=max_window, prefix="atlas.")
+    if atlas is not None:
+        check_memory_dim(atlas.memory_dim, served=memory_dim, prefix="atlas.")
     if not merged.enabled:
         return MemoryPlan(params=None, batch_size=merged.batch_size)
     if unavailable is not None:
@@ -100,6 +104,14 @@ def check_windows(values: AtlasDefaults, *, max_window: int, prefix: str) -> Non
     if values.omega_window < values.update_frequency:
         raise invalid(
             f"{prefix}omega_window", f"value must be at least the update_frequency, {values.update_frequency}"
+        )
+
+
+def check_memory_dim(wanted: int | None, *, served: int | None, prefix: str) -> None:
+    """Raises BadRequest for another dimension than that of the memory, which all its sessions share."""
+    if wanted is not None and served is not None and wanted != served:
+        raise invalid(
+            f"{prefix}memory_dim", f"value must be {served}, which this server was started with (--atlas-memory-dim)"
         )
 
 

@@ -174,6 +174,7 @@ class Monitoring:
                 uptime_seconds=self._stats.uptime,
                 model=model.name,
                 memory_layers=list(model.memory_layers),
+                memory_dim=model.memory_dim,
                 state_bytes_per_session=model.state_bytes_per_session,
                 adapter=model.adapter,
                 memory_unavailable=model.memory_unavailable,

@@ -12,13 +12,7 @@ from typing import Literal, Protocol
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from atlas_jax.engine.api import (
-    Delta,
-    Finished,
-    MemoryStats,
-    Prompt,
-    TokenInfo,
-)
+from atlas_jax.engine.api import Delta, Finished, MemoryStats, Prompt, TokenInfo
 from server.schemas.atlas import AtlasStats
 from server.schemas.usage import PromptTokensDetails, Timings, Usage
 

@@ -8,7 +8,7 @@ import msgspec
 
 from server.config.settings import Settings
 from server.schemas.atlas import AtlasDefaults, ConfigChange, RuntimeValues
-from server.services.memory_options import check_windows
+from server.services.memory_options import check_memory_dim, check_windows
 
 _NULL_MEANS_CALIBRATED = ("learning_rate", "use_muon")
 
@@ -28,17 +28,27 @@ class RuntimeConfig:
             log_atlas_operations=atlas.log_atlas_operations,
         )
 
-    def change(self, wanted: ConfigChange) -> RuntimeValues:
-        """Applies a change; raises BadRequest, and then nothing has changed."""
+    def shown(self, memory_dim: int | None) -> RuntimeValues:
+        """The values as they are shown, with the dimension of the memory that is served."""
+        return msgspec.structs.replace(self.values, memory_dim=memory_dim)
+
+    def change(self, wanted: ConfigChange, memory_dim: int | None) -> None:
+        """Applies a change; raises BadRequest, and then nothing has changed.
+
+        Args:
+          memory_dim: of the memory that is served, the only one that may be named.
+        """
+        check_memory_dim(wanted.memory_dim, served=memory_dim, prefix="")
         changes = {
             name: value
             for name, value in _fields(wanted).items()
-            if value is not msgspec.UNSET and (value is not None or name in _NULL_MEANS_CALIBRATED)
+            if name != "memory_dim"
+            and value is not msgspec.UNSET
+            and (value is not None or name in _NULL_MEANS_CALIBRATED)
         }
         values = msgspec.structs.replace(self.values, **changes)
         check_windows(values, max_window=self.max_window, prefix="")
         self.values = values
-        return values
 
 
 def _fields(struct: AtlasDefaults | ConfigChange) -> dict[str, Any]:

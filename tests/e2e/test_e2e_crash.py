@@ -14,12 +14,7 @@ from typing import Any
 import pytest
 
 from benchmarks.crash.disk import build
-from benchmarks.crash.ledger import (
-    Kind,
-    Operation,
-    Session,
-    judge,
-)
+from benchmarks.crash.ledger import Kind, Operation, Session, judge
 from tests.e2e.real_server import ROOT
 from tests.patience import PATIENCE
 

@@ -1,4 +1,4 @@
-"""The commands of docs/README-atlas.md, the examples and the library's example in the README, with the default model."""
+"""The commands of docs/README-atlas.md and the examples, with the default model; README.md has `tools.readme_check`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from typing import Any
 import pytest
 
 from tests.e2e.real_server import ROOT, RealServer
+from tools import readme_check
 
 MODEL = ROOT / "data" / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 needs_model = pytest.mark.skipif(not MODEL.exists(), reason=f"{MODEL.name} is not there: run `make model`")
 
 
-def blocks(document: str, language: str = "") -> list[str]:
+def blocks(document: str, language: str) -> list[str]:
     """The code of a document in a language, in order."""
-    text = (ROOT / document).read_text("utf-8")
-    return [
-        code for name, code in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL) if name == language
-    ]
+    found = readme_check.blocks((ROOT / document).read_text("utf-8"))
+    return [block.code for block in found if block.language == language]
 
 
 def ran(command: list[str], **options: Any) -> str:
@@ -42,7 +41,7 @@ def test_the_documents_commands_and_the_examples_work_as_printed(cache: Path, tm
     server = RealServer(MODEL, cache=cache, folder=tmp_path)
     address = str(server.http.base_url).rstrip("/")
     try:
-        curls = [code for code in blocks("docs/README-atlas.md") if code.startswith("curl")]
+        curls = [code for code in blocks("docs/README-atlas.md", "sh") if code.startswith("curl")]
         assert len(curls) == 4
         for code in curls:
             script = code.replace("http://127.0.0.1:8080", address).replace("curl ", "curl -sS --fail-with-body ")
@@ -56,20 +55,6 @@ def test_the_documents_commands_and_the_examples_work_as_printed(cache: Path, tm
         assert server.trouble == []
     finally:
         server.kill()
-
-
-@pytest.mark.model
-@pytest.mark.timeout(900)
-@needs_model
-def test_the_readmes_engine_answers_and_keeps_its_session(cache: Path, tmp_path: Path) -> None:
-    code = next(code for code in blocks("README.md", "python") if "Engine.open" in code)
-    folder = tmp_path / "memory"
-    printed = ran(
-        [sys.executable, "-c", code.replace('"atlas_memory"', repr(str(folder)))], env={"XDG_CACHE_HOME": str(cache)}
-    )
-    assert "MemoryStats(" in printed
-    assert "session_id='notes'" in printed
-    assert any(folder.iterdir())
 
 
 @pytest.mark.parametrize("document", ["docs/README-atlas.md", "README.md", "examples/atlas-config.md"])

@@ -8,13 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from atlas_jax.experiments import (
-    capacity,
-    learnability,
-    memorise,
-    mqar,
-    omega_window,
-)
+from atlas_jax.experiments import capacity, learnability, memorise, mqar, omega_window
 from atlas_jax.experiments._report import Estimate, Options, run_command
 from atlas_jax.model.lm import IGNORE
 

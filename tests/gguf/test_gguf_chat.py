@@ -12,13 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atlas_jax.gguf import (
-    FALLBACK_TEMPLATE,
-    ChatTemplate,
-    GGUFFile,
-    TemplateError,
-    Tokenizer,
-)
+from atlas_jax.gguf import FALLBACK_TEMPLATE, ChatTemplate, GGUFFile, TemplateError, Tokenizer
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

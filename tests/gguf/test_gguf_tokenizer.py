@@ -14,12 +14,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.engine.api import Tokenizer as TokenizerProtocol
-from atlas_jax.gguf import (
-    GGUFError,
-    GGUFFile,
-    StreamDecoder,
-    Tokenizer,
-)
+from atlas_jax.gguf import GGUFError, GGUFFile, StreamDecoder, Tokenizer
 from atlas_jax.gguf._bpe import BYTE_ALPHABET
 from atlas_jax.gguf._spm import ScoreMerger
 

@@ -9,15 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.memory import (
-    PRESETS,
-    MemoryRule,
-    chunked,
-    init_params,
-    init_state,
-    scan,
-    step,
-)
+from atlas_jax.memory import PRESETS, MemoryRule, chunked, init_params, init_state, scan, step
 from atlas_jax.memory import Tokens as Tokens
 from tests.reference import memory_reference as reference
 

@@ -25,12 +25,7 @@ from hypothesis.stateful import (
 )
 
 from atlas_jax.engine.api import ChatFrame
-from atlas_jax.engine.sessions.continuation import (
-    Continuation,
-    Prompt,
-    appending,
-    continuation,
-)
+from atlas_jax.engine.sessions.continuation import Continuation, Prompt, appending, continuation
 from atlas_jax.engine.sessions.history import History
 
 BOS, START, END, LINE = 0, 1, 2, 3

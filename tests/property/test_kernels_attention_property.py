@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 from atlas_jax.config import PAGE, RopeConfig
 from atlas_jax.kernels import attention
 from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView
-from atlas_jax.kernels.rope import (
-    RopeTable,
-    apply_rope,
-    rope_table,
-    rotations,
-)
+from atlas_jax.kernels.rope import RopeTable, apply_rope, rope_table, rotations
 from atlas_jax.model.page_schedule import PageSchedule
 from tests.reference.attention_reference import attend, rotation, visible_positions
 

@@ -20,12 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels.attention import (
-    LayerKV,
-    QuantPages,
-    ref_window_attention,
-    window_attention,
-)
+from atlas_jax.kernels.attention import LayerKV, QuantPages, ref_window_attention, window_attention
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.fused_linear import gated_linear, normed_linear, summed_linear
 from atlas_jax.kernels.linear import (

@@ -13,18 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.kernels.monomials import (
-    feature_count,
-    monomial_table,
-    polynomial_features,
-    ref_polynomial_features,
-)
-from atlas_jax.kernels.newton_schulz import (
-    COEFFICIENTS,
-    gram_polynomial,
-    orthogonalize,
-    ref_orthogonalize,
-)
+from atlas_jax.kernels.monomials import feature_count, monomial_table, polynomial_features, ref_polynomial_features
+from atlas_jax.kernels.newton_schulz import COEFFICIENTS, gram_polynomial, orthogonalize, ref_orthogonalize
 
 DIM = 6
 seeds = st.integers(0, 2**32 - 1)

@@ -13,12 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels.attention import (
-    LayerKV,
-    QuantPages,
-    RingView,
-    init_layer_kv,
-)
+from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView, init_layer_kv
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.qkv_rope_cache import enter
 

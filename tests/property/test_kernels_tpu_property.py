@@ -16,20 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
 
-from atlas_jax.config import (
-    PAGE,
-    LayerConfig,
-    MemoryConfig,
-    ModelConfig,
-    RopeConfig,
-)
+from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
 from atlas_jax.kernels import tpu
-from atlas_jax.kernels.attention import (
-    LayerKV,
-    QuantPages,
-    RingView,
-    init_layer_kv,
-)
+from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView, init_layer_kv
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import split_rows
 from atlas_jax.kernels.rope import rope_table

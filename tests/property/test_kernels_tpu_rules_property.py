@@ -18,13 +18,7 @@ from atlas_jax.kernels import omega, tpu
 from atlas_jax.kernels.newton_schulz import COEFFICIENTS, orthogonalize, ref_orthogonalize
 from atlas_jax.kernels.tpu import newton_schulz as mosaic_newton_schulz
 from atlas_jax.kernels.tpu import omega as mosaic_omega
-from atlas_jax.memory import (
-    PRESETS,
-    chunked,
-    init_params,
-    init_state,
-    make_tokens,
-)
+from atlas_jax.memory import PRESETS, chunked, init_params, init_state, make_tokens
 
 FEW = settings(max_examples=8, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)

@@ -10,16 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.memory import (
-    PRESETS,
-    Features,
-    MemoryRule,
-    _memory,
-    chunked,
-    init_state,
-    read,
-    scan,
-)
+from atlas_jax.memory import PRESETS, Features, MemoryRule, _memory, chunked, init_state, read, scan
 from tests.property.memory_support import (
     HEADS,
     at,

@@ -12,16 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import ConfigError
-from atlas_jax.memory import (
-    PRESETS,
-    Features,
-    MemoryRule,
-    chunked,
-    init_params,
-    init_state,
-    make_tokens,
-    step,
-)
+from atlas_jax.memory import PRESETS, Features, MemoryRule, chunked, init_params, init_state, make_tokens, step
 from tests.property.memory_support import HEADS, close, draw_params, draw_tokens, fresh, jit, preset, run_chunked
 
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)

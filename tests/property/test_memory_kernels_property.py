@@ -14,12 +14,7 @@ from hypothesis import strategies as st
 
 from atlas_jax.kernels import feature_maps, omega
 from atlas_jax.kernels.monomials import polynomial_features
-from atlas_jax.kernels.newton_schulz import (
-    COEFFICIENTS,
-    SINGULAR_BAND,
-    orthogonalize,
-    ref_orthogonalize,
-)
+from atlas_jax.kernels.newton_schulz import COEFFICIENTS, SINGULAR_BAND, orthogonalize, ref_orthogonalize
 from tests.property.memory_support import close, jit, reference
 
 FEW = settings(max_examples=8, deadline=None, derandomize=True, database=None)

@@ -9,15 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.memory import (
-    PRESETS,
-    Features,
-    _exact,
-    chunked,
-    init_params,
-    init_state,
-    make_tokens,
-)
+from atlas_jax.memory import PRESETS, Features, _exact, chunked, init_params, init_state, make_tokens
 from tests.property.memory_support import close, draw_params, draw_tokens, expected, fresh, jit, preset, run_chunked
 
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)

@@ -10,12 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.optim import (
-    MatrixAxes,
-    muon,
-    scale_by_muon,
-    scale_by_shape,
-)
+from atlas_jax.optim import MatrixAxes, muon, scale_by_muon, scale_by_shape
 
 SHAPES = {"square": (4, 4), "wide": (3, 8), "tall": (9, 2), "heads": (2, 5, 3, 2), "bias": (7,)}
 AXES = {"square": "io: i -> o", "wide": "oi: i -> o", "tall": "io: i -> o", "heads": "lehd: e -> hd", "bias": None}

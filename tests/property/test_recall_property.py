@@ -16,14 +16,7 @@ from hypothesis import strategies as st
 from atlas_jax.config import PAGE, MemoryConfig
 from atlas_jax.kernels.monomials import gather_monomials
 from atlas_jax.recall import recall_memory
-from atlas_jax.recall.adapter import (
-    GATE_FEATURES,
-    TRAIL_DECAY,
-    TRAIL_LENGTH,
-    Adapter,
-    key_components,
-    make_adapter,
-)
+from atlas_jax.recall.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, key_components, make_adapter
 from atlas_jax.recall.recall_memory import RecallSettings, RecallState, WriteSettings
 from atlas_jax.recall.solvers import OPTIMIZERS, Optimizer
 from tests.reference import recall_reference

@@ -17,14 +17,7 @@ from hypothesis import strategies as st
 from atlas_jax.engine.api import SamplingParams
 from atlas_jax.engine.runner.step_inputs import sampling_state
 from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.sampling import (
-    TOP_LOGPROBS,
-    Sample,
-    SamplingState,
-    allowed_words,
-    record,
-    sample,
-)
+from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, allowed_words, record, sample
 from tests.reference.sampling_reference import Settings, adjusted, distribution
 
 VOCAB = 150

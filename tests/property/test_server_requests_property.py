@@ -13,13 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from server.errors import BadRequest
-from server.schemas.atlas import (
-    AtlasDefaults,
-    AtlasOptions,
-    ConfigChange,
-    LoadRequest,
-    SaveRequest,
-)
+from server.schemas.atlas import AtlasDefaults, AtlasOptions, ConfigChange, LoadRequest, SaveRequest
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.services.memory_options import check_name, plan_memory
@@ -150,7 +144,9 @@ def test_parsing_raises_nothing_else(kind: Any, body: Any) -> None:
 def test_memory_plans_are_within_the_contract(atlas: Any, header: str | None) -> None:
     try:
         options = None if atlas is None else parse(AtlasOptions, atlas)
-        plan = plan_memory(options, header, owner="o", defaults=AtlasDefaults(), unavailable=None, max_window=2048)
+        plan = plan_memory(
+            options, header, owner="o", defaults=AtlasDefaults(), unavailable=None, max_window=2048, memory_dim=None
+        )
     except BadRequest:
         return
     assert 1 <= plan.batch_size <= 32

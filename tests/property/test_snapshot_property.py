@@ -19,13 +19,7 @@ import safetensors.numpy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.config import (
-    PAGE,
-    LayerConfig,
-    MemoryConfig,
-    ModelConfig,
-    RopeConfig,
-)
+from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
 from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StorageFull
 from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
 from atlas_jax.engine.sessions import archive, snapshot

@@ -119,7 +119,7 @@ def test_a_kept_adapter_that_is_damaged_is_set_aside_and_made_anew(
     runs = fitting(lambda found: found)
     model, adapter = models["llama"]
     with GGUFFile.open(model) as file:
-        kept = adapter_store.cached(own / "adapters", file.fingerprint())
+        kept = adapter_store.cached(own / "adapters", file.fingerprint(), 96)
     kept.parent.mkdir()
     kept.write_bytes(adapter.read_bytes()[:-8] if content is None else content)
     with opened(adapter_path=None, cache_path=own) as engine:

@@ -224,6 +224,7 @@ class FakeEngine:
             layers=2,
             embedding_size=4,
             memory_layers=(1, 0),
+            memory_dim=96,
             state_bytes_per_session=1024,
             adapter=None,
             created=1_700_000_000,

@@ -10,12 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from atlas_jax.engine.api import (
-    MemoryUnavailable,
-    Overloaded,
-    SessionKey,
-    SnapshotInvalid,
-)
+from atlas_jax.engine.api import MemoryUnavailable, Overloaded, SessionKey, SnapshotInvalid
 from tests.server.live_server import Live, Start
 
 CHAT = "/v1/chat/completions"
@@ -57,7 +52,11 @@ def error(response: httpx.Response) -> dict[str, Any]:
         ("session_id", 7, "expected string, got integer"),
         ("session_id", "x" * 129, "must have at most 128 characters"),
         ("session_id", "", "must have at least 1 characters"),
-        ("memory_dim", 64, "unknown field"),
+        ("memory_dim", 64, "value must be 96, which this server was started with (--atlas-memory-dim)"),
+        ("memory_dim", 100, "value must be a multiple of 8 between 8 and 128"),
+        ("memory_dim", 256, "value must be a multiple of 8 between 8 and 128"),
+        ("memory_dim", "96", "expected integer, got string"),
+        ("memory_dimension", 96, "unknown field"),
     ],
 )
 def test_ranges(live: Live, field: str, value: Any, reason: str) -> None:
@@ -135,11 +134,16 @@ def test_without_an_atlas_object_it_is_the_plain_model(live: Live) -> None:
     assert live.engine.requests[-1].memory is None
 
 
+def test_the_dimension_that_is_served_may_be_named(live: Live) -> None:
+    assert live.post(CHAT, {**HELLO, "atlas": {"memory_dim": 96}}).status_code == 200
+    assert live.engine.requests[-1].memory is not None
+
+
 def test_nulls_in_the_atlas_object_are_defaults(live: Live) -> None:
     fields = [
         "enabled", "session_id", "memory_layers", "window_size", "blend_ratio", "learning_rate", "polynomial_degree",
         "use_muon", "warmup_tokens", "update_frequency", "omega_window", "cache_strategy", "batch_size", "read",
-        "write",
+        "write", "memory_dim",
     ]  # fmt: skip
     assert live.post(CHAT, {**HELLO, "atlas": dict.fromkeys(fields)}).status_code == 200
     memory = live.engine.requests[-1].memory

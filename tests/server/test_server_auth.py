@@ -11,12 +11,7 @@ import httpx
 import pytest
 from litestar.routes import HTTPRoute
 
-from server.middleware.auth import (
-    LOCAL,
-    Identity,
-    KeyFileError,
-    KeyRing,
-)
+from server.middleware.auth import LOCAL, Identity, KeyFileError, KeyRing
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import Live, Start, make_settings
 

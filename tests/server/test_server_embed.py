@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import threading
 import time
@@ -23,6 +22,7 @@ from server.config.settings import Settings, SettingsError
 from server.embed import AtlasServer
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import make_settings
+from tools import readme_check
 
 ROOT = Path(__file__).parents[2]
 BODY = {"messages": [{"role": "user", "content": "hello"}], "atlas": {"session_id": "s"}}
@@ -46,11 +46,9 @@ def running(app: Any) -> Iterator[str]:
 
 
 def the_readmes_code() -> str:
-    text = (ROOT / "README.md").read_text("utf-8")
-    part = text[text.index("### The server inside another application") :]
-    found = re.search(r"^```python\n(.*?)^```$", part, re.MULTILINE | re.DOTALL)
-    assert found is not None
-    return found[1]
+    found = readme_check.blocks((ROOT / "README.md").read_text("utf-8"))
+    (code,) = (block.code for block in found if block.language == "python" and block.is_application)
+    return code
 
 
 def test_the_readmes_code_serves_under_a_path(monkeypatch: pytest.MonkeyPatch) -> None:

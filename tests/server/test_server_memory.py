@@ -9,12 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from atlas_jax.engine.api import (
-    MemoryUnavailable,
-    SetAside,
-    SnapshotInvalid,
-    StorageFull,
-)
+from atlas_jax.engine.api import MemoryUnavailable, SetAside, SnapshotInvalid, StorageFull
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import Live, Start, wait_for
 
@@ -247,6 +242,7 @@ def test_status(live: Live) -> None:
     data = body["data"]
     assert (data["initialized"], data["enabled"], data["context_pool_size"]) == (True, True, 32)
     assert (data["model"], data["memory_layers"], data["state_bytes_per_session"]) == ("fake-7b", [1, 0], 1024)
+    assert data["memory_dim"] == 96
     assert data["uptime_seconds"] > 0
 
 
@@ -331,6 +327,8 @@ def test_config_changes_defaults_at_once(start: Start) -> None:
         ({"blend_ratio": 0.25, "metrics_interval": 0}, "metrics_interval"),
         ({"blend_ratio": 0.25, "memory_save_interval": -1}, "memory_save_interval"),
         ({"blend_ratio": 0.25, "session_id": "x"}, "session_id"),
+        ({"blend_ratio": 0.25, "memory_dim": 64}, "memory_dim"),
+        ({"blend_ratio": 0.25, "memory_dim": 7}, "memory_dim"),
         ({"blend_ratio": 0.25, "update_frequency": 1024}, "update_frequency"),
     ],
 )
@@ -340,6 +338,12 @@ def test_config_is_all_or_nothing(live: Live, change: dict[str, Any], param: str
     assert response.status_code == 400
     assert error(response)["param"] == param
     assert live.http.get("/v1/atlas/config").json() == before
+
+
+def test_config_shows_the_dimension_that_is_served(live: Live) -> None:
+    shown = live.http.get("/v1/atlas/config").json()["data"]
+    assert shown["memory_dim"] == 96
+    assert live.post("/v1/atlas/config", {"memory_dim": 96}).json()["data"] == shown
 
 
 def test_config_shows_no_paths_and_no_keys(live: Live) -> None:

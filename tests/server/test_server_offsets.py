@@ -16,13 +16,7 @@ from atlas_jax.engine.api import Finished, Prompt, TokenInfo
 from atlas_jax.engine.scheduler.detokenizer import Detokenizer, token_info
 from atlas_jax.gguf import Tokenizer
 from server.services.completion_response import CompletionResponseBuilder
-from server.services.response_builder import (
-    Ending,
-    Identification,
-    Outcome,
-    timings_of,
-    usage_of,
-)
+from server.services.response_builder import Ending, Identification, Outcome, timings_of, usage_of
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"
 

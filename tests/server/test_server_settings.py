@@ -122,6 +122,7 @@ def test_every_setting_can_be_set_by_flag_and_by_environment() -> None:
         "server.max_body_bytes": "2048",
         "server.shutdown_grace": "2",
         "atlas.max_window": "1024",
+        "atlas.memory_dim": "64",
         "atlas.default_config.learning_rate": "0.0005",
     }
     for option in options():
@@ -137,6 +138,7 @@ def test_every_setting_can_be_set_by_flag_and_by_environment() -> None:
         ({"server": {"prot": 1}}, "server.prot"),
         ({"serve": {}}, "serve"),
         ({"atlas": {"default_config": {"memory_dim": 1}}}, "atlas.default_config.memory_dim"),
+        ({"atlas": {"memory_dim": 20}}, "'atlas.memory_dim': value must be a multiple of 8 between 8 and 128"),
         ({"server": {"port": "8080"}}, "server.port"),
         ({"server": {"port": 70_000}}, "server.port"),
         ({"atlas": {"default_config": {"window_size": 100}}}, "window_size"),

@@ -16,12 +16,7 @@ from hypothesis import strategies as st
 
 from atlas_jax.engine.api import Delta, Finished
 from server.admission import Admission, Admitted
-from server.errors import (
-    BadRequest,
-    TooLarge,
-    TooManyRequests,
-    Unavailable,
-)
+from server.errors import BadRequest, TooLarge, TooManyRequests, Unavailable
 from server.gc_pauses import Settled
 from server.middleware.bodies import Bodies
 from server.middleware.hosts import HostCheck

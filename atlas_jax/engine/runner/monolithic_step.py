@@ -11,12 +11,7 @@ import numpy as np
 
 from atlas_jax.aot import shape, shapes
 from atlas_jax.engine.runner import step
-from atlas_jax.engine.runner.decode_state import (
-    DecodeState,
-    Sequences,
-    init_decode_state,
-    init_sequences,
-)
+from atlas_jax.engine.runner.decode_state import DecodeState, Sequences, init_decode_state, init_sequences
 from atlas_jax.engine.runner.step import StepConfig, StepOutput, Weights
 from atlas_jax.engine.runner.step_inputs import memory_settings
 from atlas_jax.kernels.attention import KVDtype

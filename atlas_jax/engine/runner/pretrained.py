@@ -24,12 +24,7 @@ from atlas_jax.engine.runner.base import (
 )
 from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
 from atlas_jax.engine.runner.step import StepConfig, StepOutput, Weights
-from atlas_jax.engine.runner.step_inputs import (
-    CALIBRATED_STEP,
-    MemoryWrite,
-    memory_settings,
-    write_settings,
-)
+from atlas_jax.engine.runner.step_inputs import CALIBRATED_STEP, MemoryWrite, memory_settings, write_settings
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.kernels.cpu import ffi

@@ -20,20 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig, ModelConfig
-from atlas_jax.engine.runner.decode_state import (
-    DRAFT_CONTEXT,
-    DRAFT_TOKENS,
-    DecodeState,
-    Sequences,
-)
+from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState, Sequences
 from atlas_jax.kernels.ngram_drafter import NONE, draft_tokens
 from atlas_jax.kernels.reductions import row_max, row_sum
-from atlas_jax.kernels.sampling import (
-    TOP_LOGPROBS,
-    SamplingState,
-    record,
-    sample,
-)
+from atlas_jax.kernels.sampling import TOP_LOGPROBS, SamplingState, record, sample
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
@@ -41,12 +31,7 @@ from atlas_jax.recall import recall_memory
 from atlas_jax.recall.adapter import Adapter
 from atlas_jax.recall.recall_memory import RecallSettings, RecallState, WriteSettings
 from atlas_jax.recall.solvers import Optimizer
-from atlas_jax.typing import (
-    Array,
-    Bool,
-    Float,
-    Int32,
-)
+from atlas_jax.typing import Array, Bool, Float, Int32
 
 REJECTED = -2
 """No token: a draft was fed in vain."""

@@ -36,12 +36,7 @@ from atlas_jax.model.lm.model import LMParams
 from atlas_jax.model.lm.streaming import LMState
 from atlas_jax.model.page_schedule import NextPage, PageSchedule
 from atlas_jax.recall.recall_memory import RecallSettings
-from atlas_jax.typing import (
-    Array,
-    Bool,
-    Float,
-    Int32,
-)
+from atlas_jax.typing import Array, Bool, Float, Int32
 
 PIECES = (64, 8, 1)
 """Lengths of the pieces a prompt is read in, each as often as it fits. More lengths would be more programs to compile, and
@@ -53,6 +48,7 @@ OWN = frozenset(
         "blend_ratio",
         "learning_rate",
         "polynomial_degree",
+        "memory_dim",
         "use_muon",
         "warmup_tokens",
         "update_frequency",

@@ -22,16 +22,7 @@ import msgspec
 
 from atlas_jax.engine.api import InvalidRequest, Overloaded
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.grammar.wire import (
-    BEGIN,
-    KILL,
-    LENGTH,
-    ORDER,
-    SPAWN,
-    TOKEN,
-    Compiled,
-    frame,
-)
+from atlas_jax.grammar.wire import BEGIN, KILL, LENGTH, ORDER, SPAWN, TOKEN, Compiled, frame
 from atlas_jax.grammar.worker import COMPILE_SECONDS, MEMORY
 
 log = logging.getLogger("atlas.engine")

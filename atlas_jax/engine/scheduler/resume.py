@@ -14,20 +14,9 @@ from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.scheduler.metrics import Counters
 from atlas_jax.engine.scheduler.prefix_cache import PrefixCache
 from atlas_jax.engine.scheduler.request_state import RequestState
-from atlas_jax.engine.sessions.continuation import (
-    Continuation,
-    Prompt,
-    appending,
-    continuation,
-)
+from atlas_jax.engine.sessions.continuation import Continuation, Prompt, appending, continuation
 from atlas_jax.engine.sessions.history import History
-from atlas_jax.engine.sessions.session import (
-    Appended,
-    Checkpoint,
-    Session,
-    SessionShape,
-    SessionStats,
-)
+from atlas_jax.engine.sessions.session import Appended, Checkpoint, Session, SessionShape, SessionStats
 from atlas_jax.engine.sessions.tiers import NewText
 from atlas_jax.model.page_schedule import NextPage
 

@@ -24,14 +24,7 @@ import numpy as np
 from atlas_jax.engine.api import InvalidRequest, Overloaded
 from atlas_jax.engine.scheduler.grammar_processes import Process, Processes, refused
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.grammar.wire import (
-    COMPLETE,
-    FAILED,
-    TOKEN,
-    VERDICT,
-    mask_bytes,
-    verdict_bytes,
-)
+from atlas_jax.grammar.wire import COMPLETE, FAILED, TOKEN, VERDICT, mask_bytes, verdict_bytes
 
 T = TypeVar("T")
 MAX_SCHEMA_BYTES = 1 << 18

@@ -13,19 +13,8 @@ from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
-from atlas_jax.engine.sessions.session import (
-    Checkpoint,
-    Session,
-    SessionShape,
-    integer,
-    to_host,
-)
-from atlas_jax.kernels.attention import (
-    KVDtype,
-    LayerKV,
-    Pages,
-    QuantPages,
-)
+from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape, integer, to_host
+from atlas_jax.kernels.attention import KVDtype, LayerKV, Pages, QuantPages
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.transformer import SINKS

@@ -25,22 +25,10 @@ from atlas_jax.engine.api import (
 )
 from atlas_jax.engine.sessions import archive, snapshot
 from atlas_jax.engine.sessions.info import totals
-from atlas_jax.engine.sessions.session import (
-    Layout,
-    Session,
-    decode_session,
-    encode_session,
-)
+from atlas_jax.engine.sessions.session import Layout, Session, decode_session, encode_session
 from atlas_jax.engine.sessions.snapshot import Listing
 from atlas_jax.engine.sessions.store import FolderStore, MemoryFolder
-from atlas_jax.engine.sessions.tiers import (
-    MAX_CONTEXT_STATE,
-    Budgets,
-    Entry,
-    SessionTiers,
-    is_clean,
-    is_kept,
-)
+from atlas_jax.engine.sessions.tiers import MAX_CONTEXT_STATE, Budgets, Entry, SessionTiers, is_clean, is_kept
 
 log = logging.getLogger("atlas.engine")
 

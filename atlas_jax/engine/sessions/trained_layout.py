@@ -15,12 +15,7 @@ from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.runner.trained import capacity, session_shape, window
 from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
-from atlas_jax.engine.sessions.session import (
-    Checkpoint,
-    Session,
-    SessionShape,
-    to_host,
-)
+from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape, to_host
 from atlas_jax.memory import MemoryState
 from atlas_jax.model.lm.config import LMConfig
 

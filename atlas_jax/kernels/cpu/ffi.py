@@ -25,14 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.kernels import lowering_platform
-from atlas_jax.typing import (
-    Array,
-    Bool,
-    Float,
-    Int8,
-    Int32,
-    UInt8,
-)
+from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8
 
 __all__ = [
     "attention",

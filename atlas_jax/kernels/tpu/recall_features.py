@@ -17,12 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from atlas_jax.kernels.linear import from_terms, terms_of
 from atlas_jax.kernels.monomials import monomial_table
-from atlas_jax.typing import (
-    Array,
-    Float,
-    Int8,
-    Int32,
-)
+from atlas_jax.typing import Array, Float, Int8, Int32
 
 _SUBLANES = 8
 _EXACT = 1024

@@ -21,12 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.attention import LayerKV, QuantPages, RingView
-from atlas_jax.typing import (
-    Array,
-    Bool,
-    Float,
-    Int32,
-)
+from atlas_jax.typing import Array, Bool, Float, Int32
 
 _NEGATIVE = -1e30
 _SUBLANES = 8

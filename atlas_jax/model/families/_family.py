@@ -10,12 +10,7 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.config import ModelConfig
-from atlas_jax.model.families._neutral import (
-    IGNORED_PREFIXES,
-    NEUTRAL,
-    WITHOUT_EXPERTS,
-    WITHOUT_WINDOW,
-)
+from atlas_jax.model.families._neutral import IGNORED_PREFIXES, NEUTRAL, WITHOUT_EXPERTS, WITHOUT_WINDOW
 
 _MAX_LAYERS = 1024
 _MAX_HEADS = 1 << 16

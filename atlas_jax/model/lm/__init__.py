@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 from atlas_jax.model.lm.attention import Attention, attend, window_attend
-from atlas_jax.model.lm.blocks import (
-    Block,
-    MemoryAsContext,
-    MemoryAsGate,
-    MemoryAsLayer,
-    make_block,
-)
+from atlas_jax.model.lm.blocks import Block, MemoryAsContext, MemoryAsGate, MemoryAsLayer, make_block
 from atlas_jax.model.lm.config import LAYER_KINDS, GateStart, LMConfig
 from atlas_jax.model.lm.data import Batch, BatchSource, text_batches
 from atlas_jax.model.lm.deep import DeepMemory, deep_memory
@@ -26,14 +20,7 @@ from atlas_jax.model.lm.model import (
     parameter_count,
     split,
 )
-from atlas_jax.model.lm.streaming import (
-    MAX_PIECE,
-    LMState,
-    bounded,
-    extend,
-    init_state,
-    logits,
-)
+from atlas_jax.model.lm.streaming import MAX_PIECE, LMState, bounded, extend, init_state, logits
 
 __all__ = [
     "IGNORE",

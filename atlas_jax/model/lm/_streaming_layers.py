@@ -23,20 +23,9 @@ from atlas_jax.memory import MemoryState, Tokens
 from atlas_jax.model.lm.attention import NEGATIVE, Attention, rotate_pairs
 from atlas_jax.model.lm.blocks import MemoryAsContext, MemoryAsGate
 from atlas_jax.model.lm.config import LMConfig
-from atlas_jax.model.lm.deep import (
-    DeepKeys,
-    DeepMemory,
-    added_weights,
-    deep_keys,
-    deep_read,
-)
+from atlas_jax.model.lm.deep import DeepKeys, DeepMemory, added_weights, deep_keys, deep_read
 from atlas_jax.model.lm.memory import QKV, MemoryLayer
-from atlas_jax.typing import (
-    Array,
-    Bool,
-    Float,
-    Int32,
-)
+from atlas_jax.typing import Array, Bool, Float, Int32
 
 MAX_PIECE = 64
 """Tokens of a piece at most: a sliding window's ring has room for a piece beside the window."""

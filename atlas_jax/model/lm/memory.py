@@ -13,12 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from atlas_jax import memory
-from atlas_jax.memory import (
-    MemoryRule,
-    MemoryState,
-    Params,
-    Tokens,
-)
+from atlas_jax.memory import MemoryRule, MemoryState, Params, Tokens
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.layers import RMSNorm, ShortConv, weight
 from atlas_jax.typing import Array, Float

@@ -25,12 +25,7 @@ from atlas_jax.model.lm._streaming_layers import MAX_PIECE, Piece
 from atlas_jax.model.lm.blocks import Block, MemoryAsLayer
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.model import LanguageModel, LMParams, create
-from atlas_jax.typing import (
-    Array,
-    Bool,
-    Float,
-    Int32,
-)
+from atlas_jax.typing import Array, Bool, Float, Int32
 
 __all__ = ["MAX_PIECE", "LMState", "bounded", "extend", "init_state", "logits"]
 

@@ -19,14 +19,7 @@ from atlas_jax.config import ConfigError
 from atlas_jax.model.lm.checkpoints import Checkpoints
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.data import Batch, BatchSource
-from atlas_jax.model.lm.model import (
-    LMParams,
-    create,
-    cross_entropy,
-    init_params,
-    matrix_axes,
-    split,
-)
+from atlas_jax.model.lm.model import LMParams, create, cross_entropy, init_params, matrix_axes, split
 from atlas_jax.optim import (
     GradientSharding,
     Training,

@@ -13,13 +13,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from atlas_jax.config import (
-    PAGE,
-    LayerConfig,
-    MemoryConfig,
-    ModelConfig,
-    RopeConfig,
-)
+from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
 from atlas_jax.engine.runner import monolithic_step
 from atlas_jax.engine.runner.step import StepConfig
 from atlas_jax.kernels import lowering_platform

@@ -16,15 +16,7 @@ import pytest
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import (
-    Delta,
-    Event,
-    Failed,
-    Finished,
-    InvalidRequest,
-    SessionKey,
-    SnapshotInvalid,
-)
+from atlas_jax.engine.api import Delta, Event, Failed, Finished, InvalidRequest, SessionKey, SnapshotInvalid
 from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.session import decode_session, encode_session
 from atlas_jax.gguf import BYTE_VOCAB, GGUFError, byte_vocabulary, write_gguf

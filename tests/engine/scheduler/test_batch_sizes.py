@@ -14,12 +14,7 @@ from atlas_jax.engine.api import MemoryParams, SamplingParams
 from atlas_jax.engine.runner.base import Buckets
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
-from atlas_jax.engine.runner.step_inputs import (
-    MemoryWrite,
-    memory_settings,
-    recent_text,
-    sampling_state,
-)
+from atlas_jax.engine.runner.step_inputs import MemoryWrite, memory_settings, recent_text, sampling_state
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.model.loading import load_params, model_config

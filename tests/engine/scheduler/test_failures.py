@@ -13,12 +13,7 @@ from typing import Any
 import pytest
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import (
-    EngineError,
-    Failed,
-    Finished,
-    MemoryUnavailable,
-)
+from atlas_jax.engine.api import EngineError, Failed, Finished, MemoryUnavailable
 from atlas_jax.engine.host_memory import give_back, resident_bytes
 from atlas_jax.engine.scheduler import scheduler
 from tests.engine.offline import PATIENCE, Answer, ask, memory, request, words

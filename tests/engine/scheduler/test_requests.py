@@ -13,15 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import (
-    Delta,
-    Event,
-    Failed,
-    Finished,
-    InvalidRequest,
-    MemoryUnavailable,
-    Overloaded,
-)
+from atlas_jax.engine.api import Delta, Event, Failed, Finished, InvalidRequest, MemoryUnavailable, Overloaded
 from tests.engine.offline import PATIENCE, Answer, ask, ask_all, memory, request, words
 
 PROMPT = words(5, 40)

@@ -18,14 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import (
-    Delta,
-    EngineError,
-    Event,
-    Failed,
-    Finished,
-    InvalidRequest,
-)
+from atlas_jax.engine.api import Delta, EngineError, Event, Failed, Finished, InvalidRequest
 from tests.engine.offline import PATIENCE, ask, ask_all, memory, request, words
 
 PERSON = {

@@ -20,13 +20,7 @@ from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE, ConfigError
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import (
-    Finished,
-    InvalidRequest,
-    MemoryUnavailable,
-    SessionKey,
-    SessionNotFound,
-)
+from atlas_jax.engine.api import Finished, InvalidRequest, MemoryUnavailable, SessionKey, SessionNotFound
 from tests.engine.offline import Answer, ask, ask_all, memory, request, words
 from tests.patience import PATIENCE
 
