@@ -13,13 +13,8 @@ GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
 
 .DEFAULT_GOAL := help
-<<<<<<< HEAD
-.PHONY: help serve test check lint model gemma fit quality bench endless load crash attack neighbours bench-memory mutation \
-  documents recall tpu-compile docs diagrams openapi config lock clean
-=======
 .PHONY: help serve test check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
-  bench-memory mutation documents recall tpu-compile openapi config lock clean
->>>>>>> house
+  bench-memory mutation documents recall tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,17 +32,13 @@ lint: $(VENV)/dev ## ruff and mypy
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-<<<<<<< HEAD
-model: $(VENV)/base ## download the default model (SmolLM2-135M-Instruct, Q4_1)
-=======
 readme-check: $(VENV)/dev model ## run every block of README.md as printed, in a bare clone (ARGS="--recall 10": what it recalls)
 	$(RUN) -m tools.readme_check --venv $(VENV) $(ARGS)
 
 first-start: ## time the first and the second start of a bare clone, as a newcomer has it, up to the first answer
 	$(PYTHON) -m tools.first_start $(ARGS)
 
-model: $(VENV)/base ## bring the default model (SmolLM2-135M-Instruct, Q4_1)
->>>>>>> house
+model: $(VENV)/base ## download the default model (SmolLM2-135M-Instruct, Q4_1)
 	@$(RUN) tools/fetch_model.py default
 
 gemma: $(VENV)/base ## download Gemma 3 270M, for tests and benchmarks
