@@ -40,7 +40,7 @@ def test_a_chat_goes_on_in_one_session(live: Live) -> None:
         done = run("chat_session.py", "notes", "--url", live.url, typed=f"{words}\n\n")
         assert done.returncode == 0, done.stderr
         assert words in done.stdout
-    sessions = {request.memory.session.name for request in live.engine.requests if request.memory is not None}
+    sessions = {request.memory.session.session_id for request in live.engine.requests}
     assert sessions == {"notes"}
     assert len(live.engine.requests) == 2
 
