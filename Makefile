@@ -11,10 +11,11 @@ PEER_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AV
   -DGGML_BMI2=ON
 GOLDEN := tests/golden/peer
 FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/britannica.txt
+CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psutil_reference.txt)
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
-  bench-memory mutation documents recall tpu-compile docs diagrams openapi config lock clean
+  bench-memory mutation documents recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +63,13 @@ recall: $(VENV)/bench model ## facts asked for long after they left the window, 
 	$(RUN) -m benchmarks.corpora --out data/corpora --group documents --group perplexity
 	$(RUN) -m atlas_jax.experiments.fact_recall $(MODEL) --filler $(FILLER) --seed 41
 	$(RUN) -m benchmarks.recall_http $(MODEL) --filler $(FILLER) --seed 41
+
+chat-recall: $(VENV)/bench model ## everyday facts of a long message asked for in a chat: window, memory, everything sent
+	$(RUN) -m benchmarks.corpora --out data/corpora --group documents
+	$(RUN) -m benchmarks.chat_recall $(MODEL) --texts $(CHAT) --output docs/benchmarks/chat_recall.md
+
+log-hour: $(VENV)/bench model ## an hour of ordinary use: the lines of the log by kind; fails where they are more than 30
+	$(RUN) -m benchmarks.log_hour $(MODEL) $(ARGS)
 
 bench: $(VENV)/bench model gemma ## speed beside llama.cpp, cost of the memory (builds llama-cpp-python: ten minutes once)
 	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install \
@@ -111,7 +119,7 @@ diagrams: ## write docs/images/*.svg, the diagrams of README and DESIGN
 openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
 	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml
 
-config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, its default and what it does
+config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, and the atlas object's table in docs/README-atlas.md
 	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)

@@ -10,6 +10,9 @@ from typing import Literal
 PAGE = 128
 """Tokens per KV page: the unit of the attention window, of prefill, and of memory writes."""
 
+WeightDtype = Literal["int8", "float32"]
+KVDtype = Literal["int8", "float32"]
+
 MAX_LOGIT_BIAS = 300
 """Entries of `logit_bias` a request may have, as in OpenAI's API."""
 

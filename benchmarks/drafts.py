@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--without-table", action="store_true", help="drafts from the text itself alone")
     args = parser.parse_args()
     with mock.patch.object(bigram_table, "find", unknown if args.without_table else bigram_table.find):
-        engine = Engine.open(model_path=args.model, memory_enabled=False, max_running=1, max_context=1024)
+        engine = Engine.open(model_path=args.model, memory_enabled=False, max_concurrent=1, max_context=1024)
     sets = {
         "chat": prompts(engine, "chat", 1),
         "prose": prompts(engine, "prose", 1),

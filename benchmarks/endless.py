@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     # without drafts: how many are right depends on the text, and would hide what a step costs
-    engine = Engine.open(model_path=args.model, max_running=2, speculate=False)
+    engine = Engine.open(model_path=args.model, max_concurrent=2, speculate=False)
     engine.warm_up()
     reader = Reader(engine)
     lines = [

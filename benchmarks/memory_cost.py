@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
-    engine = Engine.open(model_path=args.model, max_running=32, max_context=8192, speculate=False)
+    engine = Engine.open(model_path=args.model, max_concurrent=32, max_context=8192, speculate=False)
     engine.warm_up()
     found: dict[tuple[str, str], list[float]] = defaultdict(list)
     for number in range(args.rounds + 1):

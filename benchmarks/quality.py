@@ -79,7 +79,7 @@ def main() -> None:
         memory_enabled=False,
         weight_dtype=args.dtype,
         kv_dtype=args.dtype,
-        max_running=4,
+        max_concurrent=4,
         max_context=2048,
     )
     for part in args.parts:

@@ -1,6 +1,6 @@
 """Facts asked for through the HTTP API after they left the window and the server was restarted.
 
-    python -m benchmarks.recall_http MODEL.gguf --filler DRAFT_CONTEXT ... [--contexts 10] [--blend 1]
+    python -m benchmarks.recall_http MODEL.gguf --filler TEXT ... [--contexts 10] [--blend 1]
 
 The contexts and questions of `atlas_jax.experiments.fact_recall`: a server reads every context into a session of its own,
 is ended with SIGTERM, started again, and asked. Prints the same table, and how long the stop and the start took.

@@ -116,7 +116,7 @@ def main() -> None:
 
     def opened(*, speculate: bool) -> Engine:
         return Engine.open(
-            model_path=args.model, memory_enabled=False, max_running=32, max_context=8192, speculate=speculate
+            model_path=args.model, memory_enabled=False, max_concurrent=32, max_context=8192, speculate=speculate
         )
 
     engines = {"plain": opened(speculate=False), "drafts": opened(speculate=True)}

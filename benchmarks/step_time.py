@@ -173,7 +173,9 @@ def main() -> None:
     with_engine = [rows for rows, tokens in steps if tokens == 1]
     whole = {}
     if with_engine:
-        engine = Engine.open(model_path=args.model, memory_enabled=False, max_running=max(with_engine), speculate=False)
+        engine = Engine.open(
+            model_path=args.model, memory_enabled=False, max_concurrent=max(with_engine), speculate=False
+        )
         engine.warm_up()
         whole = {rows: engine_step(engine, rows, 5) for rows in with_engine}
         engine.close(timeout=10)

@@ -10,7 +10,7 @@ from server.errors import TooManyRequests, Unavailable
 
 
 class Admitted:
-    """One of the gate's places; `release` is synchronous and idempotent.
+    """One of the places; `release` is synchronous and idempotent.
 
     Attributes:
       waited: seconds spent in the queue.
@@ -25,7 +25,7 @@ class Admitted:
         self.waited = waited
 
     def joined(self, other: Admitted) -> Admitted:
-        """This lease, which now releases the other with it."""
+        """This place, which now releases the other with it."""
         self._other = other
         return self
 
@@ -41,7 +41,7 @@ class Admitted:
 class Admission:
     """`running` places and a queue of `waiting`, served round-robin between keys.
 
-    What runs cannot be taken back, so turns alone would let one key hold every place for as long as it likes: the last
+    What runs cannot be taken back, so round-robin alone would let one key hold every place for as long as it likes: the last
     `reserve` places go only to keys that hold none. A key that has `per_key` requests waiting is over its share (429);
     when the whole queue is full, or a request has waited `timeout` seconds, the server is overloaded (503).
 

@@ -1,4 +1,7 @@
-"""The composition root: every part of the server is made and joined here, and nowhere else."""
+"""The composition root: every part of the server is made and joined here, and nowhere else.
+
+`create_app` is one long function because it is one list: each part is made from those above it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from server.controllers.openai import OpenAIController
 from server.controllers.root import RootController
 from server.http import error_response, json_request
 from server.lifecycle import Lifecycle
-from server.middleware.asgi import App, EdgeMiddleware
+from server.middleware.asgi import App, AsgiMiddleware
 from server.middleware.auth import KeyRing
 from server.middleware.bodies import Bodies
 from server.middleware.connections import Connections, connection_limit
@@ -46,10 +49,18 @@ from server.services.thread_pools import ThreadPools
 from server.services.tokenization import Tokenization
 
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_CONTROLLERS = (
+    OpenAIController,
+    AtlasController,
+    MemoryController,
+    HealthController,
+    LlamaCppController,
+    RootController,
+)
 EngineSource = EngineProtocol | Callable[[], EngineProtocol]
 
 
-def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, EdgeMiddleware]:
+def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, AsgiMiddleware]:
     """Builds the server.
 
     Args:
@@ -84,12 +95,10 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
     persistence = Persistence(
         supervisor=supervisor, config=config, settings=settings, owners=keys.owners, metrics=metrics
     )
-    tokenization, models = (
-        Tokenization(supervisor, pools),
-        Models(supervisor, server.model_alias, strict=server.strict_model),
-    )
+    tokenization = Tokenization(supervisor, pools)
+    models = Models(supervisor, server.model_alias, strict=server.strict_model)
     front_page = FrontPage(supervisor, keys=not keys.open, memory=atlas.enabled)
-    memory = MemoryService(supervisor, settings, metrics, pools)
+    memory = MemoryService(supervisor, settings, config, metrics, pools)
     generator = Generator(
         supervisor=supervisor,
         admission=admission,
@@ -111,16 +120,10 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         load=engine if callable(engine) else lambda: engine,
         wait=not callable(engine),
         front_page=front_page,
+        stats=stats,
     )
     app = Litestar(
-        route_handlers=[
-            OpenAIController,
-            AtlasController,
-            MemoryController,
-            HealthController,
-            LlamaCppController,
-            RootController,
-        ],
+        route_handlers=_CONTROLLERS,
         dependencies=_dependencies(
             inference=Inference(
                 generator=generator,
@@ -149,9 +152,15 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         logging_config=None,
     )
     app.state["lifecycle"], app.state["connections"] = lifecycle, connections
+    return app, _middleware(app, server, keys, limits, metrics)
+
+
+def _middleware(
+    app: Litestar, server: ServerSection, keys: KeyRing, limits: KeyLimits, metrics: Metrics
+) -> AsgiMiddleware:
     # A page that rebinds its name to this machine has no key, so with keys every name may be used.
     allowed_hosts = server.allowed_hosts or (() if keys.open else ("*",))
-    edge = EdgeMiddleware(
+    return AsgiMiddleware(
         cast(App, app),
         hosts=HostCheck(allowed_hosts, bound=server.host),
         cors=Cors(server.cors_origins),
@@ -164,7 +173,6 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Edge
         max_body_bytes=server.max_body_bytes,
         client_timeout=server.client_timeout,
     )
-    return app, edge
 
 
 def lifecycle_of(app: Litestar) -> Lifecycle:
@@ -212,7 +220,7 @@ def _paths_marked(app: Litestar, mark: str) -> set[str]:
 
 
 def _admission(server: ServerSection, keys: KeyRing, places: int, *, exhausted: str | None = None) -> Admission:
-    """A admission, with room kept for others where there may be any: several keys, or without keys several addresses."""
+    """An admission, with room kept for others where there may be any: several keys, or without keys several addresses."""
     alone = server.host in _LOOPBACK if keys.open else keys.single
     per_key, reserve = server.max_waiting_per_key, server.reserved_concurrent
     if per_key is None:
@@ -233,8 +241,8 @@ def _figures(
     admission: Admission, contexts: Admission, connections: Connections, stats: ServerStats, persistence: Persistence
 ) -> Iterable[Metric]:
     for name, text, value in (
-        ("atlas_gate_requests_running", "Places that are taken, one a sequence", admission.running),
-        ("atlas_gate_requests_waiting", "HTTP requests that wait for a place", admission.waiting),
+        ("atlas_admission_requests_running", "Places that are taken, one a sequence", admission.running),
+        ("atlas_admission_requests_waiting", "HTTP requests that wait for a place", admission.waiting),
         ("atlas_contexts_in_use", "Memory contexts in use, one a sequence", contexts.running),
         ("atlas_contexts_waiting", "Requests of sessions that wait for a memory context", contexts.waiting),
         ("atlas_contexts_total", "Memory contexts there are", contexts.places),

@@ -31,7 +31,7 @@ class AtlasServer:
     """
 
     def __init__(self, settings: Settings, engine: EngineSource | None = None) -> None:
-        self._app, self._edge = create_app(settings, engine_factory(settings) if engine is None else engine)
+        self._app, self._middleware = create_app(settings, engine_factory(settings) if engine is None else engine)
         self._running: AbstractAsyncContextManager[None] | None = None
 
     @property
@@ -62,10 +62,10 @@ class AtlasServer:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
         if scope["type"] != "lifespan":
-            # Some applications leave the path they mount at in front_page, as ASGI has it, others take it off. What the outer one
-            # keeps in the state is its own, and named as ours is if it is made with the same library.
+            # Some applications leave the path they mount at in front of ours, as ASGI has it, others take it off. What the
+            # outer one keeps in the state is its own, and named as ours is if it is made with the same library.
             root, path = scope.get("root_path", "").rstrip("/"), scope["path"]
             if root and (path == root or path.startswith(root + "/")):
                 path = path.removeprefix(root)
             scope = {**scope, "path": path or "/", "root_path": "", "state": {}}
-        await self._edge(scope, receive, send)
+        await self._middleware(scope, receive, send)

@@ -4,41 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+from atlas_jax.config import ConfigError
+from atlas_jax.engine import config as engine
 from atlas_jax.engine.api import EngineProtocol
+from atlas_jax.engine.config import EngineConfig
 from server.config.settings import Settings, SettingsError
 
 EngineFactory = Callable[[], EngineProtocol]
+SETTING_OF = {"model_path": "model", "adapter_path": "adapter", "memory_enabled": "enabled"}
+"""Settings that are named otherwise than the engine's field."""
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    """What the engine of these settings is opened with; raises SettingsError."""
+    server, atlas = settings.server, settings.atlas
+    if not server.model:
+        raise SettingsError("no model: give --model, ATLAS_MODEL or server.model in the configuration file")
+    fields: dict[str, Any] = {}
+    for field in engine.FIELDS:
+        name = SETTING_OF.get(field, field)
+        fields[field] = getattr(server if name in server.__struct_fields__ else atlas, name)
+    if not atlas.memory_persist:
+        fields["memory_path"] = None
+    if atlas.owner_quota is None and server.api_keys_file:
+        fields["owner_quota"] = atlas.l3_cache_size // 2
+    try:
+        return EngineConfig(**fields)
+    except ConfigError as error:
+        raise SettingsError(str(error)) from None
 
 
 def engine_factory(settings: Settings) -> EngineFactory:
     """A function that opens the engine of these settings (slow: it reads the weights and compiles)."""
-    server, atlas = settings.server, settings.atlas
-    if not server.model:
-        raise SettingsError("no model: give --model, ATLAS_MODEL or server.model in the configuration file")
-    return partial(
-        open_engine,
-        model_path=server.model,
-        adapter_path=atlas.adapter,
-        memory_enabled=atlas.enabled,
-        memory_path=atlas.memory_path if atlas.memory_persist else None,
-        memory_file=atlas.memory_file,
-        journal_sync=atlas.journal_sync,
-        threads=server.threads,
-        speculate=server.speculate,
-        native_kernels=server.native_kernels,
-        mesh_data=server.mesh_data,
-        mesh_model=server.mesh_model,
-        prefix_cache_bytes=server.prefix_cache_size,
-        max_running=server.max_concurrent,
-        max_waiting=server.max_waiting,
-        max_window=atlas.max_window,
-        memory_dim=atlas.memory_dim,
-        device_cache_bytes=atlas.l1_cache_size,
-        host_cache_bytes=atlas.l2_cache_size,
-        disk_cache_bytes=atlas.l3_cache_size,
-        owner_quota_bytes=_owner_quota(settings),
-    )
+    return partial(open_engine, engine_config(settings))
+
+
+def open_engine(config: EngineConfig) -> EngineProtocol:
+    """Opens the engine."""
+    from atlas_jax.engine import Engine  # imports JAX, which takes seconds and is not needed for `--print-config`
+
+    return Engine.open(config)
 
 
 def check_files(settings: Settings) -> None:
@@ -57,70 +64,3 @@ def check_files(settings: Settings) -> None:
             raise SettingsError(f"{name} {path}: {error.strerror}") from None
         except GGUFError as error:
             raise SettingsError(f"{name} {path}: {error}") from None
-
-
-def open_engine(
-    *,
-    model_path: str,
-    adapter_path: str | None,
-    memory_enabled: bool,
-    memory_path: str | None,
-    memory_file: str | None,
-    journal_sync: float,
-    threads: int,
-    speculate: bool,
-    native_kernels: bool,
-    mesh_data: int,
-    mesh_model: int,
-    prefix_cache_bytes: int,
-    max_running: int,
-    max_waiting: int,
-    max_window: int,
-    memory_dim: int | None,
-    device_cache_bytes: int,
-    host_cache_bytes: int,
-    disk_cache_bytes: int,
-    owner_quota_bytes: int | None,
-) -> EngineProtocol:
-    """Opens the engine.
-
-    Args:
-      memory_path: folder of stored sessions; None keeps sessions in main memory and off the disk.
-      memory_file: name of the file of all sessions; None is the default one.
-      journal_sync: seconds the disk may be behind what was answered.
-      threads: CPU threads; 0 takes every core.
-      max_running: sequences that decode at once.
-      max_waiting: sequences the engine may queue beyond them.
-      device_cache_bytes: of idle sessions on the device; 0 keeps them in main memory.
-      owner_quota_bytes: of one owner's sessions and files on disk; None is no limit of its own.
-    """
-    from atlas_jax.engine import Engine  # imports JAX, which takes seconds and is not needed for `--print-config`
-
-    return Engine.open(
-        model_path=model_path,
-        adapter_path=adapter_path,
-        memory_enabled=memory_enabled,
-        memory_path=memory_path,
-        memory_file=memory_file,
-        journal_sync=journal_sync,
-        threads=threads,
-        speculate=speculate,
-        native_kernels=native_kernels,
-        mesh_data=mesh_data,
-        mesh_model=mesh_model,
-        prefix_cache_bytes=prefix_cache_bytes,
-        max_running=max_running,
-        max_waiting=max_waiting,
-        max_window=max_window,
-        memory_dim=memory_dim,
-        device_cache_bytes=device_cache_bytes,
-        host_cache_bytes=host_cache_bytes,
-        disk_cache_bytes=disk_cache_bytes,
-        owner_quota_bytes=owner_quota_bytes,
-    )
-
-
-def _owner_quota(settings: Settings) -> int | None:
-    if settings.atlas.owner_quota is not None:
-        return settings.atlas.owner_quota
-    return settings.atlas.l3_cache_size // 2 if settings.server.api_keys_file else None

@@ -43,7 +43,7 @@ _ALWAYS, _KEYED, _BODY = (400, 405, 503), (401, 429), (403, 408, 413, 415)
 
 
 def context_of(request: HttpRequest) -> RequestContext:
-    """What the edge knows about the request."""
+    """What the middleware knows about the request."""
     context: RequestContext = request.scope["state"][STATE_KEY]
     return context
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from datetime import timedelta
 
 from atlas_jax.engine.api import EngineProtocol
 from server.admission import Admission
@@ -13,6 +14,7 @@ from server.services.engine_supervisor import EngineSupervisor
 from server.services.front_page import FrontPage
 from server.services.monitoring import Monitoring
 from server.services.persistence import Persistence
+from server.services.stats import ServerStats
 from server.services.thread_pools import ThreadPools
 
 log = logging.getLogger("atlas.server")
@@ -45,8 +47,10 @@ class Lifecycle:
         load: Callable[[], EngineProtocol],
         wait: bool,
         front_page: FrontPage,
+        stats: ServerStats,
     ) -> None:
         self.supervisor, self.front_page = supervisor, front_page
+        self._stats = stats
         self._admission, self._contexts, self._pools = admission, contexts, pools
         self._monitoring, self._persistence = monitoring, persistence
         self._load, self._wait = load, wait
@@ -88,6 +92,14 @@ class Lifecycle:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.supervisor.close(
             lambda engine, seconds: self._persistence.save(engine, timeout=seconds), timeout=CLOSE_SECONDS
+        )
+        stats = self._stats
+        log.info(
+            "Stopped after %s: %d requests, %d failed, %d left by their clients",
+            timedelta(seconds=round(stats.uptime)),
+            stats.total,
+            stats.failed,
+            stats.cancelled,
         )
 
 

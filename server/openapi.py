@@ -22,9 +22,18 @@ from litestar.openapi.plugins import JsonRenderPlugin
 
 from atlas_jax import __version__
 from server.errors import ATLAS_PREFIX
-from server.schemas import atlas, chat, completions, errors, llamacpp, models, root
+from server.schemas import (
+    atlas,
+    chat,
+    completions,
+    errors,
+    llamacpp,
+    models,
+    root,
+    runtime_config,
+)
 
-_MODULES = (atlas, chat, completions, errors, llamacpp, models, root)
+_MODULES = (atlas, chat, completions, errors, llamacpp, models, root, runtime_config)
 _STREAMS = {
     "/v1/completions": "Completion",
     "/completions": "Completion",
@@ -67,6 +76,7 @@ def corrected(document: dict[str, Any]) -> dict[str, Any]:
         for module in _MODULES
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, msgspec.Struct) and kind.__module__ == module.__name__
+        if not kind.__name__.startswith("_")
     )
     _, components = msgspec.json.schema_components(structs, ref_template="#/components/schemas/{name}")
     schemas = {**document.get("components", {}).get("schemas", {}), **components}

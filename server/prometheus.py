@@ -19,8 +19,8 @@ _COUNTERS = (
     ("atlas_prompt_tokens", "Prompt tokens of finished requests", "prompt_tokens_total"),
     ("atlas_cached_tokens", "Prompt tokens that did not have to be processed again", "cached_tokens_total"),
     ("atlas_generation_tokens", "Tokens generated", "generated_tokens_total"),
-    ("atlas_drafted_tokens", "Tokens proposed by speculation", "drafted_tokens_total"),
-    ("atlas_accepted_tokens", "Proposed tokens that were kept", "accepted_tokens_total"),
+    ("atlas_drafted_tokens", "Draft tokens of speculative decoding", "drafted_tokens_total"),
+    ("atlas_accepted_tokens", "Draft tokens that were accepted", "accepted_tokens_total"),
     ("atlas_engine_requests", "Sequences submitted to the engine", "requests_total"),
     ("atlas_engine_steps", "Compiled steps run", "steps_total"),
     ("atlas_engine_step_seconds", "Time spent in compiled steps", "step_seconds_total"),
@@ -76,10 +76,13 @@ class Metrics:
             "atlas_requests", "Generation requests by outcome", ("outcome",), registry=self.registry
         )
         self.first_token = Histogram(
-            "atlas_time_to_first_token_seconds", "Arrival to first text", buckets=_LONG, registry=self.registry
+            "atlas_time_to_first_token_seconds",
+            "Time to first token (TTFT): arrival to first text",
+            buckets=_LONG,
+            registry=self.registry,
         )
         self.inter_token = Histogram(
-            "atlas_inter_token_latency_seconds", "Between two pieces of text", buckets=_SHORT, registry=self.registry
+            "atlas_inter_token_latency_seconds", "Between two chunks of text", buckets=_SHORT, registry=self.registry
         )
         self.latency = Histogram(
             "atlas_e2e_request_latency_seconds", "Arrival to last byte", buckets=_LONG, registry=self.registry

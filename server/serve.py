@@ -109,11 +109,11 @@ class Server(uvicorn.Server):
 
 def build(settings: Settings, engine: EngineSource) -> Server:
     """The server, ready to run."""
-    app, edge = create_app(settings, engine)
+    app, middleware = create_app(settings, engine)
     connections = connections_of(app)
     proxies = list(settings.server.trusted_proxies)
     config = uvicorn.Config(
-        edge,
+        middleware,
         host=settings.server.host,
         port=settings.server.port,
         workers=1,

@@ -74,13 +74,13 @@ def _reason(kind: type[Any], text: str, steps: list[re.Match[str]]) -> str:
 
 def _range(meta: msgspec.Meta | None) -> str:
     low, high = (None, None) if meta is None else (meta.ge, meta.le)
+    if meta is not None and meta.multiple_of is not None and low is not None and high is not None:
+        return f"value must be a multiple of {_plain(meta.multiple_of)} between {_plain(low)} and {_plain(high)}"
     if meta is not None and meta.gt is not None:
         above = f"value must be greater than {_plain(meta.gt)}"
         if meta.lt is not None:
             return f"{above} and less than {_plain(meta.lt)}"
         return above if high is None else f"{above} and at most {_plain(high)}"
-    if meta is not None and meta.multiple_of is not None and low is not None and high is not None:
-        return f"value must be a multiple of {_plain(meta.multiple_of)} between {_plain(low)} and {_plain(high)}"
     if low is not None and high is not None:
         return f"value must be between {_plain(low)} and {_plain(high)}"
     if low is not None:

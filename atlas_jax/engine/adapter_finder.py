@@ -46,8 +46,9 @@ class Fitted:
 class AdapterFinder:
     """Finds or makes the adapter of a model; what is returned, and what is kept, has been checked.
 
-    A gate that cannot be fitted turns the memory off even where the key maps are good. The gate says how far the memory's
-    word can be trusted, so any other one would either never open, and every write be for nothing, or spoil answers.
+    A gate that cannot be fitted turns the memory off even where the key maps are good. The gate says how far the
+    memory's next-token distribution can be trusted, so any other one would either never open, and every write be for
+    nothing, or spoil answers.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class AdapterFinder:
         self._memory = candidates(config, DEFAULT_DIM if memory_dim is None else memory_dim)
         self._fingerprint = file.fingerprint()
         self._config, self._tokenizer, self._params = config, tokenizer, params
-        self._max_window, self._placement = max_window, mesh_layout
+        self._max_window, self._mesh_layout = max_window, mesh_layout
 
     def find(self, path: Path | None, cache: Path | None) -> Fitted | None:
         """The one a user asks for, if there is one; else one that is there; else one that is made now, if that is possible.
@@ -124,7 +125,7 @@ class AdapterFinder:
                 self._params,
                 texts,
                 _TOKENS,
-                self._placement,
+                self._mesh_layout,
                 ProgressLog("[ATLAS] Calibrating"),
                 self._memory,
             )

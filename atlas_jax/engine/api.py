@@ -1,7 +1,8 @@
-"""What goes into the engine and what comes out: requests, events, and the facts a host can ask for.
+"""What goes into the engine and what comes out: requests, events, and the facts an embedding program can ask for.
 
-Plain frozen dataclasses, no JAX: the server, its tests and the engine meet here and nowhere else.
-Values are validated where they enter (the server's schemas); the engine only re-checks what it would crash on.
+Plain frozen dataclasses and one msgspec struct, no JAX: the server, its tests and the engine meet here and nowhere else.
+Values are validated where they enter (the server's schemas); the engine only re-checks what it would crash on. It is one long
+file so that the whole seam between engine and server can be read at once.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from atlas_jax.config import MAX_LOGIT_BIAS as MAX_LOGIT_BIAS  # part of the interface
+from atlas_jax.engine.memory_options import CacheStrategy as CacheStrategy
+from atlas_jax.engine.memory_options import MemoryOptions
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
-CacheStrategy = Literal["lru", "lfu", "adaptive"]
 HistoryEffect = Literal["new", "continued", "appended", "rolled_back"]
-"""What a prompt did to what its session holds; `engine.continuation` has the rules."""
+"""What a prompt did to what its session holds; `engine.scheduler.resume` has the rules."""
 
 
 # --- errors -----------------------------------------------------------------------------------------------------
@@ -106,41 +108,20 @@ class SessionKey:
     session_id: str
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MemoryParams:
-    """How one request uses the ATLAS memory; the ranges are those of the `atlas` object in the HTTP contract.
+class MemoryParams(MemoryOptions, kw_only=True, frozen=True):
+    """How one request uses the ATLAS memory.
 
     Attributes:
       session: None gives the request a memory of its own that ends with it.
-      memory_layers: how many layers are tapped, best-ranked first.
-      window_size: tokens attended exactly; a multiple of the page.
-      blend_ratio: 0 = window alone, 0.5 = the gate as calibrated, 1 = memory wherever it has anything to say.
-      learning_rate: inner step size of the gradient and Muon writes; None = the calibrated one.
-      polynomial_degree: 1–3.
-      use_muon: None = exact minimum-norm solve, True = orthogonalised momentum, False = plain gradient (OmegaNet).
-      warmup_tokens: the memory is written from the start and read only after this many tokens.
-      update_frequency: tokens per memory write; a multiple of the page.
-      omega_window: tokens in the objective of one write; at least `update_frequency`.
-      read: whether the memory takes part in the answer.
-      write: whether the request teaches the session (False leaves it exactly as it was).
+      asked: whether the model answers somebody, as in a chat, instead of going on with a text: what a person asks for is
+        more often something said before than the next word of a text is, so the calibrated gate opens further.
       regenerate: a prompt the session has been asked before is answered anew: what followed it there is forgotten.
       given: fields the client wrote itself; a session keeps the window, update frequency, layers and degree it was
         begun with, and refuses a request that names others, but not one whose defaults differ.
     """
 
     session: SessionKey | None = None
-    memory_layers: int = 1
-    window_size: int = 512
-    blend_ratio: float = 0.5
-    learning_rate: float | None = None
-    polynomial_degree: int = 2
-    use_muon: bool | None = None
-    warmup_tokens: int = 0
-    update_frequency: int = 128
-    omega_window: int = 512
-    cache_strategy: CacheStrategy = "adaptive"
-    read: bool = True
-    write: bool = True
+    asked: bool = False
     regenerate: bool = False
     given: frozenset[str] = frozenset()
 
@@ -296,7 +277,7 @@ class Handle(Protocol):
         """Ends the request at the next step and frees what it held; safe from any thread, any number of times."""
 
 
-# --- what a host can ask ----------------------------------------------------------------------------------------
+# --- what an embedding program can ask ------------------------------------------------------------------------
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
     """The model being served.

@@ -49,7 +49,7 @@ def use_cache(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         return
-    if not os.access(folder, os.W_OK):  # said once by `kept.usable`, not once a program
+    if not os.access(folder, os.W_OK):  # said once by `cache_folder.usable`, not once a program
         warnings.filterwarnings("ignore", message="Error writing persistent compilation cache entry")
     settings = {
         "jax_compilation_cache_dir": str(folder),

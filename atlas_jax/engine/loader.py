@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.config import PAGE, ConfigError
+from atlas_jax.config import PAGE, ConfigError, MemoryConfig
 from atlas_jax.engine.adapter_finder import NOT_FITTED, AdapterFinder, Fitted
 from atlas_jax.engine.api import ModelInfo
+from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.runner import bigram_table
 from atlas_jax.engine.runner.base import MAX_DRAFT_ROWS, Buckets, ModelRunner
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
@@ -31,12 +32,16 @@ from atlas_jax.gguf import (
     Tokenizer,
     recommended_sampling,
 )
-from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.lm.export import read_gguf
-from atlas_jax.model.loading import WeightDtype, left_out, load_params, model_config, parameter_count
+from atlas_jax.model.loading import (
+    left_out,
+    load_params,
+    model_config,
+    parameter_count,
+)
 from atlas_jax.sharding import on_mesh
 
 log = logging.getLogger("atlas.engine")
@@ -65,102 +70,102 @@ class Opened:
     longest_prompt: int
 
 
-def open_pretrained(
-    file: GGUFFile,
-    *,
-    cache: Path | None,
-    memory: bool,
-    adapter_path: Path | None,
-    max_running: int,
-    max_context: int,
-    max_window: int,
-    memory_dim: int | None,
-    weight_dtype: WeightDtype,
-    kv_dtype: KVDtype,
-    speculate: bool,
-    mesh_data: int,
-    mesh_model: int,
-) -> Opened:
-    """A model of a known family, and unless `memory` is False its recall memory; arguments as for `Engine.open`.
+def open_model(config: EngineConfig, cache: Path | None) -> Opened:
+    """Opens a model of either kind; errors as for `Engine.open`.
 
-    Raises:
-      ConfigError, GGUFError, UnsupportedModel, AdapterError: as `Engine.open`.
+    Args:
+      cache: folder of what earlier starts have left, or None.
     """
+    with GGUFFile.open(config.model_path) as file:
+        if file.require("general.architecture", str) == TRAINED:
+            return _open_trained(file, config)
+        return _open_pretrained(file, config, cache)
+
+
+def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -> Opened:
+    """A model of a known family and, if that is wanted, its recall memory."""
     started = _loading(file)
     tokenizer, template = _text(file)
-    config, fingerprint = model_config(file), file.fingerprint()
-    mesh_layout = on_mesh(config, mesh_data, mesh_model)
-    if mesh_data > max_running:
-        raise ConfigError(f"mesh_data ({mesh_data}) must not exceed the requests that run at once, {max_running}")
-    params = load_params(file, config, dtype=weight_dtype, mesh_layout=mesh_layout)
+    model, fingerprint = model_config(file), file.fingerprint()
+    mesh_layout = on_mesh(model, config.mesh_data, config.mesh_model)
+    params = load_params(file, model, dtype=config.weight_dtype, mesh_layout=mesh_layout)
     if others := left_out(file):
         names = ", ".join(sorted({f"{name.split('.', 1)[0]}.*" for name in others}))
         log.info(
             "Left out of %s: %d tensors that are no part of its text model (%s)", file.path.name, len(others), names
         )
     log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
-    context = min(max_context, config.context_length)
+    context = min(config.max_context, model.context_length)
     fitted: Fitted | None = None
-    unavailable: str | None = None
-    if memory:
+    if config.memory_enabled:
+        adapter_path = None if config.adapter_path is None else Path(config.adapter_path)
         finder = AdapterFinder(
-            file, config, tokenizer, params, max_window=max_window, memory_dim=memory_dim, mesh_layout=mesh_layout
+            file,
+            model,
+            tokenizer,
+            params,
+            max_window=config.max_window,
+            memory_dim=config.memory_dim,
+            mesh_layout=mesh_layout,
         )
         fitted = finder.find(adapter_path, cache)
-        if fitted is None:
-            unavailable = NOT_FITTED
-    found, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
-    successor = bigram_table.find(cache, fingerprint, config.vocab)
-    pages = max(context // PAGE, 1, 0 if found is None else (max_window + found.max_omega_window) // PAGE)
-    # attention over float pages is never of a single row of a single token: it would round differently
-    alone = 1 if speculate or kv_dtype == "int8" else 2
-    buckets = Buckets(
-        _powers(max(alone, mesh_data), max_running),
-        _powers(4, pages),
-        max_draft_rows=MAX_DRAFT_ROWS if speculate else 0,
-    )
-    weights = Weights(params, adapter, jnp.asarray(successor))
-    runner = PretrainedRunner(StepConfig(config, found), weights, kv_dtype, buckets, mesh_layout)
+    memory, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
+    weights = Weights(params, adapter, jnp.asarray(bigram_table.find(cache, fingerprint, model.vocab)))
+    buckets = _buckets(config, context, memory)
+    step_config = StepConfig(model, memory, tuple(sorted(tokenizer.eog_ids)))
+    runner = PretrainedRunner(step_config, weights, config.kv_dtype, buckets, mesh_layout)
     info = _info(
         file,
         runner,
-        architecture=config.family,
+        architecture=model.family,
         parameters=parameter_count(params),
         context_length=context,
-        layers=len(config.layers),
-        embedding_size=config.embed,
-        memory_layers=() if found is None else found.layers,
-        memory_dim=None if found is None else found.components,
+        layers=len(model.layers),
+        embedding_size=model.embed,
+        memory_layers=() if memory is None else memory.layers,
+        memory_dim=None if memory is None else memory.components,
         adapter=None if fitted is None else fitted.source,
-        memory_unavailable=unavailable,
+        memory_unavailable=NOT_FITTED if config.memory_enabled and fitted is None else None,
     )
-    layout = None if fitted is None else RecallLayout(config, fitted.config, kv_dtype, fingerprint, fitted.digest)
+    layout = None if fitted is None else RecallLayout(model, fitted.config, config.kv_dtype, fingerprint, fitted.digest)
     return Opened(info, tokenizer, template, runner, layout, context)
 
 
-def open_trained(file: GGUFFile, *, max_running: int, max_context: int, sessions: bool) -> Opened:
-    """A model of `atlas_jax.model.lm` as `export_gguf` writes it; without sessions unless they are wanted.
+def _buckets(config: EngineConfig, context: int, memory: MemoryConfig | None) -> Buckets:
+    """The sizes that steps are compiled for."""
+    pages = max(context // PAGE, 1, 0 if memory is None else (config.max_window + memory.max_omega_window) // PAGE)
+    # attention over float pages is never of a single row of a single token: it would round differently
+    alone = 1 if config.speculate or config.kv_dtype == "int8" else 2
+    return Buckets(
+        _powers(max(alone, config.mesh_data), config.max_concurrent),
+        _powers(4, pages),
+        max_draft_rows=MAX_DRAFT_ROWS if config.speculate else 0,
+    )
 
-    Raises:
-      GGUFError: it cannot be served; the message says what is wrong.
-    """
+
+def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
+    """A model of `atlas_jax.model.lm` as `export_gguf` writes it; raises GGUFError if it cannot be served."""
+    if config.devices != 1:
+        raise ConfigError("mesh_data and mesh_model must be 1: a model with its own memory runs on one device")
+    if config.memory_enabled and config.memory_dim is not None:
+        raise ConfigError("memory_dim cannot be set: this model was trained with a memory of its own")
     started = _loading(file)
     tokenizer, template = _text(file)
-    config, params = read_gguf(file)
+    model, params = read_gguf(file)
     tokens = tokenizer.vocab_size
-    if tokens > config.vocab:
-        raise GGUFError(f"the tokenizer has {tokens} tokens, the model {config.vocab}")
-    if tokens < config.vocab:  # rows that pad the vocabulary stand for nothing
-        config = config.replace(vocab=tokens)
+    if tokens > model.vocab:
+        raise GGUFError(f"the tokenizer has {tokens} tokens, the model {model.vocab}")
+    if tokens < model.vocab:  # rows that pad the vocabulary stand for nothing
+        model = model.replace(vocab=tokens)
         params = params | {name: params[name][:tokens] for name in ("embed", "head") if name in params}
-    context = min(max_context, config.context_length)
-    state = jax.eval_shape(lambda: streaming.init_state(config, params, 1, context=context))
+    context = min(config.max_context, model.context_length)
+    state = jax.eval_shape(lambda: streaming.init_state(model, params, 1, context=context))
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     if size > _LARGEST_STATE:
         raise GGUFError(
             f"{TRAINED}.config: the state of one sequence would take {size} bytes, at most {_LARGEST_STATE}"
         )
-    runner = TrainedRunner(config, params, context, _powers(1, max_running))
+    runner = TrainedRunner(model, params, context, _powers(1, config.max_concurrent))
     log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
     info = _info(
         file,
@@ -168,13 +173,13 @@ def open_trained(file: GGUFFile, *, max_running: int, max_context: int, sessions
         architecture=TRAINED,
         parameters=sum(int(leaf.size) for leaf in jax.tree.leaves(params)),
         context_length=context,
-        layers=len(config.pattern),
-        embedding_size=config.embed,
-        memory_layers=tuple(index for index, kind in enumerate(config.pattern) if kind in MEMORY_KINDS),
+        layers=len(model.pattern),
+        embedding_size=model.embed,
+        memory_layers=tuple(index for index, kind in enumerate(model.pattern) if kind in MEMORY_KINDS),
         adapter=None,
     )
-    layout = TrainedLayout.of(config, runner.row_shapes(1), file.fingerprint()) if sessions else None
-    longest = _LONGEST if streaming.bounded(config) else context
+    layout = TrainedLayout.of(model, runner.row_shapes(1), file.fingerprint()) if config.memory_enabled else None
+    longest = _LONGEST if streaming.bounded(model) else context
     return Opened(info, tokenizer, template, runner, layout, longest)
 
 

@@ -1,4 +1,4 @@
-"""Asking an engine several things at once and waiting for all answers."""
+"""Offline (batch) generation: several requests at once, and all answers together."""
 
 from __future__ import annotations
 

@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["window", "memory", "full"])
     args = parser.parse_args()
     engine = Engine.open(
-        model_path=args.model, adapter_path=args.adapter, max_running=2, max_context=4096, max_window=4096
+        model_path=args.model, adapter_path=args.adapter, max_concurrent=2, max_context=4096, max_window=4096
     )
 
     def modes(mode: str) -> Callable[[SessionKey, bool], MemoryParams]:

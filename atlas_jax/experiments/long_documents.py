@@ -84,7 +84,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=1)
     args = parser.parse_args()
     engine = Engine.open(
-        model_path=args.model, adapter_path=args.adapter, max_running=2, max_context=args.tokens, max_window=args.window
+        model_path=args.model,
+        adapter_path=args.adapter,
+        max_concurrent=2,
+        max_context=args.tokens,
+        max_window=args.window,
     )
     memory = MemoryParams(
         window_size=args.window,

@@ -13,18 +13,16 @@ terms; one term loses the long tail (1.2 % of perplexity). Float pages are the r
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import PAGE
+from atlas_jax.config import KVDtype as KVDtype
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
-
-KVDtype = Literal["int8", "float32"]
 
 LOW_TERM = 254.0
 """The second int8 term of a probability counts in units of 1/254 of the first, so that half a unit of the first is 127."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import numpy as np
 
 from atlas_jax.aot import shape, shapes
 from atlas_jax.config import ConfigError, ModelConfig, RopeConfig
+from atlas_jax.config import WeightDtype as WeightDtype
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight
@@ -21,8 +22,6 @@ from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
-
-WeightDtype = Literal["int8", "float32"]
 
 _EMBED, _FINAL_NORM, _HEAD, _ROPE_FACTORS = (
     "token_embd.weight",

@@ -1,6 +1,7 @@
 """Every setting of the server: its default, its range, and what it does.
 
 The structs mirror the JSON configuration file; `server.config.sources` gives each field its flag and environment variable.
+What the engine is opened with takes type, range, default and help text from `atlas_jax.engine.config`.
 """
 
 from __future__ import annotations
@@ -10,16 +11,24 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, field
 
-from server.schemas.atlas import AtlasDefaults, BudgetMs, IntervalMs, IntervalSeconds, MemoryDim
-from server.schemas.sampling import Fraction, Penalty, RepeatPenalty, Temperature, TopK
+from atlas_jax.engine import config as engine
+from atlas_jax.engine.config import EngineConfig
+from server.schemas.atlas import AtlasDefaults
+from server.schemas.sampling import (
+    Fraction,
+    Penalty,
+    RepeatPenalty,
+    Temperature,
+    TopK,
+)
 
-MIN_WINDOW = 128
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]
 Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
-FileName = Annotated[str, Meta(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
 LogLevel = Literal["trace", "debug", "info", "warning", "error"]
 Seconds = Annotated[float, Meta(gt=0, le=3600)]
+IntervalSeconds = Annotated[float, Meta(ge=1, le=86_400)]
+IntervalMs = Annotated[int, Meta(ge=50, le=3_600_000)]
 
 
 class SettingsError(Exception):
@@ -31,23 +40,20 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 
     host: Annotated[str, Meta(description="Address to listen on")] = "127.0.0.1"
     port: Annotated[Port, Meta(description="Port to listen on; 0 takes a free one")] = 8080
-    threads: Annotated[Count, Meta(description="CPU threads of the engine; 0 takes every core")] = 0
-    native_kernels: Annotated[
-        bool,
-        Meta(description="Use our kernels: in C on a CPU that can run them, if there is a compiler; Mosaic on TPUs"),
-    ] = True
-    prefix_cache_size: Annotated[
-        int, Meta(ge=0, le=1 << 50, description="Bytes of prompts kept for prompts that begin the same; 0 keeps none")
-    ] = 256 << 20
-    speculate: Annotated[
-        bool, Meta(description="Guess tokens ahead from the text where that is free; answers are the same")
-    ] = True
-    mesh_data: Annotated[
-        int, Meta(ge=1, le=4096, description="Devices the rows of a decode batch are divided over")
-    ] = 1
-    mesh_model: Annotated[
-        int, Meta(ge=1, le=4096, description="Devices each layer's heads and columns are divided over")
-    ] = 1
+    threads: engine.Threads = EngineConfig.threads
+    native_kernels: engine.NativeKernels = EngineConfig.native_kernels
+    prefix_cache_size: engine.PrefixCacheSize = EngineConfig.prefix_cache_size
+    speculate: engine.Speculate = EngineConfig.speculate
+    mesh_data: engine.MeshData = EngineConfig.mesh_data
+    mesh_model: engine.MeshModel = EngineConfig.mesh_model
+    weight_dtype: engine.WeightDtypeName = EngineConfig.weight_dtype
+    kv_dtype: engine.KVDtypeName = EngineConfig.kv_dtype
+    cache_path: Annotated[
+        str | None,
+        Meta(
+            description="Folder of compiled programs, fitted adapters and bigram tables; null is $XDG_CACHE_HOME/atlas-jax"
+        ),
+    ] = None
     model: Annotated[str | None, Meta(description="GGUF file to serve")] = None
     model_alias: Annotated[tuple[str, ...], Meta(description="More names of the model in requests")] = ()
     strict_model: Annotated[
@@ -69,15 +75,12 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         Annotated[int, Meta(ge=1, le=1_000_000)] | None,
         Meta(description="Open connections; null is 4096, or what the limit on open files leaves"),
     ] = None
-    max_concurrent: Annotated[
-        int,
-        Meta(ge=1, le=4096, description="Requests, or sequences of one, that run at once"),
-    ] = 32
+    max_concurrent: engine.MaxConcurrent = EngineConfig.max_concurrent
     reserved_concurrent: Annotated[
         Count | None,
         Meta(description="Places kept for keys that hold none; null is a quarter where there may be several, else 0"),
     ] = None
-    max_waiting: Annotated[Count, Meta(description="Requests that may wait for a place")] = 256
+    max_waiting: engine.MaxWaiting = EngineConfig.max_waiting
     max_waiting_per_key: Annotated[
         Count | None,
         Meta(description="Requests one key may have waiting; null is half where there may be several, else all"),
@@ -90,6 +93,7 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     failure_limit: Annotated[
         Count, Meta(description="Requests without a valid key a minute and address; 0 is no limit")
     ] = 60
+    max_context: engine.MaxContext = EngineConfig.max_context
     max_answer_tokens: Annotated[
         int, Meta(ge=1, le=1 << 31, description="Longest answer; a request that asks for more gets this much")
     ] = 32_768
@@ -116,14 +120,24 @@ class SamplingSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 
     temperature: Annotated[Temperature | None, Meta(description="Temperature; 0 is greedy")] = None
     top_k: Annotated[TopK | None, Meta(description="Keep the k likeliest tokens; 0 keeps every one")] = None
-    top_p: Annotated[Fraction | None, Meta(description="Keep the likeliest tokens of this share in all")] = None
-    min_p: Annotated[Fraction | None, Meta(description="Keep tokens of at least this share of the likeliest's")] = None
-    typical_p: Annotated[Fraction | None, Meta(description="Keep the most typical tokens of this share in all")] = None
-    repeat_penalty: Annotated[RepeatPenalty | None, Meta(description="Divides the scores of tokens used; 1 is off")] = (
-        None
-    )
-    presence_penalty: Annotated[Penalty | None, Meta(description="Taken off the scores of tokens written")] = None
-    frequency_penalty: Annotated[Penalty | None, Meta(description="The same, once for each time")] = None
+    top_p: Annotated[
+        Fraction | None, Meta(description="Nucleus sampling: keep the likeliest tokens of this probability in all")
+    ] = None
+    min_p: Annotated[
+        Fraction | None, Meta(description="Keep tokens of at least this share of the likeliest token's probability")
+    ] = None
+    typical_p: Annotated[
+        Fraction | None, Meta(description="Keep the most typical tokens of this probability in all")
+    ] = None
+    repeat_penalty: Annotated[
+        RepeatPenalty | None, Meta(description="Divides the logits of tokens in the prompt or answer; 1 is off")
+    ] = None
+    presence_penalty: Annotated[
+        Penalty | None, Meta(description="Subtracted from the logits of tokens already generated")
+    ] = None
+    frequency_penalty: Annotated[
+        Penalty | None, Meta(description="Subtracted from a token's logit once for each time it was generated")
+    ] = None
 
 
 class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -132,10 +146,7 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     enabled: Annotated[bool, Meta(description="Whether the server offers the memory at all")] = True
     adapter: Annotated[str | None, Meta(description="Adapter file fitted to the model")] = None
     memory_path: Annotated[str, Meta(description="Folder of the stored sessions")] = "./atlas_memory"
-    memory_file: Annotated[
-        FileName | None,
-        Meta(description="File in memory_path the sessions are saved to and loaded from; null is <model>_memory.atlas"),
-    ] = None
+    memory_file: engine.FileName | None = EngineConfig.memory_file
     memory_persist: Annotated[bool, Meta(description="Whether anything is ever written to or read from disk")] = True
     auto_load_memory: Annotated[bool, Meta(description="Load the memory file at start")] = True
     auto_save_memory: Annotated[bool, Meta(description="Save the memory at every interval and at the end")] = True
@@ -155,28 +166,24 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
         int, Meta(ge=1, le=1_000_000, description="Latest requests the latency figures cover")
     ] = 1000
     latency_budget_ms: Annotated[
-        BudgetMs, Meta(description="What the server may add to a request before it is counted and logged as slow")
+        float,
+        Meta(
+            gt=0, le=60_000, description="What the server may add to a request before it is counted and logged as slow"
+        ),
     ] = 5.0
-    log_atlas_operations: Annotated[bool, Meta(description="Log every request that used the memory")] = False
+    log_atlas_operations: Annotated[
+        bool,
+        Meta(description="Log every request that used the memory, and every save, load, reset and deletion asked for"),
+    ] = False
     context_pool_size: Annotated[
         Annotated[int, Meta(ge=1, le=8192)] | None,
         Meta(description="Memory contexts, one a sequence, that may be in use at once; null is max_concurrent"),
     ] = None
-    max_window: Annotated[
-        int, Meta(ge=MIN_WINDOW, le=1 << 20, description="Largest window_size a request may ask for")
-    ] = 2048
-    memory_dim: Annotated[
-        MemoryDim | None,
-        Meta(
-            description="Numbers of a state that the memory's keys keep: a multiple of 8 from 8 to 128; null is the"
-            " adapter's, 96 for one that is shipped or fitted here"
-        ),
-    ] = None
-    l1_cache_size: Annotated[
-        Bytes, Meta(description="Bytes of idle sessions kept on the device; 0: they rest in main memory")
-    ] = 0
-    l2_cache_size: Annotated[Bytes, Meta(description="Bytes of session memory kept on the host")] = 1 << 30
-    l3_cache_size: Annotated[Bytes, Meta(description="Bytes of session memory kept on disk")] = 16 << 30
+    max_window: engine.MaxWindow = EngineConfig.max_window
+    memory_dim: engine.MemoryDim | None = EngineConfig.memory_dim
+    l1_cache_size: engine.L1CacheSize = EngineConfig.l1_cache_size
+    l2_cache_size: engine.L2CacheSize = EngineConfig.l2_cache_size
+    l3_cache_size: engine.L3CacheSize = EngineConfig.l3_cache_size
     owner_quota: Annotated[
         Bytes | None,
         Meta(
@@ -187,12 +194,7 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     session_ttl: Annotated[
         float, Meta(ge=0, le=1e9, description="Seconds after which an unused session is deleted; 0 keeps all")
     ] = 0.0
-    journal_sync: Annotated[
-        float,
-        Meta(
-            ge=0, le=60, description="Seconds the disk may be behind what was answered; 0 waits for the disk each time"
-        ),
-    ] = 1.0
+    journal_sync: engine.JournalSync = EngineConfig.journal_sync
     default_config: AtlasDefaults = field(default_factory=AtlasDefaults)
 
 

@@ -49,6 +49,7 @@ _GROUPS = {
     "Limits": (
         *(
             "max_body_bytes",
+            "max_context",
             "max_concurrent",
             "context_pool_size",
             "max_waiting",
@@ -57,7 +58,10 @@ _GROUPS = {
         ),
         *("rate_limit_requests", "rate_limit_tokens", "client_timeout"),
     ),
-    "Speed": ("threads", "native_kernels", "prefix_cache_size", "speculate", "mesh_data", "mesh_model"),
+    "Speed": (
+        *("threads", "weight_dtype", "kv_dtype", "native_kernels", "prefix_cache_size", "speculate"),
+        *("mesh_data", "mesh_model", "cache_path"),
+    ),
     "Storage": (
         *("memory_path", "memory_file", "memory_persist", "auto_load_memory", "auto_save_memory"),
         *("memory_save_interval", "l1_cache_size", "l2_cache_size", "l3_cache_size"),

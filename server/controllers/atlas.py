@@ -11,6 +11,7 @@ from litestar.params import FromQuery, JSONBody, SkipValidation
 from server.errors import Forbidden
 from server.http import HttpRequest, atlas_responses, context_of, event_stream, json_response
 from server.schemas import atlas as schema
+from server.schemas.runtime_config import ConfigChange, ConfigResponse
 from server.services.memory import MemoryService
 from server.services.monitoring import Monitoring
 from server.services.runtime_config import RuntimeConfig
@@ -45,19 +46,19 @@ class AtlasController(Controller):
         context_of(request).cleanup.append(lambda: monitoring.unsubscribe(subscriber))
         return event_stream(subscriber.read())
 
-    @get("/config", responses=atlas_responses(schema.ConfigResponse))
+    @get("/config", responses=atlas_responses(ConfigResponse))
     async def get_config(
         self, memory: NamedDependency[MemoryService], config: NamedDependency[RuntimeConfig]
     ) -> Response[Any]:
         """The defaults of the `atlas` object and the intervals."""
         memory.require()
-        return json_response(schema.ConfigResponse(status="success", data=config.shown(memory.dim)))
+        return json_response(ConfigResponse(status="success", data=config.shown(memory.dim)))
 
-    @post("/config", status_code=200, responses=atlas_responses(schema.ConfigResponse, body=True))
+    @post("/config", status_code=200, responses=atlas_responses(ConfigResponse, body=True))
     async def set_config(
         self,
         request: HttpRequest,
-        data: SkipValidation[JSONBody[schema.ConfigChange]],
+        data: SkipValidation[JSONBody[ConfigChange]],
         memory: NamedDependency[MemoryService],
         config: NamedDependency[RuntimeConfig],
     ) -> Response[Any]:
@@ -65,8 +66,8 @@ class AtlasController(Controller):
         memory.require()
         if not context_of(request).identity.admin:
             raise Forbidden("This key may not change the configuration")
-        config.change(parse(schema.ConfigChange, data), memory.dim)
-        return json_response(schema.ConfigResponse(status="success", data=config.shown(memory.dim)))
+        config.change(parse(ConfigChange, data), memory.dim)
+        return json_response(ConfigResponse(status="success", data=config.shown(memory.dim)))
 
 
 class MemoryController(Controller):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import html
+from importlib import resources
+from string import Template
 from typing import Any
 
 from litestar import Controller, Response, get
@@ -13,33 +15,7 @@ from server.http import HttpRequest, json_response, openai_responses
 from server.schemas.root import Root
 from server.services.front_page import FrontPage
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-{refresh}<title>atlas-jax</title>
-<style>
-body {{ font: 1rem/1.5 system-ui, sans-serif; max-width: 46rem; margin: 3rem auto; padding: 0 1rem; color: #222; }}
-dt {{ float: left; width: 6rem; color: #666; }}
-dd {{ margin-left: 6rem; }}
-pre {{ background: #f3f3f3; padding: 1rem; overflow-x: auto; }}
-@media (prefers-color-scheme: dark) {{
-body {{ background: #181818; color: #ddd; }} pre {{ background: #262626; }} a {{ color: #8ab4f8; }} dt {{ color: #999; }}
-}}
-</style>
-</head>
-<body>
-<h1>atlas-jax</h1>
-<dl>
-{facts}
-</dl>
-<p>Ask it something:</p>
-<pre>{example}</pre>
-<p><a href="/schema/openapi.json">The API as an OpenAPI document</a> · <a href="/health">health</a>{more}</p>
-</body>
-</html>
-"""
+_PAGE = Template((resources.files("server") / "web" / "index.html").read_text("utf-8"))
 _HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -72,7 +48,7 @@ def _page(found: Root, example: str) -> str:
     facts = {"Version": __version__, "Status": found.status}
     if found.model is not None:
         facts |= {"Model": found.model, "Memory": "on" if found.memory else "off"}
-    return _PAGE.format(
+    return _PAGE.substitute(
         refresh='<meta http-equiv="refresh" content="5">\n' if found.status == "loading" else "",
         facts="\n".join(f"<dt>{name}</dt><dd>{html.escape(text)}</dd>" for name, text in facts.items()),
         example=html.escape(example),

@@ -48,7 +48,7 @@ _OVERLOADED = "overloaded"
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
 
-class EdgeMiddleware:
+class AsgiMiddleware:
     """Request ids, Host and Origin checks, keys, limits, clean-up, and the count of responses.
 
     Args:
@@ -139,8 +139,8 @@ class EdgeMiddleware:
 class _Exchange:
     """One request and its response."""
 
-    def __init__(self, edge: EdgeMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
-        self._edge, self._scope, self._receive, self._send = edge, scope, receive, send
+    def __init__(self, middleware: AsgiMiddleware, scope: Scope, receive: Receive, send: Send) -> None:
+        self._middleware, self._scope, self._receive, self._send = middleware, scope, receive, send
         self._received = False
         self._body_bytes = 0
         self._headers: dict[bytes, bytes] = {}
@@ -157,15 +157,15 @@ class _Exchange:
 
     async def run(self) -> None:
         """Answers the request; nothing escapes."""
-        context, edge = self._context, self._edge
+        context, middleware = self._context, self._middleware
         try:
-            preflight = edge.cors.preflight(self._scope["method"], self._headers)
+            preflight = middleware.cors.preflight(self._scope["method"], self._headers)
             if preflight is not None:
                 await self._answer(204, preflight, b"")
                 return
-            context.response_headers += edge.cors.headers(self._headers)
-            edge.admit(self._scope, self._headers, context)
-            await edge.app(self._scope, self._receive_timed, self._send_guarded)
+            context.response_headers += middleware.cors.headers(self._headers)
+            middleware.admit(self._scope, self._headers, context)
+            await middleware.app(self._scope, self._receive_timed, self._send_guarded)
         except ServerError as error:
             await self._refuse(error)
         except Exception as error:
@@ -210,8 +210,8 @@ class _Exchange:
         return message
 
     def _patience(self) -> float:
-        """Seconds the next piece of the body may take: one byte every few seconds keeps nothing alive."""
-        timeout = self._edge.client_timeout
+        """Seconds the next part of the body may take: one byte every few seconds keeps nothing alive."""
+        timeout = self._middleware.client_timeout
         allowed = timeout + self._body_bytes / _BODY_BYTES_PER_SECOND - self._context.receiving
         return max(0.0, min(timeout, allowed))
 
@@ -234,7 +234,7 @@ class _Exchange:
         """Counts the response under its route's template, so that no path a client makes up becomes a series."""
         route = self._scope.get("path_template") or "unmatched"
         method = self._scope["method"] if self._scope["method"] in _METHODS else "other"
-        metrics = self._edge.metrics
+        metrics = self._middleware.metrics
         metrics.http.labels(route, method, str(self._context.status)).inc()
         metrics.http_seconds.labels(route).observe(time.perf_counter() - self._context.arrived)
         # A 503 may also mean that the model is loading or that something is turned off: no limit was met there.

@@ -1,70 +1,39 @@
-"""The `atlas` object of a request, its run-time defaults, and the bodies of the `/v1/atlas/*` endpoints."""
+"""The `atlas` object of a request and its defaults, and the bodies of the `/v1/atlas/*` endpoints."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from atlas_jax.config import MAX_MEMORY_DIM, MEMORY_DIM_STEP, MIN_MEMORY_DIM
+from atlas_jax.engine.api import HistoryEffect
+from atlas_jax.engine.config import MemoryDim
+from atlas_jax.engine.memory_options import MemoryOptions
+from server.schemas.derive import fields_of, nullable, struct_of
 
-CacheStrategy = Literal["lru", "lfu", "adaptive"]
-HistoryEffect = Literal["new", "continued", "appended", "rolled_back"]
-MemoryLayers = Annotated[
-    int, Meta(ge=1, le=10, description="Transformer layers that carry a memory, best-ranked first")
-]
-# The lower bound is checked together with the server's own upper bound, so that one message names both.
-WindowSize = Annotated[
-    int,
-    Meta(
-        description="Tokens attended exactly: a multiple of the page, from 128 to the server's maximum",
-        extra_json_schema={"minimum": 128},
-    ),
-]
-BlendRatio = Annotated[float, Meta(ge=0, le=1, description="0 window only, 0.5 as fitted, 1 memory alone")]
-# A step twice as long as the line search's no longer lowers the objective; a longer one raises it.
-LearningRate = Annotated[
-    float, Meta(gt=0, lt=0.002, description="Inner step size; 0.001, like null, is the calibrated one")
-]
-PolynomialDegree = Annotated[int, Meta(ge=1, le=3, description="Degree of the feature map")]
-MemoryDim = Annotated[
-    int,
-    Meta(
-        ge=MIN_MEMORY_DIM,
-        le=MAX_MEMORY_DIM,
-        multiple_of=MEMORY_DIM_STEP,
-        description="Numbers of a state that the memory's keys keep; decided when the server starts",
-    ),
-]
-WarmupTokens = Annotated[int, Meta(ge=0, le=1 << 31, description="Tokens written to the memory before it is read")]
-UpdateFrequency = Annotated[int, Meta(ge=1, le=512, description="Tokens per memory write: a multiple of the page")]
-OmegaWindow = Annotated[
-    int, Meta(ge=1, le=512, description="Tokens in the objective of one write, at least update_frequency")
-]
-BatchSize = Annotated[int, Meta(ge=1, le=32, description="Sequences of one request that decode at once")]
 SessionId = Annotated[str, Meta(min_length=1, max_length=128, description="Name of a session, per API key")]
 FileName = Annotated[str, Meta(max_length=128, description="Name of a file in the server's memory folder")]
 
 
-class AtlasOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """How one request uses the memory; null and absent mean the server's default."""
+class AtlasDefaults(MemoryOptions, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What a request gets for the fields of its `atlas` object that it leaves out."""
 
-    enabled: bool | None = None
-    session_id: SessionId | None = None
-    memory_layers: MemoryLayers | None = None
-    window_size: WindowSize | None = None
-    blend_ratio: BlendRatio | None = None
-    learning_rate: LearningRate | None = None
-    polynomial_degree: PolynomialDegree | None = None
-    memory_dim: MemoryDim | None = None
-    use_muon: bool | None = None
-    warmup_tokens: WarmupTokens | None = None
-    update_frequency: UpdateFrequency | None = None
-    omega_window: OmegaWindow | None = None
-    cache_strategy: CacheStrategy | None = None
-    batch_size: BatchSize | None = None
-    read: bool | None = None
-    write: bool | None = None
+    enabled: Annotated[bool, Meta(description="Whether an atlas object or a session turns the memory on")] = True
+    batch_size: Annotated[int, Meta(ge=1, le=32, description="Sequences of one request that decode at once")] = 8
+
+
+class _SessionFields(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The fields of a request's `atlas` object that have no default on the server."""
+
+    session_id: (
+        Annotated[
+            SessionId, Meta(description="Name of a session, per API key; without one the memory ends with the request")
+        ]
+        | None
+    ) = None
+    memory_dim: (
+        Annotated[MemoryDim, Meta(description="Dimension of the memory's keys, decided when the server starts")] | None
+    ) = None
     regenerate: Annotated[
         bool | None,
         Meta(
@@ -73,27 +42,18 @@ class AtlasOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     ] = None
 
 
-class AtlasDefaults(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What a request gets for the fields of its `atlas` object that it leaves out."""
+if TYPE_CHECKING:
 
-    enabled: Annotated[bool, Meta(description="Whether an atlas object or a session turns the memory on")] = True
-    memory_layers: MemoryLayers = 1
-    window_size: WindowSize = 512
-    blend_ratio: BlendRatio = 0.5
-    learning_rate: LearningRate | None = None
-    polynomial_degree: PolynomialDegree = 2
-    use_muon: Annotated[
-        bool | None, Meta(description="true Muon, false plain gradient (OmegaNet), null the exact minimum-norm solve")
-    ] = None
-    warmup_tokens: WarmupTokens = 0
-    update_frequency: UpdateFrequency = 128
-    omega_window: OmegaWindow = 512
-    cache_strategy: Annotated[
-        CacheStrategy, Meta(description="Which sessions leave the device and host tiers first (adaptive = ARC)")
-    ] = "adaptive"
-    batch_size: BatchSize = 8
-    read: Annotated[bool, Meta(description="Whether the memory takes part in the answer")] = True
-    write: Annotated[bool, Meta(description="Whether the request teaches the session")] = True
+    class AtlasOptions(_SessionFields, kw_only=True, frozen=True):
+        """As below, of which a type checker knows the fields that are read by name."""
+
+else:
+    AtlasOptions = struct_of(
+        "AtlasOptions",
+        [*fields_of(_SessionFields), *nullable(fields_of(AtlasDefaults))],
+        module=__name__,
+        doc="How one request uses the memory; null and absent mean the server's default.",
+    )
 
 
 class AtlasStats(Struct, kw_only=True, frozen=True):
@@ -119,59 +79,6 @@ class AtlasStats(Struct, kw_only=True, frozen=True):
     ]
     writes_skipped: int
     degraded: str | None
-
-
-# --- run-time configuration ---------------------------------------------------------------------------------------
-IntervalSeconds = Annotated[float, Meta(ge=1, le=86_400)]
-IntervalMs = Annotated[int, Meta(ge=50, le=3_600_000)]
-BudgetMs = Annotated[float, Meta(gt=0, le=60_000)]
-
-
-class ConfigChange(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/atlas/config`: the settings to change, all or none of them.
-
-    null resets `learning_rate` and `use_muon` to the calibrated choice and leaves every other field as it is.
-    `memory_dim` is decided when the server starts: another than the one that is shown is refused.
-    """
-
-    enabled: bool | None = None
-    memory_layers: MemoryLayers | None = None
-    window_size: WindowSize | None = None
-    blend_ratio: BlendRatio | None = None
-    learning_rate: LearningRate | UnsetType | None = UNSET
-    polynomial_degree: PolynomialDegree | None = None
-    use_muon: bool | UnsetType | None = UNSET
-    warmup_tokens: WarmupTokens | None = None
-    update_frequency: UpdateFrequency | None = None
-    omega_window: OmegaWindow | None = None
-    cache_strategy: CacheStrategy | None = None
-    batch_size: BatchSize | None = None
-    read: bool | None = None
-    write: bool | None = None
-    memory_save_interval: IntervalSeconds | None = None
-    metrics_interval: IntervalMs | None = None
-    stats_update_interval: IntervalMs | None = None
-    latency_budget_ms: BudgetMs | None = None
-    log_atlas_operations: bool | None = None
-    memory_dim: MemoryDim | None = None
-
-
-class RuntimeValues(AtlasDefaults, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Everything `/v1/atlas/config` shows and changes: the defaults of the `atlas` object, and the intervals."""
-
-    memory_save_interval: IntervalSeconds
-    metrics_interval: IntervalMs
-    stats_update_interval: IntervalMs
-    latency_budget_ms: BudgetMs
-    log_atlas_operations: bool
-    memory_dim: MemoryDim | None = None
-
-
-class ConfigResponse(Struct, kw_only=True, frozen=True):
-    """Answer of `GET` and `POST /v1/atlas/config`."""
-
-    status: str
-    data: RuntimeValues
 
 
 # --- memory -------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Writes the engine's events as OpenAI chat completions."""
+"""Builds OpenAI chat completions from the engine's events."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class ChatResponseBuilder:
         self._usage: UnsetType | None = None if with_usage else UNSET
         self._opened: set[int] = set()
 
-    def piece(self, index: int, event: Delta | Prompt) -> list[ChatChunk]:
+    def chunks(self, index: int, event: Delta | Prompt) -> list[ChatChunk]:
         """Chunks for new text; the first of a sequence is preceded by its role."""
         out = self._role(index)
         if isinstance(event, Delta) and (event.text or event.tokens):

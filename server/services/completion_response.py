@@ -1,4 +1,4 @@
-"""Writes the engine's events as OpenAI text completions."""
+"""Builds OpenAI text completions from the engine's events."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class CompletionResponseBuilder:
         self._echoed: set[int] = set()
         self._offsets: dict[int, _Offsets] = {}
 
-    def piece(self, index: int, event: Delta | Prompt) -> list[Completion]:
+    def chunks(self, index: int, event: Delta | Prompt) -> list[Completion]:
         """Chunks for new text."""
         if isinstance(event, Prompt):
             return [self._chunk(index, self._echo(index), self._prompt_logprobs(index, event.tokens))]

@@ -64,7 +64,7 @@ class EngineSupervisor:
     @property
     def bridge(self) -> EventBridge:
         """The way of the engine's events to this event loop."""
-        assert self._bridge is not None, "the host has not been started"
+        assert self._bridge is not None, "the engine supervisor has not been started"
         return self._bridge
 
     @property
@@ -106,7 +106,7 @@ class EngineSupervisor:
 
     async def loaded(self) -> None:
         """Waits until the engine is there; raises why it could not be loaded."""
-        assert self._loading is not None, "the host has not been started"
+        assert self._loading is not None, "the engine supervisor has not been started"
         await asyncio.wait({self._loading})
         if self.error is not None:
             raise self.error

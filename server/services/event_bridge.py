@@ -54,7 +54,7 @@ class Mailbox:
 
 
 class EventBridge:
-    """One way from the engine's thread to the loop, with one wake-up for however many events are pending."""
+    """Carries events from the engine's thread to the loop, with one wake-up for however many events are pending."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop

@@ -82,7 +82,7 @@ class GenerationPlan:
     memory: MemoryPlan
     stream: bool
     include_usage: bool
-    writer: ResponseBuilder
+    builder: ResponseBuilder
     chat: ChatFrame | None = None
 
     def requests(self, owner: str, longest: int) -> list[GenerationRequest]:
@@ -162,7 +162,7 @@ class Generation:
         self._context = context
         requests = plan.requests(context.identity.owner, generator.max_answer_tokens)
         self._party = PARTY.get()
-        self._job = RequestGroup(
+        self._group = RequestGroup(
             generator.supervisor,
             requests,
             width=plan.memory.batch_size,
@@ -170,11 +170,11 @@ class Generation:
             degraded=plan.memory.degraded,
         )
         self._count = len(requests)
-        self._lease: Admitted | None = None
-        self._context_lease: Admitted | None = None
+        self._place: Admitted | None = None
+        self._context_place: Admitted | None = None
         self._waited = 0.0
         self._reserved = 0
-        self._last_piece = 0.0
+        self._last_delta = 0.0
         self._outcome: RequestOutcome = "cancelled"
         generator.stats.begin()
 
@@ -188,37 +188,37 @@ class Generation:
             await self._take_place()
             if self._plan.memory.params is not None:
                 await self._take_context(self._plan.memory.params)
-            await self._job.start()
+            await self._group.start()
         except Exception as error:
             self._fail(error)
 
     async def _take_place(self) -> None:
-        self._lease = await self._in.admission.acquire(self._party)
-        self._waited += self._lease.waited
+        self._place = await self._in.admission.acquire(self._party)
+        self._waited += self._place.waited
 
     async def _take_context(self, memory: MemoryParams) -> None:
         """Takes a memory context; without one, a request that has no session runs on the plain model.
 
         A session's answer would silently forget, so it waits, and keeps no place from requests that need no context.
         """
-        self._context_lease = self._in.contexts.more(self._party)
-        if self._context_lease is not None:
+        self._context_place = self._in.contexts.more(self._party)
+        if self._context_place is not None:
             return
         if memory.session is None:
             log.warning("[ATLAS] %s: a request without a session runs on the plain model", NO_CONTEXT)
-            self._job.degrade(NO_CONTEXT)
+            self._group.degrade(NO_CONTEXT)
             return
-        assert self._lease is not None
-        self._lease.release()
-        self._lease = None
-        self._context_lease = await self._in.contexts.acquire(self._party)
-        self._waited += self._context_lease.waited
+        assert self._place is not None
+        self._place.release()
+        self._place = None
+        self._context_place = await self._in.contexts.acquire(self._party)
+        self._waited += self._context_place.waited
         await self._take_place()
 
     def _more(self) -> Admitted | None:
         """A place for one more sequence, with a memory context if the others have one; None where it has to wait."""
         place = self._in.admission.more(self._party)
-        if place is None or self._context_lease is None:
+        if place is None or self._context_place is None:
             return place
         context = self._in.contexts.more(self._party)
         if context is None:
@@ -230,11 +230,11 @@ class Generation:
         """The whole response as JSON."""
         outcomes = [Outcome() for _ in range(self._count)]
         try:
-            while not self._job.done:
-                for index, event in await self._job.next(self._in.ping_interval):
+            while not self._group.done:
+                for index, event in await self._group.next(self._in.ping_interval):
                     outcome = outcomes[index]
                     if isinstance(event, Delta):
-                        self._piece()
+                        self._note_delta()
                         outcome.text.append(event.text)
                         outcome.tokens.extend(event.tokens)
                     elif isinstance(event, Prompt):
@@ -244,7 +244,7 @@ class Generation:
         except Exception as error:
             self._fail(error)
         self._outcome = "completed"
-        return _encode(self._plan.writer.whole(outcomes, self._usage(), self._ending()))
+        return _encode(self._plan.builder.whole(outcomes, self._usage(), self._ending()))
 
     @property
     def stream(self) -> bool:
@@ -255,8 +255,8 @@ class Generation:
         """Server-sent events; an error before the first one is raised, a later one is an event."""
         sent = False
         try:
-            while not self._job.done:
-                events = await self._job.next(self._in.ping_interval)
+            while not self._group.done:
+                events = await self._group.next(self._in.ping_interval)
                 chunk = b"".join(self._frames(events)) if events else PING
                 if chunk:
                     yield chunk
@@ -270,16 +270,16 @@ class Generation:
             yield _frame(openai_error(problem(seen)))
             return
         self._outcome = "completed"
-        yield (_frame(self._plan.writer.usage(self._usage())) if self._plan.include_usage else b"") + DONE
+        yield (_frame(self._plan.builder.usage(self._usage())) if self._plan.include_usage else b"") + DONE
 
     def close(self) -> None:
         """Cancels what still runs, gives back what was taken, and counts the request; called once, at the very end."""
-        self._job.close()
-        for lease in (self._context_lease, self._lease):
-            if lease is not None:
-                lease.release()
+        self._group.close()
+        for place in (self._context_place, self._place):
+            if place is not None:
+                place.release()
         if self._reserved:
-            ended = self._job.finished.values()
+            ended = self._group.finished.values()
             used = sum(done.prompt_tokens + done.completion_tokens for done in ended)
             self._in.limits.settle(self._context.identity.key_id, self._reserved, used)
         added = self._added_seconds()
@@ -290,7 +290,7 @@ class Generation:
         )
         self._observe(added)
         if added is not None and self._plan.memory.params is not None and self._in.config.values.log_atlas_operations:
-            stats = atlas_stats_of(self._job.finished, self._plan.choices)
+            stats = atlas_stats_of(self._group.finished, self._plan.choices)
             log.info(
                 "[ATLAS] Request processed in %.1fms (memory_layers=%d, cache_hit=%s)",
                 added * 1000,
@@ -299,24 +299,24 @@ class Generation:
             )
 
     def _frames(self, events: Sequence[tuple[int, Event]]) -> list[bytes]:
-        writer = self._plan.writer
+        builder = self._plan.builder
         chunks: list[msgspec.Struct] = []
         for index, event in events:
             if isinstance(event, Delta):
-                self._piece()
+                self._note_delta()
             if isinstance(event, Delta | Prompt):
-                chunks += writer.piece(index, event)
+                chunks += builder.chunks(index, event)
             elif isinstance(event, Finished):
                 # Several sequences may end in one batch; the ending belongs to the last chunk of all.
-                last = self._job.done and event is next(reversed(self._job.finished.values()))
-                chunks += writer.end(index, finish_reason(event), self._ending() if last else None)
+                last = self._group.done and event is next(reversed(self._group.finished.values()))
+                chunks += builder.end(index, finish_reason(event), self._ending() if last else None)
         return [_frame(chunk) for chunk in chunks]
 
     def _usage(self) -> Usage:
-        return usage_of(self._job.finished, self._plan.choices)
+        return usage_of(self._group.finished, self._plan.choices)
 
     def _ending(self) -> Ending:
-        ended = self._job.finished
+        ended = self._group.finished
         return Ending(timings=timings_of(ended.values()), atlas_stats=atlas_stats_of(ended, self._plan.choices))
 
     def _failed(self, error: Exception) -> Exception:
@@ -340,30 +340,30 @@ class Generation:
             raise error
         raise seen from error
 
-    def _piece(self) -> None:
+    def _note_delta(self) -> None:
         now = time.perf_counter()
-        if self._last_piece:
-            self._in.metrics.inter_token.observe(now - self._last_piece)
+        if self._last_delta:
+            self._in.metrics.inter_token.observe(now - self._last_delta)
         else:
             self._in.metrics.first_token.observe(now - self._context.arrived)
-        self._last_piece = now
+        self._last_delta = now
 
     def _added_seconds(self) -> float | None:
         """What the server added: from the arrival to the engine, and from the engine's end to the last byte."""
-        if self._outcome != "completed" or self._lease is None:
+        if self._outcome != "completed" or self._place is None:
             return None
-        before = self._job.submitted_at - self._context.arrived - self._context.receiving - self._waited
-        return max(0.0, before) + max(0.0, time.perf_counter() - self._job.last_end)
+        before = self._group.submitted_at - self._context.arrived - self._context.receiving - self._waited
+        return max(0.0, before) + max(0.0, time.perf_counter() - self._group.last_end)
 
     def _observe(self, added: float | None) -> None:
         metrics = self._in.metrics
         metrics.outcomes.labels(self._outcome).inc()
-        for done in self._job.finished.values():
+        for done in self._group.finished.values():
             metrics.finished.labels(finish_reason(done)).inc()
-        if added is not None and self._lease is not None:
+        if added is not None and self._place is not None:
             metrics.added.observe(added)
             metrics.latency.observe(time.perf_counter() - self._context.arrived)
-            queued = max((done.queue_seconds for done in self._job.finished.values()), default=0.0)
+            queued = max((done.queue_seconds for done in self._group.finished.values()), default=0.0)
             metrics.queue.observe(self._waited + queued)
 
 

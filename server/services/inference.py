@@ -52,14 +52,14 @@ class Inference:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of", "must be equal to n", code="unsupported_parameter")
         model = self._admitted(body)
-        memory = self._memory(body, context)
+        memory = self._memory(body, context, asked=False)
         prompts, echoes = await self._tokenization.prompts(body.prompt, echo=bool(body.echo))
         count = choices(body, prompts=len(prompts))
         usage = _wants_usage(body)
         plan = GenerationPlan(
             prompts=prompts,
             choices=count,
-            sampling=self._drawn(body, logprobs=body.logprobs),
+            sampling=self._sampling_params(body, logprobs=body.logprobs),
             max_tokens=token_limit(
                 {"max_tokens": body.max_tokens, "n_predict": body.n_predict}, default=_COMPLETION_TOKENS
             ),
@@ -71,7 +71,7 @@ class Inference:
             memory=memory,
             stream=bool(body.stream),
             include_usage=usage,
-            writer=CompletionResponseBuilder(
+            builder=CompletionResponseBuilder(
                 Identification.new("cmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
                 echoes=echoes,
                 choices=count,
@@ -89,7 +89,7 @@ class Inference:
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "needs logprobs to be true")
         model = self._admitted(body)
-        memory = self._memory(body, context)
+        memory = self._memory(body, context, asked=True)
         grammar = await answer_grammar(self._supervisor, body.response_format, context)
         prompt = await self._tokenization.chat(body.messages, body.chat_template_kwargs)
         session = memory.params is not None and memory.params.session is not None
@@ -99,7 +99,7 @@ class Inference:
         plan = GenerationPlan(
             prompts=[prompt],
             choices=choices(body, prompts=1),
-            sampling=self._drawn(body, logprobs=logprobs),
+            sampling=self._sampling_params(body, logprobs=logprobs),
             max_tokens=token_limit(
                 {
                     "max_completion_tokens": body.max_completion_tokens,
@@ -117,7 +117,7 @@ class Inference:
             chat=frame,
             stream=bool(body.stream),
             include_usage=usage,
-            writer=ChatResponseBuilder(
+            builder=ChatResponseBuilder(
                 Identification.new("chatcmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
                 logprobs=bool(body.logprobs),
                 with_usage=usage,
@@ -126,18 +126,18 @@ class Inference:
         return await self._generator.start(plan, context)
 
     def _admitted(self, body: SamplingFields) -> str:
-        """The model's name, once it is sure that the request is not turned away at the door."""
+        """The model's name, once it is sure that admission does not refuse the request at once."""
         _ = self._supervisor.accepting
         model = self._models.resolve(body.model)
         self._admission.check(PARTY.get())
         return model
 
-    def _drawn(self, body: SamplingFields, *, logprobs: int | None) -> SamplingParams:
+    def _sampling_params(self, body: SamplingFields, *, logprobs: int | None) -> SamplingParams:
         engine = self._supervisor.engine
         default = default_sampling(self._sampling, engine.model.sampling)
         return sampling_params(body, default=default, vocab_size=engine.tokenizer.vocab_size, logprobs=logprobs)
 
-    def _memory(self, body: SamplingFields, context: RequestContext) -> MemoryPlan:
+    def _memory(self, body: SamplingFields, context: RequestContext, *, asked: bool) -> MemoryPlan:
         plan = plan_memory(
             body.atlas,
             context.session,
@@ -148,6 +148,7 @@ class Inference:
             else "ATLAS not enabled",
             max_window=self._config.max_window,
             memory_dim=self._supervisor.engine.model.memory_dim,
+            asked=asked,
         )
         if plan.session_id is not None and plan.session_id.isascii():
             context.response_headers.append((b"x-session-id", plan.session_id.encode()))

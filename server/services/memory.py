@@ -18,6 +18,7 @@ from server.prometheus import Metrics
 from server.schemas import atlas as schema
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.memory_options import check_name
+from server.services.runtime_config import RuntimeConfig
 from server.services.thread_pools import ThreadPools
 from server.validation import invalid
 
@@ -33,8 +34,15 @@ _SAVE_FAILED = "Failed to save context state"
 class MemoryService:
     """Calls the engine's session store in threads, with one file of sessions for every owner."""
 
-    def __init__(self, supervisor: EngineSupervisor, settings: Settings, metrics: Metrics, pools: ThreadPools) -> None:
-        self._supervisor, self._pools = supervisor, pools
+    def __init__(
+        self,
+        supervisor: EngineSupervisor,
+        settings: Settings,
+        config: RuntimeConfig,
+        metrics: Metrics,
+        pools: ThreadPools,
+    ) -> None:
+        self._supervisor, self._config, self._pools = supervisor, config, pools
         self._settings = settings.atlas
         self._metrics = metrics
 
@@ -101,9 +109,9 @@ class MemoryService:
                 file = _file(wanted.filename) if wanted.filename else None
                 saved = await self._call(lambda store: store.save_all(owner, file), failure=_SAVE_FAILED)
         if saved.session_id is None:
-            log.info("[ATLAS] Memory state saved to %s (%d sessions)", saved.filename, saved.sessions)
+            self._tell("[ATLAS] Memory state saved to %s (%d sessions)", saved.filename, saved.sessions)
         else:
-            log.info("[ATLAS] Memory state saved for session: %s", saved.session_id)
+            self._tell("[ATLAS] Memory state saved for session: %s", saved.session_id)
         return schema.SaveResponse(
             success=True,
             filename=saved.filename,
@@ -121,13 +129,13 @@ class MemoryService:
             if wanted.context_id is not None:
                 name = check_name(wanted.context_id, "context_id")
                 state = await self._call(lambda store: store.load_context(owner, name))
-                log.info("[ATLAS] Memory state loaded for session: %s", name)
+                self._tell("[ATLAS] Memory state loaded for session: %s", name)
                 return schema.LoadResponse(success=True, loaded_at=now, context_id=name, state=state)
             if not wanted.filename:
                 raise invalid("filename", "required field is missing")
             file = _file(wanted.filename)
             count = await self._call(lambda store: store.load_file(owner, file))
-        log.info("Loaded ATLAS memory from %s (%d sessions)", file, count)
+        self._tell("Loaded ATLAS memory from %s (%d sessions)", file, count)
         return schema.LoadResponse(success=True, loaded_at=now, filename=file)
 
     async def page(self, owner: str, wanted: schema.ListRequest) -> schema.ListResponse:
@@ -161,13 +169,13 @@ class MemoryService:
         if wanted.filename is not None:
             file = _file(wanted.filename)
             await self._call(lambda store: store.delete_file(owner, file))
-            log.info("[ATLAS] Memory file deleted: %s", file)
+            self._tell("[ATLAS] Memory file deleted: %s", file)
             return schema.DeleteResponse(success=True, filename=file)
         if wanted.context_id is None:
             raise invalid("context_id", "required field is missing")
         name = check_name(wanted.context_id, "context_id")
         await self._call(lambda store: store.delete(owner, name))
-        log.info("[ATLAS] Memory state deleted for session: %s", name)
+        self._tell("[ATLAS] Memory state deleted for session: %s", name)
         return schema.DeleteResponse(success=True, context_id=name)
 
     async def reset(self, owner: str, session_id: str | None) -> schema.ResetResponse:
@@ -175,8 +183,12 @@ class MemoryService:
         self.require(endpoints=True)
         name = None if session_id is None else check_name(session_id, "session_id")
         count = await self._call(lambda store: store.reset(owner, name))
-        log.info("[ATLAS] Memory state reset for session: %s", "*" if name is None else name)
+        self._tell("[ATLAS] Memory state reset for session: %s", "*" if name is None else name)
         return schema.ResetResponse(success=True, session_id=name, sessions_reset=count, timestamp=int(time.time()))
+
+    def _tell(self, message: str, *values: object) -> None:
+        """Logs what a client had done: a client may ask for it with every turn, so operators say whether they read it."""
+        log.log(logging.INFO if self._config.values.log_atlas_operations else logging.DEBUG, message, *values)
 
     async def _call(self, work: Callable[[SessionStore], T], *, failure: str = "The memory folder cannot be used") -> T:
         """Runs a blocking store operation in a thread, again after a pause where the failure may pass.

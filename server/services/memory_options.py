@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import MemoryParams, SessionKey
-from server.config.settings import MIN_WINDOW
+from atlas_jax.engine.config import MIN_WINDOW
+from atlas_jax.engine.memory_options import MemoryOptions
 from server.errors import BadRequest, NotEnabled
 from server.schemas.atlas import AtlasDefaults, AtlasOptions
 from server.validation import invalid
@@ -42,6 +43,7 @@ def plan_memory(
     unavailable: str | None,
     max_window: int,
     memory_dim: int | None,
+    asked: bool = False,
 ) -> MemoryPlan:
     """Resolves one request.
 
@@ -51,6 +53,7 @@ def plan_memory(
       header: the value of `X-Session-ID`, or None.
       unavailable: why this server has no memory, or None.
       memory_dim: of the memory that is served; None where it has no such dimension.
+      asked: whether the model answers somebody instead of going on with a text.
 
     Raises:
       BadRequest: a value out of range, or two different sessions.
@@ -72,18 +75,8 @@ def plan_memory(
     return MemoryPlan(
         params=MemoryParams(
             session=None if session_id is None else SessionKey(owner, session_id),
-            memory_layers=merged.memory_layers,
-            window_size=merged.window_size,
-            blend_ratio=merged.blend_ratio,
-            learning_rate=merged.learning_rate,
-            polynomial_degree=merged.polynomial_degree,
-            use_muon=merged.use_muon,
-            warmup_tokens=merged.warmup_tokens,
-            update_frequency=merged.update_frequency,
-            omega_window=merged.omega_window,
-            cache_strategy=merged.cache_strategy,
-            read=merged.read,
-            write=merged.write,
+            **{name: getattr(merged, name) for name in MemoryOptions.__struct_fields__},
+            asked=asked,
             regenerate=atlas is not None and bool(atlas.regenerate),
             given=frozenset(
                 name for name in AtlasOptions.__struct_fields__ if getattr(atlas or _EMPTY, name) is not None

@@ -44,6 +44,7 @@ class Persistence:
             return
         if engine.model.memory_unavailable is not None:
             return
+        counts: list[int] = []
         for owner in self._owners:
             try:
                 with self._metrics.load_seconds.time():
@@ -54,8 +55,10 @@ class Persistence:
                 log.exception("ATLAS memory could not be loaded")
             else:
                 if count is not None:
-                    file = self._settings.memory_file or f"{engine.model.name}_memory.atlas"
-                    log.info("Loaded ATLAS memory from %s (%d sessions newer than those stored)", file, count)
+                    counts.append(count)
+        if counts:  # one line, however many owners there are
+            file = self._file(engine)
+            log.info("Loaded ATLAS memory from %s (%d sessions newer than those stored)", file, sum(counts))
 
     @property
     def saving(self) -> bool:
@@ -71,7 +74,7 @@ class Persistence:
         """Writes the sessions that have changed, and every owner's memory file; one failure does not keep back the rest.
 
         Args:
-          timeout: seconds it may take. What is not written is in the sessions' journals all the same.
+          timeout: seconds it may take, at the end. What is not written is in the sessions' journals all the same.
         """
         if not self.saving or engine.model.memory_unavailable is not None:
             return
@@ -80,7 +83,7 @@ class Persistence:
         left = engine.sessions.save_changed(timeout=None if timeout is None else timeout / 2)
         if left:
             log.warning("[ATLAS] %d sessions stay in their journals and are read again when they are next used", left)
-        complete = not left
+        complete, counts = not left, list[int]()
         for owner in self._owners:
             rest = None if timeout is None else max(0.0, timeout - (time.monotonic() - started))
             try:
@@ -94,9 +97,18 @@ class Persistence:
                 log.exception("Failed to save ATLAS memory")
             else:
                 if saved is not None:
-                    log.info("[ATLAS] Memory state saved to %s (%d sessions)", saved.filename, saved.sessions)
+                    counts.append(saved.sessions)
+        # Saves that went well at every interval are what `age` is for; the last one is what a stop waited for.
+        level = logging.DEBUG if timeout is None else logging.INFO
+        if counts:
+            log.log(level, "[ATLAS] Memory state saved to %s (%d sessions)", self._file(engine), sum(counts))
+        elif complete:
+            log.log(level, "[ATLAS] Memory state saved; %s is as it was", self._file(engine))
         if complete:
             self._saved_at = time.monotonic()
+
+    def _file(self, engine: EngineProtocol) -> str:
+        return self._settings.memory_file or f"{engine.model.name}_memory.atlas"
 
     def expire(self, engine: EngineProtocol) -> None:
         """Deletes the sessions that nobody has used for longer than `session_ttl`."""

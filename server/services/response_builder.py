@@ -1,4 +1,4 @@
-"""What every response format has in common: token counts, timings, memory statistics, and the writer's interface."""
+"""What every response format has in common: token counts, timings, memory statistics, and the builders' interface."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Ending:
 class ResponseBuilder(Protocol):
     """Turns the engine's events into the structs of one API."""
 
-    def piece(self, index: int, event: Delta | Prompt) -> Sequence[msgspec.Struct]:
+    def chunks(self, index: int, event: Delta | Prompt) -> Sequence[msgspec.Struct]:
         """Chunks for new text of sequence `index`."""
 
     def end(self, index: int, reason: FinishReason, ending: Ending | None) -> Sequence[msgspec.Struct]:

@@ -16,8 +16,8 @@ from server.services.runtime_config import RuntimeConfig
 log = logging.getLogger("atlas.server")
 Outcome = Literal["completed", "failed", "cancelled"]
 _OLD, _NEW = 0.9, 0.1
-# An operator wants to know that requests were slow, not of each: once in ten minutes is six lines an hour at most.
-_REPORT_SECONDS = 600.0
+# An operator wants to know that requests are slow, soon and not of each: a machine that stays busy says so once an hour.
+_FIRST_REPORT_SECONDS, _REPORT_SECONDS = 600.0, 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ class ServerStats:
         self.memory_utilization = 0.0
         self.window_fill_ratio = 0.0
         self._sampled = False
-        self._measured = self._slow = 0
+        self._measured = self._slow = self._told = 0
         self._slowest = 0.0
-        self._since = self.started_at
+        self._since, self._report_after = self.started_at, _FIRST_REPORT_SECONDS
 
     @property
     def uptime(self) -> float:
@@ -94,9 +94,9 @@ class ServerStats:
             self._slowest = max(self._slowest, added_ms)
 
     def report_slow(self) -> None:
-        """Logs how many requests of the last ten minutes were over the latency budget, if any were."""
+        """Logs how many requests were over the latency budget: ten minutes after quiet ones, then once an hour."""
         now = self._clock()
-        if now - self._since < _REPORT_SECONDS:
+        if now - self._since < self._report_after:
             return
         if self._slow:
             log.warning(
@@ -108,6 +108,7 @@ class ServerStats:
                 (now - self._since) / 60,
                 self._slowest,
             )
+        self._report_after = _REPORT_SECONDS if self._slow else _FIRST_REPORT_SECONDS
         self._measured, self._slow, self._slowest, self._since = 0, 0, 0.0, now
 
     def sample(self, engine: EngineStats) -> None:
@@ -117,7 +118,9 @@ class ServerStats:
         self._sampled = True
         self.memory_utilization = old * self.memory_utilization + new * engine.memory_utilization
         self.window_fill_ratio = old * self.window_fill_ratio + new * engine.window_fill_ratio
-        log.debug("[ATLAS] Metrics updated: %d requests, %.1fms avg latency", self.total, self.latency.average)
+        if self.total != self._told:  # a line a second would bury all others
+            log.debug("[ATLAS] Metrics updated: %d requests, %.1fms avg latency", self.total, self.latency.average)
+            self._told = self.total
         if self._config.values.log_atlas_operations:
             log.debug(
                 "ATLAS Stats: Memory=%.2f%%, Window=%.2f%%, Loss=%.6f",

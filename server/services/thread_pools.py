@@ -15,7 +15,7 @@ from server.middleware.request_context import PARTY
 
 log = logging.getLogger("atlas.server")
 T = TypeVar("T")
-Purpose = Literal["bodies", "texts", "sessions"]
+Purpose = Literal["bodies", "tokenization", "sessions"]
 _WAIT_SECONDS = 60.0
 
 
@@ -33,7 +33,7 @@ class ThreadPools:
         self._admissions: dict[Purpose, Admission] = {
             # Their work is the interpreter's, so more threads would only be in each other's way.
             "bodies": Admission(running=cores, waiting=64, per_key=16, timeout=_WAIT_SECONDS, reserve=cores // 2),
-            "texts": Admission(running=2 * cores, waiting=256, per_key=64, timeout=_WAIT_SECONDS, reserve=cores),
+            "tokenization": Admission(running=2 * cores, waiting=256, per_key=64, timeout=_WAIT_SECONDS, reserve=cores),
             # These wait: for the disk, or for a session that another request is using.
             "sessions": Admission(running=32, waiting=512, per_key=64, timeout=_WAIT_SECONDS, reserve=16),
         }
@@ -47,7 +47,7 @@ class ThreadPools:
           TooManyRequests: this party has too much of this kind waiting.
           Unavailable: no thread became free in time.
         """
-        lease = await self._admissions[purpose].acquire(PARTY.get())
+        place = await self._admissions[purpose].acquire(PARTY.get())
         loop = asyncio.get_running_loop()
 
         def run() -> T:
@@ -55,14 +55,14 @@ class ThreadPools:
                 return work()
             finally:
                 with contextlib.suppress(RuntimeError):  # the loop has closed
-                    loop.call_soon_threadsafe(lease.release)
+                    loop.call_soon_threadsafe(place.release)
 
         try:
             result = in_thread(run, name=f"atlas-{purpose}")
             self._running.add(result)
             result.add_done_callback(self._running.discard)
         except BaseException:  # no thread could be started
-            lease.release()
+            place.release()
             raise
         return await result
 

@@ -30,7 +30,7 @@ class Tokenization:
         self._supervisor, self._pools = supervisor, pools
 
     async def _run(self, size: int, work: Callable[[], T]) -> T:
-        return work() if size <= _INLINE_CHARS else await self._pools.run("texts", work)
+        return work() if size <= _INLINE_CHARS else await self._pools.run("tokenization", work)
 
     async def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of a text."""

@@ -61,7 +61,7 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
     @contextmanager
     def open_engine(name: str = "llama", dtype: str = "int8", **settings: Any) -> Iterator[Engine]:
         model, adapter = models[name]
-        defaults = {"adapter_path": adapter, "max_running": 4, "max_window": 256, "max_context": 1024}
+        defaults = {"adapter_path": adapter, "max_concurrent": 4, "max_window": 256, "max_context": 1024}
         defaults["cache_path"] = cache
         engine = Engine.open(
             model_path=model,
@@ -83,11 +83,11 @@ def engines(opened: Callable[..., Any]) -> Iterator[Callable[[str], Engine]]:
     """Engines by name, each opened when it is first asked for: `int8`, `float32`, `gemma`, and each `… undrafted`."""
     known: dict[str, dict[str, Any]] = {
         "int8": {},
-        "float32": {"dtype": "float32", "max_running": 2},
-        "gemma": {"name": "gemma", "max_running": 2},
-        "begun": {"name": "begun", "dtype": "float32", "max_running": 2},
+        "float32": {"dtype": "float32", "max_concurrent": 2},
+        "gemma": {"name": "gemma", "max_concurrent": 2},
+        "begun": {"name": "begun", "dtype": "float32", "max_concurrent": 2},
     }
-    known |= {f"{name} undrafted": {**how, "max_running": 2, "speculate": False} for name, how in known.items()}
+    known |= {f"{name} undrafted": {**how, "max_concurrent": 2, "speculate": False} for name, how in known.items()}
     found: dict[str, Engine] = {}
     with ExitStack() as stack:
 

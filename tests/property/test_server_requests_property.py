@@ -13,9 +13,15 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from server.errors import BadRequest
-from server.schemas.atlas import AtlasDefaults, AtlasOptions, ConfigChange, LoadRequest, SaveRequest
+from server.schemas.atlas import (
+    AtlasDefaults,
+    AtlasOptions,
+    LoadRequest,
+    SaveRequest,
+)
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
+from server.schemas.runtime_config import ConfigChange
 from server.services.memory_options import check_name, plan_memory
 from server.services.unsupported import _NEUTRAL
 from server.validation import parse
@@ -145,7 +151,7 @@ def test_memory_plans_are_within_the_contract(atlas: Any, header: str | None) ->
     try:
         options = None if atlas is None else parse(AtlasOptions, atlas)
         plan = plan_memory(
-            options, header, owner="o", defaults=AtlasDefaults(), unavailable=None, max_window=2048, memory_dim=None
+            options, header, owner="o", defaults=AtlasDefaults(), unavailable=None, max_window=2048, memory_dim=96
         )
     except BadRequest:
         return

@@ -12,6 +12,7 @@ import pytest
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig
 from atlas_jax.engine import adapter_finder
 from atlas_jax.engine.api import EngineError
+from atlas_jax.recall import adapter_store
 from atlas_jax.recall.adapter import key_components, make_adapter
 from atlas_jax.recall.adapter_store import AdapterError
 from tests.engine.offline import ask, memory, request, words

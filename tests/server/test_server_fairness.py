@@ -244,5 +244,5 @@ def test_long_conversations_are_written_out_off_the_event_loop(live: Live, body:
         assert live.post(CHAT, HELLO).status_code == 200
     finally:
         live.engine.render_chat = render
-    assert threads[0] == "atlas-texts"
+    assert threads[0] == "atlas-tokenization"
     assert threads[1] == live._thread.name  # a short one is not worth a thread

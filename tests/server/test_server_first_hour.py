@@ -269,24 +269,37 @@ def server_lines(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [one.getMessage() for one in caplog.records if one.name.startswith("atlas.") and one.levelno >= logging.INFO]
 
 
-def test_an_hour_of_slow_requests_is_six_lines(caplog: pytest.LogCaptureFixture) -> None:
+def test_slow_requests_are_told_after_ten_minutes_and_then_once_an_hour(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     now = 1000.0
     stats = ServerStats(RuntimeConfig(make_settings()), 100, clock=lambda: now)
     engine = FakeEngine().stats()
-    for second in range(1, 3601):
-        now = 1000.0 + second
-        for added in (1.0, 6.0, 31.5):
-            stats.begin()
-            stats.end("completed", added_ms=added, request_id="r")
-        stats.sample(engine)
-    lines = server_lines(caplog)
-    assert len(lines) == 6
-    assert lines[0] == (
+
+    def use(seconds: int, *added: float) -> list[str]:
+        """A second's requests, as often; the lines that came of it."""
+        nonlocal now
+        caplog.clear()
+        for _ in range(seconds):
+            now += 1
+            for one in added:
+                stats.begin()
+                stats.end("completed", added_ms=one, request_id="r")
+            stats.sample(engine)
+        return server_lines(caplog)
+
+    assert use(3600, 1.0, 6.0, 31.5) == [
         "[ATLAS] 1200 of 1800 requests exceeded the latency budget of 5.0ms in the last 10 minutes, "
         "the slowest with 31.5ms"
-    )
+    ]
     assert stats.over_budget == 7200
+    assert use(2 * 3600, 1.0, 6.0) == [
+        "[ATLAS] 6600 of 10200 requests exceeded the latency budget of 5.0ms in the last 60 minutes, "
+        "the slowest with 31.5ms",
+        "[ATLAS] 3600 of 7200 requests exceeded the latency budget of 5.0ms in the last 60 minutes, the slowest with 6.0ms",
+    ]
+    assert len(use(3600, 1.0)) == 1, "the last of the slow ones"
+    assert use(2 * 3600, 1.0) == []
+    assert len(use(1200, 8.0)) == 1, "quiet hours were over"
 
 
 def test_an_hour_within_the_budget_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
@@ -299,6 +312,19 @@ def test_an_hour_within_the_budget_says_nothing(caplog: pytest.LogCaptureFixture
         stats.end("completed", added_ms=4.9, request_id="r")
         stats.sample(engine)
     assert server_lines(caplog) == []
+
+
+def test_an_idle_hour_says_nothing_at_debug_level_either(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    stats, engine = ServerStats(RuntimeConfig(make_settings()), 100), FakeEngine().stats()
+    for _ in range(3600):
+        stats.sample(engine)
+    assert caplog.records == []
+    stats.begin()
+    stats.end("completed", added_ms=1.0, request_id="r")
+    for _ in range(60):
+        stats.sample(engine)
+    assert [one.getMessage() for one in caplog.records] == ["[ATLAS] Metrics updated: 1 requests, 1.0ms avg latency"]
 
 
 def test_ordinary_use_adds_no_line_a_request(start: Start, caplog: pytest.LogCaptureFixture) -> None:

@@ -119,6 +119,67 @@ def test_memory_is_loaded_saved_at_intervals_and_at_the_end(start: Start, caplog
     assert "[ATLAS] Context pool initialized with 32 contexts" in text
 
 
+def info_lines(caplog: pytest.LogCaptureFixture, words: str) -> list[str]:
+    """What an operator reads of it with the default level."""
+    lines = [one.getMessage() for one in caplog.records if one.name.startswith("atlas.") and one.levelname == "INFO"]
+    return [line for line in lines if words in line]
+
+
+def test_saves_that_go_well_are_one_line_at_the_end_for_all_owners(
+    start: Start, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    caplog.set_level("DEBUG")
+    keys = tmp_path / "keys"
+    keys.write_text("first-long-key:anna\nsecond-long-key:ben\nthird-long-key:carla\n")
+    engine = FakeEngine()
+    for owner in ("anna", "ben", "carla"):
+        engine.sessions.files_of[owner, "fake-7b_memory.atlas"] = json.dumps({"old": [[1, 2], None]})
+    atlas = {"auto_load_memory": True, "auto_save_memory": True, "memory_save_interval": 1}
+    live = start(engine, server={"api_keys_file": str(keys)}, atlas=atlas)
+    wait_for(lambda: engine.sessions.saves >= 6, seconds=30)
+    assert info_lines(caplog, "Memory state saved") == []
+    live.stop()
+    assert info_lines(caplog, "Memory state saved") == [
+        "[ATLAS] Memory state saved to fake-7b_memory.atlas (3 sessions)"
+    ]
+    assert info_lines(caplog, "Loaded") == [
+        "Loaded ATLAS memory from fake-7b_memory.atlas (3 sessions newer than those stored)"
+    ]
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_what_clients_ask_of_the_memory_is_told_to_operators_who_want_it(
+    start: Start, caplog: pytest.LogCaptureFixture, told: bool
+) -> None:
+    caplog.set_level("DEBUG")
+    live = start(atlas={"log_atlas_operations": told, "auto_save_memory": False})
+    live.post(COMPLETIONS, {"prompt": "x", "atlas": {"session_id": "s"}})
+    for path, body in (
+        ("save", {"session_id": "s"}),
+        ("save", {}),
+        ("load", {"context_id": "s"}),
+        ("reset", {"session_id": "s"}),
+        ("delete", {"context_id": "s"}),
+    ):
+        assert live.post(f"/v1/atlas/memory/{path}", body).status_code == 200, path
+    assert len(info_lines(caplog, "Memory state ")) == (5 if told else 0)
+
+
+def test_the_last_line_says_that_the_server_has_stopped_and_what_it_did(
+    start: Start, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    live = start()
+    for _ in range(3):
+        live.post(COMPLETIONS, {"prompt": "x"})
+    live.stop()
+    (line,) = info_lines(caplog, "Stopped")
+    assert line.startswith("Stopped after 0:00:")
+    assert line.endswith(": 3 requests, 0 failed, 0 left by their clients")
+    ours = [one.getMessage() for one in caplog.records if one.name.startswith("atlas.")]
+    assert ours[-1] == line
+
+
 def test_a_save_that_fails_does_not_stop_the_end(start: Start) -> None:
     engine = FakeEngine()
     live = start(engine, atlas={"auto_save_memory": True})

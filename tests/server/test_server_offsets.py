@@ -59,7 +59,7 @@ def completion(spoken: Tokenizer, echo: str, prompt: Sequence[int], answer: Sequ
     deltas += [delta for delta in [stream.finish()] if delta]
     read = Prompt(tuple(map(info, prompt)))
     streamed = writer()
-    chunks = [chunk for event in (read, *deltas) for chunk in streamed.piece(0, event)]
+    chunks = [chunk for event in (read, *deltas) for chunk in streamed.chunks(0, event)]
     text = "".join(chunk.choices[0].text for chunk in chunks)
     offsets = [at for chunk in chunks if (found := chunk.choices[0].logprobs) for at in found.text_offset]
 

@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 
 from server.cli import main
-from server.config.settings import Settings, SettingsError
+from server.config.settings import SettingsError
 from server.config.sources import add_flags, load, options
-from server.engine_factory import engine_factory
 from server.serve import StartError, listen
 from tests.patience import PATIENCE
 
@@ -123,6 +122,8 @@ def test_every_setting_can_be_set_by_flag_and_by_environment() -> None:
         "server.shutdown_grace": "2",
         "atlas.max_window": "1024",
         "atlas.memory_dim": "64",
+        "server.weight_dtype": "float32",
+        "server.kv_dtype": "float32",
         "atlas.default_config.learning_rate": "0.0005",
     }
     for option in options():
@@ -382,11 +383,3 @@ jax.warning("falling back to cpu"), ours.info("ready"), ours.debug("detail")
             timeout=PATIENCE,
         )
         assert [line.split(" ", 4)[4] for line in ended.stderr.splitlines()] == expected, level
-
-
-def test_the_engine_gets_what_the_settings_say() -> None:
-    settings = load(environ={"ATLAS_MODEL": "m.gguf", "ATLAS_THREADS": "3", "ATLAS_MEMORY_PERSIST": "0"})
-    keywords = engine_factory(settings).keywords  # type: ignore[attr-defined]
-    assert (keywords["model_path"], keywords["threads"], keywords["memory_path"]) == ("m.gguf", 3, None)
-    with pytest.raises(SettingsError):
-        engine_factory(Settings())

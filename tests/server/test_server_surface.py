@@ -133,7 +133,14 @@ def test_two_servers_in_one_process_do_not_share_metrics(live: Live, start: Star
 
 
 def test_responses_are_what_the_document_says(live: Live) -> None:
-    from server.schemas import atlas, chat, completions, llamacpp, models
+    from server.schemas import (
+        atlas,
+        chat,
+        completions,
+        llamacpp,
+        models,
+        runtime_config,
+    )
 
     messages = [{"role": "user", "content": "x"}]
     for kind, response in (
@@ -143,7 +150,7 @@ def test_responses_are_what_the_document_says(live: Live) -> None:
         (atlas.StatusResponse, live.http.get("/v1/atlas/status")),
         (atlas.StatsResponse, live.http.get("/v1/atlas/stats")),
         (atlas.MetricsResponse, live.http.get("/v1/atlas/metrics")),
-        (atlas.ConfigResponse, live.http.get("/v1/atlas/config")),
+        (runtime_config.ConfigResponse, live.http.get("/v1/atlas/config")),
         (atlas.MemoryResponse, live.http.get("/v1/atlas/memory")),
         (atlas.SaveResponse, live.post("/v1/atlas/memory/save")),
         (atlas.ListResponse, live.post("/v1/atlas/memory/list")),

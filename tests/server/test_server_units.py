@@ -1,34 +1,30 @@
-"""The parts that can be tested without a server: buckets, budgets, the admission, hosts, the bridge."""
+"""The parts that can be tested without a server: buckets, budgets, the collector, bodies, hosts, figures."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import json
-import threading
 import weakref
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.engine.api import Delta, Finished
-from server.admission import Admission, Admitted
-from server.errors import BadRequest, TooLarge, TooManyRequests, Unavailable
+from atlas_jax.engine.api import Finished
+from server.errors import (
+    BadRequest,
+    TooLarge,
+    TooManyRequests,
+)
 from server.gc_pauses import Settled
 from server.middleware.bodies import Bodies
 from server.middleware.hosts import HostCheck
 from server.middleware.rate_limits import FailureBudget, KeyLimits, TokenBucket
-from server.middleware.request_context import PARTY
-from server.services.event_bridge import EventBridge, Mailbox
 from server.services.monitoring import Subscriber
 from server.services.response_builder import timings_of, usage_of
 from server.services.thread_pools import ThreadPools
-from tests.patience import PATIENCE
-
-T = TypeVar("T")
 
 
 class Clock:
@@ -113,220 +109,6 @@ def test_the_failure_table_is_bounded_and_eviction_refills_nobody() -> None:
     clock.now = 61
     budget.failed("10.0.1.2")
     assert len(budget._buckets) <= 10
-
-
-# --- the gate -----------------------------------------------------------------------------------------------------
-def gate(**options: float) -> Admission:
-    return Admission(**{"running": 1, "waiting": 10, "per_key": 10, "timeout": 5.0, **options})  # type: ignore[arg-type]
-
-
-def test_the_gate_serves_keys_round_robin() -> None:
-    async def run() -> list[str]:
-        door, order = gate(), []
-        lease = await door.acquire("a")
-
-        async def one(key: str) -> None:
-            mine = await door.acquire(key)
-            order.append(key)
-            mine.release()
-
-        tasks = [asyncio.create_task(one(key)) for key in ("a", "a", "a", "a", "b", "c", "b")]
-        await asyncio.sleep(0)
-        lease.release()
-        await asyncio.gather(*tasks)
-        assert (door.running, door.waiting) == (0, 0)
-        return order
-
-    assert asyncio.run(run()) == ["a", "b", "c", "a", "b", "a", "a"]
-
-
-def test_the_gate_refuses_a_key_over_its_share_and_everyone_when_full() -> None:
-    async def run() -> None:
-        door = gate(waiting=3, per_key=2)
-        lease = await door.acquire("a")
-        tasks = [asyncio.create_task(door.acquire(key)) for key in ("a", "a")]
-        await asyncio.sleep(0)
-        with pytest.raises(TooManyRequests) as over:
-            await door.acquire("a")
-        assert over.value.code == "queue_full"
-        tasks.append(asyncio.create_task(door.acquire("b")))
-        await asyncio.sleep(0)
-        with pytest.raises(Unavailable) as full:
-            await door.acquire("c")
-        assert full.value.code == "overloaded"
-        lease.release()
-        lease.release()  # twice is once
-        assert door.running == 1
-
-        async def pass_on(task: asyncio.Task[Admitted]) -> None:
-            (await task).release()
-
-        await asyncio.gather(*(pass_on(task) for task in tasks))
-        assert (door.running, door.waiting) == (0, 0)
-
-    asyncio.run(run())
-
-
-def test_cancelled_and_late_waiters_leak_no_place() -> None:
-    async def run() -> None:
-        door = gate(timeout=0.02)
-        lease = await door.acquire("a")
-        waiting = asyncio.create_task(door.acquire("a"))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        assert door.waiting == 0
-        with pytest.raises(Unavailable):
-            await door.acquire("a")
-        # Cancelled in the very moment its place has come.
-        waiting = asyncio.create_task(door.acquire("a"))
-        await asyncio.sleep(0)
-        lease.release()
-        waiting.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        assert (door.running, door.waiting) == (0, 0)
-        # Cancelled first, released before the cancellation is seen.
-        lease = await door.acquire("a")
-        waiting = asyncio.create_task(door.acquire("a"))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        lease.release()
-        with pytest.raises(asyncio.CancelledError):
-            await waiting
-        assert (door.running, door.waiting) == (0, 0)
-
-    asyncio.run(run())
-
-
-def test_closing_the_gate_fails_everyone_who_waits() -> None:
-    async def run() -> None:
-        door = gate()
-        await door.acquire("a")
-        waiting = asyncio.create_task(door.acquire("b"))
-        await asyncio.sleep(0)
-        door.close(Unavailable("closing"))
-        with pytest.raises(Unavailable, match="closing"):
-            await waiting
-        assert (door.running, door.waiting) == (1, 0)
-
-    asyncio.run(run())
-
-
-def test_what_runs_for_one_key_leaves_room_for_the_others() -> None:
-    async def run() -> None:
-        door = gate(running=8, reserve=2)
-        greedy = [await door.acquire("greedy") for _ in range(6)]
-        waiting = asyncio.create_task(door.acquire("greedy"))
-        await asyncio.sleep(0)
-        assert (door.running, door.waiting) == (6, 1)
-        # Those who hold none get the reserved places, though somebody waits; a second one each they do not get.
-        others = [await door.acquire(key) for key in ("b", "c")]
-        assert (door.running, door.waiting) == (8, 1)
-        second = asyncio.create_task(door.acquire("b"))
-        await asyncio.sleep(0)
-        late = asyncio.create_task(door.acquire("d"))
-        await asyncio.sleep(0)
-        assert (door.running, door.waiting) == (8, 3)
-        greedy.pop().release()  # one place is free: it goes to who holds none, past those before it in the queue
-        others.append(await late)
-        assert (door.running, door.waiting) == (8, 2)
-        for lease in others[:2]:
-            lease.release()
-        assert (door.running, door.waiting) == (7, 1)  # b, who holds none again, and not the greedy key
-        (await second).release()
-        assert (door.running, door.waiting) == (6, 1)
-        others[2].release()
-        greedy.append(await waiting)
-        for lease in greedy:
-            lease.release()
-        assert (door.running, door.waiting) == (0, 0)
-
-    asyncio.run(run())
-
-
-@settings(deadline=None)
-@given(
-    places=st.integers(1, 6),
-    reserve=st.integers(0, 8),
-    steps=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["ask", "leave", "end"])), max_size=40),
-)
-def test_no_place_is_lost_and_none_stands_empty_for_nobody(
-    places: int, reserve: int, steps: list[tuple[str, str]]
-) -> None:
-    async def run() -> None:
-        door = gate(running=places, reserve=reserve, waiting=1000, per_key=1000)
-        kept = min(reserve, places - 1)
-        asked: list[tuple[str, asyncio.Task[Admitted]]] = []
-        for key, action in steps:
-            mine = [item for item in asked if item[0] == key]
-            if action == "ask":
-                asked.append((key, asyncio.create_task(door.acquire(key))))
-            elif action == "end" and (done := [item for item in mine if item[1].done()]):
-                done[0][1].result().release()
-                asked.remove(done[0])
-            elif action == "leave" and (open_ := [item for item in mine if not item[1].done()]):
-                open_[0][1].cancel()
-                asked.remove(open_[0])
-            for _ in range(5):
-                await asyncio.sleep(0)
-            holding = [key for key, task in asked if task.done()]
-            waiting = [key for key, task in asked if not task.done()]
-            assert (door.running, door.waiting) == (len(holding), len(waiting))
-            assert len(holding) <= places
-            free = places - len(holding)
-            assert not any(free > (kept if key in holding else 0) for key in waiting)
-            # Whoever holds several left the reserve to those who hold one.
-            assert all(holding.count(key) <= max(1, places - kept) for key in holding)
-        for _, task in asked:
-            task.cancel()
-        await asyncio.gather(*(task for _, task in asked), return_exceptions=True)
-
-    asyncio.run(run())
-
-
-# --- threads ------------------------------------------------------------------------------------------------------
-def test_a_party_that_blocks_its_threads_leaves_some_to_the_others() -> None:
-    async def run() -> None:
-        pools, release, begun = ThreadPools(), threading.Event(), threading.Semaphore(0)
-
-        def block() -> None:
-            begun.release()
-            release.wait(10)
-
-        async def as_party(party: str, work: Callable[[], T]) -> T:
-            PARTY.set(party)
-            return await pools.run("sessions", work)
-
-        stuck = [asyncio.create_task(as_party("greedy", block)) for _ in range(80)]
-        await asyncio.sleep(0.05)
-        assert all(begun.acquire(timeout=PATIENCE) for _ in range(16))
-        assert not begun.acquire(timeout=0.05)  # the rest waits in its own line
-        assert await asyncio.wait_for(as_party("other", lambda: "served"), PATIENCE) == "served"
-        with pytest.raises(TooManyRequests) as refused:
-            await as_party("greedy", block)
-        assert refused.value.retry_after
-        # Whoever gives up waiting leaves the line; what runs keeps its thread until it has ended.
-        for task in stuck[:40]:
-            task.cancel()
-        await asyncio.gather(*stuck[:40], return_exceptions=True)
-        assert not begun.acquire(timeout=0.05)
-        release.set()
-        await asyncio.gather(*stuck[40:])
-        assert await as_party("greedy", lambda: 5) == 5
-
-    asyncio.run(run())
-
-
-def test_what_a_thread_raises_is_raised_to_who_asked() -> None:
-    async def run() -> None:
-        pools = ThreadPools()
-        for _ in range(200):
-            with pytest.raises(KeyError, match="broken"):
-                await pools.run("texts", lambda: {}["broken"])
-
-    asyncio.run(run())
 
 
 # --- the collector ------------------------------------------------------------------------------------------------
@@ -453,81 +235,6 @@ def test_a_bound_address_is_a_name() -> None:
     HostCheck((), bound="2001:db8::5").check([b"[2001:db8::5]:80"])
     with pytest.raises(BadRequest):
         HostCheck((), bound="192.168.0.5").check([b"192.168.0.6"])
-
-
-# --- the bridge ---------------------------------------------------------------------------------------------------
-def test_the_bridge_wakes_the_loop_once_for_many_events() -> None:
-    async def run() -> None:
-        loop = asyncio.get_running_loop()
-        wakeups = 0
-        original = loop.call_soon_threadsafe
-
-        def counted(*args: object) -> object:
-            nonlocal wakeups
-            wakeups += 1
-            return original(*args)  # type: ignore[arg-type]
-
-        loop.call_soon_threadsafe = counted  # type: ignore[method-assign,assignment]
-        bridge, boxes = EventBridge(loop), [Mailbox() for _ in range(32)]
-        listeners = [bridge.listener(box, number) for number, box in enumerate(boxes)]
-
-        def engine() -> None:
-            for step in range(10):
-                for listener in listeners:
-                    listener(Delta(str(step)))
-
-        thread = threading.Thread(target=engine)
-        thread.start()
-        thread.join()
-        for number, box in enumerate(boxes):
-            assert await box.take(1.0) == [(number, Delta(str(step))) for step in range(10)]
-        assert wakeups == 1
-        assert await boxes[0].take(0.01) == []
-
-    asyncio.run(run())
-
-
-def test_the_bridge_loses_nothing_under_contention() -> None:
-    async def run() -> int:
-        bridge, box = EventBridge(asyncio.get_running_loop()), Mailbox()
-        listener, count = bridge.listener(box, 0), 20_000
-
-        def engine() -> None:
-            for _ in range(count):
-                listener(Delta("x"))
-
-        thread = threading.Thread(target=engine)
-        thread.start()
-        seen = 0
-        while seen < count:
-            seen += len(await box.take(2.0))
-        thread.join()
-        return seen
-
-    assert asyncio.run(run()) == 20_000
-
-
-def test_a_reader_that_comes_back_late_gets_its_events_a_few_at_a_time() -> None:
-    async def run() -> None:
-        bridge, box = EventBridge(asyncio.get_running_loop()), Mailbox()
-        listener = bridge.listener(box, 0)
-        for number in range(5000):
-            listener(Delta(str(number)))
-        seen: list[str] = []
-        while len(seen) < 5000:
-            some = await box.take(1.0)
-            assert 0 < len(some) <= 200
-            seen += [event.text for _, event in some if isinstance(event, Delta)]
-        assert seen == [str(number) for number in range(5000)]
-
-    asyncio.run(run())
-
-
-def test_events_after_the_loop_has_closed_are_dropped() -> None:
-    loop = asyncio.new_event_loop()
-    bridge = EventBridge(loop)
-    loop.close()
-    bridge.listener(Mailbox(), 0)(Delta("x"))
 
 
 # --- figures ------------------------------------------------------------------------------------------------------

@@ -41,10 +41,15 @@ State = TypeVar("State", Sequences, DecodeState)
 
 @dataclass(frozen=True)
 class StepConfig:
-    """Static facts of every compiled function."""
+    """Static facts of every compiled function.
+
+    Attributes:
+      ends: tokens that end an answer.
+    """
 
     model: ModelConfig
     memory: MemoryConfig | None
+    ends: tuple[int, ...] = ()
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -287,8 +292,8 @@ def _predict(
     if memory is None or adapter is None:
         return None, scores, jnp.zeros(positions.shape, jnp.float32)
     memory, key = recall_memory.observe(adapter, memory, settings, tapped, tokens, positions, valid)
-
-    return memory, *recall_memory.read(adapter, memory, settings, key, scores, positions, valid)
+    mixed, gate = recall_memory.read(adapter, memory, settings, key, scores, positions, valid)
+    return memory, recall_memory.keep_endings(mixed, gate, config.ends), gate
 
 
 def extract(batch: State, row: Int32[Array, ""]) -> State:

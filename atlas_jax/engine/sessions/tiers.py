@@ -491,7 +491,7 @@ class SessionTiers:
         """
         with self.lock:
             changed = [(k, e, e.session) for k, e in self.entries.items() if e.session is not None and not is_clean(e)]
-        left = 0
+        left, failures = 0, list[OSError | StorageFull]()
         for key, entry, session in changed:
             size = entry.listing.bytes
             if until is not None and time.monotonic() + size * self.seconds_per_byte > until:
@@ -501,8 +501,10 @@ class SessionTiers:
                 self.write(key, entry, session)
             except (StorageFull, OSError) as error:
                 left += 1
-                log.error("[ATLAS] Failed to save a session: %s", _brief(error))
+                failures.append(error)
                 self.note_failure(error)
+        if failures:  # a full disk fails all of them, at every interval
+            log.error("[ATLAS] Failed to save %d of %d sessions: %s", len(failures), len(changed), _brief(failures[0]))
         return left
 
     def note_failure(self, error: Exception) -> None:

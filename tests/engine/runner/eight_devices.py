@@ -50,7 +50,7 @@ def opened(folder: Path, dtype: str, data: int, model: int) -> Iterator[Engine]:
         cache_path=os.environ.get("JAX_COMPILATION_CACHE_DIR") or folder / "cache",
         weight_dtype=dtype,  # type: ignore[arg-type]
         kv_dtype=dtype,  # type: ignore[arg-type]
-        max_running=2,
+        max_concurrent=2,
         max_context=512,
         max_window=128,
         native_kernels=False,

@@ -65,7 +65,7 @@ def test_a_mesh_the_model_does_not_fit_is_refused(
     ("mesh", "named"),
     [
         ({"mesh_data": 3}, r"mesh_data \(3\) times mesh_model \(1\) must not exceed the number of devices"),
-        ({"mesh_data": 8, "max_running": 4}, "mesh_data"),
+        ({"mesh_data": 8, "max_concurrent": 4}, "mesh_data"),
     ],
 )
 def test_too_few_devices_are_refused(opened: Callable[..., Any], mesh: dict[str, int], named: str) -> None:

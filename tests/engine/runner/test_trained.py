@@ -68,7 +68,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def opened(files: dict[str, Path], cache: Path) -> Callable[..., Any]:
     @contextmanager
     def open_engine(name: str, **settings: Any) -> Iterator[Engine]:
-        engine = Engine.open(model_path=files[name], cache_path=cache, **{"max_running": 2, **settings})
+        engine = Engine.open(model_path=files[name], cache_path=cache, **{"max_concurrent": 2, **settings})
         try:
             yield engine
         finally:
@@ -374,7 +374,7 @@ def test_rows_past_the_last_token_stand_for_nothing(tmp_path: Path, cache: Path)
     params = draw(config)
     params["head"] = params["head"].at[BYTE_VOCAB:].set(9.0)  # they would be drawn at once
     export_gguf(tmp_path / "padded.gguf", config, params, byte_vocabulary())
-    engine = Engine.open(model_path=tmp_path / "padded.gguf", cache_path=cache, max_running=1)
+    engine = Engine.open(model_path=tmp_path / "padded.gguf", cache_path=cache, max_concurrent=1)
     try:
         answer = ask(engine, request(SHORT, 30, temperature=100.0))
         assert engine.model.vocab_size == BYTE_VOCAB

@@ -295,7 +295,7 @@ def test_a_hundred_requests_at_once_all_end_and_nothing_stays(engine: Engine, co
 
 
 def test_without_memory_the_plain_model_answers(opened: Callable[..., Any], engine: Engine) -> None:
-    with opened(memory_enabled=False, adapter_path=None, max_running=2, max_context=512) as plain:
+    with opened(memory_enabled=False, adapter_path=None, max_concurrent=2, max_context=512) as plain:
         prompt = words(9, 200)
         answer, with_memory = ask(plain, request(prompt)), ask(engine, request(prompt))
         assert answer.tokens == with_memory.tokens

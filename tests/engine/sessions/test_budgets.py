@@ -15,10 +15,10 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Overloaded, StorageFull
 from tests.engine.offline import ask, memory, request, words
 
-DRAFT_CONTEXT = words(31, 40)
+TEXT = words(31, 40)
 
 
-def turn(engine: Engine, name: str, owner: str = "owner", prompt: list[int] = DRAFT_CONTEXT) -> int:
+def turn(engine: Engine, name: str, owner: str = "owner", prompt: list[int] = TEXT) -> int:
     return ask(engine, request(prompt, 4, memory=memory(name, owner))).end.completion_tokens
 
 
@@ -58,14 +58,14 @@ def test_full_tiers_refuse_before_they_break_and_lose_nothing(
     """Forty sessions where the disk has room for some fifteen and main memory for four."""
     resident, stored = one_session
     host, disk = 4 * resident, 5 * resident + 10 * stored
-    how = {"memory_path": tmp_path, "host_cache_bytes": host, "disk_cache_bytes": disk}
+    how = {"memory_path": tmp_path, "l2_cache_size": host, "l3_cache_size": disk}
     kept: dict[str, int] = {}
     waits: list[float] = []
     with opened(**how) as engine:
         for number in range(40):
             try:
                 turn(engine, f"s{number}")
-                kept[f"s{number}"] = len(DRAFT_CONTEXT) + 3
+                kept[f"s{number}"] = len(TEXT) + 3
             except StorageFull as error:
                 waits.append(error.retry_after)
             # what has just been answered is on its way out
@@ -80,14 +80,14 @@ def test_full_tiers_refuse_before_they_break_and_lose_nothing(
         engine.sessions.delete("owner", "s1")
         del kept["s1"]
         turn(engine, "new")
-        kept["new"] = len(DRAFT_CONTEXT) + 3
+        kept["new"] = len(TEXT) + 3
     with opened(**how) as after:
         assert names(after) == kept
 
 
 def test_an_owners_share_is_its_own(opened: Callable[..., Any], tmp_path: Path, one_session: tuple[int, int]) -> None:
     quota = 3 * max(one_session)
-    with opened(memory_path=tmp_path, owner_quota_bytes=quota) as engine:
+    with opened(memory_path=tmp_path, owner_quota=quota) as engine:
         refused = 0
         for number in range(8):
             try:
@@ -106,7 +106,7 @@ def test_an_owners_share_is_its_own(opened: Callable[..., Any], tmp_path: Path, 
 
 
 def test_a_callers_json_counts_and_is_listed(opened: Callable[..., Any], tmp_path: Path) -> None:
-    with opened(memory_path=tmp_path, owner_quota_bytes=3 << 20) as engine:
+    with opened(memory_path=tmp_path, owner_quota=3 << 20) as engine:
         engine.sessions.save_context("owner", "a", {"text": "x" * (1 << 20)})
         assert engine.sessions.list("owner", after=None, limit=1)[0][0].bytes > 1 << 20
         engine.sessions.save_context("owner", "b", {"text": "x" * (1 << 20)})
@@ -116,7 +116,7 @@ def test_a_callers_json_counts_and_is_listed(opened: Callable[..., Any], tmp_pat
 
 
 def test_without_a_disk_main_memory_has_a_bound(opened: Callable[..., Any], one_session: tuple[int, int]) -> None:
-    with opened(host_cache_bytes=2 * one_session[0]) as engine:
+    with opened(l2_cache_size=2 * one_session[0]) as engine:
         answered, waits = 0, []
         for number in range(8):
             try:
@@ -173,13 +173,31 @@ def test_a_disk_that_fails_is_told_and_the_next_turn_is_written_whole(
         turn(engine, "s")
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", full)
-            answer = ask(engine, request(DRAFT_CONTEXT, 4, memory=memory("s")))
+            answer = ask(engine, request(TEXT, 4, memory=memory("s")))
         assert answer.end.memory is not None
         assert "could not be written" in str(answer.end.memory.degraded)
-        end = ask(engine, request(DRAFT_CONTEXT, 4, memory=memory("s"))).end
+        end = ask(engine, request(TEXT, 4, memory=memory("s"))).end
         assert end.memory is not None
         assert end.memory.degraded is None
         wanted = names(engine)
     with opened(memory_path=tmp_path) as after:
         assert names(after) == wanted
-        assert wanted["s"] == 3 * (len(DRAFT_CONTEXT) + 4) - 1
+        assert wanted["s"] == 3 * (len(TEXT) + 4) - 1
+
+
+def test_a_save_that_the_disk_refuses_is_one_line_however_many_sessions_it_left(
+    opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with opened(memory_path=tmp_path) as engine:
+        for name in ("a", "b", "c"):
+            turn(engine, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            assert engine.sessions.save_changed() == 3
+        lines = [one.getMessage() for one in caplog.records if one.name == "atlas.engine" and one.levelname == "ERROR"]
+        assert lines == ["[ATLAS] Failed to save 3 of 3 sessions: no space left for session snapshots"]
+        assert engine.stats().snapshot_failures == 3
+        assert engine.sessions.save_changed() == 0

@@ -31,7 +31,7 @@ def test_a_padded_model_in_parts_whose_template_is_of_no_use(
     )
     with caplog.at_level(logging.INFO, "atlas"):
         engine = Engine.open(
-            model_path=path, cache_path=cache, memory_enabled=False, max_running=1, max_context=512, speculate=False
+            model_path=path, cache_path=cache, memory_enabled=False, max_concurrent=1, max_context=512, speculate=False
         )
     try:
         assert (engine.model.name, engine.model.vocab_size) == ("parts", TOKENS)

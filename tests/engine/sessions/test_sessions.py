@@ -101,7 +101,7 @@ def test_an_answered_turn_outlives_a_process_that_is_killed(
     opened: Callable[..., Any], engines: Callable[[str], Engine], tmp_path: Path, dtype: str, turns: int
 ) -> None:
     """Its tokens are in the journal when its last event is sent, and are read again by the next request."""
-    how = {"dtype": dtype, "max_running": 2 if dtype == "float32" else 4}
+    how = {"dtype": dtype, "max_concurrent": 2 if dtype == "float32" else 4}
     name = next(names)
     with opened(memory_path=tmp_path / "one", **how) as before:
         for turn in range(turns):
@@ -130,7 +130,7 @@ def test_edited_and_regenerated_turns_are_replayed_as_they_were(
     opened: Callable[..., Any], engines: Callable[[str], Engine], tmp_path: Path
 ) -> None:
     """Also where an edit goes back further than the snapshot on disk can be set back."""
-    how = {"dtype": "float32", "max_running": 2}
+    how = {"dtype": "float32", "max_concurrent": 2}
     name = next(names)
     texts: dict[str, list[int]] = {}
     with opened(memory_path=tmp_path / "one", **how) as before:
@@ -180,7 +180,7 @@ def test_a_session_from_a_file_needs_no_program_of_its_own(
     opened: Callable[..., Any], compiled: list[str], tmp_path: Path
 ) -> None:
     """Its file has three pages; there are programs for four."""
-    with opened(memory_path=tmp_path, max_running=2) as engine:
+    with opened(memory_path=tmp_path, max_concurrent=2) as engine:
         engine._warm_up.stop(60)  # only what is asked for is compiled
         how = memory("s", window_size=256, update_frequency=256)
         for _ in range(2):
@@ -334,8 +334,8 @@ def crowded(opened: Callable[..., Any], folder: Path) -> Any:
     """Engines whose device, or main memory, holds about one session."""
     with ExitStack() as stack:
         yield {
-            "host": stack.enter_context(opened(device_cache_bytes=1 << 20, memory_path=folder / "host")),
-            "disk": stack.enter_context(opened(host_cache_bytes=1, memory_path=folder / "disk")),
+            "host": stack.enter_context(opened(l1_cache_size=1 << 20, memory_path=folder / "host")),
+            "disk": stack.enter_context(opened(l2_cache_size=1, memory_path=folder / "disk")),
         }
 
 

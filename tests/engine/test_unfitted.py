@@ -177,12 +177,12 @@ def test_a_fit_that_cannot_be_kept_is_used(
 
 
 def test_damaged_programs_are_compiled_anew(opened: Callable[..., Any], cache: Path, tmp_path: Path) -> None:
-    with opened(max_running=1) as engine:
+    with opened(max_concurrent=1) as engine:
         wanted = ask(engine, request(PROMPT, 4)).infos
     shutil.copytree(cache / "compiled", tmp_path / "compiled")
     for program in (tmp_path / "compiled").iterdir():
         program.write_bytes(program.read_bytes()[:100])
-    with opened(max_running=1, cache_path=tmp_path) as engine:
+    with opened(max_concurrent=1, cache_path=tmp_path) as engine:
         assert ask(engine, request(PROMPT, 4)).infos == wanted
 
 

@@ -1,0 +1,188 @@
+"""Every setting of an engine: one name from the command line to the runner, its range, its default and what it does.
+
+The server's settings take type, range, help text and default from here. No JAX, so that a program can say what it would
+open without waiting for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta
+
+from atlas_jax.config import (
+    MAX_MEMORY_DIM,
+    MEMORY_DIM_STEP,
+    MIN_MEMORY_DIM,
+    PAGE,
+    ConfigError,
+    KVDtype,
+    WeightDtype,
+)
+
+MIN_WINDOW = PAGE
+_Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
+
+FileName = Annotated[
+    str,
+    Meta(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$",
+        description="File in memory_path the sessions are saved to and loaded from; null is <model>_memory.atlas",
+    ),
+]
+JournalSync = Annotated[
+    float,
+    Meta(ge=0, le=60, description="Seconds the disk may be behind what was answered; 0 waits for the disk each time"),
+]
+Threads = Annotated[int, Meta(ge=0, le=1_000_000, description="CPU threads of the engine; 0 takes every core")]
+MaxConcurrent = Annotated[int, Meta(ge=1, le=4096, description="Requests, or sequences of one, that run at once")]
+MaxWaiting = Annotated[int, Meta(ge=0, le=1_000_000, description="Requests that may wait for a place")]
+MaxContext = Annotated[
+    int,
+    Meta(
+        ge=PAGE,
+        le=(1 << 30) - 1,
+        description="Longest request without memory in tokens; the model's own context if that is shorter",
+    ),
+]
+MaxWindow = Annotated[
+    int,
+    Meta(ge=MIN_WINDOW, le=1 << 20, multiple_of=PAGE, description="Largest window_size a request may ask for"),
+]
+MemoryDim = Annotated[
+    int,
+    Meta(
+        ge=MIN_MEMORY_DIM,
+        le=MAX_MEMORY_DIM,
+        multiple_of=MEMORY_DIM_STEP,
+        description="Dimension of the memory's keys; null is the adapter's, 96 for one that is shipped or fitted here",
+    ),
+]
+L1CacheSize = Annotated[
+    _Bytes, Meta(description="Session cache on the device in bytes; 0 keeps idle sessions in host memory")
+]
+L2CacheSize = Annotated[_Bytes, Meta(description="Session cache in host memory in bytes")]
+L3CacheSize = Annotated[_Bytes, Meta(description="Session storage on disk in bytes")]
+OwnerQuota = Annotated[_Bytes, Meta(description="Bytes one API key's sessions and files may take on disk")]
+PrefixCacheSize = Annotated[
+    _Bytes,
+    Meta(description="Prefix-cache size in bytes: the KV cache of prompts, for prompts that begin the same; 0 is off"),
+]
+WeightDtypeName = Annotated[WeightDtype, Meta(description="Type of the weights: int8 or float32")]
+KVDtypeName = Annotated[
+    KVDtype, Meta(description="Type of the KV cache: int8 or float32; float32 for both is the reference mode")
+]
+Speculate = Annotated[
+    bool,
+    Meta(
+        description="Speculative decoding: draft tokens of an n-gram (prompt-lookup) drafter are verified in the same "
+        "step where that is free; answers are the same"
+    ),
+]
+NativeKernels = Annotated[
+    bool,
+    Meta(description="Use our kernels: in C on a CPU that can run them, if there is a compiler; Mosaic on TPUs"),
+]
+MeshData = Annotated[
+    int, Meta(ge=1, le=4096, description="Data-parallel size: devices the rows of a decode batch are divided over")
+]
+MeshModel = Annotated[
+    int,
+    Meta(ge=1, le=4096, description="Tensor-parallel size: devices each layer's heads and columns are divided over"),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine is opened with; the ranges and meanings of the fields stand at their types.
+
+    Attributes:
+      model_path: the GGUF file.
+      adapter_path: adapter of the memory; None takes the one shipped for the model, or else calibrates once and keeps
+        the result in `cache_path`.
+      memory_enabled: False serves the model without a memory.
+      memory_path: folder of stored sessions, for one engine at a time; None keeps sessions in main memory only.
+      memory_file: file that many sessions are exported to and imported from.
+      journal_sync: what was answered outlives this process in any case.
+      cache_path: folder for compiled programs, calibrated adapters and bigram tables; None is
+        `$XDG_CACHE_HOME/atlas-jax`. One that cannot be written costs time at the next start, nothing else.
+      threads: takes effect only if JAX has not run anything yet.
+      memory_dim: numbers of a hidden state that the memory's keys keep; its matrix has the square of it in features. One
+        that no adapter is there for is fitted.
+      max_waiting: sequences that may wait beyond `max_concurrent`.
+      owner_quota: None is all of `l3_cache_size`.
+      native_kernels: C kernels are never used on a mesh.
+
+    Raises:
+      ConfigError: a value is out of its range; the message names the field.
+    """
+
+    model_path: str | os.PathLike[str]
+    adapter_path: str | os.PathLike[str] | None = None
+    memory_enabled: bool = True
+    memory_path: str | os.PathLike[str] | None = None
+    memory_file: FileName | None = None
+    journal_sync: JournalSync = 1.0
+    cache_path: str | os.PathLike[str] | None = None
+    threads: Threads = 0
+    max_concurrent: MaxConcurrent = 32
+    max_waiting: MaxWaiting = 256
+    max_context: MaxContext = 8192
+    max_window: MaxWindow = 2048
+    memory_dim: MemoryDim | None = None
+    l1_cache_size: L1CacheSize = 0
+    l2_cache_size: L2CacheSize = 1 << 30
+    l3_cache_size: L3CacheSize = 16 << 30
+    owner_quota: OwnerQuota | None = None
+    prefix_cache_size: PrefixCacheSize = 256 << 20
+    weight_dtype: WeightDtypeName = "int8"
+    kv_dtype: KVDtypeName = "int8"
+    speculate: Speculate = True
+    native_kernels: NativeKernels = True
+    mesh_data: MeshData = 1
+    mesh_model: MeshModel = 1
+
+    def __post_init__(self) -> None:
+        for name, kind in _types().items():
+            value = getattr(self, name)
+            if name.endswith("_path"):
+                if not (isinstance(value, str | os.PathLike) or (value is None and name != "model_path")):
+                    raise ConfigError(f"{name} must be a path, got {value!r}")
+                continue
+            try:
+                msgspec.convert(value, kind, strict=True)
+            except msgspec.ValidationError as error:
+                raise ConfigError(f"{name} is {value!r}: {error}") from None
+        if self.mesh_data > self.max_concurrent:
+            raise ConfigError(f"mesh_data ({self.mesh_data}) must not exceed max_concurrent, {self.max_concurrent}")
+
+    @property
+    def devices(self) -> int:
+        """Devices of the mesh."""
+        return self.mesh_data * self.mesh_model
+
+    @property
+    def cache_folder(self) -> Path:
+        """`cache_path`, or the default folder."""
+        return default_cache() if self.cache_path is None else Path(self.cache_path)
+
+
+FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
+
+
+@cache
+def _types() -> dict[str, Any]:
+    return typing.get_type_hints(EngineConfig, include_extras=True)
+
+
+def default_cache() -> Path:
+    """The folder for compiled programs, calibrated adapters and bigram tables where none is named."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "atlas-jax"
