@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from atlas_jax.engine.sessions.snapshot import atomic_file
+from atlas_jax.engine.sessions.files import atomic_file
 
 log = logging.getLogger("atlas.engine")
 T = TypeVar("T")

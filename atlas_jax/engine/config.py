@@ -17,15 +17,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from atlas_jax.config import (
-    MAX_MEMORY_DIM,
-    MEMORY_DIM_STEP,
-    MIN_MEMORY_DIM,
-    PAGE,
-    ConfigError,
-    KVDtype,
-    WeightDtype,
-)
+from atlas_jax.config import MAX_MEMORY_DIM, MEMORY_DIM_STEP, MIN_MEMORY_DIM, PAGE, ConfigError, KVDtype, WeightDtype
 
 MIN_WINDOW = PAGE
 _Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]

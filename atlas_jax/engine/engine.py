@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,9 +37,10 @@ from atlas_jax.engine.runner.warmup import WarmUp
 from atlas_jax.engine.scheduler.request_state import RequestState, new_request_state
 from atlas_jax.engine.scheduler.scheduler import Scheduler
 from atlas_jax.engine.scheduler.structured_output import Grammar, Grammars
-from atlas_jax.engine.sessions.store import MemoryFolder
+from atlas_jax.engine.sessions.budgets import Budgets
+from atlas_jax.engine.sessions.storage import open_storage
+from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.table import SessionTable
-from atlas_jax.engine.sessions.tiers import Budgets
 from atlas_jax.kernels import tpu
 from atlas_jax.kernels.cpu import ffi
 
@@ -53,7 +53,7 @@ class Engine:
     """Serves one model; make it with `Engine.open`."""
 
     def __init__(
-        self, config: EngineConfig, opened: Opened, folder: MemoryFolder | None, compilations: CompileCounter
+        self, config: EngineConfig, opened: Opened, storage: Storage | None, compilations: CompileCounter
     ) -> None:
         """Use `Engine.open`."""
         info, runner, layout = opened.info, opened.runner, opened.layout
@@ -72,7 +72,7 @@ class Engine:
             if layout is None
             else SessionTable(
                 layout,
-                folder=folder,
+                storage=storage,
                 default_file=config.memory_file or f"{info.name}_memory.atlas",
                 budgets=Budgets(config.l1_cache_size, config.l2_cache_size, config.l3_cache_size, config.owner_quota),
                 on_idle=self._wake,
@@ -116,14 +116,14 @@ class Engine:
         compilations = CompileCounter()
         # first: loading a model takes seconds, and another server's folder is no use
         kept = config.memory_path if config.memory_enabled else None
-        folder = None if kept is None else MemoryFolder(Path(kept))
+        storage = None if kept is None else open_storage(kept)
         try:
             opened = open_model(config, cache)
             _platform.self_test()
-            engine = cls(config, opened, folder, compilations)
+            engine = cls(config, opened, storage, compilations)
         except BaseException:
-            if folder is not None:
-                folder.close()
+            if storage is not None:
+                storage.close()
             raise
         engine._warm_up.start(first_pages=opened.runner.buckets.pages[0])
         engine._scheduler.start()
@@ -218,8 +218,8 @@ class Engine:
             sessions_device=0 if table is None else table.count("device"),
             sessions_host=0 if table is None else table.count("host"),
             sessions_disk=0 if table is None else table.count("disk"),
-            session_hits=0 if table is None else table.hits,
-            session_misses=0 if table is None else table.misses,
+            session_hits=0 if table is None else table.counters.hits,
+            session_misses=0 if table is None else table.counters.misses,
             memory_updates_total=counters.memory_updates,
             muon_iterations_total=counters.muon_iterations,
             writes_skipped_total=counters.writes_skipped,
@@ -227,9 +227,9 @@ class Engine:
             omega_loss=counters.omega_loss,
             memory_utilization=counters.memory_utilization,
             window_fill_ratio=counters.window_fill,
-            memory_saves=0 if table is None else table.saves,
-            memory_loads=0 if table is None else table.loads,
-            snapshot_failures=0 if table is None else table.failures,
+            memory_saves=0 if table is None else table.counters.saves,
+            memory_loads=0 if table is None else table.counters.loads,
+            snapshot_failures=0 if table is None else table.counters.failures,
             memory_bytes=resident_bytes(),
         )
 

@@ -18,17 +18,12 @@ from pathlib import Path
 
 import numpy as np
 
-from atlas_jax.engine.api import (
-    Delta,
-    Finished,
-    GenerationRequest,
-    SamplingParams,
-)
+from atlas_jax.engine.api import Delta, Finished, GenerationRequest, SamplingParams
 from atlas_jax.engine.config import default_cache
 from atlas_jax.engine.engine import Engine
 from atlas_jax.engine.offline import ask
 from atlas_jax.engine.runner import bigram_table
-from atlas_jax.engine.sessions.snapshot import atomic_file
+from atlas_jax.engine.sessions.files import atomic_file
 from atlas_jax.kernels.ngram_drafter import NONE
 from atlas_jax.typing import Int32
 

@@ -20,8 +20,8 @@ from atlas_jax.engine.runner.base import MAX_DRAFT_ROWS, Buckets, ModelRunner
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.trained import TrainedRunner
+from atlas_jax.engine.sessions.layout import Layout
 from atlas_jax.engine.sessions.recall_layout import RecallLayout
-from atlas_jax.engine.sessions.session import Layout
 from atlas_jax.engine.sessions.trained_layout import TrainedLayout
 from atlas_jax.gguf import (
     FALLBACK_TEMPLATE,
@@ -36,12 +36,7 @@ from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.lm.export import read_gguf
-from atlas_jax.model.loading import (
-    left_out,
-    load_params,
-    model_config,
-    parameter_count,
-)
+from atlas_jax.model.loading import left_out, load_params, model_config, parameter_count
 from atlas_jax.sharding import on_mesh
 
 log = logging.getLogger("atlas.engine")

@@ -14,13 +14,7 @@ from msgspec import Meta, Struct, field
 from atlas_jax.engine import config as engine
 from atlas_jax.engine.config import EngineConfig
 from server.schemas.atlas import AtlasDefaults
-from server.schemas.sampling import (
-    Fraction,
-    Penalty,
-    RepeatPenalty,
-    Temperature,
-    TopK,
-)
+from server.schemas.sampling import Fraction, Penalty, RepeatPenalty, Temperature, TopK
 
 Port = Annotated[int, Meta(ge=0, le=65_535)]
 Count = Annotated[int, Meta(ge=0, le=1_000_000)]

@@ -13,12 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from server.errors import BadRequest
-from server.schemas.atlas import (
-    AtlasDefaults,
-    AtlasOptions,
-    LoadRequest,
-    SaveRequest,
-)
+from server.schemas.atlas import AtlasDefaults, AtlasOptions, LoadRequest, SaveRequest
 from server.schemas.chat import ChatRequest
 from server.schemas.completions import CompletionRequest
 from server.schemas.runtime_config import ConfigChange

@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from atlas_jax.config import ConfigError
-from atlas_jax.engine.api import SessionKey, SnapshotInvalid
+from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StorageFull
 from atlas_jax.engine.sessions import journal, snapshot
+from atlas_jax.engine.sessions.folder_store import FolderStore, MemoryFolder
 from atlas_jax.engine.sessions.journal import Origin, Reading, Turn
 from atlas_jax.engine.sessions.snapshot import Listing
-from atlas_jax.engine.sessions.store import FolderStore, MemoryFolder
+from atlas_jax.engine.sessions.store import Place
 
 READING = Reading(4, 1, 1, 2, "exact", 512, 1.0)
 ORIGIN = Origin("model", "owner", "s", 1.5)
@@ -71,19 +72,20 @@ def written(several: list[Turn]) -> tuple[bytes, list[int]]:
 def test_a_journal_gives_back_every_turn_that_was_whole(several: list[Turn], data: st.DataObject) -> None:
     """Wherever a crash has cut it off, or left blocks of zeros that were not written."""
     whole, ends = written(several)
-    found = journal.decode(whole)
+    found, end = journal.decode(whole)
     assert found is not None
+    assert end == len(whole)
     assert found.origin == ORIGIN
     assert [one.generation for one in found.turns] == [one.generation for one in several]
     assert [list(one.tokens) for one in found.turns] == [list(one.tokens) for one in several]
     cut = data.draw(st.integers(0, len(whole)))
     zeros = data.draw(st.sampled_from([0, 1, 8, 100]))
-    left = journal.decode(whole[:cut] + bytes(zeros)) if not zeros or cut in (len(whole), *ends) else None
     if not zeros or cut in (len(whole), *ends):
+        left, end = journal.decode(whole[:cut] + bytes(zeros))
         kept = sum(end <= cut for end in ends)
         assert (0 if left is None else len(left.turns)) == kept
         if left is not None and kept:
-            assert left.end == ends[kept - 1]
+            assert end == ends[kept - 1]
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
@@ -94,7 +96,7 @@ def test_a_changed_byte_is_noticed_or_cuts_the_journal_there(several: list[Turn]
     damaged = bytearray(whole)
     damaged[at] ^= data.draw(st.integers(1, 255))
     try:
-        found = journal.decode(bytes(damaged))
+        found, _ = journal.decode(bytes(damaged))
     except SnapshotInvalid:
         return
     # only a record's length can do this: it says that the record goes on after the file's end
@@ -106,7 +108,7 @@ def test_a_changed_byte_is_noticed_or_cuts_the_journal_there(several: list[Turn]
 @given(st.binary(max_size=100), st.booleans())
 def test_hostile_bytes_are_refused_or_nothing(payload: bytes, begin: bool) -> None:
     try:
-        found = journal.decode((journal.begin(ORIGIN) if begin else b"") + payload)
+        found, _ = journal.decode((journal.begin(ORIGIN) if begin else b"") + payload)
     except SnapshotInvalid:
         return
     assert found is None or found.turns == []
@@ -252,7 +254,7 @@ def test_a_save_point_is_kept_and_restored_without_copying(store: FolderStore) -
 def test_one_damaged_session_is_named_and_the_rest_is_found(store: FolderStore, damage: str, tmp_path: Path) -> None:
     for name in ("s", "t"):
         assert store.session(SessionKey("owner", name)).write(1, encoded(1, session=name))
-    place = Path(store.place(KEY))
+    place = store.folder(KEY)
     (file,) = place.glob("*.snapshot.atlas")
     if damage == "head":
         file.write_bytes(b"ATLASNAP" + bytes(100))
@@ -262,10 +264,10 @@ def test_one_damaged_session_is_named_and_the_rest_is_found(store: FolderStore, 
         file.unlink()
         file.symlink_to("/etc/hostname") if damage == "link" else file.mkdir()
     store = again(store)
-    found = {one.stored.name: one for one in store.list()}
-    assert found[store.place(SessionKey("owner", "t"))].problem is None
-    assert found[store.place(KEY)].problem
-    assert found[store.place(KEY)].key is None
+    found = {one.stored.place: one for one in store.list()}
+    assert found[Place.of(SessionKey("owner", "t"))].problem is None
+    assert found[Place.of(KEY)].problem
+    assert found[Place.of(KEY)].key is None
     store.close()
 
 
@@ -297,7 +299,7 @@ def test_sessions_of_another_model_are_left_alone(store: FolderStore) -> None:
 
 def test_a_folder_is_nobody_elses_while_its_process_lives(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib; from atlas_jax.engine.sessions.store import MemoryFolder;"
+        "import sys, pathlib; from atlas_jax.engine.sessions.folder_store import MemoryFolder;"
         "MemoryFolder(pathlib.Path(sys.argv[1])); print('taken', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -319,12 +321,12 @@ names = st.text(min_size=1, max_size=20)
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(names, names, names)
 def test_names_never_choose_where_a_file_lies(store: FolderStore, owner: str, session: str, other: str) -> None:
-    place = Path(store.place(SessionKey(owner, session)))
+    place = store.folder(SessionKey(owner, session))
     assert place.is_relative_to(store.root)
     assert ".." not in place.parts
     assert len(place.relative_to(store.root).parts) == 5
-    assert (store.place(SessionKey(other, session)) == str(place)) == (other == owner)
-    assert (store.place(SessionKey(owner, other)) == str(place)) == (other == session)
+    assert (store.folder(SessionKey(other, session)) == place) == (other == owner)
+    assert (store.folder(SessionKey(owner, other)) == place) == (other == session)
 
 
 def test_a_write_that_fails_leaves_everything_as_it_was(store: FolderStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +339,7 @@ def test_a_write_that_fails_leaves_everything_as_it_was(store: FolderStore, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwrite", full)
-        with pytest.raises(snapshot.StorageFull):
+        with pytest.raises(StorageFull):
             place.append(ORIGIN, Turn(3, 2, 6, [1], [], None, None, READING, 1.0))
     assert place.append(ORIGIN, Turn(4, 2, 6, [1], [], None, None, READING, 1.0))
     read = place.read(10_000)[1]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,19 +23,12 @@ from hypothesis import strategies as st
 from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
 from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StorageFull
 from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
-from atlas_jax.engine.sessions import archive, snapshot
+from atlas_jax.engine.sessions import archive, files, snapshot
+from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.engine.sessions.history import History
 from atlas_jax.engine.sessions.journal import Reading
 from atlas_jax.engine.sessions.recall_layout import RecallLayout
-from atlas_jax.engine.sessions.session import (
-    Checkpoint,
-    Session,
-    SessionShape,
-    SessionStats,
-    Unread,
-    decode_session,
-    encode_session,
-)
+from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape, SessionStats, Unread
 from atlas_jax.engine.sessions.snapshot import Listing
 from atlas_jax.kernels.attention import KVDtype
 from atlas_jax.model.page_schedule import PageSchedule
@@ -340,13 +334,13 @@ def test_another_model_version_memory_or_cache_is_named() -> None:
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     path = tmp_path / "folder" / "session.atlas"
-    with snapshot.atomic_file(path) as file:
+    with files.atomic_file(path) as file:
         file.write(b"old")
     return path
 
 
 def fail_half_way(path: Path, error: Exception) -> None:
-    with snapshot.atomic_file(path) as file:
+    with files.atomic_file(path) as file:
         file.write(b"new")
         raise error
 
@@ -367,11 +361,11 @@ def test_a_full_disk_is_said_plainly_and_loses_nothing(kept: Path, number: int) 
 
 
 def test_a_reader_sees_the_old_file_or_the_new_one(kept: Path) -> None:
-    with snapshot.atomic_file(kept) as file:
+    with files.atomic_file(kept) as file:
         file.write(b"new and long")
         file.flush()
-        assert snapshot.read_file(kept, 100) == b"old"
-    assert snapshot.read_file(kept, 100) == b"new and long"
+        assert files.read_file(kept, 100) == b"old"
+    assert files.read_file(kept, 100) == b"new and long"
     assert kept.stat().st_mode & 0o077 == 0, "nobody else may read it"
 
 
@@ -388,7 +382,7 @@ def test_only_a_regular_file_is_read(tmp_path: Path, make: Callable[[Path], None
     path = tmp_path / "session.atlas"
     make(path)
     with pytest.raises((SnapshotInvalid, IsADirectoryError)):
-        snapshot.read_file(path, 1000)
+        files.read_file(path, 1000)
 
 
 def test_a_file_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
@@ -396,14 +390,25 @@ def test_a_file_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
     with path.open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(SnapshotInvalid, match="exceeds"):
-        snapshot.read_file(path, 1000)
+        files.read_file(path, 1000)
     with pytest.raises(FileNotFoundError):
-        snapshot.read_file(tmp_path / "none", 1000)
+        files.read_file(tmp_path / "none", 1000)
 
 
 # --- exports ----------------------------------------------------------------------------------------------------------
 def listing(name: str) -> Listing:
     return msgspec.structs.replace(HEAD.listing, session_id=name)
+
+
+def write_export(path: Path, sessions: Iterable[tuple[Listing, bytes]]) -> tuple[int, int]:
+    with files.atomic_file(path) as file:
+        return archive.write(file, "model", sessions)
+
+
+@contextlib.contextmanager
+def read_export(path: Path) -> Iterator[archive.Reader]:
+    with path.open("rb") as file, archive.opened(file) as reader:
+        yield reader
 
 
 names = st.text(min_size=1, max_size=20)
@@ -413,9 +418,9 @@ names = st.text(min_size=1, max_size=20)
 @given(st.dictionaries(names, st.binary(max_size=50), max_size=5))
 def test_an_export_gives_back_every_session_by_any_name(tmp_path: Path, contents: dict[str, bytes]) -> None:
     path = tmp_path / "all.atlas"
-    size, count = archive.write(path, "model", ((listing(name), data) for name, data in contents.items()))
+    size, count = write_export(path, ((listing(name), data) for name, data in contents.items()))
     assert (size, count) == (path.stat().st_size, len(contents))
-    with archive.opened(path) as reader:
+    with read_export(path) as reader:
         assert [one.session_id for one in reader.manifest.sessions] == list(contents)
         reader.check()
         for name, data in contents.items():
@@ -429,8 +434,8 @@ def test_an_export_gives_back_every_session_by_any_name(tmp_path: Path, contents
 def test_a_damaged_export_is_refused_or_reads_as_it_was(tmp_path: Path, data: st.DataObject) -> None:
     path = tmp_path / "all.atlas"
     contents = {"one": b"1" * 30, "two": b"2" * 30}
-    archive.write(path, "model", ((listing(name), one) for name, one in contents.items()))
-    with archive.opened(path) as reader:
+    write_export(path, ((listing(name), one) for name, one in contents.items()))
+    with read_export(path) as reader:
         manifest = reader.manifest
     damaged = bytearray(path.read_bytes())
     if data.draw(st.booleans()):
@@ -440,7 +445,7 @@ def test_a_damaged_export_is_refused_or_reads_as_it_was(tmp_path: Path, data: st
     path.write_bytes(bytes(damaged))
     for name, wanted in contents.items():
         try:
-            with archive.opened(path) as reader:
+            with read_export(path) as reader:
                 assert reader.manifest == manifest
                 assert reader.read(name, 1000) == wanted
         except SnapshotInvalid:
@@ -449,14 +454,14 @@ def test_a_damaged_export_is_refused_or_reads_as_it_was(tmp_path: Path, data: st
 
 def test_a_member_larger_than_any_session_is_not_read(tmp_path: Path) -> None:
     path = tmp_path / "all.atlas"
-    archive.write(path, "model", [(listing("one"), bytes(10_000))])
-    with archive.opened(path) as reader, pytest.raises(SnapshotInvalid, match="exceeds"):
+    write_export(path, [(listing("one"), bytes(10_000))])
+    with read_export(path) as reader, pytest.raises(SnapshotInvalid, match="exceeds"):
         reader.read("one", 5000)
 
 
 def test_an_export_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     path = tmp_path / "all.atlas"
-    archive.write(path, "model", [(listing("one"), b"old")])
+    write_export(path, [(listing("one"), b"old")])
     before = path.read_bytes()
 
     def broken() -> Iterator[tuple[Listing, bytes]]:
@@ -464,6 +469,6 @@ def test_an_export_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> Non
         raise OSError(errno.ENOSPC, "no space")
 
     with pytest.raises(StorageFull):
-        archive.write(path, "model", broken())
+        write_export(path, broken())
     assert path.read_bytes() == before
     assert [one.name for one in tmp_path.iterdir()] == [path.name]

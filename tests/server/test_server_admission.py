@@ -12,10 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.admission import Admission, Admitted
-from server.errors import (
-    TooManyRequests,
-    Unavailable,
-)
+from server.errors import TooManyRequests, Unavailable
 from server.middleware.request_context import PARTY
 from server.services.thread_pools import ThreadPools
 

@@ -133,14 +133,7 @@ def test_two_servers_in_one_process_do_not_share_metrics(live: Live, start: Star
 
 
 def test_responses_are_what_the_document_says(live: Live) -> None:
-    from server.schemas import (
-        atlas,
-        chat,
-        completions,
-        llamacpp,
-        models,
-        runtime_config,
-    )
+    from server.schemas import atlas, chat, completions, llamacpp, models, runtime_config
 
     messages = [{"role": "user", "content": "x"}]
     for kind, response in (

@@ -13,11 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine.api import Finished
-from server.errors import (
-    BadRequest,
-    TooLarge,
-    TooManyRequests,
-)
+from server.errors import BadRequest, TooLarge, TooManyRequests
 from server.gc_pauses import Settled
 from server.middleware.bodies import Bodies
 from server.middleware.hosts import HostCheck

@@ -27,8 +27,8 @@ from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.scheduler.detokenizer import Detokenizer
 from atlas_jax.engine.scheduler.structured_output import Constraint
+from atlas_jax.engine.sessions.entry import SessionLease
 from atlas_jax.engine.sessions.session import Session, SessionShape
-from atlas_jax.engine.sessions.tiers import SessionLease
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.model.page_schedule import PageSchedule
 

@@ -15,13 +15,10 @@ from atlas_jax.engine.scheduler.metrics import Counters
 from atlas_jax.engine.scheduler.prefix_cache import PrefixCache
 from atlas_jax.engine.scheduler.request_state import RequestState
 from atlas_jax.engine.sessions.continuation import Continuation, Prompt, appending, continuation
+from atlas_jax.engine.sessions.entry import NewText
 from atlas_jax.engine.sessions.history import History
 from atlas_jax.engine.sessions.session import Appended, Checkpoint, Session, SessionShape, SessionStats
-from atlas_jax.engine.sessions.tiers import NewText
 from atlas_jax.model.page_schedule import NextPage
-
-_KEPT_CHECKPOINTS = 3
-"""States at the ends of turns a session keeps, the present one included, to roll back to."""
 
 
 def same_shape(session: SessionShape, request: SessionShape, given: frozenset[str]) -> SessionShape:
@@ -71,7 +68,7 @@ def resume(runner: ModelRunner, req: RequestState, session: Session, bos: int | 
     appended = _further_choice(req, session)
     if appended is not None:
         position = appended.position
-        checkpoint = next((one for one in session.checkpoints if one.position == position), None)
+        checkpoint = session.state_at(position)
         skip = max(0, len(req.tokens) - len(appended.tokens))
         step = Continuation("appended" if position else "new", position, skip=skip)
     else:
@@ -105,7 +102,7 @@ def resume(runner: ModelRunner, req: RequestState, session: Session, bos: int | 
             kept.history = History()
         else:
             kept.history.truncate(position)
-        kept.checkpoints = [one for one in kept.checkpoints if one.position <= position or one is checkpoint]
+        kept.roll_back(checkpoint, position)
         req.page = min(checkpoint.page, position // PAGE)
         slot = plan.slot(max(req.page, 0))
         req.row = runner.resume_row(checkpoint.row, plan.ring(position + 1), position, slot)
@@ -139,7 +136,7 @@ def _further_choice(req: RequestState, session: Session) -> Appended | None:
     before = session.appended
     if not req.request.choice or before is None or before.prompt != list(req.request.prompt):
         return None
-    known = before.position == 0 or any(one.position == before.position for one in session.checkpoints)
+    known = before.position == 0 or session.state_at(before.position) is not None
     return before if known else None
 
 
@@ -156,10 +153,7 @@ def kept_session(runner: ModelRunner, req: RequestState, row: Sequences, read: i
     if req.generated:
         session.pending = req.generated[-1]
     row = runner.rewind_row(row, req.ring_pages, read, req.plan.slot(max(req.page, 0)))
-    session.checkpoints = [
-        *session.checkpoints[-(_KEPT_CHECKPOINTS - 1) :],
-        Checkpoint(read, req.page, row, req.absorbed),
-    ]
+    session.advance(Checkpoint(read, req.page, row, req.absorbed))
     stats = session.stats
     stats.updates += req.updates
     stats.muon_iterations += req.muon_iterations

@@ -37,8 +37,9 @@ from atlas_jax.engine.scheduler.prefix_cache import PrefixCache
 from atlas_jax.engine.scheduler.request_queue import FairQueue
 from atlas_jax.engine.scheduler.request_state import RequestState
 from atlas_jax.engine.scheduler.resume import kept_session, new_text, resume, resume_plain, same_shape
+from atlas_jax.engine.sessions.entry import NewText
 from atlas_jax.engine.sessions.session import Session
-from atlas_jax.engine.sessions.tiers import NewText, SessionTiers
+from atlas_jax.engine.sessions.tiers import SessionTiers
 from atlas_jax.gguf import Tokenizer
 
 log = logging.getLogger("atlas.engine")

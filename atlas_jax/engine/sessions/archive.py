@@ -7,22 +7,21 @@ digests of session names. Which of two copies of a session is newer follows from
 from __future__ import annotations
 
 import errno
-import hashlib
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from typing import BinaryIO
 
 import msgspec
 
 from atlas_jax.engine.api import SnapshotInvalid
-from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.snapshot import Listing
+from atlas_jax.engine.sessions.store import digest
 
 _MANIFEST = "manifest.json"
 _MAX_MANIFEST = 64 << 20
 _MAX_MEMBERS = 100_000
-_PIECE = 1 << 20
+_BLOCK = 1 << 20
 
 
 class Manifest(msgspec.Struct, frozen=True):
@@ -34,23 +33,18 @@ class Manifest(msgspec.Struct, frozen=True):
 
 def member_name(session_id: str) -> str:
     """A session's member in an export."""
-    return f"{hashlib.sha256(session_id.encode('utf-8', 'surrogatepass')).hexdigest()}.atlas"
+    return f"{digest(session_id)}.atlas"
 
 
-def write(path: Path, model: str, sessions: Iterable[tuple[Listing, bytes]]) -> tuple[int, int]:
-    """Writes an export of (listing, snapshot) pairs, replacing `path` at the end; returns its bytes and sessions.
-
-    Raises:
-      StorageFull, OSError: `path` is as it was.
-    """
+def write(file: BinaryIO, model: str, sessions: Iterable[tuple[Listing, bytes]]) -> tuple[int, int]:
+    """Writes an export of (listing, snapshot) pairs to an empty file; returns its bytes and sessions."""
     listings: list[Listing] = []
-    with snapshot.atomic_file(path) as file:
-        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-            for listing, data in sessions:
-                archive.writestr(zipfile.ZipInfo(member_name(listing.session_id)), data)
-                listings.append(listing)
-            archive.writestr(zipfile.ZipInfo(_MANIFEST), msgspec.json.encode(Manifest(model, listings)))
-        return int(file.tell()), len(listings)
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for listing, data in sessions:
+            archive.writestr(zipfile.ZipInfo(member_name(listing.session_id)), data)
+            listings.append(listing)
+        archive.writestr(zipfile.ZipInfo(_MANIFEST), msgspec.json.encode(Manifest(model, listings)))
+    return int(file.tell()), len(listings)
 
 
 class Reader:
@@ -79,7 +73,7 @@ class Reader:
         """Reads all of it; raises SnapshotInvalid where some of it is damaged."""
         for info in self._archive.infolist():
             with _damage(), self._archive.open(info) as member:
-                while member.read(_PIECE):
+                while member.read(_BLOCK):
                     pass
 
     def _member(self, name: str, limit: int) -> bytes:
@@ -93,17 +87,10 @@ class Reader:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Reader]:
-    """An export to be read.
-
-    Raises:
-      FileNotFoundError: there is none.
-      SnapshotInvalid: it is not an export, or is damaged.
-    """
-    if path.is_symlink() or (path.exists() and not path.is_file()):
-        raise SnapshotInvalid("archive is not a regular file")
+def opened(file: BinaryIO) -> Iterator[Reader]:
+    """An export to be read; raises SnapshotInvalid where the file is none, or a damaged one."""
     try:
-        archive = zipfile.ZipFile(path)
+        archive = zipfile.ZipFile(file)
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise SnapshotInvalid("not an archive of sessions, or a damaged one") from error
     with archive:

@@ -60,7 +60,7 @@ class History:
             self.replies = [one for one in self.replies if one[1] > self.tail_start]
 
     def answered(self, start: int, end: int) -> None:
-        """Notes that the tokens from `insert_decode_state` up to `end` are the model's."""
+        """Notes that the tokens from `start` up to `end` are the model's."""
         if self.first_reply is None:
             self.first_reply = start
         self.replies.append((start, end))
@@ -113,7 +113,7 @@ class History:
         return replace(self, digests=list(self.digests), tail=list(self.tail), replies=list(self.replies))
 
     def tokens(self, start: int, end: int) -> list[int]:
-        """The text from position `insert_decode_state`, which the tail must hold, up to `end`."""
+        """The text from position `start`, which the tail must hold, up to `end`."""
         return self.tail[start - self.tail_start : end - self.tail_start] if start < end else []
 
     def common_prefix(self, prompt: Sequence[int] | np.ndarray) -> int:

@@ -48,11 +48,11 @@ def summary(
 
 
 def totals(listings: Sequence[Listing], capacity: int, layers: tuple[LayerMemoryInfo, ...]) -> MemoryInfo:
-    """What the memories of many sessions hold, whether they are in main memory or not.
+    """What the memories of many sessions hold, whether they are in memory or only stored.
 
     Args:
       capacity: as `summary`.
-      layers: of those in main memory.
+      layers: of those in memory.
     """
     held = [one for one in listings if one.tokens]
     return MemoryInfo(

@@ -84,15 +84,10 @@ class Turn(msgspec.Struct, frozen=True, array_like=True):
 
 @dataclass(frozen=True)
 class Journal:
-    """A journal that was read.
-
-    Attributes:
-      end: bytes of it that are whole; a cut-off record may follow.
-    """
+    """A journal that was read."""
 
     origin: Origin
     turns: list[Turn]
-    end: int
 
 
 _encoder = msgspec.msgpack.Encoder()
@@ -114,14 +109,18 @@ def _record(payload: bytes) -> bytes:
     return _RECORD.pack(len(payload), zlib.crc32(payload)) + payload
 
 
-def decode(data: bytes) -> Journal | None:
-    """Reads a journal; None where not even its first record was finished.
+def decode(data: bytes) -> tuple[Journal | None, int]:
+    """Reads a journal.
+
+    Returns:
+      The journal, None where not even its first record was finished; and how many bytes of it are whole: a record that was
+      cut off may follow.
 
     Raises:
       SnapshotInvalid: it is something else, or damaged before its end.
     """
     if len(data) < _START.size:
-        return None
+        return None, 0
     magic, version = _START.unpack_from(data)
     if magic != MAGIC:
         raise SnapshotInvalid("not a journal of a session")
@@ -129,7 +128,7 @@ def decode(data: bytes) -> Journal | None:
         raise SnapshotInvalid(f"journal version {version} is not supported (this server reads version {VERSION})")
     payloads, end = _payloads(data)
     if not payloads:
-        return None
+        return None, 0
     try:
         origin = _origins.decode(payloads[0])
         turns = [_turns.decode(payload) for payload in payloads[1:]]
@@ -138,7 +137,7 @@ def decode(data: bytes) -> Journal | None:
     for before, turn in itertools.pairwise(turns):
         if turn.after != before.generation:
             raise SnapshotInvalid("journal is damaged: a turn is missing")
-    return Journal(origin, turns, end)
+    return Journal(origin, turns), end
 
 
 def _payloads(data: bytes) -> tuple[list[bytes], int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,8 +12,10 @@ from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.sessions import snapshot
+from atlas_jax.engine.sessions.host_arrays import shared_zeros, to_host, to_numpy
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
-from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape, integer, to_host
+from atlas_jax.engine.sessions.layout import integer
+from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
 from atlas_jax.kernels.attention import KVDtype, LayerKV, Pages, QuantPages
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.page_schedule import PageSchedule
@@ -23,7 +25,7 @@ from atlas_jax.recall.recall_memory import RecallState, recent_states
 
 @dataclass(frozen=True)
 class RecallLayout:
-    """Implements `session.Layout` for a pretrained model with the recall memory.
+    """Implements `layout.Layout` for a pretrained model with the recall memory.
 
     Attributes:
       adapter: digest of the memory's adapter; another one's keys mean something else.
@@ -82,6 +84,17 @@ class RecallLayout:
         layers, degree = integer(header, "layers", 1, len(self.memory.layers)), integer(header, "degree", 1, 3)
         return SessionShape(PageSchedule(window, update), layers, degree)
 
+    def rest(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The same state as it rests in host memory; matrices that were never written take no room there."""
+        row = checkpoint.row
+        if row.memory is not None and not checkpoint.absorbed:
+            zeros: dict[str, Any] = {}
+            for name in _MATRICES:
+                array = getattr(row.memory, name)
+                zeros[name] = shared_zeros(array.shape, array.dtype)
+            row = replace(row, memory=replace(row.memory, **zeros))
+        return replace(checkpoint, row=to_host(row))
+
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         """A state as arrays: the pages in use, the memory, and the keys a later write can still need."""
         return _row_arrays(self, shape.plan, checkpoint)
@@ -104,7 +117,8 @@ class RecallLayout:
         return summary(sessions, features, layers)
 
 
-_ZERO_AT_FIRST = ("weights", "momentum", "read_values", "read_scale")
+_MATRICES = ("weights", "momentum", "read_values")
+_ZERO_AT_FIRST = (*_MATRICES, "read_scale")
 """Arrays of a memory that are left out of a snapshot where they are zero."""
 
 
@@ -116,7 +130,7 @@ def _kept_positions(memory: MemoryConfig, plan: PageSchedule, position: int) -> 
 
 
 def _row_arrays(layout: RecallLayout, plan: PageSchedule, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    row = to_host(checkpoint.row)
+    row = to_numpy(checkpoint.row)
     cache, memory = row.cache, row.memory
     assert memory is not None
     ring = plan.ring((checkpoint.page + 1) * PAGE)
@@ -144,67 +158,85 @@ def _row_arrays(layout: RecallLayout, plan: PageSchedule, checkpoint: Checkpoint
     return out
 
 
+class _Arrays:
+    """A snapshot's arrays, each checked against what this engine would have written."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
+        self._arrays = arrays
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+        return snapshot.check_array(name, self._arrays.get(name), shape, np.dtype(dtype))
+
+    def has(self, name: str) -> bool:
+        return name in self._arrays
+
+
 def _row(
     layout: RecallLayout, plan: PageSchedule, position: int, page: int, arrays: Mapping[str, np.ndarray]
 ) -> Sequences:
-    """Rebuilds a row on the host; every array is checked against the shape this engine would have made."""
-    model, config = layout.model, layout.memory
-    ring = plan.ring((page + 1) * PAGE)
+    """Rebuilds a row in host memory."""
+    given = _Arrays(arrays)
+    return Sequences(_cache(layout, plan, position, page, given), _memory(layout, plan, position, given))
 
-    def take(name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        return snapshot.check_array(name, arrays.get(name), shape, np.dtype(dtype))
+
+def _cache(layout: RecallLayout, plan: PageSchedule, position: int, page: int, given: _Arrays) -> KVCache:
+    model = layout.model
+    ring = plan.ring((page + 1) * PAGE)
 
     def pages(name: str) -> Pages:
         shape = (ring, model.kv_heads, PAGE, model.head_dim)
         if layout.kv_dtype == "float32":
-            return take(name, shape, "f4")[None]  # type: ignore[return-value]
-        values, scale = take(name, shape, "i1"), take(f"{name}.scale", shape[:-1], "f4")
+            return given.take(name, shape, "f4")[None]  # type: ignore[return-value]
+        values, scale = given.take(name, shape, "i1"), given.take(f"{name}.scale", shape[:-1], "f4")
         return QuantPages(values[None], scale[None])  # type: ignore[arg-type]
 
     def sink(name: str) -> np.ndarray:
-        return take(name, (model.kv_heads, SINKS, model.head_dim), "f4")[None]
+        return given.take(name, (model.kv_heads, SINKS, model.head_dim), "f4")[None]
 
     kv = tuple(
         LayerKV(pages(f"{i}.k"), pages(f"{i}.v"), sink(f"{i}.sink_k"), sink(f"{i}.sink_v"))  # type: ignore[arg-type]
         for i in range(len(model.layers))
     )
-    numbers = take("page", (ring,), "i4")
+    numbers = given.take("page", (ring,), "i4")
     expected = np.full(ring, -1, np.int32)
     for number in range(max(0, page - ring + 1), page + 1):
         expected[plan.slot(number)] = number
     if not np.array_equal(numbers, expected):
         raise SnapshotInvalid("snapshot's pages do not add up")
-    kept = _kept_positions(config, plan, position)
-    keys = np.zeros((1, config.ring, config.key_size), np.float32)
-    tokens = np.zeros((1, config.ring), np.int32)
-    keys[0, kept % config.ring] = take("keys", (len(kept), config.key_size), "f4")
-    tokens[0, kept % config.ring] = take("tokens", (len(kept),), "i4")
-    if not ((tokens >= 0) & (tokens < model.vocab)).all():
-        raise SnapshotInvalid("snapshot's tokens are out of range")
-    shape = (config.code_dim, config.features)
-    matrices = {
-        name: take(name, size, kind)[None] if name in arrays else np.zeros((1, *size), kind)
-        for name, size, kind in zip(
-            _ZERO_AT_FIRST, (shape, shape, shape, shape[:1]), ("f4", "f4", "i1", "f4"), strict=True
-        )
-    }
-    seen = np.unpackbits(take("seen", (-(-model.vocab // 8),), "u1"))[: model.vocab].astype(np.int8)
-    cache = KVCache(
+    return KVCache(
         kv=kv,
         page=numbers[None],  # type: ignore[arg-type]
         slot=np.asarray([plan.slot(max(page, 0))], np.int32),  # type: ignore[arg-type]
         first_page=np.asarray([plan.left(max(page, 0))], np.int32),  # type: ignore[arg-type]
         position=np.asarray([position], np.int32),  # type: ignore[arg-type]
     )
-    memory = RecallState(
+
+
+def _memory(layout: RecallLayout, plan: PageSchedule, position: int, given: _Arrays) -> RecallState:
+    config, vocab = layout.memory, layout.model.vocab
+    kept = _kept_positions(config, plan, position)
+    keys = np.zeros((1, config.ring, config.key_size), np.float32)
+    tokens = np.zeros((1, config.ring), np.int32)
+    keys[0, kept % config.ring] = given.take("keys", (len(kept), config.key_size), "f4")
+    tokens[0, kept % config.ring] = given.take("tokens", (len(kept),), "i4")
+    if not ((tokens >= 0) & (tokens < vocab)).all():
+        raise SnapshotInvalid("snapshot's tokens are out of range")
+    shape = (config.code_dim, config.features)
+    seen = np.unpackbits(given.take("seen", (-(-vocab // 8),), "u1"))[:vocab].astype(np.int8)
+    matrices = {
+        name: given.take(name, size, kind)[None] if given.has(name) else shared_zeros((1, *size), kind)
+        for name, size, kind in zip(
+            _ZERO_AT_FIRST, (shape, shape, shape, shape[:1]), ("f4", "f4", "i1", "f4"), strict=True
+        )
+    }
+    return RecallState(
         **matrices,  # type: ignore[arg-type]
-        recent=take("recent", (recent_states(config), config.components), "f4")[None],  # type: ignore[arg-type]
+        recent=given.take("recent", (recent_states(config), config.components), "f4")[None],  # type: ignore[arg-type]
         keys=keys,  # type: ignore[arg-type]
         tokens=tokens,  # type: ignore[arg-type]
         seen=seen[None],  # type: ignore[arg-type]
-        loss=take("loss", (1,), "f4"),  # type: ignore[arg-type]
+        loss=given.take("loss", (1,), "f4"),  # type: ignore[arg-type]
         losses=np.zeros(1, np.float32),  # type: ignore[arg-type]
         skipped=np.zeros(1, np.int32),  # type: ignore[arg-type]
         written=np.asarray([seen.any()]),  # type: ignore[arg-type]
     )
-    return Sequences(cache, memory)

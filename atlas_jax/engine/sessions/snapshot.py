@@ -1,29 +1,23 @@
 """Snapshots of sessions: versioned, checksummed, bound to one model, and never trusted until checked.
 
-Layout: 8 bytes magic, u32 version, u32 length of the head, SHA-256 of the head; the head, JSON that says whose session this
+Format: 8 bytes magic, u32 version, u32 length of the head, SHA-256 of the head; the head, JSON that says whose session this
 is and what the payload's SHA-256 is; the payload, safetensors whose metadata carries a JSON header. The head alone is
 enough to list a session. Nothing in it is code. Shapes and types are compared with what the engine expects before an array
-is touched, and numbers must be finite and of plausible size. Files are written beside their place, synced, and renamed.
+is touched, and numbers must be finite and of plausible size.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import hashlib
-import os
-import stat
 import struct
-import tempfile
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
 import numpy as np
 
 from atlas_jax import _tensors
-from atlas_jax.engine.api import SnapshotInvalid, StorageFull
+from atlas_jax.engine.api import SnapshotInvalid
 
 MAGIC = b"ATLASNAP"
 VERSION = 2
@@ -39,8 +33,8 @@ class Listing(msgspec.Struct, frozen=True):
       generation: orders everything that was ever done to a session: later changes have greater numbers, on every machine
         whose clock is about right.
       tokens: length of its text.
-      floor: the earliest position to which the state can be set back; a journal after it must not go back further.
-      bytes: of its state in main memory.
+      floor: the earliest position to which the state can be rolled back; a journal after it must not go back further.
+      bytes: of its state in host memory.
       has_state: a caller stored JSON with it.
       window, window_fill, absorbed, updates, last_update: what its memory held, for totals over many sessions.
     """
@@ -148,69 +142,3 @@ def check_array(name: str, array: np.ndarray | None, shape: tuple[int, ...], dty
         if not peak <= _MAX_NORM:
             raise SnapshotInvalid(f"snapshot's '{name}' holds numbers that are not finite or far too large")
     return array
-
-
-def read_file(path: Path, limit: int | None, *, first: int | None = None) -> bytes:
-    """Reads a regular file of at most `limit` bytes, or its `first` bytes, following no link.
-
-    Raises:
-      FileNotFoundError: there is none.
-      SnapshotInvalid: it is something else than a file, or larger.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise SnapshotInvalid("snapshot is not a regular file") from error
-        raise
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise SnapshotInvalid("snapshot is not a regular file")
-        if limit is not None and status.st_size > limit:
-            raise SnapshotInvalid(f"snapshot of {status.st_size} bytes exceeds the limit of {limit}")
-        return file.read(first)
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Any]:
-    """A binary file that replaces `path` when the block ends well, and leaves it alone otherwise.
-
-    Raises:
-      StorageFull: the disk or the quota has no room.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    try:
-        descriptor, name = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise storage_error(error) from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise storage_error(error) from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def storage_error(error: OSError) -> Exception:
-    """What an error of the file system is to a client."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return StorageFull("no space left for session snapshots")
-    return error
-
-
-def sync_folder(folder: Path) -> None:
-    """Brings names made or removed in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

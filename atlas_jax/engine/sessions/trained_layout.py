@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -14,15 +14,16 @@ from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.runner.trained import capacity, session_shape, window
 from atlas_jax.engine.sessions import snapshot
+from atlas_jax.engine.sessions.host_arrays import to_host, to_numpy
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
-from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape, to_host
+from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
 from atlas_jax.memory import MemoryState
 from atlas_jax.model.lm.config import LMConfig
 
 
 @dataclass(frozen=True)
 class TrainedLayout:
-    """Implements `session.Layout` for a trained model.
+    """Implements `layout.Layout` for a trained model.
 
     Attributes:
       state: shapes and types of a row's state.
@@ -70,9 +71,13 @@ class TrainedLayout:
         """The shape of every session."""
         return session_shape()
 
+    def rest(self, checkpoint: Checkpoint) -> Checkpoint:
+        """The same state in host memory."""
+        return replace(checkpoint, row=to_host(checkpoint.row))
+
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         """A state as arrays, by place."""
-        leaves = jax.tree_util.tree_leaves_with_path(to_host(checkpoint.row).cache)
+        leaves = jax.tree_util.tree_leaves_with_path(to_numpy(checkpoint.row).cache)
         return {_name(path): leaf for path, leaf in leaves}
 
     def row(self, shape: SessionShape, position: int, page: int, arrays: Mapping[str, np.ndarray]) -> Sequences:

@@ -18,7 +18,7 @@ from atlas_jax.config import PAGE
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Delta, Event, Failed, Finished, InvalidRequest, SessionKey, SnapshotInvalid
 from atlas_jax.engine.sessions import snapshot
-from atlas_jax.engine.sessions.session import decode_session, encode_session
+from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.gguf import BYTE_VOCAB, GGUFError, byte_vocabulary, write_gguf
 from atlas_jax.memory import presets
 from atlas_jax.model.lm import LMConfig, export_gguf
@@ -343,8 +343,11 @@ def test_a_damaged_state_is_refused(engines: Callable[[str], Engine]) -> None:
     engine = engines("bounded")
     ask(engine, request(SHORT, 4, memory=memory("damaged")))
     layout = engine._table._layout  # type: ignore[union-attr]
-    session = engine.sessions.tiers.entries[SessionKey("owner", "damaged")].session
+    lease = engine.sessions.tiers.acquire(SessionKey("owner", "damaged"))
+    assert lease is not None
+    session = lease.session
     assert session is not None
+    engine.sessions.tiers.release(lease, None, "lru")
     head, header, arrays = snapshot.decode(encode_session(layout, session))
 
     def encoded(arrays: dict[str, np.ndarray]) -> bytes:

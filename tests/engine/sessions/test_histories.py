@@ -160,6 +160,14 @@ def test_a_last_answer_is_given_anew(chat: Chat) -> None:
     assert len(chat.said) == 2
 
 
+def test_a_state_of_text_that_was_edited_away_is_not_gone_on_from(chat: Chat) -> None:
+    """Turn 2 is edited, so that the state after it is rolled back; the next edit lies after where that state had ended."""
+    chat.ask(LONG)
+    chat.ask(*chat.said, user(85, 60))
+    chat.ask(*chat.said[:2], user(86, 205))
+    assert chat.ask(*chat.said[:-1]).history == "rolled_back"
+
+
 def test_a_system_message_is_read_when_it_is_new(chat: Chat) -> None:
     first, second = (("system", tuple(words(seed, 25, 300))) for seed in (6, 7))
     chat.ask(first, LONG)

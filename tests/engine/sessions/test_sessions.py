@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from hypothesis import strategies as st
 from atlas_jax.config import PAGE, ConfigError
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, InvalidRequest, MemoryUnavailable, SessionKey, SessionNotFound
+from atlas_jax.engine.sessions.store import Place
 from tests.engine.offline import Answer, ask, ask_all, memory, request, words
 from tests.patience import PATIENCE
 
@@ -222,7 +224,7 @@ def test_a_damaged_session_is_set_aside_and_all_others_load(
             before.sessions.save_changed()
         else:
             next_turn(before, "s")
-        file = Path(before.sessions.tiers.entries[SessionKey("owner", "s")].stored.name)
+        (file,) = tmp_path.glob(f"*/*/sessions/*/{Place.of(SessionKey('owner', 's')).session}")
         file /= "journal" if "journal" in where else next(file.glob("*.snapshot.atlas")).name
     data = bytearray(file.read_bytes())
     if where == "journal's end":
@@ -275,6 +277,22 @@ def test_a_damaged_export_is_kept_and_what_is_good_of_it_loads(opened: Callable[
         assert kept.read_bytes() == bytes(data)
         assert after.sessions.set_aside("owner")[0].name == kept.name
         assert zipfile.ZipFile(copy).testzip() is None
+
+
+def test_an_export_that_takes_too_long_leaves_the_old_one(opened: Callable[..., Any], tmp_path: Path) -> None:
+    with opened(memory_path=tmp_path) as engine:
+        first_turn(engine, "s", prompt=LONG[:50])
+        engine.sessions.save_all("owner", None)
+        (export,) = tmp_path.rglob(engine.sessions.default_file)
+        before = export.read_bytes()
+        next_turn(engine, "s")
+        with pytest.raises(TimeoutError):
+            engine.sessions._exports.save("owner", None, deadline=time.monotonic())
+        assert export.read_bytes() == before
+        assert [path.name for path in export.parent.iterdir()] == [export.name]
+        assert engine.stats().snapshot_failures == 0
+        engine.sessions.save_all("owner", None)
+        assert export.read_bytes() != before
 
 
 def test_a_save_of_what_has_not_changed_writes_nothing(opened: Callable[..., Any], tmp_path: Path) -> None:

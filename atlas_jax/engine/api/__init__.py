@@ -1,0 +1,82 @@
+"""The seam between engine and server: requests, events, errors, and the facts a server can ask for.
+
+Plain frozen dataclasses, no JAX: the server, its tests and the engine meet here and nowhere else. Values are validated where
+they enter (the server's schemas); the engine only re-checks what it would crash on.
+"""
+
+from atlas_jax.config import MAX_LOGIT_BIAS
+from atlas_jax.engine.api.errors import (
+    EngineError,
+    InvalidRequest,
+    MemoryUnavailable,
+    Overloaded,
+    SessionNotFound,
+    SnapshotInvalid,
+    StorageFull,
+)
+from atlas_jax.engine.api.events import (
+    Delta,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    HistoryEffect,
+    Listener,
+    MemoryStats,
+    Prompt,
+    TokenInfo,
+)
+from atlas_jax.engine.api.info import (
+    EngineStats,
+    LayerMemoryInfo,
+    MemoryInfo,
+    ModelInfo,
+    SaveResult,
+    SessionInfo,
+    SetAside,
+    SlotInfo,
+    StoredFile,
+)
+from atlas_jax.engine.api.protocols import EngineProtocol, Handle, SessionStore, Tokenizer
+from atlas_jax.engine.api.requests import ChatFrame, GenerationRequest, MemoryParams, SamplingParams, SessionKey
+from atlas_jax.engine.memory_options import CacheStrategy
+
+__all__ = [
+    "MAX_LOGIT_BIAS",
+    "CacheStrategy",
+    "ChatFrame",
+    "Delta",
+    "EngineError",
+    "EngineProtocol",
+    "EngineStats",
+    "Event",
+    "Failed",
+    "FinishReason",
+    "Finished",
+    "GenerationRequest",
+    "Handle",
+    "HistoryEffect",
+    "InvalidRequest",
+    "LayerMemoryInfo",
+    "Listener",
+    "MemoryInfo",
+    "MemoryParams",
+    "MemoryStats",
+    "MemoryUnavailable",
+    "ModelInfo",
+    "Overloaded",
+    "Prompt",
+    "SamplingParams",
+    "SaveResult",
+    "SessionInfo",
+    "SessionKey",
+    "SessionNotFound",
+    "SessionStore",
+    "SetAside",
+    "SlotInfo",
+    "SnapshotInvalid",
+    "StorageFull",
+    "StoredFile",
+    "TokenInfo",
+    "Tokenizer",
+]

@@ -1,0 +1,174 @@
+"""What a server can ask of an engine: the model, the sessions, counters and decode slots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelInfo:
+    """The model being served.
+
+    Attributes:
+      name: file name without `.gguf`; the id clients use.
+      fingerprint: identifies weights and tokenizer; snapshots are bound to it.
+      context_length: the model's trained context in tokens.
+      created: Unix seconds (the file's time).
+      memory_dim: numbers of a hidden state that the recall memory's keys keep; None without such a memory.
+      memory_unavailable: why the model is served without a memory although one was asked for, or None.
+      sampling: what the file recommends, by the names of `SamplingParams`; empty where it says nothing.
+    """
+
+    name: str
+    architecture: str
+    fingerprint: str
+    parameters: int
+    size_bytes: int
+    context_length: int
+    vocab_size: int
+    layers: int
+    embedding_size: int
+    memory_layers: tuple[int, ...]
+    state_bytes_per_session: int
+    adapter: str | None
+    created: int
+    memory_dim: int | None = None
+    memory_unavailable: str | None = None
+    sampling: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerMemoryInfo:
+    """One matrix of one session's memory (or means over the sessions asked for).
+
+    Attributes:
+      layer: the transformer layer it belongs to, the best-ranked of its taps.
+      taps: every layer whose state its keys are made of.
+    """
+
+    layer: int
+    taps: tuple[int, ...]
+    norm: float
+    effective_rank: float
+    omega_loss: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MemoryInfo:
+    """State of one session's memory, or totals over an owner's sessions.
+
+    Attributes:
+      window_size, window_fill: tokens of the exact window, and how many of it are held; never more.
+      memory_capacity, memory_used: independent pairs the memory can hold, and how many directions are in use.
+      last_update_time: Unix seconds, or None before the first write.
+    """
+
+    window_size: int
+    window_fill: int
+    memory_capacity: int
+    memory_used: int
+    total_updates: int
+    last_update_time: float | None
+    layers: tuple[LayerMemoryInfo, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionInfo:
+    """One row of a session listing."""
+
+    session_id: str
+    tokens: int
+    bytes: int
+    created: float
+    last_used: float
+    resident: Literal["device", "host", "disk"]
+    has_state: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SetAside:
+    """A stored session or file that cannot be used; it is kept as it is.
+
+    Attributes:
+      name: of the session or file; where damage has made a session's name unreadable, a digest of it.
+    """
+
+    name: str
+    kind: Literal["session", "file"]
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredFile:
+    """One row of a listing of exports; `modified` in Unix seconds."""
+
+    filename: str
+    bytes: int
+    modified: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SaveResult:
+    """What a save wrote."""
+
+    filename: str
+    session_id: str | None
+    bytes: int
+    sessions: int
+    timestamp: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineStats:
+    """Counters since start, and gauges of this moment.
+
+    Attributes:
+      omega_loss_total: of every write that was taken.
+      omega_loss, memory_utilization, window_fill_ratio: of the request with a memory that ended last.
+    """
+
+    requests_total: int
+    requests_running: int
+    requests_waiting: int
+    requests_completed: int
+    requests_failed: int
+    requests_cancelled: int
+    prompt_tokens_total: int
+    cached_tokens_total: int
+    generated_tokens_total: int
+    drafted_tokens_total: int
+    accepted_tokens_total: int
+    tokens_per_second: float
+    steps_total: int
+    step_seconds_total: float
+    compilations_total: int
+    sessions_device: int
+    sessions_host: int
+    sessions_disk: int
+    session_hits: int
+    session_misses: int
+    memory_updates_total: int
+    muon_iterations_total: int
+    writes_skipped_total: int
+    omega_loss_total: float
+    omega_loss: float
+    memory_utilization: float
+    window_fill_ratio: float
+    memory_saves: int
+    memory_loads: int
+    snapshot_failures: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlotInfo:
+    """One decode slot, as `GET /slots` shows it (no text); `owner` is whose request it runs, None in a free one."""
+
+    id: int
+    busy: bool
+    owner: str | None
+    prompt_tokens: int
+    generated_tokens: int
+    session: bool
