@@ -15,12 +15,12 @@ CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psu
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
-  bench-memory mutation documents recall chat-recall log-hour tpu-compile openapi config lock clean
+  bench-memory mutation documents recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-serve: $(VENV)/serve model ## install, bring the default model, serve it with the memory on (ARGS="--port 9000 …")
+serve: $(VENV)/serve model ## install, download the default model, serve it with the memory on (ARGS="--port 9000 …")
 	$(VENV)/bin/atlas-jax serve --model $(MODEL) $(ARGS)
 
 test: $(VENV)/dev model ## install what tests need and run them (ARGS="-k name …")
@@ -39,13 +39,13 @@ readme-check: $(VENV)/dev model ## run every block of README.md as printed, in a
 first-start: ## time the first and the second start of a bare clone, as a newcomer has it, up to the first answer
 	$(PYTHON) -m tools.first_start $(ARGS)
 
-model: $(VENV)/base ## bring the default model (SmolLM2-135M-Instruct, Q4_1)
+model: $(VENV)/base ## download the default model (SmolLM2-135M-Instruct, Q4_1)
 	@$(RUN) tools/fetch_model.py default
 
-gemma: $(VENV)/base ## bring Gemma 3 270M, for tests and benchmarks
+gemma: $(VENV)/base ## download Gemma 3 270M, for tests and benchmarks
 	@$(RUN) tools/fetch_model.py gemma
 
-fit: $(VENV)/dev model ## fit the memory and make the successor table that are shipped for the default model
+fit: $(VENV)/dev model ## fit the memory and make the bigram table that are shipped for the default model
 	$(RUN) -m atlas_jax.recall.fit $(MODEL) --ship
 	$(RUN) -m atlas_jax.engine.fit_bigrams $(MODEL) --ship
 
@@ -66,7 +66,7 @@ recall: $(VENV)/bench model ## facts asked for long after they left the window, 
 
 chat-recall: $(VENV)/bench model ## everyday facts of a long message asked for in a chat: window, memory, everything sent
 	$(RUN) -m benchmarks.corpora --out data/corpora --group documents
-	$(RUN) -m benchmarks.chat_recall $(MODEL) --texts $(CHAT) --output docs/chat_recall.md
+	$(RUN) -m benchmarks.chat_recall $(MODEL) --texts $(CHAT) --output docs/benchmarks/chat_recall.md
 
 log-hour: $(VENV)/bench model ## an hour of ordinary use: the lines of the log by kind; fails where they are more than 30
 	$(RUN) -m benchmarks.log_hour $(MODEL) $(ARGS)
@@ -74,15 +74,15 @@ log-hour: $(VENV)/bench model ## an hour of ordinary use: the lines of the log b
 bench: $(VENV)/bench model gemma ## speed beside llama.cpp, cost of the memory (builds llama-cpp-python: ten minutes once)
 	test -x data/peer/bin/python || ($(PYTHON) -m venv data/peer && CMAKE_ARGS="$(PEER_FLAGS)" data/peer/bin/pip install \
 	  --quiet 'llama-cpp-python>=0.3.16,<0.4' numpy)
-	$(RUN) -m benchmarks.speed $(MODEL) --peer-python data/peer/bin/python --output docs/speed.md
-	$(RUN) -m benchmarks.speed $(GEMMA) --peer-python data/peer/bin/python --output docs/speed_gemma.md
-	$(RUN) -m benchmarks.memory_cost $(MODEL) --output docs/memory_cost.md
+	$(RUN) -m benchmarks.speed $(MODEL) --peer-python data/peer/bin/python --output docs/benchmarks/speed.md
+	$(RUN) -m benchmarks.speed $(GEMMA) --peer-python data/peer/bin/python --output docs/benchmarks/speed_gemma.md
+	$(RUN) -m benchmarks.memory_cost $(MODEL) --output docs/benchmarks/memory_cost.md
 
 endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000 and 128 000 tokens
-	$(RUN) -m benchmarks.endless $(MODEL) --output docs/endless.md
+	$(RUN) -m benchmarks.endless $(MODEL) --output docs/benchmarks/endless.md
 
 load: $(VENV)/bench model ## a hundred streams at once with settings drawn at random: all end, nothing compiles, memory comes back
-	$(RUN) -m benchmarks.load $(MODEL) --output docs/load.md
+	$(RUN) -m benchmarks.load $(MODEL) --output docs/benchmarks/load.md
 
 crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowledged is lost (90 min; needs a C compiler)
 	$(RUN) -m benchmarks.crash rounds --kills 150 --stops 20 --sessions 200
@@ -91,37 +91,43 @@ crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowle
 	$(RUN) -m benchmarks.crash cost --model $(MODEL)
 
 neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
-	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/neighbours.md
+	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/benchmarks/neighbours.md
 
 attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
-	$(RUN) -m benchmarks.attack $(MODEL) --output docs/attack.md $(ARGS)
+	$(RUN) -m benchmarks.attack $(MODEL) --output docs/benchmarks/attack.md $(ARGS)
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
 	  titans-pytorch)
-	$(RUN) -m benchmarks.memory_speed --titans-python data/titans/bin/python --output docs/memory_speed.md
+	$(RUN) -m benchmarks.memory_speed --titans-python data/titans/bin/python --output docs/benchmarks/memory_speed.md
 
-tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic kernels, without a TPU (brings libtpu)
+tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic kernels, without a TPU (installs libtpu)
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[tpu-compile]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/runner/test_tpu_compile.py \
 	  tests/property/test_kernels_tpu_property.py tests/property/test_kernels_tpu_rules_property.py
 
 mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a test notice? (goes on where it stopped)
 	mkdir -p data
-	$(RUN) -m benchmarks.mutate --results data/mutation.jsonl --output docs/mutation.md
+	$(RUN) -m benchmarks.mutate --results data/mutation.jsonl --output docs/benchmarks/mutation.md
+
+docs: $(VENV)/docs ## build the documentation site into build/site, with warnings as errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
+diagrams: ## write docs/images/*.svg, the diagrams of README and DESIGN
+	$(PYTHON) tools/draw_diagrams.py
 
 openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
 	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml
 
-config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, and README's table of the atlas object
+config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, and the atlas object's table in docs/README-atlas.md
 	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --universal --no-emit-index-url \
+	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --universal --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what make has installed and built, not the models
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build .pytest_cache .hypothesis .mypy_cache .ruff_cache
 
 # One virtual environment; each marker file says which extras it holds. Versions are those of requirements.lock.
 $(VENV)/base:
@@ -139,4 +145,8 @@ $(VENV)/dev: $(VENV)/serve pyproject.toml requirements.lock
 
 $(VENV)/bench: $(VENV)/dev
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,plots]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/base pyproject.toml requirements.lock
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[docs]'
 	touch $@

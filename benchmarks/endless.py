@@ -1,6 +1,6 @@
 """What a token costs in a session that has read 2 000, 32 000, 128 000 tokens: time to read, time to write, memory in use.
 
-    python -m benchmarks.endless MODEL.gguf [--lengths 2048 32768 131072] [--rounds 5] [--output docs/endless.md]
+    python -m benchmarks.endless MODEL.gguf [--lengths 2048 32768 131072] [--rounds 5] [--output docs/benchmarks/endless.md]
 
 One session with a window of 512 reads prose in requests of 4 096 tokens. At each length, every round reads 512 more tokens
 and writes 64 more; the table has medians. The ratio is to the first length.

@@ -1,6 +1,7 @@
 """A hundred streams at once with settings drawn at random: do all end, does anything compile, does memory come back?
 
-    python -m benchmarks.load MODEL.gguf [--streams 100] [--rounds 3] [--seed 0] [--output docs/load.md] [flags of the server]
+    python -m benchmarks.load MODEL.gguf [--streams 100] [--rounds 3] [--seed 0] [--output docs/benchmarks/load.md]
+        [flags of the server]
 
 Every round begins half of its streams as sessions, asks all streams at once, asks again with the same sessions (their
 second turn) and other plain requests, and deletes the sessions. Ends with 1 and says why if a stream did not end as it

@@ -1,7 +1,7 @@
 """What the memory costs: speed with it beside the same window without it, in turns, in one engine.
 
     python -m benchmarks.memory_cost MODEL.gguf [--tests prompt:4096 decode:16x1024 ...] [--rounds 5]
-        [--output docs/memory_cost.md]
+        [--output docs/benchmarks/memory_cost.md]
 
 Tests are those of `speed.py`; texts are longer than the window of 512 tokens, so the memory has been written and is read.
 "Without" is the same request with `read` and `write` off. The table has medians, least and most, and what the memory takes

@@ -1,6 +1,6 @@
 """Tokens per second of every memory preset, forward and with backward, beside titans-pytorch at equal sizes.
 
-    python -m benchmarks.memory_speed --titans-python PATH_TO_PYTHON --output docs/memory_speed.md
+    python -m benchmarks.memory_speed --titans-python PATH_TO_PYTHON --output docs/benchmarks/memory_speed.md
 
 Every contender is a layer on [batch, T, dim]: projections to q, k, v and gates, then one memory of width dim; an MLP
 memory has two layers and 4·dim hidden units. Batch, chunks, cores and float32 are the same for both sides. All are

@@ -1,6 +1,6 @@
 """Mutation check of the memory rules: breaks the code one small way at a time and looks whether a test notices.
 
-    python -m benchmarks.mutate --output docs/mutation.md
+    python -m benchmarks.mutate --output docs/benchmarks/mutation.md
 
 Mutants are made on the syntax tree: changed operators, dropped factors, gates and signs, shifted comparison edges,
 offsets and constants, swapped branches. One process that has jax and the tests loaded imports each in the place of the

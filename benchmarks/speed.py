@@ -1,7 +1,7 @@
 """Our engine and llama.cpp in turns on the same file: reading a prompt, and greedy decoding with several streams.
 
     python -m benchmarks.speed MODEL.gguf [--peer-python PYTHON] [--tests prompt:512 decode:16x256 chat ...] [--rounds 5]
-        [--output docs/speed.md]
+        [--output docs/benchmarks/speed.md]
 
 Tests are `prompt:TOKENS`, `decode:STREAMSxCONTEXT` (prose, a place of its own for every stream), and three of a single
 stream that show what drafts bring: `chat` (ordinary questions), `prose` (text to be continued) and `repetitive` (a text to

@@ -1,6 +1,6 @@
 """Where a decode step's time goes, against what reading its weights from memory must take.
 
-    python -m benchmarks.step_time MODEL.gguf [--steps 1x1 1x3 16x1] [--output docs/step_time.md]
+    python -m benchmarks.step_time MODEL.gguf [--steps 1x1 1x3 16x1] [--output docs/benchmarks/step_time.md]
 
 A step is ROWSxTOKENS. Parts are timed on their own, programs of the same functions the engine compiles: the products of
 all layers with their norms and gates, their attention, all layers in groups, the head's product, the choice of a token.

@@ -1,3 +1,4 @@
+# ruff: noqa: E402
 # %% [markdown]
 # # A memory that learns while it reads
 #
@@ -72,9 +73,9 @@ for name, features in {"degree 1": Features(), "degree 2": Features(kind="polyno
 # and the gates; here a few steps on one sentence, to show the pieces.
 
 # %%
-from atlas_jax.gguf._writer import BYTE_VOCAB, byte_vocabulary  # noqa: E402
+from atlas_jax.gguf import BYTE_VOCAB, byte_vocabulary
 from atlas_jax.model.lm import LMConfig, export_gguf, import_gguf, init_params, parameter_count, text_batches
-from atlas_jax.model.lm.training import TrainConfig, train  # noqa: E402
+from atlas_jax.model.lm.training import TrainConfig, train
 
 text = b"what is read at test time is learned at test time. " * 20
 model = LMConfig(

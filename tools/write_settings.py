@@ -1,5 +1,5 @@
 """Writes examples/atlas-config.json, every setting at its default, examples/atlas-config.md, what each one does, and the
-table of the `atlas` object in README.md.
+table of the `atlas` object in docs/README-atlas.md.
 
 python tools/write_settings.py [--folder examples]
 """
@@ -7,6 +7,7 @@ python tools/write_settings.py [--folder examples]
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from server.config.settings import Settings
 from server.config.sources import Option, options
 from server.schemas.atlas import AtlasDefaults, AtlasOptions
 
-_README = Path(__file__).parents[1] / "README.md"
+_DOCUMENT = Path(__file__).parents[1] / "docs" / "README-atlas.md"
 _TABLE = ("<!-- written by make config -->", "<!-- end -->")
 _MODEL = "data/models/SmolLM2-135M-Instruct.Q4_1.gguf"
 _INTRODUCTION = """# Every setting
@@ -51,7 +52,7 @@ def reference() -> str:
         out.append(f"\n## `{section}`\n\n| key | default | flag | environment | |\n|---|---|---|---|---|\n")
         for one in members:
             default = msgspec.json.encode(one.default).decode()
-            text = one.help.replace("|", "\\|")
+            text = re.sub(r"[|\[\]<]", r"\\\g<0>", one.help)  # a table's cell is Markdown, a help text is not
             out.append(f"| `{one.path[-1]}` | `{default}` | `{one.flag}` | `{one.env}` | {text} |\n")
     return "".join(out)
 
@@ -96,7 +97,7 @@ def main() -> None:
     folder: Path = parser.parse_args().folder
     (folder / "atlas-config.json").write_text(configuration(), "utf-8")
     (folder / "atlas-config.md").write_text(reference(), "utf-8")
-    _README.write_text(with_table(_README.read_text("utf-8")), "utf-8")
+    _DOCUMENT.write_text(with_table(_DOCUMENT.read_text("utf-8")), "utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""GGUF files: bounded reading, weights, tokenizers and chat templates; NumPy only."""
+"""GGUF files: bounded reading, writing, weights, tokenizers and chat templates; NumPy only."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from atlas_jax.gguf._metadata import get, require
 from atlas_jax.gguf._reader import GGUFFile
 from atlas_jax.gguf._recommended import recommended_sampling
 from atlas_jax.gguf._tokenizer import StreamDecoder, Tokenizer
+from atlas_jax.gguf._writer import BYTE_VOCAB, byte_vocabulary, write_gguf
 
 __all__ = [
+    "BYTE_VOCAB",
     "FALLBACK_TEMPLATE",
     "ChatTemplate",
     "GGUFError",
@@ -19,7 +21,9 @@ __all__ = [
     "TemplateError",
     "TensorInfo",
     "Tokenizer",
+    "byte_vocabulary",
     "get",
     "recommended_sampling",
     "require",
+    "write_gguf",
 ]

@@ -1,7 +1,7 @@
 """Runs attacks on a real server and says what each has done to it.
 
     python -m benchmarks.attack MODEL.gguf [--only NAME …] [--quick] [--seconds 180] [--seed 0] [--list]
-                                [--output docs/attack.md] [flags of the server]
+                                [--output docs/benchmarks/attack.md] [flags of the server]
 
 `--only` takes names of attacks and of families. Ends with 1 if an attack ended the server, lost a session, took more
 memory than it may, slowed a neighbour to a third or found anything else that must not be.
@@ -44,6 +44,8 @@ def main() -> None:
     if args.model is None:
         parser.error("which model?")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers are ended as well
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup's, which the servers would have too
+        signal.signal(signal.SIGHUP, lambda *_: None)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     rows: list[Row] = []

@@ -118,9 +118,12 @@ def main() -> None:
     one.add_argument("--bar", type=float, default=0.02, help="share that persistence may take")
     one.set_defaults(run=cost)
     args, flags = parser.parse_known_args()
-    # a shell's background jobs ignore Ctrl-C, and so would the servers
+    # a shell's background jobs ignore Ctrl-C, and nohup's a hang-up; so would the servers, which begin with the defaults of
+    # whatever has a handler here
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, lambda *_: None)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the servers end with this process
     if args.keep:
         args.keep.mkdir(parents=True)

@@ -20,8 +20,8 @@ PAPERS = (
     "kernels.omega",
     "kernels.newton_schulz",
     "kernels.feature_maps",
-    "memory.rules.presets",
-    "memory.rules._exact",
+    "memory.presets",
+    "memory._exact",
 )
 _PROMISE = re.compile(r"raise|refuse", re.IGNORECASE)
 

@@ -88,6 +88,6 @@ def test_bounds_are_found() -> None:
     assert {name for name, *_ in bounds()} >= {"blend_ratio", "memory_layers", "learning_rate", "batch_size"}
 
 
-def test_the_readmes_table_is_the_schema() -> None:
-    text = (ROOT / "README.md").read_text("utf-8")
-    assert write_settings.with_table(text) == text, "run `make config` and commit README.md"
+def test_the_documents_table_is_the_schema() -> None:
+    text = (ROOT / "docs" / "README-atlas.md").read_text("utf-8")
+    assert write_settings.with_table(text) == text, "run `make config` and commit docs/README-atlas.md"

@@ -27,7 +27,7 @@ _LEAST_REPEAT_PENALTY = 1e-6
 _NEVER = 2**31 - 1
 _ASKED_LOG_ODDS = float(np.log(9.0))
 """Added to the gate's log odds in an answer to somebody. As calibrated, on running text, the gate let one of 120 answers in
-chats have the fact they asked for, with this 22 (docs/chat_recall.md)."""
+chats have the fact they asked for, with this 22 (docs/benchmarks/chat_recall.md)."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ is ever the only copy of a session.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -51,6 +52,7 @@ class Exports:
         self._readable: set[File] = set()
         self._set_aside: dict[str, dict[str, str]] = {}
         self._next: dict[str, float] = {}
+        self._writing: dict[File, threading.Lock] = {}
 
     def files(self, owner: str) -> tuple[StoredFile, ...]:
         """The owner's exports."""
@@ -77,8 +79,19 @@ class Exports:
           StorageFull, MemoryUnavailable: as `api.SessionStore`.
           TimeoutError: it was not written in time; the old file is there.
         """
-        store = self._persistence.store()
         name = filename or self.default_file
+        with self._index.lock:
+            writing = self._writing.setdefault((owner, name), threading.Lock())
+        # one after the other: an older list of sessions written last would bring back what was deleted in between
+        if not writing.acquire(timeout=-1 if deadline is None else max(0.0, deadline - time.monotonic())):
+            raise TimeoutError("Another export was being written")
+        try:
+            return self._save(owner, name, deadline)
+        finally:
+            writing.release()
+
+    def _save(self, owner: str, name: str, deadline: float | None) -> SaveResult:
+        store = self._persistence.store()
         old = store.find_export(owner, name)
         with self._index.lock:
             chosen = [entry for entry in self._index.entries(owner) if entry.problem is None]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from atlas_jax.gguf._writer import BYTE_VOCAB, byte_vocabulary
+from atlas_jax.gguf import BYTE_VOCAB, byte_vocabulary
 from atlas_jax.memory import PRESETS
 from atlas_jax.model.lm.config import LAYER_KINDS, MEMORY_KINDS, LMConfig
 from atlas_jax.model.lm.data import text_batches

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import ConfigError
-from atlas_jax.gguf import GGUFError, GGUFFile
-from atlas_jax.gguf._writer import Value, write_gguf
+from atlas_jax.gguf import GGUFError, GGUFFile, write_gguf
+from atlas_jax.gguf._writer import Value
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.model import LMParams, init_params
 from atlas_jax.model.loading import model_config
@@ -54,7 +54,7 @@ def export_gguf(
 
     Args:
       params: as `split` gives them.
-      tokenizer: `tokenizer.ggml.*` metadata, such as `atlas_jax.gguf._writer.byte_vocabulary()`.
+      tokenizer: `tokenizer.ggml.*` metadata, such as `atlas_jax.gguf.byte_vocabulary()`.
 
     Raises:
       ValueError: the parameters are not those of the configuration.

@@ -19,8 +19,7 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Delta, Event, Failed, Finished, InvalidRequest, SessionKey, SnapshotInvalid
 from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
-from atlas_jax.gguf import GGUFError
-from atlas_jax.gguf._writer import BYTE_VOCAB, byte_vocabulary, write_gguf
+from atlas_jax.gguf import BYTE_VOCAB, GGUFError, byte_vocabulary, write_gguf
 from atlas_jax.memory import presets
 from atlas_jax.model.lm import LMConfig, export_gguf
 from atlas_jax.model.lm.export import CONFIG_KEY

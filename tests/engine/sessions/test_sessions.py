@@ -10,6 +10,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from hypothesis import strategies as st
 from atlas_jax.config import PAGE, ConfigError
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, InvalidRequest, MemoryUnavailable, SessionKey, SessionNotFound
+from atlas_jax.engine.sessions import exports
 from atlas_jax.engine.sessions.store import Place
 from tests.engine.offline import Answer, ask, ask_all, memory, request, words
 from tests.patience import PATIENCE
@@ -293,6 +295,37 @@ def test_an_export_that_takes_too_long_leaves_the_old_one(opened: Callable[..., 
         assert engine.stats().snapshot_failures == 0
         engine.sessions.save_all("owner", None)
         assert export.read_bytes() != before
+
+
+def test_an_older_export_never_takes_the_place_of_a_newer_one(
+    opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a session was deleted in between, the next start would bring it back from the older one."""
+    begun, go_on = threading.Event(), threading.Event()
+    write = exports.archive.write
+
+    def slow_at_first(*args: Any) -> Any:
+        found = write(*args)
+        if not begun.is_set():
+            begun.set()
+            go_on.wait(PATIENCE)
+        return found
+
+    with opened(memory_path=tmp_path) as engine, ThreadPoolExecutor(2) as pool:
+        for name in ("stays", "goes"):
+            first_turn(engine, name)
+        monkeypatch.setattr(exports.archive, "write", slow_at_first)
+        older = pool.submit(engine.sessions.save_all, "owner", None)
+        assert begun.wait(PATIENCE)
+        engine.sessions.delete("owner", "goes")
+        newer = pool.submit(engine.sessions.save_all, "owner", None)
+        time.sleep(0.2)  # enough for it to overtake the older one where it may
+        go_on.set()
+        older.result(PATIENCE)
+        newer.result(PATIENCE)
+    with opened(memory_path=tmp_path) as engine:
+        engine.sessions.load_default("owner")
+        assert [one.session_id for one in engine.sessions.list("owner")] == ["stays"]
 
 
 def test_a_save_of_what_has_not_changed_writes_nothing(opened: Callable[..., Any], tmp_path: Path) -> None:

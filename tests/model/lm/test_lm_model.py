@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.config import ConfigError
-from atlas_jax.gguf import GGUFError, GGUFFile, Tokenizer
-from atlas_jax.gguf._writer import BYTE_VOCAB, byte_vocabulary, write_gguf
+from atlas_jax.gguf import BYTE_VOCAB, GGUFError, GGUFFile, Tokenizer, byte_vocabulary, write_gguf
 from atlas_jax.memory import Features, MemoryRule, presets
 from atlas_jax.model import transformer
 from atlas_jax.model.kv_cache import init_kv_cache, ring_view
