@@ -108,7 +108,7 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
     memory, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
     weights = Weights(params, adapter, jnp.asarray(bigram_table.find(cache, fingerprint, model.vocab)))
     buckets = _buckets(config, context, memory)
-    step_config = StepConfig(model, memory, kernel_choice.chosen(), tuple(sorted(tokenizer.eog_ids)))
+    step_config = StepConfig(model, memory, kernel_choice.chosen())
     runner = PretrainedRunner(step_config, weights, config.kv_dtype, buckets, mesh_layout)
     info = _info(
         file,

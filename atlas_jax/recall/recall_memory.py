@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from atlas_jax.config import MemoryConfig
 from atlas_jax.kernels.cpu import ffi, library
@@ -33,8 +32,6 @@ from atlas_jax.recall.solvers import Optimizer, omega_step, product
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 _MIN_SCORE = -2.0
-_MOST_LIFTED = 0.999
-"""Gate up to which an end of the answer keeps what the model gives it."""
 
 
 @jax.tree_util.register_dataclass
@@ -371,24 +368,6 @@ def blend(
     g = jnp.where(heard, jax.nn.sigmoid(odds), 0.0)
     mixed = (1.0 - g)[..., None] * (weight / mass[..., None]) + g[..., None] * memory_distribution(score)
     return jnp.where(heard[..., None], jnp.log(jnp.maximum(mixed, 1e-37)), logits), g
-
-
-def keep_endings(
-    mixed: Float[Array, "B T V"], gate: Float[Array, "B T"], ends: tuple[int, ...]
-) -> Float[Array, "B T V"]:
-    """A mixture in which tokens that end an answer are at least as likely as the model alone has them.
-
-    A memory holds texts that went on where an answer should end: half of its share is enough for an answer to run on into
-    them. Where the gate is 0 the logits are as they came, bit for bit; where it is 1 only the memory speaks.
-
-    Args:
-      ends: ids of those tokens.
-    """
-    if not ends:
-        return mixed
-    # the model's share of the mixture is 1 − g of what it was
-    lift = -jnp.log1p(-jnp.minimum(gate, _MOST_LIFTED))
-    return mixed.at[..., np.asarray(ends)].add(lift[..., None])
 
 
 def _window_features(adapter: Adapter, key: Float[Array, "W R"], degree: Int32[Array, ""]) -> Float[Array, "W M"]:

@@ -194,27 +194,6 @@ def test_gradient_and_muon_writes_descend(
     assert not np.asarray(state.skipped).any()
 
 
-@settings(max_examples=50, deadline=None)
-@given(seeds, st.sets(st.integers(0, VOCAB - 1), max_size=3), st.floats(0, 1))
-def test_an_end_is_as_likely_as_the_model_has_it(seed: int, ends: set[int], share: float) -> None:
-    random = np.random.default_rng(seed)
-    model, memory = random.dirichlet(np.full(VOCAB, 0.3), (2, 3, 2))
-    gate = np.where(random.random((3, 2)) < 0.3, 0.0, share)
-    raw = random.normal(size=(3, 2, VOCAB)).astype(np.float32)
-    mixture = np.log((1 - gate[..., None]) * model + gate[..., None] * memory + 1e-30)
-    logits = np.where(gate[..., None] == 0, raw, mixture).astype(np.float32)
-    found = np.asarray(
-        recall_memory.keep_endings(jnp.asarray(logits), jnp.asarray(gate, jnp.float32), tuple(sorted(ends)))
-    )
-    others = [token for token in range(VOCAB) if token not in ends]
-    assert np.array_equal(found[..., others], logits[..., others])
-    assert np.array_equal(found[gate == 0], logits[gate == 0])
-    if share <= 0.999:
-        for token in ends:
-            least = np.log(model[..., token] + 1e-30)[gate > 0]
-            assert (found[..., token][gate > 0] >= least - 1e-3).all()
-
-
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seeds, degrees, st.sampled_from(["gradient", "muon"]), st.sampled_from([30.0, 1e4, 1e20, 1e38]), st.booleans())
 def test_a_step_that_diverges_is_not_taken(

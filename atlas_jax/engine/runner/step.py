@@ -47,13 +47,11 @@ class StepConfig:
 
     Attributes:
       kernels: which of our kernels the functions use.
-      end_tokens: tokens that end an answer.
     """
 
     model: ModelConfig
     memory: MemoryConfig | None
     kernels: KernelChoice = ALL_KERNELS
-    end_tokens: tuple[int, ...] = ()
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -301,8 +299,7 @@ def _predict(
     if memory is None or adapter is None:
         return None, scores, jnp.zeros(positions.shape, jnp.float32)
     memory, key = recall_memory.observe(adapter, memory, settings, tapped, tokens, positions, valid)
-    mixed, gate = recall_memory.read(adapter, memory, settings, key, scores, positions, valid)
-    return memory, recall_memory.keep_endings(mixed, gate, config.end_tokens), gate
+    return memory, *recall_memory.read(adapter, memory, settings, key, scores, positions, valid)
 
 
 def extract(batch: State, row: Int32[Array, ""]) -> State:
