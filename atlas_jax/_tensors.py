@@ -1,4 +1,4 @@
-"""A JSON header and named arrays in one safetensors file: the form of adapters, successor tables and snapshots."""
+"""A JSON header and named arrays in one safetensors file: the form of adapters, bigram tables and snapshots."""
 
 from __future__ import annotations
 

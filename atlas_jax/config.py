@@ -159,7 +159,8 @@ class MemoryConfig:
 
     Attributes:
       layers: layers whose output may be tapped, best-ranked first; a request uses the first `memory_layers` of them.
-      components: numbers kept of a tapped state; a memory key is that many of the state and as many of its trail.
+      components: numbers kept of a tapped state; a memory key is that many of the state and as many of the decaying mean of
+        those before.
       features: polynomial features, the pairs one memory can hold exactly.
       code_dim: dimensions of a token's value code.
       max_window: most tokens any request may attend exactly.
@@ -202,7 +203,7 @@ class MemoryConfig:
 
     @property
     def key_size(self) -> int:
-        """Numbers in a memory key: a state and its trail."""
+        """Numbers in a memory key: a state and the decaying mean of those before."""
         return 2 * self.components
 
     @property

@@ -3,7 +3,7 @@
     python -m benchmarks.drafts MODEL.gguf [--without-table]
 
 Answers of 160 tokens to the `chat` and `prose` prompts of `benchmarks/speed.py`, and to more questions and texts. No
-successor table was made from any of them.
+bigram table was made from any of them.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def tokens_per_step(engine: Engine, asked: Sequence[Sequence[int]]) -> float:
 
 
 def unknown(cache: Path, fingerprint: str, vocab: int) -> np.ndarray:
-    """A successor table of a model that nobody has made one for."""
+    """A bigram table of a model that nobody has made one for."""
     return np.full((vocab,), NONE, np.int32)
 
 

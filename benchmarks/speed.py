@@ -1,4 +1,4 @@
-"""Our engine and llama.cpp in turns on the same file: reading a prompt, and greedy decoding with several streams.
+"""Our engine and llama.cpp in turns on the same file: prefill, and greedy decoding with several streams.
 
     python -m benchmarks.speed MODEL.gguf [--peer-python PYTHON] [--tests prompt:512 decode:16x256 chat ...] [--rounds 5]
         [--output docs/benchmarks/speed.md]

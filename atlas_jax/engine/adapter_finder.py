@@ -65,7 +65,7 @@ class AdapterFinder:
         """Looks for nothing yet.
 
         Args:
-          memory_dim: of the memory; None takes that of the adapter a user gives, else `calibrate.DEFAULT_DIM`.
+          memory_dim: of the memory; None takes that of the adapter a user gives, else `calibration.DEFAULT_DIM`.
 
         Raises:
           ConfigError: no memory of this model can have this `max_window` or `memory_dim`.

@@ -1,4 +1,4 @@
-"""Makes the successor table that a model's drafts fall back on, from what the model writes by itself.
+"""Makes the bigram table that a model's drafts fall back on, from what the model writes by itself.
 
     python -m atlas_jax.engine.fit_bigrams MODEL.gguf [--ship | --cache FOLDER] [--tokens N] [--seed SEED]
 

@@ -11,7 +11,7 @@ _EVERY_SECONDS = 10.0
 
 
 class ProgressLog:
-    """Tells of the stages of one piece of work, at most once in ten seconds; call it as a `reading.Progress`.
+    """Tells of the stages of one piece of work, at most once in ten seconds; call it as a `collect_states.Progress`.
 
     Args:
       what: begins every line.

@@ -15,9 +15,9 @@ from atlas_jax.kernels.monomials import MonomialTable, feature_count, monomial_t
 from atlas_jax.typing import Array, Float, Int32
 
 GATE_FEATURES = 4
-TRAIL_DECAY = 0.75
-TRAIL_LENGTH = 16
-"""The trail of a token is the mean of the states before it with weights 1, 0.75, 0.75², … 0.75¹⁵."""
+MEAN_DECAY = 0.75
+MEAN_LENGTH = 16
+"""The decaying mean of a token is that of the states before it, with weights 1, 0.75, 0.75², … 0.75¹⁵."""
 _CODE_SEED = 0x41544C4153
 
 
@@ -33,7 +33,7 @@ class Adapter:
         (the last index: none, a zero).
       factors, feature_weight: monomials of each degree over a key's components (see `MonomialTable`).
       codes: [V, C], ±1/√C; token v's value code is row v.
-      gate: weights of the gate's features, see `recall.gate_features`.
+      gate: weights of the gate's features, see `recall_memory.gate_features`.
     """
 
     mean: Float[Array, "A E"]
@@ -117,13 +117,13 @@ def _shares(total: int, parts: int) -> list[int]:
 
 
 def _monomials(dim: int, components: int, degree: int) -> MonomialTable:
-    """The monomials of `recall.kernel` in keys whose halves use their first `dim` of `components` numbers."""
+    """The monomials of `recall_memory.kernel` in keys whose halves use their first `dim` of `components` numbers."""
     if degree == 1:
         index = np.concatenate([np.arange(dim), components + np.arange(dim)]).astype(np.int32)
         return MonomialTable(index[:, None], np.full(2 * dim, math.sqrt(0.5), np.float32))
     states = monomial_table(dim, _homogeneous(degree - 1))
-    trail = np.tile(components + np.arange(dim, dtype=np.int32), len(states.weight))
-    factors = np.concatenate([np.repeat(states.factors, dim, axis=0), trail[:, None]], axis=1)
+    mean = np.tile(components + np.arange(dim, dtype=np.int32), len(states.weight))
+    factors = np.concatenate([np.repeat(states.factors, dim, axis=0), mean[:, None]], axis=1)
     return MonomialTable(factors, np.repeat(states.weight, dim))
 
 

@@ -120,7 +120,7 @@ def calibration_texts() -> list[str]:
 
 
 def probe_filler() -> str:
-    """Prose that comes with the library, to hide facts in."""
+    """Prose that comes with the library, to use as a haystack."""
     return (resources.files("atlas_jax.recall") / "texts" / "prose.txt").read_text("utf-8")
 
 

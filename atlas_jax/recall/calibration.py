@@ -22,7 +22,7 @@ from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, ConfigError, MemoryConfig,
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.recall import recall_memory
-from atlas_jax.recall.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, make_adapter, value_codes
+from atlas_jax.recall.adapter import GATE_FEATURES, MEAN_DECAY, MEAN_LENGTH, Adapter, make_adapter, value_codes
 from atlas_jax.recall.collect_states import WINDOW, Progress, Reading, read_texts, whole_pages
 from atlas_jax.recall.probe import Probe
 from atlas_jax.recall.recall_memory import WriteSettings
@@ -159,16 +159,18 @@ class _KeyMap:
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
         z = (states - self.mean) @ self.projection
-        halves = (part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-6) for part in (z, _trail(z)))
+        halves = (
+            part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-6) for part in (z, _decaying_mean(z))
+        )
         return np.concatenate(list(halves), axis=1)
 
 
-def _trail(z: np.ndarray) -> np.ndarray:
-    padded = np.concatenate([np.zeros((TRAIL_LENGTH, z.shape[1]), z.dtype), z])
-    weight = TRAIL_DECAY ** np.arange(TRAIL_LENGTH, dtype=np.float32)
+def _decaying_mean(z: np.ndarray) -> np.ndarray:
+    padded = np.concatenate([np.zeros((MEAN_LENGTH, z.shape[1]), z.dtype), z])
+    weight = MEAN_DECAY ** np.arange(MEAN_LENGTH, dtype=np.float32)
     out = np.zeros_like(z)
-    for back in range(1, TRAIL_LENGTH + 1):
-        out += weight[back - 1] * padded[TRAIL_LENGTH - back :][: len(z)]
+    for back in range(1, MEAN_LENGTH + 1):
+        out += weight[back - 1] * padded[MEAN_LENGTH - back :][: len(z)]
     return out
 
 

@@ -115,7 +115,7 @@ class Judge:
             peak = row_max(scores)
             shifted = scores - peak[:, None]
             weight = jnp.exp(shifted)
-            # plain sums: those of `kernels.reduce` would keep what they add, and take three times as long
+            # plain sums: those of `kernels.reductions` would keep what they add, and take three times as long
             return peak, weight.sum(axis=1), (weight * shifted).sum(axis=1), scores[jnp.arange(place.size), place]
 
         self._glance = glance

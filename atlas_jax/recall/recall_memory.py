@@ -1,8 +1,8 @@
 """The recall memory: what a session has read, held in one matrix of fixed size, without training.
 
-Key: the residual stream after a layer, mapped to a few whitened components and to unit length, and the same of its trail,
-a decaying mean of the states before. Value: a random code of the token that came next. φ: the monomials of one degree
-that join state and trail (`kernel`). A page that leaves the attention window is written by
+Key: the residual stream after a layer, mapped to a few whitened components and to unit length, and the same of a decaying
+mean of the states before it. Value: a random code of the token that came next. φ: the monomials of one degree that join
+state and mean (`kernel`). A page that leaves the attention window is written by
 reducing the Omega objective (ATLAS, arXiv 2505.23735, equation 9) over the last `omega_window` tokens that have left,
 
     min_M  Σᵢ γᵢ ‖M φ(kᵢ) − vᵢ‖²,      γᵢ ∈ {0, 1},
@@ -10,7 +10,7 @@ reducing the Omega objective (ATLAS, arXiv 2505.23735, equation 9) over the last
 to its minimum (exact), by steepest descent (OmegaNet, equation 10) or by orthogonalised momentum (ATLAS with Muon,
 equations 32–33). It is read at the head: s = M φ(k)·code(v) scores every token v the session has seen.
 
-The steps are in `memory.inner_step`. Batched states are slices of the same row functions.
+The steps are in `recall.solvers`. Batched states are slices of the same row functions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from atlas_jax.kernels.linear import linear, quantize_rows, rows_of
 from atlas_jax.kernels.monomials import window_monomials
 from atlas_jax.kernels.recall_features import read_out
 from atlas_jax.kernels.reductions import row_max, row_sum
-from atlas_jax.recall.adapter import TRAIL_DECAY, TRAIL_LENGTH, Adapter
+from atlas_jax.recall.adapter import MEAN_DECAY, MEAN_LENGTH, Adapter
 from atlas_jax.recall.solvers import Optimizer, omega_step, product
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
@@ -73,7 +73,7 @@ class RecallSettings:
     Attributes:
       layers: index of the number of layers in use, less one.
       degree: polynomial degree, less one.
-      read: whether the memory takes part in the answer at all.
+      read: whether the memory is read in the answer at all.
       read_from: position from which it does (`warmup_tokens`).
       log_odds: ln(blend / (1 − blend)), added to the gate's log odds.
     """
@@ -104,12 +104,12 @@ class WriteSettings:
 
 
 def recent_states(config: MemoryConfig) -> int:
-    """States kept for trails: as many as one needs, and as many as a row can be set back by without reading again.
+    """States kept for decaying means: as many as one needs, and as many as a row can be set back by without reading again.
 
-    That is to where the memory was last written, at most one write's tokens. A shorter ring would leave trails of what came
+    That is to where the memory was last written, at most one write's tokens. A shorter ring would leave means of what came
     after in the place of what came before.
     """
-    return config.max_omega_window + TRAIL_LENGTH
+    return config.max_omega_window + MEAN_LENGTH
 
 
 def init_state(config: MemoryConfig, batch: int, vocab: int) -> RecallState:
@@ -169,35 +169,35 @@ def keys(
     tapped: tuple[Float[Array, "B T E"], ...],
     positions: Int32[Array, "B T"],
 ) -> tuple[Float[Array, "B T R"], Float[Array, "B T Z"]]:
-    """Keys of a step's tokens, and the components they are made of, which later tokens' trails need.
+    """Keys of a step's tokens, and the components they are made of, which later tokens' decaying means need.
 
-    A key is two unit vectors: the token's own state in the tapped layers, and its trail: a decaying mean of the states of
-    the tokens before, the training-free counterpart of ATLAS's short convolution on keys. The trail tells apart places
-    where the same is being said of different things. The first token of a text has no trail.
+    A key is two unit vectors: the token's own state in the tapped layers, and a decaying mean of the states of
+    the tokens before, the training-free counterpart of ATLAS's short convolution on keys. The mean tells apart places
+    where the same is being said of different things. The first token of a text has none.
     """
     batch, length = positions.shape
     row = jnp.arange(batch)[:, None]
     taps = [linear(adapter.projection[i].T, h - adapter.mean[i]) for i, h in enumerate(tapped)]
     tables = jnp.concatenate([*taps, jnp.zeros((batch, length, 1))], axis=2)
     z = jnp.take_along_axis(tables, adapter.select[settings.layers, settings.degree][:, None, :], axis=2)
-    before = positions[:, :1] - TRAIL_LENGTH + jnp.arange(TRAIL_LENGTH)
+    before = positions[:, :1] - MEAN_LENGTH + jnp.arange(MEAN_LENGTH)
     past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None]
     extended = jnp.concatenate([past, z], axis=1)
-    trail = jnp.zeros_like(z)
-    for back in range(1, TRAIL_LENGTH + 1):
-        start = TRAIL_LENGTH - back
-        trail = trail + TRAIL_DECAY ** (back - 1) * extended[:, start : start + length]
+    mean = jnp.zeros_like(z)
+    for back in range(1, MEAN_LENGTH + 1):
+        start = MEAN_LENGTH - back
+        mean = mean + MEAN_DECAY ** (back - 1) * extended[:, start : start + length]
 
     def unit(part: jax.Array) -> jax.Array:
         return part * jax.lax.rsqrt(jnp.maximum(row_sum(part * part), 1e-12))[..., None]
 
-    return jnp.concatenate([unit(z), unit(trail)], axis=2), z
+    return jnp.concatenate([unit(z), unit(mean)], axis=2), z
 
 
 def kernel(
     a: Float[Array, "*rows n R"], b: Float[Array, "*rows m R"], degree: Int32[Array, ""]
 ) -> Float[Array, "*rows n m"]:
-    """φ(a)·φ(b): (s·s′)ᵖ⁻¹(t·t′) for keys of states s and trails t, and their mean (s·s′ + t·t′)/2 at p = 1.
+    """φ(a)·φ(b): (s·s′)ᵖ⁻¹(t·t′) for keys of states s and means t, and their mean (s·s′ + t·t′)/2 at p = 1.
 
     A product asks for both, where all monomials of the joined key would be content with either. With as many features,
     facts asked for 2 000 tokens later are found again for 0.97 of their digits instead of 0.87 in the same words, 0.75
@@ -208,9 +208,9 @@ def kernel(
     """
     size = a.shape[-1] // 2
     state = jnp.einsum("...nz,...mz->...nm", a[..., :size], b[..., :size])
-    trail = jnp.einsum("...nz,...mz->...nm", a[..., size:], b[..., size:])
-    joined = jnp.where(degree == 2, state * state, state) * trail
-    return jnp.where(degree == 0, (state + trail) / 2, joined)
+    mean = jnp.einsum("...nz,...mz->...nm", a[..., size:], b[..., size:])
+    joined = jnp.where(degree == 2, state * state, state) * mean
+    return jnp.where(degree == 0, (state + mean) / 2, joined)
 
 
 def remember(
@@ -296,7 +296,7 @@ def read(
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
-    """What comes after each token with the memory's word: `blend` of the model's logits and the memory's `scores`.
+    """What comes after each token: `blend` of the model's logits and the memory's next-token distribution by its `scores`.
 
     Where the memory takes no part, or nothing has been written yet, the logits come back as they are and the gate is 0.
     """
@@ -371,5 +371,5 @@ def blend(
 
 
 def _window_features(adapter: Adapter, key: Float[Array, "W R"], degree: Int32[Array, ""]) -> Float[Array, "W M"]:
-    """φ of one row's window, in the precision of `inner_step.product`."""
+    """φ of one row's window, in the precision of `solvers.product`."""
     return window_monomials(key, adapter.factors, adapter.feature_weight, degree)

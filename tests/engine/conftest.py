@@ -48,7 +48,7 @@ def models(folder: Path) -> dict[str, tuple[Path, Path]]:
 def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., Any]:
     """A context manager that opens an engine; the defaults are those of the `engine` fixture.
 
-    Every model has a successor table, which guesses at random: right guesses are rare, wrong ones many.
+    Every model has a bigram table, whose draft tokens are drawn at random: right ones are rare, wrong ones many.
     """
     for model, _ in models.values():
         with GGUFFile.open(model) as file:

@@ -136,7 +136,7 @@ def test_a_kept_successor_table_that_is_damaged_is_set_aside(
     kept.parent.mkdir()
     kept.write_bytes(b"no table")
     assert (bigram_table.find(tmp_path, "f" * 64, 8) == -1).all()
-    assert "successor table" in caplog.text
+    assert "bigram table" in caplog.text
     caplog.clear()
     assert (bigram_table.find(tmp_path, "f" * 64, 8) == -1).all()
     assert not caplog.text

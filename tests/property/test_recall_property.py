@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from atlas_jax.config import PAGE, MemoryConfig
 from atlas_jax.kernels.monomials import gather_monomials
 from atlas_jax.recall import recall_memory
-from atlas_jax.recall.adapter import GATE_FEATURES, TRAIL_DECAY, TRAIL_LENGTH, Adapter, key_components, make_adapter
+from atlas_jax.recall.adapter import GATE_FEATURES, MEAN_DECAY, MEAN_LENGTH, Adapter, key_components, make_adapter
 from atlas_jax.recall.recall_memory import RecallSettings, RecallState, WriteSettings
 from atlas_jax.recall.solvers import OPTIMIZERS, Optimizer
 from tests.reference import recall_reference
@@ -349,12 +349,12 @@ def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: Optimizer, 
     assert np.isfinite(np.asarray(found)).all()
 
 
-def trail(states: np.ndarray) -> np.ndarray:
-    """A token's trail by its definition: a weighted sum of the states before it."""
+def mean(states: np.ndarray) -> np.ndarray:
+    """A token's decaying mean by its definition: a weighted sum of the states before it."""
     out = np.zeros_like(states)
     for t in range(states.shape[1]):
-        for back in range(1, min(t, TRAIL_LENGTH) + 1):
-            out[:, t] += TRAIL_DECAY ** (back - 1) * states[:, t - back]
+        for back in range(1, min(t, MEAN_LENGTH) + 1):
+            out[:, t] += MEAN_DECAY ** (back - 1) * states[:, t - back]
     return out
 
 
@@ -399,7 +399,7 @@ def test_keys_are_two_unit_vectors_of_the_layers_in_use(seed: int, layers: int, 
     used_of_half = key_components(CONFIG, degree)
     mean, projection = np.asarray(adapter().mean, np.float64), np.asarray(adapter().projection, np.float64)
     parts = [(streams[i] - mean[i]) @ projection[i] for i in range(layers)]
-    for half, made in zip(halves, (parts, [trail(part) for part in parts]), strict=True):
+    for half, made in zip(halves, (parts, [mean(part) for part in parts]), strict=True):
         assert not half[..., used_of_half:].any()
         shares = [used_of_half // layers + (i < used_of_half % layers) for i in range(layers)]
         wanted = np.concatenate([part[..., :share] for part, share in zip(made, shares, strict=True)], axis=-1)

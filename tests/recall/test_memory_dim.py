@@ -49,7 +49,7 @@ def test_a_memory_of_another_dimension_is_fitted_once_and_has_sessions_of_its_ow
             found[dim] = engine.sessions.info("owner", name).memory_capacity, engine.model.state_bytes_per_session
             engine.sessions.save_changed()  # text that is only in a journal would be read anew, whatever the dimension
     assert (found[16][0], found[24][0]) == (16**2, 24**2)
-    # two matrices in float32 and one in 8 bits, keys of two parts in the ring, and the states that trails need
+    # two matrices in float32 and one in 8 bits, keys of two parts in the ring, and the states that decaying means need
     more = (24**2 - 16**2) * 256 * 9 + (256 + 2 * 512) * 2 * 8 * 4 + (512 + 16) * 8 * 4
     assert found[24][1] - found[16][1] == more
     kept = sorted(path.name.rsplit("-", 1)[1] for path in (own / "adapters").iterdir())

@@ -9,18 +9,18 @@ import numpy as np
 
 
 def features(keys: np.ndarray, degree: int) -> np.ndarray:
-    """The monomials of one degree that join a key's halves, state and trail: [n, M].
+    """The monomials of one degree that join a key's halves, state and decaying mean: [n, M].
 
     Products of features are (s·s′)ᵖ⁻¹(t·t′), and at degree 1, which has no such monomials, the mean of both products.
     """
-    state, trail = np.split(keys, 2, axis=1)
+    state, mean = np.split(keys, 2, axis=1)
     if degree == 1:
         return keys / math.sqrt(2)
     columns = []
     for variables in itertools.combinations_with_replacement(range(state.shape[1]), degree - 1):
         repeats = math.prod(math.factorial(variables.count(v)) for v in set(variables))
         columns.append(math.sqrt(math.factorial(degree - 1) / repeats) * np.prod(state[:, variables], axis=1))
-    return np.concatenate([column[:, None] * trail for column in columns], axis=1)
+    return np.concatenate([column[:, None] * mean for column in columns], axis=1)
 
 
 def omega_loss(memory: np.ndarray, phi: np.ndarray, values: np.ndarray) -> float:

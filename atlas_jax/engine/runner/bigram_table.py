@@ -1,4 +1,4 @@
-"""A model's successor table: what follows each token most often in what the model writes; drafts fall back on it.
+"""A model's bigram table: what follows each token most often in what the model writes; drafts fall back on it.
 
 A file is bound to the model's fingerprint. It holds nothing of any request: `fit_successors` makes it before one comes.
 """
@@ -20,7 +20,7 @@ _VERSION = 1
 
 
 class TableError(ValueError):
-    """A successor table that is damaged, or was made for another model; the message says which."""
+    """A bigram table that is damaged, or was made for another model; the message says which."""
 
 
 class _Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -31,7 +31,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 def most_frequent(pairs: Int32[np.ndarray, "pairs 2"], vocab: int) -> Int32[np.ndarray, V]:
     """The table of (token, next token) pairs: the token that followed most often, of equally frequent ones the least.
 
-    Tokens that never came have the successor `lookup.NONE`.
+    Tokens that never came have the successor `ngram_drafter.NONE`.
     """
     table = np.full((vocab,), NONE, np.int32)
     kinds, counts = np.unique(pairs.reshape(-1, 2), axis=0, return_counts=True)
@@ -56,16 +56,16 @@ def decode(data: bytes, fingerprint: str, vocab: int) -> Int32[np.ndarray, V]:
     try:
         header, arrays = _tensors.decode(data, _Header)
     except _tensors.DamagedFile as error:
-        raise TableError("successor table is damaged") from error
+        raise TableError("bigram table is damaged") from error
     if header.version != _VERSION:
-        raise TableError(f"successor table version {header.version} is not supported")
+        raise TableError(f"bigram table version {header.version} is not supported")
     if header.model != fingerprint:
-        raise TableError("successor table was made for another model")
+        raise TableError("bigram table was made for another model")
     empty = np.empty((0, 0))
     token, successor = arrays.get("token", empty), arrays.get("successor", empty)
     for array in (token, successor):
         if array.dtype != np.int32 or array.shape != (token.size,) or ((array < 0) | (array >= vocab)).any():
-            raise TableError(f"successor table: not two equally long lists of tokens below {vocab}")
+            raise TableError(f"bigram table: not two equally long lists of tokens below {vocab}")
     table = np.full((vocab,), NONE, np.int32)
     table[token] = successor
     return table
@@ -78,7 +78,7 @@ def find(cache: Path | None, fingerprint: str, vocab: int) -> Int32[np.ndarray, 
     """
     own = None if cache is None else cached_path(cache, fingerprint)
     found = cache_folder.load(
-        "successor table", shipped_path(fingerprint), own, lambda data: decode(data, fingerprint, vocab)
+        "bigram table", shipped_path(fingerprint), own, lambda data: decode(data, fingerprint, vocab)
     )
     return np.full((vocab,), NONE, np.int32) if found is None else found[0]
 

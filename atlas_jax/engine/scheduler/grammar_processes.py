@@ -193,7 +193,7 @@ class _Template:
     """The process all others are forked from."""
 
     def __init__(self, control: socket.socket, process: subprocess.Popen[bytes]) -> None:
-        """Use `insert_decode_state`."""
+        """Use `start`."""
         self._control = control
         self._process = process
 

@@ -322,7 +322,7 @@ def _hashes(tokens: np.ndarray, powers: np.ndarray) -> np.ndarray:
 
 
 def _find(text: bytes, pattern: Sequence[int], start: int = 0) -> int | None:
-    """The first place from `insert_decode_state` on where a text, the bytes of an array of tokens, holds a pattern."""
+    """The first place from `start` on where a text, the bytes of an array of tokens, holds a pattern."""
     wanted = np.asarray(pattern, "<i4").tobytes()
     at = text.find(wanted, 4 * start)
     while at >= 0 and at % 4:

@@ -1,7 +1,8 @@
 """The recall memory's polynomial features on TPU, formed in VMEM where they are used.
 
-φ of a key joins each monomial of its state with all numbers of its trail (`recall.adapter`), so it is the trail, times one
-number after another, laid side by side. XLA's program gathers every factor by its index in a table of 9216 × 3 per row.
+φ of a key joins each monomial of its state with all numbers of its decaying mean (`recall.adapter`), so it is that mean,
+times one number after another, laid side by side. XLA's program gathers every factor by its index in a table of 9216 × 3 a
+row.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def read_out(
     same bits. Per row it reads M once, 2.4 MB for 9216 features and 256 dimensions, and writes the result.
 
     Args:
-      key: a state and a trail, each zero from `halves[degree]` on.
+      key: a state and a decaying mean, each zero from `halves[degree]` on.
       degree: polynomial degree, less one.
       halves: components of a key's half at each degree.
       interpret: run as an XLA program on any platform, for tests.
@@ -112,9 +113,9 @@ def _read_kernel(
     out[0] = from_terms(whole[: phi.shape[0]], whole[phi.shape[0] :]) * (unit * scale[0])
 
 
-def _joins(index: int, half: int, trail: int) -> list[tuple[tuple[int, ...], float, int]]:
+def _joins(index: int, half: int, mean: int) -> list[tuple[tuple[int, ...], float, int]]:
     """The parts of φ in their order: the state's variables, their weight, and where what they are joined with begins."""
     if index == 0:  # nothing to join: both halves as they are
-        return [((), math.sqrt(0.5), 0), ((), math.sqrt(0.5), trail)]
+        return [((), math.sqrt(0.5), 0), ((), math.sqrt(0.5), mean)]
     table = monomial_table(half, (0.0,) * index + (1.0,))
-    return [(tuple(row), float(weight), trail) for row, weight in zip(table.factors, table.weight, strict=True)]
+    return [(tuple(row), float(weight), mean) for row, weight in zip(table.factors, table.weight, strict=True)]

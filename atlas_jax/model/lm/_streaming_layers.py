@@ -1,6 +1,6 @@
-"""Layers of a language model piece by piece: what each carries from one piece of a text to the next.
+"""Layers of a language model chunk by chunk: what each carries from one chunk of a text to the next.
 
-A piece is a few tokens of each row. Every leaf of a layer's state has a leading axis of rows; rows may be at different
+A chunk is a few tokens of each row. Every leaf of a layer's state has a leading axis of rows; rows may be at different
 places of their texts, and a row that is not active keeps its state bit for bit. What grows with the text is written
 where it lies and never copied.
 """
@@ -28,14 +28,14 @@ from atlas_jax.model.lm.memory import QKV, MemoryLayer
 from atlas_jax.typing import Array, Bool, Float, Int32
 
 MAX_PIECE = 64
-"""Tokens of a piece at most: a sliding window's ring has room for a piece beside the window."""
+"""Tokens of a chunk at most: a sliding window's ring has room for a chunk beside the window."""
 
 Tree = TypeVar("Tree")
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Where the tokens of a piece stand.
+class Chunk:
+    """Where the tokens of a chunk stand.
 
     Attributes:
       position: of each token in its row's text, from 0.
@@ -124,7 +124,7 @@ def init_cache(config: LMConfig, batch: int, slots: int, dtype: jnp.dtype) -> Ca
 
 
 def window_slots(config: LMConfig) -> int:
-    """Slots of a sliding window's ring: a piece is written before its first token looks back."""
+    """Slots of a sliding window's ring: a chunk is written before its first token looks back."""
     return config.window + MAX_PIECE
 
 
@@ -160,7 +160,7 @@ def init_deep(config: LMConfig, batch: int, slots: int, dtype: jnp.dtype) -> Dee
 
 
 def extend_attention(
-    layer: Attention, cache: Cache, x: Float[Array, "B T E"], piece: Piece, window: int | None
+    layer: Attention, cache: Cache, x: Float[Array, "B T E"], chunk: Chunk, window: int | None
 ) -> tuple[Cache, Float[Array, "B T E"]]:
     """Attention to everything, in a cache that ends (tokens past its end are lost), or to a window, in a ring.
 
@@ -170,17 +170,17 @@ def extend_attention(
     first = persistent_keys(layer, x)
     before = first.k.shape[2]
     q, k, v = layer.heads(x)
-    q, k = (piece.rotate(y, piece.position + before) for y in (q, k))
+    q, k = (chunk.rotate(y, chunk.position + before) for y in (q, k))
     size = cache.k.shape[2]
-    slots = piece.slots(piece.position if window is None else piece.position % size, size)
+    slots = chunk.slots(chunk.position if window is None else chunk.position % size, size)
     cache = write(cache, slots, by_heads(Cache(k, v)))
     slot = jnp.arange(size)
     if window is None:
-        seen = slot <= piece.position[:, :, None]
+        seen = slot <= chunk.position[:, :, None]
     else:
-        last = piece.position[:, -1:]
+        last = chunk.position[:, -1:]
         held = last - (last - slot) % size  # the newest position that this slot can hold; before 0 it holds nothing
-        distance = piece.position[:, :, None] - held[:, None]
+        distance = chunk.position[:, :, None] - held[:, None]
         seen = (held[:, None] >= 0) & (distance >= 0) & (distance < window)
     always = jnp.ones((1, x.shape[1], before), bool)
     return cache, layer.project(attend_caches(q, [first, cache], [always, seen]))
@@ -231,35 +231,35 @@ def _write_rows(
 
 
 def extend_gate(
-    layer: MemoryAsGate, state: Mixed, x: Float[Array, "B T E"], piece: Piece, window: int
+    layer: MemoryAsGate, state: Mixed, x: Float[Array, "B T E"], chunk: Chunk, window: int
 ) -> tuple[Mixed, Float[Array, "B T E"]]:
     """Kind G."""
-    cache, near = extend_attention(layer.attention, state.cache, x, piece, window)
-    memory, read = extend_memory(layer.memory, state.memory, x, piece.active)
+    cache, near = extend_attention(layer.attention, state.cache, x, chunk, window)
+    memory, read = extend_memory(layer.memory, state.memory, x, chunk.active)
     return Mixed(memory, cache), layer.combine(near, layer.memory.project(layer.memory.gated(read, x)))
 
 
 def extend_segments(
-    layer: MemoryAsContext, state: Segment, x: Float[Array, "B T E"], piece: Piece
+    layer: MemoryAsContext, state: Segment, x: Float[Array, "B T E"], chunk: Chunk
 ) -> tuple[Segment, Float[Array, "B T E"]]:
-    """Kind C, token by token: where in a piece segments end differs from row to row."""
+    """Kind C, token by token: where in a chunk segments end differs from row to row."""
     first = persistent_keys(layer.attention, x)
 
     def one(state: Segment, token: tuple[jax.Array, jax.Array]) -> tuple[Segment, jax.Array]:
         x, position = token
-        state, y = _segment_token(layer, first, state, x[:, None], Piece(position[:, None], piece.active, piece.table))
+        state, y = _segment_token(layer, first, state, x[:, None], Chunk(position[:, None], chunk.active, chunk.table))
         return state, y[:, 0]
 
-    state, out = jax.lax.scan(one, state, (jnp.swapaxes(x, 0, 1), piece.position.T))
+    state, out = jax.lax.scan(one, state, (jnp.swapaxes(x, 0, 1), chunk.position.T))
     return state, jnp.swapaxes(out, 0, 1)
 
 
 def _segment_token(
-    layer: MemoryAsContext, first: Cache, state: Segment, x: Float[Array, "B 1 E"], piece: Piece
+    layer: MemoryAsContext, first: Cache, state: Segment, x: Float[Array, "B 1 E"], chunk: Chunk
 ) -> tuple[Segment, Float[Array, "B 1 E"]]:
     size, before = state.own.k.shape[2], first.k.shape[2]
-    place = piece.position % size
-    begins = piece.active & (place[:, 0] == 0)
+    place = chunk.position % size
+    begins = chunk.active & (place[:, 0] == 0)
     start = where_rows(begins, state.memory.memory, state.start)
     tails = (state.before, state.memory.before)
     query_tail, tail = where_rows(begins, jax.tree.map(jnp.zeros_like, tails), tails)  # convolutions begin anew
@@ -268,17 +268,17 @@ def _segment_token(
     projected = memory.projected("q", x)
     read = _read_rows(memory, start, memory.convolved("q", projected, query_tail))
     _, k, v = attention.heads(layer.recalled(read, x))
-    slots = piece.slots(place, size)
-    recalled = write(state.recalled, slots, by_heads(Cache(piece.rotate(k, before + place), v)))
+    slots = chunk.slots(place, size)
+    recalled = write(state.recalled, slots, by_heads(Cache(chunk.rotate(k, before + place), v)))
     q, k, v = attention.heads(x)
-    q, k = (piece.rotate(y, before + size + place) for y in (q, k))
+    q, k = (chunk.rotate(y, before + size + place) for y in (q, k))
     own = write(state.own, slots, by_heads(Cache(k, v)))
 
     seen = jnp.arange(size) <= place[:, :, None]
     always = jnp.ones((1, 1, before), bool)
     attended = attention.project(attend_caches(q, [first, recalled, own], [always, seen, seen]))
-    run, written = extend_memory(memory, MemoryRun(state.memory.memory, tail), attended, piece.active)
-    queries = where_rows(piece.active, last_tokens(query_tail, projected), query_tail)
+    run, written = extend_memory(memory, MemoryRun(state.memory.memory, tail), attended, chunk.active)
+    queries = where_rows(chunk.active, last_tokens(query_tail, projected), query_tail)
     return Segment(start, run, queries, recalled, own), layer.combine(attended, written)
 
 
@@ -287,26 +287,26 @@ def _read_rows(layer: MemoryLayer, state: MemoryState, q: Float[Array, "B H T d_
 
 
 def extend_deep(
-    layer: DeepMemory, state: Deep, x: Float[Array, "B T E"], piece: Piece
+    layer: DeepMemory, state: Deep, x: Float[Array, "B T E"], chunk: Chunk
 ) -> tuple[Deep, Float[Array, "B T E"]]:
     """Kind D, in a cache that ends: tokens past its end are lost."""
     w1, w2, gamma = layer.w1[...], layer.w2[...], layer.gates(x)
     q, k, v = layer.heads(x)
-    q, k = (piece.rotate(y, piece.position) for y in (q, k))
+    q, k = (chunk.rotate(y, chunk.position) for y in (q, k))
     size = state.count.shape[2]
     learned = by_heads(deep_keys(k, v, w1, w2, l2=layer.l2))
-    keys = write(state.keys, piece.slots(piece.position, size), learned)
-    distance = piece.position[:, :, None] - jnp.arange(size)
+    keys = write(state.keys, chunk.slots(chunk.position, size), learned)
+    distance = chunk.position[:, :, None] - jnp.arange(size)
     count = state.count[:, :, None] + added_weights(gamma, distance)
-    y = deep_read(q, by_heads(keys), count, distance, piece.position, w1, w2)
-    return Deep(keys, _add_weights(state.count, gamma, piece)), layer.project(y)
+    y = deep_read(q, by_heads(keys), count, distance, chunk.position, w1, w2)
+    return Deep(keys, _add_weights(state.count, gamma, chunk)), layer.project(y)
 
 
-def _add_weights(count: Float[Array, "B H slots"], gamma: Float[Array, "B H T c"], piece: Piece) -> jax.Array:
-    """Weights after the piece: each token adds γ to the keys of its window, itself first."""
+def _add_weights(count: Float[Array, "B H slots"], gamma: Float[Array, "B H T c"], chunk: Chunk) -> jax.Array:
+    """Weights after the chunk: each token adds γ to the keys of its window, itself first."""
     size, window = count.shape[2], gamma.shape[-1]
-    index = (piece.position[:, :, None] - jnp.arange(window)).reshape(count.shape[0], -1)
-    index = jnp.where(piece.active[:, None] & (index >= 0), index, size)  # a negative index would count from the end
+    index = (chunk.position[:, :, None] - jnp.arange(window)).reshape(count.shape[0], -1)
+    index = jnp.where(chunk.active[:, None] & (index >= 0), index, size)  # a negative index would count from the end
     added = jnp.moveaxis(gamma, 1, -1).reshape(*index.shape, -1)
     return count.at[jnp.arange(count.shape[0])[:, None], :, index].add(added, mode="drop")
 
@@ -317,7 +317,7 @@ def by_heads(tokens: Tree) -> Tree:
 
 
 def write(cache: Tree, slots: Int32[Array, "B T"], new: Tree) -> Tree:
-    """Puts the tokens of a piece where they belong; slots past the end are dropped."""
+    """Puts the tokens of a chunk where they belong; slots past the end are dropped."""
     rows = jnp.arange(slots.shape[0])[:, None]
 
     def one(old: Float[Array, "B heads slots d"], x: Float[Array, "B heads T d"]) -> Float[Array, "B heads slots d"]:
@@ -327,7 +327,7 @@ def write(cache: Tree, slots: Int32[Array, "B T"], new: Tree) -> Tree:
 
 
 def last_tokens(before: Float[Array, "B t H d"], y: Float[Array, "B T H d"]) -> Float[Array, "B t H d"]:
-    """The last t of `before` and the piece together."""
+    """The last t of `before` and the chunk together."""
     return jnp.concatenate([before, y], axis=1)[:, y.shape[1] :]
 
 

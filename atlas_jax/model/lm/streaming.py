@@ -1,4 +1,4 @@
-"""Language models piece by piece: a prompt read in parts, then token by token, with a state.
+"""Language models chunk by chunk: a prompt read in parts, then token by token, with a state.
 
     state = init_state(config, params, batch=4)
     state, hidden = extend(config, params, state, tokens, active)  # compile it, and donate the state
@@ -21,7 +21,7 @@ from flax import nnx
 from atlas_jax.config import RopeConfig
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.lm import _streaming_layers as layers
-from atlas_jax.model.lm._streaming_layers import MAX_PIECE, Piece
+from atlas_jax.model.lm._streaming_layers import MAX_PIECE, Chunk
 from atlas_jax.model.lm.blocks import Block, MemoryAsLayer
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.model import LanguageModel, LMParams, create
@@ -91,24 +91,24 @@ def extend(
     tokens: Int32[Array, "B T"],
     active: Bool[Array, " B"],
 ) -> tuple[LMState, Float[Array, "B T E"]]:
-    """Reads a piece of text in every active row; the others keep their state bit for bit.
+    """Reads a chunk of text in every active row; the others keep their state bit for bit.
 
     Returns:
       The state, and what the head takes for each token; of rows that are not active, anything finite.
 
     Raises:
-      ValueError: a piece of no tokens, or of more than `MAX_PIECE`.
+      ValueError: a chunk of no tokens, or of more than `MAX_PIECE`.
     """
     length = tokens.shape[1]
     if not 1 <= length <= MAX_PIECE:
-        raise ValueError(f"a piece has 1 to {MAX_PIECE} tokens, got {length}")
+        raise ValueError(f"a chunk has 1 to {MAX_PIECE} tokens, got {length}")
     model = _model(config, params)
     table = rope_table(RopeConfig(base=config.rope_base, dims=config.dim))
-    piece = Piece(state.position[:, None] + jnp.arange(length), active, table)
+    chunk = Chunk(state.position[:, None] + jnp.arange(length), active, table)
     x = jnp.take(model.embed[...], tokens, axis=0)
     found = []
     for kind, block, old in zip(config.pattern, model.blocks, state.layers, strict=True):
-        new, x = _extend_layer(config, kind, block, old, x, piece)
+        new, x = _extend_layer(config, kind, block, old, x, chunk)
         found.append(new)
     position = state.position + jnp.where(active, length, 0)
     return LMState(position, tuple(found)), model.final_norm(x)
@@ -120,33 +120,33 @@ def logits(config: LMConfig, params: LMParams, hidden: Float[Array, "*rows E"]) 
 
 
 def _extend_layer(
-    config: LMConfig, kind: str, block: Any, state: Any, x: Float[Array, "B T E"], piece: Piece
+    config: LMConfig, kind: str, block: Any, state: Any, x: Float[Array, "B T E"], chunk: Chunk
 ) -> tuple[Any, Float[Array, "B T E"]]:
     if isinstance(block, MemoryAsLayer):
-        memory, x = _extend_block(config, "M", block.first, state.memory, x, piece)
-        cache, x = _extend_block(config, "S", block.second, state.cache, x, piece)
+        memory, x = _extend_block(config, "M", block.first, state.memory, x, chunk)
+        cache, x = _extend_block(config, "S", block.second, state.cache, x, chunk)
         return layers.Mixed(memory, cache), x
-    return _extend_block(config, kind, block, state, x, piece)
+    return _extend_block(config, kind, block, state, x, chunk)
 
 
 def _extend_block(
-    config: LMConfig, kind: str, block: Block, state: Any, x: Float[Array, "B T E"], piece: Piece
+    config: LMConfig, kind: str, block: Block, state: Any, x: Float[Array, "B T E"], chunk: Chunk
 ) -> tuple[Any, Float[Array, "B T E"]]:
     mixer: Any = block.mixer
     normed = block.mixer_norm(x)
     match kind:
         case "A" | "S":
             window = config.window if kind == "S" else None
-            state, mixed = layers.extend_attention(mixer, state, normed, piece, window)
+            state, mixed = layers.extend_attention(mixer, state, normed, chunk, window)
         case "M":
-            state, read = layers.extend_memory(mixer, state, normed, piece.active)
+            state, read = layers.extend_memory(mixer, state, normed, chunk.active)
             mixed = mixer.project(mixer.gated(read, normed))
         case "C":
-            state, mixed = layers.extend_segments(mixer, state, normed, piece)
+            state, mixed = layers.extend_segments(mixer, state, normed, chunk)
         case "G":
-            state, mixed = layers.extend_gate(mixer, state, normed, piece, config.window)
+            state, mixed = layers.extend_gate(mixer, state, normed, chunk, config.window)
         case _:
-            state, mixed = layers.extend_deep(mixer, state, normed, piece)
+            state, mixed = layers.extend_deep(mixer, state, normed, chunk)
     return state, block.after(x, mixed)
 
 

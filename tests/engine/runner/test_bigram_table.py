@@ -1,4 +1,4 @@
-"""Successor tables: what is counted, what a file is trusted with, and what drafts make of one."""
+"""Bigram tables: what is counted, what a file is trusted with, and what drafts make of one."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ def test_an_answer_like_what_was_counted_takes_fewer_steps(
 ) -> None:
     """The prompt's tokens are all different, so the lookup has nothing to say until the answer repeats itself."""
     asked = request(list(range(5, 45)), 12)
-    plain, guessed = ask(engines("int8 undrafted"), asked), ask(engines("int8"), asked)
+    plain, drafted_by_table = ask(engines("int8 undrafted"), asked), ask(engines("int8"), asked)
     whole = np.asarray([asked.prompt[-1], *plain.tokens], np.int32)
     table = bigram_table.most_frequent(np.stack([whole[:-1], whole[1:]], axis=1), engines("int8").model.vocab_size)
     monkeypatch.setattr(bigram_table, "find", lambda cache, fingerprint, vocab: table)
     with opened() as engine:
         drafted = ask(engine, asked)
-    assert drafted.infos == guessed.infos == plain.infos
-    assert drafted.end.accepted_tokens > guessed.end.accepted_tokens
+    assert drafted.infos == drafted_by_table.infos == plain.infos
+    assert drafted.end.accepted_tokens > drafted_by_table.end.accepted_tokens
 
 
 def test_the_model_asks_and_answers_itself(engines: Callable[[str], Engine]) -> None:
