@@ -22,7 +22,7 @@ from atlas_jax.config import RopeConfig
 from atlas_jax.kernels.rope import RopeTable, frequencies, rope_table
 from atlas_jax.memory import PRESETS
 from atlas_jax.model.lm import (
-    MAX_PIECE,
+    MAX_CHUNK,
     GateStart,
     LMConfig,
     LMParams,
@@ -59,7 +59,7 @@ BASE = LMConfig(
     conv=3,
     dot_hidden=3,
 )
-SHORT, LONG = 23, BASE.window + MAX_PIECE + 41
+SHORT, LONG = 23, BASE.window + MAX_CHUNK + 41
 """Texts for layers without a ring, and for those with one, which turns."""
 
 
@@ -93,7 +93,7 @@ def cases() -> dict[str, tuple[LMConfig, int, tuple[int, ...]]]:
         "M, moved per chunk": BASE.replace(pattern="M", rule=PER_CHUNK),
     }
     others |= {f"M {name}": BASE.replace(pattern="M", rule=preset(name, remat=False)) for name in PRESETS}
-    return {name: (config, LONG, (1, 7, MAX_PIECE)) for name, config in windows.items()} | {
+    return {name: (config, LONG, (1, 7, MAX_CHUNK)) for name, config in windows.items()} | {
         name: (config, SHORT, (1, 5)) for name, config in others.items()
     }
 
@@ -210,6 +210,6 @@ def test_bad_pieces_and_states_are_refused() -> None:
         with pytest.raises(ValueError, match="positive"):
             init_state(BASE, params, batch, context=context)
     state = jax.eval_shape(lambda: init_state(BASE, params, 1))
-    for length in (0, MAX_PIECE + 1):
+    for length in (0, MAX_CHUNK + 1):
         with pytest.raises(ValueError, match="1 to 64"):
             extend(BASE, params, state, jnp.zeros((1, length), jnp.int32), jnp.ones(1, bool))

@@ -20,12 +20,12 @@ from atlas_jax.model.lm.model import (
     parameter_count,
     split,
 )
-from atlas_jax.model.lm.streaming import MAX_PIECE, LMState, bounded, extend, init_state, logits
+from atlas_jax.model.lm.streaming import MAX_CHUNK, LMState, bounded, extend, init_state, logits
 
 __all__ = [
     "IGNORE",
     "LAYER_KINDS",
-    "MAX_PIECE",
+    "MAX_CHUNK",
     "Attention",
     "Batch",
     "BatchSource",

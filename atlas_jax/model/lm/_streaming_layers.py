@@ -27,7 +27,7 @@ from atlas_jax.model.lm.deep import DeepKeys, DeepMemory, added_weights, deep_ke
 from atlas_jax.model.lm.memory import QKV, MemoryLayer
 from atlas_jax.typing import Array, Bool, Float, Int32
 
-MAX_PIECE = 64
+MAX_CHUNK = 64
 """Tokens of a chunk at most: a sliding window's ring has room for a chunk beside the window."""
 
 Tree = TypeVar("Tree")
@@ -125,7 +125,7 @@ def init_cache(config: LMConfig, batch: int, slots: int, dtype: jnp.dtype) -> Ca
 
 def window_slots(config: LMConfig) -> int:
     """Slots of a sliding window's ring: a chunk is written before its first token looks back."""
-    return config.window + MAX_PIECE
+    return config.window + MAX_CHUNK
 
 
 def init_run(layer: MemoryLayer, config: LMConfig, batch: int, dtype: jnp.dtype) -> MemoryRun:

@@ -21,13 +21,13 @@ from flax import nnx
 from atlas_jax.config import RopeConfig
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.lm import _streaming_layers as layers
-from atlas_jax.model.lm._streaming_layers import MAX_PIECE, Chunk
+from atlas_jax.model.lm._streaming_layers import MAX_CHUNK, Chunk
 from atlas_jax.model.lm.blocks import Block, MemoryAsLayer
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.model import LanguageModel, LMParams, create
 from atlas_jax.typing import Array, Bool, Float, Int32
 
-__all__ = ["MAX_PIECE", "LMState", "bounded", "extend", "init_state", "logits"]
+__all__ = ["MAX_CHUNK", "LMState", "bounded", "extend", "init_state", "logits"]
 
 
 @jax.tree_util.register_dataclass
@@ -97,11 +97,11 @@ def extend(
       The state, and what the head takes for each token; of rows that are not active, anything finite.
 
     Raises:
-      ValueError: a chunk of no tokens, or of more than `MAX_PIECE`.
+      ValueError: a chunk of no tokens, or of more than `MAX_CHUNK`.
     """
     length = tokens.shape[1]
-    if not 1 <= length <= MAX_PIECE:
-        raise ValueError(f"a chunk has 1 to {MAX_PIECE} tokens, got {length}")
+    if not 1 <= length <= MAX_CHUNK:
+        raise ValueError(f"a chunk has 1 to {MAX_CHUNK} tokens, got {length}")
     model = _model(config, params)
     table = rope_table(RopeConfig(base=config.rope_base, dims=config.dim))
     chunk = Chunk(state.position[:, None] + jnp.arange(length), active, table)
