@@ -10,9 +10,12 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-# a shell's background jobs ignore Ctrl-C, and so would the servers the tests start
+# a shell's background jobs ignore Ctrl-C, and nohup's a hang-up: so would the servers the tests start, which begin with the
+# defaults of whatever has a handler here
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="module", autouse=True)

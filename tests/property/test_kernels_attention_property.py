@@ -183,7 +183,7 @@ def test_sinks_are_handed_over_as_the_ring_held_them(dtype: KVDtype) -> None:
     random = np.random.default_rng(0)
     rows = [Row(3 * PAGE, PageSchedule(4), random) for _ in range(ROWS)]
     kv, _ = build(rows, dtype)
-    sink_k, sink_v = attention.first_tokens(kv, jnp.asarray([0, 0], jnp.int32), jnp.asarray([True, False]))
+    sink_k, sink_v = kv_pages.first_tokens(kv, jnp.asarray([0, 0], jnp.int32), jnp.asarray([True, False]))
     assert np.array_equal(sink_k[0], stored(kv.k)[0, 0, :, :SINKS].astype(np.float32))
     assert np.array_equal(sink_v[0], stored(kv.v)[0, 0, :, :SINKS].astype(np.float32))
     assert np.array_equal(sink_k[1], kv.sink_k[1])
@@ -205,7 +205,7 @@ def test_a_row_that_sits_a_step_out_keeps_its_cache(dtype: KVDtype, tokens: int)
         first_page=view.first_page,
     )
     k, v = random.standard_normal((2, ROWS, tokens, KV_HEADS, DIM)).astype(np.float32)
-    after = attention.write(kv, jnp.asarray(k), jnp.asarray(v), view)
+    after = kv_pages.write(kv, jnp.asarray(k), jnp.asarray(v), view)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(kv), strict=True):
         assert np.array_equal(new[0], old[0])
     assert not np.array_equal(stored(after.k)[1], stored(kv.k)[1])

@@ -77,9 +77,9 @@ def test_an_adapter_that_is_given_decides_unless_another_dimension_is_asked_for(
 @pytest.mark.parametrize(
     ("dim", "message"),
     [
-        (0, "memory_dim must be a multiple of 8 between 8 and 128, got 0"),
-        (20, "got 20"),
-        (136, "got 136"),
+        (0, "memory_dim is 0: Expected `int` >= 8"),
+        (20, "memory_dim is 20: Expected `int` that's a multiple of 8"),
+        (136, "memory_dim is 136: Expected `int` <= 128"),
         (72, "memory_dim must be at most 64, the size of this model's states, got 72"),
     ],
 )

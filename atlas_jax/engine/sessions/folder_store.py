@@ -137,7 +137,7 @@ class FolderStore:
 
     @contextlib.contextmanager
     def read_export(self, owner: str, name: str) -> Iterator[BinaryIO]:
-        """Opens an export for reading; see `Store.read_export`."""
+        """Opens an export for reading; raises as `Store.read_export`."""
         path = self._exports(owner) / name
         if path.is_symlink() or (path.exists() and not path.is_file()):
             raise SnapshotInvalid("archive is not a regular file")
