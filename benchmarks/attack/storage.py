@@ -155,7 +155,11 @@ def deletes_race(scene: Scene) -> None:
     alone=True,
 )
 def hang_up(scene: Scene) -> None:
-    target = scene.start()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the server would rightly ignore it as well
+    try:
+        target = scene.start()
+    finally:
+        signal.signal(signal.SIGHUP, before)
     target.say(ATTACKER, "hup", prose("hup", 80)).raise_for_status()
     tokens = _tokens(target, "hup")
     scene.count()
