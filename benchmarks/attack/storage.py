@@ -155,11 +155,7 @@ def deletes_race(scene: Scene) -> None:
     alone=True,
 )
 def hang_up(scene: Scene) -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the server would rightly ignore it as well
-    try:
-        target = scene.start()
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    target = scene.start()
     target.say(ATTACKER, "hup", prose("hup", 80)).raise_for_status()
     tokens = _tokens(target, "hup")
     scene.count()
