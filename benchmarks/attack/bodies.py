@@ -119,6 +119,7 @@ def draw(rng: random.Random) -> tuple[str, bytes]:
     "request bodies",
     does="sends bodies that are right but for a place or a few",
     holds="an answer or a refusal that says nothing of our insides, never a 5xx",
+    growth_mib=2800.0,  # a drawn max_tokens and n may fill a decode batch: 32 rows of 8 192 tokens take 3 000 MiB of KV cache
 )
 def bodies(scene: Scene) -> None:
     cases = [draw(scene.rng) for _ in range(scene.times(3323))]
