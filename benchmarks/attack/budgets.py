@@ -10,9 +10,9 @@ import httpx
 from benchmarks.attack.registry import Scene, attack
 from benchmarks.attack.target import ATTACKER, MEMORY, VICTIM, Target, prose
 
-_STATES, _STATE_BYTES = 16, 12_300_000
-_SESSIONS, _HOST, _DISK = 40, 60 / 13.6, 150 / 13.6
-"""Sessions of 13.6 MB against tiers of 60 and 150 MB, as multiples of a session."""
+_STATES, _STATE_BYTES = 24, 12_300_000
+_SESSIONS, _HOST, _DISK = 40, 4.4, 22.0
+"""Sessions, and what the tiers hold of them; of the disk an owner may have half."""
 
 
 def _state(size: int) -> list[Any]:
@@ -22,9 +22,9 @@ def _state(size: int) -> list[Any]:
 
 @attack(
     "heavy states",
-    does="stores 12.3 MB of JSON in 16 contexts",
+    does="stores 12.3 MB of JSON in 24 contexts",
     holds="they are listed with their size, and cost about that much memory",
-    growth_mib=100.0,
+    growth_mib=200.0,
 )
 def states(scene: Scene) -> None:
     target = scene.target
@@ -45,7 +45,7 @@ def states(scene: Scene) -> None:
 
 @attack(
     "full tiers",
-    does="begins 40 sessions where main memory and disk have room for 4 and 11",
+    does="begins 40 sessions where main memory has room for 4 and the owner's share of the disk for 11",
     holds="a refusal with Retry-After before the budgets break; others save; a stop loses nothing that was answered",
     alone=True,
 )

@@ -16,6 +16,9 @@ from benchmarks.attack.registry import Scene, attack
 from benchmarks.attack.target import ATTACKER, MEMORY, VICTIM, Target, key_of
 
 _PATIENCE = 10.0
+_BUSY_MIB = 4096.0
+"""What a server that is as busy as it may be takes beside its weights: the host tier's 1 024 MiB of sessions, 32 rows of 24
+MiB with their memories in the decode batch, twice while it is resized, as much in prefill, and what the C library keeps."""
 _BEGIN_SECONDS = 60.0
 _ENDLESS = {"prompt": "Once upon a time", "stream": True, "ignore_eos": True, "max_tokens": 1 << 31, "temperature": 0}
 
@@ -94,7 +97,7 @@ def resets(scene: Scene) -> None:
     "endless answers",
     does="asks for 32 answers of 2³¹ tokens in 32 sessions",
     holds="another owner's list, save and chat are served in 10 s each",
-    growth_mib=1536.0,
+    growth_mib=_BUSY_MIB,
 )
 def endless(scene: Scene) -> None:
     bodies = [{**_ENDLESS, "atlas": {"session_id": f"endless{number}", **MEMORY}} for number in range(32)]
@@ -109,7 +112,7 @@ def endless(scene: Scene) -> None:
     does="opens 50 streams and reads none of them",
     holds="another owner's list, save and chat are served in 10 s each, and every place is free again in a minute",
     flags=("--client-timeout", "10"),
-    growth_mib=1536.0,
+    growth_mib=_BUSY_MIB,
 )
 def unread(scene: Scene) -> None:
     bodies = [{**_ENDLESS, "max_tokens": 4000, "atlas": {"session_id": f"unread{n}", **MEMORY}} for n in range(50)]
@@ -124,7 +127,7 @@ def unread(scene: Scene) -> None:
     "one owner's queue",
     does="sends 200 requests at once",
     holds="another owner's list, save and chat are served in 10 s each",
-    growth_mib=1536.0,
+    growth_mib=_BUSY_MIB,
 )
 def queue(scene: Scene) -> None:
     bodies = [{**_ENDLESS, "max_tokens": 64, "stream": False, "prompt": f"Tell {n}"} for n in range(200)]

@@ -17,7 +17,7 @@ SECRET = "zirconium-4711"
 """Part of what the victim's sessions hold; nobody else may ever see it."""
 MEMORY = {"window_size": 128, "update_frequency": 128, "omega_window": 128}
 """The smallest memory, which little text overflows."""
-CEILING_MIB = 3072.0
+CEILING_MIB = 6144.0
 """A server that grows by more than this is ended: the attack has succeeded, and the machine is to live on."""
 _SESSIONS = ("planted-a", "planted-b", "planted-c")
 _PATIENCE = 120.0
