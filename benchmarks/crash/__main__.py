@@ -114,7 +114,7 @@ def main() -> None:
     one = commands.add_parser("cost", parents=[common], help="what persistence takes of the speed of streams")
     one.add_argument("--streams", type=int, default=16)
     one.add_argument("--tokens", type=int, default=256, help="of each answer")
-    one.add_argument("--rounds", type=int, default=9)
+    one.add_argument("--rounds", type=int, default=10, help="an even number: both kinds come first equally often")
     one.add_argument("--bar", type=float, default=0.02, help="share that persistence may take")
     one.set_defaults(run=cost)
     args, flags = parser.parse_known_args()
