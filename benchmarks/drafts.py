@@ -20,7 +20,7 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished
 from atlas_jax.engine.offline import ask
 from atlas_jax.engine.runner import bigram_table
-from atlas_jax.kernels.ngram_drafter import NONE
+from atlas_jax.kernels.speculative_drafter import NONE
 
 QUESTIONS = (
     "Give me a recipe for vegetable soup with exact quantities.",

@@ -24,7 +24,7 @@ from atlas_jax.engine.engine import Engine
 from atlas_jax.engine.offline import ask
 from atlas_jax.engine.runner import bigram_table
 from atlas_jax.engine.sessions.files import atomic_file
-from atlas_jax.kernels.ngram_drafter import NONE
+from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.typing import Int32
 
 _TOGETHER = 160

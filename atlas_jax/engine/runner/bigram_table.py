@@ -13,7 +13,7 @@ import numpy as np
 
 from atlas_jax import _tensors
 from atlas_jax.engine import cache_folder
-from atlas_jax.kernels.ngram_drafter import NONE
+from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.typing import Int32
 
 _VERSION = 1
@@ -31,7 +31,7 @@ class _Header(msgspec.Struct, forbid_unknown_fields=True):
 def most_frequent(pairs: Int32[np.ndarray, "pairs 2"], vocab: int) -> Int32[np.ndarray, V]:
     """The table of (token, next token) pairs: the token that followed most often, of equally frequent ones the least.
 
-    Tokens that never came have the successor `ngram_drafter.NONE`.
+    Tokens that never came have the successor `speculative_drafter.NONE`.
     """
     table = np.full((vocab,), NONE, np.int32)
     kinds, counts = np.unique(pairs.reshape(-1, 2), axis=0, return_counts=True)

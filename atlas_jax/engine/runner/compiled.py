@@ -21,8 +21,8 @@ from atlas_jax.engine.runner.decode_state import (
     init_logits_buffer,
 )
 from atlas_jax.engine.runner.step import StepOutput
-from atlas_jax.kernels.ngram_drafter import NONE
 from atlas_jax.kernels.sampling import SamplingState
+from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.model.page_schedule import bucket
 from atlas_jax.recall.recall_memory import RecallSettings
 

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.kernels.kv_pages import KVDtype
-from atlas_jax.kernels.ngram_drafter import NONE
 from atlas_jax.kernels.sampling import SamplingState, init_sampling
+from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache
 from atlas_jax.recall import recall_memory
 from atlas_jax.recall.recall_memory import RecallSettings, RecallState
@@ -45,8 +45,9 @@ class DecodeState:
 
     Attributes:
       token: the token to feed next.
-      drafts: draft tokens after it, `ngram_drafter.NONE` where there are fewer.
-      text: the latest tokens, `token` included, position p at p mod its length; `ngram_drafter.NONE` where there is none.
+      drafts: draft tokens after it, `speculative_drafter.NONE` where there are fewer.
+      text: the latest tokens, `token` included, position p at p mod its length; `speculative_drafter.NONE` where
+        there is none.
     """
 
     token: Int32[Array, B]

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState, Sequences
 from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
-from atlas_jax.kernels.ngram_drafter import NONE, draft_tokens
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, record, sample
+from atlas_jax.kernels.speculative_drafter import NONE, draft_tokens
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
@@ -66,7 +66,7 @@ class Weights:
 
     Attributes:
       adapter: None in an engine without memory.
-      successor: what usually follows each token, for the n-gram drafter; `ngram_drafter.NONE` where that is not known.
+      successor: what usually follows each token, for the n-gram drafter; `speculative_drafter.NONE` where that is not known.
     """
 
     params: ModelParams

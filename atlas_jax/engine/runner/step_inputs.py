@@ -12,8 +12,8 @@ from atlas_jax.engine.api import MemoryParams, SamplingParams
 from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT
 from atlas_jax.engine.sessions.journal import Reading
 from atlas_jax.engine.sessions.session import SessionShape
-from atlas_jax.kernels.ngram_drafter import NONE
 from atlas_jax.kernels.sampling import BAN, BIAS_SLOTS, FORCE, SamplingState
+from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.recall.recall_memory import RecallSettings, WriteSettings
 from atlas_jax.recall.solvers import Optimizer
 

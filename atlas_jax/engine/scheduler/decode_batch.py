@@ -23,7 +23,7 @@ from atlas_jax.engine.scheduler.metrics import Counters
 from atlas_jax.engine.scheduler.request_state import Ended, RequestState
 from atlas_jax.engine.scheduler.structured_output import wait_for_any
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.kernels.ngram_drafter import NONE
+from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.model.page_schedule import bucket
 
 log = logging.getLogger("atlas.engine")

@@ -15,7 +15,7 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.fit_bigrams import user_turn, write_answers
 from atlas_jax.engine.runner import bigram_table
 from atlas_jax.engine.runner.bigram_table import TableError
-from atlas_jax.kernels.ngram_drafter import NONE
+from atlas_jax.kernels.speculative_drafter import NONE
 from tests.engine.offline import ask, request
 
 VOCAB = 20

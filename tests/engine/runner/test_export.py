@@ -20,7 +20,7 @@ from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sa
 from atlas_jax.engine.runner.step_programs import weight_shapes
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import lowering_platform
-from atlas_jax.kernels.ngram_drafter import NONE
+from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.recall import adapter_store

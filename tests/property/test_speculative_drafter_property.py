@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.kernels.ngram_drafter import NONE, draft_tokens, ref_draft_tokens
+from atlas_jax.kernels.speculative_drafter import NONE, draft_tokens, ref_draft_tokens
 
 RING = 32
 COUNT = 3
