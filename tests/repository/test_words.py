@@ -44,7 +44,9 @@ REPLACED = {
 
 
 def texts() -> Iterator[tuple[str, str]]:
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(
+        ["git", "-c", "safe.directory=*", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name in listed.splitlines():
         if name.endswith(TEXT) and not name.startswith(LEFT_OUT) and (ROOT / name).is_file():
             yield name, (ROOT / name).read_text("utf-8")
