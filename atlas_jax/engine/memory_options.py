@@ -27,7 +27,11 @@ class MemoryOptions(Struct, kw_only=True, frozen=True):
     ] = 512
     blend_ratio: Annotated[
         float,
-        Meta(ge=0, le=1, description="0 window only, 0.5 as fitted, 1 memory wherever it has anything to say"),
+        Meta(
+            ge=0,
+            le=1,
+            description="0 window only, 0.5 as fitted (opened further in a chat), 1 memory wherever it has anything to say",
+        ),
     ] = 0.5
     memory_layers: Annotated[
         int, Meta(ge=1, le=10, description="Transformer layers whose states make the memory's keys, best-ranked first")
