@@ -193,8 +193,9 @@ class _Reader:
         self._packed = packed
         self._taken = set(left_out(file))
 
-    def vector(self, name: str, size: int) -> jax.Array:
-        return jnp.asarray(self._read(name, (size,)))
+    def vector(self, name: str, size: int, order: np.ndarray | None = None) -> jax.Array:
+        values = self._read(name, (size,))
+        return jnp.asarray(values if order is None else values[order])
 
     def vocabulary(self, name: str, config: ModelConfig) -> Weight:
         """A matrix with a row for every token; rows past the last token, which can mean nothing, are not read."""
@@ -260,8 +261,10 @@ def _layer(reader: _Reader, config: ModelConfig, index: int) -> LayerParams:
     q_size, kv_size = config.heads * dim, config.kv_heads * dim
     rope = config.ropes[config.layers[index].rope]
 
-    def norm(name: str, wanted: bool, size: int) -> jax.Array | None:
-        return reader.vector(f"{prefix}{name}.weight", size) if wanted else None
+    def norm(name: str, wanted: bool, size: int, order: np.ndarray | None = None) -> jax.Array | None:
+        return reader.vector(f"{prefix}{name}.weight", size, order) if wanted else None
+
+    within_head = _head_order(config, rope)
 
     return LayerParams(
         attn_norm=reader.vector(f"{prefix}attn_norm.weight", embed),
@@ -270,8 +273,8 @@ def _layer(reader: _Reader, config: ModelConfig, index: int) -> LayerParams:
             [(q_size, embed), (kv_size, embed), (kv_size, embed)],
             _by_kv_head(config, rope),
         ),
-        q_norm=norm("attn_q_norm", config.qk_norm, dim),
-        k_norm=norm("attn_k_norm", config.qk_norm, dim),
+        q_norm=norm("attn_q_norm", config.qk_norm, dim, within_head),
+        k_norm=norm("attn_k_norm", config.qk_norm, dim, within_head),
         out=reader.matrix([f"{prefix}attn_output.weight"], [(embed, q_size)]),
         attn_post_norm=norm("post_attention_norm", config.post_norms, embed),
         ff_norm=reader.vector(f"{prefix}ffn_norm.weight", embed),
@@ -288,13 +291,15 @@ def _layer(reader: _Reader, config: ModelConfig, index: int) -> LayerParams:
 def _by_kv_head(config: ModelConfig, rope: RopeConfig) -> np.ndarray:
     """Order of the outputs of q, k and v that `LayerParams.qkv` has."""
     heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-    order = _half_split_order(rope, dim) if rope.interleaved else np.arange(dim)
+    order = _head_order(config, rope)
     rows = np.arange((heads + 2 * kv_heads) * dim).reshape(-1, dim)
     q, k, v = np.split(rows, [heads, heads + kv_heads])
     return np.concatenate([q[:, order].reshape(kv_heads, -1), k[:, order], v], axis=1).reshape(-1)
 
 
-def _half_split_order(rope: RopeConfig, dim: int) -> np.ndarray:
-    """Order of a head's dimensions that turns interleaved pairs (2i, 2i+1) into (i, i + dims/2)."""
-    rotating = np.arange(rope.dims)
+def _head_order(config: ModelConfig, rope: RopeConfig) -> np.ndarray:
+    """Order of the dimensions of query and key heads in which rotated pairs are (i, i + dims/2), as in the kernels."""
+    dim, rotating = config.head_dim, np.arange(rope.dims)
+    if not rope.interleaved:
+        return np.arange(dim)
     return np.concatenate([rotating[0::2], rotating[1::2], np.arange(rope.dims, dim)])

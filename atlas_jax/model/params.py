@@ -18,6 +18,7 @@ class LayerParams:
 
     Attributes:
       qkv: query, key and value projections, one matrix [(H + 2K)·D, E]; for each KV head its queries, then key and value.
+        Heads of queries and keys are in the order that rotates (i, i + dims/2), and so are their norms.
       gate_up: gate and up projections of the MLP, one matrix [2F, E]; a block of gates, then the same block of ups, …
         (`ModelConfig.ff_block`). In this order a device's share of either matrix is a range of its rows.
     """
