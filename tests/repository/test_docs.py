@@ -1,15 +1,19 @@
-"""Documents name what is there: paths, modules, tests, make targets, links, the imports of their code, their diagrams."""
+"""Documents name what is there: paths, modules, classes, functions, flags, tests, make targets, links, imports, diagrams."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from atlas_jax.memory import PRESETS
+from atlas_jax.model.families import FAMILIES
+from server.config.sources import CONFIG_ENV, options
 from tools import draw_diagrams
 
 ROOT = Path(__file__).parents[2]
@@ -24,8 +28,11 @@ DOCUMENTS = sorted(
     )
     if path.name != "CHANGELOG.md"  # says what was, under the names it had
 )
-INVENTED = {"atlas_jax/model/families/qwen3.py"}
-"""What a guide has its reader write."""
+INVENTED = {"atlas_jax/model/families/qwen3.py", "atlas_jax/kernels/doubled.py", "doubled.c"}
+INVENTED_NAMES = {"mamba2", "doubled", "l1"}
+"""What a guide has its reader write; `test_guides.py` writes it."""
+OTHERS_FLAGS = {"--strict", "--profile", "--build", "--name"}
+"""Of mypy and Docker, and what stands for any flag."""
 _FILE = re.compile(r"^[\w.-]*(?:/[\w.-]+)*\.(?:py|c|h|md|toml|yml|yaml|svg|png)$")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -103,6 +110,72 @@ def test_modules_and_their_names_exist(document: str) -> None:
             for name in parts[depth:]:
                 assert hasattr(thing, name), dotted
                 thing = getattr(thing, name)
+
+
+@pytest.fixture(scope="module")
+def words() -> frozenset[str]:
+    """Every word of code, tests, requests and build files, and the variables that settings are read from."""
+    kinds = (".py", ".c", ".h", ".json", ".yaml", ".yml", ".html", ".js")
+    left_out = (ROOT / "tests" / "golden", ROOT / "tests" / "repository")
+    sources = [path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in kinds]
+    sources = [path for path in sources if not any(path.is_relative_to(folder) for folder in left_out)]
+    text = [path.read_text("utf-8") for path in (*sources, ROOT / "Makefile", ROOT / "pyproject.toml")]
+    found = {word for part in text for word in re.findall(r"[A-Za-z_]\w*", part)}
+    return frozenset(found | {option.env for option in options()} | {CONFIG_ENV})
+
+
+@pytest.fixture(scope="module")
+def members() -> dict[str, set[str]]:
+    """Fields, methods and attributes of every class, by its name."""
+    found: dict[str, set[str]] = defaultdict(set)
+    for package in ("atlas_jax", "server"):
+        for path in (ROOT / package).rglob("*.py"):
+            for thing in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(thing, ast.ClassDef):
+                    for node in ast.walk(thing):
+                        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                            found[thing.name].add(node.name)
+                        elif isinstance(node, ast.Name):
+                            found[thing.name].add(node.id)
+                        elif isinstance(node, ast.Attribute):
+                            found[thing.name].add(node.attr)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_names_exist(document: str, words: frozenset[str], members: dict[str, set[str]]) -> None:
+    """`name`, `module.name` and `name(…)` are words of the sources, and `Class.member` is a member of its class."""
+    missing = []
+    for span in spans(read(document)):
+        name = re.sub(r"\(.*\)$", "", span)
+        if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", name):
+            continue
+        parts = name.split(".")
+        unknown = not set(parts) <= words | INVENTED_NAMES
+        no_member = len(parts) > 1 and parts[-2] in members and parts[-1] not in members[parts[-2]]
+        if unknown or no_member:
+            missing.append(name)
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_flags_exist(document: str) -> None:
+    """Flags of the server, and of the programs beside it."""
+    programs = [path for folder in FOLDERS if folder != "tests" for path in (ROOT / folder).rglob("*.py")]
+    known = {flag for path in programs for flag in re.findall(r"[\"'](--[a-z][\w-]*)[\"']", path.read_text("utf-8"))}
+    known |= OTHERS_FLAGS | {option.flag for option in options()}
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", read(document)))
+    assert {flag for flag in named - known if flag.replace("--no-", "--") not in known} == set()
+
+
+def test_every_architecture_is_in_the_list_of_those_that_are_read() -> None:
+    listed = re.findall(r"^\| `(\w+)` \|", read("docs/guides/serve.md"), re.MULTILINE)
+    assert listed == [*FAMILIES, "atlas"]
+
+
+def test_every_preset_is_in_readmes_list() -> None:
+    (sentence,) = re.findall(r"^`presets` has ([^.]+)\.", read("README.md"), re.MULTILINE)
+    assert re.findall(r"`(\w+)`", sentence) == list(PRESETS)
 
 
 CONFIGURATION = {"model"}

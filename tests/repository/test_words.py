@@ -52,6 +52,22 @@ def texts() -> Iterator[tuple[str, str]]:
             yield name, (ROOT / name).read_text("utf-8")
 
 
+@pytest.mark.parametrize(
+    ("word", "file"),
+    [
+        ("speculative", "atlas_jax/kernels/speculative_drafter.py"),
+        ("prefill", "atlas_jax/engine/scheduler/prefill.py"),
+        ("kv_cache", "atlas_jax/model/kv_cache.py"),
+        ("admission", "server/admission.py"),
+        ("detokenizer", "atlas_jax/engine/scheduler/detokenizer.py"),
+    ],
+)
+def test_a_word_of_the_field_is_the_name_of_its_file(word: str, file: str) -> None:
+    found = [path for package in ("atlas_jax", "server") for path in (ROOT / package).rglob(f"*{word}*.py")]
+    assert ROOT / file in found
+    assert len(found) <= 2, "a search must lead somewhere"
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="which files belong to the project is known to git")
 def test_replaced_words_do_not_come_back() -> None:
     found = [
