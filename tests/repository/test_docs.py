@@ -135,10 +135,9 @@ def members() -> dict[str, set[str]]:
                     for node in ast.walk(thing):
                         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                             found[thing.name].add(node.name)
-                        elif isinstance(node, ast.Name):
-                            found[thing.name].add(node.id)
-                        elif isinstance(node, ast.Attribute):
-                            found[thing.name].add(node.attr)
+                        elif isinstance(node, ast.AnnAssign | ast.Assign):
+                            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                            found[thing.name] |= {ast.unparse(target).removeprefix("self.") for target in targets}
     return found
 
 
