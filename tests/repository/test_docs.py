@@ -132,13 +132,19 @@ def members() -> dict[str, set[str]]:
         for path in (ROOT / package).rglob("*.py"):
             for thing in ast.walk(ast.parse(path.read_text("utf-8"))):
                 if isinstance(thing, ast.ClassDef):
-                    for node in ast.walk(thing):
-                        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                            found[thing.name].add(node.name)
-                        elif isinstance(node, ast.AnnAssign | ast.Assign):
-                            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-                            found[thing.name] |= {ast.unparse(target).removeprefix("self.") for target in targets}
+                    found[thing.name] |= set(_members(thing))
     return found
+
+
+def _members(thing: ast.ClassDef) -> Iterator[str]:
+    for node in thing.body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.name
+        elif isinstance(node, ast.AnnAssign | ast.Assign):
+            yield from map(ast.unparse, node.targets if isinstance(node, ast.Assign) else [node.target])
+    for node in ast.walk(thing):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "self":
+            yield node.attr
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
