@@ -7,6 +7,9 @@ from collections.abc import Mapping
 from atlas_jax.model.families import gemma3, llama
 from atlas_jax.model.families._family import Family
 
-FAMILIES: Mapping[str, Family] = {"llama": llama.FAMILY, "gemma3": gemma3.FAMILY}
+FAMILIES: Mapping[str, Family] = {
+    "llama": llama.FAMILY,
+    "gemma3": gemma3.FAMILY,
+}
 
 __all__ = ["FAMILIES", "Family"]
