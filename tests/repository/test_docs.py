@@ -183,6 +183,26 @@ def test_every_preset_is_in_readmes_list() -> None:
     assert re.findall(r"`(\w+)`", sentence) == list(PRESETS)
 
 
+def test_the_layout_is_the_one_that_is_there() -> None:
+    (layout,) = blocks(read("README.md"), "text")
+    named = set()
+    for line in layout.splitlines():
+        first = line.split()[0]
+        for path in re.findall(r"[\w./-]+(?:/(?=\W|$)|\.py\b)", line):
+            places = {ROOT / path, ROOT / first / path}
+            assert any(place.exists() for place in places), f"{path} in: {line}"
+            named |= places
+    packages = {path.parent for path in (ROOT / "atlas_jax").glob("*/__init__.py")}
+    assert packages - named == set()
+
+
+def test_every_folder_of_tests_is_described() -> None:
+    described = set(re.findall(r"`tests/(\w+)`", read("CONTRIBUTING.md")))
+    assert described == {
+        path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"
+    }
+
+
 CONFIGURATION = {"model"}
 """Keys of the JSON file's section `server` that documents name, `server.model`."""
 
