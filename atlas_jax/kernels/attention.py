@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from atlas_jax.config import PAGE
 from atlas_jax.kernels import tpu
 from atlas_jax.kernels.cpu import ffi, library
-from atlas_jax.kernels.kv_pages import LayerKV, Pages, QuantPages, RingView
+from atlas_jax.kernels.kv_pages import LayerKV, Pages, QuantPages, RingView, unpacked
 from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.reductions import row_max, row_sum
-from atlas_jax.typing import Array, Bool, Float
+from atlas_jax.typing import Array, Bool, Float, Int32
 
 LOW_TERM = 254.0
 """The second int8 term of a probability counts in units of 1/254 of the first, so that half a unit of the first is 127."""
@@ -70,8 +70,8 @@ def attend(
       view, sliding_window: what the Mosaic kernel works out the masks from.
       masks: `visible(view, sliding_window)`, the same for all layers with this window.
     """
-    if not uses_tpu_kernel(kv):
-        return window_attention(q, q_sink, kv, *masks, scale)
+    if not uses_tpu_kernel(kv) or kv.kept is not None:
+        return window_attention(q, q_sink, kv, *masks, scale, view.kept)
     from atlas_jax.kernels.tpu import window_attention as mosaic  # importing Pallas takes 0.4 s that only TPUs need
 
     return mosaic.attention(q, q_sink, kv, view, sliding_window, scale, interpret=tpu.interpreted())
@@ -84,15 +84,18 @@ def window_attention(
     seen: Bool[Array, "B T N P"],
     sinks_seen: Bool[Array, "B T"],
     scale: float,
+    kept: Int32[Array, B] | None = None,
 ) -> Float[Array, "B T H D"]:
-    """Softmax attention of a step's tokens over the ring and the sinks.
+    """Softmax attention of a step's tokens over the ring, the sinks and the kept pairs.
 
     Args:
       q: queries rotated to their positions.
-      q_sink: queries rotated no further than the model was trained for, to meet the sinks (positions 0 … S−1).
+      q_sink: queries rotated no further than the model was trained for, to meet the sinks (positions 0 … S−1) and the kept
+        pairs.
       kv: the layer's cache, with the step's own tokens already written.
       seen, sinks_seen: from `visible`; a token always sees itself.
       scale: factor on q·k.
+      kept: how many pairs of `kv.kept` each row has; all of its tokens see them.
 
     Returns:
       The attention output. What is not seen contributes an exact zero.
@@ -100,7 +103,7 @@ def window_attention(
     batch, tokens, heads, dim = q.shape
     kv_heads = kv.sink_k.shape[1]
     k, v = kv.k, kv.v
-    taken = uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2])
+    taken = uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2]) and kv.kept is None
     if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
         return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale)
@@ -115,12 +118,26 @@ def window_attention(
     sink_score = jnp.where(sink_mask, sink_score, _NEGATIVE)
 
     peak = jnp.maximum(row_max(score).max(axis=1), sink_score.max(axis=-1))  # [B, K, G·T]
+    if kv.kept is not None and kept is not None:
+        kept_score = _page_scores(_group(q_sink, kv_heads), unpacked(kv.kept.k)) * scale
+        filled = kept_index(kv.kept.score.shape[1]) < kept[:, None, None]  # [B, pages, P]
+        kept_score = jnp.where(filled[:, :, None, None], kept_score, _NEGATIVE)
+        peak = jnp.maximum(peak, row_max(kept_score).max(axis=1))
     weight = jnp.exp(score - peak[:, None, :, :, None])
     sink_weight = jnp.exp(sink_score - peak[..., None])
     mass = row_sum(weight).sum(axis=1) + sink_weight.sum(axis=-1)
     total = _weighted_values(weight, kv.v) + jnp.einsum("bkqs,bksd->bkqd", sink_weight, kv.sink_v)
+    if kv.kept is not None and kept is not None:
+        kept_weight = jnp.exp(kept_score - peak[:, None, :, :, None])
+        mass = mass + row_sum(kept_weight).sum(axis=1)
+        total = total + _weighted_values(kept_weight, unpacked(kv.kept.v))
     out = total / mass[..., None]
     return out.reshape(batch, kv_heads, groups, tokens, dim).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
+
+
+def kept_index(pages: int) -> Int32[Array, "kept P"]:
+    """The place of every kept pair in the order in which they fill their pages."""
+    return jnp.arange(pages * PAGE, dtype=jnp.int32).reshape(pages, PAGE)
 
 
 def _group(q: jax.Array, kv_heads: int) -> jax.Array:

@@ -8,6 +8,7 @@ on the CPU's int8 units. Float pages are the reference mode.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.linear import quantize_rows
+from atlas_jax.kernels.packed_pages import PackedPages, init_packed, unpack
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 KVDtype = Literal["int8", "float32"]
@@ -40,18 +42,40 @@ Pages = QuantPages | jax.Array
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class KeptPairs:
+    """Pairs of a layer that stay attended when their page has left the ring, in pages without order, and what chooses them.
+
+    Attributes:
+      k, v: the pairs, in 4 bits where the ring is in 8.
+      score: attention that each of them has received, see `model.kept_pairs`.
+      ring_score: the same of the pairs that are still in the ring.
+      queries, query_scale: every `PAGE // samples`-th query of the latest page, rotated, in 8 bits.
+    """
+
+    k: PackedPages | jax.Array
+    v: PackedPages | jax.Array
+    score: Float[Array, "B kept K P"]
+    ring_score: Float[Array, "B N K P"]
+    queries: Int8[Array, "B samples H D"]
+    query_scale: Float[Array, "B samples H"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LayerKV:
     """One layer's keys and values.
 
     Attributes:
       k, v: the ring, [B, N, K, P, D].
       sink_k, sink_v: the first S tokens of the text, float32 [B, K, S, D], kept for when their page has left the ring.
+      kept: None in layers that keep no pairs.
     """
 
     k: Pages
     v: Pages
     sink_k: Float[Array, "B K S D"]
     sink_v: Float[Array, "B K S D"]
+    kept: KeptPairs | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -65,6 +89,7 @@ class RingView:
       positions: absolute position of every token of the step (all in one page).
       valid: which tokens of the step are real.
       first_page: pages before it have left the window.
+      kept: how many of their kept pairs are filled, from the first on; None where no layer keeps any.
     """
 
     page: Int32[Array, "B N"]
@@ -72,6 +97,7 @@ class RingView:
     positions: Int32[Array, "B T"]
     valid: Bool[Array, "B T"]
     first_page: Int32[Array, B]
+    kept: Int32[Array, B] | None = None
 
 
 def init_pages(batch: int, pages: int, kv_heads: int, head_dim: int, dtype: KVDtype) -> Pages:
@@ -83,7 +109,7 @@ def init_pages(batch: int, pages: int, kv_heads: int, head_dim: int, dtype: KVDt
 
 
 def init_layer_kv(batch: int, pages: int, kv_heads: int, head_dim: int, sinks: int, dtype: KVDtype) -> LayerKV:
-    """An empty layer."""
+    """An empty layer, which keeps no pairs."""
 
     def pages_of() -> Pages:
         return init_pages(batch, pages, kv_heads, head_dim, dtype)
@@ -94,9 +120,61 @@ def init_layer_kv(batch: int, pages: int, kv_heads: int, head_dim: int, sinks: i
     return LayerKV(pages_of(), pages_of(), sink(), sink())
 
 
+def init_kept_pairs(
+    batch: int, pages: int, kept_pages: int, heads: int, kv_heads: int, head_dim: int, samples: int, dtype: KVDtype
+) -> KeptPairs:
+    """Nothing kept yet.
+
+    Args:
+      pages: of the ring.
+      kept_pages: the most pairs of a row, in pages.
+      samples: queries noted of every page.
+    """
+    rows = (batch, kept_pages, kv_heads, PAGE)
+
+    def pairs() -> PackedPages | jax.Array:
+        return jnp.zeros((*rows, head_dim), jnp.float32) if dtype == "float32" else init_packed(rows, head_dim)
+
+    return KeptPairs(
+        k=pairs(),
+        v=pairs(),
+        score=jnp.zeros(rows, jnp.float32),
+        ring_score=jnp.zeros((batch, pages, kv_heads, PAGE), jnp.float32),
+        queries=jnp.zeros((batch, samples, heads, head_dim), jnp.int8),
+        query_scale=jnp.zeros((batch, samples, heads), jnp.float32),
+    )
+
+
+def unpacked(pairs: PackedPages | jax.Array) -> Pages:
+    """Kept pairs as pages of the ring's kind."""
+    return QuantPages(unpack(pairs), pairs.scale) if isinstance(pairs, PackedPages) else pairs
+
+
 def write(kv: LayerKV, k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], view: RingView) -> LayerKV:
     """Stores a step's keys and values in the ring."""
-    return LayerKV(_write_pages(kv.k, k, view), _write_pages(kv.v, v, view), kv.sink_k, kv.sink_v)
+    return dataclasses.replace(kv, k=_write_pages(kv.k, k, view), v=_write_pages(kv.v, v, view))
+
+
+def sample_queries(kv: LayerKV, q: Float[Array, "B T H D"], view: RingView) -> LayerKV:
+    """Notes a step's rotated queries, those at the end of each stretch of `PAGE // samples` tokens of a page.
+
+    They lie by position, like the pairs: what a rejected draft token or a text that was taken back has left there is written
+    again before it is used.
+    """
+    if kv.kept is None:
+        return kv
+    samples = kv.kept.queries.shape[1]
+    stretch = PAGE // samples
+    offset = view.positions % PAGE
+    place = jnp.where(view.valid & (offset % stretch == stretch - 1), offset // stretch, samples)  # the last is none
+    values, scale = quantize_rows(q)
+    row = jnp.arange(q.shape[0])[:, None]
+    kept = dataclasses.replace(
+        kv.kept,
+        queries=kv.kept.queries.at[row, place].set(values, mode="drop"),
+        query_scale=kv.kept.query_scale.at[row, place].set(scale[..., 0], mode="drop"),
+    )
+    return dataclasses.replace(kv, kept=kept)
 
 
 @jax.jit  # compiled into its caller; layers alike are traced once

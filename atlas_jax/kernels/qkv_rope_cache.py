@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from atlas_jax.kernels.cpu import ffi, library
@@ -43,7 +44,7 @@ def qkv_rope_cache(
             x, gains, eps, rotary, near, *where, ring
         )
         written = QuantPages(k_values, k_scale), QuantPages(v_values, v_scale)
-        return q, q_sink, LayerKV(*written, kv.sink_k, kv.sink_v)
+        return q, q_sink, dataclasses.replace(kv, k=written[0], v=written[1])
     q, new_k, new_v = x[..., :-2, :].reshape(*x.shape[:2], -1, x.shape[-1]), x[..., -2, :], x[..., -1, :]
     if gains is not None:
         q, new_k = (rms_norm(part, gain, eps) for part, gain in zip((q, new_k), gains, strict=True))

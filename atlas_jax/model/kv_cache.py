@@ -27,6 +27,7 @@ class KVCache:
       slot: ring slot of the page being filled.
       first_page: pages before it have left the window.
       position: position of the next token.
+      kept: how many pairs of each row are kept of what has left the window.
     """
 
     kv: tuple[LayerKV, ...]
@@ -34,6 +35,7 @@ class KVCache:
     slot: Int32[Array, B]
     first_page: Int32[Array, B]
     position: Int32[Array, B]
+    kept: Int32[Array, B]
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +62,7 @@ def init_kv_cache(model: ModelConfig, batch: int, pages: int, dtype: KVDtype) ->
         slot=zeros(),
         first_page=zeros(),
         position=zeros(),
+        kept=zeros(),
     )
 
 
@@ -78,6 +81,7 @@ def ring_view(cache: KVCache, tokens: int, count: Int32[Array, B]) -> RingView:
         positions=cache.position[:, None] + offset,
         valid=offset < count[:, None],
         first_page=cache.first_page,
+        kept=cache.kept,
     )
 
 
