@@ -65,8 +65,9 @@ def pack(values: Int8[Array, "*rows D"], scale: Float[Array, "*rows"]) -> Packed
     whole = values.astype(jnp.int32).reshape(*rows, dim // block, 2, block // 2)
     low, high = whole.min(axis=-1), whole.max(axis=-1)
     step = -(-(high - low) * _EIGHTHS // _LEVELS)  # rounded up: 15 steps reach the largest
-    n = jnp.clip(jnp.round((whole - low[..., None]) * _EIGHTHS / jnp.maximum(step, 1)[..., None]), 0, _LEVELS)
-    n = n.astype(jnp.uint8)
+    width = jnp.maximum(step, 1)[..., None]
+    n = (2 * _EIGHTHS * (whole - low[..., None]) + width) // (2 * width)  # rounded in integers: the same in every form
+    n = jnp.minimum(n, _LEVELS).astype(jnp.uint8)
     return PackedPages(
         nibbles=(n[..., 0, :] | n[..., 1, :] << 4).reshape(*rows, dim // 2),
         step=step.reshape(*rows, -1).astype(jnp.uint8),

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.kernels.cpu.library import VERSION
+from atlas_jax.kernels.packed_pages import PackedPages
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8
 
 MAX_ROWS = 128
@@ -204,6 +205,31 @@ def attention(
     args = (q, q_sink, k, k_scale, v, v_scale, sink_k, sink_v, seen, sinks_seen, factor)
     (out,) = _call("attention", (shape,), *args)
     return out
+
+
+def exchange_pairs(
+    row: Int32[Array, ""],
+    kept: Int32[Array, ""],
+    capacity: Int32[Array, ""],
+    own: Float[Array, "K P"],
+    page: tuple[Int8[Array, "K P D"] | Float[Array, "K P"], ...],
+    score: Float[Array, "B kept K P"],
+    k: PackedPages,
+    v: PackedPages,
+) -> tuple[Float[Array, "B kept K P"], PackedPages, PackedPages]:
+    """`exchange_pairs.exchange_pairs` of pairs in 4 bits: score, keys and values, changed in place.
+
+    Args:
+      page: values and scale of its keys, then of its values.
+    """
+    args = row, kept, capacity, own, *page
+    old, tree = jax.tree.flatten((score, k, v))
+    shapes = tuple(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in old)
+    in_place = {len(args) + i: i for i in range(len(old))}
+    made: tuple[jax.Array, PackedPages, PackedPages] = jax.tree.unflatten(
+        tree, _call("exchange_pairs", shapes, *args, *old, in_place=in_place)
+    )
+    return made
 
 
 def _call(

@@ -46,6 +46,7 @@ _TARGETS = (
     "qkv_rope_cache",
     "normed_qkv_rope_cache",
     "attention",
+    "exchange_pairs",
     "greedy",
     "draw",
     "blend",

@@ -1,0 +1,83 @@
+"""The pairs of a page that leaves a row's window take the places of kept pairs with lower scores."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from atlas_jax.config import PAGE
+from atlas_jax.kernels.attention import kept_index
+from atlas_jax.kernels.cpu import ffi, library
+from atlas_jax.kernels.kv_pages import KeptPairs, Pages, QuantPages
+from atlas_jax.kernels.packed_pages import PackedPages, pack
+from atlas_jax.typing import Array, Float, Int32
+
+
+def exchange_pairs(
+    pairs: KeptPairs,
+    row: Int32[Array, ""],
+    own: Float[Array, "K P"],
+    k: Pages,
+    v: Pages,
+    kept: Int32[Array, ""],
+    capacity: Int32[Array, ""],
+) -> KeptPairs:
+    """Keeps the highest scores of a row's kept pairs and a page's, in each head; of equal ones the newer stays.
+
+    Args:
+      own: scores of the page's pairs, not negative but for −∞, which is never kept.
+      k, v: the page, [K, P, D].
+      kept: how many places are filled.
+      capacity: how many may be; free ones are filled first, in order.
+    """
+    if isinstance(pairs.k, PackedPages) and isinstance(pairs.v, PackedPages) and library.usable():
+        assert isinstance(k, QuantPages)
+        assert isinstance(v, QuantPages)
+        page = k.values, k.scale, v.values, v.scale
+        score, keys, values = ffi.exchange_pairs(row, kept, capacity, own, page, pairs.score, pairs.k, pairs.v)
+        return dataclasses.replace(pairs, score=score, k=keys, v=values)
+    score = jax.lax.dynamic_index_in_dim(pairs.score, row, 0, keepdims=False)
+    place, source = choose(score, own, kept, capacity)
+    heads = jnp.arange(own.shape[0])[:, None]
+    where = row, place // PAGE, heads, place % PAGE
+
+    def put(old: PackedPages | jax.Array, page: Pages) -> PackedPages | jax.Array:
+        new = jax.tree.map(lambda leaf: leaf[heads, source], page)
+        packed = pack(new.values, new.scale) if isinstance(new, QuantPages) else new
+        return jax.tree.map(lambda leaf, one: leaf.at[where].set(one, mode="drop"), old, packed)
+
+    return dataclasses.replace(
+        pairs,
+        k=put(pairs.k, k),
+        v=put(pairs.v, v),
+        score=pairs.score.at[where].set(own[heads, source], mode="drop"),
+    )
+
+
+def choose(
+    score: Float[Array, "kept K P"], own: Float[Array, "K P"], kept: Int32[Array, ""], capacity: Int32[Array, ""]
+) -> tuple[Int32[Array, "K P"], Int32[Array, "K P"]]:
+    """Which of a page's pairs go where.
+
+    Returns:
+      Places among the kept pairs, as many as change hands and then places that do not exist; and the pairs of the page that
+      go there.
+    """
+    heads, places = own.shape[0], score.shape[0] * PAGE
+    index = kept_index(score.shape[0]).reshape(-1)
+    flat = score.transpose(1, 0, 2).reshape(heads, places)
+    flat = jnp.where(index < kept, flat, index - places)
+    flat = jnp.where(index < capacity, flat, jnp.inf)
+    _, lowest = jax.lax.top_k(-jnp.concatenate([flat, own], axis=1), PAGE)
+    rows = jnp.arange(heads)[:, None]
+    goes = jnp.zeros((heads, places + PAGE), bool).at[rows, lowest].set(True)
+
+    def first(chosen: jax.Array, none: int) -> jax.Array:
+        """Indices of what is chosen, in order, and then `none`."""
+        rank = jnp.where(chosen, jnp.cumsum(chosen, axis=1) - 1, PAGE)
+        which = jnp.broadcast_to(jnp.arange(chosen.shape[1], dtype=jnp.int32), chosen.shape)
+        return jnp.full((heads, PAGE), none, jnp.int32).at[rows, rank].set(which, mode="drop")
+
+    return first(goes[:, :places], places), first(~goes[:, places:], 0)
