@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig
 from atlas_jax.kernels.cpu import ffi, library
-from atlas_jax.kernels.linear import linear, quantize_rows, rows_of
+from atlas_jax.kernels.linear import QuantArray, linear, quantize_rows, rows_of
 from atlas_jax.kernels.monomials import window_monomials
 from atlas_jax.kernels.recall_features import read_out
 from atlas_jax.kernels.reductions import row_max, row_sum
@@ -40,23 +40,23 @@ class RecallState:
     """Memories of a batch of sessions.
 
     Attributes:
-      weights: M.
-      momentum: S of the Muon write.
-      read_values, read_scale: the weights in 8 bits, [C, M] per row, what reads use.
-      recent: components of the last states, those that keys are made of; position p is at p mod its length.
-      keys, tokens: ring of the last keys and tokens of the text; position p is at p mod ring.
+      weights, scale: M in 8 bits with a scale per output.
+      momentum, momentum_end: S of the Muon write as A in S = AΦ, Φ the features of the Omega window that ended at
+        `momentum_end`.
+      states, state_scale, tokens: ring of the last states, what keys are made of, and tokens of the text; position p is
+        at p mod ring.
       seen: 1 for tokens that have been written as values.
       loss: Omega loss after the last write.
       losses, skipped: since the row was taken up: the sum of the losses of its writes, and how many were not taken.
       written: whether any token has been seen; without one, reading is of no use.
     """
 
-    weights: Float[Array, "B C M"]
-    momentum: Float[Array, "B C M"]
-    read_values: Int8[Array, "B C M"]
-    read_scale: Float[Array, "B C"]
-    recent: Float[Array, "B recent Z"]
-    keys: Float[Array, "B ring R"]
+    weights: Int8[Array, "B C M"]
+    scale: Float[Array, "B C"]
+    momentum: Float[Array, "B C W"]
+    momentum_end: Int32[Array, B]
+    states: Int8[Array, "B ring Z"]
+    state_scale: Float[Array, "B ring"]
     tokens: Int32[Array, "B ring"]
     seen: Int8[Array, "B V"]
     loss: Float[Array, B]
@@ -103,25 +103,15 @@ class WriteSettings:
     degree: Int32[Array, ""]
 
 
-def recent_states(config: MemoryConfig) -> int:
-    """States kept for decaying means: as many as one needs, and as many as a row can be set back by without reading again.
-
-    That is to where the memory was last written, at most one write's tokens. A shorter ring would leave means of what came
-    after in the place of what came before.
-    """
-    return config.max_omega_window + MEAN_LENGTH
-
-
 def init_state(config: MemoryConfig, batch: int, vocab: int) -> RecallState:
     """Empty memories."""
-    shape = (batch, config.code_dim, config.features)
     return RecallState(
-        weights=jnp.zeros(shape, jnp.float32),
-        momentum=jnp.zeros(shape, jnp.float32),
-        read_values=jnp.zeros(shape, jnp.int8),
-        read_scale=jnp.zeros((batch, config.code_dim), jnp.float32),
-        recent=jnp.zeros((batch, recent_states(config), config.components), jnp.float32),
-        keys=jnp.zeros((batch, config.ring, config.key_size), jnp.float32),
+        weights=jnp.zeros((batch, config.code_dim, config.features), jnp.int8),
+        scale=jnp.zeros((batch, config.code_dim), jnp.float32),
+        momentum=jnp.zeros((batch, config.code_dim, config.max_omega_window), jnp.float16),
+        momentum_end=jnp.zeros((batch,), jnp.int32),
+        states=jnp.zeros((batch, config.ring, config.components), jnp.int8),
+        state_scale=jnp.zeros((batch, config.ring), jnp.float32),
         tokens=jnp.zeros((batch, config.ring), jnp.int32),
         seen=jnp.zeros((batch, vocab), jnp.int8),
         loss=jnp.zeros((batch,), jnp.float32),
@@ -152,14 +142,14 @@ def observe(
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
 ) -> tuple[RecallState, Float[Array, "B T R"]]:
-    """Makes the keys of a step's tokens, and keeps keys and tokens for when they leave the window.
+    """Makes the keys of a step's tokens, and keeps states and tokens for when they leave the window.
 
     Args:
       tapped: residual streams of the tapped layers.
       valid: which tokens are real; those that are not come last.
     """
-    key, z = keys(adapter, state, settings, tapped, positions)
-    return remember(state, key, z, tokens, positions, valid), key
+    key, states = keys(adapter, state, settings, tapped, positions)
+    return remember(state, states, tokens, positions, valid), key
 
 
 def keys(
@@ -168,8 +158,8 @@ def keys(
     settings: RecallSettings,
     tapped: tuple[Float[Array, "B T E"], ...],
     positions: Int32[Array, "B T"],
-) -> tuple[Float[Array, "B T R"], Float[Array, "B T Z"]]:
-    """Keys of a step's tokens, and the components they are made of, which later tokens' decaying means need.
+) -> tuple[Float[Array, "B T R"], QuantArray]:
+    """Keys of a step's tokens, and the states they are made of in 8 bits, which a write and later tokens' means need.
 
     A key is two unit vectors: the token's own state in the tapped layers, and a decaying mean of the states of
     the tokens before, the training-free counterpart of ATLAS's short convolution on keys. The mean tells apart places
@@ -180,18 +170,31 @@ def keys(
     taps = [linear(adapter.projection[i].T, h - adapter.mean[i]) for i, h in enumerate(tapped)]
     tables = jnp.concatenate([*taps, jnp.zeros((batch, length, 1))], axis=2)
     z = jnp.take_along_axis(tables, adapter.select[settings.layers, settings.degree][:, None, :], axis=2)
+    values, scale = quantize_rows(z)
+    now = QuantArray(values, scale[..., 0])
     before = positions[:, :1] - MEAN_LENGTH + jnp.arange(MEAN_LENGTH)
-    past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None]
-    extended = jnp.concatenate([past, z], axis=1)
-    mean = jnp.zeros_like(z)
+    past = _states(state, row, before)
+    return _joined(jnp.concatenate([past, now.values * scale], axis=1)), now
+
+
+def _states(state: RecallState, row: Int32[Array, "*rows"], position: Int32[Array, "*rows"]) -> Float[Array, "*rows Z"]:
+    """States at positions of the text, zero before its first."""
+    place = position % state.tokens.shape[1]
+    return state.states[row, place] * jnp.where(position >= 0, state.state_scale[row, place], 0.0)[..., None]
+
+
+def _joined(z: Float[Array, "*rows extended Z"]) -> Float[Array, "*rows T R"]:
+    """Keys of states whose first `MEAN_LENGTH` only come before."""
+    length = z.shape[-2] - MEAN_LENGTH
+    mean = jnp.zeros_like(z[..., MEAN_LENGTH:, :])
     for back in range(1, MEAN_LENGTH + 1):
         start = MEAN_LENGTH - back
-        mean = mean + MEAN_DECAY ** (back - 1) * extended[:, start : start + length]
+        mean = mean + MEAN_DECAY ** (back - 1) * z[..., start : start + length, :]
 
     def unit(part: jax.Array) -> jax.Array:
         return part * jax.lax.rsqrt(jnp.maximum(row_sum(part * part), 1e-12))[..., None]
 
-    return jnp.concatenate([unit(z), unit(mean)], axis=2), z
+    return jnp.concatenate([unit(z[..., MEAN_LENGTH:, :]), unit(mean)], axis=-1)
 
 
 def kernel(
@@ -215,23 +218,20 @@ def kernel(
 
 def remember(
     state: RecallState,
-    key: Float[Array, "B T R"],
-    z: Float[Array, "B T Z"],
+    states: QuantArray,
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
 ) -> RecallState:
-    """Keeps a step's keys and tokens for when they leave the window."""
+    """Keeps a step's states and tokens for when they leave the window."""
     row = jnp.arange(tokens.shape[0])[:, None]
-    ring, recent = state.tokens.shape[1], state.recent.shape[1]
-    index = jnp.where(valid, positions % ring, ring)
-    first = positions[:, :1] + valid.sum(axis=1, keepdims=True) - recent  # of those that end up in the short ring
-    place = jnp.where(valid & (positions >= first), positions % recent, recent)
+    ring = state.tokens.shape[1]
+    place = jnp.where(valid, positions % ring, ring)
     return dataclasses.replace(
         state,
-        recent=state.recent.at[row, place].set(z, mode="drop"),
-        keys=state.keys.at[row, index].set(key, mode="drop"),
-        tokens=state.tokens.at[row, index].set(tokens, mode="drop"),
+        states=state.states.at[row, place].set(states.values, mode="drop"),
+        state_scale=state.state_scale.at[row, place].set(states.scale, mode="drop"),
+        tokens=state.tokens.at[row, place].set(tokens, mode="drop"),
     )
 
 
@@ -255,19 +255,18 @@ def write(
     offset = jnp.arange(width) - width
     position = settings.end + offset  # of the values: what follows the last of them may not have been read yet
     gamma = ((position >= 1) & (offset >= -settings.window)).astype(jnp.float32)
-    ring = state.tokens.shape[1]
-    key = state.keys[row, (position - 1) % ring] * gamma[:, None]
-    token = state.tokens[row, position % ring]
+    needed = settings.end - width - 1 - MEAN_LENGTH + jnp.arange(width + MEAN_LENGTH)
+    key = _joined(_states(state, row, needed)) * gamma[:, None]
+    token = state.tokens[row, position % state.tokens.shape[1]]
 
     features = _window_features(adapter, key, settings.degree)  # [W, M]; γ = 0 makes a row zero
     code = rows_of(adapter.codes, token).T * gamma
     gram = kernel(key, key, settings.degree)
-    weights, momentum = state.weights[row], state.momentum[row]
-    residual = code - product("cm,wm->cw", weights, features)
-    weights, momentum, loss, taken = omega_step(
-        config, optimizer, settings.step, weights, momentum, features, gram, gamma, residual
-    )
-    values, scale = quantize_rows(weights)
+    weights, scale = state.weights[row], state.scale[row][:, None]
+    residual = code - scale * product("cm,wm->cw", weights, features)
+    momentum = _moved_on(state.momentum[row], settings.end - state.momentum_end[row]) * gamma
+    dual, momentum, loss, taken = omega_step(config, optimizer, settings.step, momentum, gram, gamma, residual)
+    moved, moved_scale = quantize_rows(weights * scale + product("cw,wm->cm", dual, features))
     written = jnp.where((gamma > 0) & taken, token, state.seen.shape[1])
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
@@ -275,16 +274,23 @@ def write(
 
     return dataclasses.replace(
         state,
-        weights=put(state.weights, weights),
-        momentum=put(state.momentum, momentum),
-        read_values=put(state.read_values, values),
-        read_scale=put(state.read_scale, scale[:, 0]),
+        weights=put(state.weights, jnp.where(taken, moved, weights)),
+        scale=put(state.scale, jnp.where(taken, moved_scale, scale)[:, 0]),
+        momentum=put(state.momentum, momentum.astype(state.momentum.dtype)),
+        momentum_end=state.momentum_end.at[row].set(settings.end),
         seen=state.seen.at[row, written].set(1, mode="drop"),
         loss=state.loss.at[row].set(jnp.where(taken, loss, state.loss[row])),
         losses=state.losses.at[row].add(jnp.where(taken, loss, 0.0)),
         skipped=state.skipped.at[row].add(jnp.where(taken, 0, 1)),
         written=state.written.at[row].set(state.written[row] | taken),
     )
+
+
+def _moved_on(momentum: Float[Array, "C W"], tokens: Int32[Array, ""]) -> Float[Array, "C W"]:
+    """Momentum over a window that ends so many tokens later: those that have left it have none any more."""
+    width = momentum.shape[1]
+    padded = jnp.concatenate([momentum, jnp.zeros_like(momentum)], axis=1).astype(jnp.float32)
+    return jax.lax.dynamic_slice_in_dim(padded, jnp.clip(tokens, 0, width), width, axis=1)
 
 
 def read(
@@ -328,7 +334,7 @@ def scores(
 def _read_out(adapter: Adapter, state: RecallState, settings: RecallSettings, key: jax.Array) -> jax.Array:
     """M φ(k): [B, T, C]."""
     tables = adapter.factors, adapter.feature_weight, adapter.halves
-    return read_out(key, settings.degree, state.read_values, state.read_scale, *tables)
+    return read_out(key, settings.degree, state.weights, state.scale, *tables)
 
 
 def gate_features(score: Float[Array, "*rows V"], entropy: Float[Array, "*rows"]) -> Float[Array, "*rows features"]:

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE, MemoryConfig
+from atlas_jax.kernels.linear import QuantArray
 from atlas_jax.kernels.monomials import gather_monomials
 from atlas_jax.recall import recall_memory
 from atlas_jax.recall.adapter import GATE_FEATURES, MEAN_DECAY, MEAN_LENGTH, Adapter, key_components, make_adapter
@@ -64,6 +65,24 @@ def unit_keys(random: np.random.Generator, count: int) -> np.ndarray:
     return (keys / np.linalg.norm(keys, axis=2, keepdims=True)).reshape(count, CONFIG.key_size)
 
 
+def text_states(random: np.random.Generator, count: int) -> np.ndarray:
+    return random.standard_normal((count, CONFIG.components)).astype(np.float32)
+
+
+def in_8_bits(states: np.ndarray) -> QuantArray:
+    peak = np.maximum(np.abs(states).max(axis=-1), 1e-30)
+    values = np.rint(states * (127 / peak)[..., None]).astype(np.int8)
+    return QuantArray(values, (peak / 127).astype(np.float32))  # type: ignore[arg-type]
+
+
+def keys_of(states: np.ndarray) -> np.ndarray:
+    """The keys of a text's states, as they are after they have been kept in 8 bits."""
+    kept = in_8_bits(states)
+    z = np.asarray(kept.values, np.float64) * np.asarray(kept.scale, np.float64)[:, None]
+    halves = (z, decaying_mean(z[None])[0])
+    return np.concatenate([part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-6) for part in halves], 1)
+
+
 @functools.cache
 def compiled_write(optimizer: Optimizer) -> object:
     return jax.jit(functools.partial(recall_memory.write, CONFIG, optimizer))
@@ -95,31 +114,30 @@ def reading(degree: int = 2, read: bool = True, read_from: int = 0, log_odds: fl
     )
 
 
-def read_text(state: RecallState, row: int, keys: np.ndarray, tokens: np.ndarray, start: int = 0) -> RecallState:
+def read_text(state: RecallState, row: int, states: np.ndarray, tokens: np.ndarray, start: int = 0) -> RecallState:
     """Lets one row read whole pages; the other rows sit out."""
     for page in range(0, len(tokens), PAGE):
         part = slice(page, page + PAGE)
-        key = np.zeros((ROWS, PAGE, CONFIG.key_size), np.float32)
         z = np.zeros((ROWS, PAGE, CONFIG.components), np.float32)
         token = np.zeros((ROWS, PAGE), np.int32)
-        key[row], token[row] = keys[part], tokens[part]
+        z[row], token[row] = states[part], tokens[part]
         valid = np.zeros((ROWS, PAGE), bool)
         valid[row] = True
         positions = np.broadcast_to(start + page + np.arange(PAGE), (ROWS, PAGE)).astype(np.int32)
-        state = compiled()["remember"](state, key, z, token, positions, valid)
+        state = compiled()["remember"](state, in_8_bits(z), token, positions, valid)
     return state
 
 
-def pairs(keys: np.ndarray, tokens: np.ndarray, end: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+def pairs(states: np.ndarray, tokens: np.ndarray, end: int, window: int) -> tuple[np.ndarray, np.ndarray]:
     """What a write is about: the keys before the last `window` tokens before `end`, and those tokens' value codes."""
     first = max(1, end - window)
     codes = np.asarray(adapter().codes.values, np.float64)[tokens[first:end]] / np.sqrt(CONFIG.code_dim)
-    return keys[first - 1 : end - 1].astype(np.float64), codes
+    return keys_of(states)[first - 1 : end - 1], codes
 
 
 def weights_of(state: RecallState, row: int, degree: int) -> np.ndarray:
     count = recall_reference.features(np.zeros((1, CONFIG.key_size)), degree).shape[1]
-    return np.asarray(state.weights, np.float64)[row, :, :count].T
+    return (np.asarray(state.weights, np.float64)[row] * np.asarray(state.scale, np.float64)[row][:, None])[:, :count].T
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -143,10 +161,10 @@ def test_features_are_those_of_the_kernel(seed: int, degree: int, features: int)
 @given(seeds, degrees, windows)
 def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, window: int) -> None:
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 1, keys, tokens)
+    states, tokens = text_states(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 1, states, tokens)
     for end in (PAGE, 2 * PAGE):
-        key, values = pairs(keys, tokens, end, window)
+        key, values = pairs(states, tokens, end, window)
         phi, before = recall_reference.features(key, degree), weights_of(state, 1, degree)
         state = write(state, 1, end, window, "exact", degree)
         found, wanted = weights_of(state, 1, degree), recall_reference.exact_write(before, phi, values, CONFIG.ridge)
@@ -162,14 +180,14 @@ def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, wi
 @given(seeds, st.integers(2, 3))
 def test_what_was_written_is_found_again(seed: int, degree: int) -> None:
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    states, tokens = text_states(random, PAGE), random.integers(0, VOCAB, PAGE)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     state = write(state, 0, PAGE, 32, "exact", degree)
     asked = np.zeros((ROWS, 31, CONFIG.key_size), np.float32)
-    asked[0] = keys[-32:-1]
+    asked[0] = keys_of(states)[-32:-1]
     found = np.asarray(compiled()["scores"](adapter(), state, reading(degree), asked))[0]
     assert np.array_equal(found.argmax(axis=1), tokens[-31:])
-    assert (found.max(axis=1) > 0.4).all()  # the codes of 31 tokens are not quite orthogonal: 0.49 has been met
+    assert (found.max(axis=1) > 0.3).all()  # neither codes nor neighbours' means are orthogonal: 0.40 has been met
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -178,11 +196,11 @@ def test_gradient_and_muon_writes_descend(
     seed: int, degree: int, window: int, optimizer: Optimizer, step: float
 ) -> None:
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    states, tokens = text_states(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     left: list[float] = []
     for end in (PAGE, 2 * PAGE):
-        key, values = pairs(keys, tokens, end, window)
+        key, values = pairs(states, tokens, end, window)
         phi = recall_reference.features(key, degree)
         before = recall_reference.omega_loss(weights_of(state, 0, degree), phi, values)
         state = write(state, 0, end, window, optimizer, degree, step)
@@ -201,16 +219,16 @@ def test_a_step_that_diverges_is_not_taken(
 ) -> None:
     """Weights, momentum and loss stay what a snapshot may hold, whatever the learning rate."""
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, 6 * PAGE), random.integers(0, VOCAB, 6 * PAGE)
+    states, tokens = text_states(random, 6 * PAGE), random.integers(0, VOCAB, 6 * PAGE)
     if same:
-        keys[:] = keys[0]
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys[: 2 * PAGE], tokens[: 2 * PAGE])
+        states[:] = states[0]
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states[: 2 * PAGE], tokens[: 2 * PAGE])
     state = write(state, 0, PAGE, PAGE, "exact", degree)
     for _ in range(5):
         before, skipped, losses = (np.asarray(part[0]) for part in (state.weights, state.skipped, state.losses))
         state = write(state, 0, 2 * PAGE, PAGE, optimizer, degree, step)
         after = np.asarray(state.weights[0])
-        for leaf in (after, state.momentum[0], state.loss[0], state.read_scale[0]):
+        for leaf in (after, state.momentum[0], state.loss[0], state.scale[0]):
             assert np.isfinite(leaf).all()
         assert float(state.loss[0]) <= 100.0
         if step > 1e10:
@@ -225,12 +243,12 @@ def test_a_memory_speaks_only_of_tokens_it_was_given(seed: int, pages: int, wind
     """Also when the window is one page: the token after the last that left has not been read when it is written."""
     random = np.random.default_rng(seed)
     length = pages * PAGE
-    keys, tokens = unit_keys(random, length), random.integers(1, VOCAB // 2, length)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    states, tokens = text_states(random, length), random.integers(1, VOCAB // 2, length)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     state = write(state, 0, length, window, optimizer)
     given_tokens = set(tokens[max(1, length - window) :].tolist())
     assert set(np.flatnonzero(np.asarray(state.seen[0])).tolist()) == given_tokens
-    asked = np.stack([keys[:PAGE], unit_keys(random, PAGE)])
+    asked = np.stack([keys_of(states)[:PAGE], unit_keys(random, PAGE)])
     found = np.asarray(compiled()["scores"](adapter(), state, reading(), asked))
     share = np.asarray(recall_memory.memory_distribution(found))
     others = [token for token in range(VOCAB) if token not in given_tokens]
@@ -283,12 +301,12 @@ def test_the_mixture_is_exact_and_absent_means_untouched(seed: int, log_odds: fl
 @given(seeds, degrees, st.sampled_from(["off", "early", "not written", "not fed", "on"]))
 def test_reading_is_the_mixture_where_the_memory_takes_part(seed: int, degree: int, case: str) -> None:
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, 2 * PAGE), random.integers(1, VOCAB // 2, 2 * PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    states, tokens = text_states(random, 2 * PAGE), random.integers(1, VOCAB // 2, 2 * PAGE)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     if case != "not written":
         state = write(state, 0, 2 * PAGE, PAGE, degree=degree)
     how = reading(degree, read=case != "off", read_from=9 * PAGE if case == "early" else 0, log_odds=1.0)
-    asked = np.stack([keys[-4:], unit_keys(random, 4)])
+    asked = np.stack([keys_of(states)[-4:], unit_keys(random, 4)])
     logits = (random.standard_normal((ROWS, 4, VOCAB)) * 3).astype(np.float32)
     positions = np.broadcast_to(2 * PAGE + np.arange(4, dtype=np.int32), (ROWS, 4))
     fed = np.full((ROWS, 4), case != "not fed")
@@ -312,11 +330,11 @@ def test_rows_of_a_batch_never_meet(seed: int, optimizer: Optimizer, degree: int
     other = 1 - row
     state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
     for who in (row, other):
-        state = read_text(state, who, unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE))
+        state = read_text(state, who, text_states(random, PAGE), random.integers(0, VOCAB, PAGE))
         state = write(state, who, PAGE, PAGE, "exact", degree)
     asked = np.stack([unit_keys(random, PAGE)] * ROWS)
     before = compiled()["scores"](adapter(), state, reading(degree), asked)
-    after = read_text(state, row, unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE), start=PAGE)
+    after = read_text(state, row, text_states(random, PAGE), random.integers(0, VOCAB, PAGE), start=PAGE)
     after = write(after, row, 2 * PAGE, PAGE, optimizer, degree)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         assert np.array_equal(new[other], old[other])
@@ -330,22 +348,24 @@ def test_rows_of_a_batch_never_meet(seed: int, optimizer: Optimizer, degree: int
 @pytest.mark.parametrize("text", ["one key for ever", "no key", "two opposite keys", "near copies"])
 def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: Optimizer, degree: int) -> None:
     random = np.random.default_rng(0)
-    keys = np.repeat(unit_keys(random, 1), 6 * PAGE, axis=0)
+    states = np.repeat(text_states(random, 1), 6 * PAGE, axis=0)
     if text == "no key":
-        keys *= 0
+        states *= 0
     elif text == "two opposite keys":
-        keys[::2] *= -1
+        states[::2] *= -1
     elif text == "near copies":
-        keys += 1e-6 * random.standard_normal(keys.shape).astype(np.float32)
+        states += 1e-6 * random.standard_normal(states.shape).astype(np.float32)
     tokens = random.integers(0, 3, 6 * PAGE)
     state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
     for page in range(6):
         part = slice(page * PAGE, (page + 1) * PAGE)
-        state = read_text(state, 0, keys[part], tokens[part], start=page * PAGE)
+        state = read_text(state, 0, states[part], tokens[part], start=page * PAGE)
         state = write(state, 0, (page + 1) * PAGE, 2 * PAGE, optimizer, degree, step=1.9)
     assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(state))
-    assert np.abs(np.asarray(state.weights)).max() < 1e3
-    found = compiled()["scores"](adapter(), state, reading(degree), np.stack([keys[:PAGE]] * ROWS))
+    assert np.abs(weights_of(state, 0, degree)).max() < 1e3
+    found = compiled()["scores"](
+        adapter(), state, reading(degree), np.stack([keys_of(states)[:PAGE].astype(np.float32)] * ROWS)
+    )
     assert np.isfinite(np.asarray(found)).all()
 
 
@@ -404,7 +424,7 @@ def test_keys_are_two_unit_vectors_of_the_layers_in_use(seed: int, layers: int, 
         shares = [used_of_half // layers + (i < used_of_half % layers) for i in range(layers)]
         wanted = np.concatenate([part[..., :share] for part, share in zip(made, shares, strict=True)], axis=-1)
         wanted /= np.maximum(np.linalg.norm(wanted, axis=-1, keepdims=True), 1e-30)
-        np.testing.assert_allclose(half[..., :used_of_half], wanted, atol=1e-4)
+        np.testing.assert_allclose(half[..., :used_of_half], wanted, atol=0.01, err_msg="states are kept in 8 bits")
     changed = streams.copy()
     changed[layers:] += 1
     again = compiled()["keys"](adapter(), state, how, tuple(jnp.asarray(changed)), positions)[0]
