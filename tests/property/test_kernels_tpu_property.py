@@ -176,7 +176,9 @@ MEMORY = MemoryConfig(layers=(0,), components=8, features=96, code_dim=32)
 @functools.cache
 def adapter(config: MemoryConfig = MEMORY) -> Adapter:
     mean, projection = np.zeros((1, EMBED)), np.zeros((1, EMBED, config.components))
-    return make_adapter(config, VOCAB, mean, projection, np.zeros(GATE_FEATURES))
+    return make_adapter(
+        config, VOCAB, mean, projection, np.ones(VOCAB), np.zeros(GATE_FEATURES), np.zeros(config.components + 1)
+    )
 
 
 def some_reading(tokens: int, degrees: list[int], seed: int) -> tuple[Any, ...]:

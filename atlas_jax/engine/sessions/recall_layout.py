@@ -64,7 +64,9 @@ class RecallLayout:
         number = 1 if self.kv_dtype == "int8" else 4
         cache = 2 * len(model.layers) * model.kv_heads * (memory.ring + SINKS) * (model.head_dim * number + 8)
         matrices = memory.code_dim * (memory.features + 2 * memory.max_omega_window)
-        return cache + matrices + memory.ring * (memory.components + 8) + model.vocab + (16 << 20)
+        return (
+            cache + matrices + memory.ring * (memory.components + memory.code_dim // 8 + 5) + model.vocab + (16 << 20)
+        )
 
     def header(self) -> dict[str, Any]:
         """The part of a snapshot's header that binds it to this engine."""
@@ -96,7 +98,7 @@ class RecallLayout:
         return replace(checkpoint, row=to_host(row))
 
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-        """A state as arrays: the pages in use, the memory, and the states whose keys a later write can still need."""
+        """A state as arrays: the pages in use, the memory, and what a later write and the gate can still need."""
         return _row_arrays(self, shape.plan, checkpoint)
 
     def row(self, shape: SessionShape, position: int, page: int, arrays: Mapping[str, np.ndarray]) -> Sequences:
@@ -152,7 +154,7 @@ def _row_arrays(layout: RecallLayout, plan: PageSchedule, checkpoint: Checkpoint
             out[name] = array
     kept = _kept_positions(layout.memory, plan, checkpoint.position)
     slots = kept % layout.memory.ring
-    for name in ("states", "state_scale", "tokens"):
+    for name in ("states", "tokens", "told"):
         out[name] = np.asarray(getattr(memory, name))[0, slots]
     for index, layer in enumerate(cache.kv):
         for name, pages in (("k", layer.k), ("v", layer.v)):
@@ -248,8 +250,8 @@ def _memory(layout: RecallLayout, plan: PageSchedule, position: int, given: _Arr
         **matrices,  # type: ignore[arg-type]
         momentum_end=momentum_end,  # type: ignore[arg-type]
         states=ring("states", (config.components,), "i1"),  # type: ignore[arg-type]
-        state_scale=ring("state_scale", (), "f4"),  # type: ignore[arg-type]
         tokens=tokens,  # type: ignore[arg-type]
+        told=ring("told", (-(-config.code_dim // 8),), "u1"),  # type: ignore[arg-type]
         seen=seen[None],  # type: ignore[arg-type]
         loss=given.take("loss", (1,), "f4"),  # type: ignore[arg-type]
         losses=np.zeros(1, np.float32),  # type: ignore[arg-type]
