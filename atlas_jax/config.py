@@ -153,14 +153,18 @@ def check_memory_dim(dim: int) -> None:
     )
 
 
+CONTEXT_CODES = 3
+"""Codes that a token has in memory keys besides the one of its meaning: columns of its value code from 1, 2 and 3 on."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig:
     """Shape of the recall memory of every session of an engine.
 
     Attributes:
       layers: layers whose output may be tapped, best-ranked first; a request uses the first `memory_layers` of them.
-      components: numbers kept of a tapped state; a memory key is that many of the state and as many of the decaying mean of
-        those before.
+      components: numbers kept of a tapped state; a memory key is that many of the state and as many of a sketch
+        of the words before it.
       features: polynomial features, the pairs one memory can hold exactly.
       code_dim: dimensions of a token's value code.
       max_window: most tokens any request may attend exactly.
@@ -185,6 +189,8 @@ class MemoryConfig:
         _require(len(set(self.layers)) == len(self.layers), f"layers must not repeat, got {self.layers}")
         for name in ("components", "features", "code_dim", "passes"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        least = self.components + CONTEXT_CODES
+        _require(self.code_dim >= least, f"code_dim must be at least {least}, got {self.code_dim}")
         for name in ("max_window", "max_omega_window"):
             value = getattr(self, name)
             _require(value >= PAGE and value % PAGE == 0, f"{name} must be a positive multiple of {PAGE}, got {value}")
@@ -203,7 +209,7 @@ class MemoryConfig:
 
     @property
     def key_size(self) -> int:
-        """Numbers in a memory key: a state and the decaying mean of those before."""
+        """Numbers in a memory key: a state, and a sketch of the words before it."""
         return 2 * self.components
 
     @property

@@ -41,8 +41,6 @@ _ROWS: dict[str, tuple[str | None, ...]] = {
     "sink_k": (DATA, MODEL),
     "sink_v": (DATA, MODEL),
     "weights": (DATA, None, MODEL),
-    "momentum": (DATA, None, MODEL),
-    "read_values": (DATA, None, MODEL),
 }
 """Axes of what has a leading axis of rows; every other such array is divided by rows alone."""
 

@@ -186,7 +186,9 @@ def write_adapter(path: Path, model: Path, *, seed: int = 0) -> Path:
         config.vocab,
         np.zeros((count, config.embed), np.float32),
         random.standard_normal((count, config.embed, memory.components)).astype(np.float32),
+        np.ones(config.vocab, np.float32),
         np.asarray([-2.0, 3.0, 2.0, 0.1], np.float32),
+        random.standard_normal(memory.components + 1).astype(np.float32),
     )
     path.write_bytes(adapter_store.encode(fingerprint, memory, adapter))
     return path

@@ -159,7 +159,7 @@ def memory() -> Drawing:
     draw = Drawing("The way of a memory", 900, 420)
     draw.frame(14, 12, 872, 118, "every token")
     draw.box(30, 40, 160, 74, "hidden state", "blue", "after the tapped layer")
-    draw.box(232, 40, 180, 74, "key", "amber", "96 of the state, 96 of its\ndecaying mean")
+    draw.box(232, 40, 180, 74, "key", "amber", "96 of the state, 96 of a\nsketch of the words before")
     draw.box(454, 40, 180, 74, "features φ", "amber", "9216 products, degree 2")
     draw.box(676, 40, 190, 74, "value", "amber", "±1 code of the token\nthat came next")
     draw.arrow((190, 77), (230, 77))

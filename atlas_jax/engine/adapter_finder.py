@@ -17,7 +17,7 @@ from atlas_jax.recall import adapter_store
 from atlas_jax.recall.adapter import Adapter
 from atlas_jax.recall.adapter_store import AdapterError
 from atlas_jax.recall.calibration import DEFAULT_DIM, candidates
-from atlas_jax.recall.fit import calibrate_with
+from atlas_jax.recall.fit import calibrate_with, chat_template
 from atlas_jax.sharding import MeshLayout
 
 log = logging.getLogger("atlas.engine")
@@ -73,7 +73,7 @@ class AdapterFinder:
         MemoryConfig(layers=(0,), max_window=max_window)
         self._wanted = memory_dim
         self._memory = candidates(config, DEFAULT_DIM if memory_dim is None else memory_dim)
-        self._fingerprint = file.fingerprint()
+        self._fingerprint, self._template = file.fingerprint(), chat_template(file)
         self._config, self._tokenizer, self._params = config, tokenizer, params
         self._max_window, self._mesh_layout = max_window, mesh_layout
 
@@ -128,6 +128,7 @@ class AdapterFinder:
                 self._mesh_layout,
                 ProgressLog("[ATLAS] Calibrating"),
                 self._memory,
+                self._template,
             )
             data = adapter_store.encode(self._fingerprint, found.config, found.adapter)
             fitted = self._fitted(data, "calibrated")

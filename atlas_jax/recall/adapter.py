@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -15,9 +16,16 @@ from atlas_jax.kernels.monomials import MonomialTable, feature_count, monomial_t
 from atlas_jax.typing import Array, Float, Int32
 
 GATE_FEATURES = 4
-MEAN_DECAY = 0.75
-MEAN_LENGTH = 16
-"""The decaying mean of a token is that of the states before it, with weights 1, 0.75, 0.75², … 0.75¹⁵."""
+CONTEXT_DECAY = 0.9
+CONTEXT_LENGTH = 32
+"""The words before a token are in its context with weights 1, 0.9, 0.9², … 0.9³¹, times each token's own."""
+LATEST = (1.0, 0.4, 0.16)
+"""Weights of the latest tokens, in order: the token itself, the one before it, and the one before that."""
+LATEST_SHARE = 0.35
+"""Share of the latest tokens in what the contexts of two keys have in common."""
+AGREED_DECAY = 0.75
+AGREED_LENGTH = 16
+"""How far the memory has been right of late is a decaying mean over so many tokens."""
 _CODE_SEED = 0x41544C4153
 
 
@@ -29,20 +37,23 @@ class Adapter:
     Attributes:
       mean, projection: the key map of each tapped layer, z = (h − mean)·projection. Projections are arrays of their own:
         XLA's CPU backend copies each slice of a common one in every step, 1.2 ms for ten layers of SmolLM2-135M.
+      token_weight: [V], 0 … 1, how much a token says about what is being talked of; see `token_weights`.
       select: for each number of layers in use and each degree, which of the layers' concatenated z make up a key's half
         (the last index: none, a zero).
       factors, feature_weight: monomials of each degree over a key's components (see `MonomialTable`).
       codes: [V, C], ±1/√C; token v's value code is row v.
-      gate: weights of the gate's features, see `recall_memory.gate_features`.
+      gate, cue: the gate's weights of `recall_memory.gate_features`, and of `recall_memory.Answer.cues`.
     """
 
     mean: Float[Array, "A E"]
     projection: tuple[Float[Array, "E Z"], ...]
+    token_weight: Float[Array, V]
     select: Int32[Array, "A degree Z"]
     factors: Int32[Array, "degree M 3"]
     feature_weight: Float[Array, "degree M"]
     codes: QuantArray
     gate: Float[Array, features]
+    cue: Float[Array, cues]
 
     @property
     def halves(self) -> tuple[int, ...]:
@@ -68,14 +79,18 @@ def make_adapter(
     vocab: int,
     mean: np.ndarray,
     projection: np.ndarray,
+    token_weight: np.ndarray,
     gate: np.ndarray,
+    cue: np.ndarray,
 ) -> Adapter:
     """Completes the calibrated numbers with the tables that follow from the configuration.
 
     Args:
       mean: float32 [A, E].
       projection: float32 [A, E, Z].
+      token_weight: float32 [vocab].
       gate: float32 [GATE_FEATURES].
+      cue: float32 [Z + 1].
     """
     layers, _, components = projection.shape
     select = np.full((layers, MAX_DEGREE, components), layers * components, np.int32)
@@ -94,6 +109,7 @@ def make_adapter(
     return Adapter(
         mean=jnp.asarray(mean, jnp.float32),
         projection=tuple(jnp.asarray(layer, jnp.float32) for layer in projection),
+        token_weight=jnp.asarray(token_weight, jnp.float32),
         select=jnp.asarray(select),
         factors=jnp.asarray(factors),
         feature_weight=jnp.asarray(weight),
@@ -102,6 +118,7 @@ def make_adapter(
             jnp.full((vocab,), config.code_dim**-0.5, jnp.float32),
         ),
         gate=jnp.asarray(gate, jnp.float32),
+        cue=jnp.asarray(cue, jnp.float32),
     )
 
 
@@ -110,6 +127,24 @@ def value_codes(vocab: int, dim: int) -> np.ndarray:
     bits = np.random.Generator(np.random.PCG64(_CODE_SEED)).bytes((vocab * dim + 7) // 8)
     signs = np.unpackbits(np.frombuffer(bits, np.uint8))[: vocab * dim]
     return (signs.astype(np.int8) * 2 - 1).reshape(vocab, dim)
+
+
+def token_weights(vocab: int, texts: Iterable[Sequence[int] | np.ndarray], markup: Collection[int] = ()) -> np.ndarray:
+    """How much each token says about what is being talked of: (ln p / ln p₀)³ of its share p in some text, float32 [vocab].
+
+    p₀ is the share of a token that does not occur. A few thousand tokens are enough to tell "the" and "of", which are at
+    0.1, from names, which are at 1.
+
+    Args:
+      markup: tokens that say nothing, as those that begin and end a message.
+    """
+    count = np.full(vocab, 0.5)
+    for text in texts:
+        count += np.bincount(np.asarray(text, np.int64), minlength=vocab)
+    share = np.log(count / count.sum())
+    weight = (share / share.min()) ** 3
+    weight[list(markup)] = 0.0
+    return weight.astype(np.float32)
 
 
 def _shares(total: int, parts: int) -> list[int]:
@@ -122,8 +157,8 @@ def _monomials(dim: int, components: int, degree: int) -> MonomialTable:
         index = np.concatenate([np.arange(dim), components + np.arange(dim)]).astype(np.int32)
         return MonomialTable(index[:, None], np.full(2 * dim, math.sqrt(0.5), np.float32))
     states = monomial_table(dim, _homogeneous(degree - 1))
-    mean = np.tile(components + np.arange(dim, dtype=np.int32), len(states.weight))
-    factors = np.concatenate([np.repeat(states.factors, dim, axis=0), mean[:, None]], axis=1)
+    context = np.tile(components + np.arange(dim, dtype=np.int32), len(states.weight))
+    factors = np.concatenate([np.repeat(states.factors, dim, axis=0), context[:, None]], axis=1)
     return MonomialTable(factors, np.repeat(states.weight, dim))
 
 

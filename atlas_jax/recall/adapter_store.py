@@ -12,7 +12,7 @@ from atlas_jax import _tensors
 from atlas_jax.config import ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.recall.adapter import GATE_FEATURES, Adapter, make_adapter
 
-_VERSION = 2
+_VERSION = 3
 
 
 class AdapterError(ValueError):
@@ -36,7 +36,8 @@ def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
     """
     header = _Header(_VERSION, fingerprint, list(config.layers), config.components, config.features, config.code_dim)
     projection = np.asarray(adapter.projection, np.float32)
-    for name, array in (("mean", adapter.mean), ("projection", projection), ("gate", adapter.gate)):
+    numbers = {name: getattr(adapter, name) for name in ("mean", "token_weight", "gate", "cue")}
+    for name, array in {**numbers, "projection": projection}.items():
         if not np.isfinite(np.asarray(array)).all():
             raise AdapterError(f"the adapter's '{name}' is not finite")
     # models whose states are large have projections that float16 alone could not hold
@@ -45,7 +46,9 @@ def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
         "mean": np.asarray(adapter.mean, np.float32),
         "projection": np.ldexp(projection, -exponent[:, None, None]).astype(np.float16),
         "exponent": exponent,
+        "token_weight": np.asarray(adapter.token_weight, np.float16),
         "gate": np.asarray(adapter.gate, np.float32),
+        "cue": np.asarray(adapter.cue, np.float32),
     }
     return _tensors.encode(header, arrays)
 
@@ -79,7 +82,9 @@ def decode(data: bytes, fingerprint: str, model: ModelConfig, *, max_window: int
         "mean": (count, model.embed),
         "projection": (count, model.embed, config.components),
         "exponent": (count,),
+        "token_weight": (model.vocab,),
         "gate": (GATE_FEATURES,),
+        "cue": (config.components + 1,),
     }
     for name, shape in wanted.items():
         array = arrays.get(name)
@@ -96,7 +101,9 @@ def decode(data: bytes, fingerprint: str, model: ModelConfig, *, max_window: int
         model.vocab,
         arrays["mean"].astype(np.float32),
         projection,
+        arrays["token_weight"].astype(np.float32),
         arrays["gate"].astype(np.float32),
+        arrays["cue"].astype(np.float32),
     )
     return config, adapter
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,9 @@ from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, ConfigError, MemoryConfig,
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.recall import recall_memory
-from atlas_jax.recall.adapter import GATE_FEATURES, MEAN_DECAY, MEAN_LENGTH, Adapter, make_adapter, value_codes
+from atlas_jax.recall.adapter import CONTEXT_LENGTH, GATE_FEATURES, Adapter, make_adapter, token_weights, value_codes
 from atlas_jax.recall.collect_states import WINDOW, Progress, Reading, read_texts, whole_pages
+from atlas_jax.recall.conversation import Conversation
 from atlas_jax.recall.probe import Probe
 from atlas_jax.recall.recall_memory import WriteSettings
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
@@ -34,6 +35,11 @@ _FIRST_CANDIDATE = 0.4
 """Depth from which a layer's state is tried as a key."""
 _LEAST = 1e-30
 """Least probability: both of a model whose weights are noise and of its memory may be 0, and a slope has no such quotient."""
+_FACT = 5
+"""Tokens of a fact. Where nearly all tokens are found, middle layers lead late ones by little, and by much in whole facts."""
+_ANSWER_WEIGHT = 3.0
+"""What a token of an answer counts for in the gate's fit, where one of running text counts one: there are some hundred of the
+one and ten thousand of the other."""
 _OUTLIER = 4.0
 """Tokens whose residual is this many times the median norm are attention sinks, not text."""
 
@@ -85,6 +91,8 @@ def calibrate(
     config: MemoryConfig | None = None,
     progress: Progress = lambda stage, share: None,
     mesh_layout: MeshLayout = ONE_DEVICE,
+    markup: Collection[int] = (),
+    conversations: Sequence[Conversation] = (),
 ) -> Calibration:
     """Fits a memory to a model.
 
@@ -94,6 +102,8 @@ def calibrate(
       config: sizes of the memory; its `layers` are the candidates. Default: `candidates`.
       progress: called with a stage's name and the share of it that is done.
       mesh_layout: where the parameters lie.
+      markup: tokens that say nothing of what is being talked of, as those that begin and end a message.
+      conversations: answers to questions, to which the gate is fitted as well.
 
     Raises:
       ValueError: no text reaches past the window.
@@ -102,29 +112,43 @@ def calibrate(
     usable = [whole_pages(text) for text in texts if len(text) // PAGE > WINDOW]
     if not usable:
         raise ValueError(f"calibration needs a text of more than {WINDOW * PAGE} tokens")
-    readings = read_texts(model, params, config, [*usable, whole_pages(probe.tokens)], progress, mesh_layout)
-    mean, projection = _key_maps(readings[:-1], config.components)
-    maps = [_KeyMap(*numbers) for numbers in zip(mean, projection, strict=True)]
-    hit_rate = _hit_rates(readings[:-1], maps)
-    found_rate = _found_rates(config, readings[-1], maps, np.asarray(probe.asked))
-    order = np.argsort(
-        -(hit_rate / max(hit_rate.max(), 1e-9) + found_rate / max(found_rate.max(), 1e-9)), kind="stable"
+    read = [*usable, whole_pages(probe.tokens), *(whole_pages(conversation.tokens) for conversation in conversations)]
+    readings = read_texts(model, params, config, read, progress, mesh_layout)
+    texts_read, probe_read = readings[: len(usable)], readings[len(usable)]
+    mean, projection = _key_maps(texts_read, config.components)
+    maps = [_StateMap(*numbers) for numbers in zip(mean, projection, strict=True)]
+    weight = token_weights(model.vocab, [reading.tokens for reading in texts_read], markup)
+    no_gate = np.zeros(GATE_FEATURES, np.float32), np.zeros(config.components + 1, np.float32)
+    *contexts, probe_context = _contexts(
+        make_adapter(config, model.vocab, mean, projection, weight, *no_gate), [*texts_read, probe_read]
     )
+    hit_rate = _hit_rates(texts_read, contexts, maps)
+    found_rate = _found_rates(config, probe_read, probe_context, maps, np.asarray(probe.asked))
+    facts = found_rate**_FACT  # all of a fact's tokens must be right
+    order = np.argsort(-(hit_rate / max(hit_rate.max(), 1e-9) + facts / max(facts.max(), 1e-9)), kind="stable")
     config = dataclasses.replace(config, layers=tuple(config.layers[i] for i in order))
     mean, projection = mean[order], projection[order]
     readings = [dataclasses.replace(r, tapped=r.tapped[order], exponent=r.exponent[order]) for r in readings]
-    adapter = make_adapter(config, model.vocab, mean, projection, np.zeros(GATE_FEATURES, np.float32))
-    features, p_model, p_memory = _collect(config, adapter, readings, progress)
-    gate = _fit_gate(features, p_model, p_memory)
-    share = 1 / (1 + np.exp(-features @ gate))
-    adapter = dataclasses.replace(adapter, gate=jnp.asarray(gate, jnp.float32))
+    adapter = make_adapter(config, model.vocab, mean, projection, weight, *no_gate)
+    text = _collect(config, adapter, readings[: len(usable) + 1], progress)
+    answers = [
+        _collect(config, adapter, [reading], progress).at(conversation.answered)
+        for conversation, reading in zip(conversations, readings[len(usable) + 1 :], strict=True)
+    ]
+    gate = _fit_gate(text.joined(*answers))
+    share = 1 / (1 + np.exp(-text.features @ gate))
+    adapter = dataclasses.replace(
+        adapter,
+        gate=jnp.asarray(gate[:GATE_FEATURES], jnp.float32),
+        cue=jnp.asarray(gate[GATE_FEATURES:], jnp.float32),
+    )
     return Calibration(
         config=config,
         adapter=adapter,
         hit_rate=tuple(float(hit_rate[i]) for i in order),
         found_rate=tuple(float(found_rate[i]) for i in order),
-        loss_window=float(-np.log(p_model).mean()),
-        loss_memory=float(-np.log((1 - share) * p_model + share * p_memory).mean()),
+        loss_window=float(-np.log(text.p_model).mean()),
+        loss_memory=float(-np.log((1 - share) * text.p_model + share * text.p_memory).mean()),
     )
 
 
@@ -151,27 +175,23 @@ def _key_maps(readings: list[Reading], components: int) -> tuple[np.ndarray, np.
 
 
 @dataclass(frozen=True)
-class _KeyMap:
-    """The key map of one layer alone, as `recall_memory.observe` has it, in NumPy."""
+class _StateMap:
+    """What makes the half of a key that is a layer's state, as `recall_memory.keys` does, in NumPy."""
 
     mean: np.ndarray
     projection: np.ndarray
 
     def __call__(self, states: np.ndarray) -> np.ndarray:
         z = (states - self.mean) @ self.projection
-        halves = (
-            part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-6) for part in (z, _decaying_mean(z))
-        )
-        return np.concatenate(list(halves), axis=1)
+        return np.asarray(z / np.maximum(np.linalg.norm(z, axis=1, keepdims=True), 1e-6))
 
 
-def _decaying_mean(z: np.ndarray) -> np.ndarray:
-    padded = np.concatenate([np.zeros((MEAN_LENGTH, z.shape[1]), z.dtype), z])
-    weight = MEAN_DECAY ** np.arange(MEAN_LENGTH, dtype=np.float32)
-    out = np.zeros_like(z)
-    for back in range(1, MEAN_LENGTH + 1):
-        out += weight[back - 1] * padded[MEAN_LENGTH - back :][: len(z)]
-    return out
+def _contexts(adapter: Adapter, readings: list[Reading]) -> list[np.ndarray]:
+    """The other half of the keys, the same whatever the layer: float32 [n, Z]."""
+    make = jax.jit(recall_memory.contexts)
+    used = jnp.ones(adapter.select.shape[2], bool)
+    none = np.full(CONTEXT_LENGTH, -1, np.int32)
+    return [np.asarray(make(adapter, np.concatenate([none, reading.tokens[:-1]]), used)) for reading in readings]
 
 
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -181,13 +201,13 @@ def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return product
 
 
-def _hit_rates(readings: list[Reading], maps: list[_KeyMap]) -> np.ndarray:
+def _hit_rates(readings: list[Reading], contexts: list[np.ndarray], maps: list[_StateMap]) -> np.ndarray:
     """Per layer, how often the nearest key that has left the window is followed by the token that follows here."""
     rates = []
-    for layer, key_map in enumerate(maps):
+    for layer, state_map in enumerate(maps):
         hits = []
-        for reading in readings:
-            key, following = key_map(reading.states(layer)), reading.tokens[1:]
+        for reading, context in zip(readings, contexts, strict=True):
+            key, following = np.concatenate([state_map(reading.states(layer)), context], axis=1), reading.tokens[1:]
             for start in range(WINDOW * PAGE, len(key), PAGE):
                 now = slice(start, start + PAGE)
                 nearest = _kernel(key[now], key[: start - (WINDOW - 1) * PAGE]).argmax(axis=1)
@@ -196,7 +216,9 @@ def _hit_rates(readings: list[Reading], maps: list[_KeyMap]) -> np.ndarray:
     return np.asarray(rates)
 
 
-def _found_rates(config: MemoryConfig, reading: Reading, maps: list[_KeyMap], asked: np.ndarray) -> np.ndarray:
+def _found_rates(
+    config: MemoryConfig, reading: Reading, context: np.ndarray, maps: list[_StateMap], asked: np.ndarray
+) -> np.ndarray:
     """Per layer, how often a memory of degree 2, written as the text is read, names the token that follows `asked`.
 
     In the dual: M φ(k) = Σᵢ aᵢ φ(kᵢ)·φ(k), so no features are needed. A nearest key would not do: it finds 0.65 to 0.88 of
@@ -208,8 +230,8 @@ def _found_rates(config: MemoryConfig, reading: Reading, maps: list[_KeyMap], as
     codes = value_codes(len(known), config.code_dim) * np.float32(config.code_dim**-0.5)
     end = (int(asked[0]) // PAGE - WINDOW + 1) * PAGE
     rates = []
-    for layer, key_map in enumerate(maps):
-        key = key_map(reading.states(layer))
+    for layer, state_map in enumerate(maps):
+        key = np.concatenate([state_map(reading.states(layer)), context], axis=1)
         dual = np.zeros((end, config.code_dim), np.float32)
         for now in range(PAGE, end + 1, PAGE):
             part = slice(max(0, now - config.max_omega_window), now)
@@ -223,18 +245,51 @@ def _found_rates(config: MemoryConfig, reading: Reading, maps: list[_KeyMap], as
     return np.asarray(rates)
 
 
+@dataclass(frozen=True)
+class _Samples:
+    """What the gate is fitted to, a row for every token that came.
+
+    Attributes:
+      position: of the token before.
+      features: `recall_memory.gate_features` and cues.
+      p_model, p_memory: the probability they gave the token that came.
+      weight: what a token counts for.
+    """
+
+    position: np.ndarray
+    features: np.ndarray
+    p_model: np.ndarray
+    p_memory: np.ndarray
+    weight: np.ndarray
+
+    def at(self, positions: Sequence[int]) -> _Samples:
+        """Those after some positions of one text, as tokens of answers."""
+        chosen = np.isin(self.position, positions)
+        found = _Samples(*(getattr(self, field.name)[chosen] for field in dataclasses.fields(self)))
+        return dataclasses.replace(found, weight=np.full(int(chosen.sum()), _ANSWER_WEIGHT))
+
+    def joined(self, *others: _Samples) -> _Samples:
+        """These and others."""
+        whole = (self, *others)
+        return _Samples(*(np.concatenate([getattr(s, f.name) for s in whole]) for f in dataclasses.fields(self)))
+
+
 def _collect(
     config: MemoryConfig,
     adapter: Adapter,
     readings: list[Reading],
     progress: Progress,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Past the window: the gate's features, and the probability model and memory give the token that came.
+) -> _Samples:
+    """What there is past the window of some texts.
 
     The memory's vocabulary is what the texts hold: of the other tokens it has nothing to say.
     """
     known = np.unique(np.concatenate([reading.tokens for reading in readings]))
-    adapter = dataclasses.replace(adapter, codes=jax.tree.map(lambda table: table[known], adapter.codes))
+    adapter = dataclasses.replace(
+        adapter,
+        codes=jax.tree.map(lambda table: table[known], adapter.codes),
+        token_weight=adapter.token_weight[known],
+    )
     settings = recall_memory.init_settings(1)
 
     @functools.partial(jax.jit, donate_argnums=1)
@@ -245,18 +300,22 @@ def _collect(
         exponent: jax.Array,
         tokens: jax.Array,
         positions: jax.Array,
-    ) -> tuple[recall_memory.RecallState, jax.Array]:
+    ) -> tuple[recall_memory.RecallState, recall_memory.Answer]:
         streams = tuple(jnp.ldexp(tapped.astype(jnp.float32), exponent)[:, None])
         valid = jnp.ones(tokens.shape, bool)
         return recall_memory.observe(adapter, state, settings, streams, tokens, positions, valid)
 
     @jax.jit
     def judge(
-        adapter: Adapter, state: recall_memory.RecallState, key: jax.Array, entropy: jax.Array, place: jax.Array
+        adapter: Adapter,
+        state: recall_memory.RecallState,
+        answer: recall_memory.Answer,
+        entropy: jax.Array,
+        place: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
-        found = recall_memory.scores(adapter, state, settings, key)[0]
-        p_memory = recall_memory.memory_distribution(found)[jnp.arange(PAGE), place]
-        return recall_memory.gate_features(found, entropy), p_memory
+        score = recall_memory.scores_of(adapter, state, answer.found)[0]
+        p_memory = recall_memory.memory_distribution(score)[jnp.arange(PAGE), place]
+        return jnp.concatenate([recall_memory.gate_features(score, entropy), answer.cues[0]], axis=1), p_memory
 
     absorb = jax.jit(functools.partial(recall_memory.write, config, "exact"), donate_argnums=1)
     plan = PageSchedule(window=WINDOW)
@@ -272,15 +331,15 @@ def _collect(
             if left is not None:
                 state = absorb(adapter, state, np.int32(0), _exact_write(left, config.max_omega_window))
             streams = reading.tapped[:, part], reading.exponent[:, part]
-            state, key = observe(adapter, state, *streams, places[None, part], positions)
+            state, answer = observe(adapter, state, *streams, places[None, part], positions)
             if left is not None:
                 came = slice(part.start + 1, part.stop + 1)
-                judged = judge(adapter, state, key, reading.entropy[part].astype(np.float32), places[came])
-                samples.append([*(np.asarray(x, np.float64) for x in judged), reading.chance[part]])
+                judged = judge(adapter, state, answer, reading.entropy[part].astype(np.float32), places[came])
+                samples.append([positions[0], *(np.asarray(x, np.float64) for x in judged), reading.chance[part]])
             done += 1
             progress("fitting the gate", done / total)
-    features, p_memory, p_model = (np.concatenate(parts) for parts in zip(*samples, strict=True))
-    return features, np.maximum(p_model, _LEAST), p_memory
+    position, features, p_memory, p_model = (np.concatenate(parts) for parts in zip(*samples, strict=True))
+    return _Samples(position, features, np.maximum(p_model, _LEAST), p_memory, np.ones(len(position)))
 
 
 def _exact_write(end: int, window: int) -> WriteSettings:
@@ -293,8 +352,10 @@ def _exact_write(end: int, window: int) -> WriteSettings:
     return WriteSettings(**numbers)
 
 
-def _fit_gate(features: np.ndarray, p_model: np.ndarray, p_memory: np.ndarray) -> np.ndarray:
+def _fit_gate(samples: _Samples) -> np.ndarray:
     """Maximum-likelihood weights of g = σ(w·f) in (1 − g)·p_model + g·p_memory, a little regularised, by Adam."""
+    features, p_model, p_memory = samples.features, samples.p_model, samples.p_memory
+    counts = samples.weight / samples.weight.sum()
     scale = np.maximum(features.std(axis=0), 1e-6)
     scale[0] = 1.0
     inputs = features / scale
@@ -304,7 +365,7 @@ def _fit_gate(features: np.ndarray, p_model: np.ndarray, p_memory: np.ndarray) -
     for step in range(1, 601):
         g = (1 + np.tanh(inputs @ weight / 2)) / 2  # the logistic function, without an exponential that overflows
         mixture = np.maximum((1 - g) * p_model + g * p_memory, _LEAST)
-        slope = -((p_memory - p_model) / mixture * g * (1 - g)) @ inputs / len(inputs) + 1e-4 * weight
+        slope = -(counts * (p_memory - p_model) / mixture * g * (1 - g)) @ inputs + 1e-4 * weight
         first = 0.9 * first + 0.1 * slope
         second = 0.99 * second + 0.01 * slope**2
         rate = 0.05 * min(1.0, (601 - step) / 200)

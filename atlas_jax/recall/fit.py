@@ -12,17 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig, ModelConfig
-from atlas_jax.gguf import GGUFFile, Tokenizer
+from atlas_jax.gguf import ChatTemplate, GGUFError, GGUFFile, TemplateError, Tokenizer
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.params import ModelParams
 from atlas_jax.recall import adapter_store
 from atlas_jax.recall.calibration import DEFAULT_DIM, Calibration, calibrate, candidates
 from atlas_jax.recall.collect_states import WINDOW, Progress
+from atlas_jax.recall.conversation import PARTS, Conversation, Render, make_conversation
 from atlas_jax.recall.probe import make_probe
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
+
+_ROLES = ("system", "user", "assistant", "model")
+"""What chat templates call who speaks: it stands before every message and tells nothing of any."""
 
 
 def fit(
@@ -46,20 +51,29 @@ def fit(
         tokenizer = Tokenizer.from_metadata(file.metadata)
         config = model_config(file)
         params = load_params(file, config, dtype="int8")
-        fingerprint = file.fingerprint()
-    found = calibrate_with(tokenizer, config, params, texts, max_tokens, memory=candidates(config, memory_dim))
+        fingerprint, template = file.fingerprint(), chat_template(file)
+    memory = candidates(config, memory_dim)
+    found = calibrate_with(tokenizer, config, params, texts, max_tokens, memory=memory, template=template)
     report: dict[str, object] = {
         "model": fingerprint,
         "memory_dim": found.config.components,
         "layers": found.config.layers,
         "hit_rate": [round(rate, 4) for rate in found.hit_rate],
         "found_rate": [round(rate, 4) for rate in found.found_rate],
-        "gate": [round(float(weight), 4) for weight in found.adapter.gate],
+        "gate": [round(float(weight), 4) for weight in (*found.adapter.gate, found.adapter.cue[-1])],
         "loss_window": found.loss_window,
         "loss_memory": found.loss_memory,
         "seconds": round(time.monotonic() - started, 1),
     }
     return adapter_store.encode(fingerprint, found.config, found.adapter), report
+
+
+def chat_template(file: GGUFFile) -> ChatTemplate | None:
+    """The chat template of a model's file, or None where it has none that can be used."""
+    try:
+        return ChatTemplate.from_metadata(file.metadata)
+    except (TemplateError, GGUFError):
+        return None
 
 
 def calibrate_with(
@@ -71,6 +85,7 @@ def calibrate_with(
     mesh_layout: MeshLayout = ONE_DEVICE,
     progress: Progress = lambda stage, share: None,
     memory: MemoryConfig | None = None,
+    template: ChatTemplate | None = None,
 ) -> Calibration:
     """Calibrates with texts that are still text; see `calibrate`."""
 
@@ -79,7 +94,35 @@ def calibrate_with(
 
     ids = [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
     probe = make_probe(adapter_store.probe_filler(), encode, between=(WINDOW + 4) * PAGE)
-    return calibrate(config, params, ids, probe, memory, progress, mesh_layout)
+    markup = {*tokenizer.special_tokens.values(), *(token for role in _ROLES for token in encode(role))}
+    conversations = _conversations(tokenizer, template, encode)
+    return calibrate(config, params, ids, probe, memory, progress, mesh_layout, markup, conversations)
+
+
+def _conversations(
+    tokenizer: Tokenizer, template: ChatTemplate | None, encode: Callable[[str], list[int]]
+) -> list[Conversation]:
+    """Conversations as the model's template writes them; as plain text where it has none, or one that cannot be used."""
+
+    def templated(messages: Sequence[Mapping[str, str]], answer: bool) -> list[int]:
+        assert template is not None
+        return template.render_tokens(tokenizer, messages, add_generation_prompt=answer)
+
+    def plain(messages: Sequence[Mapping[str, str]], answer: bool) -> list[int]:
+        names = {"user": "Question: ", "assistant": "Answer: "}
+        parts = [names[message["role"]] + message["content"] + "\n" for message in messages]
+        return encode("".join(parts) + ("Answer:" if answer else ""))
+
+    def made(render: Render) -> list[Conversation]:
+        filler, between = adapter_store.probe_filler(), (WINDOW + 4) * PAGE
+        return [make_conversation(filler, encode, render, between, part) for part in range(PARTS)]
+
+    if template is not None:
+        try:
+            return made(templated)
+        except (TemplateError, ValueError):
+            pass  # it takes no such messages, or answers cannot be told from it
+    return made(plain)
 
 
 def main() -> None:

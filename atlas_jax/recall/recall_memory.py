@@ -1,8 +1,8 @@
 """The recall memory: what a session has read, held in one matrix of fixed size, without training.
 
-Key: the residual stream after a layer, mapped to a few whitened components and to unit length, and the same of a decaying
-mean of the states before it. Value: a random code of the token that came next. φ: the monomials of one degree that join
-state and mean (`kernel`). A page that leaves the attention window is written by
+Key: the residual stream after a layer, mapped to a few whitened components and to unit length, and the token's context, a
+sketch of the words before it (`contexts`). Value: a random code of the token that came next. φ: the monomials of one degree
+that join state and context (`kernel`). A page that leaves the attention window is written by
 reducing the Omega objective (ATLAS, arXiv 2505.23735, equation 9) over the last `omega_window` tokens that have left,
 
     min_M  Σᵢ γᵢ ‖M φ(kᵢ) − vᵢ‖²,      γᵢ ∈ {0, 1},
@@ -27,9 +27,17 @@ from atlas_jax.kernels.linear import linear, quantize_rows, rows_of
 from atlas_jax.kernels.monomials import window_monomials
 from atlas_jax.kernels.recall_features import read_out
 from atlas_jax.kernels.reductions import row_max, row_sum
-from atlas_jax.recall.adapter import MEAN_DECAY, MEAN_LENGTH, Adapter
+from atlas_jax.recall.adapter import (
+    AGREED_DECAY,
+    AGREED_LENGTH,
+    CONTEXT_DECAY,
+    CONTEXT_LENGTH,
+    LATEST,
+    LATEST_SHARE,
+    Adapter,
+)
 from atlas_jax.recall.solvers import Optimizer, omega_step, product
-from atlas_jax.typing import Array, Bool, Float, Int8, Int32
+from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8
 
 _MIN_SCORE = -2.0
 
@@ -40,24 +48,24 @@ class RecallState:
     """Memories of a batch of sessions.
 
     Attributes:
-      weights: M.
-      momentum: S of the Muon write.
-      read_values, read_scale: the weights in 8 bits, [C, M] per row, what reads use.
-      recent: components of the last states, those that keys are made of; position p is at p mod its length.
-      keys, tokens: ring of the last keys and tokens of the text; position p is at p mod ring.
+      weights, scale: M in 8 bits with a scale per output.
+      momentum, momentum_end: S of the Muon write as A in S = AΦ, Φ the features of the Omega window that ended at
+        `momentum_end`.
+      states, tokens: ring of the last states and tokens of the text, which keys are made of; position p is at p mod ring.
+      told: what the memory said after each token, its value code's signs as bits: all 0 where it had nothing to say.
       seen: 1 for tokens that have been written as values.
       loss: Omega loss after the last write.
       losses, skipped: since the row was taken up: the sum of the losses of its writes, and how many were not taken.
       written: whether any token has been seen; without one, reading is of no use.
     """
 
-    weights: Float[Array, "B C M"]
-    momentum: Float[Array, "B C M"]
-    read_values: Int8[Array, "B C M"]
-    read_scale: Float[Array, "B C"]
-    recent: Float[Array, "B recent Z"]
-    keys: Float[Array, "B ring R"]
+    weights: Int8[Array, "B C M"]
+    scale: Float[Array, "B C"]
+    momentum: Float[Array, "B C W"]
+    momentum_end: Int32[Array, B]
+    states: Int8[Array, "B ring Z"]
     tokens: Int32[Array, "B ring"]
+    told: UInt8[Array, "B ring bytes"]
     seen: Int8[Array, "B V"]
     loss: Float[Array, B]
     losses: Float[Array, B]
@@ -103,26 +111,31 @@ class WriteSettings:
     degree: Int32[Array, ""]
 
 
-def recent_states(config: MemoryConfig) -> int:
-    """States kept for decaying means: as many as one needs, and as many as a row can be set back by without reading again.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Answer:
+    """What a memory says after each token of a step.
 
-    That is to where the memory was last written, at most one write's tokens. A shorter ring would leave means of what came
-    after in the place of what came before.
+    Attributes:
+      found: M φ(k).
+      cues: what the gate knows beside it: the state of the best tapped layer, of unit length, which tells a question from
+        prose and an answer from its end, and how far the memory has been right of late (`_agreement`).
     """
-    return config.max_omega_window + MEAN_LENGTH
+
+    found: Float[Array, "B T C"]
+    cues: Float[Array, "B T cues"]
 
 
 def init_state(config: MemoryConfig, batch: int, vocab: int) -> RecallState:
     """Empty memories."""
-    shape = (batch, config.code_dim, config.features)
     return RecallState(
-        weights=jnp.zeros(shape, jnp.float32),
-        momentum=jnp.zeros(shape, jnp.float32),
-        read_values=jnp.zeros(shape, jnp.int8),
-        read_scale=jnp.zeros((batch, config.code_dim), jnp.float32),
-        recent=jnp.zeros((batch, recent_states(config), config.components), jnp.float32),
-        keys=jnp.zeros((batch, config.ring, config.key_size), jnp.float32),
+        weights=jnp.zeros((batch, config.code_dim, config.features), jnp.int8),
+        scale=jnp.zeros((batch, config.code_dim), jnp.float32),
+        momentum=jnp.zeros((batch, config.code_dim, config.max_omega_window), jnp.float16),
+        momentum_end=jnp.zeros((batch,), jnp.int32),
+        states=jnp.zeros((batch, config.ring, config.components), jnp.int8),
         tokens=jnp.zeros((batch, config.ring), jnp.int32),
+        told=jnp.zeros((batch, config.ring, -(-config.code_dim // 8)), jnp.uint8),
         seen=jnp.zeros((batch, vocab), jnp.int8),
         loss=jnp.zeros((batch,), jnp.float32),
         losses=jnp.zeros((batch,), jnp.float32),
@@ -151,15 +164,55 @@ def observe(
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
-) -> tuple[RecallState, Float[Array, "B T R"]]:
-    """Makes the keys of a step's tokens, and keeps keys and tokens for when they leave the window.
+) -> tuple[RecallState, Answer]:
+    """Asks the memory after each of a step's tokens, and keeps states and tokens for when they leave the window.
+
+    It is asked while a prompt is read as well: what it says there is compared with what came.
 
     Args:
       tapped: residual streams of the tapped layers.
       valid: which tokens are real; those that are not come last.
     """
-    key, z = keys(adapter, state, settings, tapped, positions)
-    return remember(state, key, z, tokens, positions, valid), key
+    key, states = keys(adapter, state, settings, tapped, tokens, positions)
+    found = jax.lax.cond(
+        jnp.any(state.written[:, None] & valid),
+        lambda: _read_out(adapter, state, settings, key),
+        lambda: jnp.zeros((*positions.shape, adapter.codes.shape[1]), jnp.float32),
+    )
+    told = jnp.packbits(found > 0, axis=-1)
+    best = _unit(linear(adapter.projection[0].T, tapped[0] - adapter.mean[0]))
+    agreed = _agreement(adapter, state, told, tokens, positions)
+    answer = Answer(found, jnp.concatenate([best, agreed[..., None]], axis=-1))
+    return remember(state, states, told, tokens, positions, valid), answer
+
+
+def _agreement(
+    adapter: Adapter,
+    state: RecallState,
+    told: UInt8[Array, "B T bytes"],
+    tokens: Int32[Array, "B T"],
+    positions: Int32[Array, "B T"],
+) -> Float[Array, "B T"]:
+    """How far the memory has been right of the last tokens, from 1 to about 0, later ones counting more.
+
+    It was right of a token as far as the signs of what it said before it are those of the token's value code. Where an
+    answer repeats what was said, that is at 0.3 on average, in running text at 0.1, in other answers at 0.02.
+    """
+    row = jnp.arange(tokens.shape[0])[:, None]
+    before = positions[:, :1] - AGREED_LENGTH + jnp.arange(AGREED_LENGTH + 1)  # and the first token of the step
+    text = jnp.concatenate([_tokens(state, row, before[:, :-1]), tokens], axis=1)
+    said = state.told[row, (before - 1) % state.tokens.shape[1]] * (before >= 1)[..., None]
+    said = jnp.concatenate([said, told[:, :-1]], axis=1)
+    code = jnp.packbits(adapter.codes.values[jnp.maximum(text, 0)] > 0, axis=-1)
+    wrong = jax.lax.population_count(said ^ code).astype(jnp.int32).sum(axis=-1)
+    right = 1.0 - wrong.astype(jnp.float32) * (2.0 / adapter.codes.shape[1])
+    right = jnp.where((text >= 0) & (said > 0).any(axis=-1), right, 0.0)
+    length = tokens.shape[1]
+    agreed = jnp.zeros((tokens.shape[0], length), jnp.float32)
+    for back in range(AGREED_LENGTH):
+        start = AGREED_LENGTH - back
+        agreed = agreed + (1 - AGREED_DECAY) * AGREED_DECAY**back * right[:, start : start + length]
+    return agreed
 
 
 def keys(
@@ -167,71 +220,116 @@ def keys(
     state: RecallState,
     settings: RecallSettings,
     tapped: tuple[Float[Array, "B T E"], ...],
+    tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
-) -> tuple[Float[Array, "B T R"], Float[Array, "B T Z"]]:
-    """Keys of a step's tokens, and the components they are made of, which later tokens' decaying means need.
+) -> tuple[Float[Array, "B T R"], Int8[Array, "B T Z"]]:
+    """Keys of a step's tokens, and the states they are made of in 8 bits, of which a write makes them again.
 
-    A key is two unit vectors: the token's own state in the tapped layers, and a decaying mean of the states of
-    the tokens before, the training-free counterpart of ATLAS's short convolution on keys. The mean tells apart places
-    where the same is being said of different things. The first token of a text has none.
+    A key is two unit vectors: the token's own state in the tapped layers, and its context.
     """
     batch, length = positions.shape
     row = jnp.arange(batch)[:, None]
     taps = [linear(adapter.projection[i].T, h - adapter.mean[i]) for i, h in enumerate(tapped)]
     tables = jnp.concatenate([*taps, jnp.zeros((batch, length, 1))], axis=2)
     z = jnp.take_along_axis(tables, adapter.select[settings.layers, settings.degree][:, None, :], axis=2)
-    before = positions[:, :1] - MEAN_LENGTH + jnp.arange(MEAN_LENGTH)
-    past = state.recent[row, before % state.recent.shape[1]] * (before >= 0)[..., None]
-    extended = jnp.concatenate([past, z], axis=1)
-    mean = jnp.zeros_like(z)
-    for back in range(1, MEAN_LENGTH + 1):
-        start = MEAN_LENGTH - back
-        mean = mean + MEAN_DECAY ** (back - 1) * extended[:, start : start + length]
+    states = quantize_rows(z)[0]
+    before = _tokens(state, row, positions[:, :1] - CONTEXT_LENGTH + jnp.arange(CONTEXT_LENGTH))
+    text = jnp.concatenate([before, tokens], axis=1)
+    return _joined(states, contexts(adapter, text, _used(adapter, settings.degree))), states
 
-    def unit(part: jax.Array) -> jax.Array:
-        return part * jax.lax.rsqrt(jnp.maximum(row_sum(part * part), 1e-12))[..., None]
 
-    return jnp.concatenate([unit(z), unit(mean)], axis=2), z
+def contexts(
+    adapter: Adapter, text: Int32[Array, "*rows extended"], used: Bool[Array, "*rows Z"]
+) -> Float[Array, "*rows T Z"]:
+    """What has just been talked of, as a sketch of the text before each token: a unit vector.
+
+    Every token has a random code. A context is the sum of those of the last `CONTEXT_LENGTH` tokens, each times its weight
+    and what `CONTEXT_DECAY` leaves of it, and of other codes of the token itself and the two before it, which keep their
+    order. The words of a question are those of the place where it was answered, whatever their order and the grammar around
+    them: with the decaying mean of hidden states that was here before, the memory found 0.21 of facts asked for in other
+    words, with this 0.75 (docs/experiments/recall_memory.md).
+
+    Args:
+      text: the first `CONTEXT_LENGTH` tokens only come before; −1 is none.
+      used: which numbers a key of the degree in use has; the others are zero.
+    """
+    size, length = used.shape[-1], text.shape[-1] - CONTEXT_LENGTH
+    real, token = text >= 0, jnp.maximum(text, 0)
+    # other codes are the same a column or more further on
+    codes = adapter.codes.values[token][..., : size + len(LATEST)].astype(jnp.float32)
+    codes = codes * real[..., None]
+    words = codes[..., :size] * adapter.token_weight[token][..., None]
+
+    def shifted(part: jax.Array, back: int) -> jax.Array:
+        return jax.lax.slice_in_dim(part, CONTEXT_LENGTH - back, CONTEXT_LENGTH - back + length, axis=-2)
+
+    talked_of, latest = jnp.zeros_like(shifted(words, 0)), jnp.zeros_like(shifted(words, 0))
+    for back in range(1, CONTEXT_LENGTH + 1):
+        talked_of = talked_of + CONTEXT_DECAY ** (back - 1) * shifted(words, back)
+    for back, weight in enumerate(LATEST):
+        latest = latest + weight * shifted(codes[..., 1 + back : 1 + back + size], back)
+    in_use = used[..., None, :]
+    both = (1 - LATEST_SHARE) ** 0.5 * _unit(talked_of * in_use) + LATEST_SHARE**0.5 * _unit(latest * in_use)
+    return _unit(both)
+
+
+def _unit(part: Float[Array, "*rows Z"]) -> Float[Array, "*rows Z"]:
+    return part * jax.lax.rsqrt(jnp.maximum(row_sum(part * part), 1e-12))[..., None]
+
+
+def _used(adapter: Adapter, degree: Int32[Array, "*rows"]) -> Bool[Array, "*rows Z"]:
+    """Which numbers the halves of a key have at a degree, less one."""
+    size = adapter.select.shape[2]
+    return jnp.arange(size) < jnp.asarray(adapter.halves)[degree][..., None]
+
+
+def _tokens(state: RecallState, row: Int32[Array, "*rows"], position: Int32[Array, "*rows"]) -> Int32[Array, "*rows"]:
+    """Tokens at positions of the text, −1 before its first."""
+    return jnp.where(position >= 0, state.tokens[row, position % state.tokens.shape[1]], -1)
+
+
+def _joined(states: Int8[Array, "*rows Z"], context: Float[Array, "*rows Z"]) -> Float[Array, "*rows R"]:
+    """Keys of states and contexts."""
+    return jnp.concatenate([_unit(states.astype(jnp.float32)), context], axis=-1)
 
 
 def kernel(
     a: Float[Array, "*rows n R"], b: Float[Array, "*rows m R"], degree: Int32[Array, ""]
 ) -> Float[Array, "*rows n m"]:
-    """φ(a)·φ(b): (s·s′)ᵖ⁻¹(t·t′) for keys of states s and means t, and their mean (s·s′ + t·t′)/2 at p = 1.
+    """φ(a)·φ(b): (s·s′)ᵖ⁻¹(t·t′) for keys of states s and contexts t, and their mean (s·s′ + t·t′)/2 at p = 1.
 
     A product asks for both, where all monomials of the joined key would be content with either. With as many features,
-    facts asked for 2 000 tokens later are found again for 0.97 of their digits instead of 0.87 in the same words, 0.75
-    instead of 0.65 in others, and documents gain as much or more (12 contexts, 4 documents, in simulation).
+    facts asked for 2 000 tokens later were found again for 0.97 of their digits instead of 0.87 in the same words, 0.75
+    instead of 0.65 in others, and documents gained as much or more (12 contexts, 4 documents, in simulation, with a
+    decaying mean of states as t).
 
     Args:
       degree: p − 1.
     """
     size = a.shape[-1] // 2
     state = jnp.einsum("...nz,...mz->...nm", a[..., :size], b[..., :size])
-    mean = jnp.einsum("...nz,...mz->...nm", a[..., size:], b[..., size:])
-    joined = jnp.where(degree == 2, state * state, state) * mean
-    return jnp.where(degree == 0, (state + mean) / 2, joined)
+    context = jnp.einsum("...nz,...mz->...nm", a[..., size:], b[..., size:])
+    joined = jnp.where(degree == 2, state * state, state) * context
+    return jnp.where(degree == 0, (state + context) / 2, joined)
 
 
 def remember(
     state: RecallState,
-    key: Float[Array, "B T R"],
-    z: Float[Array, "B T Z"],
+    states: Int8[Array, "B T Z"],
+    told: UInt8[Array, "B T bytes"],
     tokens: Int32[Array, "B T"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
 ) -> RecallState:
-    """Keeps a step's keys and tokens for when they leave the window."""
+    """Keeps a step's states and tokens for when they leave the window, and what the memory said after them."""
     row = jnp.arange(tokens.shape[0])[:, None]
-    ring, recent = state.tokens.shape[1], state.recent.shape[1]
-    index = jnp.where(valid, positions % ring, ring)
-    first = positions[:, :1] + valid.sum(axis=1, keepdims=True) - recent  # of those that end up in the short ring
-    place = jnp.where(valid & (positions >= first), positions % recent, recent)
+    ring = state.tokens.shape[1]
+    place = jnp.where(valid, positions % ring, ring)
     return dataclasses.replace(
         state,
-        recent=state.recent.at[row, place].set(z, mode="drop"),
-        keys=state.keys.at[row, index].set(key, mode="drop"),
-        tokens=state.tokens.at[row, index].set(tokens, mode="drop"),
+        states=state.states.at[row, place].set(states, mode="drop"),
+        told=state.told.at[row, place].set(told, mode="drop"),
+        tokens=state.tokens.at[row, place].set(tokens, mode="drop"),
     )
 
 
@@ -255,19 +353,20 @@ def write(
     offset = jnp.arange(width) - width
     position = settings.end + offset  # of the values: what follows the last of them may not have been read yet
     gamma = ((position >= 1) & (offset >= -settings.window)).astype(jnp.float32)
-    ring = state.tokens.shape[1]
-    key = state.keys[row, (position - 1) % ring] * gamma[:, None]
-    token = state.tokens[row, position % ring]
+    needed = settings.end - width - 1 - CONTEXT_LENGTH + jnp.arange(CONTEXT_LENGTH + width + 1)
+    text = _tokens(state, row, needed)
+    token = jnp.maximum(text[CONTEXT_LENGTH + 1 :], 0)
+    context = contexts(adapter, text[:-1], _used(adapter, settings.degree))
+    key = _joined(state.states[row, (position - 1) % state.tokens.shape[1]], context) * gamma[:, None]
 
     features = _window_features(adapter, key, settings.degree)  # [W, M]; γ = 0 makes a row zero
     code = rows_of(adapter.codes, token).T * gamma
     gram = kernel(key, key, settings.degree)
-    weights, momentum = state.weights[row], state.momentum[row]
-    residual = code - product("cm,wm->cw", weights, features)
-    weights, momentum, loss, taken = omega_step(
-        config, optimizer, settings.step, weights, momentum, features, gram, gamma, residual
-    )
-    values, scale = quantize_rows(weights)
+    weights, scale = state.weights[row], state.scale[row][:, None]
+    residual = code - scale * product("cm,wm->cw", weights, features)
+    momentum = _moved_on(state.momentum[row], settings.end - state.momentum_end[row]) * gamma
+    dual, momentum, loss, taken = omega_step(config, optimizer, settings.step, momentum, gram, gamma, residual)
+    moved, moved_scale = quantize_rows(weights * scale + product("cw,wm->cm", dual, features))
     written = jnp.where((gamma > 0) & taken, token, state.seen.shape[1])
 
     def put(whole: jax.Array, part: jax.Array) -> jax.Array:
@@ -275,10 +374,10 @@ def write(
 
     return dataclasses.replace(
         state,
-        weights=put(state.weights, weights),
-        momentum=put(state.momentum, momentum),
-        read_values=put(state.read_values, values),
-        read_scale=put(state.read_scale, scale[:, 0]),
+        weights=put(state.weights, jnp.where(taken, moved, weights)),
+        scale=put(state.scale, jnp.where(taken, moved_scale, scale)[:, 0]),
+        momentum=put(state.momentum, momentum.astype(state.momentum.dtype)),
+        momentum_end=state.momentum_end.at[row].set(settings.end),
         seen=state.seen.at[row, written].set(1, mode="drop"),
         loss=state.loss.at[row].set(jnp.where(taken, loss, state.loss[row])),
         losses=state.losses.at[row].add(jnp.where(taken, loss, 0.0)),
@@ -287,48 +386,55 @@ def write(
     )
 
 
+def _moved_on(momentum: Float[Array, "C W"], tokens: Int32[Array, ""]) -> Float[Array, "C W"]:
+    """Momentum over a window that ends so many tokens later: those that have left it have none any more."""
+    width = momentum.shape[1]
+    padded = jnp.concatenate([momentum, jnp.zeros_like(momentum)], axis=1).astype(jnp.float32)
+    return jax.lax.dynamic_slice_in_dim(padded, jnp.clip(tokens, 0, width), width, axis=1)
+
+
 def read(
     adapter: Adapter,
     state: RecallState,
     settings: RecallSettings,
-    key: Float[Array, "B T R"],
+    answer: Answer,
     logits: Float[Array, "B T V"],
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
-    """What comes after each token: `blend` of the model's logits and the memory's next-token distribution by its `scores`.
+    """What comes after each token: `blend` of the model's logits and the memory's next-token distribution by its scores.
 
     Where the memory takes no part, or nothing has been written yet, the logits come back as they are and the gate is 0.
     """
     active = (settings.read & state.written)[:, None] & (positions >= settings.read_from[:, None]) & valid
-    if adapter.codes.shape[1] % 64 or not library.usable():  # the C kernel takes codes of whole vectors
+    odds = settings.log_odds[:, None] + row_sum(answer.cues * adapter.cue)
+    codes = adapter.codes
+    if codes.shape[1] % 64 or not library.usable():  # the C kernel takes codes of whole vectors
         mixed: tuple[jax.Array, jax.Array] = jax.lax.cond(
             jnp.any(active),
-            lambda: blend(adapter, settings.log_odds, logits, scores(adapter, state, settings, key), active),
+            lambda: blend(adapter, odds, logits, scores_of(adapter, state, answer.found), active),
             lambda: (logits, jnp.zeros(positions.shape, jnp.float32)),
         )
         return mixed
-    found = jax.lax.cond(
-        jnp.any(active),
-        lambda: _read_out(adapter, state, settings, key),
-        lambda: jnp.zeros((*positions.shape, adapter.codes.shape[1]), jnp.float32),
-    )
-    codes = adapter.codes
-    return ffi.blend(logits, found, codes.values, codes.scale, state.seen, active, settings.log_odds, adapter.gate)
+    return ffi.blend(logits, answer.found, codes.values, codes.scale, state.seen, active, odds, adapter.gate)
 
 
 def scores(
     adapter: Adapter, state: RecallState, settings: RecallSettings, key: Float[Array, "B T R"]
 ) -> Float[Array, "B T V"]:
     """s = M φ(k)·code(v) for every token v seen in the session; −2 for the others (a real score is near 0 … 1)."""
-    found = linear(adapter.codes, _read_out(adapter, state, settings, key))
-    return jnp.where(state.seen[:, None, :] > 0, found, _MIN_SCORE)
+    return scores_of(adapter, state, _read_out(adapter, state, settings, key))
+
+
+def scores_of(adapter: Adapter, state: RecallState, found: Float[Array, "B T C"]) -> Float[Array, "B T V"]:
+    """`scores` of what has been read out of the memory already."""
+    return jnp.where(state.seen[:, None, :] > 0, linear(adapter.codes, found), _MIN_SCORE)
 
 
 def _read_out(adapter: Adapter, state: RecallState, settings: RecallSettings, key: jax.Array) -> jax.Array:
     """M φ(k): [B, T, C]."""
     tables = adapter.factors, adapter.feature_weight, adapter.halves
-    return read_out(key, settings.degree, state.read_values, state.read_scale, *tables)
+    return read_out(key, settings.degree, state.weights, state.scale, *tables)
 
 
 def gate_features(score: Float[Array, "*rows V"], entropy: Float[Array, "*rows"]) -> Float[Array, "*rows features"]:
@@ -348,22 +454,23 @@ def memory_distribution(score: Float[Array, "*rows V"]) -> Float[Array, "*rows V
 
 def blend(
     adapter: Adapter,
-    log_odds: Float[Array, B],
+    log_odds: Float[Array, "B T"],
     logits: Float[Array, "B T V"],
     score: Float[Array, "B T V"],
     active: Bool[Array, "B T"],
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
     """p = (1 − g)·p_model + g·p_mem, as logits, and g.
 
-    The gate's log odds are a linear function of `gate_features`, plus the request's `log_odds`. Where the memory is not
-    active or has nothing to say, g is 0 and the logits are returned as they came, bit for bit.
+    The gate's log odds are a linear function of `gate_features`, plus `log_odds`, those of the cues and of the
+    request. Where the memory is not active or has nothing to say, g is 0 and the logits are returned as they came, bit
+    for bit.
     """
     peak = row_max(logits)
     shifted = logits - peak[..., None]
     weight = jnp.exp(shifted)
     mass = row_sum(weight)
     entropy = jnp.log(mass) - row_sum(weight * shifted) / mass
-    odds = jnp.einsum("btf,f->bt", gate_features(score, entropy), adapter.gate) + log_odds[:, None]
+    odds = jnp.einsum("btf,f->bt", gate_features(score, entropy), adapter.gate) + log_odds
     heard = active & (row_max(score) > 0)
     g = jnp.where(heard, jax.nn.sigmoid(odds), 0.0)
     mixed = (1.0 - g)[..., None] * (weight / mass[..., None]) + g[..., None] * memory_distribution(score)

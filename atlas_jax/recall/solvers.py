@@ -12,11 +12,12 @@ import jax.numpy as jnp
 
 from atlas_jax.config import MemoryConfig
 from atlas_jax.kernels.newton_schulz import gram_polynomial
-from atlas_jax.kernels.reductions import row_max
 from atlas_jax.typing import Array, Bool, Float
 
 _MAX_LOSS = 100.0
 """Mean squared error that no write may leave; codes are unit vectors, so that of an empty memory is one."""
+_MAX_MOMENTUM = 6e4
+"""Largest number of a momentum that is kept: float16 holds 65 504."""
 
 Optimizer = Literal["exact", "gradient", "muon"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
@@ -26,38 +27,34 @@ def omega_step(
     config: MemoryConfig,
     optimizer: Optimizer,
     step: Float[Array, ""],
-    weights: Float[Array, "C M"],
-    momentum: Float[Array, "C M"],
-    features: Float[Array, "W M"],
+    momentum: Float[Array, "C W"],
     gram: Float[Array, "W W"],
     gamma: Float[Array, W],
     residual: Float[Array, "C W"],
-) -> tuple[Float[Array, "C M"], Float[Array, "C M"], Float[Array, ""], Bool[Array, ""]]:
-    """Moves one memory towards the values of a window (ATLAS, equations 9, 10, 32 and 33).
+) -> tuple[Float[Array, "C W"], Float[Array, "C W"], Float[Array, ""], Bool[Array, ""]]:
+    """How to move one memory towards the values of a window (ATLAS, equations 9, 10, 32 and 33), all in the dual.
 
     A step that diverges, as one of a learning rate too large for the text can, is not taken: the weights stay, and momentum
     starts anew.
 
     Args:
       step: factor on the line search of gradient and Muon.
-      weights: M.
-      features: φ of the window's keys, zero where γ is.
-      gram: φ(kᵢ)·φ(kⱼ).
+      momentum: A in S = AΦ, Φ the features of the window's keys, zero where γ is.
+      gram: φ(kᵢ)·φ(kⱼ), zero where γ is.
       residual: values less what the memory says, zero where γ is.
 
     Returns:
-      The weights, the momentum, the mean squared error that is left, and whether the step was taken.
+      D of the change DΦ of the weights, zero where the step is not taken; the momentum; the mean squared error that is
+      left; and whether the step was taken.
     """
-    count = jnp.maximum(gamma.sum(), 1.0)
     if optimizer == "muon":
-        moved, momentum, left = _muon(config, step, weights, momentum, features, gamma, residual)
-        loss = jnp.sum(left * left) / count
-        taken = (loss <= _MAX_LOSS) & jnp.all(jnp.isfinite(row_max(jnp.abs(moved))))
-        return jnp.where(taken, moved, weights), jnp.where(taken, momentum, 0.0), loss, taken
-    dual, left = _exact(config, gram, residual) if optimizer == "exact" else _descend(config, step, gram, residual)
-    loss = jnp.sum(left * left) / count
-    taken = (loss <= _MAX_LOSS) & jnp.isfinite(jnp.sum(dual * dual))
-    return weights + product("cw,wm->cm", jnp.where(taken, dual, 0.0), features), momentum, loss, taken
+        dual, moved, left = _muon(config, step, momentum, gram, residual)
+    else:
+        dual, left = _exact(config, gram, residual) if optimizer == "exact" else _descend(config, step, gram, residual)
+        moved = momentum
+    loss = jnp.sum(left * left) / jnp.maximum(gamma.sum(), 1.0)
+    taken = (loss <= _MAX_LOSS) & jnp.isfinite(jnp.sum(dual * dual)) & (jnp.abs(moved).max() <= _MAX_MOMENTUM)
+    return jnp.where(taken, dual, 0.0), jnp.where(taken, moved, 0.0), loss, taken
 
 
 def product(subscripts: str, a: Float[Array, ...], b: Float[Array, ...]) -> Float[Array, ...]:
@@ -96,28 +93,26 @@ def _descend(
 
 
 def _muon(
-    config: MemoryConfig,
-    step: jax.Array,
-    weights: jax.Array,
-    momentum: jax.Array,
-    features: jax.Array,
-    gamma: jax.Array,
-    residual: jax.Array,
+    config: MemoryConfig, step: jax.Array, momentum: jax.Array, gram: jax.Array, residual: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """S ← θS + RΦ, M ← M + t·NS(S), with t from an exact line search: a constant step would never settle."""
+    """S ← θS + RΦ, M ← M + t·NS(S), with t from an exact line search: a constant step would never settle.
+
+    S = AΦ, and the Gram form of Newton–Schulz has NS(S) = P·S with P a polynomial of SSᵀ = A(ΦΦᵀ)Aᵀ: no matrix of the
+    weights' size is needed, and none is kept between writes.
+    """
 
     def one(_: int, carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        weights, momentum, left = carry
-        momentum = config.momentum * momentum + product("cw,wm->cm", left, features)
-        norm = jax.lax.rsqrt(jnp.sum(momentum * momentum) + 1e-30)
-        unit = momentum * norm
-        direction = product("ij,jm->im", gram_polynomial(product("im,jm->ij", unit, unit)), unit)
-        change = product("cm,wm->cw", direction, features)
+        dual, momentum, left = carry
+        momentum = config.momentum * momentum + left
+        outer = momentum @ gram @ momentum.T
+        norm = jax.lax.rsqrt(jnp.trace(outer) + 1e-30)
+        direction = gram_polynomial(outer * (norm * norm)) @ (momentum * norm)
+        change = direction @ gram
         best = jnp.sum(left * change) / jnp.maximum(jnp.sum(change * change), 1e-30)
         best = step * jnp.maximum(best, 0.0)  # stale momentum may point uphill; then only the momentum is updated
-        return weights + best * direction, momentum, left - best * change * (gamma > 0)
+        return dual + best * direction, momentum, left - best * change
 
     moved: tuple[jax.Array, jax.Array, jax.Array] = jax.lax.fori_loop(
-        0, config.passes, one, (weights, momentum, residual)
+        0, config.passes, one, (jnp.zeros_like(residual), momentum, residual)
     )
     return moved

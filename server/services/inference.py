@@ -52,7 +52,7 @@ class Inference:
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of", "must be equal to n", code="unsupported_parameter")
         model = self._admitted(body)
-        memory = self._memory(body, context, asked=False)
+        memory = self._memory(body, context)
         prompts, echoes = await self._tokenization.prompts(body.prompt, echo=bool(body.echo))
         count = choices(body, prompts=len(prompts))
         usage = _wants_usage(body)
@@ -89,7 +89,7 @@ class Inference:
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "needs logprobs to be true")
         model = self._admitted(body)
-        memory = self._memory(body, context, asked=True)
+        memory = self._memory(body, context)
         grammar = await answer_grammar(self._supervisor, body.response_format, context)
         prompt = await self._tokenization.chat(body.messages, body.chat_template_kwargs)
         session = memory.params is not None and memory.params.session is not None
@@ -137,7 +137,7 @@ class Inference:
         default = default_sampling(self._sampling, engine.model.sampling)
         return sampling_params(body, default=default, vocab_size=engine.tokenizer.vocab_size, logprobs=logprobs)
 
-    def _memory(self, body: SamplingFields, context: RequestContext, *, asked: bool) -> MemoryPlan:
+    def _memory(self, body: SamplingFields, context: RequestContext) -> MemoryPlan:
         plan = plan_memory(
             body.atlas,
             context.session,
@@ -148,7 +148,6 @@ class Inference:
             else "ATLAS not enabled",
             max_window=self._config.max_window,
             memory_dim=self._supervisor.engine.model.memory_dim,
-            asked=asked,
         )
         if plan.session_id is not None and plan.session_id.isascii():
             context.response_headers.append((b"x-session-id", plan.session_id.encode()))

@@ -43,7 +43,6 @@ def plan_memory(
     unavailable: str | None,
     max_window: int,
     memory_dim: int | None,
-    asked: bool = False,
 ) -> MemoryPlan:
     """Resolves one request.
 
@@ -53,7 +52,6 @@ def plan_memory(
       header: the value of `X-Session-ID`, or None.
       unavailable: why this server has no memory, or None.
       memory_dim: of the memory that is served; None where it has no such dimension.
-      asked: whether the model answers somebody instead of going on with a text.
 
     Raises:
       BadRequest: a value out of range, or two different sessions.
@@ -76,7 +74,6 @@ def plan_memory(
         params=MemoryParams(
             session=None if session_id is None else SessionKey(owner, session_id),
             **{name: getattr(merged, name) for name in MemoryOptions.__struct_fields__},
-            asked=asked,
             regenerate=atlas is not None and bool(atlas.regenerate),
             given=frozenset(
                 name for name in AtlasOptions.__struct_fields__ if getattr(atlas or _EMPTY, name) is not None

@@ -176,16 +176,18 @@ MEMORY = MemoryConfig(layers=(0,), components=8, features=96, code_dim=32)
 @functools.cache
 def adapter(config: MemoryConfig = MEMORY) -> Adapter:
     mean, projection = np.zeros((1, EMBED)), np.zeros((1, EMBED, config.components))
-    return make_adapter(config, VOCAB, mean, projection, np.zeros(GATE_FEATURES))
+    return make_adapter(
+        config, VOCAB, mean, projection, np.ones(VOCAB), np.zeros(GATE_FEATURES), np.zeros(config.components + 1)
+    )
 
 
 def some_reading(tokens: int, degrees: list[int], seed: int) -> tuple[Any, ...]:
     """A memory of random numbers, settings of each row, and keys as `recall_memory.keys` makes them."""
     random = np.random.default_rng(seed)
     state = recall_memory.init_state(MEMORY, ROWS, VOCAB)
-    values = random.integers(-127, 128, state.read_values.shape).astype(np.int8)
-    scale = random.uniform(1e-3, 1.0, state.read_scale.shape).astype(np.float32)
-    state = dataclasses.replace(state, read_values=jnp.asarray(values), read_scale=jnp.asarray(scale))
+    values = random.integers(-127, 128, state.weights.shape).astype(np.int8)
+    scale = random.uniform(1e-3, 1.0, state.scale.shape).astype(np.float32)
+    state = dataclasses.replace(state, weights=jnp.asarray(values), scale=jnp.asarray(scale))
     state = dataclasses.replace(state, seen=jnp.asarray(random.integers(0, 2, state.seen.shape), jnp.int8))
     chosen = dataclasses.replace(recall_memory.init_settings(ROWS), degree=jnp.asarray(degrees, jnp.int32) - 1)
     key = random.standard_normal((ROWS, tokens, 2, MEMORY.components)).astype(np.float32)
@@ -214,7 +216,7 @@ def test_memory_reads_have_the_bits_of_xlas_and_are_the_definition(degrees: list
         half = adapter().halves[degree - 1]
         cut = np.asarray(key[row], np.float64).reshape(tokens, 2, -1)[:, :, :half].reshape(tokens, -1)
         phi = recall_reference.features(cut, degree)
-        stored = np.asarray(state.read_values[row], np.float64) * np.asarray(state.read_scale[row], np.float64)[:, None]
+        stored = np.asarray(state.weights[row], np.float64) * np.asarray(state.scale[row], np.float64)[:, None]
         out = phi @ stored[:, : phi.shape[1]].T
         # half a unit of every feature, and then of every number read out
         wide = np.zeros((tokens, stored.shape[1]), np.float32)
@@ -228,7 +230,7 @@ def test_memory_reads_have_the_bits_of_xlas_and_are_the_definition(degrees: list
 @pytest.mark.parametrize("choice", [KernelChoice(), KernelChoice(cpu=False), INTERPRETED], ids=["C", "XLA", "Mosaic"])
 def test_a_memory_read_is_its_reference_up_to_quantisation(choice: KernelChoice) -> None:
     state, chosen, key = some_reading(3, [1, 2, 3][:ROWS], 0)
-    args = key, chosen.degree, state.read_values, state.read_scale, adapter().factors, adapter().feature_weight
+    args = key, chosen.degree, state.weights, state.scale, adapter().factors, adapter().feature_weight
     wanted = np.asarray(recall_features.ref_read_out(*args))
     with choice.scope():
         found = jax.jit(lambda *args: recall_features.read_out(*args, adapter().halves))(*args)
@@ -356,8 +358,8 @@ def test_mosaic_compiles_memory_reads(rows: int, tokens: int) -> None:
     degree = jax.ShapeDtypeStruct((rows,), jnp.int32)
     compiled = (
         jax.jit(lambda *args: mosaic_recall_features.read_out(*args, adapter(config).halves))
-        .lower(*placed((key, degree, state.read_values, state.read_scale)))
+        .lower(*placed((key, degree, state.weights, state.scale)))
         .compile()
     )
     assert "tpu_custom_call" in compiled.as_text()
-    assert compiled.memory_analysis().temp_size_in_bytes < state.read_values.size / 10
+    assert compiled.memory_analysis().temp_size_in_bytes < state.weights.size / 10

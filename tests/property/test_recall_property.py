@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from atlas_jax.config import PAGE, MemoryConfig
 from atlas_jax.kernels.monomials import gather_monomials
 from atlas_jax.recall import recall_memory
-from atlas_jax.recall.adapter import GATE_FEATURES, MEAN_DECAY, MEAN_LENGTH, Adapter, key_components, make_adapter
-from atlas_jax.recall.recall_memory import RecallSettings, RecallState, WriteSettings
+from atlas_jax.recall.adapter import GATE_FEATURES, Adapter, key_components, make_adapter, token_weights
+from atlas_jax.recall.recall_memory import Answer, RecallSettings, RecallState, WriteSettings
 from atlas_jax.recall.solvers import OPTIMIZERS, Optimizer
 from tests.reference import recall_reference
 
@@ -26,6 +26,7 @@ CONFIG = MemoryConfig(
     layers=(1, 0), components=8, features=288, code_dim=64, max_window=PAGE, max_omega_window=2 * PAGE
 )
 
+NOTHING_TOLD = np.zeros((ROWS, PAGE, CONFIG.code_dim // 8), np.uint8)
 seeds = st.integers(0, 2**32 - 1)
 degrees = st.integers(1, 3)
 optimizers = st.sampled_from(OPTIMIZERS)
@@ -43,7 +44,9 @@ def adapter() -> Adapter:
         VOCAB,
         mean,
         projection,
+        random.uniform(0, 1, VOCAB).astype(np.float32),
         np.asarray([-1.0, 2.0, 1.0, 0.2], np.float32),
+        random.standard_normal(CONFIG.components + 1).astype(np.float32),
     )
 
 
@@ -52,6 +55,7 @@ def compiled() -> dict[str, object]:
     return {
         "remember": jax.jit(recall_memory.remember),
         "scores": jax.jit(recall_memory.scores),
+        "read_out": jax.jit(recall_memory._read_out),
         "blend": jax.jit(recall_memory.blend),
         "read": jax.jit(recall_memory.read),
         "keys": jax.jit(recall_memory.keys),
@@ -62,6 +66,22 @@ def compiled() -> dict[str, object]:
 def unit_keys(random: np.random.Generator, count: int) -> np.ndarray:
     keys = random.standard_normal((count, 2, CONFIG.components)).astype(np.float32)
     return (keys / np.linalg.norm(keys, axis=2, keepdims=True)).reshape(count, CONFIG.key_size)
+
+
+def text_states(random: np.random.Generator, count: int) -> np.ndarray:
+    return random.standard_normal((count, CONFIG.components)).astype(np.float32)
+
+
+def in_8_bits(states: np.ndarray) -> np.ndarray:
+    peak = np.maximum(np.abs(states).max(axis=-1, keepdims=True), 1e-30)
+    return np.asarray(np.rint(states * (127 / peak)), np.int8)
+
+
+def keys_of(states: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """The keys of a text, its states as they are after they have been kept in 8 bits."""
+    codes, weight = (np.asarray(part, np.float64) for part in (adapter().codes.values, adapter().token_weight))
+    context = recall_reference.context(tokens, codes, weight, CONFIG.components)
+    return np.concatenate([recall_reference.unit(in_8_bits(states).astype(np.float64)), context], axis=1)
 
 
 @functools.cache
@@ -95,31 +115,30 @@ def reading(degree: int = 2, read: bool = True, read_from: int = 0, log_odds: fl
     )
 
 
-def read_text(state: RecallState, row: int, keys: np.ndarray, tokens: np.ndarray, start: int = 0) -> RecallState:
+def read_text(state: RecallState, row: int, states: np.ndarray, tokens: np.ndarray, start: int = 0) -> RecallState:
     """Lets one row read whole pages; the other rows sit out."""
     for page in range(0, len(tokens), PAGE):
         part = slice(page, page + PAGE)
-        key = np.zeros((ROWS, PAGE, CONFIG.key_size), np.float32)
         z = np.zeros((ROWS, PAGE, CONFIG.components), np.float32)
         token = np.zeros((ROWS, PAGE), np.int32)
-        key[row], token[row] = keys[part], tokens[part]
+        z[row], token[row] = states[part], tokens[part]
         valid = np.zeros((ROWS, PAGE), bool)
         valid[row] = True
         positions = np.broadcast_to(start + page + np.arange(PAGE), (ROWS, PAGE)).astype(np.int32)
-        state = compiled()["remember"](state, key, z, token, positions, valid)
+        state = compiled()["remember"](state, in_8_bits(z), NOTHING_TOLD, token, positions, valid)
     return state
 
 
-def pairs(keys: np.ndarray, tokens: np.ndarray, end: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+def pairs(states: np.ndarray, tokens: np.ndarray, end: int, window: int) -> tuple[np.ndarray, np.ndarray]:
     """What a write is about: the keys before the last `window` tokens before `end`, and those tokens' value codes."""
     first = max(1, end - window)
     codes = np.asarray(adapter().codes.values, np.float64)[tokens[first:end]] / np.sqrt(CONFIG.code_dim)
-    return keys[first - 1 : end - 1].astype(np.float64), codes
+    return keys_of(states, tokens)[first - 1 : end - 1], codes
 
 
 def weights_of(state: RecallState, row: int, degree: int) -> np.ndarray:
     count = recall_reference.features(np.zeros((1, CONFIG.key_size)), degree).shape[1]
-    return np.asarray(state.weights, np.float64)[row, :, :count].T
+    return (np.asarray(state.weights, np.float64)[row] * np.asarray(state.scale, np.float64)[row][:, None])[:, :count].T
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -127,7 +146,9 @@ def weights_of(state: RecallState, row: int, degree: int) -> np.ndarray:
 def test_features_are_those_of_the_kernel(seed: int, degree: int, features: int) -> None:
     """Also where a memory has room for some of a key's components only."""
     config = dataclasses.replace(CONFIG, features=features)
-    found = make_adapter(config, VOCAB, np.zeros((2, EMBED)), np.zeros((2, EMBED, 8)), np.zeros(GATE_FEATURES))
+    found = make_adapter(
+        config, VOCAB, np.zeros((2, EMBED)), np.zeros((2, EMBED, 8)), np.ones(VOCAB), np.zeros(GATE_FEATURES)
+    )
     size = key_components(config, degree)
     keys = np.random.default_rng(seed).standard_normal((2, 5, CONFIG.key_size)).astype(np.float32)
     phi = gather_monomials(keys, found.factors[degree - 1], found.feature_weight[degree - 1])
@@ -143,10 +164,10 @@ def test_features_are_those_of_the_kernel(seed: int, degree: int, features: int)
 @given(seeds, degrees, windows)
 def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, window: int) -> None:
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 1, keys, tokens)
+    states, tokens = text_states(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 1, states, tokens)
     for end in (PAGE, 2 * PAGE):
-        key, values = pairs(keys, tokens, end, window)
+        key, values = pairs(states, tokens, end, window)
         phi, before = recall_reference.features(key, degree), weights_of(state, 1, degree)
         state = write(state, 1, end, window, "exact", degree)
         found, wanted = weights_of(state, 1, degree), recall_reference.exact_write(before, phi, values, CONFIG.ridge)
@@ -162,14 +183,14 @@ def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, wi
 @given(seeds, st.integers(2, 3))
 def test_what_was_written_is_found_again(seed: int, degree: int) -> None:
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    states, tokens = text_states(random, PAGE), random.integers(0, VOCAB, PAGE)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     state = write(state, 0, PAGE, 32, "exact", degree)
     asked = np.zeros((ROWS, 31, CONFIG.key_size), np.float32)
-    asked[0] = keys[-32:-1]
+    asked[0] = keys_of(states, tokens)[-32:-1]
     found = np.asarray(compiled()["scores"](adapter(), state, reading(degree), asked))[0]
     assert np.array_equal(found.argmax(axis=1), tokens[-31:])
-    assert (found.max(axis=1) > 0.4).all()  # the codes of 31 tokens are not quite orthogonal: 0.49 has been met
+    assert (found.max(axis=1) > 0.3).all()  # neither codes nor neighbours' means are orthogonal: 0.40 has been met
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -178,11 +199,11 @@ def test_gradient_and_muon_writes_descend(
     seed: int, degree: int, window: int, optimizer: Optimizer, step: float
 ) -> None:
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    states, tokens = text_states(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     left: list[float] = []
     for end in (PAGE, 2 * PAGE):
-        key, values = pairs(keys, tokens, end, window)
+        key, values = pairs(states, tokens, end, window)
         phi = recall_reference.features(key, degree)
         before = recall_reference.omega_loss(weights_of(state, 0, degree), phi, values)
         state = write(state, 0, end, window, optimizer, degree, step)
@@ -201,16 +222,16 @@ def test_a_step_that_diverges_is_not_taken(
 ) -> None:
     """Weights, momentum and loss stay what a snapshot may hold, whatever the learning rate."""
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, 6 * PAGE), random.integers(0, VOCAB, 6 * PAGE)
+    states, tokens = text_states(random, 6 * PAGE), random.integers(0, VOCAB, 6 * PAGE)
     if same:
-        keys[:] = keys[0]
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys[: 2 * PAGE], tokens[: 2 * PAGE])
+        states[:] = states[0]
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states[: 2 * PAGE], tokens[: 2 * PAGE])
     state = write(state, 0, PAGE, PAGE, "exact", degree)
     for _ in range(5):
         before, skipped, losses = (np.asarray(part[0]) for part in (state.weights, state.skipped, state.losses))
         state = write(state, 0, 2 * PAGE, PAGE, optimizer, degree, step)
         after = np.asarray(state.weights[0])
-        for leaf in (after, state.momentum[0], state.loss[0], state.read_scale[0]):
+        for leaf in (after, state.momentum[0], state.loss[0], state.scale[0]):
             assert np.isfinite(leaf).all()
         assert float(state.loss[0]) <= 100.0
         if step > 1e10:
@@ -225,12 +246,12 @@ def test_a_memory_speaks_only_of_tokens_it_was_given(seed: int, pages: int, wind
     """Also when the window is one page: the token after the last that left has not been read when it is written."""
     random = np.random.default_rng(seed)
     length = pages * PAGE
-    keys, tokens = unit_keys(random, length), random.integers(1, VOCAB // 2, length)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    states, tokens = text_states(random, length), random.integers(1, VOCAB // 2, length)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     state = write(state, 0, length, window, optimizer)
     given_tokens = set(tokens[max(1, length - window) :].tolist())
     assert set(np.flatnonzero(np.asarray(state.seen[0])).tolist()) == given_tokens
-    asked = np.stack([keys[:PAGE], unit_keys(random, PAGE)])
+    asked = np.stack([keys_of(states, tokens)[:PAGE], unit_keys(random, PAGE)]).astype(np.float32)
     found = np.asarray(compiled()["scores"](adapter(), state, reading(), asked))
     share = np.asarray(recall_memory.memory_distribution(found))
     others = [token for token in range(VOCAB) if token not in given_tokens]
@@ -238,7 +259,7 @@ def test_a_memory_speaks_only_of_tokens_it_was_given(seed: int, pages: int, wind
     assert (found[1] == -2.0).all(), "an empty memory scores nothing"
     logits = (random.standard_normal((ROWS, PAGE, VOCAB)) * 3).astype(np.float32)
     everywhere = np.ones((ROWS, PAGE), bool)
-    mixed, gate = compiled()["blend"](adapter(), reading(log_odds=2.0).log_odds, logits, found, everywhere)
+    mixed, gate = compiled()["blend"](adapter(), np.full((ROWS, PAGE), 2.0, np.float32), logits, found, everywhere)
     model = np.exp(logits[0] - logits[0].max(axis=1, keepdims=True))
     model /= model.sum(axis=1, keepdims=True)
     after = np.exp(np.asarray(mixed[0], np.float64))
@@ -256,7 +277,7 @@ def test_the_mixture_is_exact_and_absent_means_untouched(seed: int, log_odds: fl
     scores = (random.standard_normal((ROWS, PAGE, VOCAB)) * 0.3).astype(np.float32)
     if case == "nothing to say":
         scores = -np.abs(scores) - 1e-6
-    odds, active = reading(log_odds=log_odds).log_odds, np.full((ROWS, PAGE), case != "off")
+    odds, active = np.full((ROWS, PAGE), log_odds, np.float32), np.full((ROWS, PAGE), case != "off")
     mixed, gate = compiled()["blend"](adapter(), odds, logits, scores.astype(np.float32), active)
     if case != "on":
         assert np.array_equal(np.asarray(mixed), logits)
@@ -283,26 +304,72 @@ def test_the_mixture_is_exact_and_absent_means_untouched(seed: int, log_odds: fl
 @given(seeds, degrees, st.sampled_from(["off", "early", "not written", "not fed", "on"]))
 def test_reading_is_the_mixture_where_the_memory_takes_part(seed: int, degree: int, case: str) -> None:
     random = np.random.default_rng(seed)
-    keys, tokens = unit_keys(random, 2 * PAGE), random.integers(1, VOCAB // 2, 2 * PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, keys, tokens)
+    states, tokens = text_states(random, 2 * PAGE), random.integers(1, VOCAB // 2, 2 * PAGE)
+    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     if case != "not written":
         state = write(state, 0, 2 * PAGE, PAGE, degree=degree)
     how = reading(degree, read=case != "off", read_from=9 * PAGE if case == "early" else 0, log_odds=1.0)
-    asked = np.stack([keys[-4:], unit_keys(random, 4)])
+    asked = np.stack([keys_of(states, tokens)[-4:], unit_keys(random, 4)]).astype(np.float32)
     logits = (random.standard_normal((ROWS, 4, VOCAB)) * 3).astype(np.float32)
     positions = np.broadcast_to(2 * PAGE + np.arange(4, dtype=np.int32), (ROWS, 4))
     fed = np.full((ROWS, 4), case != "not fed")
-    mixed, gate = compiled()["read"](adapter(), state, how, asked, logits, positions, fed)
+    cues = random.standard_normal((ROWS, 4, CONFIG.components + 1)).astype(np.float32) / 4
+    answer = Answer(compiled()["read_out"](adapter(), state, how, asked), cues)  # type: ignore[arg-type]
+    mixed, gate = compiled()["read"](adapter(), state, how, answer, logits, positions, fed)
     assert np.array_equal(mixed[1], logits[1]), "this row has written nothing"
     if case != "on":
         assert np.array_equal(mixed, logits)
         assert not np.asarray(gate).any()
         return
     score = compiled()["scores"](adapter(), state, how, asked)
-    wanted, wanted_gate = compiled()["blend"](adapter(), how.log_odds, logits, score, fed)
+    odds = (how.log_odds[:, None] + cues @ np.asarray(adapter().cue)).astype(np.float32)
+    wanted, wanted_gate = compiled()["blend"](adapter(), odds, logits, score, fed)
     assert np.asarray(gate)[0].all()
     np.testing.assert_allclose(gate, wanted_gate, atol=2e-6)
     np.testing.assert_allclose(mixed, wanted, rtol=2e-5, atol=2e-5)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(seeds, degrees, st.lists(st.integers(1, PAGE - 1), max_size=4), st.booleans())
+def test_a_memory_knows_how_far_it_has_been_right(seed: int, degree: int, cuts: list[int], repeats: bool) -> None:
+    """However the text is cut, and whatever was read and taken back."""
+    random = np.random.default_rng(seed)
+    streams = random.standard_normal((2, ROWS, 3 * PAGE, EMBED)).astype(np.float32)
+    tokens = random.integers(0, VOCAB, (ROWS, 3 * PAGE)).astype(np.int32)
+    if repeats:
+        streams[:, :, 2 * PAGE :], tokens[:, 2 * PAGE :] = streams[:, :, :PAGE], tokens[:, :PAGE]
+    how, observe = reading(degree), compiled()["observe"]
+
+    def fed(state: RecallState, first: int, last: int, ahead: int = 0) -> tuple[RecallState, Answer]:
+        part = slice(first, first + PAGE)
+        padded = [np.concatenate([x, np.zeros_like(x)], axis=axis) for x, axis in ((streams, 2), (tokens, 1))]
+        positions = np.broadcast_to(np.arange(first, first + PAGE, dtype=np.int32), (ROWS, PAGE))
+        valid = np.broadcast_to(np.arange(PAGE) < last - first + ahead, (ROWS, PAGE))
+        return observe(adapter(), state, how, tuple(padded[0][:, :, part]), padded[1][:, part], positions, valid)
+
+    state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
+    for page in range(2):
+        state, _ = fed(state, page * PAGE, (page + 1) * PAGE)
+    state = write(state, 0, 2 * PAGE, 2 * PAGE, degree=degree)
+    _, whole = fed(state, 2 * PAGE, 3 * PAGE)
+    agreed = np.asarray(whole.cues)[..., -1]
+    assert not agreed[1].any(), "a memory that was never written was never right"
+
+    said = np.asarray(whole.found)[0]
+    code = np.asarray(adapter().codes.values)[tokens[0, 2 * PAGE :]]
+    right = np.concatenate([[0.0], (np.where(said[:-1] > 0, 1, -1) * code[1:]).mean(axis=1)])
+    for t in range(0, PAGE, 9):
+        wanted = sum(0.25 * 0.75**back * right[t - back] for back in range(min(16, t + 1)))
+        assert agreed[0, t] == pytest.approx(wanted, abs=1e-5)
+    if repeats and degree > 1:
+        assert agreed[0, 40:].mean() > 0.3
+
+    pieces = []
+    for first, last in itertools.pairwise(sorted({0, PAGE, *cuts})):
+        state, _ = fed(state, 2 * PAGE + first, 2 * PAGE + last, ahead=1 if last < PAGE else 0)  # then taken back
+        state, answer = fed(state, 2 * PAGE + first, 2 * PAGE + last)
+        pieces.append(np.asarray(answer.cues)[0, : last - first, -1])
+    np.testing.assert_allclose(np.concatenate(pieces), agreed[0], atol=1e-5)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -312,11 +379,11 @@ def test_rows_of_a_batch_never_meet(seed: int, optimizer: Optimizer, degree: int
     other = 1 - row
     state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
     for who in (row, other):
-        state = read_text(state, who, unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE))
+        state = read_text(state, who, text_states(random, PAGE), random.integers(0, VOCAB, PAGE))
         state = write(state, who, PAGE, PAGE, "exact", degree)
     asked = np.stack([unit_keys(random, PAGE)] * ROWS)
     before = compiled()["scores"](adapter(), state, reading(degree), asked)
-    after = read_text(state, row, unit_keys(random, PAGE), random.integers(0, VOCAB, PAGE), start=PAGE)
+    after = read_text(state, row, text_states(random, PAGE), random.integers(0, VOCAB, PAGE), start=PAGE)
     after = write(after, row, 2 * PAGE, PAGE, optimizer, degree)
     for new, old in zip(jax.tree.leaves(after), jax.tree.leaves(state), strict=True):
         assert np.array_equal(new[other], old[other])
@@ -330,32 +397,25 @@ def test_rows_of_a_batch_never_meet(seed: int, optimizer: Optimizer, degree: int
 @pytest.mark.parametrize("text", ["one key for ever", "no key", "two opposite keys", "near copies"])
 def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: Optimizer, degree: int) -> None:
     random = np.random.default_rng(0)
-    keys = np.repeat(unit_keys(random, 1), 6 * PAGE, axis=0)
+    states = np.repeat(text_states(random, 1), 6 * PAGE, axis=0)
     if text == "no key":
-        keys *= 0
+        states *= 0
     elif text == "two opposite keys":
-        keys[::2] *= -1
+        states[::2] *= -1
     elif text == "near copies":
-        keys += 1e-6 * random.standard_normal(keys.shape).astype(np.float32)
+        states += 1e-6 * random.standard_normal(states.shape).astype(np.float32)
     tokens = random.integers(0, 3, 6 * PAGE)
     state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
     for page in range(6):
         part = slice(page * PAGE, (page + 1) * PAGE)
-        state = read_text(state, 0, keys[part], tokens[part], start=page * PAGE)
+        state = read_text(state, 0, states[part], tokens[part], start=page * PAGE)
         state = write(state, 0, (page + 1) * PAGE, 2 * PAGE, optimizer, degree, step=1.9)
     assert all(np.isfinite(np.asarray(leaf, np.float64)).all() for leaf in jax.tree.leaves(state))
-    assert np.abs(np.asarray(state.weights)).max() < 1e3
-    found = compiled()["scores"](adapter(), state, reading(degree), np.stack([keys[:PAGE]] * ROWS))
+    assert np.abs(weights_of(state, 0, degree)).max() < 1e3
+    found = compiled()["scores"](
+        adapter(), state, reading(degree), np.stack([keys_of(states, tokens)[:PAGE].astype(np.float32)] * ROWS)
+    )
     assert np.isfinite(np.asarray(found)).all()
-
-
-def decaying_mean(states: np.ndarray) -> np.ndarray:
-    """A token's decaying mean by its definition: a weighted sum of the states before it."""
-    out = np.zeros_like(states)
-    for t in range(states.shape[1]):
-        for back in range(1, min(t, MEAN_LENGTH) + 1):
-            out[:, t] += MEAN_DECAY ** (back - 1) * states[:, t - back]
-    return out
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
@@ -365,19 +425,18 @@ def test_keys_do_not_depend_on_how_a_text_is_cut(seed: int, cuts: list[int], ahe
     random = np.random.default_rng(seed)
     streams = random.standard_normal((2, ROWS, PAGE, EMBED)).astype(np.float32)
     tokens = random.integers(0, VOCAB, (ROWS, PAGE)).astype(np.int32)
-    how, valid = reading(2), np.ones((ROWS, PAGE), bool)
+    how = reading(2)
     positions = np.broadcast_to(np.arange(PAGE, dtype=np.int32), (ROWS, PAGE))
     fresh = recall_memory.init_state(CONFIG, ROWS, VOCAB)
-    _, whole = compiled()["observe"](adapter(), fresh, how, tuple(streams), tokens, positions, valid)
+    whole, _ = compiled()["keys"](adapter(), fresh, how, tuple(streams), tokens, positions)
     state, pieces = fresh, []
     edges = sorted({0, PAGE, *cuts})
     for first, last in itertools.pairwise(edges):
         here = [np.roll(array, -first, axis=axis) for array, axis in ((streams, 2), (tokens, 1))]
         where = positions + np.int32(first)
-        read = np.broadcast_to(np.arange(PAGE) < last - first, (ROWS, PAGE))
         further = np.broadcast_to(np.arange(PAGE) < min(last - first + ahead, PAGE - first), (ROWS, PAGE))
         later, _ = compiled()["observe"](adapter(), state, how, tuple(here[0]), here[1], where, further)
-        _, key = compiled()["observe"](adapter(), state, how, tuple(here[0]), here[1], where, read)
+        key, _ = compiled()["keys"](adapter(), state, how, tuple(here[0]), here[1], where)
         pieces.append(np.asarray(key)[:, : last - first])
         state = later
     np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=1e-6)
@@ -385,27 +444,38 @@ def test_keys_do_not_depend_on_how_a_text_is_cut(seed: int, cuts: list[int], ahe
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seeds, st.integers(1, 2), degrees, st.sampled_from([0.0, 1e-4, 1.0, 1e4]))
-def test_keys_are_two_unit_vectors_of_the_layers_in_use(seed: int, layers: int, degree: int, size: float) -> None:
+def test_keys_are_a_state_of_the_layers_in_use_and_a_context(seed: int, layers: int, degree: int, size: float) -> None:
     random = np.random.default_rng(seed)
     streams = (random.standard_normal((2, ROWS, PAGE, EMBED)) * size).astype(np.float32)
+    tokens = random.integers(0, VOCAB, (ROWS, PAGE)).astype(np.int32)
     how = dataclasses.replace(reading(degree), layers=np.full(ROWS, layers - 1, np.int32))  # type: ignore[arg-type]
     state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
     positions = np.broadcast_to(np.arange(PAGE, dtype=np.int32), (ROWS, PAGE))
-    found = np.asarray(compiled()["keys"](adapter(), state, how, tuple(streams), positions)[0])
-    halves = np.split(found, 2, axis=-1)
-    np.testing.assert_allclose(np.linalg.norm(halves[0], axis=-1), 1.0, atol=1e-5)
-    np.testing.assert_allclose(np.linalg.norm(halves[1][:, 1:], axis=-1), 1.0, atol=1e-5)
-    assert not halves[1][:, 0].any(), "nothing comes before the first token"
+    found = np.asarray(compiled()["keys"](adapter(), state, how, tuple(streams), tokens, positions)[0])
+    own, context = np.split(found, 2, axis=-1)
     used_of_half = key_components(CONFIG, degree)
     mean, projection = np.asarray(adapter().mean, np.float64), np.asarray(adapter().projection, np.float64)
     parts = [(streams[i] - mean[i]) @ projection[i] for i in range(layers)]
-    for half, made in zip(halves, (parts, [decaying_mean(part) for part in parts]), strict=True):
+    shares = [used_of_half // layers + (i < used_of_half % layers) for i in range(layers)]
+    wanted = np.concatenate([part[..., :share] for part, share in zip(parts, shares, strict=True)], axis=-1)
+    error = "states are kept in 8 bits"
+    np.testing.assert_allclose(own[..., :used_of_half], recall_reference.unit(wanted), atol=0.01, err_msg=error)
+    codes, weight = (np.asarray(part, np.float64) for part in (adapter().codes.values, adapter().token_weight))
+    for row in range(ROWS):
+        sketch = recall_reference.context(tokens[row], codes, weight, used_of_half)
+        np.testing.assert_allclose(context[row, :, :used_of_half], sketch, atol=1e-5)
+    for half in (own, context):
         assert not half[..., used_of_half:].any()
-        shares = [used_of_half // layers + (i < used_of_half % layers) for i in range(layers)]
-        wanted = np.concatenate([part[..., :share] for part, share in zip(made, shares, strict=True)], axis=-1)
-        wanted /= np.maximum(np.linalg.norm(wanted, axis=-1, keepdims=True), 1e-30)
-        np.testing.assert_allclose(half[..., :used_of_half], wanted, atol=1e-4)
+        np.testing.assert_allclose(np.linalg.norm(half, axis=-1), 1.0, atol=1e-5)
     changed = streams.copy()
     changed[layers:] += 1
-    again = compiled()["keys"](adapter(), state, how, tuple(jnp.asarray(changed)), positions)[0]
+    again = compiled()["keys"](adapter(), state, how, tuple(jnp.asarray(changed)), tokens, positions)[0]
     assert np.array_equal(again, found), "layers not in use change nothing"
+
+
+def test_words_that_are_everywhere_weigh_little_and_markup_nothing() -> None:
+    text = [1] * 500 + [2] * 50 + [3, 4] * 2
+    weight = token_weights(VOCAB, [text[:300], text[300:]], markup=[4, 50])
+    assert weight[1] < 0.01 < weight[2] < weight[3] < weight[5] == 1.0
+    assert weight[4] == weight[50] == 0.0
+    assert weight.dtype == np.float32

@@ -16,6 +16,7 @@ from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.transformer import logits
 from atlas_jax.recall import adapter_store, collect_states
 from atlas_jax.recall.calibration import calibrate
+from atlas_jax.recall.fit import _conversations
 from atlas_jax.recall.probe import make_probe
 
 PHRASE = "The quick brown fox jumps over the lazy dog while seven wizards make toxic brew for the evil queen. "
@@ -35,8 +36,13 @@ def test_a_memory_that_was_fitted_helps_and_survives_its_file(
         return tokenizer.encode(text, add_special=False, parse_special=False)
 
     small = MemoryConfig(layers=(0, 1), components=8, features=64, code_dim=64)
-    found = calibrate(config, params, [encode(PHRASE * 12)[:900]], make_probe(PHRASE * 14, encode, between=128), small)
+    probe, conversations = make_probe(PHRASE * 14, encode, between=128), _conversations(tokenizer, None, encode)
+    texts = [encode(PHRASE * 12)[:900]]
+    found = calibrate(config, params, texts, probe, small, conversations=conversations, markup=[3])
     assert np.isfinite(found.adapter.gate).all()
+    assert np.isfinite(found.adapter.cue).all()
+    assert np.asarray(found.adapter.cue).any()
+    assert float(found.adapter.token_weight[3]) == 0.0
     assert found.loss_memory < found.loss_window  # the text repeats itself; a model with random weights does not know
     read, adapter = adapter_store.decode(
         adapter_store.encode(fingerprint, found.config, found.adapter),
@@ -47,7 +53,9 @@ def test_a_memory_that_was_fitted_helps_and_survives_its_file(
     assert read.layers == found.config.layers
     for kept, wanted in zip(adapter.projection, found.adapter.projection, strict=True):
         np.testing.assert_allclose(kept, wanted, atol=float(jnp.abs(wanted).max()) * 2**-11)
-    np.testing.assert_array_equal(adapter.mean, found.adapter.mean)
+    for name in ("mean", "gate", "cue"):
+        np.testing.assert_array_equal(getattr(adapter, name), getattr(found.adapter, name))
+    np.testing.assert_allclose(adapter.token_weight, found.adapter.token_weight, atol=2**-11)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma"])

@@ -13,7 +13,7 @@ from atlas_jax.config import PAGE, ConfigError, MemoryConfig
 from atlas_jax.engine import adapter_finder
 from atlas_jax.engine.api import EngineError
 from atlas_jax.recall import adapter_store
-from atlas_jax.recall.adapter import key_components, make_adapter
+from atlas_jax.recall.adapter import GATE_FEATURES, key_components, make_adapter
 from atlas_jax.recall.adapter_store import AdapterError
 from tests.engine.offline import ask, memory, request, words
 
@@ -49,8 +49,8 @@ def test_a_memory_of_another_dimension_is_fitted_once_and_has_sessions_of_its_ow
             found[dim] = engine.sessions.info("owner", name).memory_capacity, engine.model.state_bytes_per_session
             engine.sessions.save_changed()  # text that is only in a journal would be read anew, whatever the dimension
     assert (found[16][0], found[24][0]) == (16**2, 24**2)
-    # two matrices in float32 and one in 8 bits, keys of two parts in the ring, and the states that decaying means need
-    more = (24**2 - 16**2) * 256 * 9 + (256 + 2 * 512) * 2 * 8 * 4 + (512 + 16) * 8 * 4
+    # the matrix and the states in the ring, both in 8 bits
+    more = (24**2 - 16**2) * 256 + (256 + 2 * 512) * 8
     assert found[24][1] - found[16][1] == more
     kept = sorted(path.name.rsplit("-", 1)[1] for path in (own / "adapters").iterdir())
     assert kept == ["16.safetensors", "24.safetensors"]
@@ -101,7 +101,13 @@ def test_degree_two_uses_all_features_of_a_dimension(dim: int) -> None:
     assert [key_components(config, degree) for degree in (1, 2)] == [dim, dim]
     width = dim + 4
     adapter = make_adapter(
-        config, 16, np.zeros((1, width), np.float32), np.ones((1, width, dim), np.float32), np.zeros(4, np.float32)
+        config,
+        16,
+        np.zeros((1, width)),
+        np.ones((1, width, dim)),
+        np.ones(16),
+        np.zeros(GATE_FEATURES),
+        np.zeros(dim + 1),
     )
     assert (np.asarray(adapter.feature_weight)[1] > 0).all()
     for degree in (1, 2, 3):

@@ -9,18 +9,41 @@ import numpy as np
 
 
 def features(keys: np.ndarray, degree: int) -> np.ndarray:
-    """The monomials of one degree that join a key's halves, state and decaying mean: [n, M].
+    """The monomials of one degree that join a key's halves, state and context: [n, M].
 
     Products of features are (s·s′)ᵖ⁻¹(t·t′), and at degree 1, which has no such monomials, the mean of both products.
     """
-    state, mean = np.split(keys, 2, axis=1)
+    state, context = np.split(keys, 2, axis=1)
     if degree == 1:
         return keys / math.sqrt(2)
     columns = []
     for variables in itertools.combinations_with_replacement(range(state.shape[1]), degree - 1):
         repeats = math.prod(math.factorial(variables.count(v)) for v in set(variables))
         columns.append(math.sqrt(math.factorial(degree - 1) / repeats) * np.prod(state[:, variables], axis=1))
-    return np.concatenate([column[:, None] * mean for column in columns], axis=1)
+    return np.concatenate([column[:, None] * context for column in columns], axis=1)
+
+
+def unit(x: np.ndarray) -> np.ndarray:
+    """Rows of length 1; a zero row stays zero."""
+    return np.asarray(x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-6))
+
+
+def context(tokens: np.ndarray, codes: np.ndarray, weight: np.ndarray, size: int) -> np.ndarray:
+    """A sketch of the words before each token, [n, size].
+
+    The code of a word is the first columns of its row; those from 1, 2 and 3 on are the codes of the token itself, of the
+    one before it and of the one before that.
+    """
+    talked_of, latest = np.zeros((2, len(tokens), size))
+    for here in range(len(tokens)):
+        for back in range(1, 33):
+            if back <= here:
+                word = tokens[here - back]
+                talked_of[here] += 0.9 ** (back - 1) * weight[word] * codes[word, :size]
+        for back, share in enumerate((1.0, 0.4, 0.16)):
+            if back <= here:
+                latest[here] += share * codes[tokens[here - back], back + 1 : back + 1 + size]
+    return unit(np.sqrt(0.65) * unit(talked_of) + np.sqrt(0.35) * unit(latest))
 
 
 def omega_loss(memory: np.ndarray, phi: np.ndarray, values: np.ndarray) -> float:

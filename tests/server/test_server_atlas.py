@@ -150,13 +150,6 @@ def test_nulls_in_the_atlas_object_are_defaults(live: Live) -> None:
     assert (memory.memory_layers, memory.window_size, memory.blend_ratio, memory.use_muon) == (1, 512, 0.5, None)
 
 
-def test_a_chat_asks_and_a_completion_goes_on_with_a_text(live: Live) -> None:
-    live.post(CHAT, {**HELLO, "atlas": {"session_id": "asked"}})
-    assert live.engine.requests[-1].memory.asked
-    live.post("/v1/completions", {"prompt": "x", "atlas": {"session_id": "text"}})
-    assert not live.engine.requests[-1].memory.asked
-
-
 def test_session_header(live: Live) -> None:
     response = live.post(CHAT, HELLO, X_Session_ID="from-header")
     assert response.headers["x-session-id"] == "from-header"

@@ -47,15 +47,12 @@ class MemoryParams(MemoryOptions, kw_only=True, frozen=True):
 
     Attributes:
       session: None gives the request a memory of its own that ends with it.
-      asked: whether the model answers somebody, as in a chat, instead of going on with a text: what a person asks for is
-        more often something said before than the next word of a text is, so the calibrated gate opens further.
       regenerate: a prompt the session has been asked before is answered anew: what followed it there is forgotten.
       given: fields the client wrote itself; a session keeps the window, update frequency, layers and degree it was
         begun with, and refuses a request that names others, but not one whose defaults differ.
     """
 
     session: SessionKey | None = None
-    asked: bool = False
     regenerate: bool = False
     given: frozenset[str] = frozenset()
 

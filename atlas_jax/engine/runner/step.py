@@ -298,8 +298,8 @@ def _predict(
     adapter = weights.adapter
     if memory is None or adapter is None:
         return None, scores, jnp.zeros(positions.shape, jnp.float32)
-    memory, key = recall_memory.observe(adapter, memory, settings, tapped, tokens, positions, valid)
-    return memory, *recall_memory.read(adapter, memory, settings, key, scores, positions, valid)
+    memory, answer = recall_memory.observe(adapter, memory, settings, tapped, tokens, positions, valid)
+    return memory, *recall_memory.read(adapter, memory, settings, answer, scores, positions, valid)
 
 
 def extract(batch: State, row: Int32[Array, ""]) -> State:

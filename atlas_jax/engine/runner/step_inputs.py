@@ -25,9 +25,6 @@ LARGEST_BIAS = 100.0
 _LEAST_TEMPERATURE = 2.0**-126
 _LEAST_REPEAT_PENALTY = 1e-6
 _NEVER = 2**31 - 1
-_ASKED_LOG_ODDS = float(np.log(9.0))
-"""Added to the gate's log odds in an answer to somebody. As calibrated, on running text, the gate let one of 120 answers in
-chats have the fact they asked for, with this 22 (docs/benchmarks/chat_recall.md)."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +75,6 @@ def memory_settings(params: MemoryParams | None, layers: int, degree: int) -> Re
     """How a row reads its memory; `layers` and `degree` are its session's."""
     blend = params.blend_ratio if params is not None and params.read else 0.0
     odds = np.log(max(blend, 1e-12)) - np.log(max(1.0 - blend, 1e-12))
-    if params is not None and params.asked:
-        odds += _ASKED_LOG_ODDS
     odds = np.clip(odds, -30.0, 30.0)
     values: dict[str, Any] = {
         "layers": np.asarray([layers - 1], np.int32),

@@ -206,6 +206,14 @@ def _adapter_shapes(config: StepConfig) -> Adapter:
     mean = np.zeros((len(memory.layers), embed), np.float32)
     projection = np.zeros((*mean.shape, memory.components), np.float32)
     found: Adapter = shapes(
-        make_adapter(memory, config.model.vocab, mean, projection, np.zeros(GATE_FEATURES, np.float32))
+        make_adapter(
+            memory,
+            config.model.vocab,
+            mean,
+            projection,
+            np.zeros(config.model.vocab, np.float32),
+            np.zeros(GATE_FEATURES, np.float32),
+            np.zeros(memory.components + 1, np.float32),
+        )
     )
     return found

@@ -20,7 +20,7 @@ from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, Pages, QuantPages
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.transformer import SINKS
-from atlas_jax.recall.recall_memory import RecallState, recent_states
+from atlas_jax.recall.recall_memory import RecallState
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,10 @@ class RecallLayout:
         model, memory = self.model, self.memory
         number = 1 if self.kv_dtype == "int8" else 4
         cache = 2 * len(model.layers) * model.kv_heads * (memory.ring + SINKS) * (model.head_dim * number + 8)
-        matrices = memory.features * memory.code_dim * 9
-        return cache + matrices + memory.ring * (memory.key_size + 1) * 4 + model.vocab + (16 << 20)
+        matrices = memory.code_dim * (memory.features + 2 * memory.max_omega_window)
+        return (
+            cache + matrices + memory.ring * (memory.components + memory.code_dim // 8 + 5) + model.vocab + (16 << 20)
+        )
 
     def header(self) -> dict[str, Any]:
         """The part of a snapshot's header that binds it to this engine."""
@@ -96,7 +98,7 @@ class RecallLayout:
         return replace(checkpoint, row=to_host(row))
 
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-        """A state as arrays: the pages in use, the memory, and the keys a later write can still need."""
+        """A state as arrays: the pages in use, the memory, and what a later write and the gate can still need."""
         return _row_arrays(self, shape.plan, checkpoint)
 
     def row(self, shape: SessionShape, position: int, page: int, arrays: Mapping[str, np.ndarray]) -> Sequences:
@@ -109,7 +111,7 @@ class RecallLayout:
 
         def layers(session: Session, checkpoint: Checkpoint) -> list[LayerMemoryInfo]:
             memory = checkpoint.row.memory
-            norm, rank = (0.0, 0.0) if memory is None else norm_and_rank(np.asarray(memory.weights)[0])
+            norm, rank = (0.0, 0.0) if memory is None else norm_and_rank(_matrix(memory))
             taps = self.memory.layers[: session.shape.layers]  # there is one matrix, whose keys are made of all of them
             loss = session.stats.omega_loss
             return [LayerMemoryInfo(layer=taps[0], taps=taps, norm=norm, effective_rank=rank, omega_loss=loss)]
@@ -117,13 +119,19 @@ class RecallLayout:
         return summary(sessions, features, layers)
 
 
-_MATRICES = ("weights", "momentum", "read_values")
-_ZERO_AT_FIRST = (*_MATRICES, "read_scale")
+_MATRICES = ("weights", "momentum")
+_ZERO_AT_FIRST = (*_MATRICES, "scale")
 """Arrays of a memory that are left out of a snapshot where they are zero."""
 
 
+def _matrix(memory: RecallState) -> np.ndarray:
+    """M of a row as numbers."""
+    matrix: np.ndarray = np.asarray(memory.weights)[0] * np.asarray(memory.scale)[0][:, None]
+    return matrix
+
+
 def _kept_positions(memory: MemoryConfig, plan: PageSchedule, position: int) -> np.ndarray:
-    """Positions whose memory keys a later write can still need."""
+    """Positions whose states a later write can still need: two pages more than its keys are made of."""
     assert plan.window is not None
     kept = (plan.window + plan.update) * PAGE + memory.max_omega_window
     return np.arange(max(0, position - kept), position)
@@ -138,7 +146,7 @@ def _row_arrays(layout: RecallLayout, plan: PageSchedule, checkpoint: Checkpoint
         "page": np.asarray(cache.page)[0, :ring],
         "seen": np.packbits(np.asarray(memory.seen)[0].astype(bool)),
         "loss": np.asarray(memory.loss),
-        "recent": np.asarray(memory.recent)[0],
+        "momentum_end": np.asarray(memory.momentum_end),
     }
     for name in _ZERO_AT_FIRST:  # the memory is most of a snapshot, and nothing while the text is inside the window
         array = np.asarray(getattr(memory, name))[0]
@@ -146,7 +154,8 @@ def _row_arrays(layout: RecallLayout, plan: PageSchedule, checkpoint: Checkpoint
             out[name] = array
     kept = _kept_positions(layout.memory, plan, checkpoint.position)
     slots = kept % layout.memory.ring
-    out["keys"], out["tokens"] = np.asarray(memory.keys)[0, slots], np.asarray(memory.tokens)[0, slots]
+    for name in ("states", "tokens", "told"):
+        out[name] = np.asarray(getattr(memory, name))[0, slots]
     for index, layer in enumerate(cache.kv):
         for name, pages in (("k", layer.k), ("v", layer.v)):
             if isinstance(pages, QuantPages):
@@ -215,25 +224,34 @@ def _cache(layout: RecallLayout, plan: PageSchedule, position: int, page: int, g
 def _memory(layout: RecallLayout, plan: PageSchedule, position: int, given: _Arrays) -> RecallState:
     config, vocab = layout.memory, layout.model.vocab
     kept = _kept_positions(config, plan, position)
-    keys = np.zeros((1, config.ring, config.key_size), np.float32)
-    tokens = np.zeros((1, config.ring), np.int32)
-    keys[0, kept % config.ring] = given.take("keys", (len(kept), config.key_size), "f4")
-    tokens[0, kept % config.ring] = given.take("tokens", (len(kept),), "i4")
+
+    def ring(name: str, shape: tuple[int, ...], kind: str) -> np.ndarray:
+        whole = np.zeros((1, config.ring, *shape), kind)
+        whole[0, kept % config.ring] = given.take(name, (len(kept), *shape), kind)
+        return whole
+
+    tokens = ring("tokens", (), "i4")
     if not ((tokens >= 0) & (tokens < vocab)).all():
         raise SnapshotInvalid("snapshot's tokens are out of range")
-    shape = (config.code_dim, config.features)
+    momentum_end = given.take("momentum_end", (1,), "i4")
+    if not 0 <= momentum_end[0] <= position:
+        raise SnapshotInvalid("snapshot's momentum ends outside its text")
     seen = np.unpackbits(given.take("seen", (-(-vocab // 8),), "u1"))[:vocab].astype(np.int8)
+    shapes = {
+        "weights": ((config.code_dim, config.features), "i1"),
+        "scale": ((config.code_dim,), "f4"),
+        "momentum": ((config.code_dim, config.max_omega_window), "f2"),
+    }
     matrices = {
-        name: given.take(name, size, kind)[None] if given.has(name) else shared_zeros((1, *size), kind)
-        for name, size, kind in zip(
-            _ZERO_AT_FIRST, (shape, shape, shape, shape[:1]), ("f4", "f4", "i1", "f4"), strict=True
-        )
+        name: given.take(name, shape, kind)[None] if given.has(name) else shared_zeros((1, *shape), np.dtype(kind))
+        for name, (shape, kind) in shapes.items()
     }
     return RecallState(
         **matrices,  # type: ignore[arg-type]
-        recent=given.take("recent", (recent_states(config), config.components), "f4")[None],  # type: ignore[arg-type]
-        keys=keys,  # type: ignore[arg-type]
+        momentum_end=momentum_end,  # type: ignore[arg-type]
+        states=ring("states", (config.components,), "i1"),  # type: ignore[arg-type]
         tokens=tokens,  # type: ignore[arg-type]
+        told=ring("told", (-(-config.code_dim // 8),), "u1"),  # type: ignore[arg-type]
         seen=seen[None],  # type: ignore[arg-type]
         loss=given.take("loss", (1,), "f4"),  # type: ignore[arg-type]
         losses=np.zeros(1, np.float32),  # type: ignore[arg-type]

@@ -138,7 +138,7 @@ def check_array(name: str, array: np.ndarray | None, shape: tuple[int, ...], dty
         found = f"{array.dtype}{list(array.shape)}"
         raise SnapshotInvalid(f"snapshot's '{name}' is {found}, this server needs {dtype}{list(shape)}")
     if array.dtype.kind == "f" and array.size:
-        peak = np.abs(array).max()  # NaN and inf both fail the comparison
+        peak = float(np.abs(array).max())  # NaN and inf both fail the comparison, which numpy would make in 16 bits
         if not peak <= _MAX_NORM:
             raise SnapshotInvalid(f"snapshot's '{name}' holds numbers that are not finite or far too large")
     return array

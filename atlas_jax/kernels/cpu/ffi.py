@@ -137,7 +137,7 @@ def blend(
     code_scale: Float[Array, V],
     seen: Int8[Array, "B V"],
     active: Bool[Array, "B T"],
-    log_odds: Float[Array, B],
+    log_odds: Float[Array, "B T"],
     gate: Float[Array, features],
 ) -> tuple[Float[Array, "B T V"], Float[Array, "B T"]]:
     """The mixture of model and memory as logits, and the gate; see `recall_memory.blend`.

@@ -1,6 +1,6 @@
 """The recall memory's polynomial features on TPU, formed in VMEM where they are used.
 
-φ of a key joins each monomial of its state with all numbers of its decaying mean (`recall.adapter`), so it is that mean,
+φ of a key joins each monomial of its state with all numbers of its context (`recall.adapter`), so it is that context,
 times one number after another, laid side by side. XLA's program gathers every factor by its index in a table of 9216 × 3 a
 row.
 """
@@ -34,13 +34,13 @@ def read_out(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T C"]:
-    """M φ(k) from the memory's 8-bit copy.
+    """M φ(k) of a memory in 8 bits.
 
     φ is quantised to two 8-bit terms with one unit per token and sums are exact, as in XLA's program: the result has the
     same bits. Per row it reads M once, 2.4 MB for 9216 features and 256 dimensions, and writes the result.
 
     Args:
-      key: a state and a decaying mean, each zero from `halves[degree]` on.
+      key: a state and a context, each zero from `halves[degree]` on.
       degree: polynomial degree, less one.
       halves: components of a key's half at each degree.
       interpret: run as an XLA program on any platform, for tests.

@@ -94,7 +94,7 @@ def test_a_short_session_takes_one_state_and_no_matrices(engine: Engine) -> None
     (state,) = lease.session.checkpoints
     held = state.row.memory
     assert held is not None
-    matrices = held.weights.nbytes + held.momentum.nbytes + held.read_values.nbytes
+    matrices = held.weights.nbytes + held.momentum.nbytes
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.row)) - state.bytes == matrices
     engine.sessions.tiers.release(lease, None, "lru")
     ask(engine, request(words(5, 3 * PAGE), 4, memory=memory(name)))

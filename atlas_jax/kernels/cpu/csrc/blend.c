@@ -177,7 +177,7 @@ static void mix_part(const void *data, int64_t part) {
 }
 
 /* (logits f32 [B · T, V], what was read out f32 [B, T, C], codes int8 [V, C], their scale f32 [V], seen int8 [B, V],
-   active bool [B, T], log odds f32 [B], gate f32 [4]) -> the mixture's logits f32 [B · T, V] in the place of the model's,
+   active bool [B, T], log odds f32 [B, T], gate f32 [4]) -> the mixture's logits f32 [B · T, V] in the place of the model's,
    the gate f32 [B, T], and room for scores f32 [B · T, V]; an inactive row's logits stay as they came, and its gate is 0. */
 EXPORT XLA_FFI_Error *atlas_blend(XLA_FFI_CallFrame *frame) {
   if (asked_for_version(frame)) return NULL;
@@ -225,7 +225,7 @@ EXPORT XLA_FFI_Error *atlas_blend(XLA_FFI_CallFrame *frame) {
     if (all.best <= 0) continue;
     float entropy = log_of(all.mass) - all.moment / all.mass;
     float odds = gate[0] + gate[1] * all.best + gate[2] * (all.best - all.second) + gate[3] * entropy;
-    float g = 1.0f / (1.0f + exp_of(-(odds + log_odds[r / tokens])));
+    float g = 1.0f / (1.0f + exp_of(-(odds + log_odds[r])));
     passed[r] = g;
     mixture[r] = (Mixture){
         .peak = all.peak, .model = (1.0f - g) / all.mass, .memory = g / (all.sixth > 1e-30f ? all.sixth : 1e-30f), .mixed = true};
