@@ -169,6 +169,7 @@ class MemoryConfig:
       code_dim: dimensions of a token's value code.
       max_window: most tokens any request may attend exactly.
       max_omega_window: most tokens in the objective of one write.
+      max_kept: most pairs that a request may keep per layer and KV head of what has left its window; 0 keeps none.
       ridge: ρ of the exact solve; features have unit norm.
       passes: inner steps of the gradient and Muon writes.
       momentum: θ of the Muon write.
@@ -180,6 +181,7 @@ class MemoryConfig:
     code_dim: int = 256
     max_window: int = 4096
     max_omega_window: int = 512
+    max_kept: int = 0
     ridge: float = 0.3
     passes: int = 4
     momentum: float = 0.5
@@ -194,6 +196,10 @@ class MemoryConfig:
         for name in ("max_window", "max_omega_window"):
             value = getattr(self, name)
             _require(value >= PAGE and value % PAGE == 0, f"{name} must be a positive multiple of {PAGE}, got {value}")
+        _require(
+            self.max_kept >= 0 and self.max_kept % PAGE == 0,
+            f"max_kept must be a multiple of {PAGE}, got {self.max_kept}",
+        )
         _require(self.ridge > 0, f"ridge must be positive, got {self.ridge}")
         _require(0 <= self.momentum < 1, f"momentum must be in [0, 1), got {self.momentum}")
 

@@ -40,6 +40,10 @@ _ROWS: dict[str, tuple[str | None, ...]] = {
     "v": (DATA, None, MODEL),
     "sink_k": (DATA, MODEL),
     "sink_v": (DATA, MODEL),
+    "score": (DATA, None, MODEL),
+    "ring_score": (DATA, None, MODEL),
+    "queries": (DATA, None, MODEL),
+    "query_scale": (DATA, None, MODEL),
     "weights": (DATA, None, MODEL),
 }
 """Axes of what has a leading axis of rows; every other such array is divided by rows alone."""

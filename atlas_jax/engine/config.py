@@ -57,6 +57,15 @@ MemoryDim = Annotated[
         description="Dimension of the memory's keys; null is the adapter's, 96 for one that is shipped or fitted here",
     ),
 ]
+MemoryBudget = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=1 << 40,
+        description="Bytes of one session's state: beside the exact window and the memory, keys and values are kept of what "
+        "has left the window, as many as fit; null is what suits the model, 16 MiB for a small one",
+    ),
+]
 L1CacheSize = Annotated[
     _Bytes, Meta(description="Session cache on the device in bytes; 0 keeps idle sessions in host memory")
 ]
@@ -129,6 +138,7 @@ class EngineConfig:
     max_context: MaxContext = 8192
     max_window: MaxWindow = 2048
     memory_dim: MemoryDim | None = None
+    memory_budget: MemoryBudget | None = None
     l1_cache_size: L1CacheSize = 0
     l2_cache_size: L2CacheSize = 1 << 30
     l3_cache_size: L3CacheSize = 16 << 30

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import time
 from dataclasses import dataclass
@@ -15,6 +16,8 @@ from atlas_jax.config import PAGE, ConfigError, MemoryConfig
 from atlas_jax.engine.adapter_finder import NOT_FITTED, AdapterFinder, Fitted
 from atlas_jax.engine.api import ModelInfo
 from atlas_jax.engine.config import EngineConfig
+from atlas_jax.engine.memory_budget import default_budget, session_bytes
+from atlas_jax.engine.memory_options import MemoryOptions
 from atlas_jax.engine.runner import bigram_table
 from atlas_jax.engine.runner.base import MAX_DRAFT_ROWS, Buckets, ModelRunner
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
@@ -106,10 +109,15 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
         )
         fitted = finder.find(adapter_path, cache)
     memory, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
+    budget = 0
+    if memory is not None:
+        sizes = session_bytes(model, memory, config.kv_dtype)
+        budget = default_budget(sizes) if config.memory_budget is None else config.memory_budget
+        memory = dataclasses.replace(memory, max_kept=sizes.kept(budget, MemoryOptions().window_size))
     weights = Weights(params, adapter, jnp.asarray(bigram_table.find(cache, fingerprint, model.vocab)))
     buckets = _buckets(config, context, memory)
-    step_config = StepConfig(model, memory, kernel_choice.chosen())
-    runner = PretrainedRunner(step_config, weights, config.kv_dtype, buckets, mesh_layout)
+    step_config = StepConfig(model, memory, kernel_choice.chosen(), _turn_tokens(file, tokenizer))
+    runner = PretrainedRunner(step_config, weights, config.kv_dtype, buckets, mesh_layout, budget)
     info = _info(
         file,
         runner,
@@ -123,8 +131,20 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
         adapter=None if fitted is None else fitted.source,
         memory_unavailable=NOT_FITTED if config.memory_enabled and fitted is None else None,
     )
-    layout = None if fitted is None else RecallLayout(model, fitted.config, config.kv_dtype, fingerprint, fitted.digest)
+    layout = (
+        None
+        if fitted is None or memory is None
+        else RecallLayout(model, memory, config.kv_dtype, fingerprint, fitted.digest)
+    )
     return Opened(info, tokenizer, template, runner, layout, context)
+
+
+def _turn_tokens(file: GGUFFile, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Control tokens that the model's own chat template names: turns of a conversation begin and end with them."""
+    template = file.metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str):
+        return ()
+    return tuple(sorted(token for text, token in tokenizer.special_tokens.items() if text in template))
 
 
 def _buckets(config: EngineConfig, context: int, memory: MemoryConfig | None) -> Buckets:

@@ -33,6 +33,30 @@ class MemoryOptions(Struct, kw_only=True, frozen=True):
             description="0 window only, 0.5 as fitted (opened further in a chat), 1 memory wherever it has anything to say",
         ),
     ] = 0.5
+    memory_budget: (
+        Annotated[
+            int,
+            Meta(
+                ge=1,
+                le=1 << 40,
+                description="Bytes of this session's state, up to the server's: the pairs kept are as many as fit beside "
+                "window and memory; null is the server's",
+            ),
+        ]
+        | None
+    ) = None
+    kept_pairs: (
+        Annotated[
+            int,
+            Meta(
+                ge=0,
+                le=1 << 20,
+                description="Keys and values kept exactly, per layer and KV head, of what has left the window; null keeps as "
+                "many as memory_budget has room for",
+            ),
+        ]
+        | None
+    ) = None
     memory_layers: Annotated[
         int, Meta(ge=1, le=10, description="Transformer layers whose states make the memory's keys, best-ranked first")
     ] = 1
@@ -61,5 +85,9 @@ class MemoryOptions(Struct, kw_only=True, frozen=True):
     read: Annotated[bool, Meta(description="Whether the memory is read: false learns without using it")] = True
     write: Annotated[bool, Meta(description="Whether the memory is written: false uses it without learning")] = True
     cache_strategy: Annotated[
-        CacheStrategy, Meta(description="Which idle sessions leave device and host memory first (adaptive = ARC)")
+        CacheStrategy,
+        Meta(
+            description="What is kept: pairs attended last (lru), most (lfu) or most of late (adaptive); and which idle "
+            "sessions leave device and host memory first (adaptive = ARC)"
+        ),
     ] = "adaptive"

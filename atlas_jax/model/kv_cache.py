@@ -50,14 +50,18 @@ class PageStart:
     sink_slot: Int32[Array, ""]
 
 
-def init_kv_cache(model: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> KVCache:
-    """Rows that have read nothing."""
+def init_kv_cache(model: ModelConfig, batch: int, pages: int, dtype: KVDtype, kept: int = 0) -> KVCache:
+    """Rows that have read nothing.
+
+    Args:
+      kept: the most pairs that a row keeps, a multiple of the page.
+    """
 
     def zeros() -> jax.Array:  # never one array twice: the state is donated
         return jnp.zeros((batch,), jnp.int32)
 
     return KVCache(
-        kv=init_kv(model, batch, pages, dtype),
+        kv=init_kv(model, batch, pages, dtype, kept),
         page=jnp.full((batch, pages), -1, jnp.int32),
         slot=zeros(),
         first_page=zeros(),

@@ -47,6 +47,7 @@ class PageSchedule:
             first_page=now,
             sink_slot=self.slot(0) if now > 0 and before == 0 else -1,
             absorb_end=now * PAGE if now > before else None,
+            leaves=tuple(self.slot(gone) for gone in range(before, now)),
         )
 
 
@@ -57,6 +58,7 @@ class NextPage:
     Attributes:
       sink_slot: ring slot of page 0 if that page leaves now, else −1.
       absorb_end: position of the first token still in the window if the memory is to be written now, else None.
+      leaves: ring slots of the pages that leave now, in order.
     """
 
     page: int
@@ -64,6 +66,7 @@ class NextPage:
     first_page: int
     sink_slot: int
     absorb_end: int | None
+    leaves: tuple[int, ...] = ()
 
 
 def bucket(value: int, sizes: tuple[int, ...]) -> int:

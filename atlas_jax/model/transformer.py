@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.config import LayerConfig, ModelConfig
+from atlas_jax.config import PAGE, LayerConfig, ModelConfig
 from atlas_jax.kernels import attention, kv_pages
 from atlas_jax.kernels.fused_linear import gated_linear, normed_linear, residual_sum, summed_linear
 from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, RingView
@@ -25,11 +26,22 @@ SINKS = 4
 """Tokens at the start of a text that stay attended for ever. Without them a window alone loses more than 1 nat."""
 
 
-def init_kv(config: ModelConfig, batch: int, pages: int, dtype: KVDtype) -> tuple[LayerKV, ...]:
-    """An empty cache of `pages` pages for each of `batch` rows."""
-    return tuple(
-        kv_pages.init_layer_kv(batch, pages, config.kv_heads, config.head_dim, SINKS, dtype) for _ in config.layers
-    )
+QUERY_SAMPLES = 32
+"""Queries noted of every page to choose the kept pairs by. With 16, 32, 64 and 128 of them 512 pairs closed 0.60, 0.64, 0.67
+and 0.69 of the gap between a window of 512 tokens and full attention (SmolLM2-135M, 4 608 tokens of five documents)."""
+
+
+def init_kv(config: ModelConfig, batch: int, pages: int, dtype: KVDtype, kept: int = 0) -> tuple[LayerKV, ...]:
+    """An empty cache of `pages` pages for each of `batch` rows, and room for `kept` pairs in layers without a window."""
+
+    def layer(spec: LayerConfig) -> LayerKV:
+        kv = kv_pages.init_layer_kv(batch, pages, config.kv_heads, config.head_dim, SINKS, dtype)
+        if not kept or spec.sliding_window is not None:
+            return kv
+        sizes = batch, pages, kept // PAGE, config.heads, config.kv_heads, config.head_dim
+        return dataclasses.replace(kv, kept=kv_pages.init_kept_pairs(*sizes, QUERY_SAMPLES, dtype))
+
+    return tuple(layer(spec) for spec in config.layers)
 
 
 @jax.tree_util.register_dataclass

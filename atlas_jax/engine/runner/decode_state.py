@@ -61,8 +61,8 @@ def init_sequences(
     model: ModelConfig, memory: MemoryConfig | None, batch: int, pages: int, dtype: KVDtype
 ) -> Sequences:
     """Rows that have read nothing."""
-    context = init_kv_cache(model, batch, pages, dtype)
-    return Sequences(context, None if memory is None else recall_memory.init_state(memory, batch, model.vocab))
+    cache = init_kv_cache(model, batch, pages, dtype, 0 if memory is None else memory.max_kept)
+    return Sequences(cache, None if memory is None else recall_memory.init_state(memory, batch, model.vocab))
 
 
 def init_logits_buffer(vocab: int, batch: int, tokens: int) -> Float[Array, "B*T V"]:

@@ -13,6 +13,7 @@ import numpy as np
 from atlas_jax.aot import COMPILE, RUN, AotProgram, shapes
 from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
 from atlas_jax.engine.api import MemoryParams
+from atlas_jax.engine.memory_budget import session_bytes
 from atlas_jax.engine.runner import step
 from atlas_jax.engine.runner.base import Buckets, Capabilities, NewPage, PrefillStep, invalid_memory_setting
 from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
@@ -22,7 +23,8 @@ from atlas_jax.engine.runner.step_inputs import CALIBRATED_STEP, MemoryWrite, wr
 from atlas_jax.engine.runner.step_programs import StepPrograms, batch_key, decode_inputs, prefill_inputs
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.attention import uses_cpu_kernel
-from atlas_jax.kernels.kv_pages import KVDtype
+from atlas_jax.kernels.kv_pages import KVDtype, LayerKV
+from atlas_jax.model.kept_pairs import leaving
 from atlas_jax.model.kv_cache import page_start, start_page
 from atlas_jax.model.page_schedule import NextPage, PageSchedule, bucket
 from atlas_jax.model.transformer import SINKS
@@ -43,6 +45,7 @@ gaps between programs. SmolLM2-135M, one row, greedy, medians of 7 × 100 steps 
 
 
 _PAGE_START = shapes(page_start(0, PageSchedule(None).next_page(0)))
+_LEAVING = shapes(leaving(0, 0, first=True, decay=1.0, capacity=0))
 
 
 class PretrainedRunner(CompiledRunner):
@@ -55,12 +58,21 @@ class PretrainedRunner(CompiledRunner):
         kv_dtype: KVDtype,
         buckets: Buckets,
         mesh_layout: MeshLayout = ONE_DEVICE,
+        memory_budget: int = 0,
     ) -> None:
+        """Compiles nothing yet.
+
+        Args:
+          memory_budget: the most bytes that a request may ask for as its session's.
+        """
         self.config = config
+        self._memory_budget = memory_budget
         self._kv_dtype = kv_dtype
         self._mesh_layout = mesh_layout
         self._weights = mesh_layout.weights(weights)
         memory = config.memory
+        if memory is not None:
+            self._sizes = session_bytes(config.model, memory, kv_dtype)
         capabilities = Capabilities(
             rewind=True,
             memory_capacity=0 if memory is None else memory.features,
@@ -72,6 +84,7 @@ class PretrainedRunner(CompiledRunner):
             optimizer: self._program(functools.partial(step.write_memory, config, optimizer), donate=(1,))
             for optimizer in OPTIMIZERS
         }
+        self._keep_pairs = self._program(functools.partial(step.keep_pairs, config), donate=(1,))
         self._start_page = self._program(start_page, donate=(0,))
         self._resize_ring = self._program(step.resize_ring, donate=(1,))
         self._insert_kv_cache = self._program(step.insert_kv_cache, donate=(0,))
@@ -80,6 +93,10 @@ class PretrainedRunner(CompiledRunner):
 
     def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
         return AotProgram(function, donate=donate, mesh_layout=self._mesh_layout, kernels=self.config.kernels)
+
+    @property
+    def _max_kept(self) -> int:
+        return 0 if self.config.memory is None else self.config.memory.max_kept
 
     def _make(self, *, batch: int, pages: int) -> Sequences:
         return init_sequences(self.config.model, self.config.memory, batch, pages, self._kv_dtype)
@@ -90,7 +107,13 @@ class PretrainedRunner(CompiledRunner):
     def shape(self, memory: MemoryParams) -> SessionShape:
         """What the request asks for: the memory of a pretrained model is as large as one likes."""
         plan = PageSchedule(memory.window_size // PAGE, memory.update_frequency // PAGE)
-        return SessionShape(plan, memory.memory_layers, memory.polynomial_degree)
+        kept = self._budgeted(memory) if memory.kept_pairs is None else memory.kept_pairs
+        return SessionShape(plan, memory.memory_layers, memory.polynomial_degree, kept)
+
+    def _budgeted(self, memory: MemoryParams) -> int:
+        """Pairs that a request's budget has room for."""
+        budget = self._memory_budget if memory.memory_budget is None else memory.memory_budget
+        return min(self._sizes.kept(budget, memory.window_size), self._max_kept) if self._max_kept else 0
 
     def check(self, memory: MemoryParams) -> None:
         """Refuses settings that are out of range; raises InvalidRequest."""
@@ -104,6 +127,14 @@ class PretrainedRunner(CompiledRunner):
         if not memory.update_frequency <= memory.omega_window <= config.max_omega_window:
             least = memory.update_frequency
             raise invalid_memory_setting("omega_window", f"value must be between {least} and {config.max_omega_window}")
+        if not 0 <= (memory.kept_pairs or 0) <= config.max_kept:
+            raise invalid_memory_setting("kept_pairs", f"value must be between 0 and {config.max_kept}")
+        if memory.memory_budget is not None:
+            least, most = self._sizes.total(memory.window_size, 0), self._memory_budget
+            if not least <= memory.memory_budget <= most:
+                raise invalid_memory_setting(
+                    "memory_budget", f"value must be between {least} and {most} for this window"
+                )
         if not 1 <= memory.memory_layers <= MAX_MEMORY_LAYERS:
             raise invalid_memory_setting("memory_layers", f"value must be between 1 and {MAX_MEMORY_LAYERS}")
         if not 1 <= memory.polynomial_degree <= MAX_DEGREE:
@@ -136,9 +167,14 @@ class PretrainedRunner(CompiledRunner):
             return np.pad(leaf, [(0, missing if axis == 1 else 0) for axis in range(leaf.ndim)], constant_values=value)
 
         cache = row.cache
-        kv = tuple(
-            dataclasses.replace(layer, k=jax.tree.map(pad, layer.k), v=jax.tree.map(pad, layer.v)) for layer in cache.kv
-        )
+
+        def whole(layer: LayerKV) -> LayerKV:
+            kept = layer.kept
+            if kept is not None:
+                kept = dataclasses.replace(kept, ring_score=pad(kept.ring_score))
+            return dataclasses.replace(layer, k=jax.tree.map(pad, layer.k), v=jax.tree.map(pad, layer.v), kept=kept)
+
+        kv = tuple(whole(layer) for layer in cache.kv)
         return Sequences(dataclasses.replace(cache, kv=kv, page=pad(cache.page, -1)), row.memory)
 
     def _grow_row(self, row: Sequences, pages: int) -> Sequences:
@@ -243,16 +279,26 @@ class PretrainedRunner(CompiledRunner):
             settings = write_settings(write, page.absorb_end)
             absorb = self._write_memory[write.optimizer]
             memory = absorb(_rows(sequences), self._weights.adapter, memory, np.int32(index), settings)
-        cache = self._start_page(batch_key(sequences), sequences.cache, page_start(index, page))
-        return Sequences(cache, memory)
+        key, cache = batch_key(sequences), sequences.cache
+        if memory is not None and write is not None and write.kept:
+            for slot in page.leaves:
+                first = slot == page.leaves[0]
+                leaves = leaving(index, slot, first=first, decay=write.decay, capacity=write.kept)
+                cache = self._keep_pairs(key, self._weights.params.ropes, cache, memory.tokens, leaves)
+        return Sequences(self._start_page(key, cache, page_start(index, page)), memory)
 
     # --- compiling ahead ------------------------------------------------------------------------------------------
     def compile_prefill(self, pages: int, length: int) -> None:
         """Compiles the prefill of chunks of `length` tokens in a ring of `pages` pages."""
         inputs = prefill_inputs(self.config, self._weights, pages, length, self._kv_dtype)
         self._maker(1, pages).compile(())
-        self._start_page.compile((1, pages), inputs[1].cache, _PAGE_START)
+        self._compile_page_start((1, pages), inputs[1])
         _run_out(self._steps.prefill(COMPILE, *inputs))
+
+    def _compile_page_start(self, key: tuple[int, int], batch: Sequences) -> None:
+        self._start_page.compile(key, batch.cache, _PAGE_START)
+        if batch.memory is not None and self._max_kept:
+            self._keep_pairs.compile(key, self._weights.params.ropes, batch.cache, batch.memory.tokens, _LEAVING)
 
     def compile_scored_prefill(self, length: int) -> None:
         """Compiles the scoring of chunks of `length` tokens, in a ring of any size."""
@@ -269,7 +315,7 @@ class PretrainedRunner(CompiledRunner):
         batch = inputs[1].cache
         self._compile_batch_start(rows, pages)
         self._insert_kv_cache.compile((rows, pages), batch, self.row_shapes(pages).cache, SCALAR)
-        self._start_page.compile((rows, pages), batch, _PAGE_START)
+        self._compile_page_start((rows, pages), inputs[1])
         self._steps.decode(COMPILE, *inputs, drafts=drafts)
 
     def compile_monolithic_step(self, rows: int, pages: int) -> None:

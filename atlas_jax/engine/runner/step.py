@@ -14,18 +14,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.config import MemoryConfig, ModelConfig
+from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState, Sequences
 from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
+from atlas_jax.kernels.kv_pages import LayerKV
 from atlas_jax.kernels.reductions import row_max, row_sum
+from atlas_jax.kernels.rope import RopeTable
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, record, sample
 from atlas_jax.kernels.speculative_drafter import NONE, draft_tokens
+from atlas_jax.model import kept_pairs
+from atlas_jax.model.kept_pairs import Leaving
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
@@ -38,6 +43,9 @@ from atlas_jax.typing import Array, Bool, Float, Int32
 REJECTED = -2
 """No token: a draft token was rejected."""
 
+TURN_START = 4
+"""Tokens at the beginning of a turn that are kept before other pairs, that which begins it included."""
+
 State = TypeVar("State", Sequences, DecodeState)
 
 
@@ -47,11 +55,13 @@ class StepConfig:
 
     Attributes:
       kernels: which of our kernels the functions use.
+      turn_tokens: tokens that begin a turn of a chat; with what follows them they are kept before other pairs.
     """
 
     model: ModelConfig
     memory: MemoryConfig | None
     kernels: KernelChoice = ALL_KERNELS
+    turn_tokens: tuple[int, ...] = ()
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -105,6 +115,26 @@ def write_memory(
     """Absorbs what has left a row's window; see `recall_memory.write`."""
     assert config.memory is not None
     return recall_memory.write(config.memory, optimizer, adapter, memory, row, settings)
+
+
+def keep_pairs(
+    config: StepConfig,
+    ropes: tuple[RopeTable, ...],
+    cache: KVCache,
+    tokens: Int32[Array, "B ring"],
+    page: Leaving,
+) -> KVCache:
+    """Keeps pairs of a page that leaves a row's window; see `kept_pairs.keep_pairs`.
+
+    Args:
+      tokens: of the text, position p at p mod ring.
+    """
+    start = cache.page[page.row, page.slot] * PAGE
+    positions = start - TURN_START + 1 + jnp.arange(PAGE + TURN_START - 1)
+    begins = jnp.isin(tokens[page.row, positions % tokens.shape[1]], jnp.asarray(config.turn_tokens, jnp.int32))
+    begins &= positions >= 0
+    protected = functools.reduce(operator.or_, (begins[i : i + PAGE] for i in range(TURN_START)))
+    return kept_pairs.keep_pairs(config.model, ropes, cache, page, protected)
 
 
 def finish_prefill(
@@ -323,12 +353,16 @@ def resize_ring(cache: KVCache, empty: KVCache) -> KVCache:
     def cut(leaf: jax.Array, into: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(into, leaf[:, :pages], (0,) * into.ndim)
 
+    def resized(layer: LayerKV, new: LayerKV) -> LayerKV:
+        kept = layer.kept
+        if kept is not None and new.kept is not None:
+            kept = dataclasses.replace(kept, ring_score=cut(kept.ring_score, new.kept.ring_score))
+        k, v = (jax.tree.map(cut, old, into) for old, into in ((layer.k, new.k), (layer.v, new.v)))
+        return dataclasses.replace(layer, k=k, v=v, kept=kept)
+
     return dataclasses.replace(
         cache,
-        kv=tuple(
-            dataclasses.replace(layer, k=jax.tree.map(cut, layer.k, new.k), v=jax.tree.map(cut, layer.v, new.v))
-            for layer, new in zip(cache.kv, empty.kv, strict=True)
-        ),
+        kv=tuple(resized(layer, new) for layer, new in zip(cache.kv, empty.kv, strict=True)),
         page=cut(cache.page, empty.page),
     )
 

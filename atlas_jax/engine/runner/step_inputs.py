@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.engine.api import MemoryParams, SamplingParams
+from atlas_jax.engine.memory_options import CacheStrategy
 from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT
 from atlas_jax.engine.sessions.journal import Reading
 from atlas_jax.engine.sessions.session import SessionShape
@@ -19,6 +20,11 @@ from atlas_jax.recall.solvers import Optimizer
 
 CALIBRATED_STEP = 1e-3
 """The `learning_rate` that means the calibrated inner step: one exact line search. Others are relative to it."""
+
+SCORE_DECAY: dict[CacheStrategy, float] = {"lru": 0.5, "adaptive": 0.9, "lfu": 1.0}
+"""Of a kept pair's score, with every write: what was attended last, what has been attended in all, and between. Of five
+documents (SmolLM2-135M, 4 608 tokens, 512 pairs in 8 bits, 16 and 32 queries a page) 0.9 closed 0.626 and 0.667 of the gap
+between window and full attention, 0.8 with 32 as much, 0.98 0.599 and 0.638, 1.0 with 16 0.585."""
 
 LARGEST_BIAS = 100.0
 """From here on a bias bans or forces its token."""
@@ -35,29 +41,36 @@ class MemoryWrite:
       window: tokens in the Omega objective.
       step: factor on the calibrated inner step.
       degree: polynomial degree.
+      kept: the most pairs kept per layer and KV head.
+      decay: of the scores by which they are chosen, from one write to the next.
     """
 
     window: int
     optimizer: Optimizer
     step: float
     degree: int
+    kept: int = 0
+    decay: float = 1.0
 
     @classmethod
-    def from_params(cls, params: MemoryParams, degree: int) -> MemoryWrite:
-        """What a request asks for; `degree` is its session's."""
+    def from_params(cls, params: MemoryParams, shape: SessionShape) -> MemoryWrite:
+        """What a request asks for in a session of this shape."""
         optimizer: Optimizer = "exact" if params.use_muon is None else "muon" if params.use_muon else "gradient"
         step = 1.0 if params.learning_rate is None else params.learning_rate / CALIBRATED_STEP
-        return cls(params.omega_window, optimizer, step, degree)
+        decay = SCORE_DECAY[params.cache_strategy]
+        return cls(params.omega_window, optimizer, step, shape.degree, shape.kept, decay)
 
     @classmethod
     def from_reading(cls, reading: Reading) -> MemoryWrite:
         """What a journal says of a request."""
-        return cls(reading.omega_window, reading.optimizer, reading.step, reading.degree)
+        how = reading.omega_window, reading.optimizer, reading.step, reading.degree
+        return cls(*how, reading.kept, reading.decay)
 
     def reading(self, shape: SessionShape) -> Reading:
         """What a journal keeps of a request that is written so."""
         plan = shape.plan
-        return Reading(plan.window, plan.update, shape.layers, shape.degree, self.optimizer, self.window, self.step)
+        of_shape = plan.window, plan.update, shape.layers, shape.degree, shape.kept
+        return Reading(*of_shape, self.optimizer, self.window, self.step, self.decay)
 
 
 def write_settings(write: MemoryWrite, end: int) -> WriteSettings:

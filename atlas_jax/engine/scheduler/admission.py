@@ -118,11 +118,11 @@ class Admission:
         shape = self._runner.shape(memory)
         lease = req.lease
         if lease is None:
-            return start_new(self._runner, req, shape, MemoryWrite.from_params(memory, shape.degree))
+            return start_new(self._runner, req, shape, MemoryWrite.from_params(memory, shape))
         session = lease.session
         if session is not None and session.tokens:
             shape = same_shape(session.shape, shape, memory.given)
-        write = MemoryWrite.from_params(memory, shape.degree)
+        write = MemoryWrite.from_params(memory, shape)
         return start_session(self._runner, req, session or Session(lease.key, shape), shape, write, self._bos)
 
     def _fit_context(self, start: Start, limit: int) -> int:

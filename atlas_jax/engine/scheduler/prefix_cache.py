@@ -13,10 +13,12 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from atlas_jax.config import PAGE
+from atlas_jax.engine.runner.decode_state import Sequences
+from atlas_jax.engine.sessions.host_arrays import held_bytes
+from atlas_jax.engine.sessions.kept_layout import without_kept
 from atlas_jax.model.kv_cache import KVCache
 
 
@@ -67,7 +69,8 @@ class PrefixCache:
     def keep(self, owner: str, tokens: Sequence[int], cache: KVCache) -> None:
         """Keeps the state of a single row that has read `tokens` as one prompt; nobody may donate it afterwards."""
         names = tuple(_names(owner, tokens))
-        size = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+        cache = without_kept(cache)
+        size = held_bytes(Sequences(cache, None))
         if not names or size > self.budget or names[-1] in self._holders:
             return
         for name in names[:-1]:  # a prompt that this one begins with is no longer needed

@@ -40,9 +40,13 @@ def same_shape(session: SessionShape, request: SessionShape, given: frozenset[st
         ("update_frequency", session.plan.update, request.plan.update),
         ("memory_layers", session.layers, request.layers),
         ("polynomial_degree", session.degree, request.degree),
+        ("kept_pairs", session.kept, request.kept),
+        ("memory_budget", session.kept, request.kept),
     ):
         if have != want and name in given:
-            value = have * PAGE if name in ("window_size", "update_frequency") and have is not None else have
+            value = f"{have * PAGE if name in ('window_size', 'update_frequency') and have is not None else have}"
+            if name == "memory_budget":
+                value += " kept pairs"
             raise InvalidRequest(
                 f"Validation error in field 'atlas.{name}': this session was begun with {value} and keeps it; "
                 "reset the session to change it",

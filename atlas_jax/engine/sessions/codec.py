@@ -51,6 +51,7 @@ def encode_session(layout: Layout, session: Session) -> bytes:
         "update": session.shape.plan.update,
         "layers": session.shape.layers,
         "degree": session.shape.degree,
+        "kept": session.shape.kept,
         "length": history.length,
         "first_reply": history.first_reply,
         "replies": history.replies,

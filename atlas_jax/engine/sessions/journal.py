@@ -46,16 +46,20 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
       window, update: pages of the exact window (None where the memory is the model's own) and of one write.
+      kept: the most pairs kept per layer and KV head.
       optimizer, omega_window, step: of the memory's writes.
+      decay: of the scores by which pairs are kept.
     """
 
     window: int | None
     update: int
     layers: int
     degree: int
+    kept: int
     optimizer: Literal["exact", "gradient", "muon"]
     omega_window: int
     step: float
+    decay: float
 
 
 class Turn(msgspec.Struct, frozen=True, array_like=True):

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import numpy as np
 
-from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
+from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig
 from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid
 from atlas_jax.engine.runner.decode_state import Sequences
-from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.host_arrays import shared_zeros, to_host, to_numpy
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
+from atlas_jax.engine.sessions.kept_layout import kept_arrays, kept_pairs, without_kept
 from atlas_jax.engine.sessions.layout import integer
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
-from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, Pages, QuantPages
+from atlas_jax.engine.sessions.snapshot_arrays import SnapshotArrays
+from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, Pages, QuantPages, init_kept_pairs
+from atlas_jax.model.kept_pairs import kept_count
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.page_schedule import PageSchedule
-from atlas_jax.model.transformer import SINKS
+from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
 from atlas_jax.recall.recall_memory import RecallState
 
 
@@ -63,6 +67,7 @@ class RecallLayout:
         model, memory = self.model, self.memory
         number = 1 if self.kv_dtype == "int8" else 4
         cache = 2 * len(model.layers) * model.kv_heads * (memory.ring + SINKS) * (model.head_dim * number + 8)
+        cache += 2 * len(model.layers) * model.kv_heads * memory.max_kept * (model.head_dim * number + 32)
         matrices = memory.code_dim * (memory.features + 2 * memory.max_omega_window)
         return (
             cache + matrices + memory.ring * (memory.components + memory.code_dim // 8 + 5) + model.vocab + (16 << 20)
@@ -73,7 +78,7 @@ class RecallLayout:
         memory = self.memory
         return {
             "model": self.fingerprint,
-            "memory": [list(memory.layers), memory.components, memory.features, memory.code_dim],
+            "memory": [list(memory.layers), memory.components, memory.features, memory.code_dim, QUERY_SAMPLES],
             "adapter": self.adapter,
             "kv_dtype": self.kv_dtype,
         }
@@ -84,7 +89,10 @@ class RecallLayout:
         if (window + update) * PAGE > self.memory.ring:
             raise SnapshotInvalid(f"snapshot's window of {window * PAGE} tokens exceeds this server's largest")
         layers, degree = integer(header, "layers", 1, len(self.memory.layers)), integer(header, "degree", 1, 3)
-        return SessionShape(PageSchedule(window, update), layers, degree)
+        kept = integer(header, "kept", 0, 1 << 20)
+        if kept > self.memory.max_kept:
+            raise SnapshotInvalid(f"snapshot's {kept} kept pairs exceed this server's most, {self.memory.max_kept}")
+        return SessionShape(PageSchedule(window, update), layers, degree, kept)
 
     def rest(self, checkpoint: Checkpoint) -> Checkpoint:
         """The same state as it rests in host memory; matrices that were never written take no room there."""
@@ -94,16 +102,16 @@ class RecallLayout:
             for name in _MATRICES:
                 array = getattr(row.memory, name)
                 zeros[name] = shared_zeros(array.shape, array.dtype)
-            row = replace(row, memory=replace(row.memory, **zeros))
+            row = Sequences(without_kept(row.cache), replace(row.memory, **zeros))
         return replace(checkpoint, row=to_host(row))
 
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         """A state as arrays: the pages in use, the memory, and what a later write and the gate can still need."""
-        return _row_arrays(self, shape.plan, checkpoint)
+        return _row_arrays(self, shape, checkpoint)
 
     def row(self, shape: SessionShape, position: int, page: int, arrays: Mapping[str, np.ndarray]) -> Sequences:
         """The state again, on the host; raises SnapshotInvalid for an array this engine would not have made."""
-        return _row(self, shape.plan, position, page, arrays)
+        return _row(self, shape, position, page, arrays)
 
     def describe(self, sessions: list[Session]) -> MemoryInfo:
         """What the memories of some sessions hold, together."""
@@ -137,7 +145,8 @@ def _kept_positions(memory: MemoryConfig, plan: PageSchedule, position: int) -> 
     return np.arange(max(0, position - kept), position)
 
 
-def _row_arrays(layout: RecallLayout, plan: PageSchedule, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+def _row_arrays(layout: RecallLayout, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
+    plan = shape.plan
     row = to_numpy(checkpoint.row)
     cache, memory = row.cache, row.memory
     assert memory is not None
@@ -164,33 +173,26 @@ def _row_arrays(layout: RecallLayout, plan: PageSchedule, checkpoint: Checkpoint
             else:
                 out[f"{index}.{name}"] = np.asarray(pages)[0, :ring]
         out[f"{index}.sink_k"], out[f"{index}.sink_v"] = np.asarray(layer.sink_k)[0], np.asarray(layer.sink_v)[0]
+        if layer.kept is not None and shape.kept:
+            out |= kept_arrays(f"{index}.kept", layer.kept, ring, int(np.asarray(cache.kept)[0]))
+    out["kept"] = np.asarray(cache.kept)
     return out
 
 
-class _Arrays:
-    """A snapshot's arrays, each checked against what this engine would have written."""
-
-    def __init__(self, arrays: Mapping[str, np.ndarray]) -> None:
-        self._arrays = arrays
-
-    def take(self, name: str, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-        return snapshot.check_array(name, self._arrays.get(name), shape, np.dtype(dtype))
-
-    def has(self, name: str) -> bool:
-        return name in self._arrays
-
-
 def _row(
-    layout: RecallLayout, plan: PageSchedule, position: int, page: int, arrays: Mapping[str, np.ndarray]
+    layout: RecallLayout, shape: SessionShape, position: int, page: int, arrays: Mapping[str, np.ndarray]
 ) -> Sequences:
     """Rebuilds a row in host memory."""
-    given = _Arrays(arrays)
-    return Sequences(_cache(layout, plan, position, page, given), _memory(layout, plan, position, given))
+    given = SnapshotArrays(arrays)
+    return Sequences(_cache(layout, shape, position, page, given), _memory(layout, shape.plan, position, given))
 
 
-def _cache(layout: RecallLayout, plan: PageSchedule, position: int, page: int, given: _Arrays) -> KVCache:
-    model = layout.model
+def _cache(layout: RecallLayout, shape: SessionShape, position: int, page: int, given: SnapshotArrays) -> KVCache:
+    model, plan = layout.model, shape.plan
     ring = plan.ring((page + 1) * PAGE)
+    kept = given.take("kept", (1,), "i4")
+    if kept[0] != kept_count(plan.left(max(page, 0)), shape.kept):
+        raise SnapshotInvalid("snapshot's kept pairs do not add up")
 
     def pages(name: str) -> Pages:
         shape = (ring, model.kv_heads, PAGE, model.head_dim)
@@ -202,10 +204,15 @@ def _cache(layout: RecallLayout, plan: PageSchedule, position: int, page: int, g
     def sink(name: str) -> np.ndarray:
         return given.take(name, (model.kv_heads, SINKS, model.head_dim), "f4")[None]
 
-    kv = tuple(
-        LayerKV(pages(f"{i}.k"), pages(f"{i}.v"), sink(f"{i}.sink_k"), sink(f"{i}.sink_v"))  # type: ignore[arg-type]
-        for i in range(len(model.layers))
-    )
+    def layer(i: int, spec: LayerConfig) -> LayerKV:
+        pairs = None
+        if layout.memory.max_kept and spec.sliding_window is None:
+            sizes = 1, ring, layout.memory.max_kept // PAGE, model.heads, model.kv_heads, model.head_dim, QUERY_SAMPLES
+            empty = jax.eval_shape(functools.partial(init_kept_pairs, *sizes, layout.kv_dtype))
+            pairs = kept_pairs(f"{i}.kept", empty, ring, int(kept[0]), given if shape.kept else None)
+        return LayerKV(pages(f"{i}.k"), pages(f"{i}.v"), sink(f"{i}.sink_k"), sink(f"{i}.sink_v"), pairs)  # type: ignore[arg-type]
+
+    kv = tuple(layer(i, spec) for i, spec in enumerate(model.layers))
     numbers = given.take("page", (ring,), "i4")
     expected = np.full(ring, -1, np.int32)
     for number in range(max(0, page - ring + 1), page + 1):
@@ -218,10 +225,11 @@ def _cache(layout: RecallLayout, plan: PageSchedule, position: int, page: int, g
         slot=np.asarray([plan.slot(max(page, 0))], np.int32),  # type: ignore[arg-type]
         first_page=np.asarray([plan.left(max(page, 0))], np.int32),  # type: ignore[arg-type]
         position=np.asarray([position], np.int32),  # type: ignore[arg-type]
+        kept=kept,  # type: ignore[arg-type]
     )
 
 
-def _memory(layout: RecallLayout, plan: PageSchedule, position: int, given: _Arrays) -> RecallState:
+def _memory(layout: RecallLayout, plan: PageSchedule, position: int, given: SnapshotArrays) -> RecallState:
     config, vocab = layout.memory, layout.model.vocab
     kept = _kept_positions(config, plan, position)
 

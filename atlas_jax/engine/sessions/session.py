@@ -26,11 +26,13 @@ class SessionShape:
       plan: its window; none where the memory is the model's own.
       layers: tapped layers in use.
       degree: polynomial degree.
+      kept: the most pairs it keeps per layer and KV head of what has left its window.
     """
 
     plan: PageSchedule
     layers: int
     degree: int
+    kept: int = 0
 
 
 @dataclass(frozen=True)
