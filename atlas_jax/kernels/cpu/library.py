@@ -46,6 +46,7 @@ _TARGETS = (
     "qkv_rope_cache",
     "normed_qkv_rope_cache",
     "attention",
+    "kept_attention",
     "greedy",
     "draw",
     "blend",
