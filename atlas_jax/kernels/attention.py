@@ -16,6 +16,7 @@ from atlas_jax.kernels import tpu
 from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.kv_pages import LayerKV, Pages, QuantPages, RingView, unpacked
 from atlas_jax.kernels.linear import quantize_rows
+from atlas_jax.kernels.packed_pages import PackedPages
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.typing import Array, Bool, Float, Int32
 
@@ -103,10 +104,10 @@ def window_attention(
     batch, tokens, heads, dim = q.shape
     kv_heads = kv.sink_k.shape[1]
     k, v = kv.k, kv.v
-    taken = uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2]) and kv.kept is None
+    taken = uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2])
     if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
-        return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale)
+        return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(kv, kept))
     groups = heads // kv_heads
     score = _page_scores(_group(q, kv_heads), kv.k) * scale  # [B, N, K, G·T, P]
     by_token = score.reshape(*score.shape[:3], groups, tokens, PAGE)
@@ -120,8 +121,8 @@ def window_attention(
     peak = jnp.maximum(row_max(score).max(axis=1), sink_score.max(axis=-1))  # [B, K, G·T]
     if kv.kept is not None and kept is not None:
         kept_score = _page_scores(_group(q_sink, kv_heads), unpacked(kv.kept.k)) * scale
-        filled = kept_index(kv.kept.score.shape[1]) < kept[:, None, None]  # [B, pages, P]
-        kept_score = jnp.where(filled[:, :, None, None], kept_score, _NEGATIVE)
+        filled = (kept_index(kv.kept.score.shape[1]) < kept[:, None, None])[:, :, None]  # [B, pages, 1, P]
+        kept_score = jnp.where(filled[:, :, :, None], kept_score, _NEGATIVE)
         peak = jnp.maximum(peak, row_max(kept_score).max(axis=1))
     weight = jnp.exp(score - peak[:, None, :, :, None])
     sink_weight = jnp.exp(sink_score - peak[..., None])
@@ -130,9 +131,28 @@ def window_attention(
     if kv.kept is not None and kept is not None:
         kept_weight = jnp.exp(kept_score - peak[:, None, :, :, None])
         mass = mass + row_sum(kept_weight).sum(axis=1)
-        total = total + _weighted_values(kept_weight, unpacked(kv.kept.v))
+        total = total + _weighted_values(kept_weight, _filled_values(unpacked(kv.kept.v), filled))
     out = total / mass[..., None]
     return out.reshape(batch, kv_heads, groups, tokens, dim).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
+
+
+def _packed_pairs(
+    kv: LayerKV, count: Int32[Array, B] | None
+) -> tuple[PackedPages, PackedPages, Int32[Array, B]] | None:
+    """What the C kernel reads of kept pairs, if there are any."""
+    if kv.kept is None or count is None:
+        return None
+    k, v = kv.kept.k, kv.kept.v
+    assert isinstance(k, PackedPages)
+    assert isinstance(v, PackedPages)
+    return k, v, count
+
+
+def _filled_values(pages: Pages, filled: Bool[Array, "B pages 1 P"]) -> Pages:
+    """Kept values with zeros where none is: a weight of 0 does not cancel what is not a number."""
+    if isinstance(pages, QuantPages):
+        return QuantPages(pages.values, jnp.where(filled, pages.scale, 0.0))
+    return jnp.where(filled[..., None], pages, 0.0)
 
 
 def kept_index(pages: int) -> Int32[Array, "kept P"]:
@@ -198,23 +218,34 @@ def ref_window_attention(
     seen: Bool[Array, "B T N P"],
     sinks_seen: Bool[Array, "B T"],
     scale: float,
+    kept: tuple[Float[Array, "B M K P D"], Float[Array, "B M K P D"], Int32[Array, B]] | None = None,
 ) -> Float[Array, "B T H D"]:
-    """`window_attention` as one softmax over a plain list of keys, in float32: the definition."""
+    """`window_attention` as one softmax over a plain list of keys, in float32: the definition.
+
+    Args:
+      kept: keys, values, and how many of them each row has.
+    """
     batch, tokens, heads, dim = q.shape
     kv_heads = k.shape[2]
-    repeat = heads // kv_heads
-    flat_k = jnp.repeat(k.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim), repeat, axis=1)
-    flat_v = jnp.repeat(v.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim), repeat, axis=1)
-    score = jnp.concatenate(
-        [
-            jnp.einsum("bthd,bhsd->bhts", q, flat_k),
-            jnp.einsum("bthd,bhsd->bhts", q_sink, jnp.repeat(sink_k, repeat, axis=1)),
-        ],
-        axis=-1,
+
+    def flat(pages: jax.Array) -> jax.Array:
+        return pages.transpose(0, 2, 1, 3, 4).reshape(batch, kv_heads, -1, dim)
+
+    near_k, near_v = [sink_k], [sink_v]
+    masks = [seen.reshape(batch, tokens, -1), jnp.repeat(sinks_seen[..., None], sink_k.shape[2], axis=-1)]
+    if kept is not None:
+        kept_k, kept_v, count = kept
+        filled = jnp.arange(kept_k.shape[1] * PAGE) < count[:, None]
+        near_k.append(flat(kept_k))
+        near_v.append(jnp.where(filled[:, None, :, None], flat(kept_v), 0.0))
+        masks.append(jnp.broadcast_to(filled[:, None], (batch, tokens, filled.shape[1])))
+
+    def each_head(parts: list[jax.Array]) -> jax.Array:
+        return jnp.repeat(jnp.concatenate(parts, axis=2), heads // kv_heads, axis=1)
+
+    met_k = jnp.einsum("bthd,bhsd->bhts", q, each_head([flat(k)]))
+    met_near = jnp.einsum("bthd,bhsd->bhts", q_sink, each_head(near_k))
+    score = jnp.where(
+        jnp.concatenate(masks, axis=-1)[:, None], jnp.concatenate([met_k, met_near], axis=-1) * scale, -jnp.inf
     )
-    mask = jnp.concatenate(
-        [seen.reshape(batch, tokens, -1), jnp.repeat(sinks_seen[..., None], sink_k.shape[2], axis=-1)], axis=-1
-    )
-    probability = jax.nn.softmax(jnp.where(mask[:, None], score * scale, -jnp.inf), axis=-1)
-    values = jnp.concatenate([flat_v, jnp.repeat(sink_v, repeat, axis=1)], axis=2)
-    return jnp.einsum("bhts,bhsd->bthd", probability, values)
+    return jnp.einsum("bhts,bhsd->bthd", jax.nn.softmax(score, axis=-1), each_head([flat(v), *near_v]))

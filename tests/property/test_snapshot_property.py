@@ -32,6 +32,7 @@ from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape,
 from atlas_jax.engine.sessions.snapshot import Listing
 from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.page_schedule import PageSchedule
+from atlas_jax.model.transformer import SINKS
 
 MODEL = ModelConfig(
     family="llama",
@@ -46,7 +47,9 @@ MODEL = ModelConfig(
     context_length=4096,
     norm_eps=1e-5,
 )
-MEMORY = MemoryConfig(layers=(1,), components=4, features=16, code_dim=8, max_window=256, max_omega_window=256)
+MEMORY = MemoryConfig(
+    layers=(1,), components=4, features=16, code_dim=8, max_window=256, max_omega_window=256, max_kept=2 * PAGE
+)
 _PREFIX = 48  # magic, version, length and digest of the head
 
 
@@ -67,7 +70,16 @@ def filled(row: Sequences, random: np.random.Generator) -> Sequences:
     return jax.tree.map(fill, row)
 
 
-def make_session(length: int, plan: PageSchedule, dtype: KVDtype, seed: int) -> Session:
+def with_pairs(row: Sequences, count: int) -> Sequences:
+    """The row with zeros where no pair is kept: what is there is no part of a state."""
+    for kv in row.cache.kv:
+        assert kv.kept is not None
+        for leaf in jax.tree.leaves((kv.kept.k, kv.kept.v, kv.kept.score)):
+            leaf[:, -(-count // PAGE) :] = 0
+    return row
+
+
+def make_session(length: int, plan: PageSchedule, kept: int, dtype: KVDtype, seed: int) -> Session:
     """A session that has read `length` tokens, as the engine leaves it."""
     random = np.random.default_rng(seed)
     text = random.integers(0, MODEL.vocab, length).tolist()
@@ -81,19 +93,23 @@ def make_session(length: int, plan: PageSchedule, dtype: KVDtype, seed: int) -> 
     slots = np.full(row.cache.page.shape, -1, np.int32)
     for number in range(page + 1):
         slots[0, plan.slot(number)] = number
+    left = plan.left(max(page, 0))
+    pairs = min(max(left * PAGE - SINKS, 0), kept)
     for name, value in (
         ("page", slots),
+        ("kept", np.asarray([pairs], np.int32)),
         ("slot", np.asarray([plan.slot(max(page, 0))], np.int32)),
         ("first_page", np.asarray([plan.left(max(page, 0))], np.int32)),
         ("position", np.asarray([length], np.int32)),
     ):
         object.__setattr__(row.cache, name, value)
+    row = with_pairs(row, pairs)
     assert row.memory is not None
-    kept = np.arange(length)[-MEMORY.ring :]
-    row.memory.tokens[0, kept % MEMORY.ring] = np.asarray(text, np.int32)[kept]  # type: ignore[index]
+    recent = np.arange(length)[-MEMORY.ring :]
+    row.memory.tokens[0, recent % MEMORY.ring] = np.asarray(text, np.int32)[recent]  # type: ignore[index]
     return Session(
         key=SessionKey("owner", "a session"),
-        shape=SessionShape(plan, layers=1, degree=2),
+        shape=SessionShape(plan, layers=1, degree=2, kept=kept),
         history=history,
         checkpoints=[Checkpoint(length, page, row, plan.left(max(page, 0)) * PAGE)] if length else [],
         stats=SessionStats(updates=3, muon_iterations=4, omega_loss=0.25, last_update=123.5),
@@ -109,6 +125,7 @@ sessions = st.builds(
     make_session,
     st.integers(0, 5 * PAGE) | st.sampled_from([PAGE, 2 * PAGE, 3 * PAGE]),
     st.sampled_from([PageSchedule(1, 1), PageSchedule(2, 1), PageSchedule(1, 2), PageSchedule(2, 2)]),
+    st.sampled_from([0, 100, PAGE, 2 * PAGE]),
     st.sampled_from(["int8", "float32"]),
     st.integers(0, 2**32 - 1),
 )
@@ -169,8 +186,8 @@ def test_loading_what_was_saved_gives_the_session_back(session: Session) -> None
 
 
 EXAMPLE = replace(
-    make_session(3 * PAGE + 5, PageSchedule(1, 1), "int8", 0),
-    unread=(Unread([1, 2, 3], Reading(1, 1, 1, 2, "exact", 256, 1.0), ((3 * PAGE + 6, 3 * PAGE + 8),)),),
+    make_session(3 * PAGE + 5, PageSchedule(1, 1), PAGE, "int8", 0),
+    unread=(Unread([1, 2, 3], Reading(1, 1, 1, 2, 0, "exact", 256, 1.0, 0.9), ((3 * PAGE + 6, 3 * PAGE + 8),)),),
 )
 DATA = encode_session(layout(), EXAMPLE)
 HEAD, _START = snapshot.read_head(DATA)
@@ -185,7 +202,7 @@ def test_a_listing_is_read_from_the_first_bytes_alone() -> None:
 
 
 def test_a_memory_that_was_never_written_takes_no_room() -> None:
-    session = make_session(PAGE, PageSchedule(2, 1), "int8", 1)
+    session = make_session(PAGE, PageSchedule(2, 1), PAGE, "int8", 1)
     memory = session.checkpoints[0].row.memory
     assert memory is not None
     for name in ("weights", "momentum", "scale"):
@@ -193,7 +210,7 @@ def test_a_memory_that_was_never_written_takes_no_room() -> None:
     matrices = MEMORY.code_dim * (MEMORY.features + 2 * MEMORY.max_omega_window)
     small, full = (
         encode_session(layout(), session),
-        encode_session(layout(), make_session(PAGE, PageSchedule(2, 1), "int8", 1)),
+        encode_session(layout(), make_session(PAGE, PageSchedule(2, 1), PAGE, "int8", 1)),
     )
     assert len(full) - len(small) >= matrices
     loaded = decode_session(layout(), small).checkpoints[0].row.memory

@@ -198,12 +198,21 @@ def attention(
     seen: Bool[Array, "B T N P"],
     sinks_seen: Bool[Array, "B T"],
     scale: float,
+    kept: tuple[PackedPages, PackedPages, Int32[Array, B]] | None = None,
 ) -> Float[Array, "B T H D"]:
-    """Softmax attention over a ring of int8 pages and the sinks; see `kernels.attention.window_attention`."""
+    """Softmax attention over a ring of int8 pages, the sinks and kept pairs; see `kernels.attention.window_attention`.
+
+    Args:
+      kept: keys, values, and how many of them each row has.
+    """
     factor = jnp.asarray(scale, jnp.float32)
     shape = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     args = (q, q_sink, k, k_scale, v, v_scale, sink_k, sink_v, seen, sinks_seen, factor)
-    (out,) = _call("attention", (shape,), *args)
+    if kept is None:
+        (out,) = _call("attention", (shape,), *args)
+    else:
+        keys, values, count = kept
+        (out,) = _call("kept_attention", (shape,), *args, *_packed(keys), *_packed(values), count)
     return out
 
 
@@ -230,6 +239,10 @@ def exchange_pairs(
         tree, _call("exchange_pairs", shapes, *args, *old, in_place=in_place)
     )
     return made
+
+
+def _packed(pages: PackedPages) -> tuple[jax.Array, ...]:
+    return pages.nibbles, pages.step, pages.offset, pages.scale
 
 
 def _call(

@@ -47,6 +47,7 @@ _TARGETS = (
     "normed_qkv_rope_cache",
     "attention",
     "exchange_pairs",
+    "kept_attention",
     "greedy",
     "draw",
     "blend",

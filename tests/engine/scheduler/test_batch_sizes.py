@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from atlas_jax.engine.runner.base import Buckets
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepConfig, Weights
 from atlas_jax.engine.runner.step_inputs import MemoryWrite, memory_settings, recent_text, sampling_state
+from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.model.loading import load_params, model_config
@@ -36,14 +38,12 @@ def test_a_row_is_what_it_would_be_alone(kernels: bool, tmp_path: Path) -> None:
     with GGUFFile.open(model) as file, choice.scope():
         config, params = model_config(file), load_params(file, model_config(file))
         memory, found = adapter_store.decode(adapter.read_bytes(), file.fingerprint(), config, max_window=2 * PAGE)
+    memory = dataclasses.replace(memory, max_kept=PAGE)
     weights = Weights(params, found, jnp.arange(1, config.vocab + 1) % config.vocab)
     runner = PretrainedRunner(StepConfig(config, memory, choice), weights, "int8", Buckets(rows=SIZES, pages=(4,)))
     how = MemoryParams(window_size=PAGE)
-    plan, write, settings = (
-        PageSchedule(window=1),
-        MemoryWrite.from_params(how, DEGREE),
-        memory_settings(how, 1, DEGREE),
-    )
+    plan, settings = PageSchedule(window=1), memory_settings(how, 1, DEGREE)
+    write = MemoryWrite.from_params(how, SessionShape(plan, 1, DEGREE, kept=PAGE))
     text = np.random.default_rng(1).integers(0, 340, 3 * PAGE).tolist()
     row = runner.new_row(4)
     for page in range(3):
