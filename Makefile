@@ -56,16 +56,16 @@ quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp
 	done
 
 documents: $(VENV)/bench model ## loss past the window on long documents: window, memory, full attention
-	$(RUN) -m benchmarks.corpora --out data/corpora --group documents
+	$(RUN) -m atlas_jax.evaluation.corpora --out data/corpora --group documents
 	$(RUN) -m atlas_jax.experiments.long_documents $(MODEL) --texts data/corpora/documents
 
 recall: $(VENV)/bench model ## facts asked for long after they left the window, in the library and over HTTP
-	$(RUN) -m benchmarks.corpora --out data/corpora --group documents --group perplexity
+	$(RUN) -m atlas_jax.evaluation.corpora --out data/corpora --group documents --group perplexity
 	$(RUN) -m atlas_jax.experiments.fact_recall $(MODEL) --filler $(FILLER) --seed 41
 	$(RUN) -m benchmarks.recall_http $(MODEL) --filler $(FILLER) --seed 41
 
 chat-recall: $(VENV)/bench model ## everyday facts of a long message asked for in a chat: window, memory, everything sent
-	$(RUN) -m benchmarks.corpora --out data/corpora --group documents
+	$(RUN) -m atlas_jax.evaluation.corpora --out data/corpora --group documents
 	$(RUN) -m benchmarks.chat_recall $(MODEL) --texts $(CHAT) --output docs/benchmarks/chat_recall.md
 
 log-hour: $(VENV)/bench model ## an hour of ordinary use: the lines of the log by kind; fails where they are more than 30

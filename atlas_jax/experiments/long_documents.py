@@ -75,7 +75,9 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--texts", type=Path, required=True, help="folder of .txt files (benchmarks/corpora.py)")
+    parser.add_argument(
+        "--texts", type=Path, required=True, help="folder of .txt files (atlas_jax/evaluation/corpora.py)"
+    )
     parser.add_argument("--tokens", type=int, default=4608, help="tokens read of each text")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--adapter", type=Path, help="adapter of the memory (default: the engine finds one)")
