@@ -41,6 +41,12 @@ class Arm:
         """What its values depend on."""
         return {"kind": self.kind, **_plain(self.options)}
 
+    @property
+    def attended(self) -> int:
+        """Tokens that a token attends in the end: those of the window, and what is kept beside it."""
+        kept: int = getattr(self.options, "kept_pairs", 0)
+        return self.options.window_size + kept
+
     def params(
         self, tokens: int, *, session: SessionKey | None = None, teach: bool = True, asked: bool = False
     ) -> MemoryParams:

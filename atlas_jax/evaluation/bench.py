@@ -62,6 +62,10 @@ class Session:
         """Reads on."""
         return self._bench.run(prompt, self._arm.params(self._tokens, session=self.key), max_tokens=0).end
 
+    def go_on(self, prompt: Sequence[int], max_tokens: int) -> Answer:
+        """Reads on and writes on."""
+        return self._bench.run(prompt, self._arm.params(self._tokens, session=self.key), max_tokens=max_tokens)
+
     def ask(self, question: Sequence[int], max_tokens: int, **how: Any) -> Answer:
         """Goes on greedily after the question; the session stays as it was."""
         return self._bench.run(question, self._params(False), max_tokens=max_tokens, **how)
@@ -153,10 +157,14 @@ class Bench:
             with suppress(SessionNotFound):  # a unit that failed before anything was read
                 self.engine.sessions.delete(key.owner, key.session_id)
 
-    def answer(self, prompt: Sequence[int], arm: Arm, max_tokens: int, **how: Any) -> Answer:
-        """Goes on greedily after a prompt without a session. Raises NotPossible."""
+    def answer(self, prompt: Sequence[int], arm: Arm, max_tokens: int, *, asked: bool = False, **how: Any) -> Answer:
+        """Goes on greedily after a prompt without a session. Raises NotPossible.
+
+        Args:
+          asked: the model answers somebody, as in a chat.
+        """
         self.check(arm, len(prompt) + max_tokens)
-        memory = None if arm.kind == FULL else arm.params(len(prompt) + max_tokens)
+        memory = None if arm.kind == FULL else arm.params(len(prompt) + max_tokens, asked=asked)
         return self.run(prompt, memory, max_tokens=max_tokens, **how)
 
     def chance(self, prompt: Sequence[int], token: int, *, memory: MemoryParams | None) -> float:
@@ -206,15 +214,16 @@ class Bench:
         ]
         return Answer(text_of(events), tuple(tokens), end)
 
-    def state_bytes(self, arm: Arm) -> int:
-        """Bytes of a session of this arm at rest, after it has read five windows."""
+    def state_bytes(self, arm: Arm) -> tuple[int, int]:
+        """Bytes of a session of this arm that has read five windows, in memory and in its file."""
         tokens = 5 * arm.params(0).window_size
         vocabulary = self.model.vocab_size
         some = np.random.default_rng(0).integers(vocabulary // 4, vocabulary // 2, tokens).tolist()
         with self.session(arm, tokens) as session:
             session.read(some)
             listed, _ = self.engine.sessions.list(_OWNER, after=None, limit=1000)
-            return next(row.bytes for row in listed if row.session_id == session.key.session_id)
+            resident = next(row.bytes for row in listed if row.session_id == session.key.session_id)
+            return resident, self.engine.sessions.save_session(_OWNER, session.key.session_id).bytes
 
 
 def window_of_bytes(size: int, token_bytes: int, *, least: int, most: int) -> int:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import logging
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -117,8 +118,11 @@ def _run(args: argparse.Namespace) -> int:
     results = ResultsFile(args.out / "results.jsonl")
     longest = min(_CONTEXT[scale], model.context_length) // PAGE * PAGE
     largest = max([longest + 4 * PAGE, *(arm.options.window_size for arm in arms)])
+    folder = tempfile.TemporaryDirectory()  # of sessions, so that they have files whose size can be told
     engine = Engine.open(
         model_path=args.model,
+        memory_path=folder.name,
+        speculate=False,  # how many drafts are right depends on the text, and would hide what a step costs
         adapter_path=args.adapter,
         cache_path=args.cache,
         max_concurrent=1,
@@ -160,6 +164,7 @@ def _run(args: argparse.Namespace) -> int:
         )
     finally:
         engine.close(timeout=30)
+        folder.cleanup()
     for line in report.write(done, args.out):
         print(line, file=sys.stderr)
     if args.write_docs is not None:

@@ -28,7 +28,7 @@ def sized(arms: Sequence[Arm], bench: Bench, model: ModelConfig) -> list[Arm]:
         if arm.kind == "larger window":
             like = memory or Arm(MEMORY, type(arm.options)())
             window = window_of_bytes(
-                bench.state_bytes(like),
+                bench.state_bytes(like)[0],
                 token_bytes(model),
                 least=like.options.window_size + PAGE,
                 most=bench.engine.config.max_window,

@@ -91,6 +91,6 @@ def ratio_of_means(pairs: Sequence[tuple[float, float]]) -> Estimate:
     return bootstrap(ratio, pairs)
 
 
-def median_ratio(pairs: Sequence[tuple[float, float]]) -> Estimate:
-    """The median of ratios of measurements taken in turns."""
-    return bootstrap(lambda table: np.median(table[..., 0] / table[..., 1], axis=1), pairs)
+def median(values: Sequence[float]) -> Estimate:
+    """The median, of measurements that are sometimes disturbed."""
+    return bootstrap(lambda table: np.median(table[..., 0], axis=1), [[value] for value in values])
