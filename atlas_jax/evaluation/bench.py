@@ -98,10 +98,14 @@ class Session:
 
 
 class Bench:
-    """An engine, and how the tasks ask it."""
+    """An engine, and how the tasks ask it.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    Args:
+      token_bytes: of a token's keys and values.
+    """
+
+    def __init__(self, engine: Engine, token_bytes: int) -> None:
+        self.engine, self.token_bytes = engine, token_bytes
         self._sessions = 0
 
     @property

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from atlas_jax.engine.api import ModelInfo
 
 _USAGE_ERROR, _FAILED, _STOPPED = 2, 1, 130
-_CONTEXT = {"quick": 3072, "standard": 8192, "long": 131072 + 1024}
+_CONTEXT = {"quick": 6144, "standard": 8192, "long": 131072 + 1024}
 """Longest text that full attention holds, if the model's context is no shorter."""
 
 
@@ -134,8 +134,8 @@ def _run(args: argparse.Namespace) -> int:
     try:
         if engine.model.memory_unavailable:
             raise _UsageError(f"the model has no memory to evaluate: {engine.model.memory_unavailable}")
-        bench = Bench(engine)
-        sized = evaluate.sized(arms, bench, model)
+        bench = Bench(engine, evaluate.token_bytes(model))
+        sized = evaluate.sized(arms, bench)
         setup = Setup(engine.tokenizer, found, engine.model.context_length, scale, args.seeds)
         identity = {
             "model": engine.model.fingerprint,
@@ -156,8 +156,8 @@ def _run(args: argparse.Namespace) -> int:
             rows=rows,
             planned=len(units),
             facts={
-                "bytes of a token's keys and values (int8)": evaluate.token_bytes(model),
-                "trained context": engine.model.context_length,
+                "bytes of a token's keys and values (int8)": bench.token_bytes,
+                "longest text of full attention": engine.model.context_length,
                 "adapter of the memory": engine.model.adapter,
                 "seeds": args.seeds,
             },

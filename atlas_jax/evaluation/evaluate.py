@@ -20,7 +20,7 @@ def token_bytes(model: ModelConfig) -> int:
     return len(model.layers) * model.kv_heads * 2 * (model.head_dim + 4)
 
 
-def sized(arms: Sequence[Arm], bench: Bench, model: ModelConfig) -> list[Arm]:
+def sized(arms: Sequence[Arm], bench: Bench) -> list[Arm]:
     """The arms, the larger window being given as many bytes as a session of the memory takes."""
     memory = next((arm for arm in arms if arm.name == MEMORY), None)
     out = []
@@ -29,7 +29,7 @@ def sized(arms: Sequence[Arm], bench: Bench, model: ModelConfig) -> list[Arm]:
             like = memory or Arm(MEMORY, type(arm.options)())
             window = window_of_bytes(
                 bench.state_bytes(like)[0],
-                token_bytes(model),
+                bench.token_bytes,
                 least=like.options.window_size + PAGE,
                 most=bench.engine.config.max_window,
             )

@@ -10,7 +10,8 @@ from typing import Any
 import msgspec
 
 from atlas_jax import __version__
-from atlas_jax.evaluation.arms import Arm
+from atlas_jax.evaluation import acceptance
+from atlas_jax.evaluation.arms import FULL, LARGER, WINDOW, Arm
 from atlas_jax.evaluation.measures import Result, Task
 from atlas_jax.evaluation.results import Row
 from atlas_jax.evaluation.tables import Table
@@ -39,12 +40,20 @@ class Evaluated:
 
 def tables_of(done: Evaluated) -> dict[str, list[Table]]:
     """The tables of each task that has results."""
-    out = {}
-    for task in done.tasks:
-        results = [result for row in done.rows if row.task == task.name for result in row.results()]
-        if results:
-            out[task.name] = list(task.tables(results, _arms_of(done.arms, results)))
-    return out
+    results = results_of(done)
+    return {
+        task.name: list(task.tables(results[task.name], _arms_of(done.arms, results[task.name])))
+        for task in done.tasks
+        if task.name in results
+    }
+
+
+def results_of(done: Evaluated) -> dict[str, list[Result]]:
+    """All values by task."""
+    out: dict[str, list[Result]] = {}
+    for row in done.rows:
+        out.setdefault(row.task, []).extend(row.results())
+    return {task: results for task, results in out.items() if results}
 
 
 def write(done: Evaluated, folder: Path) -> list[str]:
@@ -87,6 +96,10 @@ def markdown(done: Evaluated, tables: Mapping[str, Sequence[Table]], plots: Mapp
                 lines += ["", table.markdown()]
                 if plots and table.title in plots:
                     lines += ["", f"![{table.title}]({plots[table.title]})"]
+    judged = [arm.name for arm in done.arms if arm.name not in (WINDOW, LARGER, FULL)]
+    if judged:
+        lines += ["", "## What is to be reached", ""]
+        lines += ["\n\n".join(acceptance.markdown(results_of(done), arm) for arm in judged)]
     skipped = dict.fromkeys((row.task, row.arm, row.skipped) for row in done.rows if row.skipped)
     if skipped:
         lines += ["", "## Not measured", "", *(f"- {task}, {arm}: {why}" for task, arm, why in skipped)]

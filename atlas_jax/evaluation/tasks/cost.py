@@ -51,8 +51,11 @@ def run(bench: Bench, arm: Arm, item: Item) -> list[Value]:
         raise NotPossible("bytes and time of full attention grow with the text")
     what: Rounds = item.data
     if what.kind == "state":
+        pairs = Value("keys and values", arm.attended * bench.token_bytes / 1e6)
+        if not arm.options.read:  # a session cannot be without a matrix, but a window alone would need none
+            return [pairs]
         resident, snapshot = bench.state_bytes(arm)
-        return [Value("resident", resident / 1e6), Value("snapshot", snapshot / 1e6)]
+        return [pairs, Value("resident", resident / 1e6), Value("snapshot", snapshot / 1e6)]
     bench.engine.warm_up()
     stream = _Stream(bench, what.text)
     return _beside(bench, arm, what, stream) if what.kind == "beside a window" else _along(bench, arm, what, stream)
@@ -114,22 +117,30 @@ def _along(bench: Bench, arm: Arm, what: Rounds, stream: _Stream) -> list[Value]
 def tables(results: Sequence[Result], arms: Sequence[str]) -> list[Table]:
     """Bytes, ratios of speed, and time per token along a session."""
     out = []
-    state = [r for r in results if r.value.measure in ("resident", "snapshot")]
+    state = [r for r in results if r.value.measure in ("keys and values", "resident", "snapshot")]
     if state:
         columns, rows = cells(state, arms, lambda r: [f"{r.value.measure}, MB"], _median)
-        about = "Bytes of a session that has read five windows, in memory and in its file, 10⁶ bytes."
+        about = (
+            "10⁶ bytes: keys and values that are attended in int8, and all that is held of a session that has read five "
+            "windows, in memory and in its file. A window alone holds nothing else."
+        )
         out.append(Table("State of a session", about, columns, rows, form=".2f"))
-    speeds = ("prefill", "decode", "prefill tokens/s", "decode tokens/s")
-    beside = [r for r in results if r.value.measure in speeds]
-    if beside:
+    for title, form, measures in (
+        ("Speed beside a plain window", ".2f", ("prefill", "decode")),
+        ("Tokens per second", ".0f", ("prefill tokens/s", "decode tokens/s")),
+    ):
+        beside = [r for r in results if r.value.measure in measures]
+        if not beside:
+            continue
         (length,) = {r.value.labels["tokens"] for r in beside}
-        names = {"prefill": "prefill, ratio", "decode": "decode, ratio"}
-        columns, rows = cells(beside, arms, lambda r: [names.get(r.value.measure, r.value.measure)], _median)
+        columns, rows = cells(beside, arms, lambda r: [r.value.measure], _median)
         about = (
             f"A prompt of {length} tokens and {_WRITE} more, beside a plain window that attends as many tokens, in turns: "
-            "medians over rounds. A ratio below 1 is slower; that of the window to itself shows the noise."
+            "medians over rounds."
         )
-        out.append(Table("Speed beside a plain window", about, columns, rows))
+        if form == ".2f":
+            about += " Speeds as ratios: below 1 is slower, and that of the window to itself shows the noise."
+        out.append(Table(title, about, columns, rows, form=form))
     for measure in ("ms to read", "ms to write"):
         part = only(results, measure)
         if part:
