@@ -15,7 +15,7 @@ CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psu
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
-  bench-memory mutation documents recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
+  bench-memory mutation eval documents recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,9 @@ quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp
 	  $(RUN) -m benchmarks.quality --model $(MODEL) --golden $(GOLDEN)/smollm2-135m-instruct-q4_1 --dtype $$dtype; \
 	  $(RUN) -m benchmarks.quality --model $(GEMMA) --golden $(GOLDEN)/gemma-3-270m-q4_k_m --dtype $$dtype; \
 	done
+
+eval: $(VENV)/bench model ## what the memory is worth, beside other ways to remember: an hour, goes on where it stopped (ARGS="--quick …")
+	$(VENV)/bin/atlas-jax eval $(MODEL) --out build/eval --texts data/corpora $(ARGS)
 
 documents: $(VENV)/bench model ## loss past the window on long documents: window, memory, full attention
 	$(RUN) -m atlas_jax.evaluation.corpora --out data/corpora --group documents

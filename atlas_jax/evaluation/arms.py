@@ -12,8 +12,8 @@ from atlas_jax.config import PAGE
 from atlas_jax.engine.api import MemoryParams, SessionKey
 from atlas_jax.engine.memory_options import MemoryOptions
 
-Kind = Literal["options", "larger window", "full"]
-WINDOW, LARGER, MEMORY, FULL = "window", "larger window", "memory", "full"
+Kind = Literal["options", "larger window", "full", "nearest neighbours"]
+WINDOW, LARGER, MEMORY, FULL, NEAREST = "window", "larger window", "memory", "full", "nearest neighbours"
 _ROOM = 4 * PAGE
 """Tokens that a full window is larger than the text: for a question and its answer."""
 _OFF = {"read": False, "write": False, "kept_pairs": 0}
@@ -29,7 +29,8 @@ class Arm:
 
     Attributes:
       options: of its requests; those of the full arm say what a window of all the text does.
-      kind: a larger window gets its size once it is known how many bytes the memory takes; a full one has that of each text.
+      kind: a larger window gets its size once it is known how many bytes the memory takes; a full one has that of each
+        text; nearest neighbours are computed beside the engine (`nearest`), and know only losses.
     """
 
     name: str
@@ -78,6 +79,7 @@ def standard_arms() -> list[Arm]:
         Arm(LARGER, window_alone(), kind="larger window"),
         Arm(MEMORY, MemoryOptions()),
         Arm(FULL, window_alone(), kind="full"),
+        Arm(NEAREST, window_alone(), kind="nearest neighbours"),
     ]
 
 
@@ -107,8 +109,8 @@ def parse_arm(text: str) -> Arm:
     return Arm(name, msgspec.convert(options, MemoryOptions))
 
 
-def chosen_arms(names: Sequence[str], further: Sequence[str]) -> list[Arm]:
-    """The standard arms of these names, or all of them, then the further ones.
+def chosen_arms(names: Sequence[str], further: Sequence[str], *, left_out: Sequence[str] = ()) -> list[Arm]:
+    """The standard arms of these names, or all but those left out, then the further ones.
 
     Raises:
       ArmError: a name is not known or there twice, or a further arm is wrong.
@@ -117,7 +119,8 @@ def chosen_arms(names: Sequence[str], further: Sequence[str]) -> list[Arm]:
     for name in names:
         if name not in standard:
             raise ArmError(f"there is no arm '{name}' (there are {', '.join(standard)}; --arm NAME=JSON makes others)")
-    arms = [arm for name, arm in standard.items() if not names or name in names] + [parse_arm(one) for one in further]
+    wanted = names or standard.keys() - set(left_out)
+    arms = [arm for name, arm in standard.items() if name in wanted] + [parse_arm(one) for one in further]
     seen = set[str]()
     for arm in arms:
         if arm.name in seen:

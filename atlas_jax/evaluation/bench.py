@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,9 @@ from atlas_jax.engine.api import (
     Tokenizer,
 )
 from atlas_jax.engine.offline import ask, text_of
-from atlas_jax.evaluation.arms import FULL, Arm
+from atlas_jax.evaluation.arms import FULL, NEAREST, WINDOW, Arm
 from atlas_jax.evaluation.measures import NotPossible
+from atlas_jax.evaluation.nearest import NearestNeighbours
 
 _OWNER = "evaluation"
 _FORCE = 100.0
@@ -106,6 +108,7 @@ class Bench:
 
     def __init__(self, engine: Engine, token_bytes: int) -> None:
         self.engine, self.token_bytes = engine, token_bytes
+        self._nearest: NearestNeighbours | None = None
         self._sessions = 0
 
     @property
@@ -135,6 +138,8 @@ class Bench:
 
     def losses(self, tokens: Sequence[int], arm: Arm) -> npt.NDArray[np.float64]:
         """Nats of every token; 0 for the first, which nothing is said of. Raises NotPossible."""
+        if arm.kind == NEAREST:
+            return self._neighbours(arm).losses(tokens)
         self.check(arm, len(tokens))
         memory = None if arm.kind == FULL else arm.params(len(tokens))
         (events,) = ask(
@@ -144,8 +149,21 @@ class Bench:
         scored = next(event for event in events if isinstance(event, Prompt)).tokens
         return np.array([-(token.logprob or 0.0) for token in scored])
 
+    def _neighbours(self, arm: Arm) -> NearestNeighbours:
+        if self._nearest is None:
+            window = Arm(WINDOW, arm.options)
+            self._nearest = NearestNeighbours(
+                Path(self.engine.config.model_path),
+                lambda tokens: self.losses(tokens, window),
+                self.tokens,
+                arm.options.window_size,
+            )
+        return self._nearest
+
     def check(self, arm: Arm, tokens: int) -> None:
-        """Whether an arm can hold so much text; raises NotPossible."""
+        """Whether an arm can hold so much text, and answer; raises NotPossible."""
+        if arm.kind == NEAREST:
+            raise NotPossible("nearest neighbours are a baseline for losses: they do not write")
         if arm.kind == FULL and tokens > self.model.context_length:
             raise NotPossible(f"full attention of {tokens} tokens is past the context of {self.model.context_length}")
 

@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> int:
     from atlas_jax.engine import Engine
     from atlas_jax.engine.config import default_cache
     from atlas_jax.evaluation import evaluate, report, texts
-    from atlas_jax.evaluation.arms import chosen_arms
+    from atlas_jax.evaluation.arms import NEAREST, chosen_arms
     from atlas_jax.evaluation.bench import Bench
     from atlas_jax.evaluation.measures import Setup
     from atlas_jax.evaluation.results import ResultsFile
@@ -104,7 +104,7 @@ def _run(args: argparse.Namespace) -> int:
     scale: Any = "quick" if args.quick else "long" if args.long else "standard"
     if args.seeds < 1:
         raise _UsageError(f"--seeds must be at least 1, got {args.seeds}")
-    arms = chosen_arms(args.arms, args.arm)
+    arms = chosen_arms(args.arms, args.arm, left_out=(NEAREST,) if args.quick else ())
     names = [task.name for task in TASKS]
     for name in args.tasks:
         if name not in names:

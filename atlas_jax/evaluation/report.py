@@ -11,7 +11,7 @@ import msgspec
 
 from atlas_jax import __version__
 from atlas_jax.evaluation import acceptance
-from atlas_jax.evaluation.arms import FULL, LARGER, WINDOW, Arm
+from atlas_jax.evaluation.arms import FULL, LARGER, NEAREST, WINDOW, Arm
 from atlas_jax.evaluation.measures import Result, Task
 from atlas_jax.evaluation.results import Row
 from atlas_jax.evaluation.tables import Table
@@ -96,7 +96,7 @@ def markdown(done: Evaluated, tables: Mapping[str, Sequence[Table]], plots: Mapp
                 lines += ["", table.markdown()]
                 if plots and table.title in plots:
                     lines += ["", f"![{table.title}]({plots[table.title]})"]
-    judged = [arm.name for arm in done.arms if arm.name not in (WINDOW, LARGER, FULL)]
+    judged = [arm.name for arm in done.arms if arm.name not in (WINDOW, LARGER, FULL, NEAREST)]
     if judged:
         lines += ["", "## What is to be reached", ""]
         lines += ["\n\n".join(acceptance.markdown(results_of(done), arm) for arm in judged)]
@@ -126,6 +126,8 @@ def _flat(row: Row) -> dict[str, Any]:
 def _options(arm: Arm) -> str:
     if arm.kind == "full":
         return "a window that holds all of the text"
+    if arm.kind == NEAREST:
+        return "the window beside every state that was read (kNN-LM)"
     default = type(arm.options)()
     changed = {
         name: getattr(arm.options, name)

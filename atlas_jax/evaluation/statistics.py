@@ -48,7 +48,7 @@ def wilson(found: float, asked: int) -> Estimate:
     z2, share = _Z**2, found / asked
     middle = (share + z2 / (2 * asked)) / (1 + z2 / asked)
     half = _Z * math.sqrt(share * (1 - share) / asked + z2 / (4 * asked**2)) / (1 + z2 / asked)
-    return Estimate(share, max(0.0, middle - half), min(1.0, middle + half), asked)
+    return Estimate(share, min(share, max(0.0, middle - half)), max(share, min(1.0, middle + half)), asked)
 
 
 def bootstrap(

@@ -126,6 +126,14 @@ def test_other_seeds_give_other_questions_and_the_same_documents(evaluate: Calla
     assert len(set(lists.values())) == 2
 
 
+def test_nearest_neighbours_know_losses_and_nothing_else(evaluate: Callable[..., int], tmp_path: Path) -> None:
+    assert evaluate(tmp_path, "--tasks", "loss", "lists", "--arms", "window", "nearest neighbours") == 0
+    nearest = [row for row in rows(tmp_path) if row["arm"] == "nearest neighbours"]
+    assert {row["task"]: bool(row["values"]) for row in nearest} == {"loss": True, "lists": False}
+    losses = {row["arm"]: row["values"][0]["value"] for row in rows(tmp_path) if row["task"] == "loss"}
+    assert losses["nearest neighbours"] < losses["window"], "a random model's window is worse than any earlier text"
+
+
 def test_the_report_says_what_is_missing(whole: Path) -> None:
     assert report.markdown  # the module is what the command uses
     assert "## Not measured" in (whole / "evaluation.md").read_text(), "full attention has no cost"

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.evaluation import texts
+from atlas_jax.evaluation import nearest, texts
 from atlas_jax.evaluation.measures import Result, Setup, Value
 from atlas_jax.evaluation.results import ResultsError, ResultsFile
 from atlas_jax.evaluation.tasks import TASKS, associations, facts, generation, loss, names, reasoning, ruler
@@ -146,6 +148,33 @@ def test_the_gap_is_the_ratio_of_means_and_harm_the_worst_document() -> None:
     worst = loss.harm(losses, "memory")
     assert worst is not None
     assert worst == (pytest.approx(0.02), "b")
+
+
+@settings(deadline=None, max_examples=25)
+@given(seed=st.integers(0, 100), length=st.integers(3, 40), count=st.integers(1, 50), sharpness=st.floats(0, 30))
+def test_neighbours_vote_as_in_a_loop_over_all_earlier_states(
+    seed: int, length: int, count: int, sharpness: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    keys = rng.standard_normal((length, 8)).astype(np.float32)
+    keys /= np.linalg.norm(keys, axis=1, keepdims=True)
+    tokens = rng.integers(0, 4, length)
+    found = nearest.neighbours(keys, tokens, (count,), (sharpness,))[count, sharpness]
+    assert found[0] == 0
+    for at in range(1, length - 1):
+        cosines = sorted(((float(keys[at] @ keys[earlier]), earlier) for earlier in range(at)), reverse=True)[:count]
+        votes = [(math.exp(sharpness * cosine), tokens[earlier + 1]) for cosine, earlier in cosines]
+        right = sum(vote for vote, token in votes if token == tokens[at + 1])
+        assert found[at] == pytest.approx(right / sum(vote for vote, _ in votes), abs=1e-4)
+
+
+def test_a_state_is_centred_by_what_came_before_it() -> None:
+    states = np.random.default_rng(1).standard_normal((9, 4)) + 5
+    whole = nearest.unit_states(states)
+    assert np.allclose(whole[:5], nearest.unit_states(states[:5]), atol=1e-6)
+    assert np.allclose(
+        whole[4] @ (states[4] - states[:5].mean(axis=0)), np.linalg.norm(states[4] - states[:5].mean(axis=0))
+    )
 
 
 @pytest.mark.parametrize("scale", ["quick", "standard"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from atlas_jax.engine.api import Finished
-from atlas_jax.evaluation.arms import FULL, Arm, window_alone
+from atlas_jax.evaluation.arms import FULL, NEAREST, Arm, window_alone
 from atlas_jax.evaluation.bench import Bench
 from atlas_jax.evaluation.measures import Item, NotPossible, Result, Setup, Task, Value
 from atlas_jax.evaluation.statistics import NOTHING, Estimate, median
@@ -46,9 +46,9 @@ def items(setup: Setup) -> list[Item]:
 
 
 def run(bench: Bench, arm: Arm, item: Item) -> list[Value]:
-    """The values of one of the three; raises NotPossible for full attention, which costs what the text is long."""
-    if arm.kind == FULL:
-        raise NotPossible("bytes and time of full attention grow with the text")
+    """The values of one of the three; raises NotPossible for arms that cost what the text is long."""
+    if arm.kind in (FULL, NEAREST):
+        raise NotPossible("its bytes and time grow with the text")
     what: Rounds = item.data
     if what.kind == "state":
         pairs = Value("keys and values", arm.attended * bench.token_bytes / 1e6)
