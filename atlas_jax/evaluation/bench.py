@@ -190,7 +190,11 @@ class Bench:
         return self.run(prompt, memory, max_tokens=max_tokens, **how)
 
     def chance(self, prompt: Sequence[int], token: int, *, memory: MemoryParams | None) -> float:
-        """Nats of one token after a prompt: it is forced, and its probability is that before it was."""
+        """Nats of one token after a prompt: it is forced, and its probability is that before it was.
+
+        Raises:
+          AssertionError: the engine drew another.
+        """
         sampling = SamplingParams(temperature=0.0, logit_bias={token: _FORCE}, logprobs=0)
         (events,) = ask(
             self.engine,

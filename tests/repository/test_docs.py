@@ -24,8 +24,8 @@ DOCUMENTS = sorted(
     )
     if path.name != "CHANGELOG.md"  # says what was, under the names it had
 )
-INVENTED = {"atlas_jax/model/families/qwen3.py"}
-"""What a guide has its reader write."""
+INVENTED = {"atlas_jax/model/families/qwen3.py", "evaluation.md"}
+"""What a guide has its reader write, or a command writes."""
 _FILE = re.compile(r"^[\w.-]*(?:/[\w.-]+)*\.(?:py|c|h|md|toml|yml|yaml|svg|png)$")
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 

@@ -236,7 +236,7 @@ def score(answer: str, wanted: Sequence[str]) -> float:
 
 
 def run(bench: Bench, arm: Arm, item: Item) -> list[Value]:
-    """The score of a greedy answer."""
+    """The score of a greedy answer; raises NotPossible where the model's chat template leaves too little room."""
     given: Exercise = item.data
     messages = [{"role": "user", "content": f"{given.text}\n\n{given.question}"}]
     prompt = [*bench.chat_tokens(messages), *bench.tokens(given.opening, begin=False)]
