@@ -15,7 +15,7 @@ CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psu
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
-  bench-memory mutation eval documents recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
+  bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,10 +57,6 @@ quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp
 
 eval: $(VENV)/bench model ## what the memory is worth, beside other ways to remember: an hour, goes on where it stopped (ARGS="--quick …")
 	$(VENV)/bin/atlas-jax eval $(MODEL) --out build/eval --texts data/corpora $(ARGS)
-
-documents: $(VENV)/bench model ## loss past the window on long documents: window, memory, full attention
-	$(RUN) -m atlas_jax.evaluation.corpora --out data/corpora --group documents
-	$(RUN) -m atlas_jax.experiments.long_documents $(MODEL) --texts data/corpora/documents
 
 recall: $(VENV)/bench model ## facts asked for long after they left the window, in the library and over HTTP
 	$(RUN) -m atlas_jax.evaluation.corpora --out data/corpora --group documents --group perplexity

@@ -122,17 +122,31 @@ def run(bench: Bench, arm: Arm, item: Item) -> list[Value]:
 def tables(results: Sequence[Result], arms: Sequence[str]) -> list[Table]:
     """Shares that are right, and the difference to the window alone over the same exercises."""
     columns, rows = cells(only(results, "found"), arms, lambda r: [str(r.value.labels["kind"]), "all"], share)
-    columns = (*(name for name in columns if name != "all"), "all", "all, against the window")
-    own = {arm: _shares([r for r in only(results, "found") if r.arm == arm]) for arm in arms}
+    columns = (
+        *(name for name in columns if name != "all"),
+        "all",
+        "all, against the window",
+        "margin in nats",
+        "margin, against the window",
+    )
+    found, margins = (
+        {arm: _means([r for r in only(results, measure) if r.arm == arm]) for arm in arms}
+        for measure in ("found", "margin")
+    )
     full: dict[str, dict[str, Estimate]] = {arm: dict(row) for arm, row in rows.items()}
     for arm in arms:
-        both = sorted(own[arm].keys() & own.get(WINDOW, {}).keys())
-        full[arm]["all, against the window"] = mean([own[arm][key] - own[WINDOW][key] for key in both])
-    about = "Share of exercises whose right continuation is the likelier of two; half are right by chance."
+        full[arm]["margin in nats"] = mean(list(margins[arm].values()))
+        for name, own in (("all", found), ("margin", margins)):
+            both = sorted(own[arm].keys() & own.get(WINDOW, {}).keys())
+            full[arm][f"{name}, against the window"] = mean([own[arm][key] - own[WINDOW][key] for key in both])
+    about = (
+        "Share of exercises whose right continuation is the likelier of two, half are right by chance; and by how many nats it "
+        "is likelier."
+    )
     return [Table("Exercises that need no memory", about, columns, full)]
 
 
-def _shares(results: Sequence[Result]) -> dict[tuple[str, int], float]:
+def _means(results: Sequence[Result]) -> dict[tuple[str, int], float]:
     groups = by(results, lambda r: (r.item, r.seed))
     return {key: sum(r.value.value for r in group) / len(group) for key, group in groups.items()}  # type: ignore[misc]
 
