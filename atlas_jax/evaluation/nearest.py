@@ -34,6 +34,8 @@ _COUNTS = (8, 64, 512)
 _SHARPNESS = (5.0, 10.0, 20.0, 40.0)
 _WEIGHTS = tuple(share / 20 for share in range(11))
 _ROWS = 256
+_NEVER = -3.0
+"""Further behind than one cosine can be behind another: a state that comes later."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,8 @@ def neighbours(
         order = np.argsort(-found, axis=1, kind="stable")
         place, found = np.take_along_axis(place, order, axis=1), np.take_along_axis(found, order, axis=1)
         right = tokens[place + 1] == tokens[first + 1 : last + 1, None]
+        behind = np.where(np.isfinite(found), found - found[:, :1], _NEVER)
         for count, sharp in out:
-            votes = np.exp(sharp * (found[:, :count] - found[:, :1]))
+            votes = np.where(behind[:, :count] > _NEVER, np.exp(sharp * behind[:, :count]), 0)
             out[count, sharp][first:last] = (votes * right[:, :count]).sum(axis=1) / votes.sum(axis=1)
     return out

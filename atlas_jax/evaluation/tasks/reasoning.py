@@ -140,8 +140,8 @@ def tables(results: Sequence[Result], arms: Sequence[str]) -> list[Table]:
             both = sorted(own[arm].keys() & own.get(WINDOW, {}).keys())
             full[arm][f"{name}, against the window"] = mean([own[arm][key] - own[WINDOW][key] for key in both])
     about = (
-        "Share of exercises whose right continuation is the likelier of two, half are right by chance; and by how many nats it "
-        "is likelier."
+        "Share of exercises whose right continuation is the likelier of two, half are right by chance; and by how many nats "
+        "it is likelier."
     )
     return [Table("Exercises that need no memory", about, columns, full)]
 
