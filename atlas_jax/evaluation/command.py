@@ -67,6 +67,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
+    from atlas_jax.engine.api import EngineError
     from atlas_jax.evaluation.arms import ArmError
     from atlas_jax.evaluation.results import ResultsError
     from atlas_jax.evaluation.tasks import TASKS
@@ -83,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     except (_UsageError, ArmError, ConfigError) as error:
         _complain(error)
         return _USAGE_ERROR
-    except (TextsError, ResultsError, GGUFError, UnsupportedModel, AdapterError, OSError) as error:
+    except (EngineError, TextsError, ResultsError, GGUFError, UnsupportedModel, AdapterError, OSError) as error:
         _complain(error)
         return _FAILED
 
@@ -117,7 +118,7 @@ def _run(args: argparse.Namespace) -> int:
     found = texts.load(args.texts or cache / "texts", groups, fetch=True)
     results = ResultsFile(args.out / "results.jsonl")
     longest = min(_CONTEXT[scale], model.context_length) // PAGE * PAGE
-    largest = max([longest + 4 * PAGE, *(arm.options.window_size for arm in arms)])
+    largest = max([longest + 4 * PAGE, *(-(-arm.options.window_size // PAGE) * PAGE for arm in arms)])
     folder = tempfile.TemporaryDirectory()  # of sessions, so that they have files whose size can be told
     engine = Engine.open(
         model_path=args.model,
@@ -135,6 +136,7 @@ def _run(args: argparse.Namespace) -> int:
         if engine.model.memory_unavailable:
             raise _UsageError(f"the model has no memory to evaluate: {engine.model.memory_unavailable}")
         bench = Bench(engine, evaluate.token_bytes(model))
+        evaluate.check(arms, bench)
         sized = evaluate.sized(arms, bench)
         setup = Setup(engine.tokenizer, found, engine.model.context_length, scale, args.seeds)
         identity = {

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from atlas_jax.config import PAGE, ModelConfig
-from atlas_jax.evaluation.arms import MEMORY, Arm
+from atlas_jax.engine.api import InvalidRequest
+from atlas_jax.evaluation.arms import MEMORY, Arm, ArmError
 from atlas_jax.evaluation.bench import Bench, window_of_bytes
 from atlas_jax.evaluation.measures import NotPossible, Setup, Task
 from atlas_jax.evaluation.progress import progress
@@ -36,6 +37,16 @@ def sized(arms: Sequence[Arm], bench: Bench) -> list[Arm]:
             arm = dataclasses.replace(arm, options=_with_window(arm, window))
         out.append(arm)
     return out
+
+
+def check(arms: Sequence[Arm], bench: Bench) -> None:
+    """Asks the engine for one token of every arm; raises ArmError, naming the option, for one that it refuses."""
+    for arm in arms:
+        try:
+            bench.run(bench.tokens("a"), arm.params(1), max_tokens=0)
+        except InvalidRequest as error:
+            option = "" if error.param is None else f"{error.param.removeprefix('atlas.')}: "
+            raise ArmError(f"arm '{arm.name}': {option}{error}") from error
 
 
 def _with_window(arm: Arm, window: int) -> Any:

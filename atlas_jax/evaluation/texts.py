@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -42,7 +43,12 @@ def load(folder: Path, groups: tuple[str, ...], *, fetch: bool) -> Texts:
                     f"texts: {folder / group} holds no .txt file (`python -m atlas_jax.evaluation.corpora` writes them)"
                 )
             try:
-                corpora.write(corpora.documents(group), folder, folder / "archives")
+                folder.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryDirectory(
+                    dir=folder
+                ) as whole:  # a fetch that is stopped leaves no part of a group
+                    corpora.write(corpora.documents(group), Path(whole), folder / "archives")
+                    (Path(whole) / group).rename(folder / group)
             except (subprocess.CalledProcessError, OSError, SystemExit) as error:
                 raise TextsError(f"texts: {group} cannot be fetched into {folder}: {error}") from error
             files = sorted((folder / group).glob("*.txt"))

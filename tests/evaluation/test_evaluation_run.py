@@ -103,11 +103,21 @@ def test_without_matplotlib_everything_but_the_plots_is_written(
         plot.unlink()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(evaluation, "measured", lambda *_: pytest.fail("a unit was measured again"))
-    assert evaluate(whole, *_OWN) == 0
+    copy = whole / "copy.md"
+    assert evaluate(whole, *_OWN, "--write-docs", str(copy)) == 0
+    assert copy.read_text() == (whole / "evaluation.md").read_text()
     said = capsys.readouterr()
     assert "no plots: matplotlib is not installed" in said.err
     assert not list(whole.glob("*.png"))
     assert json.loads((whole / "evaluation.json").read_text())["tables"]
+
+
+def test_an_arm_that_the_engine_refuses_is_named_before_anything_is_measured(
+    evaluate: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert evaluate(tmp_path, *_FEW, "--arm", 'odd={"window_size": 200}') == 2
+    assert "arm 'odd': window_size: " in capsys.readouterr().err
+    assert not (tmp_path / "results.jsonl").exists()
 
 
 def test_other_seeds_give_other_questions_and_the_same_documents(evaluate: Callable[..., int], tmp_path: Path) -> None:
