@@ -15,7 +15,7 @@ CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psu
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
-  bench-memory mutation documents recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
+  bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,17 +55,16 @@ quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp
 	  $(RUN) -m benchmarks.quality --model $(GEMMA) --golden $(GOLDEN)/gemma-3-270m-q4_k_m --dtype $$dtype; \
 	done
 
-documents: $(VENV)/bench model ## loss past the window on long documents: window, memory, full attention
-	$(RUN) -m benchmarks.corpora --out data/corpora --group documents
-	$(RUN) -m atlas_jax.experiments.long_documents $(MODEL) --texts data/corpora/documents
+eval: $(VENV)/bench model ## what the memory is worth, beside other ways to remember: an hour, goes on where it stopped (ARGS="--quick …")
+	$(VENV)/bin/atlas-jax eval $(MODEL) --out build/eval --texts data/corpora $(ARGS)
 
 recall: $(VENV)/bench model ## facts asked for long after they left the window, in the library and over HTTP
-	$(RUN) -m benchmarks.corpora --out data/corpora --group documents --group perplexity
+	$(RUN) -m atlas_jax.evaluation.corpora --out data/corpora --group documents --group perplexity
 	$(RUN) -m atlas_jax.experiments.fact_recall $(MODEL) --filler $(FILLER) --seed 41
 	$(RUN) -m benchmarks.recall_http $(MODEL) --filler $(FILLER) --seed 41
 
 chat-recall: $(VENV)/bench model ## everyday facts of a long message asked for in a chat: window, memory, everything sent
-	$(RUN) -m benchmarks.corpora --out data/corpora --group documents
+	$(RUN) -m atlas_jax.evaluation.corpora --out data/corpora --group documents
 	$(RUN) -m benchmarks.chat_recall $(MODEL) --texts $(CHAT) --output docs/benchmarks/chat_recall.md
 
 log-hour: $(VENV)/bench model ## an hour of ordinary use: the lines of the log by kind; fails where they are more than 30

@@ -12,7 +12,8 @@ import argparse
 import tempfile
 from pathlib import Path
 
-from atlas_jax.experiments.fact_recall import DIGITS, QUESTIONS, Score, cases, table_head, table_row
+from atlas_jax.evaluation.tasks.facts import DIGITS, QUESTIONS, make_case
+from atlas_jax.experiments.fact_recall import DISTANCE, Score, table_head, table_row
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from benchmarks.server_process import Server
 
@@ -47,7 +48,7 @@ def main() -> None:
         return len(tokenizer.encode(text, add_special=False, parse_special=False))
 
     fillers = [path.read_text("utf-8") for path in args.filler]
-    contexts = [cases(fillers[i % len(fillers)], 1, args.seed + i, count)[0] for i in range(args.contexts)]
+    contexts = [make_case(fillers[i % len(fillers)], args.seed + i, count, DISTANCE) for i in range(args.contexts)]
     scores = {wording: Score() for wording in QUESTIONS}
     with tempfile.TemporaryDirectory() as name:
         server = Server(args.model, Path(name))

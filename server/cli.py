@@ -1,4 +1,4 @@
-"""The command line: `atlas-jax [serve] [flags]`."""
+"""The command line: `atlas-jax [serve] [flags]`, and `atlas-jax eval MODEL.gguf`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from server.middleware.auth import KeyFileError
 
 log = logging.getLogger("atlas.server")
 _FAILED, _USAGE_ERROR = 1, 2
-_COMMANDS = ("serve",)
+_COMMANDS = ("serve", "eval")
 # What the short help shows.
 _FIRST = (
     *("model", "host", "port", "api_keys_file", "temperature", "threads", "memory_path", "log_level"),
@@ -57,13 +57,19 @@ class _Parser(argparse.ArgumentParser):
         formatter.start_section("flags that are needed first")
         formatter.add_arguments(sorted(first, key=lambda action: _FIRST.index(action.dest.rpartition(".")[2])))
         formatter.end_section()
-        formatter.add_text("Every flag, in groups: atlas-jax serve --help")
+        formatter.add_text(
+            "Every flag, in groups: atlas-jax serve --help. What a model's memory is worth: atlas-jax eval --help"
+        )
         return formatter.format_help()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["eval"]:
+        from atlas_jax.evaluation import command
+
+        return command.main(arguments[1:])
     parser = _parser()
     try:
         if arguments in (["-h"], ["--help"]):
@@ -86,7 +92,9 @@ def _after_command(arguments: Sequence[str]) -> Sequence[str]:
         return arguments
     command, *rest = arguments
     if command not in _COMMANDS:
-        raise _UsageError(f"unknown command '{command}'{suggestion(command, _COMMANDS) or '; there is only serve'}")
+        raise _UsageError(
+            f"unknown command '{command}'{suggestion(command, _COMMANDS) or '; there are serve and eval'}"
+        )
     return rest
 
 

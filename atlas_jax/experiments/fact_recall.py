@@ -8,14 +8,13 @@ and in five other ways, without teaching the session. Answers are greedy; a fact
 digit if it is right in its place. "Full attention" is a session whose window holds the whole context. A question ends
 where the code begins, so blend 1, the memory wherever it has anything to say, asks the memory alone.
 
+`atlas-jax eval --tasks facts` measures the same kind of context at several distances, in haystacks of its own.
 `benchmarks/recall_http.py` does the same through the HTTP API, with a restart between reading and asking.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,35 +22,9 @@ from pathlib import Path
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import GenerationRequest, MemoryParams, SamplingParams, SessionKey
 from atlas_jax.engine.offline import ask, text_of
+from atlas_jax.evaluation.tasks.facts import DIGITS, FACTS, QUESTIONS, SAME, Case, digits_of, make_case
 
-DIGITS = 5
-FACTS = 5
-_PLACES = (
-    "Lisbon archive", "north tower", "glass pavilion", "harbour office", "copper mine", "old observatory", "river depot",
-    "museum vault", "garden shed", "mountain station", "print shop", "salt cellar", "clock room", "paper mill",
-    "lighthouse store", "opera cloakroom", "granary", "signal cabin", "boat house", "chapel crypt", "seed bank",
-    "weather hut", "tram depot", "map library", "wine cellar", "foundry", "rope walk", "ice house", "bell tower", "mint",
-)  # fmt: skip
-STATED = "The access code of the {place} is {code}."
-SAME = "the same words"
-QUESTIONS = {
-    SAME: " The access code of the {place} is ",
-    "to open the door": " To open the door of the {place}, one has to enter the access code ",
-    "a question": " What is the access code of the {place}? It is ",
-    "can be entered": " The {place} can be entered with the code ",
-    "was told": " Somebody asked for the code of the {place} and was told ",
-    "a label": " {place} access code: ",
-}
-"""Facts asked for in the words they were stated in and in five others, chosen before any was tried but the first two of
-them, of which the first puts the place ten tokens before the code."""
-
-
-@dataclass(frozen=True)
-class Case:
-    """One context: a text, and the facts in it."""
-
-    text: str
-    facts: tuple[tuple[str, str], ...]
+DISTANCE = 2048
 
 
 @dataclass
@@ -64,7 +37,7 @@ class Score:
 
     def add(self, code: str, answer: str) -> None:
         """Counts one answer."""
-        found = re.sub(r"\D", "", answer)[:DIGITS]
+        found = digits_of(answer)
         self.asked += 1
         self.facts += found == code
         self.digits += sum(a == b for a, b in zip(code, found, strict=False))
@@ -85,27 +58,6 @@ def table_row(name: str, scores: dict[str, Score]) -> str:
     """Scores by wording, and of all wordings but the first together."""
     others = sum((score for wording, score in scores.items() if wording != SAME), Score())
     return f"| {name} | {' | '.join(str(scores[wording]) for wording in QUESTIONS)} | {others} |"
-
-
-def cases(filler: str, count: int, seed: int, count_tokens: Callable[[str], int]) -> list[Case]:
-    """Contexts made of a text's sentences: facts among the first, then at least 2 000 tokens."""
-    rng = random.Random(seed)
-    sentences = [
-        " ".join(sentence.split()) for sentence in re.split(r"(?<=[.!?])\s+", filler) if 20 < len(sentence) < 400
-    ]
-    out = []
-    for _ in range(count):
-        start = rng.randrange(len(sentences))
-        stream = sentences[start:] + sentences[:start]
-        facts = tuple((place, "".join(rng.choices("0123456789", k=DIGITS))) for place in rng.sample(_PLACES, FACTS))
-        parts: list[str] = []
-        for place, code in facts:
-            parts += [stream.pop(0), STATED.format(place=place, code=code)]
-        after: list[str] = []
-        while count_tokens(" ".join(after)) < 2048:
-            after += [stream.pop(0) for _ in range(8)]
-        out.append(Case(" ".join(parts + after), facts))
-    return out
 
 
 def run(
@@ -156,9 +108,9 @@ def main() -> None:
         return len(engine.tokenizer.encode(text, add_special=False, parse_special=False))
 
     fillers = [path.read_text("utf-8") for path in args.filler]
-    contexts = [cases(fillers[i % len(fillers)], 1, args.seed + i, count)[0] for i in range(args.contexts)]
+    contexts = [make_case(fillers[i % len(fillers)], args.seed + i, count, DISTANCE) for i in range(args.contexts)]
     print(
-        f"{len(contexts) * FACTS} facts, stated at least 2048 tokens ago; contexts of {count(contexts[0].text)} tokens"
+        f"{len(contexts) * FACTS} facts, stated at least {DISTANCE} tokens ago; contexts of {count(contexts[0].text)} tokens"
     )
     print(table_head())
     for mode in args.modes:

@@ -3,7 +3,7 @@
     PEER_PYTHON benchmarks/peer/generate_golden.py NAME MODEL.gguf MODEL.f32.gguf PERPLEXITY.txt --out tests/golden/peer
 
 writes NAME.continuations.json and NAME.perplexity.json. PEER_PYTHON has llama-cpp-python. MODEL.f32.gguf comes from
-dequantize.py; PERPLEXITY.txt is DIR/perplexity.txt of `python benchmarks/corpora.py --out DIR --group perplexity`.
+dequantize.py; PERPLEXITY.txt is DIR/perplexity.txt of `python atlas_jax/evaluation/corpora.py --out DIR --group perplexity`.
 
 Every measurement is made twice:
   quantised  the file as it is, KV cache f16: what a user of llama.cpp gets. Its CPU code rounds activations to 8 bits.
@@ -119,7 +119,7 @@ def measure_perplexity(peers: dict[str, Peer], text: str) -> tuple[Json, list[li
         print(variant, "perplexity", math.exp(math.fsum(nll[variant]) / len(nll[variant])), flush=True)
     mean = {variant: round(math.fsum(values) / len(values), 6) for variant, values in nll.items()}
     figures = {
-        "text": {"sha256": hashlib.sha256(text.encode()).hexdigest(), "made_by": "benchmarks/corpora.py"},
+        "text": {"sha256": hashlib.sha256(text.encode()).hexdigest(), "made_by": "atlas_jax/evaluation/corpora.py"},
         "protocol": {"chunk": CHUNK, "scored_positions": [SCORED_FROM, CHUNK - 1], "bos": bos},
         "mean_nll": mean,
         "perplexity": {variant: round(math.exp(value), 4) for variant, value in mean.items()},

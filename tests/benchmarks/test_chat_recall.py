@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.chat_recall import CHARACTERS, CONVERSATIONS, holds, message, wilson, words
+from atlas_jax.evaluation.chat_facts import CHARACTERS, CONVERSATIONS, holds, message, words
 
 TENS = ("", "", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
 TEENS = (
@@ -75,10 +75,3 @@ def test_a_message_has_its_length_and_every_fact_early_enough(start: int, sizes:
 def test_a_text_that_is_too_short_is_refused() -> None:
     with pytest.raises(ValueError, match="characters"):
         message("one\n\ntwo", CONVERSATIONS[0], 0)
-
-
-def test_intervals_are_wilsons() -> None:
-    low, high = wilson(0, 30)
-    assert (low, high) == pytest.approx((0.0, 0.1135), abs=1e-4)
-    low, high = wilson(15, 30)
-    assert (low, high) == pytest.approx((0.3315, 0.6685), abs=1e-4)

@@ -41,9 +41,11 @@ turns = st.builds(
         st.integers(1, 4),
         st.integers(1, 10),
         st.integers(1, 3),
+        st.integers(0, 1 << 20),
         st.sampled_from(["exact", "gradient", "muon"]),
         st.integers(1, 512),
         st.floats(0.01, 10),
+        st.floats(0.5, 1),
     ),
     time=st.floats(1e9, 2e9),
 )

