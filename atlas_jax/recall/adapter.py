@@ -19,10 +19,6 @@ GATE_FEATURES = 4
 CONTEXT_DECAY = 0.9
 CONTEXT_LENGTH = 32
 """The words before a token are in its context with weights 1, 0.9, 0.9², … 0.9³¹, times each token's own."""
-LATEST = (1.0, 0.4, 0.16)
-"""Weights of the latest tokens, in order: the token itself, the one before it, and the one before that."""
-LATEST_SHARE = 0.35
-"""Share of the latest tokens in what the contexts of two keys have in common."""
 AGREED_DECAY = 0.75
 AGREED_LENGTH = 16
 """How far the memory has been right of late is a decaying mean over so many tokens."""

@@ -236,7 +236,7 @@ def _found_rates(
         for now in range(PAGE, end + 1, PAGE):
             part = slice(max(0, now - config.max_omega_window), now)
             kernel = _kernel(key[part], key[:now])
-            residual = codes[index[part]] - kernel @ dual[:now]
+            residual = codes[index[part]] - config.correction * (kernel @ dual[:now])
             system = kernel[:, part] + config.ridge * np.eye(kernel.shape[0], dtype=np.float32)
             dual[part] += np.linalg.solve(system, residual)
         score = _kernel(key[asked], key[:end]) @ dual @ codes.T

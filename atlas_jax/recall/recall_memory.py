@@ -5,10 +5,11 @@ sketch of the words before it (`contexts`). Value: a random code of the token th
 that join state and context (`kernel`). A page that leaves the attention window is written by
 reducing the Omega objective (ATLAS, arXiv 2505.23735, equation 9) over the last `omega_window` tokens that have left,
 
-    min_M  Σᵢ γᵢ ‖M φ(kᵢ) − vᵢ‖²,      γᵢ ∈ {0, 1},
+    min_D  Σᵢ γᵢ ‖(cM + D) φ(kᵢ) − vᵢ‖²,      γᵢ ∈ {0, 1},
 
 to its minimum (exact), by steepest descent (OmegaNet, equation 10) or by orthogonalised momentum (ATLAS with Muon,
-equations 32–33). It is read at the head: s = M φ(k)·code(v) scores every token v the session has seen.
+equations 32–33), and M becomes M + D. At c = 1 that is the rule to the letter; a smaller `correction` keeps what is old. The
+memory is read at the head: s = M φ(k)·code(v) scores every token v the session has seen.
 
 The steps are in `recall.solvers`. Batched states are slices of the same row functions.
 """
@@ -32,8 +33,6 @@ from atlas_jax.recall.adapter import (
     AGREED_LENGTH,
     CONTEXT_DECAY,
     CONTEXT_LENGTH,
-    LATEST,
-    LATEST_SHARE,
     Adapter,
 )
 from atlas_jax.recall.solvers import Optimizer, omega_step, product
@@ -244,33 +243,22 @@ def contexts(
     """What has just been talked of, as a sketch of the text before each token: a unit vector.
 
     Every token has a random code. A context is the sum of those of the last `CONTEXT_LENGTH` tokens, each times its weight
-    and what `CONTEXT_DECAY` leaves of it, and of other codes of the token itself and the two before it, which keep their
-    order. The words of a question are those of the place where it was answered, whatever their order and the grammar around
-    them: with the decaying mean of hidden states that was here before, the memory found 0.21 of facts asked for in other
-    words, with this 0.75 (docs/experiments/recall_memory.md).
+    and what `CONTEXT_DECAY` leaves of it. The words of a question are those of the place where it was answered, whatever
+    their order and the grammar around them (docs/experiments/recall_memory.md).
 
     Args:
       text: the first `CONTEXT_LENGTH` tokens only come before; −1 is none.
       used: which numbers a key of the degree in use has; the others are zero.
     """
     size, length = used.shape[-1], text.shape[-1] - CONTEXT_LENGTH
-    real, token = text >= 0, jnp.maximum(text, 0)
-    # other codes are the same a column or more further on
-    codes = adapter.codes.values[token][..., : size + len(LATEST)].astype(jnp.float32)
-    codes = codes * real[..., None]
-    words = codes[..., :size] * adapter.token_weight[token][..., None]
-
-    def shifted(part: jax.Array, back: int) -> jax.Array:
-        return jax.lax.slice_in_dim(part, CONTEXT_LENGTH - back, CONTEXT_LENGTH - back + length, axis=-2)
-
-    talked_of, latest = jnp.zeros_like(shifted(words, 0)), jnp.zeros_like(shifted(words, 0))
+    token = jnp.maximum(text, 0)
+    weight = adapter.token_weight[token] * (text >= 0)
+    words = adapter.codes.values[token][..., :size].astype(jnp.float32) * weight[..., None]
+    context = jnp.zeros((*text.shape[:-1], length, size))
     for back in range(1, CONTEXT_LENGTH + 1):
-        talked_of = talked_of + CONTEXT_DECAY ** (back - 1) * shifted(words, back)
-    for back, weight in enumerate(LATEST):
-        latest = latest + weight * shifted(codes[..., 1 + back : 1 + back + size], back)
-    in_use = used[..., None, :]
-    both = (1 - LATEST_SHARE) ** 0.5 * _unit(talked_of * in_use) + LATEST_SHARE**0.5 * _unit(latest * in_use)
-    return _unit(both)
+        start = CONTEXT_LENGTH - back
+        context = context + CONTEXT_DECAY ** (back - 1) * words[..., start : start + length, :]
+    return _unit(context * used[..., None, :])
 
 
 def _unit(part: Float[Array, "*rows Z"]) -> Float[Array, "*rows Z"]:
@@ -363,7 +351,7 @@ def write(
     code = rows_of(adapter.codes, token).T * gamma
     gram = kernel(key, key, settings.degree)
     weights, scale = state.weights[row], state.scale[row][:, None]
-    residual = code - scale * product("cm,wm->cw", weights, features)
+    residual = code - config.correction * scale * product("cm,wm->cw", weights, features)
     momentum = _moved_on(state.momentum[row], settings.end - state.momentum_end[row]) * gamma
     dual, momentum, loss, taken = omega_step(config, optimizer, settings.step, momentum, gram, gamma, residual)
     moved, moved_scale = quantize_rows(weights * scale + product("cw,wm->cm", dual, features))

@@ -1,4 +1,4 @@
-"""The conversations a gate is fitted to: what is asked was said, answers are where they are said to be, templates may fail."""
+"""Conversations a gate is fitted to: what is asked was said, answers are where they are said to be, templates may fail."""
 
 from __future__ import annotations
 

@@ -29,21 +29,13 @@ def unit(x: np.ndarray) -> np.ndarray:
 
 
 def context(tokens: np.ndarray, codes: np.ndarray, weight: np.ndarray, size: int) -> np.ndarray:
-    """A sketch of the words before each token, [n, size].
-
-    The code of a word is the first columns of its row; those from 1, 2 and 3 on are the codes of the token itself, of the
-    one before it and of the one before that.
-    """
-    talked_of, latest = np.zeros((2, len(tokens), size))
+    """A sketch of the words before each token, [n, size]; the code of a word is the first columns of its row."""
+    out = np.zeros((len(tokens), size))
     for here in range(len(tokens)):
-        for back in range(1, 33):
-            if back <= here:
-                word = tokens[here - back]
-                talked_of[here] += 0.9 ** (back - 1) * weight[word] * codes[word, :size]
-        for back, share in enumerate((1.0, 0.4, 0.16)):
-            if back <= here:
-                latest[here] += share * codes[tokens[here - back], back + 1 : back + 1 + size]
-    return unit(np.sqrt(0.65) * unit(talked_of) + np.sqrt(0.35) * unit(latest))
+        for back in range(1, min(here, 32) + 1):
+            word = tokens[here - back]
+            out[here] += 0.9 ** (back - 1) * weight[word] * codes[word, :size]
+    return unit(out)
 
 
 def omega_loss(memory: np.ndarray, phi: np.ndarray, values: np.ndarray) -> float:
