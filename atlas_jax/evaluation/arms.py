@@ -48,9 +48,7 @@ class Arm:
         kept: int = getattr(self.options, "kept_pairs", 0)
         return self.options.window_size + kept
 
-    def params(
-        self, tokens: int, *, session: SessionKey | None = None, teach: bool = True, asked: bool = False
-    ) -> MemoryParams:
+    def params(self, tokens: int, *, session: SessionKey | None = None, teach: bool = True) -> MemoryParams:
         """The options of a request.
 
         Args:
@@ -62,7 +60,7 @@ class Arm:
             given["window_size"] = -(-(tokens + _ROOM) // PAGE) * PAGE
         if session is not None:
             given["write"] = teach
-        return MemoryParams(**given, session=session, asked=asked)
+        return MemoryParams(**given, session=session)
 
 
 def window_alone(**options: Any) -> MemoryOptions:

@@ -88,15 +88,15 @@ class Session:
         engine = self._bench.engine
         return self._bench.run(
             self._bench.chat_tokens(messages),
-            self._params(teach, asked=True),
+            self._params(teach),
             max_tokens=max_tokens,
             chat=engine.chat_frame(messages),
             bias={} if forced is None else {forced: _FORCE},
             to_the_end=False,
         )
 
-    def _params(self, teach: bool, asked: bool = False) -> MemoryParams:
-        return self._arm.params(self._tokens, session=self.key, teach=teach, asked=asked)
+    def _params(self, teach: bool) -> MemoryParams:
+        return self._arm.params(self._tokens, session=self.key, teach=teach)
 
 
 class Bench:
@@ -179,14 +179,13 @@ class Bench:
             with suppress(SessionNotFound):  # a unit that failed before anything was read
                 self.engine.sessions.delete(key.owner, key.session_id)
 
-    def answer(self, prompt: Sequence[int], arm: Arm, max_tokens: int, *, asked: bool = False, **how: Any) -> Answer:
+    def answer(self, prompt: Sequence[int], arm: Arm, max_tokens: int, **how: Any) -> Answer:
         """Goes on greedily after a prompt without a session. Raises NotPossible.
 
         Args:
-          asked: the model answers somebody, as in a chat.
         """
         self.check(arm, len(prompt) + max_tokens)
-        memory = None if arm.kind == FULL else arm.params(len(prompt) + max_tokens, asked=asked)
+        memory = None if arm.kind == FULL else arm.params(len(prompt) + max_tokens)
         return self.run(prompt, memory, max_tokens=max_tokens, **how)
 
     def chance(self, prompt: Sequence[int], token: int, *, memory: MemoryParams | None) -> float:

@@ -242,7 +242,7 @@ def run(bench: Bench, arm: Arm, item: Item) -> list[Value]:
     prompt = [*bench.chat_tokens(messages), *bench.tokens(given.opening, begin=False)]
     if len(prompt) + given.answer > given.length:
         raise NotPossible(f"{given.kind}: the model's template makes more than {given.length} tokens of it")
-    said = bench.answer(prompt, arm, given.answer, asked=True).text
+    said = bench.answer(prompt, arm, given.answer).text
     labels: dict[str, Label] = {"kind": given.kind, "length": given.length}
     return [Value("score", score(said, given.wanted), labels, 1.0, ", ".join(given.wanted), said)]
 
