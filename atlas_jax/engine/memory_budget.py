@@ -64,7 +64,7 @@ def session_bytes(model: ModelConfig, memory: MemoryConfig, kv_dtype: KVDtype) -
 def default_budget(sizes: SessionBytes) -> int:
     """Bytes of a session where nobody says how many."""
     window = MemoryOptions().window_size // PAGE * sizes.window_page
-    return max(DEFAULT_BUDGET, int(_WINDOWS * window) + sizes.memory)
+    return max(DEFAULT_BUDGET, int(_WINDOWS * window))
 
 
 def _bytes(tree: object) -> int:

@@ -180,10 +180,7 @@ class Bench:
                 self.engine.sessions.delete(key.owner, key.session_id)
 
     def answer(self, prompt: Sequence[int], arm: Arm, max_tokens: int, **how: Any) -> Answer:
-        """Goes on greedily after a prompt without a session. Raises NotPossible.
-
-        Args:
-        """
+        """Goes on greedily after a prompt without a session. Raises NotPossible."""
         self.check(arm, len(prompt) + max_tokens)
         memory = None if arm.kind == FULL else arm.params(len(prompt) + max_tokens)
         return self.run(prompt, memory, max_tokens=max_tokens, **how)
