@@ -153,7 +153,13 @@ def test_features_are_those_of_the_kernel(seed: int, degree: int, features: int)
     """Also where a memory has room for some of a key's components only."""
     config = dataclasses.replace(CONFIG, features=features)
     found = make_adapter(
-        config, VOCAB, np.zeros((2, EMBED)), np.zeros((2, EMBED, 8)), np.ones(VOCAB), np.zeros(GATE_FEATURES)
+        config,
+        VOCAB,
+        np.zeros((2, EMBED)),
+        np.zeros((2, EMBED, 8)),
+        np.ones(VOCAB),
+        np.zeros(GATE_FEATURES),
+        np.zeros(9),
     )
     size = key_components(config, degree)
     keys = np.random.default_rng(seed).standard_normal((2, 5, CONFIG.key_size)).astype(np.float32)
@@ -490,23 +496,32 @@ def test_words_that_are_everywhere_weigh_little_and_markup_nothing() -> None:
 
 
 def test_a_memory_that_corrects_less_keeps_what_is_old() -> None:
-    """Past as many tokens as it has features; what is new it knows as well."""
+    """After three times as many tokens as it has features."""
     random = np.random.default_rng(5)
-    pages = 8
-    states, tokens = text_states(random, pages * PAGE), random.integers(0, VOCAB, pages * PAGE)
-    asked = np.stack([keys_of(states, tokens)[:PAGE].astype(np.float32)] * ROWS)
+    pages, size = 14, 24
+    config = dataclasses.replace(CONFIG, components=size, features=size**2, code_dim=256)
+    small = make_adapter(
+        config, VOCAB, np.zeros((2, EMBED)), np.zeros((2, EMBED, size)), np.ones(VOCAB), np.zeros(4), np.zeros(size + 1)
+    )
+    states = in_8_bits(random.standard_normal((pages * PAGE, size)))
+    tokens = random.integers(0, VOCAB, pages * PAGE).astype(np.int32)
     found = {}
     for correction in (1.0, MemoryConfig.correction):
-        config = dataclasses.replace(CONFIG, correction=correction)
-        absorb = jax.jit(functools.partial(recall_memory.write, config, "exact"))
-        state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
+        absorb = jax.jit(
+            functools.partial(recall_memory.write, dataclasses.replace(config, correction=correction), "exact")
+        )
+        state = recall_memory.init_state(config, 1, VOCAB)
         for page in range(pages):
-            part = slice(page * PAGE, (page + 1) * PAGE)
-            state = read_text(state, 0, states[part], tokens[part], start=page * PAGE)
-            how = WriteSettings(
-                *(np.asarray(x) for x in (np.int32((page + 1) * PAGE), np.int32(PAGE))), np.float32(1), np.int32(1)
-            )  # type: ignore[arg-type]
-            state = absorb(adapter(), state, np.int32(0), how)
-        score = np.asarray(compiled()["scores"](adapter(), state, reading(2), asked))[0, :-1]
+            part, end = slice(page * PAGE, (page + 1) * PAGE), (page + 1) * PAGE
+            positions = np.arange(part.start, end, dtype=np.int32)[None]
+            told, valid = np.zeros((1, PAGE, config.code_dim // 8), np.uint8), np.ones((1, PAGE), bool)
+            state = compiled()["remember"](state, states[None, part], told, tokens[None, part], positions, valid)
+            state = absorb(
+                small, state, np.int32(0), WriteSettings(*map(np.asarray, (end, 2 * PAGE, np.float32(1), 1)))
+            )
+        context = recall_reference.context(tokens[:PAGE], np.asarray(small.codes.values), np.ones(VOCAB), size)
+        asked = np.concatenate([recall_reference.unit(states[:PAGE].astype(np.float64)), context], axis=1)
+        how = recall_memory.init_settings(1)
+        score = np.asarray(compiled()["scores"](small, state, how, asked[None].astype(np.float32)))[0, :-1]
         found[correction] = (score.argmax(axis=1) == tokens[1:PAGE]).mean()
-    assert found[MemoryConfig.correction] > found[1.0] + 0.1
+    assert found[MemoryConfig.correction] > 2 * found[1.0] + 0.1, found
