@@ -18,17 +18,35 @@ static int64_t blocks_of(const Received *task) {
   return (task->samples * (task->heads / task->kv_heads) + QUERIES - 1) / QUERIES;
 }
 
+/* 2^x for x ≤ 0 to a few parts in 10⁷, exactly 0 of what is not seen: half the instructions of `exp_ps`, which are a third of
+   the time. */
+static inline __m512 exp2_ps(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.5353362e-4f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3398874e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.6184374e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.5503325e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.4022648e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.9314720e-1f));
+  return _mm512_scalef_ps(_mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f)), n);
+}
+
 /* Adds a query's probabilities to the sums of all pages; its scores become weights. */
 static void add_probabilities(float *score, const Seen *seen, int64_t pages, const float *sink_score, int64_t sinks, float peak,
                               float *sums) {
-  __m512 mass = _mm512_setzero_ps();
+  const __m512 log2e = _mm512_set1_ps(1.44269504f), top = _mm512_set1_ps(peak * 1.44269504f);
+  __m512 mass = _mm512_setzero_ps(), odd = mass; /* two, which do not wait for one another */
   for (int64_t n = 0; n < pages; n++)
-    for (int g = seen[n].first; g < seen[n].first + seen[n].count; g++) {
+    for (int g = seen[n].first; g < seen[n].first + seen[n].count; g += 2) {
       float *at = score + n * PAGE + g * 16;
-      const __m512 w = exp_ps(_mm512_sub_ps(_mm512_loadu_ps(at), _mm512_set1_ps(peak)));
+      const __m512 w = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(at), log2e, top));
+      const __m512 v = exp2_ps(_mm512_fmsub_ps(_mm512_loadu_ps(at + 16), log2e, top));
       _mm512_storeu_ps(at, w);
+      _mm512_storeu_ps(at + 16, v);
       mass = _mm512_add_ps(mass, w);
+      odd = _mm512_add_ps(odd, v);
     }
+  mass = _mm512_add_ps(mass, odd);
   float all = _mm512_reduce_add_ps(mass);
   for (int64_t s = 0; s < sinks; s++) all += _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(sink_score[s] - peak)));
   const __m512 share = _mm512_set1_ps(1.0f / all);
