@@ -1,4 +1,4 @@
-"""Attention over a ring of KV pages and a few sink tokens (`kernels.kv_pages`), for a few query tokens per row.
+"""Attention over a ring of KV pages, a few sink tokens and kept pairs (`kernels.kv_pages`), for a few query tokens per row.
 
 The step's own tokens are written first and read back with the rest: a token sees the same stored numbers whether it
 arrived alone or in a chunk (sums over them round differently in programs of different shapes).
@@ -219,7 +219,7 @@ def ref_window_attention(
     seen: Bool[Array, "B T N P"],
     sinks_seen: Bool[Array, "B T"],
     scale: float,
-    kept: tuple[Float[Array, "B M K P D"], Float[Array, "B M K P D"], Int32[Array, B]] | None = None,
+    kept: tuple[Float[Array, "B kept K P D"], Float[Array, "B kept K P D"], Int32[Array, B]] | None = None,
 ) -> Float[Array, "B T H D"]:
     """`window_attention` as one softmax over a plain list of keys, in float32: the definition.
 

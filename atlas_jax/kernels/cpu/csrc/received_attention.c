@@ -18,7 +18,7 @@ static int64_t blocks_of(const Received *task) {
   return (task->samples * (task->heads / task->kv_heads) + QUERIES - 1) / QUERIES;
 }
 
-/* 2^x for x ≤ 0 to a few parts in 10⁷, exactly 0 of what is not seen: half the instructions of `exp_ps`, which are a third of
+/* 2^x for x ≤ 0 to a few parts in 10⁷, exactly 0 of what is not seen: with it instead of `exp_ps` a call takes 0.8 of
    the time. */
 static inline __m512 exp2_ps(__m512 x) {
   const __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
@@ -132,9 +132,9 @@ static void put_together(const Received *task, int64_t first, int64_t count, flo
 }
 
 /* (q, q_near f32 [samples, H, D]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; sink_k f32 [B, K, S, D]; kept k: nibbles
-   u8 [B, M, K, P, D / 2], step u8 [B, M, K, P, D / 32], offset int8 of this shape, scale f32 [B, M, K, P]; row i32 []; seen bool
-   [samples, N, P]; sinks_seen bool []; kept i32 []; scale f32 []) -> f32 [N, K, P], [M, K, P], and a buffer
-   [K, blocks, N + M, P]; D a multiple of 64, P = 128, S ≤ 16, blocks of 32 queries. */
+   u8 [B, kept pages, K, P, D / 2], step u8 and offset int8 [B, kept pages, K, P, D / 32], scale f32 [B, kept pages, K, P]; row
+   i32 []; seen bool [samples, N, P]; sinks_seen bool []; kept i32 []; scale f32 []) -> f32 [N, K, P], [kept pages, K, P], and a
+   buffer [K, blocks, N + kept pages, P]; D a multiple of 64, P = 128, S ≤ 16, blocks of 32 queries. */
 EXPORT XLA_FFI_Error *atlas_received_attention(XLA_FFI_CallFrame *frame) {
   if (asked_for_version(frame)) return NULL;
   XLA_FFI_Buffer *q = argument(frame, 0), *k = argument(frame, 2), *sink_k = argument(frame, 4);
