@@ -1,4 +1,4 @@
-"""Attention over a ring of KV pages and a few sink tokens (`kernels.kv_pages`), for a few query tokens per row.
+"""Attention over a ring of KV pages, a few sink tokens and kept pairs (`kernels.kv_pages`), for a few query tokens per row.
 
 The step's own tokens are written first and read back with the rest: a token sees the same stored numbers whether it
 arrived alone or in a chunk (sums over them round differently in programs of different shapes).
@@ -23,7 +23,8 @@ from atlas_jax.typing import Array, Bool, Float, Int32
 LOW_TERM = 254.0
 """The second int8 term of a probability counts in units of 1/254 of the first, so that half a unit of the first is 127."""
 
-_NEGATIVE = -1e30
+UNSEEN = -1e30
+"""The score of a key that is not seen."""
 
 _CPU_TOKENS = 128
 """Tokens per row up to which the C kernel is faster."""
@@ -71,7 +72,7 @@ def attend(
       view, sliding_window: what the Mosaic kernel works out the masks from.
       masks: `visible(view, sliding_window)`, the same for all layers with this window.
     """
-    if not uses_tpu_kernel(kv) or kv.kept is not None:
+    if not uses_tpu_kernel(kv):
         return window_attention(q, q_sink, kv, *masks, scale, view.kept)
     from atlas_jax.kernels.tpu import window_attention as mosaic  # importing Pallas takes 0.4 s that only TPUs need
 
@@ -109,20 +110,20 @@ def window_attention(
         ring = k.values, k.scale, v.values, v.scale
         return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(kv, kept))
     groups = heads // kv_heads
-    score = _page_scores(_group(q, kv_heads), kv.k) * scale  # [B, N, K, G·T, P]
+    score = page_scores(group_queries(q, kv_heads), kv.k) * scale  # [B, N, K, G·T, P]
     by_token = score.reshape(*score.shape[:3], groups, tokens, PAGE)
     mask = seen.transpose(0, 2, 1, 3)[:, :, None, None]
-    score = jnp.where(mask, by_token, _NEGATIVE).reshape(score.shape)
+    score = jnp.where(mask, by_token, UNSEEN).reshape(score.shape)
     # four sinks: a multiply and a sum, cheaper than another batched matmul's set-up
-    sink_score = jnp.einsum("bkqd,bksd->bkqs", _group(q_sink, kv_heads), kv.sink_k) * scale
+    sink_score = jnp.einsum("bkqd,bksd->bkqs", group_queries(q_sink, kv_heads), kv.sink_k) * scale
     sink_mask = jnp.broadcast_to(sinks_seen[:, None, :], (batch, groups, tokens)).reshape(batch, 1, -1, 1)
-    sink_score = jnp.where(sink_mask, sink_score, _NEGATIVE)
+    sink_score = jnp.where(sink_mask, sink_score, UNSEEN)
 
     peak = jnp.maximum(row_max(score).max(axis=1), sink_score.max(axis=-1))  # [B, K, G·T]
     if kv.kept is not None and kept is not None:
-        kept_score = _page_scores(_group(q_sink, kv_heads), unpacked(kv.kept.k)) * scale
+        kept_score = page_scores(group_queries(q_sink, kv_heads), unpacked(kv.kept.k)) * scale
         filled = (kept_index(kv.kept.score.shape[1]) < kept[:, None, None])[:, :, None]  # [B, pages, 1, P]
-        kept_score = jnp.where(filled[:, :, :, None], kept_score, _NEGATIVE)
+        kept_score = jnp.where(filled[:, :, :, None], kept_score, UNSEEN)
         peak = jnp.maximum(peak, row_max(kept_score).max(axis=1))
     weight = jnp.exp(score - peak[:, None, :, :, None])
     sink_weight = jnp.exp(sink_score - peak[..., None])
@@ -160,14 +161,14 @@ def kept_index(pages: int) -> Int32[Array, "kept P"]:
     return jnp.arange(pages * PAGE, dtype=jnp.int32).reshape(pages, PAGE)
 
 
-def _group(q: jax.Array, kv_heads: int) -> jax.Array:
+def group_queries(q: jax.Array, kv_heads: int) -> jax.Array:
     """[B, T, H, D] → [B, K, G·T, D]: the queries that share a KV head become rows of one GEMM."""
     batch, tokens, heads, dim = q.shape
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     return grouped.reshape(batch, kv_heads, -1, dim)
 
 
-def _page_scores(q: jax.Array, pages: Pages) -> jax.Array:
+def page_scores(q: jax.Array, pages: Pages) -> jax.Array:
     """q·k for every page: [B, K, Q, D] × [B, N, K, P, D] → [B, N, K, Q, P]."""
     if not isinstance(pages, QuantPages):
         return jnp.einsum("bkqd,bnkpd->bnkqp", q, pages, precision=jax.lax.Precision.HIGHEST)
@@ -218,7 +219,7 @@ def ref_window_attention(
     seen: Bool[Array, "B T N P"],
     sinks_seen: Bool[Array, "B T"],
     scale: float,
-    kept: tuple[Float[Array, "B M K P D"], Float[Array, "B M K P D"], Int32[Array, B]] | None = None,
+    kept: tuple[Float[Array, "B kept K P D"], Float[Array, "B kept K P D"], Int32[Array, B]] | None = None,
 ) -> Float[Array, "B T H D"]:
     """`window_attention` as one softmax over a plain list of keys, in float32: the definition.
 

@@ -1,4 +1,4 @@
-"""Between the QKV GEMM and attention: norms and RoPE on queries and keys, and the write to the KV cache."""
+"""Between the QKV GEMM and attention: norms and RoPE on queries and keys, and what is stored of them in the KV cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.fused_linear import rms_norm
-from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView, write
+from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView, sample_queries, write
 from atlas_jax.kernels.rope import apply_rope
 from atlas_jax.typing import Array, Float
 
@@ -26,7 +26,7 @@ def qkv_rope_cache(
     kv: LayerKV,
     view: RingView,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T H D"], LayerKV]:
-    """Norms and rotates a step's queries and keys, and stores keys and values in the ring.
+    """Norms and rotates queries and keys, stores keys and values in the ring, and notes queries where pairs are kept.
 
     Args:
       x: for each KV head its queries, its key and its value.
@@ -40,13 +40,18 @@ def qkv_rope_cache(
     if uses_cpu_kernel(x.shape[-1], rotary[0].shape[-1]) and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
         where = view.slot, view.positions, view.valid
-        q, q_sink, (k_values, k_scale, v_values, v_scale) = ffi.qkv_rope_cache(
-            x, gains, eps, rotary, near, *where, ring
+        kept = kv.kept
+        noted = None if kept is None else (kept.queries, kept.query_scale)
+        q, q_sink, (k_values, k_scale, v_values, v_scale), noted = ffi.qkv_rope_cache(
+            x, gains, eps, rotary, near, *where, ring, noted
         )
+        if kept is not None and noted is not None:
+            kept = dataclasses.replace(kept, queries=noted[0], query_scale=noted[1])
         written = QuantPages(k_values, k_scale), QuantPages(v_values, v_scale)
-        return q, q_sink, dataclasses.replace(kv, k=written[0], v=written[1])
+        return q, q_sink, dataclasses.replace(kv, k=written[0], v=written[1], kept=kept)
     q, new_k, new_v = x[..., :-2, :].reshape(*x.shape[:2], -1, x.shape[-1]), x[..., -2, :], x[..., -1, :]
     if gains is not None:
         q, new_k = (rms_norm(part, gain, eps) for part, gain in zip((q, new_k), gains, strict=True))
+    far = apply_rope(q, *rotary)
     kv = write(kv, apply_rope(new_k, *rotary), new_v, view)
-    return apply_rope(q, *rotary), apply_rope(q, *near), kv
+    return far, apply_rope(q, *near), sample_queries(kv, far, view)

@@ -1,15 +1,23 @@
-"""How much attention each pair of a row receives from a sample of its queries."""
+"""How much attention a row's pairs receive from a few of its queries: by it, the pairs that are kept are chosen."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.kernels.attention import kept_index
-from atlas_jax.kernels.kv_pages import LayerKV, Pages, QuantPages, unpacked
+from atlas_jax.config import PAGE
+from atlas_jax.kernels import attention
+from atlas_jax.kernels.attention import UNSEEN, group_queries, kept_index, page_scores
+from atlas_jax.kernels.cpu import ffi
+from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, unpacked
+from atlas_jax.kernels.packed_pages import PackedPages
+from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.typing import Array, Bool, Float, Int32
 
-_NEGATIVE = -1e30
+
+def uses_cpu_kernel(dim: int, sinks: int) -> bool:
+    """Whether what pairs in 8 and in 4 bits receive is computed in C."""
+    return attention.uses_cpu_kernel(1, dim, sinks)
 
 
 def received_attention(
@@ -21,30 +29,94 @@ def received_attention(
     sinks_seen: Bool[Array, ""],
     kept: Int32[Array, ""],
     scale: float,
-) -> tuple[Float[Array, "N K P"], Float[Array, "kept K P"]]:
-    """Softmax probabilities of each pair, summed over the samples and the query heads that share its KV head."""
-    assert kv.kept is not None
-    kv_heads = kv.sink_k.shape[1]
+) -> tuple[Float[Array, "N K P"], Float[Array, "kept_pages K P"]]:
+    """The probability that each pair of a row gets of some queries' attention, added up over them and their heads.
+
+    Args:
+      q: queries rotated to their positions.
+      q_near: the same queries, as they meet the sinks and the kept pairs.
+      kv: a layer that keeps pairs.
+      row: the row of the batch.
+      seen: which places of the ring each query sees.
+      sinks_seen: whether all of them see the sinks.
+      kept: how many kept pairs the row has; all queries see them.
+      scale: factor on q·k.
+
+    Returns:
+      Of the ring and of the kept pairs, for each KV head the sums over the queries that share it; 0 where none sees.
+
+    Raises:
+      ValueError: the layer keeps no pairs.
+    """
+    if kv.kept is None:
+        raise ValueError("a layer that keeps no pairs has none to choose")
+    samples, heads, dim = q.shape
+    kv_heads, sinks = kv.sink_k.shape[1:3]
+    k, kept_k = kv.k, kv.kept.k
+    if uses_cpu_kernel(dim, sinks) and isinstance(k, QuantPages) and isinstance(kept_k, PackedPages):
+        rest = kv.sink_k, kept_k, row, seen, sinks_seen, kept, scale
+        return ffi.received_attention(q, q_near, k.values, k.scale, *rest)
 
     def own(leaf: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_index_in_dim(leaf, row, 0, keepdims=False)
+        return jax.lax.dynamic_slice_in_dim(leaf, row, 1)
 
-    def score(queries: jax.Array, pages: Pages) -> jax.Array:
-        keys = pages.values * pages.scale[..., None] if isinstance(pages, QuantPages) else pages
-        return jnp.einsum("skgd,nkpd->ksgnp", queries, keys) * scale
+    ring, pairs, sink_k = jax.tree.map(own, (k, kept_k, kv.sink_k))
+    far, near = group_queries(q[None], kv_heads), group_queries(q_near[None], kv_heads)  # [1, K, G·samples, D]
+    mask = jnp.broadcast_to(seen.swapaxes(0, 1)[:, None, None], (seen.shape[1], 1, heads // kv_heads, samples, PAGE))
+    mask = mask.reshape(seen.shape[1], 1, -1, PAGE)
+    filled = (kept_index(kv.kept.score.shape[1]) < kept)[:, None, None]
+    score = jnp.where(mask, page_scores(far, ring)[0] * scale, UNSEEN)
+    kept_score = jnp.where(filled, page_scores(near, unpacked(pairs))[0] * scale, UNSEEN)
+    sink_score = jnp.einsum("kqd,ksd->kqs", near[0], sink_k[0], precision=jax.lax.Precision.HIGHEST) * scale
+    sink_score = jnp.where(sinks_seen, sink_score, UNSEEN)
+    peaks = row_max(score).max(axis=0), row_max(kept_score).max(axis=0), sink_score.max(axis=-1)
+    peak = jnp.maximum(jnp.maximum(peaks[0], peaks[1]), peaks[2])  # [K, G·samples]
+    weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)
+    kept_weight = jnp.where(filled, jnp.exp(kept_score - peak[..., None]), 0.0)
+    sink_weight = jnp.where(sinks_seen, jnp.exp(sink_score - peak[..., None]), 0.0)
+    mass = row_sum(weight).sum(axis=0) + row_sum(kept_weight).sum(axis=0) + sink_weight.sum(axis=-1)
+    share = jnp.where(mass > 0, 1.0 / mass, 0.0)
 
-    def grouped(queries: jax.Array) -> jax.Array:
-        return queries.reshape(queries.shape[0], kv_heads, -1, queries.shape[-1])
+    def added(weight: jax.Array) -> jax.Array:
+        return jnp.einsum("nkqp,kq->nkp", weight, share, precision=jax.lax.Precision.HIGHEST)
 
-    q, q_near = grouped(q), grouped(q_near)
-    ring = score(q, jax.tree.map(own, kv.k))
-    ring = jnp.where(seen[None, :, None], ring, _NEGATIVE)
-    pairs = score(q_near, unpacked(jax.tree.map(own, kv.kept.k)))
-    pairs = jnp.where(kept_index(pairs.shape[3]) < kept, pairs, _NEGATIVE)
-    sinks = jnp.einsum("skgd,kcd->ksgc", q_near, own(kv.sink_k)) * scale
-    sinks = jnp.where(sinks_seen, sinks, _NEGATIVE)
-    parts = ring, pairs, sinks
-    peak = jnp.stack([part.max(axis=tuple(range(3, part.ndim))) for part in parts]).max(axis=0)
-    ring, pairs, sinks = (jnp.exp(part - peak.reshape(peak.shape + (1,) * (part.ndim - 3))) for part in parts)
-    mass = ring.sum(axis=(3, 4)) + pairs.sum(axis=(3, 4)) + sinks.sum(axis=3)
-    return tuple((part / mass[..., None, None]).sum(axis=(1, 2)).transpose(1, 0, 2) for part in (ring, pairs))  # type: ignore[return-value]
+    return added(weight), added(kept_weight)
+
+
+def ref_received_attention(
+    q: Float[Array, "samples H D"],
+    q_near: Float[Array, "samples H D"],
+    k: Float[Array, "N K P D"],
+    sink_k: Float[Array, "K S D"],
+    kept_k: Float[Array, "kept_pages K P D"],
+    seen: Bool[Array, "samples N P"],
+    sinks_seen: Bool[Array, ""],
+    kept: Int32[Array, ""],
+    scale: float,
+) -> tuple[Float[Array, "N K P"], Float[Array, "kept_pages K P"]]:
+    """`received_attention` of one row by softmaxes over plain lists of keys, in float32: the definition."""
+    samples, heads, dim = q.shape
+    kv_heads, sinks = sink_k.shape[:2]
+    repeat = heads // kv_heads
+
+    def each_head(keys: jax.Array) -> jax.Array:
+        return jnp.repeat(keys, repeat, axis=0)
+
+    def flat(pages: jax.Array) -> jax.Array:
+        return pages.swapaxes(0, 1).reshape(kv_heads, -1, dim)
+
+    def pages_of(sums: jax.Array) -> jax.Array:
+        return sums.reshape(kv_heads, -1, PAGE).swapaxes(0, 1)
+
+    near_k = jnp.concatenate([sink_k, flat(kept_k)], axis=1)
+    score = jnp.concatenate(
+        [jnp.einsum("thd,hsd->hts", q, each_head(flat(k))), jnp.einsum("thd,hsd->hts", q_near, each_head(near_k))],
+        axis=-1,
+    )
+    filled = jnp.arange(kept_k.shape[0] * PAGE) < kept
+    near_seen = jnp.concatenate([jnp.broadcast_to(sinks_seen, sinks), filled])
+    mask = jnp.concatenate([seen.reshape(samples, -1), jnp.broadcast_to(near_seen, (samples, near_seen.size))], axis=-1)
+    probability = jnp.where(mask, jax.nn.softmax(jnp.where(mask, score * scale, -jnp.inf), axis=-1), 0.0)
+    sums = probability.reshape(kv_heads, -1, mask.shape[1]).sum(axis=1)
+    ring = seen.shape[1] * PAGE
+    return pages_of(sums[:, :ring]), pages_of(sums[:, ring + sinks :])

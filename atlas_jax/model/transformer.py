@@ -137,7 +137,6 @@ def _run_layer(
     def attend(by_head: jax.Array, kv: LayerKV, rows: Any, gains: Any) -> tuple[jax.Array, LayerKV]:
         ring, rotary, near, masks = rows
         q, q_sink, kv = qkv_rope_cache(by_head, gains, config.norm_eps, rotary, near, kv, ring)
-        kv = kv_pages.sample_queries(kv, q, ring)
         return attention.attend(q, q_sink, kv, ring, spec.sliding_window, masks, config.scale), kv
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)

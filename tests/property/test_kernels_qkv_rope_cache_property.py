@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -13,15 +14,15 @@ from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.kernel_choice import KernelChoice
-from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView, init_layer_kv
+from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, QuantPages, RingView, init_kept_pairs, init_layer_kv
 from atlas_jax.kernels.qkv_rope_cache import qkv_rope_cache
 
-EPS, PAGES, SINKS = 1e-6, 3, 4
+EPS, PAGES, SINKS, SAMPLES = 1e-6, 3, 4, 32
 # rows, tokens, KV heads, queries of each, dimensions, half of the rotated ones
 shapes = st.sampled_from(
     [(1, 1, 1, 1, 64, 32), (2, 1, 3, 3, 64, 32), (1, 19, 1, 4, 256, 128), (3, 5, 2, 2, 64, 16), (2, 7, 2, 1, 32, 8)]
 )
-cases = st.tuples(st.integers(0, 2**32 - 1), shapes, st.booleans())
+cases = st.tuples(st.integers(0, 2**32 - 1), shapes, st.booleans(), st.booleans())
 
 
 @jax.jit
@@ -35,8 +36,8 @@ def run(cpu: bool, *args: Any) -> Any:
         return compiled(*args)
 
 
-def some_step(seed: int, shape: tuple[int, ...], normed: bool) -> tuple[Any, ...]:
-    """Arguments of `qkv_rope_cache`; some tokens are not valid, and the ring is full of other numbers."""
+def some_step(seed: int, shape: tuple[int, ...], normed: bool, keeps: bool) -> tuple[Any, ...]:
+    """Arguments of `qkv_rope_cache`; some tokens are not valid, and the cache is full of other numbers."""
     batch, tokens, kv_heads, groups, dim, half = shape
     random = np.random.default_rng(seed)
 
@@ -55,6 +56,11 @@ def some_step(seed: int, shape: tuple[int, ...], normed: bool) -> tuple[Any, ...
     assert isinstance(empty.k, QuantPages)
     assert isinstance(empty.v, QuantPages)
     kv = LayerKV(filled(empty.k), filled(empty.v), empty.sink_k, empty.sink_v)
+    if keeps:
+        pairs = init_kept_pairs(batch, PAGES, 1, kv_heads * groups, kv_heads, dim, SAMPLES, "int8")
+        queries = jnp.asarray(random.integers(-127, 128, pairs.queries.shape), jnp.int8)
+        pairs = dataclasses.replace(pairs, queries=queries, query_scale=floats(*pairs.query_scale.shape))
+        kv = dataclasses.replace(kv, kept=pairs)
     first = random.integers(0, PAGE - tokens + 1, batch)
     view = RingView(
         page=jnp.tile(jnp.arange(PAGES, dtype=jnp.int32), (batch, 1)),
@@ -101,6 +107,27 @@ def test_queries_are_normed_and_rotated_and_keys_and_values_stored(wanted: bool,
             wanted_values[place], wanted_scale[place] = ring.values[place], ring.scale[place]
         np.testing.assert_array_equal(ring.values, wanted_values, "nothing else is written")
         np.testing.assert_array_equal(ring.scale, wanted_scale)
+    assert (after.kept is None) == (kv.kept is None)
+    if after.kept is not None:
+        check_noted(after.kept, kv.kept, rotated(queries, rotary), view)
+
+
+def check_noted(kept: KeptPairs, before: KeptPairs, queries: np.ndarray, view: RingView) -> None:
+    """The last query of each stretch is noted, and nothing else changes."""
+    values, scale = np.array(before.queries), np.array(before.query_scale)
+    stretch = PAGE // SAMPLES
+    for row, token in zip(*np.nonzero(view.valid), strict=True):
+        offset = int(view.positions[row, token]) % PAGE
+        if offset % stretch == stretch - 1:
+            place = row, offset // stretch
+            numbers = np.asarray(kept.queries[place], np.float64) * np.asarray(kept.query_scale[place])[:, None]
+            unit = np.abs(queries[row, token]).max(axis=-1, keepdims=True) / 127
+            assert np.all(np.abs(numbers - queries[row, token]) <= 0.501 * unit)
+            values[place], scale[place] = kept.queries[place], kept.query_scale[place]
+    np.testing.assert_array_equal(kept.queries, values)
+    np.testing.assert_array_equal(kept.query_scale, scale)
+    for one, other in zip(jax.tree.leaves((kept.k, kept.v)), jax.tree.leaves((before.k, before.v)), strict=True):
+        assert np.array_equal(one, other)
 
 
 @settings(deadline=None, max_examples=8)

@@ -12,12 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atlas_jax.config import PAGE
 from atlas_jax.kernels.cpu.library import VERSION
 from atlas_jax.kernels.packed_pages import PackedPages
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8
 
 MAX_ROWS = 128
 """Rows of a GEMM that one call takes."""
+_RECEIVED_QUERIES = 32
+"""Queries whose probabilities one part of a call of `received_attention` adds up."""
 
 
 def linear(
@@ -164,26 +167,29 @@ def qkv_rope_cache(
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
     ring: tuple[Int8[Array, "B N K P D"] | Float[Array, "B N K P"], ...],
+    noted: tuple[Int8[Array, "B samples H D"], Float[Array, "B samples H"]] | None,
 ) -> tuple[
-    Float[Array, "B T H D"], Float[Array, "B T H D"], tuple[Int8[Array, "B N K P D"] | Float[Array, "B N K P"], ...]
+    Float[Array, "B T H D"],
+    Float[Array, "B T H D"],
+    tuple[Int8[Array, "B N K P D"] | Float[Array, "B N K P"], ...],
+    tuple[Int8[Array, "B samples H D"], Float[Array, "B samples H"]] | None,
 ]:
-    """Queries for the ring and for the sinks, and the ring with the step's keys and values; see `kernels.qkv_rope_cache`.
+    """Queries for the ring and for the sinks, and what is stored of them all; see `kernels.qkv_rope_cache`.
 
     Args:
       ring: values and scale of the keys, then of the values; changed in place.
+      noted: the queries of a layer that keeps pairs, in 8 bits, and their scale; changed in place.
     """
     batch, tokens, kv_heads, parts, dim = x.shape
     queries = jax.ShapeDtypeStruct((batch, tokens, kv_heads * (parts - 2), dim), jnp.float32)
-    shapes = queries, queries, *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in ring)
-    args = x, *rotary, *near, slot, positions, valid, *ring
-    in_place = {len(args) - len(ring) + i: 2 + i for i in range(len(ring))}
-    if gains is None:
-        q, q_sink, *written = _call("qkv_rope_cache", shapes, *args, in_place=in_place)
-    else:
-        q, q_sink, *written = _call(
-            "normed_qkv_rope_cache", shapes, *args, *gains, in_place=in_place, eps=np.float32(eps)
-        )
-    return q, q_sink, tuple(written)
+    stored = *ring, *(noted or ())
+    shapes = queries, queries, *(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in stored)
+    args = x, *rotary, *near, slot, positions, valid, *stored
+    in_place = {len(args) - len(stored) + i: 2 + i for i in range(len(stored))}
+    settings = {"eps": np.float32(eps), "norms": np.int64(gains is not None), "notes": np.int64(noted is not None)}
+    q, q_sink, *written = _call("qkv_rope_cache", shapes, *args, *(gains or ()), in_place=in_place, **settings)
+    after = None if noted is None else (written[len(ring)], written[len(ring) + 1])
+    return q, q_sink, tuple(written[: len(ring)]), after
 
 
 def attention(
@@ -239,6 +245,33 @@ def exchange_pairs(
         tree, _call("exchange_pairs", shapes, *args, *old, in_place=in_place)
     )
     return made
+
+
+def received_attention(
+    q: Float[Array, "samples H D"],
+    q_near: Float[Array, "samples H D"],
+    k: Int8[Array, "B N K P D"],
+    k_scale: Float[Array, "B N K P"],
+    sink_k: Float[Array, "B K S D"],
+    kept_k: PackedPages,
+    row: Int32[Array, ""],
+    seen: Bool[Array, "samples N P"],
+    sinks_seen: Bool[Array, ""],
+    kept: Int32[Array, ""],
+    scale: float,
+) -> tuple[Float[Array, "N K P"], Float[Array, "kept_pages K P"]]:
+    """Attention that the pairs of a row receive; see `kernels.received_attention.received_attention`."""
+    pages, kept_pages, kv_heads = k.shape[1], kept_k.scale.shape[1], k.shape[2]
+    blocks = -(-q.shape[0] * (q.shape[1] // kv_heads) // _RECEIVED_QUERIES)
+    buffer = kv_heads, blocks, pages + kept_pages, PAGE
+    shapes = (pages, kv_heads, PAGE), (kept_pages, kv_heads, PAGE), buffer
+    ring, pairs, _ = _call(
+        "received_attention",
+        tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
+        *(q, q_near, k, k_scale, sink_k, *_packed(kept_k)),
+        *(row, seen, sinks_seen, kept, jnp.asarray(scale, jnp.float32)),
+    )
+    return ring, pairs
 
 
 def _packed(pages: PackedPages) -> tuple[jax.Array, ...]:

@@ -3,7 +3,8 @@
 A row's pages pass through VMEM once, all KV heads of some slots at a time, in int8; scores and probabilities never leave
 it. The softmax is accumulated page by page (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135),
 beginning with the sinks. Slots that no token of the step sees are neither read nor computed: what is visible follows from
-the pages' labels and the tokens' positions, so there is no mask in memory either.
+the pages' labels and the tokens' positions, so there is no mask in memory either. Pages of kept pairs follow the ring's:
+they are read in 4 bits and unpacked in VMEM, as many as a row has filled.
 
 Numbers: int8 values are exact in bfloat16, the MXU's own type. Queries and weighted probabilities are two bfloat16 terms
 each (relative error 2⁻¹⁶) and sums are float32, so the result is the float32 softmax over the stored numbers. XLA's
@@ -21,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView
+from atlas_jax.kernels.packed_pages import PackedPages
 from atlas_jax.typing import Array, Bool, Float, Int32
 
 _NEGATIVE = -1e30
@@ -42,7 +44,7 @@ def attention(
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
-    """Softmax attention of a step's tokens over the ring and the sinks.
+    """Softmax attention of a step's tokens over the ring, the sinks and the kept pairs.
 
     Args:
       q, q_sink, kv, scale: as for `kernels.attention.window_attention`; the pages are `QuantPages`.
@@ -72,6 +74,13 @@ def attention(
     labels = _labels(view, sliding_window)
     order = _visits(labels.reshape(batch, blocks, slots).max(axis=2) >= 0)
     sinks_seen = (view.first_page > 0).astype(jnp.int32) if sliding_window is None else jnp.zeros_like(view.first_page)
+    kept_k, kept_v = _kept_pages(kv)
+    kept_slots = _slots(kept_k[0].shape[1], kv_heads, dim // 2) if kept_k else 1
+    kept_blocks = kept_k[0].shape[1] // kept_slots if kept_k else 0
+    filled = jnp.zeros_like(view.slot) if view.kept is None else view.kept
+    kept_order = _visits(jnp.arange(max(kept_blocks, 1)) * kept_slots * PAGE < filled[:, None])
+    order = jnp.pad(order, ((0, 0), (0, kept_blocks)), mode="edge")
+    kept_order = jnp.pad(kept_order, ((0, 0), (blocks, 0)), mode="edge")
 
     query = _two_terms(_group(q * scale, kv_heads, rows).reshape(batch, kv_heads, tiles, tile, dim))
     query = query.reshape(batch, kv_heads, -1, dim)
@@ -93,9 +102,16 @@ def attention(
     else:
         scales = pl.BlockSpec((1, slots, kv_heads, PAGE), lambda b, r, j, order, *_: (b, order[b, j], 0, 0))
     sinks = pl.BlockSpec((1, *kv.sink_k.shape[1:]), lambda b, r, j, *_: (b, 0, 0, 0))
+
+    def kept_spec(part: jax.Array) -> pl.BlockSpec:
+        rest = part.shape[2:]
+        return pl.BlockSpec(
+            (1, kept_slots, *rest), lambda b, r, j, _, kept_order, *__: (b, kept_order[b, j], *(0 for _ in rest))
+        )
+
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3,
-        grid=(batch, tiles, blocks),
+        num_scalar_prefetch=5,
+        grid=(batch, tiles, blocks + kept_blocks),
         in_specs=[
             block(2 * tile),
             block(tile),
@@ -106,6 +122,8 @@ def attention(
             scales,
             sinks,
             sinks,
+            tuple(map(kept_spec, kept_k)),
+            tuple(map(kept_spec, kept_v)),
         ],
         out_specs=block(tile),
         scratch_shapes=[
@@ -114,23 +132,26 @@ def attention(
             pltpu.VMEM((kv_heads, tile, dim), jnp.float32),
         ],
     )
-    page_bytes = 2 * count * kv_heads * PAGE * (dim + 4)
+    kept_pages = kept_slots * kept_blocks
+    page_bytes = 2 * kv_heads * PAGE * (count * (dim + 4) + kept_pages * (dim // 2 + dim // 16 + 4))
     out = pl.pallas_call(
-        functools.partial(_kernel, sliding_window, lanes_are_tokens, heads_first),
+        functools.partial(_kernel, sliding_window, lanes_are_tokens, heads_first, blocks),
         grid_spec=grid,
         out_shape=jax.ShapeDtypeStruct((batch, kv_heads, rows, dim), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         cost_estimate=pl.CostEstimate(
-            flops=8 * batch * kv_heads * rows * count * PAGE * dim,
-            transcendentals=batch * kv_heads * rows * count * PAGE,
+            flops=8 * batch * kv_heads * rows * (count + kept_pages) * PAGE * dim,
+            transcendentals=batch * kv_heads * rows * (count + kept_pages) * PAGE,
             bytes_accessed=batch * (tiles * page_bytes + 16 * kv_heads * rows * dim),
         ),
         interpret=interpret,
         name="window_attention",
     )(
         order,
+        kept_order,
         labels,
         sinks_seen,
+        filled,
         query,
         _group(q_sink * scale, kv_heads, rows),
         positions,
@@ -140,6 +161,8 @@ def attention(
         value_scale,
         kv.sink_k,
         kv.sink_v,
+        kept_k,
+        kept_v,
     )
     out = out[:, :, :queries].reshape(batch, kv_heads, heads // kv_heads, tokens, dim)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
@@ -149,9 +172,12 @@ def _kernel(
     sliding_window: int | None,
     lanes_are_tokens: bool,
     heads_first: bool,
-    _: jax.Array,
+    blocks: int,
+    _order: jax.Array,
+    _kept_order: jax.Array,
     labels: jax.Array,
     sinks_seen: jax.Array,
+    filled: jax.Array,
     q: jax.Array,
     q_sink: jax.Array,
     positions: jax.Array,
@@ -161,12 +187,14 @@ def _kernel(
     value_scale: jax.Array,
     sink_k: jax.Array,
     sink_v: jax.Array,
+    kept_k: tuple[jax.Array, ...],
+    kept_v: tuple[jax.Array, ...],
     out: jax.Array,
     peak: jax.Array,
     mass: jax.Array,
     total: jax.Array,
 ) -> None:
-    """One row, one tile of its queries, one block of its ring."""
+    """One row, one tile of its queries, one block of its ring or of its kept pairs."""
     row, step = pl.program_id(0), pl.program_id(2)
     slots, tokens, features = keys.shape[1], (2 if lanes_are_tokens else 1), (1 if lanes_are_tokens else 2)
 
@@ -185,29 +213,80 @@ def _kernel(
     def scale(of: jax.Array, slot: jax.Array) -> jax.Array:
         return (of[0, :, slot] if heads_first else of[0, slot])[:, None]
 
-    def attend(slot: jax.Array, page: jax.Array) -> None:
-        score = _sum_terms(_page_matmul(q[0], keys[0, slot], features)) * scale(key_scale, slot)
-        token = page * PAGE + jax.lax.broadcasted_iota(jnp.int32, (positions.shape[1], PAGE), 1)
-        seen = token <= positions[0]
-        if sliding_window is not None:
-            seen = seen & (token > positions[0] - sliding_window)
+    def take(score: jax.Array, seen: jax.Array, values: jax.Array, scale: jax.Array, contract: int) -> None:
+        """Adds a page to the softmax."""
         score = jnp.where(seen[None], score, _NEGATIVE)
         highest = jnp.maximum(peak[...], jnp.max(score, axis=-1, keepdims=True))
         weight = jnp.where(seen[None], jnp.exp(score - highest), 0.0)
         fade = jnp.exp(peak[...] - highest)
-        terms = _two_terms(weight * scale(value_scale, slot))
+        terms = _two_terms(weight * scale)
         mass[...] = mass[...] * fade + jnp.sum(weight, axis=-1, keepdims=True)
-        total[...] = total[...] * fade + _sum_terms(_page_matmul(terms, values[0, slot], tokens))
+        total[...] = total[...] * fade + _sum_terms(_page_matmul(terms, values, contract))
         peak[...] = highest
 
-    @pl.loop(0, slots)
-    def _block(slot: jax.Array) -> None:
-        page = labels[row, step * slots + slot]
-        pl.when(page >= 0)(functools.partial(attend, slot, page))
+    place = jax.lax.broadcasted_iota(jnp.int32, (positions.shape[1], PAGE), 1)
+
+    def attend(slot: jax.Array, page: jax.Array) -> None:
+        score = _sum_terms(_page_matmul(q[0], keys[0, slot], features)) * scale(key_scale, slot)
+        token = page * PAGE + place
+        seen = token <= positions[0]
+        if sliding_window is not None:
+            seen = seen & (token > positions[0] - sliding_window)
+        take(score, seen, values[0, slot], scale(value_scale, slot), tokens)
+
+    @pl.when(step < blocks)
+    def _block() -> None:
+        @pl.loop(0, slots)
+        def _slot(slot: jax.Array) -> None:
+            page = labels[row, step * slots + slot]
+            pl.when(page >= 0)(functools.partial(attend, slot, page))
+
+    def attend_kept(slot: jax.Array, count: jax.Array) -> None:
+        near = _two_terms(q_sink[0])
+        score = _sum_terms(_page_matmul(near, _unpacked(kept_k, slot), 1)) * kept_k[3][0, slot][:, None]
+        # what is not filled may have any scale, and a weight of 0 does not cancel what is not a number
+        scale = jnp.where(place[:1] < count, kept_v[3][0, slot][:, None], 0.0)
+        take(score, place < count, _unpacked(kept_v, slot), scale, 2)
+
+    if kept_k:
+        kept_slots = kept_k[0].shape[1]
+
+        @pl.when(step >= blocks)
+        def _kept_block() -> None:
+            @pl.loop(0, kept_slots)
+            def _slot(slot: jax.Array) -> None:
+                count = filled[row] - ((step - blocks) * kept_slots + slot) * PAGE
+                pl.when(count > 0)(functools.partial(attend_kept, slot, count))
 
     @pl.when(step == pl.num_programs(2) - 1)
     def _end() -> None:
         out[0] = total[...] / jnp.maximum(mass[...], 1e-30)
+
+
+def _unpacked(pages: tuple[jax.Array, ...], slot: jax.Array) -> jax.Array:
+    """A page of kept pairs of every KV head, as `packed_pages.unpack` has it, the tokens last: [K, D, P]."""
+    nibbles, step, offset = (part[0, slot].astype(jnp.int32) for part in pages[:3])
+    groups = step.shape[1]
+    size = 2 * nibbles.shape[1] // groups
+    parts = []
+    for group in range(groups):
+        both = nibbles[:, group // 2 * size : (group // 2 + 1) * size]
+        n = (both >> 4 if group % 2 else both) & 15
+        of_group = slice(group, group + 1)
+        parts.append(offset[:, of_group] + ((n * (step[:, of_group] & 255) + 4) >> 3))
+    return jnp.clip(jnp.concatenate(parts, axis=1), -127, 127)
+
+
+def _kept_pages(kv: LayerKV) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    """Nibbles, steps and offsets of kept keys and values with the tokens last, all as int8, and scales; none of none."""
+
+    def parts(pages: PackedPages | jax.Array) -> tuple[jax.Array, ...]:
+        if not isinstance(pages, PackedPages):
+            raise TypeError("float pages are attended by XLA's program")
+        nibbles, step = (jax.lax.bitcast_convert_type(x, jnp.int8) for x in (pages.nibbles, pages.step))
+        return (*(x.swapaxes(-1, -2) for x in (nibbles, step, pages.offset)), pages.scale)
+
+    return ((), ()) if kv.kept is None else (parts(kv.kept.k), parts(kv.kept.v))
 
 
 def _page_matmul(terms: jax.Array, page: jax.Array, contract: int) -> jax.Array:

@@ -40,8 +40,8 @@ enum { TOGETHER = 3, TOKENS = 8 };
 /* Where the worth of a unit of a page's weights is kept: behind two bytes for each of them. */
 enum { UNIT = PAGE / 2 };
 
-/* 64 columns, from `place` on, of `count` of a page's values as [count / 4, 4, 16] of four bytes each: a vector has what 16 columns of four
-   tokens multiply with the same four weights. Number 4l + e of vector i is column 16l + 4i + e. */
+/* 64 columns, from `place` on, of `count` of a page's values as [count / 4, 4, 16] of four bytes each: a vector has what 16
+   columns of four tokens multiply with the same four weights. Number 4l + e of vector i is column 16l + 4i + e. */
 static inline __attribute__((always_inline)) void repack_values(const Pairs *values, bool four_bits, int64_t place,
                                                                 int64_t count, int64_t dim, __m512i *packed) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
@@ -299,8 +299,8 @@ EXPORT XLA_FFI_Error *atlas_attention(XLA_FFI_CallFrame *frame) {
   return asked_for_version(frame) ? NULL : attention(frame, false);
 }
 
-/* The same, and (kept k: nibbles u8 [B, M, K, P, D / 2], step u8 [B, M, K, P, D / 32], offset int8 of this shape, scale f32
-   [B, M, K, P]; kept v; kept i32 [B]). */
+/* The same, and (kept k: nibbles u8 [B, kept pages, K, P, D / 2], step u8 and offset int8 [B, kept pages, K, P, D / 32], scale
+   f32 [B, kept pages, K, P]; kept v; kept i32 [B]). */
 EXPORT XLA_FFI_Error *atlas_kept_attention(XLA_FFI_CallFrame *frame) {
   return asked_for_version(frame) ? NULL : attention(frame, true);
 }

@@ -36,8 +36,8 @@ static inline Pairs pairs_argument(const XLA_FFI_CallFrame *frame, int index, bo
                  .scale = argument(frame, index + 3)->data};
 }
 
-/* What n = 0 … 15 of a group with each step are above its offset. A table for every group of a token, made of its step, took
-   nine instructions. */
+/* What n = 0 … 15 of a group with each step are above its offset. To make that of the step would be nine instructions for two
+   groups instead of two. */
 #define ABOVE(step, n) (((n) * (step) + 4) >> 3 > 255 ? 255 : ((n) * (step) + 4) >> 3)
 #define ABOVE_4(step, n) ABOVE(step, n), ABOVE(step, n + 1), ABOVE(step, n + 2), ABOVE(step, n + 3)
 #define STEPS_1(step) {ABOVE_4(step, 0), ABOVE_4(step, 4), ABOVE_4(step, 8), ABOVE_4(step, 12)}

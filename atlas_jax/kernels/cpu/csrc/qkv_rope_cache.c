@@ -1,5 +1,5 @@
 /* What happens to a step's heads between the QKV GEMM and attention: queries and keys are normed and rotated,
-   keys and values stored in the ring.
+   keys and values stored in the ring, and some of the queries noted where pairs are kept.
 
    XLA makes several programs of this, each of one thread (Gemma 3 270M, medians in one run: a decode step of 16 rows 22.1 ms,
    20.1 with this; 128 tokens of a prompt 37.5 and 35.4). */
@@ -29,7 +29,9 @@ typedef struct {
   const uint8_t *valid;            /* [B, T] */
   Ring k, v;
   float *q, *q_sink; /* [B, T, H, D] */
-  int64_t batch, tokens, kv_heads, groups, dim, half, pages;
+  int8_t *noted;     /* [B, samples, H, D]: the last query of every stretch of a page, if there are samples */
+  float *noted_scale; /* [B, samples, H] */
+  int64_t batch, tokens, kv_heads, groups, dim, half, pages, samples;
 } Heads;
 
 /* Rotates pairs (i, i + half); what is behind them stays. */
@@ -57,6 +59,15 @@ static void store(const Heads *task, Ring ring, int64_t token, int64_t kv, const
   ring.scale[place] = quantize_term(x, task->dim, ring.values + place * task->dim);
 }
 
+/* Notes a query of head `head` if it is its stretch's. */
+static void note(const Heads *task, int64_t token, int64_t head, const float *q) {
+  const int64_t stretch = PAGE / task->samples, offset = task->positions[token] % PAGE;
+  if (offset % stretch != stretch - 1) return;
+  const int64_t sample = token / task->tokens * task->samples + offset / stretch;
+  const int64_t place = sample * task->kv_heads * task->groups + head;
+  task->noted_scale[place] = quantize_term(q, task->dim, task->noted + place * task->dim);
+}
+
 static void qkv_rope_cache_part(const void *data, int64_t part) {
   const Heads *task = data;
   const int64_t dim = task->dim, first = part * TOKENS, most = task->batch * task->tokens;
@@ -65,10 +76,11 @@ static void qkv_rope_cache_part(const void *data, int64_t part) {
     for (int64_t kv = 0; kv < task->kv_heads; kv++) {
       const float *x = task->heads + (token * task->kv_heads + kv) * (task->groups + 2) * dim;
       for (int64_t g = 0; g < task->groups; g++, x += dim) {
-        const int64_t place = ((token * task->kv_heads + kv) * task->groups + g) * dim;
+        const int64_t head = kv * task->groups + g, place = (token * task->kv_heads * task->groups + head) * dim;
         const float *q = normed(task, x, task->q_gain, made);
         rotate(task, task->far, token, q, task->q + place);
         rotate(task, task->near, token, q, task->q_sink + place);
+        if (task->samples && task->valid[token]) note(task, token, head, task->q + place);
       }
       if (!task->valid[token]) continue;
       rotate(task, task->far, token, normed(task, x, task->k_gain, made), rotated);
@@ -78,10 +90,13 @@ static void qkv_rope_cache_part(const void *data, int64_t part) {
 }
 
 /* (heads f32 [B, T, K, G + 2, D]; cos, sin, near_cos, near_sin f32 [B, T, half]; slot i32 [B]; positions i32 [B, T]; valid
-   bool [B, T]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; v and its scale; with an attribute `eps` q_gain, k_gain f32
-   [D]) -> q, q_sink f32 [B, T, K · G, D] and k, v with their scales, in place; D and half multiples of 16, P = 128. */
-static XLA_FFI_Error *qkv_rope_cache(XLA_FFI_CallFrame *frame, bool norms) {
+   bool [B, T]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; v and its scale; if `notes` noted queries int8
+   [B, samples, K · G, D] and their scale f32 [B, samples, K · G]; if `norms` q_gain, k_gain f32 [D]) -> q, q_sink f32
+   [B, T, K · G, D] and, in place, k and v and what is noted, with their scales; D and half multiples of 16, P = 128. */
+EXPORT XLA_FFI_Error *atlas_qkv_rope_cache(XLA_FFI_CallFrame *frame) {
+  if (asked_for_version(frame)) return NULL;
   XLA_FFI_Buffer *x = argument(frame, 0), *k = argument(frame, 8);
+  const bool notes = *(const int64_t *)attribute(frame, "notes"), norms = *(const int64_t *)attribute(frame, "norms");
   Heads task = {.heads = x->data,
                 .far = {argument(frame, 1)->data, argument(frame, 2)->data},
                 .near = {argument(frame, 3)->data, argument(frame, 4)->data},
@@ -92,6 +107,7 @@ static XLA_FFI_Error *qkv_rope_cache(XLA_FFI_CallFrame *frame, bool norms) {
                 .q_sink = result(frame, 1)->data,
                 .k = {result(frame, 2)->data, result(frame, 3)->data},
                 .v = {result(frame, 4)->data, result(frame, 5)->data},
+                .eps = *(const float *)attribute(frame, "eps"),
                 .batch = x->dims[0],
                 .tokens = x->dims[1],
                 .kv_heads = x->dims[2],
@@ -99,19 +115,18 @@ static XLA_FFI_Error *qkv_rope_cache(XLA_FFI_CallFrame *frame, bool norms) {
                 .dim = x->dims[4],
                 .half = argument(frame, 1)->dims[2],
                 .pages = k->dims[1]};
-  if (norms) {
-    task.q_gain = argument(frame, 12)->data;
-    task.k_gain = argument(frame, 13)->data;
-    task.eps = *(const float *)attribute(frame, "eps");
+  if (notes) {
+    task.noted = result(frame, 6)->data;
+    task.noted_scale = result(frame, 7)->data;
+    task.samples = argument(frame, 12)->dims[1];
   }
-  if (task.dim % 16 || task.half % 16 || 2 * task.half > task.dim || k->dims[3] != PAGE)
+  if (norms) {
+    task.q_gain = argument(frame, notes ? 14 : 12)->data;
+    task.k_gain = argument(frame, notes ? 15 : 13)->data;
+  }
+  if (task.dim % 16 || task.half % 16 || 2 * task.half > task.dim || k->dims[3] != PAGE ||
+      (notes && (task.samples < 1 || task.samples > PAGE)))
     return failed(frame, "atlas_qkv_rope_cache: shape");
   run_parts(frame, qkv_rope_cache_part, &task, (task.batch * task.tokens + TOKENS - 1) / TOKENS);
   return NULL;
-}
-
-EXPORT XLA_FFI_Error *atlas_qkv_rope_cache(XLA_FFI_CallFrame *frame) { return asked_for_version(frame) ? NULL : qkv_rope_cache(frame, false); }
-
-EXPORT XLA_FFI_Error *atlas_normed_qkv_rope_cache(XLA_FFI_CallFrame *frame) {
-  return asked_for_version(frame) ? NULL : qkv_rope_cache(frame, true);
 }
