@@ -57,6 +57,37 @@ static void add_probabilities(float *score, const Seen *seen, int64_t pages, con
     }
 }
 
+/* `score_page` of two queries with a whole page. */
+static void score_two(const Terms *query, const __m512i *packed, const float *scale, const uint8_t *const *places, int64_t dim,
+                      float *const *score, __m512 *peak) {
+  __m512i dots[2 * GROUPS];
+#pragma GCC unroll 16
+  for (int g = 0; g < 2 * GROUPS; g++) dots[g] = _mm512_set1_epi32(-query[g / GROUPS].offset);
+  for (int64_t d = 0; d < dim; d += 4, packed += GROUPS) {
+    int32_t four[2];
+    memcpy(&four[0], query[0].terms + d, sizeof four[0]);
+    memcpy(&four[1], query[1].terms + d, sizeof four[1]);
+    const __m512i first = _mm512_set1_epi32(four[0]), second = _mm512_set1_epi32(four[1]);
+#pragma GCC unroll 8
+    for (int g = 0; g < GROUPS; g++) {
+      const __m512i keys = packed[g];
+      add_dots(&dots[g], keys, first);
+      add_dots(&dots[GROUPS + g], keys, second);
+    }
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++)
+#pragma GCC unroll 8
+    for (int g = 0; g < GROUPS; g++) {
+      __m512 found = _mm512_mul_ps(_mm512_cvtepi32_ps(dots[i * GROUPS + g]), _mm512_set1_ps(query[i].unit));
+      found = _mm512_mul_ps(found, _mm512_loadu_ps(scale + 16 * g));
+      __m128i mask = _mm_loadu_si128((const __m128i *)(places[i] + 16 * g));
+      found = _mm512_mask_blend_ps(_mm_test_epi8_mask(mask, mask), _mm512_set1_ps(-1e30f), found);
+      peak[i] = _mm512_max_ps(peak[i], found);
+      _mm512_storeu_ps(score[i] + 16 * g, found);
+    }
+}
+
 /* A block of the queries of one KV head. */
 static void received_attention_part(const void *data, int64_t part) {
   static _Thread_local Room room;
@@ -107,9 +138,18 @@ static void received_attention_part(const void *data, int64_t part) {
     /* behind the last page there may be nothing: the next is only prefetched */
     const Pairs next = pairs_from(&keys_of_page, task->kv_heads * PAGE, dim);
     repack_keys(&keys_of_page, next.numbers, next.numbers, dim, seen[n], packed);
-    for (int64_t j = 0; j < count; j++)
-      peak[j] = score_page(filled ? &near_terms[j] : &far_terms[j], packed, keys_of_page.scale,
-                           filled ? filled : places[j] + n * PAGE, dim, seen[n], score[j] + n * PAGE, peak[j]);
+    const Terms *terms = filled ? near_terms : far_terms;
+    const float *scale = keys_of_page.scale;
+    int64_t j = 0;
+    if (seen[n].count == GROUPS)
+      for (; j + 2 <= count; j += 2) {
+        const uint8_t *seen_by[2] = {filled ? filled : places[j] + n * PAGE, filled ? filled : places[j + 1] + n * PAGE};
+        float *to[2] = {score[j] + n * PAGE, score[j + 1] + n * PAGE};
+        score_two(terms + j, packed, scale, seen_by, dim, to, peak + j);
+      }
+    for (; j < count; j++)
+      peak[j] = score_page(terms + j, packed, scale, filled ? filled : places[j] + n * PAGE, dim, seen[n],
+                           score[j] + n * PAGE, peak[j]);
   }
   for (int64_t j = 0; j < count; j++) {
     float sink_score[MOST_SINKS], top = _mm512_reduce_max_ps(peak[j]);
