@@ -40,6 +40,8 @@ _FACT = 5
 _ANSWER_WEIGHT = 3.0
 """What a token of an answer counts for in the gate's fit, where one of running text counts one: there are some hundred of the
 one and ten thousand of the other."""
+_SHRINK = 1e-3
+"""Weight of the squares of the gate's weights."""
 _OUTLIER = 4.0
 """Tokens whose residual is this many times the median norm are attention sinks, not text."""
 
@@ -365,7 +367,7 @@ def _fit_gate(samples: _Samples) -> np.ndarray:
     for step in range(1, 601):
         g = (1 + np.tanh(inputs @ weight / 2)) / 2  # the logistic function, without an exponential that overflows
         mixture = np.maximum((1 - g) * p_model + g * p_memory, _LEAST)
-        slope = -(counts * (p_memory - p_model) / mixture * g * (1 - g)) @ inputs + 1e-4 * weight
+        slope = -(counts * (p_memory - p_model) / mixture * g * (1 - g)) @ inputs + _SHRINK * weight
         first = 0.9 * first + 0.1 * slope
         second = 0.99 * second + 0.01 * slope**2
         rate = 0.05 * min(1.0, (601 - step) / 200)

@@ -15,6 +15,7 @@ import numpy as np
 from atlas_jax.aot import AotProgram
 from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.kernels.reductions import row_max
+from atlas_jax.model.kept_pairs import keep_pairs, leaving
 from atlas_jax.model.kv_cache import init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.page_schedule import PageSchedule
@@ -24,6 +25,10 @@ from atlas_jax.sharding import MeshLayout
 
 WINDOW = 4
 """Pages of the window the memory is calibrated for."""
+_KEPT = 768
+"""Pairs kept beside it, about what the default budget has room for: a gate fitted without them takes the memory's word where
+the model knows better by itself (SmolLM2-135M: 0.74 of the gap to full attention at 2 048 tokens, 0.87 without a memory)."""
+_DECAY = 0.9
 _BLOCK = 1 << 12
 """Tokens of the vocabulary whose scores are looked at together: of few enough, they stay in the cache."""
 
@@ -74,16 +79,21 @@ def read_texts(
     trunk, judge = Trunk(model, program), Judge(model, params)
     count = np.full((1,), PAGE, np.int32)
     next_page = program(start_page, donate=(0,))
+    keep = program(functools.partial(keep_pairs, model), donate=(1,))
     total = sum(len(text) // PAGE for text in texts)
     done = 0
     readings = []
     for text in texts:
         tokens = np.asarray(text, np.int32)
-        cache = mesh_layout.rows(init_kv_cache(model, 1, WINDOW, "int8"))
+        cache = mesh_layout.rows(init_kv_cache(model, 1, WINDOW, "int8", _KEPT))
         chance, entropy = np.ones(len(tokens) - 1), np.zeros(len(tokens) - 1)
         tapped, exponent = [], []
         for page in range(len(tokens) // PAGE):
-            cache = next_page((), cache, page_start(0, plan.next_page(page)))
+            place = plan.next_page(page)
+            for slot in place.leaves:
+                leaves = leaving(0, slot, first=True, decay=_DECAY, capacity=_KEPT)
+                cache = keep((), params.ropes, cache, leaves, np.zeros(PAGE, bool))
+            cache = next_page((), cache, page_start(0, place))
             part = slice(page * PAGE, (page + 1) * PAGE)
             cache, _, states = trunk((1, WINDOW, PAGE), params, cache, tokens[None, part], count)
             if page >= WINDOW:
