@@ -1,7 +1,7 @@
 """Fits a memory to a GGUF model and writes the adapter file.
 
-    python -m atlas_jax.recall.fit MODEL.gguf (--output ADAPTER | --ship) [--texts FILE ...] [--max-tokens N]
-      [--memory-dim N]
+    python -m atlas_jax.recall.fit MODEL.gguf (--output ADAPTER | --ship) [--texts FILE ...] [--gate-texts FILE ...]
+      [--max-tokens N] [--memory-dim N]
 
 A server does the same by itself the first time it serves a model, with the texts that come with the library. More text,
 and text like what the model will read, makes a better fit.
@@ -31,7 +31,11 @@ _ROLES = ("system", "user", "assistant", "model")
 
 
 def fit(
-    model: Path, texts: list[str], max_tokens: int | None = None, memory_dim: int = DEFAULT_DIM
+    model: Path,
+    texts: list[str],
+    max_tokens: int | None = None,
+    memory_dim: int = DEFAULT_DIM,
+    gate_texts: Sequence[str] = (),
 ) -> tuple[bytes, dict[str, object]]:
     """Calibrates a memory.
 
@@ -39,6 +43,7 @@ def fit(
       texts: each long enough to leave the window (512 tokens).
       max_tokens: most tokens read of each text; None reads all.
       memory_dim: numbers of a state that keys keep.
+      gate_texts: further texts for the gate alone.
 
     Raises:
       ConfigError: no memory of this model can have this `memory_dim`.
@@ -53,7 +58,9 @@ def fit(
         params = load_params(file, config, dtype="int8")
         fingerprint, template = file.fingerprint(), chat_template(file)
     memory = candidates(config, memory_dim)
-    found = calibrate_with(tokenizer, config, params, texts, max_tokens, memory=memory, template=template)
+    found = calibrate_with(
+        tokenizer, config, params, texts, max_tokens, memory=memory, template=template, gate_texts=gate_texts
+    )
     report: dict[str, object] = {
         "model": fingerprint,
         "memory_dim": found.config.components,
@@ -86,17 +93,21 @@ def calibrate_with(
     progress: Progress = lambda stage, share: None,
     memory: MemoryConfig | None = None,
     template: ChatTemplate | None = None,
+    gate_texts: Sequence[str] = (),
 ) -> Calibration:
     """Calibrates with texts that are still text; see `calibrate`."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special=False, parse_special=False)
 
-    ids = [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
+    def whole(texts: Sequence[str]) -> list[list[int]]:
+        return [tokenizer.encode(text, add_special=True, parse_special=False)[:max_tokens] for text in texts]
+
     probe = make_probe(adapter_store.probe_filler(), encode, between=(WINDOW + 4) * PAGE)
     markup = {*tokenizer.special_tokens.values(), *(token for role in _ROLES for token in encode(role))}
     conversations = _conversations(tokenizer, template, encode)
-    return calibrate(config, params, ids, probe, memory, progress, mesh_layout, markup, conversations)
+    rest = memory, progress, mesh_layout, markup, conversations, whole(gate_texts)
+    return calibrate(config, params, whole(texts), probe, *rest)
 
 
 def _conversations(
@@ -133,6 +144,7 @@ def main() -> None:
     target.add_argument("--output", type=Path, help="adapter file to write")
     target.add_argument("--ship", action="store_true", help="write it into the library, as the model's shipped adapter")
     parser.add_argument("--texts", type=Path, nargs="+", help="UTF-8 texts (default: those that come with the library)")
+    parser.add_argument("--gate-texts", type=Path, nargs="+", default=[], help="further UTF-8 texts for the gate alone")
     parser.add_argument("--max-tokens", type=int, help="most tokens read of each text")
     parser.add_argument(
         "--memory-dim",
@@ -144,8 +156,9 @@ def main() -> None:
     if args.ship and args.memory_dim != DEFAULT_DIM:
         parser.error(f"--ship is for adapters of the default --memory-dim, {DEFAULT_DIM}")
     texts = [path.read_text("utf-8") for path in args.texts] if args.texts else adapter_store.calibration_texts()
+    gate_texts = [path.read_text("utf-8") for path in args.gate_texts]
     try:
-        data, report = fit(args.model, texts, args.max_tokens, args.memory_dim)
+        data, report = fit(args.model, texts, args.max_tokens, args.memory_dim, gate_texts)
     except (adapter_store.AdapterError, ConfigError) as error:
         raise SystemExit(f"No memory could be fitted to {args.model}: {error}") from error
     output: Path = adapter_store.shipped_path(str(report["model"])) if args.ship else args.output
