@@ -28,7 +28,7 @@ from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.received_attention import received_attention
 from atlas_jax.kernels.rope import RopeTable, apply_rope, rotations
 from atlas_jax.model.kv_cache import KVCache
-from atlas_jax.model.transformer import SINKS
+from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
 from atlas_jax.typing import Array, Bool, Float, Int32
 
 _PROTECTED = 1e6
@@ -87,12 +87,15 @@ def keep_pairs(
     position, first_page, labels = cache.position[row], cache.first_page[row], cache.page[row]
     # past the trained context what has left the window stays as far away as when it left; so do the sinks
     beyond = jnp.maximum(position - (config.context_length - 1), 0)
-    turns = [rotations(table, beyond) for table in ropes]
+    asked = position - PAGE + (jnp.arange(QUERY_SAMPLES) + 1) * (PAGE // QUERY_SAMPLES) - 1
+    # a query meets kept pairs from where attention has it meet them: by its own way past the context, not by the page's
+    too_far = jnp.maximum(asked - (config.context_length - 1), 0)
+    turns = [_Turns(rotations(table, beyond), rotations(table, too_far)) for table in ropes]
     sinks = jnp.where(labels[page.slot] == 0, cache.kv[0].sink_k.shape[2], 0)
     event = _Event(
         labels=labels,
         first_page=first_page,
-        position=position,
+        asked=asked,
         kept=cache.kept[row],
         beyond=beyond,
         protected=protected,
@@ -112,34 +115,44 @@ class _Event:
     """What all layers need to know of the row.
 
     Attributes:
-      labels, first_page, position, kept: the row's, as in `KVCache`.
+      labels, first_page, kept: the row's, as in `KVCache`.
+      asked: positions of the queries that are counted.
       beyond: how far its position is past the trained context.
       sinks: tokens of the page that are kept as sinks.
     """
 
     labels: Int32[Array, N]
     first_page: Int32[Array, ""]
-    position: Int32[Array, ""]
+    asked: Int32[Array, samples]
     kept: Int32[Array, ""]
     beyond: Int32[Array, ""]
     protected: Bool[Array, P]
     sinks: Int32[Array, ""]
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Turns:
+    """Cosines and sines of what lies past the trained context: for the page's keys, and for each of the queries."""
+
+    keys: tuple[Float[Array, half], Float[Array, half]]
+    queries: tuple[Float[Array, "samples half"], Float[Array, "samples half"]]
+
+
 @functools.partial(jax.jit, static_argnums=0)  # compiled into its caller; layers alike are traced once
 def _keep_in_layer(
-    scale: float, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turn: tuple[jax.Array, jax.Array]
+    scale: float, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turns: _Turns
 ) -> LayerKV:
     row, slot = page.row, page.slot
     ring_score, score = jax.lax.cond(
         page.first,
-        lambda: _counted(scale, layer, pairs, page, event, turn),
+        lambda: _counted(scale, layer, pairs, page, event, turns.queries),
         lambda: (pairs.ring_score[row], pairs.score[row]),
     )
     own = jnp.where(event.protected, _PROTECTED, 0.0) + ring_score[slot]
     own = jnp.where(jnp.arange(PAGE) < event.sinks, -jnp.inf, own)
     k, v = (jax.tree.map(lambda leaf: leaf[row, slot], ring) for ring in (layer.k, layer.v))
-    k = jax.lax.cond(event.beyond > 0, lambda k: _turned_pages(k, turn), lambda k: k, k)
+    k = jax.lax.cond(event.beyond > 0, lambda k: _turned_pages(k, turns.keys), lambda k: k, k)
     pairs = dataclasses.replace(
         pairs,
         score=pairs.score.at[row].set(score),
@@ -152,11 +165,9 @@ def _counted(
     scale: float, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turn: tuple[jax.Array, jax.Array]
 ) -> tuple[Float[Array, "N K P"], Float[Array, "kept K P"]]:
     """Scores of the ring and of the kept pairs with the attention of the latest page's queries."""
-    samples = pairs.queries.shape[1]
-    asked = event.position - PAGE + (jnp.arange(samples) + 1) * (PAGE // samples) - 1
     token = event.labels[:, None] * PAGE + jnp.arange(PAGE)
     in_window = (event.labels >= event.first_page) & (event.labels >= 0)
-    seen = in_window[:, None] & (token <= asked[:, None, None])
+    seen = in_window[:, None] & (token <= event.asked[:, None, None])
     q = pairs.queries[page.row] * pairs.query_scale[page.row][..., None]
     received = received_attention(q, _turned(q, turn), layer, page.row, seen, event.first_page > 0, event.kept, scale)
     old = pairs.ring_score[page.row], pairs.score[page.row]
