@@ -63,35 +63,39 @@ def test_pairs_that_are_all_kept_are_full_attention(
         assert (layer.kept is None) == (spec.sliding_window is not None)
 
 
+def kept_positions(tiny: Tiny, cache: KVCache, rule: KeptAttention, index: int, head: int) -> set[int]:
+    """The positions of the pairs that a head keeps, by their values and by their keys, where the rule has them stand."""
+    wanted, kept = rule.kept[index, head], cache.kv[index].kept
+    assert kept is not None
+    gone = np.asarray(sorted(wanted.left))
+    places = np.asarray([wanted.left[position] for position in gone.tolist()])
+    keys = rule.rotate[index](wanted.k[gone][:, None], places)[:, 0]
+    if tiny.config.ropes[tiny.config.layers[index].rope].interleaved:  # which is undone when weights are loaded
+        keys = np.concatenate([keys[:, ::2], keys[:, 1::2]], axis=1)
+    pairs = np.concatenate([keys, wanted.v[gone]], axis=1)
+    found: set[int] = set()
+    count, dim = int(cache.kept[0]), tiny.config.head_dim
+    own = [np.asarray(part)[0, :, head].reshape(-1, dim)[:count] for part in (kept.k, kept.v)]
+    for pair in np.concatenate(own, axis=1):
+        like = gone[np.abs(pair - pairs).max(axis=1) < 1e-3 * np.abs(pairs).max()].tolist()
+        free = [position for position in like if position not in found]
+        assert free, (index, head, "a pair of no position, or one kept twice")
+        # past the context pages stand in the same places, so equal tokens of them may be equal pairs
+        found.add(max(free, key=lambda position: position in wanted.positions))
+    return found
+
+
 def assert_kept(tiny: Tiny, cache: KVCache, rule: KeptAttention, length: int) -> None:
-    """The cache holds, for every head that keeps pairs, those of the rule, with their keys where the rule has them stand."""
+    """The cache holds, for every head that keeps pairs, those of the rule."""
     left = PageSchedule(rule.window, rule.update).left((length - 1) // PAGE)
-    count = kept_count(left, rule.capacity)
-    assert int(cache.kept[0]) == count
-    for index, layer in enumerate(cache.kv):
-        if layer.kept is None:
+    assert int(cache.kept[0]) == kept_count(left, rule.capacity)
+    for (index, head), wanted in rule.kept.items():
+        if cache.kv[index].kept is None:
+            assert not wanted.pairs
             continue
-        for head in range(tiny.config.kv_heads):
-            wanted = rule.kept[index, head]
-            gone = np.asarray(sorted(wanted.left))
-            places = np.asarray([wanted.left[position] for position in gone.tolist()])
-            keys = rule.rotate[index](wanted.k[gone][:, None], places)[:, 0]
-            if tiny.config.ropes[tiny.config.layers[index].rope].interleaved:  # which is undone when weights are loaded
-                keys = np.concatenate([keys[:, ::2], keys[:, 1::2]], axis=1)
-            pairs = np.concatenate([keys, wanted.v[gone]], axis=1)
-            own = np.concatenate(
-                [
-                    np.asarray(part)[0, :, head].reshape(-1, tiny.config.head_dim)[:count]
-                    for part in (layer.kept.k, layer.kept.v)
-                ],
-                axis=1,
-            )
-            distance = np.abs(own[:, None] - pairs[None]).max(axis=-1)
-            assert distance.min(axis=1).max() < 1e-3 * np.abs(pairs).max(), (index, head)
-            found = gone[distance.argmin(axis=1)].tolist()
-            assert len(set(found)) == count, "no pair is kept twice"
-            assert min(found) >= SINKS, "sinks are kept as such"
-            assert set(found) ^ wanted.positions <= wanted.close, (index, head)
+        found = kept_positions(tiny, cache, rule, index, head)
+        assert min(found) >= SINKS, "sinks are kept as such"
+        assert found ^ wanted.positions <= wanted.close, (index, head)
 
 
 WITHIN = tiny_model.LLAMA
@@ -133,7 +137,7 @@ def test_the_pairs_kept_are_those_of_the_rule(
 
 @pytest.mark.parametrize("starts", [6, 60])
 def test_turn_starts_stay_where_better_attended_pairs_compete(folder: Path, starts: int) -> None:
-    """Those at a page's edge too; where there are more than is kept, no more than that are."""
+    """Those at a page's edge too; where there are more than is kept, as many of them as are kept."""
     tiny, text, capacity = Tiny(folder, WITHIN), list(TEXT), 100
     random = np.random.default_rng(starts)
     begins = {2, 3 * PAGE - 2, 5 * PAGE - 1, *random.integers(0, 6 * PAGE, starts - 3).tolist()}
@@ -144,7 +148,10 @@ def test_turn_starts_stay_where_better_attended_pairs_compete(folder: Path, star
     transformer_reference.logits(tiny.config, tiny.weights, text, rule)
     more = {"kept": capacity, "turn_tokens": (TURN,)}
     cache = read(tiny.config, tiny.params, text, "float32", PageSchedule(1), **more)[1]  # type: ignore[arg-type]
-    assert_kept(tiny, cache, rule, LENGTH)
+    assert int(cache.kept[0]) == capacity
+    if starts == 6:
+        assert_kept(tiny, cache, rule, LENGTH)
     left = {position for position in protected if SINKS <= position < 7 * PAGE}
-    for kept in rule.kept.values():
-        assert kept.positions >= left if starts == 6 else kept.positions <= left
+    for head in range(tiny.config.kv_heads):
+        found = kept_positions(tiny, cache, rule, 0, head)  # the first layer's pairs do not depend on what is kept
+        assert found >= left if starts == 6 else found <= left
