@@ -46,7 +46,8 @@ gemma: $(VENV)/base ## download Gemma 3 270M, for tests and benchmarks
 	@$(RUN) tools/fetch_model.py gemma
 
 fit: $(VENV)/dev model ## fit the memory and make the bigram table that are shipped for the default model
-	$(RUN) -m atlas_jax.recall.fit $(MODEL) --ship
+	$(RUN) -m atlas_jax.evaluation.corpora --out data/texts --group calibration
+	$(RUN) -m atlas_jax.recall.fit $(MODEL) --gate-texts data/texts/calibration/*.txt --ship
 	$(RUN) -m atlas_jax.engine.fit_bigrams $(MODEL) --ship
 
 quality: $(VENV)/dev model gemma ## greedy text and perplexity against llama.cpp's golden files (30 min)

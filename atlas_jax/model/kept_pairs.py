@@ -85,17 +85,19 @@ def keep_pairs(
     """
     row = page.row
     position, first_page, labels = cache.position[row], cache.first_page[row], cache.page[row]
-    asked = position - PAGE + (jnp.arange(QUERY_SAMPLES) + 1) * (PAGE // QUERY_SAMPLES) - 1
     # past the trained context what has left the window stays as far away as when it left; so do the sinks
-    beyond = [jnp.maximum(at - (config.context_length - 1), 0) for at in (position, asked)]
-    turns = [_Turns(*(rotations(table, by) for by in beyond)) for table in ropes]
+    beyond = jnp.maximum(position - (config.context_length - 1), 0)
+    asked = position - PAGE + (jnp.arange(QUERY_SAMPLES) + 1) * (PAGE // QUERY_SAMPLES) - 1
+    # a query meets kept pairs from where attention has it meet them: by its own way past the context, not by the page's
+    too_far = jnp.maximum(asked - (config.context_length - 1), 0)
+    turns = [_Turns(rotations(table, beyond), rotations(table, too_far)) for table in ropes]
     sinks = jnp.where(labels[page.slot] == 0, cache.kv[0].sink_k.shape[2], 0)
     event = _Event(
         labels=labels,
         first_page=first_page,
         asked=asked,
         kept=cache.kept[row],
-        beyond=beyond[0],
+        beyond=beyond,
         protected=protected,
         sinks=sinks,
     )
@@ -114,7 +116,7 @@ class _Event:
 
     Attributes:
       labels, first_page, kept: the row's, as in `KVCache`.
-      asked: positions of the queries.
+      asked: positions of the queries that are counted.
       beyond: how far its position is past the trained context.
       sinks: tokens of the page that are kept as sinks.
     """
@@ -131,7 +133,7 @@ class _Event:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Turns:
-    """Cosines and sines of how far the page's keys, and each of the queries, are rotated back."""
+    """Cosines and sines of what lies past the trained context: for the page's keys, and for each of the queries."""
 
     keys: tuple[Float[Array, half], Float[Array, half]]
     queries: tuple[Float[Array, "samples half"], Float[Array, "samples half"]]
@@ -144,7 +146,7 @@ def _keep_in_layer(
     row, slot = page.row, page.slot
     ring_score, score = jax.lax.cond(
         page.first,
-        lambda: _counted(scale, layer, pairs, page, event, turns),
+        lambda: _counted(scale, layer, pairs, page, event, turns.queries),
         lambda: (pairs.ring_score[row], pairs.score[row]),
     )
     own = jnp.where(event.protected, _PROTECTED, 0.0) + ring_score[slot]
@@ -160,16 +162,14 @@ def _keep_in_layer(
 
 
 def _counted(
-    scale: float, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turns: _Turns
+    scale: float, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turn: tuple[jax.Array, jax.Array]
 ) -> tuple[Float[Array, "N K P"], Float[Array, "kept K P"]]:
     """Scores of the ring and of the kept pairs with the attention of the latest page's queries."""
     token = event.labels[:, None] * PAGE + jnp.arange(PAGE)
     in_window = (event.labels >= event.first_page) & (event.labels >= 0)
     seen = in_window[:, None] & (token <= event.asked[:, None, None])
     q = pairs.queries[page.row] * pairs.query_scale[page.row][..., None]
-    received = received_attention(
-        q, _turned(q, turns.queries), layer, page.row, seen, event.first_page > 0, event.kept, scale
-    )
+    received = received_attention(q, _turned(q, turn), layer, page.row, seen, event.first_page > 0, event.kept, scale)
     old = pairs.ring_score[page.row], pairs.score[page.row]
     return tuple(page.decay * before + new for before, new in zip(old, received, strict=True))  # type: ignore[return-value]
 

@@ -101,8 +101,9 @@ def request(
 
 
 def memory(session: str | None = None, owner: str = "owner", **more: Any) -> MemoryParams:
-    """A memory with a window of one page, so that little text overflows it."""
+    """A memory with a window of one page and few kept pairs, so that little text overflows both."""
     more.setdefault("window_size", 128)
+    more.setdefault("kept_pairs", 100)
     return MemoryParams(session=None if session is None else SessionKey(owner, session), **more)
 
 

@@ -26,6 +26,7 @@ from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
 from atlas_jax.engine.sessions import archive, files, snapshot
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.engine.sessions.history import History
+from atlas_jax.engine.sessions.host_arrays import held_bytes
 from atlas_jax.engine.sessions.journal import Reading
 from atlas_jax.engine.sessions.recall_layout import RecallLayout
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape, SessionStats, Unread
@@ -191,6 +192,25 @@ EXAMPLE = replace(
 )
 DATA = encode_session(layout(), EXAMPLE)
 HEAD, _START = snapshot.read_head(DATA)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(sessions, st.booleans())
+def test_a_state_at_rest_has_its_kept_pairs_and_no_room_for_none(session: Session, written: bool) -> None:
+    """Whether or not the memory's writes of what has left were taken."""
+    where = layout(kind_of(session))
+    for checkpoint in session.checkpoints:
+        at_rest = where.rest(session.shape, checkpoint if written else replace(checkpoint, absorbed=0)).row
+        pairs = int(checkpoint.row.cache.kept[0])
+        for old, new in zip(checkpoint.row.cache.kv, at_rest.cache.kv, strict=True):
+            assert old.kept is not None
+            assert new.kept is not None
+            for name in ("k", "v", "score", "ring_score"):
+                leaves = jax.tree.leaves(getattr(old.kept, name)), jax.tree.leaves(getattr(new.kept, name))
+                for before, after in zip(*leaves, strict=True):
+                    assert np.array_equal(after, before) if pairs else not after.any()
+        roomless = held_bytes(replace(at_rest, memory=None))
+        assert pairs or roomless < held_bytes(replace(checkpoint.row, memory=None))
 
 
 def test_a_listing_is_read_from_the_first_bytes_alone() -> None:

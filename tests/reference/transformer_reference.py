@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from gguf import GGUFReader, quants
@@ -16,17 +18,42 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
     return {tensor.name: quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float64) for tensor in found}
 
 
-def logits(config: ModelConfig, weights: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
-    """Scores of every next token at every position; rows of the head past the last token score nothing."""
+def attend_all(
+    config: ModelConfig, index: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, rotate: Callable[..., np.ndarray]
+) -> np.ndarray:
+    """Every token attends to all before it, or to those in its layer's sliding window."""
+    count, window = len(q), config.layers[index].sliding_window
+    q, k = rotate(q, np.arange(count)), rotate(k, np.arange(count))
+    distance = np.arange(count)[:, None] - np.arange(count)[None]
+    seen = distance >= 0
+    if window is not None:
+        seen &= distance < window
+    out = np.empty_like(q)
+    for head in range(config.heads):
+        own = head // config.groups
+        score = np.where(seen, q[:, head] @ k[:, own].T * config.scale, -np.inf)
+        weight = np.exp(score - score.max(axis=1, keepdims=True))
+        out[:, head] = weight / weight.sum(axis=1, keepdims=True) @ v[:, own]
+    return out
+
+
+def logits(
+    config: ModelConfig, weights: dict[str, np.ndarray], tokens: list[int], attend: Callable[..., Any] = attend_all
+) -> np.ndarray:
+    """Scores of every next token at every position; rows of the head past the last token score nothing.
+
+    Args:
+      attend: what a layer's tokens attend to, of queries and keys that are not rotated; see `attend_all`.
+    """
     factors = weights.get("rope_freqs.weight")
     x = weights["token_embd.weight"][tokens] * config.embed_scale
-    for index, layer in enumerate(config.layers):
+    for index in range(len(config.layers)):
         part = {
             name.removeprefix(f"blk.{index}.").removesuffix(".weight"): value
             for name, value in weights.items()
             if name.startswith(f"blk.{index}.")
         }
-        mixed = _attention(config, index, part, _norm(config, x, part["attn_norm"]), factors)
+        mixed = _attention(config, index, part, _norm(config, x, part["attn_norm"]), factors, attend)
         x = x + (_norm(config, mixed, part["post_attention_norm"]) if config.post_norms else mixed)
         h = _norm(config, x, part["ffn_norm"])
         gate = h @ part["ffn_gate"].T
@@ -36,7 +63,6 @@ def logits(config: ModelConfig, weights: dict[str, np.ndarray], tokens: list[int
             gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
         out = (gate * (h @ part["ffn_up"].T)) @ part["ffn_down"].T
         x = x + (_norm(config, out, part["post_ffw_norm"]) if config.post_norms else out)
-        del layer
     head = weights.get("output.weight", weights["token_embd.weight"])
     scores = _norm(config, x, weights["output_norm.weight"]) @ head[: config.vocab].T
     cap = config.final_softcap
@@ -44,10 +70,14 @@ def logits(config: ModelConfig, weights: dict[str, np.ndarray], tokens: list[int
 
 
 def _attention(
-    config: ModelConfig, index: int, part: dict[str, np.ndarray], h: np.ndarray, factors: np.ndarray | None
+    config: ModelConfig,
+    index: int,
+    part: dict[str, np.ndarray],
+    h: np.ndarray,
+    factors: np.ndarray | None,
+    attend: Callable[..., Any],
 ) -> np.ndarray:
-    layer = config.layers[index]
-    rope = config.ropes[layer.rope]
+    rope = config.ropes[config.layers[index].rope]
     count = len(h)
     q = (h @ part["attn_q"].T).reshape(count, config.heads, config.head_dim)
     k = (h @ part["attn_k"].T).reshape(count, config.kv_heads, config.head_dim)
@@ -57,19 +87,11 @@ def _attention(
     frequency = rope.position_scale * rope.base ** -(np.arange(0, rope.dims, 2) / rope.dims)
     if factors is not None:
         frequency = frequency / factors
-    angle = np.arange(count)[:, None] * frequency
-    q, k = (_rotate(x, angle, rope.dims, rope.interleaved) for x in (q, k))
-    distance = np.arange(count)[:, None] - np.arange(count)[None]
-    seen = distance >= 0
-    if layer.sliding_window is not None:
-        seen &= distance < layer.sliding_window
-    out = np.empty((count, config.heads, config.head_dim))
-    for head in range(config.heads):
-        own = head // config.groups
-        score = np.where(seen, q[:, head] @ k[:, own].T * config.scale, -np.inf)
-        weight = np.exp(score - score.max(axis=1, keepdims=True))
-        out[:, head] = weight / weight.sum(axis=1, keepdims=True) @ v[:, own]
-    return out.reshape(count, -1) @ part["attn_output"].T
+
+    def rotate(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        return _rotate(x, np.asarray(positions)[:, None] * frequency, rope.dims, rope.interleaved)
+
+    return attend(config, index, q, k, v, rotate).reshape(count, -1) @ part["attn_output"].T
 
 
 def _rotate(x: np.ndarray, angle: np.ndarray, dims: int, interleaved: bool) -> np.ndarray:

@@ -49,7 +49,7 @@ class Layout(Protocol):
     def shape(self, header: Mapping[str, Any]) -> SessionShape:
         """The shape a header describes; raises SnapshotInvalid."""
 
-    def rest(self, checkpoint: Checkpoint) -> Checkpoint:
+    def rest(self, shape: SessionShape, checkpoint: Checkpoint) -> Checkpoint:
         """The same state as it rests in host memory; matrices that were never written take no room there."""
 
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -94,7 +94,7 @@ class RecallLayout:
             raise SnapshotInvalid(f"snapshot's {kept} kept pairs exceed this server's most, {self.memory.max_kept}")
         return SessionShape(PageSchedule(window, update), layers, degree, kept)
 
-    def rest(self, checkpoint: Checkpoint) -> Checkpoint:
+    def rest(self, shape: SessionShape, checkpoint: Checkpoint) -> Checkpoint:
         """The same state as it rests in host memory; matrices that were never written take no room there."""
         row = checkpoint.row
         if row.memory is not None and not checkpoint.absorbed:
@@ -102,7 +102,10 @@ class RecallLayout:
             for name in _MATRICES:
                 array = getattr(row.memory, name)
                 zeros[name] = shared_zeros(array.shape, array.dtype)
-            row = Sequences(without_kept(row.cache), replace(row.memory, **zeros))
+            row = replace(row, memory=replace(row.memory, **zeros))
+        # pairs are kept of every page that leaves, also where the memory's write of it was not taken
+        if not kept_count(shape.plan.left(max(checkpoint.page, 0)), shape.kept):
+            row = replace(row, cache=without_kept(row.cache))
         return replace(checkpoint, row=to_host(row))
 
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:

@@ -71,7 +71,7 @@ class TrainedLayout:
         """The shape of every session."""
         return session_shape()
 
-    def rest(self, checkpoint: Checkpoint) -> Checkpoint:
+    def rest(self, shape: SessionShape, checkpoint: Checkpoint) -> Checkpoint:
         """The same state in host memory."""
         return replace(checkpoint, row=to_host(checkpoint.row))
 

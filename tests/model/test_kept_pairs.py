@@ -1,0 +1,157 @@
+"""What is kept of a text that has left the window, and what the model makes of it, against float64 definitions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from atlas_jax.config import PAGE, ModelConfig
+from atlas_jax.gguf import GGUFFile
+from atlas_jax.model.kept_pairs import kept_count
+from atlas_jax.model.kv_cache import KVCache
+from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.page_schedule import PageSchedule
+from atlas_jax.model.params import ModelParams
+from atlas_jax.model.transformer import SINKS
+from tests import tiny_model
+from tests.model.scoring import read
+from tests.reference import transformer_reference
+from tests.reference.kept_pairs_reference import KeptAttention
+
+TURN = 300
+"""The token that begins a turn here; no other text holds it."""
+FOLLOWING = 3
+"""Tokens after it that are kept with it."""
+LENGTH = 7 * PAGE + 40
+TEXT = np.random.default_rng(3).integers(0, TURN, LENGTH).tolist()
+
+
+class Tiny:
+    """A tiny model in float32, and its weights as they are in its file."""
+
+    def __init__(self, folder: Path, shape: tiny_model.Shape) -> None:
+        path = tiny_model.write_model(folder / f"{shape.architecture}-{shape.context}.gguf", shape)
+        with GGUFFile.open(path) as file:
+            self.config: ModelConfig = model_config(file)
+            self.params: ModelParams = load_params(file, self.config, dtype="float32")
+        self.weights = transformer_reference.tensors(path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kept")
+
+
+@pytest.mark.parametrize("update", [1, 2])
+@pytest.mark.parametrize(("shape", "window"), [(tiny_model.LLAMA, 1), (tiny_model.GEMMA, 2)], ids=["llama", "gemma3"])
+def test_pairs_that_are_all_kept_are_full_attention(
+    folder: Path, shape: tiny_model.Shape, window: int, update: int
+) -> None:
+    """Gemma's sliding layers keep none, and need no more than their window of 96 tokens."""
+    tiny, text = Tiny(folder, shape), TEXT[: 4 * PAGE + 40]
+    wanted = transformer_reference.logits(tiny.config, tiny.weights, text)
+    plan = PageSchedule(window, update)
+    found, cache = read(tiny.config, tiny.params, text, "float32", plan, kept=4 * PAGE)
+    assert int(cache.kept[0]) == plan.left(4) * PAGE - SINKS > 0
+    assert np.abs(found - wanted).max() < 2e-3 * wanted.std()
+    without = read(tiny.config, tiny.params, text, "float32", plan)[0]
+    assert np.abs(without - wanted).max() > 0.1 * wanted.std(), "what is kept is felt"
+    for spec, layer in zip(tiny.config.layers, cache.kv, strict=True):
+        assert (layer.kept is None) == (spec.sliding_window is not None)
+
+
+def kept_positions(tiny: Tiny, cache: KVCache, rule: KeptAttention, index: int, head: int) -> set[int]:
+    """The positions of the pairs that a head keeps, by their values and by their keys, where the rule has them stand."""
+    wanted, kept = rule.kept[index, head], cache.kv[index].kept
+    assert kept is not None
+    gone = np.asarray(sorted(wanted.left))
+    places = np.asarray([wanted.left[position] for position in gone.tolist()])
+    keys = rule.rotate[index](wanted.k[gone][:, None], places)[:, 0]
+    if tiny.config.ropes[tiny.config.layers[index].rope].interleaved:  # which is undone when weights are loaded
+        keys = np.concatenate([keys[:, ::2], keys[:, 1::2]], axis=1)
+    pairs = np.concatenate([keys, wanted.v[gone]], axis=1)
+    found: set[int] = set()
+    count, dim = int(cache.kept[0]), tiny.config.head_dim
+    own = [np.asarray(part)[0, :, head].reshape(-1, dim)[:count] for part in (kept.k, kept.v)]
+    for pair in np.concatenate(own, axis=1):
+        like = gone[np.abs(pair - pairs).max(axis=1) < 1e-3 * np.abs(pairs).max()].tolist()
+        free = [position for position in like if position not in found]
+        assert free, (index, head, "a pair of no position, or one kept twice")
+        # past the context pages stand in the same places, so equal tokens of them may be equal pairs
+        found.add(max(free, key=lambda position: position in wanted.positions))
+    return found
+
+
+def assert_kept(tiny: Tiny, cache: KVCache, rule: KeptAttention, length: int) -> None:
+    """The cache holds, for every head that keeps pairs, those of the rule."""
+    left = PageSchedule(rule.window, rule.update).left((length - 1) // PAGE)
+    assert int(cache.kept[0]) == kept_count(left, rule.capacity)
+    for (index, head), wanted in rule.kept.items():
+        if cache.kv[index].kept is None:
+            assert not wanted.pairs
+            continue
+        found = kept_positions(tiny, cache, rule, index, head)
+        assert min(found) >= SINKS, "sinks are kept as such"
+        assert found ^ wanted.positions <= wanted.close, (index, head)
+
+
+WITHIN = tiny_model.LLAMA
+BEYOND = replace(tiny_model.LLAMA, context=256)
+GEMMA_BEYOND = replace(tiny_model.GEMMA, context=300)
+
+
+@pytest.mark.parametrize(
+    ("shape", "window", "update", "capacity", "decay"),
+    [
+        (WITHIN, 1, 1, 100, 0.9),
+        (WITHIN, 2, 2, 200, 1.0),
+        (BEYOND, 1, 1, 100, 0.9),
+        (BEYOND, 1, 2, 200, 0.5),
+        (GEMMA_BEYOND, 2, 1, 128, 0.9),
+    ],
+    ids=["one page", "two pages", "past the context", "two pages past the context", "gemma3"],
+)
+def test_the_pairs_kept_are_those_of_the_rule(
+    folder: Path, shape: tiny_model.Shape, window: int, update: int, capacity: int, decay: float
+) -> None:
+    """Also of a text of more than three times the context that the model was trained with: no key is met further away."""
+    tiny, rule = Tiny(folder, shape), KeptAttention(window, update, capacity, decay)
+    wanted = transformer_reference.logits(tiny.config, tiny.weights, TEXT, rule)
+    plan = PageSchedule(window, update)
+    more = {"kept": capacity, "decay": decay, "turn_tokens": (TURN,)}
+    found, cache = read(tiny.config, tiny.params, TEXT, "float32", plan, **more)  # type: ignore[arg-type]
+    assert np.isfinite(found).all()
+    assert_kept(tiny, cache, rule, LENGTH)
+    assert np.abs(found - wanted).max() < 0.05 * wanted.std()
+    context = tiny.config.context_length
+    for kept in rule.kept.values():
+        if kept.pairs:
+            assert len({pair.position // PAGE for pair in kept.pairs}) > 1, "pairs of several pages compete"
+        for position, place in kept.left.items():
+            assert 0 <= place < context
+            assert place == position or position + (window + update) * PAGE > context, "left inside the context"
+
+
+@pytest.mark.parametrize("starts", [6, 60])
+def test_turn_starts_stay_where_better_attended_pairs_compete(folder: Path, starts: int) -> None:
+    """Those at a page's edge too; where there are more than is kept, as many of them as are kept."""
+    tiny, text, capacity = Tiny(folder, WITHIN), list(TEXT), 100
+    random = np.random.default_rng(starts)
+    begins = {2, 3 * PAGE - 2, 5 * PAGE - 1, *random.integers(0, 6 * PAGE, starts - 3).tolist()}
+    for position in begins:
+        text[position] = TURN
+    protected = {position + more for position in begins for more in range(FOLLOWING + 1)}
+    rule = KeptAttention(1, 1, capacity, 1.0, protected)
+    transformer_reference.logits(tiny.config, tiny.weights, text, rule)
+    more = {"kept": capacity, "turn_tokens": (TURN,)}
+    cache = read(tiny.config, tiny.params, text, "float32", PageSchedule(1), **more)[1]  # type: ignore[arg-type]
+    assert int(cache.kept[0]) == capacity
+    if starts == 6:
+        assert_kept(tiny, cache, rule, LENGTH)
+    left = {position for position in protected if SINKS <= position < 7 * PAGE}
+    for head in range(tiny.config.kv_heads):
+        found = kept_positions(tiny, cache, rule, 0, head)  # the first layer's pairs do not depend on what is kept
+        assert found >= left if starts == 6 else found <= left
