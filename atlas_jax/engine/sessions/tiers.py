@@ -173,7 +173,7 @@ class SessionTiers:
         self._on_idle()
 
     def _at_rest(self, session: Session) -> Session:
-        return replace(session, checkpoints=[self._layout.rest(one) for one in session.checkpoints])
+        return replace(session, checkpoints=[self._layout.rest(session.shape, one) for one in session.checkpoints])
 
     @property
     def pending(self) -> int:
