@@ -22,7 +22,7 @@ from atlas_jax.engine.sessions.journal import Origin, Reading, Turn
 from atlas_jax.engine.sessions.snapshot import Listing
 from atlas_jax.engine.sessions.store import Place
 
-READING = Reading(4, 1, 1, 2, 1024, "exact", 512, 1.0, 0.9)
+READING = Reading(4, 1, 1, 2, 1024, 1 << 24, "exact", 512, 1.0, 0.9)
 ORIGIN = Origin("model", "owner", "s", 1.5)
 KEY = SessionKey("owner", "s")
 

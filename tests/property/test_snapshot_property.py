@@ -187,7 +187,7 @@ def test_loading_what_was_saved_gives_the_session_back(session: Session) -> None
 
 EXAMPLE = replace(
     make_session(3 * PAGE + 5, PageSchedule(1, 1), PAGE, "int8", 0),
-    unread=(Unread([1, 2, 3], Reading(1, 1, 1, 2, 0, "exact", 256, 1.0, 0.9), ((3 * PAGE + 6, 3 * PAGE + 8),)),),
+    unread=(Unread([1, 2, 3], Reading(1, 1, 1, 2, 0, 0, "exact", 256, 1.0, 0.9), ((3 * PAGE + 6, 3 * PAGE + 8),)),),
 )
 DATA = encode_session(layout(), EXAMPLE)
 HEAD, _START = snapshot.read_head(DATA)

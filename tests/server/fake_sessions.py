@@ -21,7 +21,6 @@ from atlas_jax.engine.api import (
     StoredFile,
 )
 
-
 _STATE = StateBytes(window=500, kept=400, memory=124, budget=2000)
 
 

@@ -19,6 +19,7 @@ from atlas_jax.engine.api import (
     SessionNotFound,
     SetAside,
     SnapshotInvalid,
+    StateBytes,
     StorageFull,
     StoredFile,
 )
@@ -274,15 +275,18 @@ class SessionTable:
 
 def _row(layout: Layout, entry: Entry) -> SessionInfo:
     listing = entry.listing
+    state, window = StateBytes(), 0
+    if listing.tokens:  # what has read nothing gets its shape with its first request
+        state, window = layout.state_bytes(listing.ring, listing.kept_capacity, listing.budget), listing.window
     return SessionInfo(
         session_id=entry.key.session_id,
         tokens=listing.tokens,
         bytes=listing.bytes,
-        window_size=listing.window,
-        window_fill=min(listing.window, listing.window_fill),
+        window_size=window,
+        window_fill=min(window, listing.window_fill),
         kept_pairs=listing.kept,
         kept_pairs_capacity=listing.kept_capacity,
-        state=layout.state_bytes(listing.ring, listing.kept_capacity, listing.budget),
+        state=state,
         created=listing.created,
         last_used=listing.last_used,
         resident="disk" if entry.session is None else entry.tier,
