@@ -43,8 +43,8 @@ NAMES = {token: text for text, token in SPECIAL.items()}
 MARKERS = re.compile("(" + "|".join(re.escape(name) for name in SPECIAL) + ")")
 CONTEXT = 4096
 RUNAWAY = 100_000
-KEPT = 256
-STATE = StateBytes(window=500, kept=400, memory=124, budget=2000)
+KEPT = 768
+STATE = StateBytes(window=500, kept=400, memory=124, budget=1 << 24)
 
 
 @dataclass(frozen=True)

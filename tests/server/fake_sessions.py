@@ -21,7 +21,7 @@ from atlas_jax.engine.api import (
     StoredFile,
 )
 
-_STATE = StateBytes(window=500, kept=400, memory=124, budget=2000)
+_STATE = StateBytes(window=500, kept=400, memory=124, budget=1 << 24)
 
 
 @dataclass
@@ -64,8 +64,8 @@ class FakeSessions:
         return MemoryInfo(
             window_size=512,
             window_fill=min(used, 512),
-            kept_pairs=min(used, 256),
-            kept_pairs_capacity=256,
+            kept_pairs=min(used, 768),
+            kept_pairs_capacity=768,
             state=_STATE,
             memory_capacity=1000,
             memory_used=used,
@@ -85,7 +85,7 @@ class FakeSessions:
                 window_size=512,
                 window_fill=7,
                 kept_pairs=5,
-                kept_pairs_capacity=256,
+                kept_pairs_capacity=768,
                 state=_STATE,
                 created=1.0,
                 last_used=2.0,

@@ -59,10 +59,10 @@ def error(response: httpx.Response) -> dict[str, Any]:
         ("memory_dimension", 96, "unknown field"),
         ("memory_budget", 0, "value must be between 1 and 1099511627776"),
         ("memory_budget", "16 MiB", "expected integer, got string"),
-        ("memory_budget", 2001, "value must be at most 2000"),  # of the engine that serves
+        ("memory_budget", 1 << 25, "value must be at most 16777216"),  # of the engine that serves
         ("kept_pairs", -1, "value must be between 0 and 1048576"),
         ("kept_pairs", 1.5, "expected integer, got number"),
-        ("kept_pairs", 257, "value must be at most 256"),
+        ("kept_pairs", 769, "value must be at most 768"),
     ],
 )
 def test_ranges(live: Live, field: str, value: Any, reason: str) -> None:
@@ -139,10 +139,10 @@ def test_the_missions_requests_work_as_written(live: Live) -> None:
 
 def test_an_answer_says_what_each_part_of_the_state_holds_and_takes(live: Live) -> None:
     stats = live.post("/v1/completions", {"prompt": "x" * 300, "max_tokens": 1, "atlas": {}}).json()["atlas_stats"]
-    assert (stats["kept_pairs"], stats["kept_pairs_capacity"]) == (256, 256)
+    assert (stats["kept_pairs"], stats["kept_pairs_capacity"]) == (300, 768)
     parts = stats["window_bytes"], stats["kept_bytes"], stats["memory_bytes"]
     assert parts == (500, 400, 124)
-    assert (sum(parts), stats["memory_budget_bytes"]) == (stats["state_bytes"], 2000)
+    assert (sum(parts), stats["memory_budget_bytes"]) == (stats["state_bytes"], 1 << 24)
 
 
 def test_the_state_of_several_choices_is_that_of_the_first(live: Live) -> None:
