@@ -126,9 +126,9 @@ class ServerStats:
             self._told = self.total
         if self._config.values.log_atlas_operations:
             log.debug(
-                "ATLAS Stats: Memory=%.2f%%, Window=%.2f%%, Kept=%.2f%%, Loss=%.6f",
+                "ATLAS Stats: Memory=%.2f%%, Window=%.2f%%, Loss=%.6f, Kept=%.2f%%",
                 engine.memory_utilization * 100,
                 engine.window_fill_ratio * 100,
-                kept_fill * 100,
                 engine.omega_loss,
+                kept_fill * 100,
             )

@@ -42,6 +42,7 @@ turns = st.builds(
         st.integers(1, 10),
         st.integers(1, 3),
         st.integers(0, 1 << 20),
+        st.integers(0, 1 << 40),
         st.sampled_from(["exact", "gradient", "muon"]),
         st.integers(1, 512),
         st.floats(0.01, 10),

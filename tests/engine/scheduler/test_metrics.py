@@ -207,7 +207,7 @@ def test_a_session_keeps_the_budget_it_was_begun_with(engine: Engine) -> None:
 def test_a_server_without_room_for_pairs_keeps_none(opened: Callable[..., Any]) -> None:
     with opened(memory_budget=0) as engine:
         assert (engine.model.kept_pairs_capacity, engine.model.state.kept, engine.model.state.budget) == (0, 0, 0)
-        done = ask(engine, request(words(14, 4 * PAGE), 4, memory=memory("s"))).end.memory
+        done = ask(engine, request(words(14, 4 * PAGE - 20), 4, memory=memory("s"))).end.memory
         assert done is not None
         assert (done.kept_pairs, done.kept_pairs_capacity, done.state.kept) == (0, 0, 0)
         assert done.tokens_absorbed == 3 * PAGE
