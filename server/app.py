@@ -117,6 +117,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
         pools=pools,
         monitoring=monitoring,
         persistence=persistence,
+        config=config,
         load=engine if callable(engine) else lambda: engine,
         wait=not callable(engine),
         front_page=front_page,

@@ -9,11 +9,13 @@ from datetime import timedelta
 
 from atlas_jax.engine.api import EngineProtocol
 from server.admission import Admission
+from server.config.settings import SettingsError
 from server.errors import Unavailable
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.front_page import FrontPage
 from server.services.monitoring import Monitoring
 from server.services.persistence import Persistence
+from server.services.runtime_config import RuntimeConfig
 from server.services.stats import ServerStats
 from server.services.thread_pools import ThreadPools
 
@@ -28,6 +30,7 @@ class Lifecycle:
 
     Args:
       admission, contexts: those who wait at either are told when it is over.
+      config: whose defaults the engine has to accept.
       load: opens the engine.
       wait: whether the server starts to listen only when the engine is there.
 
@@ -44,6 +47,7 @@ class Lifecycle:
         pools: ThreadPools,
         monitoring: Monitoring,
         persistence: Persistence,
+        config: RuntimeConfig,
         load: Callable[[], EngineProtocol],
         wait: bool,
         front_page: FrontPage,
@@ -53,7 +57,7 @@ class Lifecycle:
         self._stats = stats
         self._admission, self._contexts, self._pools = admission, contexts, pools
         self._monitoring, self._persistence = monitoring, persistence
-        self._load, self._wait = load, wait
+        self._load, self._wait, self._config = load, wait, config
         self._tasks: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -66,6 +70,11 @@ class Lifecycle:
 
     def _opened(self) -> EngineProtocol:
         engine = self._load()
+        try:
+            self._config.check(engine)
+        except SettingsError:
+            engine.close(timeout=CLOSE_SECONDS)
+            raise
         self._persistence.load(engine)
         log.info("[ATLAS] Context pool initialized with %d contexts", self._contexts.places)
         return engine

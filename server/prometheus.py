@@ -41,6 +41,8 @@ _GAUGES = (
     ("atlas_tokens_per_second", "Tokens generated a second, lately", "tokens_per_second"),
     ("atlas_memory_utilization", "Share of the memories' capacity in use", "memory_utilization"),
     ("atlas_window_fill_ratio", "Share of the exact windows in use", "window_fill_ratio"),
+    ("atlas_kept_pairs", "Pairs kept per layer and KV head of what has left the window", "kept_pairs"),
+    ("atlas_kept_pairs_capacity", "Pairs that may be kept per layer and KV head", "kept_pairs_capacity"),
     ("atlas_memory_current_omega_loss", "Omega loss of the latest write", "omega_loss"),
     ("atlas_memory_bytes", "Main memory the process holds", "memory_bytes"),
 )
@@ -123,6 +125,13 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(name, text, value=float(getattr(stats, attribute)))
         for name, text, attribute in _GAUGES:
             yield GaugeMetricFamily(name, text, value=float(getattr(stats, attribute)))
+        parts = GaugeMetricFamily("atlas_session_state_bytes", "State of a session by part", labels=("part",))
+        for part in ("window", "kept", "memory"):
+            parts.add_metric((part,), getattr(stats.state, part))
+        yield parts
+        yield GaugeMetricFamily(
+            "atlas_memory_budget_bytes", "What the state of a session has to fit into", value=stats.state.budget
+        )
         tiers = GaugeMetricFamily("atlas_memory_sessions_resident", "Sessions in memory by tier", labels=("tier",))
         tiers.add_metric(("device",), stats.sessions_device)
         tiers.add_metric(("host",), stats.sessions_host)

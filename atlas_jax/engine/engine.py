@@ -23,6 +23,7 @@ from atlas_jax.engine.api import (
     Handle,
     InvalidRequest,
     Listener,
+    MemoryParams,
     MemoryUnavailable,
     Overloaded,
     SlotInfo,
@@ -172,15 +173,19 @@ class Engine:
         self._scheduler.submit(state)
         return _Submitted(state, self._scheduler)
 
+    def check_memory(self, memory: MemoryParams) -> None:
+        """Raises InvalidRequest for settings of the memory that every request with them would be refused for."""
+        if self._table is None:
+            raise self._no_memory()
+        self._runner.check(memory)
+
     def _check(self, request: GenerationRequest) -> np.ndarray:
         """Refuses what can never succeed, or would crash a compiled step; the prompt as an array."""
         tokens = check_request(request, vocab=self.model.vocab_size, longest=self._longest_prompt)
         if request.memory is not None:
-            if self._table is None:
-                raise self._no_memory()
+            self.check_memory(request.memory)
             if request.prompt_logprobs is not None and request.memory.session is not None:
                 raise InvalidRequest("log-probabilities of a prompt are not available in a session", param="echo")
-            self._runner.check(request.memory)
         return tokens
 
     # --- what an embedding program can ask -------------------------------------------------------------------------
@@ -226,6 +231,9 @@ class Engine:
             omega_loss=counters.omega_loss,
             memory_utilization=counters.memory_utilization,
             window_fill_ratio=counters.window_fill,
+            kept_pairs=counters.kept_pairs,
+            kept_pairs_capacity=counters.kept_pairs_capacity,
+            state=counters.state,
             memory_saves=0 if table is None else table.counters.saves,
             memory_loads=0 if table is None else table.counters.loads,
             snapshot_failures=0 if table is None else table.counters.failures,

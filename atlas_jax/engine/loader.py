@@ -14,9 +14,9 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig
 from atlas_jax.engine.adapter_finder import NOT_FITTED, AdapterFinder, Fitted
-from atlas_jax.engine.api import ModelInfo
+from atlas_jax.engine.api import ModelInfo, StateBytes
 from atlas_jax.engine.config import EngineConfig
-from atlas_jax.engine.memory_budget import default_budget, session_bytes
+from atlas_jax.engine.memory_budget import SessionBytes, default_budget, session_bytes
 from atlas_jax.engine.memory_options import MemoryOptions
 from atlas_jax.engine.runner import bigram_table
 from atlas_jax.engine.runner.base import MAX_DRAFT_ROWS, Buckets, ModelRunner
@@ -112,8 +112,8 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
     budget = 0
     if memory is not None:
         sizes = session_bytes(model, memory, config.kv_dtype)
-        budget = default_budget(sizes) if config.memory_budget is None else config.memory_budget
-        memory = dataclasses.replace(memory, max_kept=sizes.kept(budget, MemoryOptions().window_size))
+        budget = _budget(config, sizes)
+        memory = dataclasses.replace(memory, max_kept=sizes.kept(budget, _default_window(config)))
     weights = Weights(params, adapter, jnp.asarray(bigram_table.find(cache, fingerprint, model.vocab)))
     buckets = _buckets(config, context, memory)
     step_config = StepConfig(model, memory, kernel_choice.chosen(), _turn_tokens(file, tokenizer))
@@ -121,12 +121,16 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
     info = _info(
         file,
         runner,
+        StateBytes(window=_row_bytes(runner))
+        if memory is None
+        else sizes.parts(_default_window(config), memory.max_kept, budget),
         architecture=model.family,
         parameters=parameter_count(params),
         context_length=context,
         layers=len(model.layers),
         embedding_size=model.embed,
         memory_layers=() if memory is None else memory.layers,
+        kept_pairs_capacity=0 if memory is None else memory.max_kept,
         memory_dim=None if memory is None else memory.components,
         adapter=None if fitted is None else fitted.source,
         memory_unavailable=NOT_FITTED if config.memory_enabled and fitted is None else None,
@@ -137,6 +141,25 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
         else RecallLayout(model, memory, config.kv_dtype, fingerprint, fitted.digest)
     )
     return Opened(info, tokenizer, template, runner, layout, context)
+
+
+def _default_window(config: EngineConfig) -> int:
+    """Tokens attended exactly where a request does not say how many."""
+    return min(MemoryOptions().window_size, config.max_window)
+
+
+def _budget(config: EngineConfig, sizes: SessionBytes) -> int:
+    """Bytes of one session's state; raises ConfigError where not even what is always there fits."""
+    if config.memory_budget is None:
+        return default_budget(sizes)
+    window = _default_window(config)
+    least = sizes.total(window, 0)
+    if 0 < config.memory_budget < least:
+        raise ConfigError(
+            f"memory_budget is {config.memory_budget}: a window of {window} tokens and the recall memory of this model take "
+            f"{least} bytes; 0 keeps no pairs beside them"
+        )
+    return config.memory_budget
 
 
 def _turn_tokens(file: GGUFFile, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -163,8 +186,9 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
     """A model of `atlas_jax.model.lm` as `export_gguf` writes it; raises GGUFError if it cannot be served."""
     if config.devices != 1:
         raise ConfigError("mesh_data and mesh_model must be 1: a model with its own memory runs on one device")
-    if config.memory_enabled and config.memory_dim is not None:
-        raise ConfigError("memory_dim cannot be set: this model was trained with a memory of its own")
+    for name in ("memory_dim", "memory_budget"):
+        if config.memory_enabled and getattr(config, name) is not None:
+            raise ConfigError(f"{name} cannot be set: this model was trained with a memory of its own")
     started = _loading(file)
     tokenizer, template = _text(file)
     model, params = read_gguf(file)
@@ -186,6 +210,7 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
     info = _info(
         file,
         runner,
+        StateBytes(memory=_row_bytes(runner)),
         architecture=TRAINED,
         parameters=sum(int(leaf.size) for leaf in jax.tree.leaves(params)),
         context_length=context,
@@ -205,13 +230,13 @@ def _loading(file: GGUFFile) -> float:
     return time.monotonic()
 
 
-def _info(file: GGUFFile, runner: ModelRunner, **facts: Any) -> ModelInfo:
+def _info(file: GGUFFile, runner: ModelRunner, state: StateBytes, **facts: Any) -> ModelInfo:
     return ModelInfo(
         name=file.name,
         fingerprint=file.fingerprint(),
         size_bytes=file.size,
         vocab_size=runner.vocab,
-        state_bytes_per_session=_state_bytes(runner),
+        state=state,
         created=int(file.path.stat().st_mtime),
         sampling=recommended_sampling(file.metadata),
         **facts,
@@ -235,8 +260,8 @@ def _text(file: GGUFFile) -> tuple[Tokenizer, ChatTemplate | TemplateError]:
     return tokenizer, ChatTemplate(FALLBACK_TEMPLATE, bos_token=bos, eos_token=eos)
 
 
-def _state_bytes(runner: ModelRunner) -> int:
-    """Bytes of one row's memory and smallest ring."""
+def _row_bytes(runner: ModelRunner) -> int:
+    """Bytes of one row with its smallest ring."""
     row = runner.row_shapes(runner.buckets.pages[0])
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(row))
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
+from atlas_jax.engine.api import StateBytes
 from atlas_jax.engine.memory_options import MemoryOptions
 from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.transformer import init_kv
@@ -24,25 +25,41 @@ class SessionBytes:
     """Bytes of a session's state.
 
     Attributes:
+      sinks: of the first tokens, which stay.
       window_page: of a page of the exact window.
-      kept_page: of a page of kept pairs.
+      kept_page: of a page of kept pairs; 0 where every layer of the model has a window of its own.
+      score_page, queries: of what kept pairs are chosen by: of a page of the window, and of the latest page's queries.
       memory: of the recall memory.
-      rest: of what has one size: sinks, and the queries that kept pairs are chosen by.
     """
 
+    sinks: int
     window_page: int
     kept_page: int
+    score_page: int
+    queries: int
     memory: int
-    rest: int
 
-    def total(self, window: int, kept: int) -> int:
-        """A session with so many tokens in its window and so many kept pairs."""
-        return window // PAGE * self.window_page + -(-kept // PAGE) * self.kept_page + self.memory + self.rest
+    def parts(self, ring: int, kept: int, budget: int) -> StateBytes:
+        """A session whose window has room for so many tokens, and that keeps so many pairs at most."""
+        pages, kept_pages = ring // PAGE, -(-kept // PAGE)
+        choice = pages * self.score_page + self.queries if kept_pages else 0
+        return StateBytes(
+            window=self.sinks + pages * self.window_page,
+            kept=kept_pages * self.kept_page + choice,
+            memory=self.memory,
+            budget=budget,
+        )
 
-    def kept(self, budget: int, window: int) -> int:
+    def total(self, ring: int, kept: int) -> int:
+        """All parts of such a session."""
+        return self.parts(ring, kept, 0).total
+
+    def kept(self, budget: int, ring: int) -> int:
         """The pairs that fit into a budget beside a window, in whole pages."""
-        room = budget - self.total(window, 0)
-        return min(max(room // self.kept_page, 0) * PAGE, _MOST_KEPT) if self.kept_page else 0
+        if not self.kept_page:
+            return 0
+        room = budget - self.total(ring, PAGE) + self.kept_page
+        return min(max(room // self.kept_page, 0) * PAGE, _MOST_KEPT)
 
 
 def session_bytes(model: ModelConfig, memory: MemoryConfig, kv_dtype: KVDtype) -> SessionBytes:
@@ -51,13 +68,16 @@ def session_bytes(model: ModelConfig, memory: MemoryConfig, kv_dtype: KVDtype) -
     def cache(pages: int, kept: int) -> int:
         return _bytes(jax.eval_shape(lambda: init_kv(model, 1, pages, kv_dtype, kept * PAGE)))
 
-    one, kept_page = cache(1, 1), cache(1, 2) - cache(1, 1)
-    window_page = cache(2, 1) - one
+    window_page = cache(2, 0) - cache(1, 0)
+    kept_page = cache(1, 2) - cache(1, 1)
+    score_page = cache(2, 1) - cache(1, 1) - window_page
     return SessionBytes(
+        sinks=cache(1, 0) - window_page,
         window_page=window_page,
         kept_page=kept_page,
+        score_page=score_page,
+        queries=cache(1, 1) - cache(1, 0) - kept_page - score_page,
         memory=_bytes(jax.eval_shape(lambda: recall_memory.init_state(memory, 1, model.vocab))),
-        rest=one - window_page - kept_page,
     )
 
 

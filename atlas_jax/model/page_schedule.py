@@ -23,6 +23,11 @@ class PageSchedule:
     window: int | None
     update: int = 1
 
+    @property
+    def room(self) -> int:
+        """Ring slots of a window, whose pages leave in groups; 0 for the plain model."""
+        return 0 if self.window is None else self.window + self.update - 1
+
     def left(self, page: int) -> int:
         """How many pages have left the window once `page` has begun: a multiple of `update`."""
         if self.window is None:
@@ -32,11 +37,11 @@ class PageSchedule:
     def ring(self, tokens: int) -> int:
         """Ring slots that a text of `tokens` tokens needs."""
         pages = max(1, -(-tokens // PAGE))
-        return pages if self.window is None else min(pages, self.window + self.update - 1)
+        return pages if self.window is None else min(pages, self.room)
 
     def slot(self, page: int) -> int:
         """Ring slot of a page. While nothing has left, a page's slot is its number, whatever the ring's size."""
-        return page if self.window is None else page % (self.window + self.update - 1)
+        return page if self.window is None else page % self.room
 
     def next_page(self, page: int) -> NextPage:
         """What happens when `page` begins."""

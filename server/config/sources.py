@@ -29,10 +29,12 @@ _MAX_FILE_BYTES = 1 << 20
 _ENV = {
     "atlas.memory_save_interval": "ATLAS_AUTO_SAVE_INTERVAL",
     "atlas.default_config.enabled": "ATLAS_DEFAULT_ENABLED",
+    "atlas.default_config.memory_budget": "ATLAS_DEFAULT_MEMORY_BUDGET",
 }
 _FLAGS = {
     "atlas.enabled": "--atlas",
     "atlas.default_config.enabled": "--atlas-default-enabled",
+    "atlas.default_config.memory_budget": "--atlas-default-memory-budget",
     "atlas.default_config.window_size": "--atlas-window",
     "atlas.default_config.blend_ratio": "--atlas-blend",
 }

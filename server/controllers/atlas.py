@@ -66,7 +66,7 @@ class AtlasController(Controller):
         memory.require()
         if not context_of(request).identity.admin:
             raise Forbidden("This key may not change the configuration")
-        config.change(parse(ConfigChange, data), memory.dim)
+        config.change(parse(ConfigChange, data), memory.engine)
         return json_response(ConfigResponse(status="success", data=config.shown(memory.dim)))
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from atlas_jax.engine.api import HistoryEffect
+from atlas_jax.engine.api import HistoryEffect, StateBytes
 from atlas_jax.engine.config import MemoryDim
 from atlas_jax.engine.memory_options import MemoryOptions
 from server.schemas.derive import fields_of, nullable, struct_of
@@ -56,11 +56,40 @@ else:
     )
 
 
-class AtlasStats(Struct, kw_only=True, frozen=True):
+_KEPT = "Keys and values kept exactly, per layer and KV head, of what has left the window"
+
+
+class StateFields(Struct, kw_only=True, frozen=True):
+    """The bytes of a session's state, or of all sessions of a total, part by part."""
+
+    memory_budget_bytes: Annotated[
+        int,
+        Meta(description="What the state had to fit into when the session began; 0 for a model with its own memory"),
+    ]
+    state_bytes: Annotated[int, Meta(description="The whole state when each of its parts is full")]
+    window_bytes: Annotated[int, Meta(description="Of that, the exact window")]
+    kept_bytes: Annotated[int, Meta(description="Of that, the kept pairs, and what they are chosen by")]
+    memory_bytes: Annotated[int, Meta(description="Of that, the recall memory, or a model's own")]
+
+
+def state_fields(state: StateBytes) -> dict[str, int]:
+    """The fields of `StateFields`."""
+    return {
+        "memory_budget_bytes": state.budget,
+        "state_bytes": state.total,
+        "window_bytes": state.window,
+        "kept_bytes": state.kept,
+        "memory_bytes": state.memory,
+    }
+
+
+class AtlasStats(StateFields, kw_only=True, frozen=True):
     """What the memory did in one request, measured in it."""
 
     memory_utilization: float
     window_fill_ratio: float
+    kept_pairs: Annotated[int, Meta(description=_KEPT)]
+    kept_pairs_capacity: Annotated[int, Meta(description="The most that are kept")]
     omega_loss: float
     muon_iterations: int
     blend_ratio_actual: float
@@ -139,12 +168,18 @@ class LoadResponse(Struct, kw_only=True, frozen=True):
     state: Any = UNSET
 
 
-class ContextRow(Struct, kw_only=True, frozen=True):
+class ContextRow(StateFields, kw_only=True, frozen=True):
     """One stored or resident session."""
 
     context_id: str
     tokens: int
-    bytes: int
+    bytes: Annotated[
+        int, Meta(description="Of main memory: what is in use of its state, and of those of its last turns")
+    ]
+    window_size: int
+    window_fill: int
+    kept_pairs: Annotated[int, Meta(description=_KEPT)]
+    kept_pairs_capacity: Annotated[int, Meta(description="The most that are kept")]
     created: float
     last_used: float
     resident: Literal["device", "host", "disk"]
@@ -195,12 +230,14 @@ class LayerMemory(Struct, kw_only=True, frozen=True):
     omega_loss: float
 
 
-class MemoryResponse(Struct, kw_only=True, frozen=True):
+class MemoryResponse(StateFields, kw_only=True, frozen=True):
     """State of one session's memory, or totals over the caller's sessions."""
 
     session_id: str | None
     window_size: int
     window_fill: int
+    kept_pairs: Annotated[int, Meta(description=_KEPT)]
+    kept_pairs_capacity: Annotated[int, Meta(description="The most that are kept")]
     memory_capacity: int
     memory_used: int
     total_updates: int
@@ -217,8 +254,8 @@ class SetAside(Struct, kw_only=True, frozen=True):
     reason: str
 
 
-class StatusData(Struct, kw_only=True, frozen=True):
-    """The memory subsystem at a glance."""
+class StatusData(StateFields, kw_only=True, frozen=True):
+    """The memory subsystem at a glance; the bytes are those of a session that is begun with the engine's own defaults."""
 
     initialized: bool
     enabled: bool
@@ -230,7 +267,8 @@ class StatusData(Struct, kw_only=True, frozen=True):
     model: str
     memory_layers: list[int]
     memory_dim: int | None
-    state_bytes_per_session: int
+    kept_pairs_capacity: Annotated[int, Meta(description="The most kept pairs a request may ask for")]
+    state_bytes_per_session: Annotated[int, Meta(description="The same as state_bytes")]
     adapter: str | None
     set_aside: list[SetAside]
     memory_unavailable: str | None
@@ -249,6 +287,7 @@ class StatsResponse(Struct, kw_only=True, frozen=True):
     requests_processed: int
     avg_memory_utilization: float
     avg_window_fill_ratio: float
+    avg_kept_fill_ratio: float
     total_muon_iterations: int
     total_omega_loss: float
     uptime_seconds: float
@@ -300,4 +339,5 @@ class MetricsEvent(Struct, kw_only=True, frozen=True):
     throughput_tokens_per_sec: float
     memory_utilization: float
     window_fill_ratio: float
+    kept_fill_ratio: float
     contexts_in_use: int

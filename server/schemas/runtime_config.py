@@ -55,7 +55,8 @@ else:
         module=__name__,
         doc="""Body of `POST /v1/atlas/config`: the settings to change, all or none of them.
 
-    null resets `learning_rate` and `use_muon` to the calibrated choice and leaves every other field as it is.
+    null resets `learning_rate` and `use_muon` to the calibrated choice, `memory_budget` and `kept_pairs` to what fits
+    the server's budget, and leaves every other field as it is.
     `memory_dim` is decided when the server starts: another than the one that is shown is refused.
     """,
     )

@@ -11,11 +11,12 @@ from typing import TypeVar
 
 from msgspec import UNSET
 
-from atlas_jax.engine.api import MemoryUnavailable, SessionStore
+from atlas_jax.engine.api import EngineProtocol, MemoryUnavailable, SessionStore
 from server.config.settings import Settings
 from server.errors import NotEnabled, Unavailable
 from server.prometheus import Metrics
 from server.schemas import atlas as schema
+from server.schemas.atlas import state_fields
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.memory_options import check_name
 from server.services.runtime_config import RuntimeConfig
@@ -47,9 +48,14 @@ class MemoryService:
         self._metrics = metrics
 
     @property
+    def engine(self) -> EngineProtocol:
+        """The engine whose memory it is; raises Unavailable while there is none."""
+        return self._supervisor.engine
+
+    @property
     def dim(self) -> int | None:
         """Dimension of the memory that is served; None where it has none."""
-        return self._supervisor.engine.model.memory_dim
+        return self.engine.model.memory_dim
 
     def require(self, *, endpoints: bool = False) -> None:
         """Raises NotEnabled where the operator has turned the memory, or its endpoints, off."""
@@ -73,6 +79,9 @@ class MemoryService:
             session_id=session_id,
             window_size=info.window_size,
             window_fill=info.window_fill,
+            kept_pairs=info.kept_pairs,
+            kept_pairs_capacity=info.kept_pairs_capacity,
+            **state_fields(info.state),
             memory_capacity=info.memory_capacity,
             memory_used=info.memory_used,
             total_updates=info.total_updates,
@@ -151,6 +160,11 @@ class MemoryService:
                     context_id=row.session_id,
                     tokens=row.tokens,
                     bytes=row.bytes,
+                    window_size=row.window_size,
+                    window_fill=row.window_fill,
+                    kept_pairs=row.kept_pairs,
+                    kept_pairs_capacity=row.kept_pairs_capacity,
+                    **state_fields(row.state),
                     created=row.created,
                     last_used=row.last_used,
                     resident=row.resident,

@@ -6,7 +6,7 @@ import unicodedata
 from dataclasses import dataclass
 
 from atlas_jax.config import PAGE
-from atlas_jax.engine.api import MemoryParams, SessionKey
+from atlas_jax.engine.api import EngineProtocol, InvalidRequest, MemoryParams, SessionKey
 from atlas_jax.engine.config import MIN_WINDOW
 from atlas_jax.engine.memory_options import MemoryOptions
 from server.errors import BadRequest, NotEnabled
@@ -95,6 +95,17 @@ def check_windows(values: AtlasDefaults, *, max_window: int, prefix: str) -> Non
         raise invalid(
             f"{prefix}omega_window", f"value must be at least the update_frequency, {values.update_frequency}"
         )
+
+
+def check_with_engine(values: AtlasDefaults, engine: EngineProtocol, *, prefix: str) -> None:
+    """Raises BadRequest for defaults that every request with them would be refused for: what fits, the model decides."""
+    if not values.enabled or engine.model.memory_unavailable is not None:
+        return
+    try:
+        engine.check_memory(MemoryParams(**{name: getattr(values, name) for name in MemoryOptions.__struct_fields__}))
+    except InvalidRequest as error:
+        param = f"{prefix}{(error.param or '').removeprefix('atlas.')}"
+        raise BadRequest(str(error).replace(f"'{error.param}'", f"'{param}'"), param=param) from None
 
 
 def check_memory_dim(wanted: int | None, *, served: int | None, prefix: str) -> None:

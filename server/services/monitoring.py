@@ -116,6 +116,7 @@ class Monitoring:
             throughput_tokens_per_sec=engine.tokens_per_second,
             memory_utilization=self._stats.memory_utilization,
             window_fill_ratio=self._stats.window_fill_ratio,
+            kept_fill_ratio=self._stats.kept_fill_ratio,
             contexts_in_use=self._contexts.running,
         )
         frame = b"data: " + msgspec.json.encode(event) + b"\n\n"
@@ -175,7 +176,9 @@ class Monitoring:
                 model=model.name,
                 memory_layers=list(model.memory_layers),
                 memory_dim=model.memory_dim,
-                state_bytes_per_session=model.state_bytes_per_session,
+                kept_pairs_capacity=model.kept_pairs_capacity,
+                state_bytes_per_session=model.state.total,
+                **schema.state_fields(model.state),
                 adapter=model.adapter,
                 memory_unavailable=model.memory_unavailable,
                 set_aside=[]
@@ -195,6 +198,7 @@ class Monitoring:
             requests_processed=self._stats.completed,
             avg_memory_utilization=self._stats.memory_utilization,
             avg_window_fill_ratio=self._stats.window_fill_ratio,
+            avg_kept_fill_ratio=self._stats.kept_fill_ratio,
             total_muon_iterations=engine.muon_iterations_total,
             total_omega_loss=engine.omega_loss_total,
             uptime_seconds=self._stats.uptime,

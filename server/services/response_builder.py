@@ -13,7 +13,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from atlas_jax.engine.api import Delta, Finished, MemoryStats, Prompt, TokenInfo
-from server.schemas.atlas import AtlasStats
+from server.schemas.atlas import AtlasStats, state_fields
 from server.schemas.usage import PromptTokensDetails, Timings, Usage
 
 FinishReason = Literal["stop", "length"]
@@ -122,7 +122,8 @@ def _ratio(value: float, by: float) -> float:
 def atlas_stats_of(finished: Mapping[int, Finished], choices: int) -> AtlasStats | UnsetType:
     """Memory statistics of the sequences that used it: means of the ratios, sums of the counts.
 
-    The history is that of the first sequence, which goes on as the session; reused tokens count as in `usage_of`.
+    The history and the state are those of the first sequence, which goes on as the session; reused tokens count as in
+    `usage_of`.
     """
     used = {index: finished[index].memory for index in sorted(finished)}
     stats: list[MemoryStats] = [one for one in used.values() if one is not None]
@@ -132,6 +133,9 @@ def atlas_stats_of(finished: Mapping[int, Finished], choices: int) -> AtlasStats
     return AtlasStats(
         memory_utilization=sum(one.memory_utilization for one in stats) / count,
         window_fill_ratio=sum(one.window_fill_ratio for one in stats) / count,
+        kept_pairs=stats[0].kept_pairs,
+        kept_pairs_capacity=stats[0].kept_pairs_capacity,
+        **state_fields(stats[0].state),
         omega_loss=sum(one.omega_loss for one in stats) / count,
         muon_iterations=sum(one.muon_iterations for one in stats),
         blend_ratio_actual=sum(one.blend_ratio_actual for one in stats) / count,

@@ -48,6 +48,7 @@ class ServerStats:
         self.over_budget = 0
         self.memory_utilization = 0.0
         self.window_fill_ratio = 0.0
+        self.kept_fill_ratio = 0.0
         self._sampled = False
         self._measured = self._slow = self._told = 0
         self._slowest = 0.0
@@ -118,13 +119,16 @@ class ServerStats:
         self._sampled = True
         self.memory_utilization = old * self.memory_utilization + new * engine.memory_utilization
         self.window_fill_ratio = old * self.window_fill_ratio + new * engine.window_fill_ratio
+        kept_fill = engine.kept_pairs / max(engine.kept_pairs_capacity, 1)
+        self.kept_fill_ratio = old * self.kept_fill_ratio + new * kept_fill
         if self.total != self._told:  # a line a second would bury all others
             log.debug("[ATLAS] Metrics updated: %d requests, %.1fms avg latency", self.total, self.latency.average)
             self._told = self.total
         if self._config.values.log_atlas_operations:
             log.debug(
-                "ATLAS Stats: Memory=%.2f%%, Window=%.2f%%, Loss=%.6f",
+                "ATLAS Stats: Memory=%.2f%%, Window=%.2f%%, Loss=%.6f, Kept=%.2f%%",
                 engine.memory_utilization * 100,
                 engine.window_fill_ratio * 100,
                 engine.omega_loss,
+                kept_fill * 100,
             )

@@ -22,7 +22,7 @@ from atlas_jax.engine.sessions.journal import Origin, Reading, Turn
 from atlas_jax.engine.sessions.snapshot import Listing
 from atlas_jax.engine.sessions.store import Place
 
-READING = Reading(4, 1, 1, 2, 1024, "exact", 512, 1.0, 0.9)
+READING = Reading(4, 1, 1, 2, 1024, 1 << 24, "exact", 512, 1.0, 0.9)
 ORIGIN = Origin("model", "owner", "s", 1.5)
 KEY = SessionKey("owner", "s")
 
@@ -42,6 +42,7 @@ turns = st.builds(
         st.integers(1, 10),
         st.integers(1, 3),
         st.integers(0, 1 << 20),
+        st.integers(0, 1 << 40),
         st.sampled_from(["exact", "gradient", "muon"]),
         st.integers(1, 512),
         st.floats(0.01, 10),

@@ -72,11 +72,13 @@ def filled(row: Sequences, random: np.random.Generator) -> Sequences:
 
 
 def with_pairs(row: Sequences, count: int) -> Sequences:
-    """The row with zeros where no pair is kept: what is there is no part of a state."""
+    """The row with zeros where no pair is kept, and no scores before one is: what is there is no part of a state."""
     for kv in row.cache.kv:
         assert kv.kept is not None
         for leaf in jax.tree.leaves((kv.kept.k, kv.kept.v, kv.kept.score)):
             leaf[:, -(-count // PAGE) :] = 0
+        if not count:
+            kv.kept.ring_score[:] = 0  # type: ignore[index]
     return row
 
 
@@ -130,6 +132,32 @@ sessions = st.builds(
     st.sampled_from(["int8", "float32"]),
     st.integers(0, 2**32 - 1),
 )
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(sessions, st.booleans())
+def test_a_state_at_rest_is_what_it_was_and_counts_what_it_takes(session: Session, diverged: bool) -> None:
+    """Also where pairs were kept of a text none of whose writes was taken."""
+    where, shape = layout(kind_of(session)), session.shape
+    for checkpoint in session.checkpoints:
+        before = replace(checkpoint, absorbed=0) if diverged else checkpoint
+        after = where.rest(shape, before)
+        arrays, wanted = (where.arrays(shape, one) for one in (after, before))
+        for name in wanted:
+            if before.absorbed or name not in ("weights", "momentum"):
+                np.testing.assert_array_equal(arrays[name], wanted[name], err_msg=name)
+        written = sum(array.nbytes for array in arrays.values())
+        assert written <= after.bytes, (
+            "what a snapshot will take of an owner's share is never more than is counted before"
+        )
+        assert written <= where.largest_snapshot - (16 << 20)
+        if not checkpoint.kept(shape):
+            kv = after.row.cache.kv[0]
+            assert kv.kept is not None
+            held = [leaf.nbytes for leaf in jax.tree.leaves(kv.kept)]
+            takes = held_bytes(Sequences(replace(after.row.cache, kv=(kv,) * 2), None))
+            empty = held_bytes(Sequences(replace(after.row.cache, kv=(replace(kv, kept=None),) * 2), None))
+            assert takes - empty == (2 * sum(held[-2:]) if shape.kept else 0), "the latest queries and nothing else"
 
 
 def kind_of(session: Session) -> KVDtype:
@@ -188,7 +216,7 @@ def test_loading_what_was_saved_gives_the_session_back(session: Session) -> None
 
 EXAMPLE = replace(
     make_session(3 * PAGE + 5, PageSchedule(1, 1), PAGE, "int8", 0),
-    unread=(Unread([1, 2, 3], Reading(1, 1, 1, 2, 0, "exact", 256, 1.0, 0.9), ((3 * PAGE + 6, 3 * PAGE + 8),)),),
+    unread=(Unread([1, 2, 3], Reading(1, 1, 1, 2, 0, 0, "exact", 256, 1.0, 0.9), ((3 * PAGE + 6, 3 * PAGE + 8),)),),
 )
 DATA = encode_session(layout(), EXAMPLE)
 HEAD, _START = snapshot.read_head(DATA)

@@ -46,7 +46,7 @@ def test_a_memory_of_another_dimension_is_fitted_once_and_has_sessions_of_its_ow
             stats = ask(engine, request(words(7, 5 * PAGE), 4, memory=memory(name))).end.memory
             assert stats is not None
             assert (stats.degraded, stats.tokens_absorbed > 0) == (None, True)
-            found[dim] = engine.sessions.info("owner", name).memory_capacity, engine.model.state_bytes_per_session
+            found[dim] = engine.sessions.info("owner", name).memory_capacity, engine.model.state.total
             engine.sessions.save_changed()  # text that is only in a journal would be read anew, whatever the dimension
     assert (found[16][0], found[24][0]) == (16**2, 24**2)
     # the matrix and the states in the ring, both in 8 bits

@@ -26,11 +26,13 @@ from atlas_jax.engine.api import (
     GenerationRequest,
     InvalidRequest,
     Listener,
+    MemoryParams,
     MemoryStats,
     ModelInfo,
     Overloaded,
     Prompt,
     SlotInfo,
+    StateBytes,
     TokenInfo,
 )
 from tests.server.fake_sessions import FakeSessions, Session
@@ -41,6 +43,8 @@ NAMES = {token: text for text, token in SPECIAL.items()}
 MARKERS = re.compile("(" + "|".join(re.escape(name) for name in SPECIAL) + ")")
 CONTEXT = 4096
 RUNAWAY = 100_000
+KEPT = 768
+STATE = StateBytes(window=500, kept=400, memory=124, budget=1 << 24)
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,9 @@ class Running:
             stats = MemoryStats(
                 memory_utilization=0.5,
                 window_fill_ratio=min(1.0, len(request.prompt) / memory.window_size),
+                kept_pairs=min(len(request.prompt), KEPT),
+                kept_pairs_capacity=KEPT,
+                state=STATE,
                 omega_loss=0.25,
                 muon_iterations=4 if memory.use_muon else 0,
                 blend_ratio_actual=memory.blend_ratio,
@@ -225,7 +232,8 @@ class FakeEngine:
             embedding_size=4,
             memory_layers=(1, 0),
             memory_dim=96,
-            state_bytes_per_session=1024,
+            state=STATE,
+            kept_pairs_capacity=KEPT,
             adapter=None,
             created=1_700_000_000,
         )
@@ -276,6 +284,16 @@ class FakeEngine:
             future.set_result(FakeGrammar(dict(schema), owner, ("uniqueItems",) if "uniqueItems" in schema else ()))
         return future
 
+    def check_memory(self, memory: MemoryParams) -> None:
+        for name, value, most in (
+            ("memory_budget", memory.memory_budget, STATE.budget),
+            ("kept_pairs", memory.kept_pairs, KEPT),
+        ):
+            if value is not None and value > most:
+                raise InvalidRequest(
+                    f"Validation error in field 'atlas.{name}': value must be at most {most}", param=f"atlas.{name}"
+                )
+
     def submit(self, request: GenerationRequest, listener: Listener) -> Running:
         if self.submit_errors:
             raise self.submit_errors.pop(0)
@@ -287,6 +305,8 @@ class FakeEngine:
                 param="prompt",
                 code="context_length_exceeded",
             )
+        if request.memory is not None:
+            self.check_memory(request.memory)
         running = Running(self, request, listener)
         with self._news:
             self.requests.append(request)
@@ -305,6 +325,9 @@ class FakeEngine:
             "memory_loads": self.sessions.loads,
             "memory_utilization": 0.5,
             "window_fill_ratio": 0.25,
+            "kept_pairs": KEPT // 4,
+            "kept_pairs_capacity": KEPT,
+            "state": STATE,
         }
         return EngineStats(**values)  # type: ignore[arg-type]
 

@@ -17,8 +17,11 @@ from atlas_jax.engine.api import (
     SessionInfo,
     SessionNotFound,
     SetAside,
+    StateBytes,
     StoredFile,
 )
+
+_STATE = StateBytes(window=500, kept=400, memory=124, budget=1 << 24)
 
 
 @dataclass
@@ -61,6 +64,9 @@ class FakeSessions:
         return MemoryInfo(
             window_size=512,
             window_fill=min(used, 512),
+            kept_pairs=min(used, 768),
+            kept_pairs_capacity=768,
+            state=_STATE,
             memory_capacity=1000,
             memory_used=used,
             total_updates=used // 128,
@@ -76,6 +82,11 @@ class FakeSessions:
                 session_id=sid,
                 tokens=len(self.live[owner, sid].tokens),
                 bytes=100,
+                window_size=512,
+                window_fill=7,
+                kept_pairs=5,
+                kept_pairs_capacity=768,
+                state=_STATE,
                 created=1.0,
                 last_used=2.0,
                 resident="host",

@@ -57,6 +57,12 @@ def error(response: httpx.Response) -> dict[str, Any]:
         ("memory_dim", 256, "value must be a multiple of 8 between 8 and 128"),
         ("memory_dim", "96", "expected integer, got string"),
         ("memory_dimension", 96, "unknown field"),
+        ("memory_budget", 0, "value must be between 1 and 1099511627776"),
+        ("memory_budget", "16 MiB", "expected integer, got string"),
+        ("memory_budget", 1 << 25, "value must be at most 16777216"),  # of the engine that serves
+        ("kept_pairs", -1, "value must be between 0 and 1048576"),
+        ("kept_pairs", 1.5, "expected integer, got number"),
+        ("kept_pairs", 769, "value must be at most 768"),
     ],
 )
 def test_ranges(live: Live, field: str, value: Any, reason: str) -> None:
@@ -105,6 +111,13 @@ def test_the_missions_requests_work_as_written(live: Live) -> None:
         },
     )
     assert set(completion.json()["atlas_stats"]) == {
+        "kept_pairs",
+        "kept_pairs_capacity",
+        "memory_budget_bytes",
+        "state_bytes",
+        "window_bytes",
+        "kept_bytes",
+        "memory_bytes",
         "memory_utilization",
         "window_fill_ratio",
         "omega_loss",
@@ -122,6 +135,20 @@ def test_the_missions_requests_work_as_written(live: Live) -> None:
     assert (memory.window_size, memory.learning_rate, memory.polynomial_degree) == (512, 0.001, 3)
     assert (memory.use_muon, memory.warmup_tokens, memory.session) == (True, 128, None)
     assert live.engine.requests[0].memory.session == SessionKey("local", "unique-session-id")
+
+
+def test_an_answer_says_what_each_part_of_the_state_holds_and_takes(live: Live) -> None:
+    stats = live.post("/v1/completions", {"prompt": "x" * 300, "max_tokens": 1, "atlas": {}}).json()["atlas_stats"]
+    assert (stats["kept_pairs"], stats["kept_pairs_capacity"]) == (300, 768)
+    parts = stats["window_bytes"], stats["kept_bytes"], stats["memory_bytes"]
+    assert parts == (500, 400, 124)
+    assert (sum(parts), stats["memory_budget_bytes"]) == (stats["state_bytes"], 1 << 24)
+
+
+def test_the_state_of_several_choices_is_that_of_the_first(live: Live) -> None:
+    body = {"prompt": ["x" * 10, "x" * 100], "n": 2, "max_tokens": 1, "atlas": {}}
+    stats = live.post("/v1/completions", body).json()["atlas_stats"]
+    assert (stats["kept_pairs"], stats["state_bytes"]) == (10, 1024)
 
 
 def test_without_an_atlas_object_it_is_the_plain_model(live: Live) -> None:
@@ -143,7 +170,7 @@ def test_nulls_in_the_atlas_object_are_defaults(live: Live) -> None:
     fields = [
         "enabled", "session_id", "memory_layers", "window_size", "blend_ratio", "learning_rate", "polynomial_degree",
         "use_muon", "warmup_tokens", "update_frequency", "omega_window", "cache_strategy", "batch_size", "read",
-        "write", "memory_dim",
+        "write", "memory_dim", "memory_budget", "kept_pairs",
     ]  # fmt: skip
     assert live.post(CHAT, {**HELLO, "atlas": dict.fromkeys(fields)}).status_code == 200
     memory = live.engine.requests[-1].memory

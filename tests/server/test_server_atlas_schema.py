@@ -11,7 +11,7 @@ import pytest
 from atlas_jax.engine.api import MemoryParams
 from atlas_jax.engine.memory_options import MemoryOptions
 from server.config.settings import AtlasSection
-from server.config.sources import SettingsError, load
+from server.config.sources import SettingsError, load, options
 from server.errors import BadRequest
 from server.schemas.atlas import AtlasDefaults, AtlasOptions
 from server.schemas.runtime_config import CHANGEABLE, ConfigChange, RuntimeValues
@@ -80,8 +80,9 @@ def test_every_form_has_the_same_range(name: str, inside: Any, outside: Any) -> 
         assert getattr(parse(kind, {name: inside}), name) == inside
         with pytest.raises(BadRequest, match=name):
             parse(kind, {name: outside})
+    variable = next(option.env for option in options() if option.path == ("atlas", "default_config", name))
     with pytest.raises(SettingsError, match=name):
-        load(environ={f"ATLAS_{name.upper()}": str(outside)})
+        load(environ={variable: str(outside)})
 
 
 def test_bounds_are_found() -> None:

@@ -31,6 +31,7 @@ OTHERS: dict[str, Any] = {
     "max_context": 4096,
     "max_window": 1024,
     "memory_dim": 64,
+    "memory_budget": 20_000_000,
     "l1_cache_size": 11,
     "l2_cache_size": 13,
     "l3_cache_size": 17,
@@ -59,6 +60,20 @@ def test_every_field_can_be_set_from_outside(field: str) -> None:
     after = engine_config(load(environ={"ATLAS_MODEL": "m.gguf", option.env: text}))
     assert after == dataclasses.replace(before, **{field: value})
     assert after != before
+
+
+def test_a_budget_arrives_by_flag_variable_and_file(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"atlas": {"memory_budget": 0}}')
+    model = {"ATLAS_MODEL": "m.gguf"}
+    for settings in (
+        load(environ=model, flags={"atlas.memory_budget": "0"}),
+        load(environ={**model, "ATLAS_MEMORY_BUDGET": "0"}),
+        load(environ=model, config=str(file)),
+    ):
+        assert engine_config(settings).memory_budget == 0
+        assert settings.atlas.default_config.memory_budget is None, "the server's, whatever that is"
+    assert load(environ={"ATLAS_DEFAULT_MEMORY_BUDGET": "7"}).atlas.default_config.memory_budget == 7
 
 
 def test_a_server_that_keeps_nothing_has_no_folder() -> None:
@@ -93,6 +108,9 @@ def test_a_server_without_a_model_is_refused_before_anything_is_opened() -> None
         ("l1_cache_size", -1),
         ("l2_cache_size", 1.5),
         ("owner_quota", -1),
+        ("memory_budget", -1),
+        ("memory_budget", 1.5),
+        ("memory_budget", (1 << 40) + 1),
         ("weight_dtype", "bfloat16"),
         ("kv_dtype", None),
         ("speculate", 1),

@@ -250,7 +250,7 @@ def test_the_logs_loss_is_the_current_one_and_the_total_is_the_total(
     before = engine.stats
     engine.stats = lambda: before().__class__(**{**_fields(before()), "omega_loss": 0.5, "omega_loss_total": 40.0})
     live = start(engine, atlas={"log_atlas_operations": True, "stats_update_interval": 50})
-    wait_for(lambda: "ATLAS Stats: Memory=50.00%, Window=25.00%, Loss=0.500000" in caplog.text)
+    wait_for(lambda: "ATLAS Stats: Memory=50.00%, Window=25.00%, Loss=0.500000, Kept=25.00%" in caplog.text)
     assert "[ATLAS] ATLAS Stats" not in caplog.text
     assert live.http.get("/v1/atlas/stats").json()["total_omega_loss"] == 40.0
 

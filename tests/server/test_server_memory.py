@@ -10,8 +10,11 @@ import httpx
 import pytest
 
 from atlas_jax.engine.api import MemoryUnavailable, SetAside, SnapshotInvalid, StorageFull
+from server.config.settings import SettingsError
+from server.schemas.atlas import AtlasDefaults
+from server.services.runtime_config import RuntimeConfig
 from tests.server.fake_engine import FakeEngine
-from tests.server.live_server import Live, Start, wait_for
+from tests.server.live_server import Live, Start, make_settings, wait_for
 
 CHAT = "/v1/chat/completions"
 HELLO = {"messages": [{"role": "user", "content": "hello"}]}
@@ -243,6 +246,8 @@ def test_status(live: Live) -> None:
     assert (data["initialized"], data["enabled"], data["context_pool_size"]) == (True, True, 32)
     assert (data["model"], data["memory_layers"], data["state_bytes_per_session"]) == ("fake-7b", [1, 0], 1024)
     assert data["memory_dim"] == 96
+    assert (data["memory_budget_bytes"], data["kept_pairs_capacity"]) == (1 << 24, 768)
+    assert data["state_bytes"] == data["window_bytes"] + data["kept_bytes"] + data["memory_bytes"] == 1024
     assert data["uptime_seconds"] > 0
 
 
@@ -299,6 +304,31 @@ def test_metrics_stream(start: Start) -> None:
     wait_for(lambda: not monitoring._subscribers)
 
 
+def test_every_part_of_the_state_is_told_wherever_sessions_are(start: Start) -> None:
+    live = start(atlas={"stats_update_interval": 50, "metrics_interval": 50})
+    live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}})
+    sizes = {"state_bytes": 1024, "window_bytes": 500, "kept_bytes": 400, "memory_bytes": 124}
+    sizes |= {"memory_budget_bytes": 1 << 24, "kept_pairs_capacity": 768, "window_size": 512}
+    memory = live.http.get("/v1/atlas/memory", params={"session_id": "s"}).json()
+    (row,) = live.post("/v1/atlas/memory/list").json()["contexts"]
+    for found in (memory, row):
+        assert sizes.items() <= found.items()
+    assert (memory["kept_pairs"], row["kept_pairs"], row["window_fill"]) == (memory["memory_used"], 5, 7)
+    wait_for(lambda: live.http.get("/v1/atlas/stats").json()["avg_kept_fill_ratio"] == 0.25)
+    with live.http.stream("GET", "/v1/atlas/metrics/stream") as response:
+        assert json.loads(next(response.iter_lines())[6:])["kept_fill_ratio"] == 0.25
+    lines = live.http.get("/metrics").text.splitlines()
+    for line in (
+        "atlas_kept_pairs 192.0",
+        "atlas_kept_pairs_capacity 768.0",
+        'atlas_session_state_bytes{part="window"} 500.0',
+        'atlas_session_state_bytes{part="kept"} 400.0',
+        'atlas_session_state_bytes{part="memory"} 124.0',
+        "atlas_memory_budget_bytes 1.6777216e+07",
+    ):
+        assert line in lines
+
+
 # --- run-time configuration ---------------------------------------------------------------------------------------
 def test_config_changes_defaults_at_once(start: Start) -> None:
     live = start()
@@ -330,6 +360,8 @@ def test_config_changes_defaults_at_once(start: Start) -> None:
         ({"blend_ratio": 0.25, "memory_dim": 64}, "memory_dim"),
         ({"blend_ratio": 0.25, "memory_dim": 7}, "memory_dim"),
         ({"blend_ratio": 0.25, "update_frequency": 1024}, "update_frequency"),
+        ({"blend_ratio": 0.25, "memory_budget": 1 << 25}, "memory_budget"),
+        ({"blend_ratio": 0.25, "kept_pairs": 769}, "kept_pairs"),
     ],
 )
 def test_config_is_all_or_nothing(live: Live, change: dict[str, Any], param: str) -> None:
@@ -338,6 +370,14 @@ def test_config_is_all_or_nothing(live: Live, change: dict[str, Any], param: str
     assert response.status_code == 400
     assert error(response)["param"] == param
     assert live.http.get("/v1/atlas/config").json() == before
+
+
+def test_a_default_that_no_request_could_be_served_with_stops_the_start() -> None:
+    with pytest.raises(SettingsError, match=r"'atlas\.default_config\.kept_pairs': value must be at most 768"):
+        RuntimeConfig(make_settings(atlas={"default_config": AtlasDefaults(kept_pairs=769)})).check(FakeEngine())
+    RuntimeConfig(make_settings(atlas={"default_config": AtlasDefaults(kept_pairs=768)})).check(FakeEngine())
+    off = {"enabled": False, "default_config": AtlasDefaults(kept_pairs=769)}
+    RuntimeConfig(make_settings(atlas=off)).check(FakeEngine())
 
 
 def test_config_shows_the_dimension_that_is_served(live: Live) -> None:

@@ -35,6 +35,7 @@ from atlas_jax.engine.api.info import (
     SessionInfo,
     SetAside,
     SlotInfo,
+    StateBytes,
     StoredFile,
 )
 from atlas_jax.engine.api.protocols import EngineProtocol, Handle, SessionStore, Tokenizer
@@ -75,6 +76,7 @@ __all__ = [
     "SetAside",
     "SlotInfo",
     "SnapshotInvalid",
+    "StateBytes",
     "StorageFull",
     "StoredFile",
     "TokenInfo",

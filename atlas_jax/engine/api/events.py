@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from atlas_jax.engine.api.errors import EngineError
+from atlas_jax.engine.api.info import StateBytes
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 HistoryEffect = Literal["new", "continued", "appended", "rolled_back"]
@@ -53,6 +54,8 @@ class MemoryStats:
     Attributes:
       history: what the prompt did to what the session holds; "new" without a session.
       tokens_reused: tokens of the prompt that the session held already and that were not read again.
+      kept_pairs, kept_pairs_capacity: pairs kept per layer and KV head of what has left the window, and how many may be.
+      state: bytes of the session's parts, or of the request's own where it has no session.
       tokens_absorbed: of the writes that were taken.
       writes_skipped: writes that were not taken because they diverged; `degraded` then says so.
     """
@@ -65,6 +68,9 @@ class MemoryStats:
     tokens_absorbed: int
     session_id: str | None
     cache_hit: bool
+    kept_pairs: int = 0
+    kept_pairs_capacity: int = 0
+    state: StateBytes = field(default_factory=StateBytes)
     history: HistoryEffect = "new"
     tokens_reused: int = 0
     writes_skipped: int = 0

@@ -8,6 +8,36 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StateBytes:
+    """Bytes of a session's state when each of its parts is full, or totals over sessions.
+
+    Attributes:
+      window: of the exact window.
+      kept: of the kept pairs, and of what they are chosen by.
+      memory: of the recall memory; all of the state where a model has a memory of its own.
+      budget: what they had to fit into when the session began; 0 where a model has a memory of its own.
+    """
+
+    window: int = 0
+    kept: int = 0
+    memory: int = 0
+    budget: int = 0
+
+    @property
+    def total(self) -> int:
+        """The whole state."""
+        return self.window + self.kept + self.memory
+
+    def __add__(self, other: StateBytes) -> StateBytes:
+        return StateBytes(
+            window=self.window + other.window,
+            kept=self.kept + other.kept,
+            memory=self.memory + other.memory,
+            budget=self.budget + other.budget,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
     """The model being served.
 
@@ -17,6 +47,8 @@ class ModelInfo:
       context_length: the model's trained context in tokens.
       created: Unix seconds (the file's time).
       memory_dim: numbers of a hidden state that the recall memory's keys keep; None without such a memory.
+      state: of a session that is begun with the engine's own defaults; its budget is the most a request may ask for.
+      kept_pairs_capacity: the most pairs a request may keep per layer and KV head.
       memory_unavailable: why the model is served without a memory although one was asked for, or None.
       sampling: what the file recommends, by the names of `SamplingParams`; empty where it says nothing.
     """
@@ -31,10 +63,11 @@ class ModelInfo:
     layers: int
     embedding_size: int
     memory_layers: tuple[int, ...]
-    state_bytes_per_session: int
+    state: StateBytes
     adapter: str | None
     created: int
     memory_dim: int | None = None
+    kept_pairs_capacity: int = 0
     memory_unavailable: str | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
 
@@ -61,26 +94,40 @@ class MemoryInfo:
 
     Attributes:
       window_size, window_fill: tokens of the exact window, and how many of it are held; never more.
+      kept_pairs, kept_pairs_capacity: pairs kept per layer and KV head of what has left the window, and how many may be.
       memory_capacity, memory_used: independent pairs the memory can hold, and how many directions are in use.
       last_update_time: Unix seconds, or None before the first write.
     """
 
     window_size: int
     window_fill: int
+    kept_pairs: int
+    kept_pairs_capacity: int
     memory_capacity: int
     memory_used: int
     total_updates: int
     last_update_time: float | None
+    state: StateBytes
     layers: tuple[LayerMemoryInfo, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SessionInfo:
-    """One row of a session listing."""
+    """One row of a session listing.
+
+    Attributes:
+      bytes: that it takes of main memory; its last turns' states are in it, and only as much of each as is in use.
+      window_size, window_fill, kept_pairs, kept_pairs_capacity, state: as in `MemoryInfo`.
+    """
 
     session_id: str
     tokens: int
     bytes: int
+    window_size: int
+    window_fill: int
+    kept_pairs: int
+    kept_pairs_capacity: int
+    state: StateBytes
     created: float
     last_used: float
     resident: Literal["device", "host", "disk"]
@@ -126,7 +173,8 @@ class EngineStats:
 
     Attributes:
       omega_loss_total: of every write that was taken.
-      omega_loss, memory_utilization, window_fill_ratio: of the request with a memory that ended last.
+      omega_loss, memory_utilization, window_fill_ratio, kept_pairs, kept_pairs_capacity, state: of the request with a
+        memory that ended last.
     """
 
     requests_total: int
@@ -156,6 +204,9 @@ class EngineStats:
     omega_loss: float
     memory_utilization: float
     window_fill_ratio: float
+    kept_pairs: int
+    kept_pairs_capacity: int
+    state: StateBytes
     memory_saves: int
     memory_loads: int
     snapshot_failures: int

@@ -17,7 +17,7 @@ from atlas_jax.engine.api.info import (
     SlotInfo,
     StoredFile,
 )
-from atlas_jax.engine.api.requests import ChatFrame, GenerationRequest
+from atlas_jax.engine.api.requests import ChatFrame, GenerationRequest, MemoryParams
 
 
 class Handle(Protocol):
@@ -147,6 +147,9 @@ class EngineProtocol(Protocol):
           InvalidRequest: the schema is larger than any may be, or the model cannot end an answer.
           Overloaded: the engine is closed.
         """
+
+    def check_memory(self, memory: MemoryParams) -> None:
+        """Raises InvalidRequest for settings of the memory that every request with them would be refused for."""
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
         """Queues a request; `listener` is called from the engine's thread and must not block.

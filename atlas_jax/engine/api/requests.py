@@ -48,8 +48,8 @@ class MemoryParams(MemoryOptions, kw_only=True, frozen=True):
     Attributes:
       session: None gives the request a memory of its own that ends with it.
       regenerate: a prompt the session has been asked before is answered anew: what followed it there is forgotten.
-      given: fields the client wrote itself; a session keeps the window, update frequency, layers and degree it was
-        begun with, and refuses a request that names others, but not one whose defaults differ.
+      given: fields the client wrote itself; a session keeps the window, update frequency, layers, degree, budget and number
+        of kept pairs it was begun with, and refuses a request that names others, but not one whose defaults differ.
     """
 
     session: SessionKey | None = None

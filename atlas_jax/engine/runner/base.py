@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from atlas_jax.engine.api import InvalidRequest, MemoryParams
+from atlas_jax.engine.api import InvalidRequest, MemoryParams, StateBytes
 from atlas_jax.engine.runner.decode_state import DRAFT_TOKENS, Sequences
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
@@ -131,6 +131,10 @@ class ModelRunner(ABC):
     @abstractmethod
     def shape(self, memory: MemoryParams) -> SessionShape:
         """The shape of a session that begins with this request."""
+
+    @abstractmethod
+    def state_bytes(self, shape: SessionShape) -> StateBytes:
+        """What the parts of a session of this shape take."""
 
     # --- rows -----------------------------------------------------------------------------------------------------
     @abstractmethod

@@ -12,7 +12,7 @@ import numpy as np
 
 from atlas_jax.aot import COMPILE, RUN, AotProgram, shapes
 from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
-from atlas_jax.engine.api import MemoryParams
+from atlas_jax.engine.api import MemoryParams, StateBytes
 from atlas_jax.engine.memory_budget import session_bytes
 from atlas_jax.engine.runner import step
 from atlas_jax.engine.runner.base import Buckets, Capabilities, NewPage, PrefillStep, invalid_memory_setting
@@ -63,7 +63,7 @@ class PretrainedRunner(CompiledRunner):
         """Compiles nothing yet.
 
         Args:
-          memory_budget: the most bytes that a request may ask for as its session's.
+          memory_budget: the most bytes that a request may ask for as its session's; what requests get that do not ask.
         """
         self.config = config
         self._memory_budget = memory_budget
@@ -106,14 +106,20 @@ class PretrainedRunner(CompiledRunner):
 
     def shape(self, memory: MemoryParams) -> SessionShape:
         """What the request asks for: the memory of a pretrained model is as large as one likes."""
-        plan = PageSchedule(memory.window_size // PAGE, memory.update_frequency // PAGE)
-        kept = self._budgeted(memory) if memory.kept_pairs is None else memory.kept_pairs
-        return SessionShape(plan, memory.memory_layers, memory.polynomial_degree, kept)
+        kept = self._most_kept(memory) if memory.kept_pairs is None else memory.kept_pairs
+        plan, budget = _plan(memory), self._budget(memory)
+        return SessionShape(plan, memory.memory_layers, memory.polynomial_degree, kept, budget)
 
-    def _budgeted(self, memory: MemoryParams) -> int:
+    def state_bytes(self, shape: SessionShape) -> StateBytes:
+        """What the window, the kept pairs and the recall memory of a session of this shape take."""
+        return self._sizes.parts(shape.plan.room * PAGE, shape.kept, shape.budget)
+
+    def _budget(self, memory: MemoryParams) -> int:
+        return self._memory_budget if memory.memory_budget is None else memory.memory_budget
+
+    def _most_kept(self, memory: MemoryParams) -> int:
         """Pairs that a request's budget has room for."""
-        budget = self._memory_budget if memory.memory_budget is None else memory.memory_budget
-        return min(self._sizes.kept(budget, memory.window_size), self._max_kept) if self._max_kept else 0
+        return min(self._sizes.kept(self._budget(memory), _plan(memory).room * PAGE), self._max_kept)
 
     def check(self, memory: MemoryParams) -> None:
         """Refuses settings that are out of range; raises InvalidRequest."""
@@ -127,14 +133,7 @@ class PretrainedRunner(CompiledRunner):
         if not memory.update_frequency <= memory.omega_window <= config.max_omega_window:
             least = memory.update_frequency
             raise invalid_memory_setting("omega_window", f"value must be between {least} and {config.max_omega_window}")
-        if not 0 <= (memory.kept_pairs or 0) <= config.max_kept:
-            raise invalid_memory_setting("kept_pairs", f"value must be between 0 and {config.max_kept}")
-        if memory.memory_budget is not None:
-            least, most = self._sizes.total(memory.window_size, 0), self._memory_budget
-            if not least <= memory.memory_budget <= most:
-                raise invalid_memory_setting(
-                    "memory_budget", f"value must be between {least} and {most} for this window"
-                )
+        self._check_budget(memory)
         if not 1 <= memory.memory_layers <= MAX_MEMORY_LAYERS:
             raise invalid_memory_setting("memory_layers", f"value must be between 1 and {MAX_MEMORY_LAYERS}")
         if not 1 <= memory.polynomial_degree <= MAX_DEGREE:
@@ -146,9 +145,24 @@ class PretrainedRunner(CompiledRunner):
                 "learning_rate", f"value must be greater than 0 and less than {MAX_LEARNING_RATE}"
             )
 
+    def _check_budget(self, memory: MemoryParams) -> None:
+        if memory.memory_budget is not None:
+            least, most = self._sizes.total(_plan(memory).room * PAGE, 0), self._memory_budget
+            if memory.memory_budget > most:
+                raise invalid_memory_setting("memory_budget", f"value must be at most {most}, this server's")
+            if memory.memory_budget < least:
+                raise invalid_memory_setting(
+                    "memory_budget", f"value must be at least {least}, which this window and the recall memory take"
+                )
+        most = self._most_kept(memory)
+        if not 0 <= (memory.kept_pairs or 0) <= most:
+            raise invalid_memory_setting(
+                "kept_pairs", f"value must be between 0 and {most}, as many as fit beside this window"
+            )
+
     def ring_pages(self, plan: PageSchedule, tokens: int) -> int:
         """Ring slots that a row needs: all of a window's, or for a plain request all of its text's."""
-        return plan.ring(tokens) if plan.window is None else plan.window + plan.update - 1
+        return plan.ring(tokens) if plan.window is None else plan.room
 
     # --- single rows ----------------------------------------------------------------------------------------------
     def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
@@ -352,6 +366,10 @@ def _no_figures(memory: RecallState) -> RecallState:
 def _run_out(steps: Iterator[PrefillStep]) -> None:
     for _ in steps:
         pass
+
+
+def _plan(memory: MemoryParams) -> PageSchedule:
+    return PageSchedule(memory.window_size // PAGE, memory.update_frequency // PAGE)
 
 
 def _rows(batch: Sequences) -> int:

@@ -69,7 +69,7 @@ class MemoryWrite:
     def reading(self, shape: SessionShape) -> Reading:
         """What a journal keeps of a request that is written so."""
         plan = shape.plan
-        of_shape = plan.window, plan.update, shape.layers, shape.degree, shape.kept
+        of_shape = plan.window, plan.update, shape.layers, shape.degree, shape.kept, shape.budget
         return Reading(*of_shape, self.optimizer, self.window, self.step, self.decay)
 
 

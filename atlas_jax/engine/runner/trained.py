@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.aot import AotProgram, shape, shapes
-from atlas_jax.engine.api import MemoryParams
+from atlas_jax.engine.api import MemoryParams, StateBytes
 from atlas_jax.engine.runner import step
 from atlas_jax.engine.runner.base import Buckets, Capabilities, NewPage, PrefillStep, invalid_memory_setting
 from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
@@ -47,6 +47,8 @@ FIXED_SETTINGS = frozenset(
         "warmup_tokens",
         "update_frequency",
         "omega_window",
+        "memory_budget",
+        "kept_pairs",
     }
 )
 """Settings of the recall memory that are decided here when a model is trained."""
@@ -113,6 +115,11 @@ class TrainedRunner(CompiledRunner):
     def shape(self, memory: MemoryParams) -> SessionShape:
         """The model's own; nothing of it is the request's to choose."""
         return session_shape()
+
+    def state_bytes(self, shape: SessionShape) -> StateBytes:
+        """All of it is the model's own memory."""
+        leaves = jax.tree.leaves(self.row_shapes(1))
+        return StateBytes(memory=sum(leaf.size * leaf.dtype.itemsize for leaf in leaves))
 
     # --- single rows ----------------------------------------------------------------------------------------------
     def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:

@@ -20,6 +20,7 @@ from atlas_jax.engine.scheduler.request_state import Ended, RequestState, Sessio
 from atlas_jax.engine.sessions.entry import NewText
 from atlas_jax.engine.sessions.session import Checkpoint, Session
 from atlas_jax.engine.sessions.tiers import SessionTiers
+from atlas_jax.model.kept_pairs import kept_count
 
 log = logging.getLogger("atlas.engine")
 
@@ -140,13 +141,21 @@ class Endings:
     def _stats(self, req: RequestState, memory: MemoryAccount, read: int, loss: float, skipped: int) -> MemoryStats:
         capabilities, plan, session = self._runner.capabilities, memory.shape.plan, req.request.memory
         window = capabilities.window if plan.window is None else plan.window * PAGE
-        fill = min(1.0, (read - plan.left(max(req.cursor.page, 0)) * PAGE) / window) if window else 0.0
+        left = plan.left(max(req.cursor.page, 0))
+        fill = min(1.0, (read - left * PAGE) / window) if window else 0.0
+        kept, capacity_kept = kept_count(left, memory.shape.kept), memory.shape.kept
+        state = self._runner.state_bytes(memory.shape)
         capacity = capabilities.memory_capacity
         utilization = min(1.0, memory.absorbed / capacity) if capacity else 0.0
-        self._counters.memory_utilization, self._counters.window_fill = utilization, fill
+        counters = self._counters
+        counters.memory_utilization, counters.window_fill = utilization, fill
+        counters.kept_pairs, counters.kept_pairs_capacity, counters.state = kept, capacity_kept, state
         return MemoryStats(
             memory_utilization=utilization,
             window_fill_ratio=fill,
+            kept_pairs=kept,
+            kept_pairs_capacity=capacity_kept,
+            state=state,
             omega_loss=loss,
             muon_iterations=memory.muon_iterations,
             blend_ratio_actual=memory.mean_gate,

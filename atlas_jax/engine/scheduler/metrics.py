@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from atlas_jax.engine.api import StateBytes
 
 
 @dataclass
@@ -27,4 +29,7 @@ class Counters:
     omega_loss: float = 0.0
     memory_utilization: float = 0.0
     window_fill: float = 0.0
+    kept_pairs: int = 0
+    kept_pairs_capacity: int = 0
+    state: StateBytes = field(default_factory=StateBytes)
     tokens_per_second: float = 0.0

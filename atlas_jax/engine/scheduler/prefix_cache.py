@@ -69,7 +69,7 @@ class PrefixCache:
     def keep(self, owner: str, tokens: Sequence[int], cache: KVCache) -> None:
         """Keeps the state of a single row that has read `tokens` as one prompt; nobody may donate it afterwards."""
         names = tuple(_names(owner, tokens))
-        cache = without_kept(cache)
+        cache = without_kept(cache, queries=True)
         size = held_bytes(Sequences(cache, None))
         if not names or size > self.budget or names[-1] in self._holders:
             return

@@ -41,12 +41,10 @@ def same_shape(session: SessionShape, request: SessionShape, given: frozenset[st
         ("memory_layers", session.layers, request.layers),
         ("polynomial_degree", session.degree, request.degree),
         ("kept_pairs", session.kept, request.kept),
-        ("memory_budget", session.kept, request.kept),
+        ("memory_budget", session.budget, request.budget),
     ):
         if have != want and name in given:
             value = f"{have * PAGE if name in ('window_size', 'update_frequency') and have is not None else have}"
-            if name == "memory_budget":
-                value += " kept pairs"
             raise InvalidRequest(
                 f"Validation error in field 'atlas.{name}': this session was begun with {value} and keeps it; "
                 "reset the session to change it",

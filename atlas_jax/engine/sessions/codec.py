@@ -21,7 +21,7 @@ from atlas_jax.engine.sessions.snapshot import Listing
 def listing_of(session: Session) -> Listing:
     """What can be said of a session without reading its state."""
     last = session.checkpoints[-1] if session.checkpoints else None
-    plan = session.shape.plan
+    shape, plan = session.shape, session.shape.plan
     fill = 0
     if last is not None and plan.window is not None:
         fill = last.position - plan.left(max(last.page, 0)) * PAGE
@@ -37,6 +37,10 @@ def listing_of(session: Session) -> Listing:
         has_state=session.state is not None,
         window=0 if plan.window is None else plan.window * PAGE,
         window_fill=fill,
+        ring=plan.room * PAGE,
+        kept=0 if last is None else last.kept(shape),
+        kept_capacity=shape.kept,
+        budget=shape.budget,
         absorbed=0 if last is None else last.absorbed,
         updates=session.stats.updates,
         last_update=session.stats.last_update,
@@ -52,6 +56,7 @@ def encode_session(layout: Layout, session: Session) -> bytes:
         "layers": session.shape.layers,
         "degree": session.shape.degree,
         "kept": session.shape.kept,
+        "budget": session.shape.budget,
         "length": history.length,
         "first_reply": history.first_reply,
         "replies": history.replies,

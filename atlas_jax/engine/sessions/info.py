@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
 from atlas_jax.config import PAGE
-from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo
+from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, StateBytes
 from atlas_jax.engine.sessions.session import Checkpoint, Session
 from atlas_jax.engine.sessions.snapshot import Listing
 
@@ -16,6 +18,7 @@ def summary(
     sessions: list[Session],
     capacity: int,
     layers_of: Callable[[Session, Checkpoint], list[LayerMemoryInfo]],
+    state_bytes: Callable[[int, int, int], StateBytes],
     window: int = 0,
 ) -> MemoryInfo:
     """What the memories of some sessions hold, together.
@@ -23,6 +26,7 @@ def summary(
     Args:
       capacity: independent pairs that one session's memory can hold.
       layers_of: tells of the layers of one session.
+      state_bytes: as `Layout.state_bytes`.
       window: tokens attended exactly by a session without a window of its own.
     """
     held = [(s, s.checkpoints[-1]) for s in sessions if s.checkpoints]
@@ -39,29 +43,40 @@ def summary(
             min(size, c.position - (0 if s.shape.plan.window is None else s.shape.plan.left(max(c.page, 0)) * PAGE))
             for size, (s, c) in zip(windows, held, strict=True)
         ),
+        kept_pairs=sum(c.kept(s.shape) for s, c in held),
+        kept_pairs_capacity=sum(s.shape.kept for s, _ in held),
         memory_capacity=capacity * max(1, len(held)),
         memory_used=sum(min(capacity, c.absorbed) for _, c in held),
         total_updates=sum(s.stats.updates for s, _ in held),
         last_update_time=max(updates, default=None),
+        state=_sum(state_bytes(s.shape.plan.room * PAGE, s.shape.kept, s.shape.budget) for s, _ in held),
         layers=tuple(_mean_layer(infos) for _, infos in sorted(layers.items())),
     )
 
 
-def totals(listings: Sequence[Listing], capacity: int, layers: tuple[LayerMemoryInfo, ...]) -> MemoryInfo:
+def totals(
+    listings: Sequence[Listing],
+    capacity: int,
+    layers: tuple[LayerMemoryInfo, ...],
+    state_bytes: Callable[[int, int, int], StateBytes],
+) -> MemoryInfo:
     """What the memories of many sessions hold, whether they are in memory or only stored.
 
     Args:
-      capacity: as `summary`.
+      capacity, state_bytes: as `summary`.
       layers: of those in memory.
     """
     held = [one for one in listings if one.tokens]
     return MemoryInfo(
         window_size=sum(one.window for one in held),
         window_fill=sum(min(one.window, one.window_fill) for one in held),
+        kept_pairs=sum(one.kept for one in held),
+        kept_pairs_capacity=sum(one.kept_capacity for one in held),
         memory_capacity=capacity * max(1, len(held)),
         memory_used=sum(min(capacity, one.absorbed) for one in held),
         total_updates=sum(one.updates for one in held),
         last_update_time=max((one.last_update for one in held if one.last_update is not None), default=None),
+        state=_sum(state_bytes(one.ring, one.kept_capacity, one.budget) for one in held),
         layers=layers,
     )
 
@@ -74,6 +89,10 @@ def norm_and_rank(weights: np.ndarray) -> tuple[float, float]:
         return 0.0, 0.0
     share = values[values > 0] / total
     return float(np.linalg.norm(weights)), float(np.exp(-(share * np.log(share)).sum()))
+
+
+def _sum(states: Iterable[StateBytes]) -> StateBytes:
+    return functools.reduce(operator.add, states, StateBytes())
 
 
 def _mean_layer(infos: list[LayerMemoryInfo]) -> LayerMemoryInfo:

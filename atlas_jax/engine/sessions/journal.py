@@ -47,6 +47,7 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
     Attributes:
       window, update: pages of the exact window (None where the memory is the model's own) and of one write.
       kept: the most pairs kept per layer and KV head.
+      budget: bytes that the session's parts had to fit into.
       optimizer, omega_window, step: of the memory's writes.
       decay: of the scores by which pairs are kept.
     """
@@ -56,6 +57,7 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
     layers: int
     degree: int
     kept: int
+    budget: int
     optimizer: Literal["exact", "gradient", "muon"]
     omega_window: int
     step: float

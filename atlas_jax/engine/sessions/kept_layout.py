@@ -15,18 +15,22 @@ from atlas_jax.model.kv_cache import KVCache
 
 _BY_PLACE = ("k", "v", "score")
 _BY_RING = ("ring_score",)
-_WRITTEN = (*_BY_PLACE, *_BY_RING)
+_OF_PAIRS = (*_BY_PLACE, *_BY_RING)
+_QUERIES = ("queries", "query_scale")
 
 
 def kept_shapes(pairs: KeptPairs, ring: int, count: int) -> KeptPairs:
-    """Shapes of the arrays of one row: of the places in whole pages that hold `count` pairs, and of `ring` pages."""
+    """Shapes of the arrays of one row: of the places in whole pages that hold `count` pairs, and of `ring` pages.
+
+    Before anything has left the window there are no scores of what is in it.
+    """
 
     def of(leaf: jax.Array, pages: int | None) -> jax.ShapeDtypeStruct:
         shape = leaf.shape[1:] if pages is None else (pages, *leaf.shape[2:])
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
-    pages = dict.fromkeys(_BY_PLACE, -(-count // PAGE)) | dict.fromkeys(_BY_RING, ring)
-    fields = {name: getattr(pairs, name) for name in ("k", "v", "score", "ring_score", "queries", "query_scale")}
+    pages = dict.fromkeys(_BY_PLACE, -(-count // PAGE)) | dict.fromkeys(_BY_RING, ring if count else 0)
+    fields = {name: getattr(pairs, name) for name in (*_OF_PAIRS, *_QUERIES)}
     return KeptPairs(
         **{
             name: jax.tree.map(lambda leaf, name=name: of(leaf, pages.get(name)), field)
@@ -61,6 +65,8 @@ def kept_pairs(prefix: str, empty: KeptPairs, ring: int, count: int, given: Snap
         if given is None:
             return shared_zeros(leaf.shape, leaf.dtype)
         found = given.take(prefix + jax.tree_util.keystr(path), wanted.shape, wanted.dtype.str)
+        if not found.size:
+            return shared_zeros(leaf.shape, leaf.dtype)
         whole = np.zeros(leaf.shape, leaf.dtype)
         whole[0, : len(found)] = found
         return whole
@@ -69,8 +75,13 @@ def kept_pairs(prefix: str, empty: KeptPairs, ring: int, count: int, given: Snap
     return made
 
 
-def without_kept(cache: KVCache) -> KVCache:
-    """The state of a row that has kept no pairs yet, whose room for them takes none."""
+def without_kept(cache: KVCache, *, queries: bool) -> KVCache:
+    """The state of a row that has kept no pairs yet, whose room for them takes none.
+
+    Args:
+      queries: leave out those by which it would choose the first, too: of a row that never keeps any.
+    """
+    names = (*_OF_PAIRS, *_QUERIES) if queries else _OF_PAIRS
 
     def zeros(leaf: jax.Array) -> np.ndarray:
         return shared_zeros(leaf.shape, leaf.dtype)
@@ -79,7 +90,7 @@ def without_kept(cache: KVCache) -> KVCache:
         if kv.kept is None:
             return kv
         return replace(
-            kv, kept=replace(kv.kept, **{name: jax.tree.map(zeros, getattr(kv.kept, name)) for name in _WRITTEN})
+            kv, kept=replace(kv.kept, **{name: jax.tree.map(zeros, getattr(kv.kept, name)) for name in names})
         )
 
     return replace(cache, kv=tuple(map(layer, cache.kv)))

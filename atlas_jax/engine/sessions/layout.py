@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from atlas_jax.engine.api import MemoryInfo, SnapshotInvalid
+from atlas_jax.engine.api import MemoryInfo, SnapshotInvalid, StateBytes
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
 from atlas_jax.engine.sessions.snapshot import Head
@@ -50,13 +50,22 @@ class Layout(Protocol):
         """The shape a header describes; raises SnapshotInvalid."""
 
     def rest(self, shape: SessionShape, checkpoint: Checkpoint) -> Checkpoint:
-        """The same state as it rests in host memory; matrices that were never written take no room there."""
+        """The same state as it rests in host memory; what was never written takes no room there."""
 
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         """A state as arrays."""
 
     def row(self, shape: SessionShape, position: int, page: int, arrays: Mapping[str, np.ndarray]) -> Sequences:
         """The state again, on the host; raises SnapshotInvalid for an array this engine would not have made."""
+
+    def state_bytes(self, ring: int, kept: int, budget: int) -> StateBytes:
+        """What the parts of a session take; nothing where it is not known yet how many tokens its window has room for.
+
+        Args:
+          ring: tokens its window has room for.
+          kept: the most pairs it keeps.
+          budget: bytes that its parts had to fit into.
+        """
 
     def describe(self, sessions: list[Session]) -> MemoryInfo:
         """What the memories of some sessions hold, together."""

@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jax
 import numpy as np
 
 from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig
-from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid
+from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid, StateBytes
+from atlas_jax.engine.memory_budget import SessionBytes, session_bytes
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.sessions.host_arrays import shared_zeros, to_host, to_numpy
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
@@ -64,14 +66,11 @@ class RecallLayout:
     @property
     def largest_snapshot(self) -> int:
         """Bytes of the largest snapshot this engine could write, a little rounded up."""
-        model, memory = self.model, self.memory
-        number = 1 if self.kv_dtype == "int8" else 4
-        cache = 2 * len(model.layers) * model.kv_heads * (memory.ring + SINKS) * (model.head_dim * number + 8)
-        cache += 2 * len(model.layers) * model.kv_heads * memory.max_kept * (model.head_dim * number + 32)
-        matrices = memory.code_dim * (memory.features + 2 * memory.max_omega_window)
-        return (
-            cache + matrices + memory.ring * (memory.components + memory.code_dim // 8 + 5) + model.vocab + (16 << 20)
-        )
+        return self._sizes.total(self.memory.ring, self.memory.max_kept) + (16 << 20)
+
+    @cached_property
+    def _sizes(self) -> SessionBytes:
+        return session_bytes(self.model, self.memory, self.kv_dtype)
 
     def header(self) -> dict[str, Any]:
         """The part of a snapshot's header that binds it to this engine."""
@@ -89,24 +88,24 @@ class RecallLayout:
         if (window + update) * PAGE > self.memory.ring:
             raise SnapshotInvalid(f"snapshot's window of {window * PAGE} tokens exceeds this server's largest")
         layers, degree = integer(header, "layers", 1, len(self.memory.layers)), integer(header, "degree", 1, 3)
-        kept = integer(header, "kept", 0, 1 << 20)
+        kept, budget = integer(header, "kept", 0, 1 << 20), integer(header, "budget", 0, 1 << 50)
         if kept > self.memory.max_kept:
             raise SnapshotInvalid(f"snapshot's {kept} kept pairs exceed this server's most, {self.memory.max_kept}")
-        return SessionShape(PageSchedule(window, update), layers, degree, kept)
+        return SessionShape(PageSchedule(window, update), layers, degree, kept, budget)
 
     def rest(self, shape: SessionShape, checkpoint: Checkpoint) -> Checkpoint:
-        """The same state as it rests in host memory; matrices that were never written take no room there."""
-        row = checkpoint.row
-        if row.memory is not None and not checkpoint.absorbed:
+        """The same state as it rests in host memory; what was never written takes no room there."""
+        cache, memory = checkpoint.row.cache, checkpoint.row.memory
+        if memory is not None and not checkpoint.absorbed:
             zeros: dict[str, Any] = {}
             for name in _MATRICES:
-                array = getattr(row.memory, name)
+                array = getattr(memory, name)
                 zeros[name] = shared_zeros(array.shape, array.dtype)
-            row = replace(row, memory=replace(row.memory, **zeros))
-        # pairs are kept of every page that leaves, also where the memory's write of it was not taken
-        if not kept_count(shape.plan.left(max(checkpoint.page, 0)), shape.kept):
-            row = replace(row, cache=without_kept(row.cache))
-        return replace(checkpoint, row=to_host(row))
+            memory = replace(memory, **zeros)
+        # pairs may have been kept of a text whose writes all diverged, and none where much was written
+        if not checkpoint.kept(shape):
+            cache = without_kept(cache, queries=not shape.kept)
+        return replace(checkpoint, row=to_host(Sequences(cache, memory)))
 
     def arrays(self, shape: SessionShape, checkpoint: Checkpoint) -> dict[str, np.ndarray]:
         """A state as arrays: the pages in use, the memory, and what a later write and the gate can still need."""
@@ -115,6 +114,10 @@ class RecallLayout:
     def row(self, shape: SessionShape, position: int, page: int, arrays: Mapping[str, np.ndarray]) -> Sequences:
         """The state again, on the host; raises SnapshotInvalid for an array this engine would not have made."""
         return _row(self, shape, position, page, arrays)
+
+    def state_bytes(self, ring: int, kept: int, budget: int) -> StateBytes:
+        """What the window, the kept pairs and the recall memory of a session take."""
+        return self._sizes.parts(ring, kept, budget) if ring else StateBytes()
 
     def describe(self, sessions: list[Session]) -> MemoryInfo:
         """What the memories of some sessions hold, together."""
@@ -127,7 +130,7 @@ class RecallLayout:
             loss = session.stats.omega_loss
             return [LayerMemoryInfo(layer=taps[0], taps=taps, norm=norm, effective_rank=rank, omega_loss=loss)]
 
-        return summary(sessions, features, layers)
+        return summary(sessions, features, layers, self.state_bytes)
 
 
 _MATRICES = ("weights", "momentum")

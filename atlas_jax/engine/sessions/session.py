@@ -12,6 +12,7 @@ from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.sessions.history import History
 from atlas_jax.engine.sessions.host_arrays import held_bytes
 from atlas_jax.engine.sessions.journal import Reading
+from atlas_jax.model.kept_pairs import kept_count
 from atlas_jax.model.page_schedule import PageSchedule
 
 _CHECKPOINTS = 3
@@ -27,12 +28,14 @@ class SessionShape:
       layers: tapped layers in use.
       degree: polynomial degree.
       kept: the most pairs it keeps per layer and KV head of what has left its window.
+      budget: bytes that its parts had to fit into.
     """
 
     plan: PageSchedule
     layers: int
     degree: int
     kept: int = 0
+    budget: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,12 @@ class Checkpoint:
 
     @property
     def bytes(self) -> int:
-        """Size of the arrays; matrices that were never written take none (`Layout.rest`)."""
+        """Size of the arrays; what was never written takes none (`Layout.rest`)."""
         return held_bytes(self.row)
+
+    def kept(self, shape: SessionShape) -> int:
+        """Pairs kept per layer and KV head."""
+        return kept_count(shape.plan.left(max(self.page, 0)), shape.kept)
 
     def at(self, position: int) -> Checkpoint:
         """The same state rolled back to a position it reaches, where it stands for none of the text after that."""

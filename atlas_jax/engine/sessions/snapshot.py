@@ -37,6 +37,9 @@ class Listing(msgspec.Struct, frozen=True):
       bytes: of its state in host memory.
       has_state: a caller stored JSON with it.
       window, window_fill, absorbed, updates, last_update: what its memory held, for totals over many sessions.
+      ring: tokens its window has room for: with several pages a write, more than the window's.
+      kept, kept_capacity: pairs kept per layer and KV head, and how many may be.
+      budget: bytes that its parts had to fit into.
     """
 
     owner: str
@@ -50,6 +53,10 @@ class Listing(msgspec.Struct, frozen=True):
     has_state: bool
     window: int = 0
     window_fill: int = 0
+    ring: int = 0
+    kept: int = 0
+    kept_capacity: int = 0
+    budget: int = 0
     absorbed: int = 0
     updates: int = 0
     last_update: float | None = None

@@ -19,6 +19,7 @@ from atlas_jax.engine.api import (
     SessionNotFound,
     SetAside,
     SnapshotInvalid,
+    StateBytes,
     StorageFull,
     StoredFile,
 )
@@ -84,7 +85,8 @@ class SessionTable:
                 entries = self._index.entries(owner)
                 listings = [entry.listing for entry in entries]
                 found = [entry.session for entry in entries if entry.session is not None]
-            return totals(listings, self._layout.capacity, self._layout.describe(found).layers)
+            layers = self._layout.describe(found).layers
+            return totals(listings, self._layout.capacity, layers, self._layout.state_bytes)
         with self._index.lock:
             entry = self._index.find(SessionKey(owner, session_id))
             session = entry.session
@@ -97,7 +99,7 @@ class SessionTable:
         with self._index.lock:
             found = {entry.key.session_id: entry for entry in self._index.entries(owner)}
             names = sorted(name for name in found if after is None or name > after)
-            rows = tuple(_row(found[name]) for name in names[:limit])
+            rows = tuple(_row(self._layout, found[name]) for name in names[:limit])
         return rows, names[limit - 1] if len(names) > limit else None
 
     def set_aside(self, owner: str) -> tuple[SetAside, ...]:
@@ -271,12 +273,20 @@ class SessionTable:
             self._store.close()
 
 
-def _row(entry: Entry) -> SessionInfo:
+def _row(layout: Layout, entry: Entry) -> SessionInfo:
     listing = entry.listing
+    state, window = StateBytes(), 0
+    if listing.tokens:  # what has read nothing gets its shape with its first request
+        state, window = layout.state_bytes(listing.ring, listing.kept_capacity, listing.budget), listing.window
     return SessionInfo(
         session_id=entry.key.session_id,
         tokens=listing.tokens,
         bytes=listing.bytes,
+        window_size=window,
+        window_fill=min(window, listing.window_fill),
+        kept_pairs=listing.kept,
+        kept_pairs_capacity=listing.kept_capacity,
+        state=state,
         created=listing.created,
         last_used=listing.last_used,
         resident="disk" if entry.session is None else entry.tier,

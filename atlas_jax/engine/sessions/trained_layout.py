@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from atlas_jax.aot import shapes
-from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid
+from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid, StateBytes
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.runner.trained import capacity, session_shape, window
 from atlas_jax.engine.sessions import snapshot
@@ -61,7 +61,11 @@ class TrainedLayout:
     @property
     def largest_snapshot(self) -> int:
         """Bytes of the largest snapshot this engine could write, a little rounded up."""
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.state)) + (16 << 20)
+        return self._bytes + (16 << 20)
+
+    @property
+    def _bytes(self) -> int:
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.state))
 
     def header(self) -> dict[str, Any]:
         """The part of a snapshot's header that binds it to this engine. What it has room for is part of its shapes."""
@@ -96,9 +100,13 @@ class TrainedLayout:
             raise SnapshotInvalid("snapshot's state is not of its position")
         return Sequences(state, None)
 
+    def state_bytes(self, ring: int, kept: int, budget: int) -> StateBytes:
+        """All of it is the model's own memory."""
+        return StateBytes(memory=self._bytes)
+
     def describe(self, sessions: list[Session]) -> MemoryInfo:
         """What the memories of some sessions hold, together."""
-        return summary(sessions, capacity(self.config), _layers, window(self.config))
+        return summary(sessions, capacity(self.config), _layers, self.state_bytes, window(self.config))
 
 
 def _layers(session: Session, checkpoint: Checkpoint) -> list[LayerMemoryInfo]:

@@ -179,7 +179,7 @@ def test_a_bounded_session_outgrows_the_trained_context(
 ) -> None:
     engine = engines("bounded")
     text: list[int] = []
-    before = engine.model.state_bytes_per_session
+    before = engine.model.state.total
     for turn in range(3):
         new = words(70 + turn, 150, 256)
         answer = ask(engine, request(new, 5, memory=memory("grows")))

@@ -14,6 +14,7 @@ import pytest
 from atlas_jax.config import PAGE
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Overloaded, StorageFull
+from atlas_jax.model.transformer import QUERY_SAMPLES
 from tests.engine.offline import ask, memory, request, words
 
 TEXT = words(31, 40)
@@ -93,6 +94,33 @@ def test_full_tiers_refuse_before_they_break_and_lose_nothing(
         kept["new"] = len(TEXT) + 3
     with opened(**how) as after:
         assert names(after) == kept
+
+
+def test_a_session_that_has_kept_nothing_takes_no_room_for_pairs(opened: Callable[..., Any], tmp_path: Path) -> None:
+    """Of main memory and of the disk: little more than one on a server that keeps none."""
+    taken = []
+    for budget in (None, 0):
+        folder = tmp_path / str(budget)
+        with opened(memory_path=folder, memory_budget=budget) as engine:
+            turn(engine, "s")
+            (row,) = engine.sessions.list("owner", after=None, limit=1)[0]
+            assert engine.sessions.save_changed() == 0
+            taken.append((row.bytes, on_disk(folder)))
+            room = row.state.kept
+    assert room == 0
+    queries = 2 * QUERY_SAMPLES * 4 * (16 + 4)  # layers, four heads of 16 numbers in 8 bits, and their scales
+    assert taken[0][0] - taken[1][0] == queries
+    assert 0 < taken[0][1] - taken[1][1] < queries + 4096
+
+
+def test_a_session_that_keeps_none_leaves_the_servers_room_unused(engine: Engine) -> None:
+    sizes = []
+    for name, kept in (("none", 0), ("some", PAGE)):
+        ask(engine, request(words(33, 3 * PAGE), 4, memory=memory(name, "owner", kept_pairs=kept)))
+        rows = engine.sessions.list("owner", after=None, limit=1000)[0]
+        sizes.append(next(row.bytes for row in rows if row.session_id == name))
+        engine.sessions.delete("owner", name)
+    assert sizes[0] < sizes[1]
 
 
 def test_an_owners_share_is_its_own(opened: Callable[..., Any], tmp_path: Path, one_session: tuple[int, int]) -> None:
