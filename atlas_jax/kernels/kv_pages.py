@@ -146,7 +146,7 @@ def init_kept_pairs(
 
 
 def unpacked(pairs: PackedPages | jax.Array) -> Pages:
-    """Kept pairs as pages of the ring's kind."""
+    """Kept pairs as pages of the ring's kind, [B, N, K, P, D]."""
     return QuantPages(unpack(pairs), pairs.scale) if isinstance(pairs, PackedPages) else pairs
 
 

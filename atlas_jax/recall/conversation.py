@@ -102,6 +102,9 @@ def make_conversation(
       encode: tokens of a piece of text, without special ones.
       between: tokens of the filler at least.
       part: which of the `PARTS` conversations.
+
+    Raises:
+      ValueError: the template writes an answer otherwise than it begins one.
     """
     rng = random.Random(part)
     facts, others = list(_FACTS[part::PARTS]), list(_OTHERS[part::PARTS])

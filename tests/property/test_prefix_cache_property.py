@@ -20,7 +20,12 @@ def state(number: int) -> KVCache:
     """A state of SIZE bytes that can be told apart."""
     empty = jnp.zeros((0,), jnp.int32)
     return KVCache(
-        kv=(), page=jnp.full((1, SIZE // 4), number, jnp.int32), slot=empty, first_page=empty, position=empty
+        kv=(),
+        page=jnp.full((1, SIZE // 4), number, jnp.int32),
+        slot=empty,
+        first_page=empty,
+        position=empty,
+        kept=empty,
     )
 
 

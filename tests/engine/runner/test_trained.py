@@ -16,7 +16,7 @@ import pytest
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import Delta, Event, Failed, Finished, InvalidRequest, SessionKey, SnapshotInvalid
+from atlas_jax.engine.api import Delta, Event, Failed, Finished, InvalidRequest, SessionKey, SnapshotInvalid, StateBytes
 from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.gguf import BYTE_VOCAB, GGUFError, byte_vocabulary, write_gguf
@@ -188,6 +188,11 @@ def test_a_bounded_session_outgrows_the_trained_context(
         text += answer.tokens
     assert len(text) > engine.model.context_length
     (row,), _ = engine.sessions.list("owner", after="grov", limit=1)
+    info, done = engine.sessions.info("owner", "grows"), answer.end.memory
+    assert done is not None
+    for found in (row, info, done, engine.stats()):  # all of its state is the model's own memory
+        assert (found.kept_pairs, found.kept_pairs_capacity) == (0, 0)
+        assert found.state == StateBytes(memory=before)
     assert (row.session_id, row.tokens) == ("grows", len(text) - 1)
     assert row.bytes == 3 * before  # its last turns' states, each of one size
 
@@ -283,7 +288,10 @@ def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("given", [{"window_size": 256}, {"use_muon": True}, {"polynomial_degree": 3}])
+@pytest.mark.parametrize(
+    "given",
+    [{"window_size": 256}, {"use_muon": True}, {"polynomial_degree": 3}, {"memory_budget": 1 << 24}, {"kept_pairs": 0}],
+)
 def test_settings_of_the_recall_memory_are_refused_by_name(
     engines: Callable[[str], Engine], given: dict[str, Any]
 ) -> None:
