@@ -99,7 +99,7 @@ def assert_kept(tiny: Tiny, cache: KVCache, rule: KeptAttention, length: int) ->
 
 
 WITHIN = tiny_model.LLAMA
-BEYOND = replace(tiny_model.LLAMA, context=256)
+BEYOND = replace(tiny_model.LLAMA, context=300)
 GEMMA_BEYOND = replace(tiny_model.GEMMA, context=300)
 
 
