@@ -22,7 +22,7 @@ from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.loading import model_config
 from atlas_jax.recall import adapter_store
 from atlas_jax.recall.adapter_store import AdapterError
-from atlas_jax.recall.calibration import Calibration, _fit_gate
+from atlas_jax.recall.calibration import Calibration, _fit_gate, _Samples
 from tests.engine.offline import ask, memory, request
 
 PROMPT = list(range(40, 80))
@@ -196,4 +196,5 @@ probabilities = st.sampled_from([0.0, 1e-300, 1e-30, 1e-9, 0.3, 1.0])
 def test_a_gate_is_finite_whatever_the_model_is_sure_of(samples: list[tuple[float, float, float]]) -> None:
     p_model, p_memory, score = map(np.asarray, zip(*samples, strict=True))
     features = np.stack([np.ones_like(score), score, score / 2, np.ones_like(score)], axis=1)
-    assert np.isfinite(_fit_gate(features, np.maximum(p_model, 1e-30), p_memory)).all()
+    given = _Samples(np.arange(len(samples)), features, np.maximum(p_model, 1e-30), p_memory, np.ones(len(samples)))
+    assert np.isfinite(_fit_gate(given)).all()
