@@ -19,7 +19,7 @@ import msgspec
 from atlas_jax.engine.api import SnapshotInvalid
 
 MAGIC = b"ATLASJRN"
-VERSION = 1
+VERSION = 2
 _START = struct.Struct("<8sI")
 _RECORD = struct.Struct("<II")
 _LONGEST = 64 << 20
