@@ -11,7 +11,7 @@ from atlas_jax.engine.api import StateBytes
 from atlas_jax.engine.memory_options import MemoryOptions
 from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.transformer import init_kv
-from atlas_jax.recall import recall_memory
+from atlas_jax.recall import recall_state
 
 DEFAULT_BUDGET = 16 << 20
 _WINDOWS = 2.5
@@ -77,7 +77,7 @@ def session_bytes(model: ModelConfig, memory: MemoryConfig, kv_dtype: KVDtype) -
         kept_page=kept_page,
         score_page=score_page,
         queries=cache(1, 1) - cache(1, 0) - kept_page - score_page,
-        memory=_bytes(jax.eval_shape(lambda: recall_memory.init_state(memory, 1, model.vocab))),
+        memory=_bytes(jax.eval_shape(lambda: recall_state.init_state(memory, 1, model.vocab))),
     )
 
 

@@ -38,7 +38,7 @@ class Adapter:
         (the last index: none, a zero).
       factors, feature_weight: monomials of each degree over a key's components (see `MonomialTable`).
       codes: [V, C], ±1/√C; token v's value code is row v.
-      gate, cue: the gate's weights of `recall_memory.gate_features`, and of `recall_memory.Answer.cues`.
+      gate, cue: the gate's weights of `recall_memory.gate_features`, and of `recall_state.Answer.cues`.
     """
 
     mean: Float[Array, "A E"]

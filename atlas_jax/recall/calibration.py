@@ -21,12 +21,12 @@ import numpy as np
 from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
-from atlas_jax.recall import recall_memory
+from atlas_jax.recall import recall_memory, recall_state
 from atlas_jax.recall.adapter import CONTEXT_LENGTH, GATE_FEATURES, Adapter, make_adapter, token_weights, value_codes
 from atlas_jax.recall.collect_states import WINDOW, Progress, Reading, read_texts, whole_pages
 from atlas_jax.recall.conversation import Conversation
 from atlas_jax.recall.probe import Probe
-from atlas_jax.recall.recall_memory import WriteSettings
+from atlas_jax.recall.recall_state import WriteSettings
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 DEFAULT_DIM: int = MemoryConfig.components
@@ -300,17 +300,17 @@ def _collect(
         codes=jax.tree.map(lambda table: table[known], adapter.codes),
         token_weight=adapter.token_weight[known],
     )
-    settings = recall_memory.init_settings(1)
+    settings = recall_state.init_settings(1)
 
     @functools.partial(jax.jit, donate_argnums=1)
     def observe(
         adapter: Adapter,
-        state: recall_memory.RecallState,
+        state: recall_state.RecallState,
         tapped: jax.Array,
         exponent: jax.Array,
         tokens: jax.Array,
         positions: jax.Array,
-    ) -> tuple[recall_memory.RecallState, recall_memory.Answer]:
+    ) -> tuple[recall_state.RecallState, recall_state.Answer]:
         streams = tuple(jnp.ldexp(tapped.astype(jnp.float32), exponent)[:, None])
         valid = jnp.ones(tokens.shape, bool)
         return recall_memory.observe(adapter, state, settings, streams, tokens, positions, valid)
@@ -318,8 +318,8 @@ def _collect(
     @jax.jit
     def judge(
         adapter: Adapter,
-        state: recall_memory.RecallState,
-        answer: recall_memory.Answer,
+        state: recall_state.RecallState,
+        answer: recall_state.Answer,
         entropy: jax.Array,
         place: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
@@ -332,7 +332,7 @@ def _collect(
     total, done = sum(len(reading.tokens) // PAGE for reading in readings), 0
     samples = []
     for reading in readings:
-        state = recall_memory.init_state(config, 1, len(known))
+        state = recall_state.init_state(config, 1, len(known))
         places = np.searchsorted(known, reading.tokens).astype(np.int32)
         for page in range(len(reading.tokens) // PAGE):
             part = slice(page * PAGE, (page + 1) * PAGE)

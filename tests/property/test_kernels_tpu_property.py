@@ -26,7 +26,7 @@ from atlas_jax.kernels.tpu import recall_features as mosaic_recall_features
 from atlas_jax.kernels.tpu import window_attention
 from atlas_jax.model.params import LayerParams
 from atlas_jax.model.transformer import run_layers, step_view
-from atlas_jax.recall import recall_memory
+from atlas_jax.recall import recall_memory, recall_state
 from atlas_jax.recall.adapter import GATE_FEATURES, Adapter, make_adapter
 from tests.reference import recall_reference
 from tests.reference.attention_reference import attend, visible_positions
@@ -215,12 +215,12 @@ def adapter(config: MemoryConfig = MEMORY) -> Adapter:
 def some_reading(tokens: int, degrees: list[int], seed: int) -> tuple[Any, ...]:
     """A memory of random numbers, settings of each row, and keys as `recall_memory.keys` makes them."""
     random = np.random.default_rng(seed)
-    state = recall_memory.init_state(MEMORY, ROWS, VOCAB)
+    state = recall_state.init_state(MEMORY, ROWS, VOCAB)
     values = random.integers(-127, 128, state.weights.shape).astype(np.int8)
     scale = random.uniform(1e-3, 1.0, state.scale.shape).astype(np.float32)
     state = dataclasses.replace(state, weights=jnp.asarray(values), scale=jnp.asarray(scale))
     state = dataclasses.replace(state, seen=jnp.asarray(random.integers(0, 2, state.seen.shape), jnp.int8))
-    chosen = dataclasses.replace(recall_memory.init_settings(ROWS), degree=jnp.asarray(degrees, jnp.int32) - 1)
+    chosen = dataclasses.replace(recall_state.init_settings(ROWS), degree=jnp.asarray(degrees, jnp.int32) - 1)
     key = random.standard_normal((ROWS, tokens, 2, MEMORY.components)).astype(np.float32)
     for row, degree in enumerate(degrees):
         key[row, :, :, adapter().halves[degree - 1] :] = 0.0
@@ -388,7 +388,7 @@ def test_mosaic_compiles_attention_and_reads_the_ring_where_it_lies(
 def test_mosaic_compiles_memory_reads(rows: int, tokens: int) -> None:
     config = MemoryConfig(layers=(0,))
     key = jax.ShapeDtypeStruct((rows, tokens, config.key_size), jnp.float32)
-    state = jax.eval_shape(lambda: recall_memory.init_state(config, rows, VOCAB))
+    state = jax.eval_shape(lambda: recall_state.init_state(config, rows, VOCAB))
     degree = jax.ShapeDtypeStruct((rows,), jnp.int32)
     compiled = (
         jax.jit(lambda *args: mosaic_recall_features.read_out(*args, adapter(config).halves))

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE, MemoryConfig
 from atlas_jax.kernels.monomials import gather_monomials
-from atlas_jax.recall import recall_memory
+from atlas_jax.recall import recall_memory, recall_state
 from atlas_jax.recall.adapter import GATE_FEATURES, Adapter, key_components, make_adapter, token_weights
-from atlas_jax.recall.recall_memory import Answer, RecallSettings, RecallState, WriteSettings
+from atlas_jax.recall.recall_state import Answer, RecallSettings, RecallState, WriteSettings
 from atlas_jax.recall.solvers import OPTIMIZERS, Optimizer
 from tests.reference import recall_reference
 
@@ -177,7 +177,7 @@ def test_features_are_those_of_the_kernel(seed: int, degree: int, features: int)
 def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, window: int) -> None:
     random = np.random.default_rng(seed)
     states, tokens = text_states(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 1, states, tokens)
+    state = read_text(recall_state.init_state(CONFIG, ROWS, VOCAB), 1, states, tokens)
     for end in (PAGE, 2 * PAGE):
         key, values = pairs(states, tokens, end, window)
         phi, before = recall_reference.features(key, degree), weights_of(state, 1, degree)
@@ -196,7 +196,7 @@ def test_an_exact_write_is_the_least_squares_solution(seed: int, degree: int, wi
 def test_what_was_written_is_found_again(seed: int, degree: int) -> None:
     random = np.random.default_rng(seed)
     states, tokens = text_states(random, PAGE), random.integers(0, VOCAB, PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
+    state = read_text(recall_state.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     state = write(state, 0, PAGE, 6, "exact", degree)
     asked = np.zeros((ROWS, 5, CONFIG.key_size), np.float32)
     asked[0] = keys_of(states, tokens)[-6:-1]
@@ -213,7 +213,7 @@ def test_gradient_and_muon_writes_descend(
 ) -> None:
     random = np.random.default_rng(seed)
     states, tokens = text_states(random, 2 * PAGE), random.integers(0, VOCAB, 2 * PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
+    state = read_text(recall_state.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     left: list[float] = []
     for end in (PAGE, 2 * PAGE):
         key, values = pairs(states, tokens, end, window)
@@ -238,7 +238,7 @@ def test_a_step_that_diverges_is_not_taken(
     states, tokens = text_states(random, 6 * PAGE), random.integers(0, VOCAB, 6 * PAGE)
     if same:
         states[:] = states[0]
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states[: 2 * PAGE], tokens[: 2 * PAGE])
+    state = read_text(recall_state.init_state(CONFIG, ROWS, VOCAB), 0, states[: 2 * PAGE], tokens[: 2 * PAGE])
     state = write(state, 0, PAGE, PAGE, "exact", degree)
     for _ in range(5):
         before, skipped, losses = (np.asarray(part[0]) for part in (state.weights, state.skipped, state.losses))
@@ -260,7 +260,7 @@ def test_a_memory_speaks_only_of_tokens_it_was_given(seed: int, pages: int, wind
     random = np.random.default_rng(seed)
     length = pages * PAGE
     states, tokens = text_states(random, length), random.integers(1, VOCAB // 2, length)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
+    state = read_text(recall_state.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     state = write(state, 0, length, window, optimizer)
     given_tokens = set(tokens[max(1, length - window) :].tolist())
     assert set(np.flatnonzero(np.asarray(state.seen[0])).tolist()) == given_tokens
@@ -318,7 +318,7 @@ def test_the_mixture_is_exact_and_absent_means_untouched(seed: int, log_odds: fl
 def test_reading_is_the_mixture_where_the_memory_takes_part(seed: int, degree: int, case: str) -> None:
     random = np.random.default_rng(seed)
     states, tokens = text_states(random, 2 * PAGE), random.integers(1, VOCAB // 2, 2 * PAGE)
-    state = read_text(recall_memory.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
+    state = read_text(recall_state.init_state(CONFIG, ROWS, VOCAB), 0, states, tokens)
     if case != "not written":
         state = write(state, 0, 2 * PAGE, PAGE, degree=degree)
     how = reading(degree, read=case != "off", read_from=9 * PAGE if case == "early" else 0, log_odds=1.0)
@@ -360,7 +360,7 @@ def test_a_memory_knows_how_far_it_has_been_right(seed: int, degree: int, cuts: 
         valid = np.broadcast_to(np.arange(PAGE) < last - first + ahead, (ROWS, PAGE))
         return observe(adapter(), state, how, tuple(padded[0][:, :, part]), padded[1][:, part], positions, valid)
 
-    state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
+    state = recall_state.init_state(CONFIG, ROWS, VOCAB)
     for page in range(2):
         state, _ = fed(state, page * PAGE, (page + 1) * PAGE)
     state = write(state, 0, 2 * PAGE, 2 * PAGE, degree=degree)
@@ -390,7 +390,7 @@ def test_a_memory_knows_how_far_it_has_been_right(seed: int, degree: int, cuts: 
 def test_rows_of_a_batch_never_meet(seed: int, optimizer: Optimizer, degree: int, row: int) -> None:
     random = np.random.default_rng(seed)
     other = 1 - row
-    state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
+    state = recall_state.init_state(CONFIG, ROWS, VOCAB)
     for who in (row, other):
         state = read_text(state, who, text_states(random, PAGE), random.integers(0, VOCAB, PAGE))
         state = write(state, who, PAGE, PAGE, "exact", degree)
@@ -418,7 +418,7 @@ def test_repetitive_text_leaves_finite_numbers(text: str, optimizer: Optimizer, 
     elif text == "near copies":
         states += 1e-6 * random.standard_normal(states.shape).astype(np.float32)
     tokens = random.integers(0, 3, 6 * PAGE)
-    state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
+    state = recall_state.init_state(CONFIG, ROWS, VOCAB)
     for page in range(6):
         part = slice(page * PAGE, (page + 1) * PAGE)
         state = read_text(state, 0, states[part], tokens[part], start=page * PAGE)
@@ -440,7 +440,7 @@ def test_keys_do_not_depend_on_how_a_text_is_cut(seed: int, cuts: list[int], ahe
     tokens = random.integers(0, VOCAB, (ROWS, PAGE)).astype(np.int32)
     how = reading(2)
     positions = np.broadcast_to(np.arange(PAGE, dtype=np.int32), (ROWS, PAGE))
-    fresh = recall_memory.init_state(CONFIG, ROWS, VOCAB)
+    fresh = recall_state.init_state(CONFIG, ROWS, VOCAB)
     whole, _ = compiled()["keys"](adapter(), fresh, how, tuple(streams), tokens, positions)
     state, pieces = fresh, []
     edges = sorted({0, PAGE, *cuts})
@@ -462,7 +462,7 @@ def test_keys_are_a_state_of_the_layers_in_use_and_a_context(seed: int, layers: 
     streams = (random.standard_normal((2, ROWS, PAGE, EMBED)) * size).astype(np.float32)
     tokens = random.integers(0, VOCAB, (ROWS, PAGE)).astype(np.int32)
     how = dataclasses.replace(reading(degree), layers=np.full(ROWS, layers - 1, np.int32))  # type: ignore[arg-type]
-    state = recall_memory.init_state(CONFIG, ROWS, VOCAB)
+    state = recall_state.init_state(CONFIG, ROWS, VOCAB)
     positions = np.broadcast_to(np.arange(PAGE, dtype=np.int32), (ROWS, PAGE))
     found = np.asarray(compiled()["keys"](adapter(), state, how, tuple(streams), tokens, positions)[0])
     own, context = np.split(found, 2, axis=-1)
@@ -510,7 +510,7 @@ def test_a_memory_that_corrects_less_keeps_what_is_old() -> None:
         absorb = jax.jit(
             functools.partial(recall_memory.write, dataclasses.replace(config, correction=correction), "exact")
         )
-        state = recall_memory.init_state(config, 1, VOCAB)
+        state = recall_state.init_state(config, 1, VOCAB)
         for page in range(pages):
             part, end = slice(page * PAGE, (page + 1) * PAGE), (page + 1) * PAGE
             positions = np.arange(part.start, end, dtype=np.int32)[None]
@@ -521,7 +521,7 @@ def test_a_memory_that_corrects_less_keeps_what_is_old() -> None:
             )
         context = recall_reference.context(tokens[:PAGE], np.asarray(small.codes.values), np.ones(VOCAB), size)
         asked = np.concatenate([recall_reference.unit(states[:PAGE].astype(np.float64)), context], axis=1)
-        how = recall_memory.init_settings(1)
+        how = recall_state.init_settings(1)
         score = np.asarray(compiled()["scores"](small, state, how, asked[None].astype(np.float32)))[0, :-1]
         found[correction] = (score.argmax(axis=1) == tokens[1:PAGE]).mean()
     assert found[MemoryConfig.correction] > 2 * found[1.0] + 0.1, found

@@ -20,7 +20,7 @@ from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.sampling import SamplingState, allowed_words
 from atlas_jax.model.page_schedule import NextPage, PageSchedule
-from atlas_jax.recall.recall_memory import RecallSettings
+from atlas_jax.recall.recall_state import RecallSettings
 
 MAX_DRAFT_ROWS = 2
 """Rows of a batch up to which drafts pay on a CPU; with more, a row pays for its neighbours' rejected drafts. SmolLM2-135M on

@@ -24,7 +24,7 @@ from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.kernels.sampling import SamplingState
 from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.model.page_schedule import bucket
-from atlas_jax.recall.recall_memory import RecallSettings
+from atlas_jax.recall.recall_state import RecallSettings
 
 SCALAR = shape((), np.int32)
 

@@ -16,8 +16,8 @@ from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.kernels.sampling import SamplingState, init_sampling
 from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache
-from atlas_jax.recall import recall_memory
-from atlas_jax.recall.recall_memory import RecallSettings, RecallState
+from atlas_jax.recall import recall_state
+from atlas_jax.recall.recall_state import RecallSettings, RecallState
 from atlas_jax.typing import Array, Float, Int32
 
 DRAFT_TOKENS = 2
@@ -62,7 +62,7 @@ def init_sequences(
 ) -> Sequences:
     """Rows that have read nothing."""
     cache = init_kv_cache(model, batch, pages, dtype, 0 if memory is None else memory.max_kept)
-    return Sequences(cache, None if memory is None else recall_memory.init_state(memory, batch, model.vocab))
+    return Sequences(cache, None if memory is None else recall_state.init_state(memory, batch, model.vocab))
 
 
 def init_logits_buffer(vocab: int, batch: int, tokens: int) -> Float[Array, "B*T V"]:
@@ -77,5 +77,5 @@ def init_decode_state(vocab: int, batch: int) -> DecodeState:
         drafts=jnp.full((batch, DRAFT_TOKENS), NONE, jnp.int32),
         text=jnp.full((batch, DRAFT_CONTEXT), NONE, jnp.int32),
         sampling=init_sampling(batch, vocab),
-        settings=recall_memory.init_settings(batch),
+        settings=recall_state.init_settings(batch),
     )

@@ -28,7 +28,7 @@ from atlas_jax.model.kept_pairs import leaving
 from atlas_jax.model.kv_cache import page_start, start_page
 from atlas_jax.model.page_schedule import NextPage, PageSchedule, bucket
 from atlas_jax.model.transformer import SINKS
-from atlas_jax.recall.recall_memory import RecallSettings, RecallState
+from atlas_jax.recall.recall_state import RecallSettings, RecallState
 from atlas_jax.recall.solvers import OPTIMIZERS
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 

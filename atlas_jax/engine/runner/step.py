@@ -34,9 +34,9 @@ from atlas_jax.model.kept_pairs import Leaving
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
-from atlas_jax.recall import recall_memory
+from atlas_jax.recall import recall_memory, recall_state
 from atlas_jax.recall.adapter import Adapter
-from atlas_jax.recall.recall_memory import RecallSettings, RecallState, WriteSettings
+from atlas_jax.recall.recall_state import RecallSettings, RecallState, WriteSettings
 from atlas_jax.recall.solvers import Optimizer
 from atlas_jax.typing import Array, Bool, Float, Int32
 
@@ -108,10 +108,10 @@ def write_memory(
     config: StepConfig,
     optimizer: Optimizer,
     adapter: Adapter,
-    memory: recall_memory.RecallState,
+    memory: recall_state.RecallState,
     row: Int32[Array, ""],
     settings: WriteSettings,
-) -> recall_memory.RecallState:
+) -> recall_state.RecallState:
     """Absorbs what has left a row's window; see `recall_memory.write`."""
     assert config.memory is not None
     return recall_memory.write(config.memory, optimizer, adapter, memory, row, settings)
@@ -379,8 +379,8 @@ def _put_row(whole: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
 
 
 def insert_memory(
-    batch: recall_memory.RecallState, single: recall_memory.RecallState, row: Int32[Array, ""]
-) -> recall_memory.RecallState:
+    batch: recall_state.RecallState, single: recall_state.RecallState, row: Int32[Array, ""]
+) -> recall_state.RecallState:
     """Puts a row's memory into a batch."""
     return jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch, single)
 

@@ -15,7 +15,7 @@ from atlas_jax.engine.sessions.journal import Reading
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.sampling import BAN, BIAS_SLOTS, FORCE, SamplingState
 from atlas_jax.kernels.speculative_drafter import NONE
-from atlas_jax.recall.recall_memory import RecallSettings, WriteSettings
+from atlas_jax.recall.recall_state import RecallSettings, WriteSettings
 from atlas_jax.recall.solvers import Optimizer
 
 CALIBRATED_STEP = 1e-3

@@ -36,7 +36,7 @@ from atlas_jax.kernels.sampling import allowed_words
 from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.loading import WeightDtype, param_shapes
 from atlas_jax.recall.adapter import GATE_FEATURES, Adapter, make_adapter
-from atlas_jax.recall.recall_memory import RecallSettings
+from atlas_jax.recall.recall_state import RecallSettings
 from atlas_jax.typing import Array, Bool, Float, Int32
 
 Decoded = tuple[Sequences, DecodeState, StepOutput, Any]

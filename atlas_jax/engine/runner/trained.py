@@ -29,7 +29,7 @@ from atlas_jax.model.lm.config import MEMORY_KINDS, LMConfig
 from atlas_jax.model.lm.model import LMParams
 from atlas_jax.model.lm.streaming import LMState
 from atlas_jax.model.page_schedule import PageSchedule
-from atlas_jax.recall.recall_memory import RecallSettings
+from atlas_jax.recall.recall_state import RecallSettings
 from atlas_jax.typing import Array, Bool, Float, Int32
 
 CHUNKS = (64, 8, 1)

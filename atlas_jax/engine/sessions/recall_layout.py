@@ -26,7 +26,7 @@ from atlas_jax.model.kept_pairs import kept_count
 from atlas_jax.model.kv_cache import KVCache
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
-from atlas_jax.recall.recall_memory import RecallState
+from atlas_jax.recall.recall_state import RecallState
 
 
 @dataclass(frozen=True)
