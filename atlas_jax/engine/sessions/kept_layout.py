@@ -93,4 +93,6 @@ def without_kept(cache: KVCache, *, queries: bool) -> KVCache:
             kv, kept=replace(kv.kept, **{name: jax.tree.map(zeros, getattr(kv.kept, name)) for name in names})
         )
 
+    if not isinstance(cache, KVCache):  # a trained model's own state
+        return cache
     return replace(cache, kv=tuple(map(layer, cache.kv)))

@@ -149,7 +149,7 @@ def test_a_states_bytes_are_those_of_its_arrays(engine: Engine) -> None:
 def test_the_default_state_is_within_its_budget_and_fills_it(engine: Engine) -> None:
     model = engine.model
     assert model.state.total <= model.state.budget
-    how = memory(window_size=256)
+    how = memory(window_size=256, kept_pairs=None)
     done = ask(engine, request(words(10, 20), 1, memory=how)).end.memory
     assert done is not None
     assert (done.kept_pairs_capacity, done.state) == (model.kept_pairs_capacity, model.state)
@@ -180,7 +180,7 @@ def test_a_smaller_budget_keeps_as_many_pairs_as_fit_beside_the_window(engine: E
     assert none is not None
     assert page is not None
     for budget, pairs in ((none.state.total, 0), (page.state.total - 1, 0), (page.state.total, PAGE)):
-        done = ask(engine, request(words(11, 20), 1, memory=memory(memory_budget=budget))).end.memory
+        done = ask(engine, request(words(11, 20), 1, memory=memory(memory_budget=budget, kept_pairs=None))).end.memory
         assert done is not None
         assert (done.kept_pairs_capacity, done.state.budget) == (pairs, budget)
         with pytest.raises(InvalidRequest, match=rf"kept_pairs': value must be between 0 and {pairs}"):
@@ -198,7 +198,7 @@ def test_a_session_keeps_the_budget_it_was_begun_with(engine: Engine) -> None:
         with pytest.raises(InvalidRequest, match=f"begun with {begun[name]} and keeps it") as caught:
             ask(engine, request(words(13, 10), 2, memory=how))
         assert caught.value.param == f"atlas.{name}"
-    for how in (memory("budget"), memory("budget", **begun, given=frozenset(begun))):
+    for how in (memory("budget", kept_pairs=None), memory("budget", **begun, given=frozenset(begun))):
         done = ask(engine, request(words(13, 10), 2, memory=how)).end.memory
         assert done is not None
         assert (done.kept_pairs_capacity, done.state.budget) == (PAGE, budget)
@@ -207,7 +207,7 @@ def test_a_session_keeps_the_budget_it_was_begun_with(engine: Engine) -> None:
 def test_a_server_without_room_for_pairs_keeps_none(opened: Callable[..., Any]) -> None:
     with opened(memory_budget=0) as engine:
         assert (engine.model.kept_pairs_capacity, engine.model.state.kept, engine.model.state.budget) == (0, 0, 0)
-        done = ask(engine, request(words(14, 4 * PAGE - 20), 4, memory=memory("s"))).end.memory
+        done = ask(engine, request(words(14, 4 * PAGE - 20), 4, memory=memory("s", kept_pairs=None))).end.memory
         assert done is not None
         assert (done.kept_pairs, done.kept_pairs_capacity, done.state.kept) == (0, 0, 0)
         assert done.tokens_absorbed == 3 * PAGE

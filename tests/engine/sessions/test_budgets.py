@@ -211,10 +211,10 @@ def test_a_disk_that_fails_is_told_and_the_next_turn_is_written_whole(
         turn(engine, "s")
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwrite", full)
-            answer = ask(engine, request(TEXT, 4, memory=memory("s")))
+            answer = ask(engine, request(TEXT, 4, memory=memory("s", kept_pairs=None)))
         assert answer.end.memory is not None
         assert "could not be written" in str(answer.end.memory.degraded)
-        end = ask(engine, request(TEXT, 4, memory=memory("s"))).end
+        end = ask(engine, request(TEXT, 4, memory=memory("s", kept_pairs=None))).end
         assert end.memory is not None
         assert end.memory.degraded is None
         wanted = names(engine)
