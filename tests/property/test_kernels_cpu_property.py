@@ -181,14 +181,14 @@ def test_the_blend_is_its_definition(seed: int, tokens: int, vocab: int, silent:
     seen = (rng.random((rows, vocab)) < 0.1).astype(np.int8)
     seen[0] = 0
     active = rng.random((rows, tokens)) < 0.8
-    odds = rng.normal(size=rows).astype(np.float32)
+    odds = rng.normal(size=(rows, tokens)).astype(np.float32)
     gate = np.asarray([-1.0, 2.0, 1.0, 0.2], np.float32)
     args = found, codes.values, codes.scale, seen, active, odds, gate
     mixed, passed = jax.jit(ffi.blend)(jnp.asarray(logits), *args)
     scores = jnp.where(seen[:, None, :] > 0, run(False, linear, codes, jnp.asarray(found)), -2.0)
     adapter = SimpleNamespace(gate=jnp.asarray(gate))
     wanted, wanted_gate = recall_memory.blend(adapter, odds, jnp.asarray(logits), scores, active)  # type: ignore[arg-type]
-    np.testing.assert_allclose(passed, wanted_gate, atol=1e-5)
+    np.testing.assert_allclose(passed, wanted_gate, atol=2e-6)
     np.testing.assert_allclose(mixed, wanted, rtol=2e-5, atol=2e-5)
     untouched = np.asarray(passed) == 0
     np.testing.assert_array_equal(np.asarray(mixed)[untouched], logits[untouched])

@@ -21,7 +21,7 @@ TEXT = words(31, 40)
 
 
 def turn(engine: Engine, name: str, owner: str = "owner", prompt: list[int] = TEXT) -> int:
-    return ask(engine, request(prompt, 4, memory=memory(name, owner))).end.completion_tokens
+    return ask(engine, request(prompt, 4, memory=memory(name, owner, kept_pairs=None))).end.completion_tokens
 
 
 def takes(engine: Engine, name: str) -> bool:
