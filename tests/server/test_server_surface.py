@@ -123,7 +123,7 @@ def test_prometheus(live: Live) -> None:
         assert name in families, name
     assert 'atlas_request_success_total{finished_reason="length"}' in response.text
     labels = {label for family in families.values() for sample in family.samples for label in sample.labels}
-    assert labels <= {"route", "method", "status", "le", "finished_reason", "reason", "outcome", "tier"}
+    assert labels <= {"part", "route", "method", "status", "le", "finished_reason", "reason", "outcome", "tier"}
 
 
 def test_two_servers_in_one_process_do_not_share_metrics(live: Live, start: Start) -> None:
