@@ -16,7 +16,7 @@ Kind = Literal["options", "larger window", "full", "nearest neighbours"]
 WINDOW, LARGER, MEMORY, FULL, NEAREST = "window", "larger window", "memory", "full", "nearest neighbours"
 _ROOM = 4 * PAGE
 """Tokens that a full window is larger than the text: for a question and its answer."""
-_OFF = {"read": False, "write": False, "kept_pairs": 0}
+_OFF: dict[str, Any] = {"read": False, "write": False, "kept_pairs": 0}
 
 
 class ArmError(Exception):
@@ -45,8 +45,7 @@ class Arm:
     @property
     def attended(self) -> int:
         """Tokens that a token attends in the end: those of the window, and what is kept beside it."""
-        kept: int = getattr(self.options, "kept_pairs", 0)
-        return self.options.window_size + kept
+        return self.options.window_size + (self.options.kept_pairs or 0)
 
     def params(self, tokens: int, *, session: SessionKey | None = None, teach: bool = True) -> MemoryParams:
         """The options of a request.
@@ -65,9 +64,7 @@ class Arm:
 
 def window_alone(**options: Any) -> MemoryOptions:
     """Options of an exact window and nothing else."""
-    known = MemoryOptions.__struct_fields__
-    off: dict[str, Any] = {name: value for name, value in _OFF.items() if name in known}
-    return MemoryOptions(**off, **options)
+    return MemoryOptions(**_OFF, **options)
 
 
 def standard_arms() -> list[Arm]:
