@@ -81,7 +81,7 @@ def bytes_of(engine: Engine, name: str) -> int:
 
 
 def test_a_short_session_takes_one_state_and_no_matrices(engine: Engine) -> None:
-    """Three turns inside the window: one state stands for all of them, and its memory has not been written yet."""
+    """Three turns inside the window: one state for all of them; its memory and its kept pairs take no room yet."""
     name = next(names)
     ask(engine, request(words(1, 20), 4, memory=memory(name)))
     first = bytes_of(engine, name)
@@ -95,7 +95,9 @@ def test_a_short_session_takes_one_state_and_no_matrices(engine: Engine) -> None
     held = state.row.memory
     assert held is not None
     matrices = held.weights.nbytes + held.momentum.nbytes
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.row)) - state.bytes == matrices
+    kept = [layer.kept for layer in state.row.cache.kv]
+    room = sum(leaf.nbytes for leaf in jax.tree.leaves([(one.k, one.v, one.score, one.ring_score) for one in kept]))
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.row)) - state.bytes == matrices + room
     engine.sessions.tiers.release(lease, None, "lru")
     ask(engine, request(words(5, 3 * PAGE), 4, memory=memory(name)))
     assert bytes_of(engine, name) > matrices, "now it has been written"
