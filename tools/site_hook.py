@@ -2,7 +2,7 @@
 
 Documents link to one another as files of the repository do. On the site README.md is the first page, `docs/` is the root,
 and a linked file that is no page (a licence, a source, a configuration) is copied beside them. The tutorial, a script in
-cells, is turned into a page.
+cells, is turned into a page. The list of architectures is made of the families that are registered.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+
+from atlas_jax.model.families import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
@@ -29,6 +31,7 @@ PAGES = {
     "docs/tutorial.py": "tutorial.md",
 }
 """Where on the site a file of the repository is, unless it lies in `docs/` and keeps its place there."""
+_ARCHITECTURES = "<!-- architectures -->"
 _LINK = re.compile(r"(\]\()([^)#\s]+)([^)]*\))")
 
 
@@ -48,7 +51,7 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Turns links between files of the repository into links between pages."""
+    """Turns links between files of the repository into links between pages, and lists the architectures."""
     source = _source(page.file.src_uri)
 
     def changed(match: re.Match[str]) -> str:
@@ -58,7 +61,13 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         here = posixpath.dirname(page.file.src_uri)
         return match[1] + posixpath.relpath(_site(target), here or ".") + match[3]
 
-    return _LINK.sub(changed, markdown)
+    return _LINK.sub(changed, markdown).replace(_ARCHITECTURES, architectures())
+
+
+def architectures() -> str:
+    """The table of the architectures that are read."""
+    rows = [f"| `{name}` | {family.models} |" for name, family in FAMILIES.items()]
+    return "\n".join(["| `general.architecture` | models |", "|---|---|", *rows])
 
 
 def _linked(source: str) -> Iterator[str]:

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from atlas_jax.memory import PRESETS
-from atlas_jax.model.families import FAMILIES
 from server.config.sources import CONFIG_ENV, options
 from tools import draw_diagrams
 
@@ -173,9 +172,9 @@ def test_flags_exist(document: str) -> None:
     assert {flag for flag in named - known if flag.replace("--no-", "--") not in known} == set()
 
 
-def test_every_architecture_is_in_the_list_of_those_that_are_read() -> None:
-    listed = re.findall(r"^\| `(\w+)` \|", read("docs/guides/serve.md"), re.MULTILINE)
-    assert listed == [*FAMILIES, "atlas"]
+def test_the_guide_has_a_place_for_the_architectures() -> None:
+    """The site's hook puts the table there."""
+    assert "\n<!-- architectures -->\n" in read("docs/guides/serve.md")
 
 
 def test_every_preset_is_in_readmes_list() -> None:

@@ -32,11 +32,13 @@ class Family:
 
     Attributes:
       architecture: `general.architecture` of its GGUF files, and the prefix of its metadata keys.
+      models: which models are meant, for people.
       config: makes the model's configuration from its metadata and the sizes of its vocabulary.
       frequency_factors: whether the tensor `rope_freqs` divides its rotary frequencies.
     """
 
     architecture: str
+    models: str
     config: Callable[[Fields, Vocabulary], ModelConfig]
     frequency_factors: bool = False
 

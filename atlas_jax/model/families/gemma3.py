@@ -63,4 +63,4 @@ def _sliding(fields: Fields) -> list[bool]:
     return [period == 0 or index % period < period - 1 for index in range(fields.layers)]
 
 
-FAMILY = Family("gemma3", _config)
+FAMILY = Family("gemma3", "Gemma 3, its text", _config)

@@ -34,4 +34,4 @@ def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
     return config
 
 
-FAMILY = Family("llama", _config, frequency_factors=True)
+FAMILY = Family("llama", "Llama 1–3, SmolLM2, TinyLlama and others of that name", _config, frequency_factors=True)
