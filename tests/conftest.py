@@ -1,10 +1,13 @@
-"""What every test has: programs of one module, a log level of its own, and Ctrl-C."""
+"""What every test has: compiled programs of the run, and in the process of one module; a log level of its own; Ctrl-C."""
 
 from __future__ import annotations
 
 import gc
 import logging
+import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 import jax
@@ -16,6 +19,16 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     signal.signal(signal.SIGHUP, lambda *_: None)
+
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Gives all processes of a run one folder of compiled programs, unless it is told one: most are compiled once, then."""
+    if _CACHE not in os.environ:
+        os.environ[_CACHE] = folder = tempfile.mkdtemp(prefix="atlas-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
+        config.add_cleanup(lambda: os.environ.pop(_CACHE, None))
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -18,7 +18,7 @@ from tests.engine.test_invariants import assert_same, copied
 from tests.patience import PATIENCE
 
 KEPT = 100
-names = (f"kept-{number}" for number in itertools.count())
+names = (f"pairs-{number}" for number in itertools.count())
 
 
 def keeping(name: str | None, **more: Any) -> MemoryParams:

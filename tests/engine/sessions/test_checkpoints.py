@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
@@ -43,6 +43,8 @@ def best(checkpoints: list[Checkpoint], plan: PageSchedule, keep: int) -> int:
 
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(edits, st.integers(1, 4), st.integers(1, 3))
+@example([(0.0, False, 1), *[(0.0, False, PAGE)] * 3, (0.5, True, 1)], 1, 1)
+@example([(0.0, False, 1), (0.0, False, PAGE + 1), (0.984375, True, PAGE + 1), (0.0, False, PAGE)], 1, 1)
 def test_every_state_is_of_the_sessions_text_and_none_is_missed(
     several: list[tuple[float, bool, int]], window: int, update: int
 ) -> None:
@@ -62,7 +64,9 @@ def test_every_state_is_of_the_sessions_text_and_none_is_missed(
             session.history.truncate(position)
         else:
             session.checkpoints, session.history = [], type(session.history)()
-        everything = [one for one in everything if one.position <= position]
+        everything = [one for one in everything[-3:] if one.position <= position]  # older ones have been dropped
+        if checkpoint is not None and checkpoint.position > position > 0:
+            everything.append(checkpoint.at(position))
         text = text[:keep] + [next(tokens) for _ in range(length)]
         session.history.extend(text[position:])
         everything.append(at(text, plan))
