@@ -34,7 +34,7 @@ from benchmarks.server_process import Server
 
 _ANSWER_TOKENS = 48
 _NOTES = "## Notes\n"
-_MEANINGS = {0.1: ", the gate as fitted on running text", 0.5: ", the default"}
+_MEANINGS = {0.5: ", the default"}
 _FIRST_ANSWER = "OK"
 
 
@@ -132,7 +132,7 @@ def examples(answers: dict[str, list[Answer]]) -> str:
 
 
 def _cell(text: str) -> str:
-    line = " ".join(text.split()).replace("|", "\\|").replace("*", "")
+    line = " ".join(text.split()).replace("|", "\\|").replace("*", "").replace("`", "'")
     return line if len(line) <= 90 else f"{line[:87]}..."
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from atlas_jax.engine import Engine
 from atlas_jax.engine.runner import bigram_table
+from atlas_jax.engine.runner.warmup import WarmUp
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.loading import model_config
 from tests import tiny_model
@@ -44,9 +45,18 @@ def models(folder: Path) -> dict[str, tuple[Path, Path]]:
     return out
 
 
+class _FirstPrograms(WarmUp):
+    """Compiles what is needed to serve, and the rest when it is needed."""
+
+    def _tasks(self) -> list[Callable[[], None]]:
+        return []
+
+
 @pytest.fixture(scope="session")
 def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., Any]:
     """A context manager that opens an engine; the defaults are those of the `engine` fixture.
+
+    Only one that is `warm` compiles in the background: that takes longer than most tests.
 
     Every model has a bigram table, whose draft tokens are drawn at random: right ones are rare, wrong ones many.
     """
@@ -59,16 +69,19 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
         path.write_bytes(bigram_table.encode(fingerprint, table.astype(np.int32)))
 
     @contextmanager
-    def open_engine(name: str = "llama", dtype: str = "int8", **settings: Any) -> Iterator[Engine]:
+    def open_engine(name: str = "llama", dtype: str = "int8", *, warm: bool = False, **settings: Any) -> Iterator[Engine]:
         model, adapter = models[name]
         defaults = {"adapter_path": adapter, "max_concurrent": 4, "max_window": 256, "max_context": 1024}
         defaults["cache_path"] = cache
-        engine = Engine.open(
-            model_path=model,
-            weight_dtype=dtype,  # type: ignore[arg-type]
-            kv_dtype=dtype,  # type: ignore[arg-type]
-            **{**defaults, **settings},
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            if not warm:
+                patch.setattr("atlas_jax.engine.engine.WarmUp", _FirstPrograms)
+            engine = Engine.open(
+                model_path=model,
+                weight_dtype=dtype,  # type: ignore[arg-type]
+                kv_dtype=dtype,  # type: ignore[arg-type]
+                **{**defaults, **settings},
+            )
         try:
             yield engine
         finally:
@@ -82,12 +95,13 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
 def engines(opened: Callable[..., Any]) -> Iterator[Callable[[str], Engine]]:
     """Engines by name, each opened when it is first asked for: `int8`, `float32`, `gemma`, and each `… undrafted`."""
     known: dict[str, dict[str, Any]] = {
-        "int8": {},
+        "int8": {"warm": True},
         "float32": {"dtype": "float32", "max_concurrent": 2},
         "gemma": {"name": "gemma", "max_concurrent": 2},
         "begun": {"name": "begun", "dtype": "float32", "max_concurrent": 2},
     }
-    known |= {f"{name} undrafted": {**how, "max_concurrent": 2, "speculate": False} for name, how in known.items()}
+    undrafted = {"max_concurrent": 2, "speculate": False, "warm": False}
+    known |= {f"{name} undrafted": {**how, **undrafted} for name, how in known.items()}
     found: dict[str, Engine] = {}
     with ExitStack() as stack:
 
