@@ -69,7 +69,9 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
         path.write_bytes(bigram_table.encode(fingerprint, table.astype(np.int32)))
 
     @contextmanager
-    def open_engine(name: str = "llama", dtype: str = "int8", *, warm: bool = False, **settings: Any) -> Iterator[Engine]:
+    def open_engine(
+        name: str = "llama", dtype: str = "int8", *, warm: bool = False, **settings: Any
+    ) -> Iterator[Engine]:
         model, adapter = models[name]
         defaults = {"adapter_path": adapter, "max_concurrent": 4, "max_window": 256, "max_context": 1024}
         defaults["cache_path"] = cache

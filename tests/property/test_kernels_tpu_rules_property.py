@@ -21,7 +21,7 @@ from atlas_jax.kernels.tpu import newton_schulz as mosaic_newton_schulz
 from atlas_jax.kernels.tpu import omega as mosaic_omega
 from atlas_jax.memory import PRESETS, chunked, init_params, init_state, make_tokens
 
-FEW = settings(max_examples=8, deadline=None, derandomize=True, database=None)
+FEW = settings(max_examples=5, deadline=None, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 JORDAN = (COEFFICIENTS["jordan"] * 5)[:5]
 
@@ -117,7 +117,8 @@ def test_rules_and_their_gradients_are_xlas(name: str, interpreted: None) -> Non
         return jnp.sum(jnp.sin(y)) + sum(jnp.sum(w * w) for w in jax.tree.leaves(state.weights)), y
 
     def run() -> Any:
-        return jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(params, q, k, v)
+        both = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+        return jax.jit(lambda *args: both(*args))(params, q, k, v)  # traced anew: the kernels are another choice
 
     mosaic = run()
     text = str(jax.make_jaxpr(lambda: loss(params, q, k, v))())
