@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.attention import kept_index
 from atlas_jax.kernels.cpu import ffi, library
-from atlas_jax.kernels.kv_pages import KeptPairs, Pages, QuantPages
+from atlas_jax.kernels.kv_pages import KeptPairs, Pages, QuantPages, stretch_of
 from atlas_jax.kernels.packed_pages import PackedPages, pack
 from atlas_jax.typing import Array, Float, Int32
 
@@ -18,30 +18,36 @@ from atlas_jax.typing import Array, Float, Int32
 def exchange_pairs(
     pairs: KeptPairs,
     row: Int32[Array, ""],
+    first: Int32[Array, ""],
     own: Float[Array, "K P"],
     k: Pages,
     v: Pages,
     kept: Int32[Array, ""],
     capacity: Int32[Array, ""],
+    pages: int,
 ) -> KeptPairs:
-    """Keeps the highest scores of a row's kept pairs and a page's, in each head; of equal ones the newer stays.
+    """Keeps the highest scores of a row's kept pairs of a layer and a page's, in each head; of equal ones the newer stays.
 
     Args:
+      pairs: those of all layers; only this one's change.
+      first: the first page of the layer's.
       own: scores of the page's pairs, not negative but for −∞, which is never kept.
       k, v: the page, [K, P, D].
       kept: how many places are filled.
       capacity: how many may be; free ones are filled first, in order.
+      pages: that hold them, or more.
     """
     if isinstance(pairs.k, PackedPages) and isinstance(pairs.v, PackedPages) and library.usable():
         assert isinstance(k, QuantPages)
         assert isinstance(v, QuantPages)
         page = k.values, k.scale, v.values, v.scale
-        score, keys, values = ffi.exchange_pairs(row, kept, capacity, own, page, pairs.score, pairs.k, pairs.v)
+        score, keys, values = ffi.exchange_pairs(row, first, kept, capacity, own, page, pairs.score, pairs.k, pairs.v)
         return dataclasses.replace(pairs, score=score, k=keys, v=values)
-    score = jax.lax.dynamic_index_in_dim(pairs.score, row, 0, keepdims=False)
+    score = stretch_of(pairs.score, first, pages, row)[0]
     place, source = choose(score, own, kept, capacity)
     heads = jnp.arange(own.shape[0])[:, None]
-    where = row, place // PAGE, heads, place % PAGE
+    # a place that does not exist is no other layer's either
+    where = row, jnp.where(place < pages * PAGE, first + place // PAGE, pairs.score.shape[1]), heads, place % PAGE
 
     def put(old: PackedPages | jax.Array, page: Pages) -> PackedPages | jax.Array:
         new = jax.tree.map(lambda leaf: leaf[heads, source], page)

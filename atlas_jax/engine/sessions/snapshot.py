@@ -20,7 +20,7 @@ from atlas_jax import _tensors
 from atlas_jax.engine.api import SnapshotInvalid
 
 MAGIC = b"ATLASNAP"
-VERSION = 3
+VERSION = 4
 _PREFIX = struct.Struct("<8sII32s")
 _MAX_HEAD = 64 << 10
 _MAX_NORM = 1e8

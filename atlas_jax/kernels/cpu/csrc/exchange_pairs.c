@@ -13,7 +13,7 @@ enum { PAGE = 128, BLOCK = 64, LEVELS = 15, EIGHTHS = 8 };
 typedef struct {
   const int8_t *values; /* of the page: [K, P, D] */
   const float *unit;    /* [K, P] */
-  uint8_t *nibbles;     /* [B, M, K, P, D / 2] */
+  uint8_t *nibbles;     /* [B, M, K, P, D / 2]; pages of all layers */
   uint8_t *step;        /* [B, M, K, P, G] */
   int8_t *offset;
   float *scale; /* [B, M, K, P] */
@@ -23,7 +23,7 @@ typedef struct {
   const float *own; /* [K, P] */
   float *score;     /* [B, M, K, P] */
   Packed k, v;
-  int64_t row, kept, capacity, pages, kv_heads, dim;
+  int64_t row, first, kept, capacity, pages, kv_heads, dim; /* the layer's pages begin at `first` */
 } Exchange;
 
 /* Numbers in the order of floats, and of indices where those are equal. */
@@ -88,12 +88,13 @@ static void pack(const Packed *pages, int64_t source, int64_t place, int64_t dim
 static void exchange_part(const void *data, int64_t head) {
   static _Thread_local Room kept;
   const Exchange *task = data;
-  const int64_t places = task->pages * PAGE, count = places + PAGE;
+  const int64_t places = (task->capacity + PAGE - 1) / PAGE * PAGE, count = places + PAGE;
   uint64_t *numbers = (uint64_t *)grown(&kept, 2 * count * (int64_t)sizeof(uint64_t)), *shuffled = numbers + count;
   if (!numbers) abort();
   const float *own = task->own + head * PAGE;
   /* place i of the row is place i % P of page i / P */
-  const int64_t first = (task->row * task->pages * task->kv_heads + head) * PAGE, page_step = task->kv_heads * PAGE;
+  const int64_t page_step = task->kv_heads * PAGE;
+  const int64_t first = (task->row * task->pages + task->first) * page_step + head * PAGE;
   for (int64_t i = 0; i < places; i++) {
     /* free places go first, in order; those past the capacity never */
     float score = i < task->kept ? task->score[first + i / PAGE * page_step + i % PAGE] : (float)(i - places);
@@ -124,23 +125,25 @@ static Packed packed(const XLA_FFI_CallFrame *frame, int page, int kept) {
                   .scale = result(frame, kept + 3)->data};
 }
 
-/* (row, kept, capacity i32 []; own f32 [K, P]; the page's keys int8 [K, P, D], their scale f32 [K, P]; values and scale; score
+/* (row, first, kept, capacity i32 []; own f32 [K, P]; the page's keys int8 [K, P, D], their scale f32 [K, P]; values and scale; score
    f32 [B, M, K, P]; kept keys: nibbles u8 [B, M, K, P, D / 2], step u8 and offset int8 [B, M, K, P, G], scale f32 [B, M, K, P];
    kept values likewise) -> score, kept keys and kept values, in place; P = 128. */
 EXPORT XLA_FFI_Error *atlas_exchange_pairs(XLA_FFI_CallFrame *frame) {
   if (asked_for_version(frame)) return NULL;
-  XLA_FFI_Buffer *k = argument(frame, 4), *score = argument(frame, 8);
+  XLA_FFI_Buffer *k = argument(frame, 5), *score = argument(frame, 9);
   Exchange task = {.row = *(const int32_t *)argument(frame, 0)->data,
-                   .kept = *(const int32_t *)argument(frame, 1)->data,
-                   .capacity = *(const int32_t *)argument(frame, 2)->data,
-                   .own = argument(frame, 3)->data,
+                   .first = *(const int32_t *)argument(frame, 1)->data,
+                   .kept = *(const int32_t *)argument(frame, 2)->data,
+                   .capacity = *(const int32_t *)argument(frame, 3)->data,
+                   .own = argument(frame, 4)->data,
                    .score = result(frame, 0)->data,
-                   .k = packed(frame, 4, 1),
-                   .v = packed(frame, 6, 5),
+                   .k = packed(frame, 5, 1),
+                   .v = packed(frame, 7, 5),
                    .pages = score->dims[1],
                    .kv_heads = score->dims[2],
                    .dim = k->dims[2]};
-  if (score->dims[3] != PAGE || k->dims[1] != PAGE || task.dim % 2 || task.row < 0 || task.row >= score->dims[0])
+  if (score->dims[3] != PAGE || k->dims[1] != PAGE || task.dim % 2 || task.row < 0 || task.row >= score->dims[0] ||
+      task.first < 0 || task.capacity < 0 || (task.pages - task.first) * PAGE < task.capacity)
     return failed(frame, "atlas_exchange_pairs: shape");
   run_parts(frame, exchange_part, &task, task.kv_heads);
   return NULL;
