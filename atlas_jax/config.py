@@ -194,6 +194,9 @@ class MemoryConfig:
         _require(len(set(self.layers)) == len(self.layers), f"layers must not repeat, got {self.layers}")
         for name in ("components", "features", "code_dim", "passes"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            all(0.01 <= weight <= 100 for weight in self.kept_weights), "kept_weights must be between 0.01 and 100"
+        )
         least = self.components
         _require(self.code_dim >= least, f"code_dim must be at least {least}, the components, got {self.code_dim}")
         for name in ("max_window", "max_omega_window"):

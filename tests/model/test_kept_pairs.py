@@ -66,8 +66,8 @@ def test_pairs_that_are_all_kept_are_full_attention(
 
 def kept_positions(tiny: Tiny, cache: KVCache, rule: KeptAttention, index: int, head: int) -> set[int]:
     """The positions of the pairs that a head keeps, by their values and by their keys, where the rule has them stand."""
-    wanted, pairs = rule.kept[index, head], cache.pairs
-    assert pairs is not None
+    wanted, pool = rule.kept[index, head], cache.pairs
+    assert pool is not None
     first = first_pages(cache.kept_pages)[index]
     stretch = slice(first, first + cache.kept_pages[index])
     gone = np.asarray(sorted(wanted.left))
@@ -78,7 +78,7 @@ def kept_positions(tiny: Tiny, cache: KVCache, rule: KeptAttention, index: int, 
     pairs = np.concatenate([keys, wanted.v[gone]], axis=1)
     found: set[int] = set()
     count, dim = int(cache.kept[0, index]), tiny.config.head_dim
-    own = [np.asarray(part)[0, stretch, head].reshape(-1, dim)[:count] for part in (pairs.k, pairs.v)]
+    own = [np.asarray(part)[0, stretch, head].reshape(-1, dim)[:count] for part in (pool.k, pool.v)]
     assert len(own[0]) == count
     for pair in np.concatenate(own, axis=1):
         like = gone[np.abs(pair - pairs).max(axis=1) < 1e-3 * np.abs(pairs).max()].tolist()
@@ -117,7 +117,14 @@ GEMMA_BEYOND = replace(tiny_model.GEMMA, context=300)
         (BEYOND, 1, 2, 200, 0.5, (3.0, 1.0)),
         (replace(GEMMA_BEYOND, layers=12), 2, 1, 2 * PAGE, 0.9, (1.0,) * 11 + (3.0,)),
     ],
-    ids=["one page", "two pages", "unequal", "past the context", "two pages past the context, unequal", "gemma3, unequal"],
+    ids=[
+        "one page",
+        "two pages",
+        "unequal",
+        "past the context",
+        "two pages past the context, unequal",
+        "gemma3, unequal",
+    ],
 )
 def test_the_pairs_kept_are_those_of_the_rule(
     folder: Path,

@@ -49,7 +49,8 @@ class KeptAttention:
 
     Attributes:
       window, update: pages of the window, and of a group that leaves it together.
-      capacity, decay: the most pairs of a head, of each layer or of all, and what is left of their scores from one group to the next.
+      capacity: the most pairs of a head, of each layer or of all.
+      decay: what is left of their scores from one group to the next.
       protected: positions that are kept before all others.
       tolerance: relative difference of scores up to which either of two pairs may be kept.
       kept: what has been found, by layer and head.
