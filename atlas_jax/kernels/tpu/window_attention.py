@@ -108,7 +108,7 @@ def attention(
         rest = part.shape[2:]
         # a layer's pages begin anywhere in the pool, not where a block does
         return pl.BlockSpec(
-            (1, pl.Element(kept_slots), *rest),
+            tuple(map(pl.Element, (1, kept_slots, *rest))),
             lambda b, r, j, _, kept_order, labels, sinks_seen, stretch: (
                 b,
                 stretch[b, 0] + kept_order[b, j] * kept_slots,
