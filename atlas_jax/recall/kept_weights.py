@@ -41,8 +41,8 @@ def kept_weights(
 ) -> tuple[float, ...]:
     """Weights of the layers for `KeptDivision`; none where no text is long enough to tell.
 
-    Layers get a page each in turn, the one with the largest quotient of the attention that its next page would receive and the
-    root of all its attention outside the window. Without the root, and with the power of 3/4, divisions were worse.
+    Layers get a page each in turn: the one with the largest quotient of the attention that its next page would receive and
+    the root of all its attention outside the window. Without the root, and with the power of 3/4, divisions were worse.
     """
     texts = [text for text in texts if len(text) >= (_MOST + _WINDOW + 1) * PAGE]
     if not texts:
