@@ -80,7 +80,7 @@ def test_layers_that_attend_more_of_what_has_left_keep_more(
     model: tuple[ModelConfig, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And spread wider: what a few pairs hold needs no more of them."""
-    spread = {0: (0.3, 12), 1: (0.3, 1), 2: (0.02, 12), 3: (0.02, 1)}  # share of what has left, and of how many pages
+    spread = {0: (0.3, PAGES), 1: (0.3, 1), 2: (0.02, PAGES), 3: (0.02, 1)}  # share of what has left, and of how many pages
 
     class Reader:
         def __init__(self, config: ModelConfig, *rest: Any) -> None:
@@ -103,7 +103,7 @@ def test_layers_that_attend_more_of_what_has_left_keep_more(
     assert found[4:] == (1.0, 1.0), "layers that keep none"
     wide, narrow, faint, least = found[:4]
     assert sum(found[:4]) == 6 * 4
-    assert wide > faint > max(narrow, least)
+    assert wide > faint > narrow == least == 2
     assert KeptDivision((*found[:4], 0, 0)).pages(6) == (wide, narrow, faint, least, 0, 0)
 
 
