@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from atlas_jax.aot import AotProgram, shape, shapes
 from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kept_pairs import kept_count
-from atlas_jax.model.kv_cache import KVCache, first_pages
-from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.kv_cache import KVCache, first_pages, init_kv_cache
+from atlas_jax.model.layer_groups import Trunk
+from atlas_jax.model.loading import load_params, model_config, param_shapes
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import SINKS
@@ -176,3 +180,27 @@ def test_turn_starts_stay_where_better_attended_pairs_compete(folder: Path, star
     for head in range(tiny.config.kv_heads):
         found = kept_positions(tiny, cache, rule, 0, head)  # the first layer's pairs do not depend on what is kept
         assert found >= left if starts == 6 else found <= left
+
+
+def test_layers_that_keep_different_numbers_share_one_program(folder: Path) -> None:
+    """So a start compiles no more than of layers that keep as many: a step's programs get the same shapes of every group."""
+    config = Tiny(folder, WITHIN).config
+    config = config.replace(layers=config.layers[:1] * 10)
+    division = KeptDivision.of(config, range(1, 11))
+    cache = jax.eval_shape(lambda: init_kv_cache(config, 2, 4, "int8", division.pages(5)))
+    assert len(set(cache.kept_pages)) > 2
+    given: dict[int, list[Any]] = {}
+
+    def call(program: AotProgram, key: object, *args: Any) -> Any:
+        given.setdefault(id(program), []).append(shapes(args))
+        return jax.eval_shape(program._function, *args)
+
+    tokens, count = shape((2, 3), np.int32), shape((2,), np.int32)
+    trunk = Trunk(config)
+    *_, (after, _, states) = trunk.parts(call, (), param_shapes(config, "int8"), cache, tokens, count)
+    assert len(states) == 10
+    assert after.pairs is cache.pairs, "a step only reads what is kept"
+    enter, layers = given.values()
+    assert (len(enter), len(layers)) == (1, trunk.programs) == (1, 2)
+    assert jax.tree.structure(layers[0]) == jax.tree.structure(layers[1])
+    assert jax.tree.leaves(layers[0]) == jax.tree.leaves(layers[1])
