@@ -188,7 +188,7 @@ def stretch_of(pages: T, first: Int32[Array, ""], count: int, row: Int32[Array, 
         start = (0 if row is None else row, first, *(0 for _ in leaf.shape[2:]))
         return jax.lax.dynamic_slice(leaf, start, (leaf.shape[0] if row is None else 1, count, *leaf.shape[2:]))
 
-    return jax.tree.map(part, pages)  # type: ignore[no-any-return]
+    return jax.tree.map(part, pages)
 
 
 def unpacked(pairs: PackedPages | jax.Array) -> Pages:
