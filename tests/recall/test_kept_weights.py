@@ -80,7 +80,12 @@ def test_layers_that_attend_more_of_what_has_left_keep_more(
     model: tuple[ModelConfig, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And spread wider: what a few pairs hold needs no more of them."""
-    spread = {0: (0.3, PAGES), 1: (0.3, 1), 2: (0.02, PAGES), 3: (0.02, 1)}  # share of what has left, and of how many pages
+    spread = {
+        0: (0.3, PAGES),
+        1: (0.3, 1),
+        2: (0.02, PAGES),
+        3: (0.02, 1),
+    }  # share of what has left, and of how many pages
 
     class Reader:
         def __init__(self, config: ModelConfig, *rest: Any) -> None:
