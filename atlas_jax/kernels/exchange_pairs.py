@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,22 +19,21 @@ from atlas_jax.typing import Array, Float, Int32
 def exchange_pairs(
     pairs: KeptPairs,
     row: Int32[Array, ""],
-    first: Int32[Array, ""],
-    own: Float[Array, "K P"],
+    first: Int32[Array, layers],
+    own: Float[Array, "layers K P"],
     k: Pages,
     v: Pages,
-    kept: Int32[Array, ""],
-    capacity: Int32[Array, ""],
+    kept: Int32[Array, layers],
+    capacity: Int32[Array, layers],
     pages: int,
 ) -> KeptPairs:
-    """Keeps the highest scores of a row's kept pairs of a layer and a page's, in each head; of equal ones the newer stays.
+    """Keeps the highest scores of a row's kept pairs and a page's, in each layer and head; of equal ones the newer stays.
 
     Args:
-      pairs: those of all layers; only this one's change.
-      first: the first page of the layer's.
+      first: the first page of each layer's.
       own: scores of the page's pairs, not negative but for −∞, which is never kept.
-      k, v: the page, [K, P, D].
-      kept: how many places are filled.
+      k, v: the page, [layers, K, P, D].
+      kept: how many places of each layer are filled.
       capacity: how many may be; free ones are filled first, in order.
       pages: that hold them, or more.
     """
@@ -42,7 +42,26 @@ def exchange_pairs(
         assert isinstance(v, QuantPages)
         page = k.values, k.scale, v.values, v.scale
         score, keys, values = ffi.exchange_pairs(row, first, kept, capacity, own, page, pairs.score, pairs.k, pairs.v)
-        return dataclasses.replace(pairs, score=score, k=keys, v=values)
+        return KeptPairs(keys, values, score)
+    for layer in range(own.shape[0]):
+        of_layer = jax.tree.map(lambda part, layer=layer: part[layer], (first, own, k, v, kept, capacity))
+        pairs = _exchange(pairs, row, *of_layer, pages)
+    return pairs
+
+
+@functools.partial(jax.jit, static_argnums=8)  # compiled into its caller; layers alike are traced once
+def _exchange(
+    pairs: KeptPairs,
+    row: Int32[Array, ""],
+    first: Int32[Array, ""],
+    own: Float[Array, "K P"],
+    k: Pages,
+    v: Pages,
+    kept: Int32[Array, ""],
+    capacity: Int32[Array, ""],
+    pages: int,
+) -> KeptPairs:
+    """`exchange_pairs` of one layer by XLA."""
     score = stretch_of(pairs.score, first, pages, row)[0]
     place, source = choose(score, own, kept, capacity)
     heads = jnp.arange(own.shape[0])[:, None]

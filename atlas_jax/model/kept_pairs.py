@@ -24,7 +24,7 @@ import numpy as np
 from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.kernels.attention import kept_index
 from atlas_jax.kernels.exchange_pairs import exchange_pairs
-from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, Pages, PairChoice, QuantPages, stretch_of
+from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, Pages, PairChoice, QuantPages
 from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.received_attention import received_attention
 from atlas_jax.kernels.rope import RopeTable, apply_rope, rotations
@@ -84,8 +84,8 @@ def keep_pairs(
     Args:
       protected: tokens of the page that are kept before all others.
     """
-    row, pairs = page.row, cache.pairs
-    assert pairs is not None
+    row, pool = page.row, cache.pairs
+    assert pool is not None
     position, first_page, labels = cache.position[row], cache.first_page[row], cache.page[row]
     # past the trained context what has left the window stays as far away as when it left; so do the sinks
     beyond = jnp.maximum(position - (config.context_length - 1), 0)
@@ -102,14 +102,36 @@ def keep_pairs(
         protected=protected,
         sinks=sinks,
     )
-    kv, kept, most, first = list(cache.kv), cache.kept[row], max(cache.kept_pages), first_pages(cache.kept_pages)
-    for index, (spec, layer) in enumerate(zip(config.layers, cache.kv, strict=True)):
-        if layer.choice is not None:
-            stretch = _Stretch(np.int32(first[index]), kept[index], page.capacity[index])  # type: ignore[arg-type]
-            choice, pairs = _keep_in_layer(
-                config.scale, most, layer, layer.choice, pairs, stretch, page, event, turns[spec.rope]
-            )
-            kv[index] = dataclasses.replace(layer, choice=choice)
+    kv, kept, most = list(cache.kv), cache.kept[row], max(cache.kept_pages)
+    layers = [
+        (index, layer, layer.choice, turns[spec.rope], _Stretch(np.int32(first), kept[index], page.capacity[index]))  # type: ignore[arg-type]
+        for index, (spec, layer, first) in enumerate(
+            zip(config.layers, cache.kv, first_pages(cache.kept_pages), strict=True)
+        )
+        if layer.choice is not None
+    ]
+
+    def counted() -> tuple[list[jax.Array], jax.Array]:
+        ring_scores, score = [], pool.score[row]
+        for _, layer, choice, turn, stretch in layers:
+            of_layer = layer, choice, pool, stretch, page, event, turn.queries
+            ring_score, score = _count_in_layer(config.scale, most, score, *of_layer)
+            ring_scores.append(ring_score)
+        return ring_scores, score
+
+    # one conditional for all layers: with one for each, this program takes twice as long to compile
+    ring_scores, score = jax.lax.cond(
+        page.first, counted, lambda: ([choice.ring_score[row] for _, _, choice, *_ in layers], pool.score[row])
+    )
+    pairs = dataclasses.replace(pool, score=jax.lax.dynamic_update_index_in_dim(pool.score, score, row, 0))
+    gone = []
+    for (index, layer, choice, turn, _), ring_score in zip(layers, ring_scores, strict=True):
+        left, choice = _leave_layer(layer, choice, ring_score, page, event, turn.keys)
+        gone.append(left)
+        kv[index] = dataclasses.replace(layer, choice=choice)
+    own, k, v = jax.tree.map(lambda *parts: jnp.stack(parts), *gone)
+    where = jax.tree.map(lambda *parts: jnp.stack(parts), *(stretch for *_, stretch in layers))
+    pairs = exchange_pairs(pairs, row, where.first, own, k, v, where.kept, where.capacity, most)
     kept = jnp.minimum(kept + PAGE - sinks, page.capacity)
     return dataclasses.replace(cache, kv=tuple(kv), pairs=pairs, kept=cache.kept.at[row].set(kept))
 
@@ -154,59 +176,53 @@ class _Stretch:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # compiled into its caller; layers alike are traced once
-def _keep_in_layer(
+def _count_in_layer(
     scale: float,
     pages: int,
+    score: Float[Array, "pool K P"],
     layer: LayerKV,
     choice: PairChoice,
     pairs: KeptPairs,
-    stretch: _Stretch,
-    page: Leaving,
-    event: _Event,
-    turns: _Turns,
-) -> tuple[PairChoice, KeptPairs]:
-    """`pages`: that the layer's pairs lie in, or more."""
-    row, slot = page.row, page.slot
-    score = stretch_of(pairs.score, stretch.first, pages, row)[0]
-    before = choice.ring_score[row], score
-    ring_score, new_score = jax.lax.cond(
-        page.first,
-        lambda: _counted(scale, layer, choice, pairs, before, stretch, page, event, turns.queries),
-        lambda: before,
-    )
-    # behind the layer's pairs are other layers'
-    new_score = jnp.where(kept_index(pages)[:, None] < stretch.kept, new_score, score)
-    own = jnp.where(event.protected, _PROTECTED, 0.0) + ring_score[slot]
-    own = jnp.where(jnp.arange(PAGE) < event.sinks, -jnp.inf, own)
-    k, v = (jax.tree.map(lambda leaf: leaf[row, slot], ring) for ring in (layer.k, layer.v))
-    k = jax.lax.cond(event.beyond > 0, lambda k: _turned_pages(k, turns.keys), lambda k: k, k)
-    start = row, stretch.first, *(jnp.zeros_like(row),) * 2
-    pairs = dataclasses.replace(pairs, score=jax.lax.dynamic_update_slice(pairs.score, new_score[None], start))
-    pairs = exchange_pairs(pairs, row, stretch.first, own, k, v, stretch.kept, stretch.capacity, pages)
-    ring_score = choice.ring_score.at[row].set(ring_score.at[slot].set(0.0))
-    return dataclasses.replace(choice, ring_score=ring_score), pairs
-
-
-def _counted(
-    scale: float,
-    layer: LayerKV,
-    choice: PairChoice,
-    pairs: KeptPairs,
-    scores: tuple[Float[Array, "N K P"], Float[Array, "pages K P"]],
     stretch: _Stretch,
     page: Leaving,
     event: _Event,
     turn: tuple[jax.Array, jax.Array],
-) -> tuple[Float[Array, "N K P"], Float[Array, "pages K P"]]:
-    """Scores of the ring and of the kept pairs with the attention of the latest page's queries."""
+) -> tuple[Float[Array, "N K P"], Float[Array, "pool K P"]]:
+    """Scores of the ring and of all kept pairs, the layer's with the attention of the latest page's queries.
+
+    Args:
+      pages: that the layer's pairs lie in, or more.
+    """
     token = event.labels[:, None] * PAGE + jnp.arange(PAGE)
     in_window = (event.labels >= event.first_page) & (event.labels >= 0)
     seen = in_window[:, None] & (token <= event.asked[:, None, None])
     q = choice.queries[page.row] * choice.query_scale[page.row][..., None]
-    pages = scores[1].shape[0]
     where = seen, event.first_page > 0, stretch.first, stretch.kept, pages
-    received = received_attention(q, _turned(q, turn), layer, pairs, page.row, *where, scale)
-    return tuple(page.decay * before + new for before, new in zip(scores, received, strict=True))  # type: ignore[return-value]
+    ring, kept = received_attention(q, _turned(q, turn), layer, pairs, page.row, *where, scale)
+    old = jax.lax.dynamic_slice_in_dim(score, stretch.first, pages)
+    # behind the layer's pairs are other layers'
+    own = jnp.where(kept_index(pages)[:, None] < stretch.kept, page.decay * old + kept, old)
+    score = jax.lax.dynamic_update_slice_in_dim(score, own, stretch.first, 0)
+    return page.decay * choice.ring_score[page.row] + ring, score
+
+
+@jax.jit
+def _leave_layer(
+    layer: LayerKV,
+    choice: PairChoice,
+    ring_score: Float[Array, "N K P"],
+    page: Leaving,
+    event: _Event,
+    turn: tuple[jax.Array, jax.Array],
+) -> tuple[tuple[Float[Array, "K P"], Pages, Pages], PairChoice]:
+    """The scores, keys and values of the page that leaves a layer, and what is left there to choose by."""
+    row, slot = page.row, page.slot
+    own = jnp.where(event.protected, _PROTECTED, 0.0) + ring_score[slot]
+    own = jnp.where(jnp.arange(PAGE) < event.sinks, -jnp.inf, own)
+    k, v = (jax.tree.map(lambda leaf: leaf[row, slot], ring) for ring in (layer.k, layer.v))
+    k = jax.lax.cond(event.beyond > 0, lambda k: _turned_pages(k, turn), lambda k: k, k)
+    ring_score = choice.ring_score.at[row].set(ring_score.at[slot].set(0.0))
+    return (own, k, v), dataclasses.replace(choice, ring_score=ring_score)
 
 
 def _turned(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:

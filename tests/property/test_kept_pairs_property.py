@@ -73,7 +73,8 @@ def test_the_highest_scores_stay(kernels: KernelChoice, seed: int, pages: int, d
     own[:, :sinks] = -np.inf
     with kernels.scope():
         exchange = jax.jit(exchange_pairs, static_argnums=8)
-        new = exchange(pairs, row, first, jnp.asarray(own), k, v, kept, capacity, pages)
+        of_layer = jax.tree.map(lambda part: jnp.asarray(part)[None], (first, own, k, v, kept, capacity))
+        new = exchange(pairs, row, *of_layer, pages)
     others = np.ones((2, pages + 2), bool)
     others[row, stretch] = False
     for before, after in zip(jax.tree.leaves(pairs), jax.tree.leaves(new), strict=True):

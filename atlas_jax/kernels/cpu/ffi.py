@@ -224,11 +224,11 @@ def attention(
 
 def exchange_pairs(
     row: Int32[Array, ""],
-    first: Int32[Array, ""],
-    kept: Int32[Array, ""],
-    capacity: Int32[Array, ""],
-    own: Float[Array, "K P"],
-    page: tuple[Int8[Array, "K P D"] | Float[Array, "K P"], ...],
+    first: Int32[Array, layers],
+    kept: Int32[Array, layers],
+    capacity: Int32[Array, layers],
+    own: Float[Array, "layers K P"],
+    page: tuple[Int8[Array, "layers K P D"] | Float[Array, "layers K P"], ...],
     score: Float[Array, "B pool K P"],
     k: PackedPages,
     v: PackedPages,
@@ -236,7 +236,7 @@ def exchange_pairs(
     """`exchange_pairs.exchange_pairs` of pairs in 4 bits: score, keys and values, changed in place.
 
     Args:
-      first: the first page of the layer's.
+      first: the first page of each layer's.
       page: values and scale of its keys, then of its values.
     """
     args = row, first, kept, capacity, own, *page
