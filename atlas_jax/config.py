@@ -165,7 +165,8 @@ class MemoryConfig:
       code_dim: dimensions of a token's value code.
       max_window: most tokens any request may attend exactly.
       max_omega_window: most tokens in the objective of one write.
-      max_kept: most pairs that a request may keep per layer and KV head of what has left its window; 0 keeps none.
+      max_kept: most pairs that a request may keep of what has left its window, per KV head and on average per layer.
+      kept_weights: shares of them of the model's layers; empty where all keep as many.
       ridge: ρ of the exact solve; features have unit norm.
       correction: how much of what the memory says of a window's keys a write corrects. 1 is the Omega rule to the letter: a
         write takes from what is old what speaks along its keys, and after as many tokens as there are features nothing old
@@ -182,6 +183,7 @@ class MemoryConfig:
     max_window: int = 4096
     max_omega_window: int = 512
     max_kept: int = 0
+    kept_weights: tuple[float, ...] = ()
     ridge: float = 0.3
     correction: float = 0.1
     passes: int = 4
@@ -192,6 +194,9 @@ class MemoryConfig:
         _require(len(set(self.layers)) == len(self.layers), f"layers must not repeat, got {self.layers}")
         for name in ("components", "features", "code_dim", "passes"):
             _require(getattr(self, name) > 0, f"{name} must be positive, got {getattr(self, name)}")
+        _require(
+            all(0.01 <= weight <= 100 for weight in self.kept_weights), "kept_weights must be between 0.01 and 100"
+        )
         least = self.components
         _require(self.code_dim >= least, f"code_dim must be at least {least}, the components, got {self.code_dim}")
         for name in ("max_window", "max_omega_window"):

@@ -44,6 +44,7 @@ _ROWS: dict[str, tuple[str | None, ...]] = {
     "ring_score": (DATA, None, MODEL),
     "queries": (DATA, None, MODEL),
     "query_scale": (DATA, None, MODEL),
+    "capacity": (),
     "weights": (DATA, None, MODEL),
 }
 """Axes of what has a leading axis of rows; every other such array is divided by rows alone."""

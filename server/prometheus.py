@@ -41,8 +41,12 @@ _GAUGES = (
     ("atlas_tokens_per_second", "Tokens generated a second, lately", "tokens_per_second"),
     ("atlas_memory_utilization", "Share of the memories' capacity in use", "memory_utilization"),
     ("atlas_window_fill_ratio", "Share of the exact windows in use", "window_fill_ratio"),
-    ("atlas_kept_pairs", "Pairs kept per layer and KV head of what has left the window", "kept_pairs"),
-    ("atlas_kept_pairs_capacity", "Pairs that may be kept per layer and KV head", "kept_pairs_capacity"),
+    ("atlas_kept_pairs", "Pairs kept of what has left the window, per KV head and on average per layer", "kept_pairs"),
+    (
+        "atlas_kept_pairs_capacity",
+        "Pairs that may be kept, per KV head and on average per layer",
+        "kept_pairs_capacity",
+    ),
     ("atlas_memory_current_omega_loss", "Omega loss of the latest write", "omega_loss"),
     ("atlas_memory_bytes", "Main memory the process holds", "memory_bytes"),
 )

@@ -175,11 +175,13 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
 
 
 def write_adapter(path: Path, model: Path, *, seed: int = 0) -> Path:
-    """Writes a small memory for a model, not calibrated: random key maps and a gate that opens with confidence."""
+    """Writes a small memory for a model, not calibrated: random key maps, a gate that opens with confidence, and layers that
+    keep different numbers of pairs."""
     random = np.random.default_rng(seed)
     with GGUFFile.open(model) as file:
         config, fingerprint = model_config(file), file.fingerprint()
-    memory = MemoryConfig(layers=(len(config.layers) - 1, 0), components=16, features=256, code_dim=64)
+    taps, weights = (len(config.layers) - 1, 0), tuple(0.7 if index % 2 else 1.3 for index in range(len(config.layers)))
+    memory = MemoryConfig(layers=taps, components=16, features=256, code_dim=64, kept_weights=weights)
     count = len(memory.layers)
     adapter = make_adapter(
         memory,

@@ -10,14 +10,15 @@ from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.engine.api import StateBytes
 from atlas_jax.engine.memory_options import MemoryOptions
 from atlas_jax.kernels.kv_pages import KVDtype
-from atlas_jax.model.transformer import init_kv
+from atlas_jax.model.kept_division import KeptDivision
+from atlas_jax.model.kv_cache import init_kv_cache
 from atlas_jax.recall import recall_state
 
 DEFAULT_BUDGET = 16 << 20
 _WINDOWS = 2.5
 """The default budget in exact windows of 512 tokens where those are large: a third of it is the window, then."""
 _MOST_KEPT = 8192
-"""Pairs kept at most, whatever there is room for."""
+"""Pairs kept at most per layer, on average, whatever there is room for."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class SessionBytes:
     Attributes:
       sinks: of the first tokens, which stay.
       window_page: of a page of the exact window.
-      kept_page: of a page of kept pairs; 0 where every layer of the model has a window of its own.
+      kept_page: of a page of kept pairs for each layer that keeps any; 0 where all have a window of their own.
       score_page, queries: of what kept pairs are chosen by: of a page of the window, and of the latest page's queries.
       memory: of the recall memory.
     """
@@ -65,8 +66,11 @@ class SessionBytes:
 def session_bytes(model: ModelConfig, memory: MemoryConfig, kv_dtype: KVDtype) -> SessionBytes:
     """What sessions of a model take."""
 
+    division = KeptDivision.of(model)  # as many pages in all, however they are divided
+
     def cache(pages: int, kept: int) -> int:
-        return _bytes(jax.eval_shape(lambda: init_kv(model, 1, pages, kv_dtype, kept * PAGE)))
+        rows = jax.eval_shape(lambda: init_kv_cache(model, 1, pages, kv_dtype, division.pages(kept)))
+        return _bytes((rows.kv, rows.pairs))
 
     window_page = cache(2, 0) - cache(1, 0)
     kept_page = cache(1, 2) - cache(1, 1)

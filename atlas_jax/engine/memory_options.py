@@ -51,8 +51,8 @@ class MemoryOptions(Struct, kw_only=True, frozen=True):
             Meta(
                 ge=0,
                 le=1 << 20,
-                description="Keys and values kept exactly, per layer and KV head, of what has left the window; null keeps as "
-                "many as memory_budget has room for",
+                description="Keys and values kept of what has left the window, per KV head and on average per layer; null "
+                "keeps as many as memory_budget has room for",
             ),
         ]
         | None

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from atlas_jax.config import PAGE
 from atlas_jax.kernels import tpu
 from atlas_jax.kernels.cpu import ffi, library
-from atlas_jax.kernels.kv_pages import LayerKV, Pages, QuantPages, RingView, unpacked
+from atlas_jax.kernels.kv_pages import LayerKV, LayerPairs, Pages, QuantPages, RingView
 from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.packed_pages import PackedPages
 from atlas_jax.kernels.reductions import row_max, row_sum
@@ -65,6 +65,7 @@ def attend(
     sliding_window: int | None,
     masks: tuple[Bool[Array, "B T N P"], Bool[Array, "B T"]],
     scale: float,
+    pairs: LayerPairs | None = None,
 ) -> Float[Array, "B T H D"]:
     """`window_attention` by whichever kernel there is for it.
 
@@ -73,10 +74,10 @@ def attend(
       masks: `visible(view, sliding_window)`, the same for all layers with this window.
     """
     if not uses_tpu_kernel(kv):
-        return window_attention(q, q_sink, kv, *masks, scale, view.kept)
+        return window_attention(q, q_sink, kv, *masks, scale, pairs)
     from atlas_jax.kernels.tpu import window_attention as mosaic  # importing Pallas takes 0.4 s that only TPUs need
 
-    return mosaic.attention(q, q_sink, kv, view, sliding_window, scale, interpret=tpu.interpreted())
+    return mosaic.attention(q, q_sink, kv, view, sliding_window, scale, pairs, interpret=tpu.interpreted())
 
 
 def window_attention(
@@ -86,7 +87,7 @@ def window_attention(
     seen: Bool[Array, "B T N P"],
     sinks_seen: Bool[Array, "B T"],
     scale: float,
-    kept: Int32[Array, B] | None = None,
+    pairs: LayerPairs | None = None,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of a step's tokens over the ring, the sinks and the kept pairs.
 
@@ -97,7 +98,7 @@ def window_attention(
       kv: the layer's cache, with the step's own tokens already written.
       seen, sinks_seen: from `visible`; a token always sees itself.
       scale: factor on q·k.
-      kept: how many pairs of `kv.kept` each row has; all of its tokens see them.
+      pairs: the layer's kept pairs; all tokens of a row see those that it has.
 
     Returns:
       The attention output. What is not seen contributes an exact zero.
@@ -108,7 +109,7 @@ def window_attention(
     taken = uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2])
     if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
-        return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(kv, kept))
+        return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(pairs))
     groups = heads // kv_heads
     score = page_scores(group_queries(q, kv_heads), kv.k) * scale  # [B, N, K, G·T, P]
     by_token = score.reshape(*score.shape[:3], groups, tokens, PAGE)
@@ -120,33 +121,31 @@ def window_attention(
     sink_score = jnp.where(sink_mask, sink_score, UNSEEN)
 
     peak = jnp.maximum(row_max(score).max(axis=1), sink_score.max(axis=-1))  # [B, K, G·T]
-    if kv.kept is not None and kept is not None:
-        kept_score = page_scores(group_queries(q_sink, kv_heads), unpacked(kv.kept.k)) * scale
-        filled = (kept_index(kv.kept.score.shape[1]) < kept[:, None, None])[:, :, None]  # [B, pages, 1, P]
+    if pairs is not None:
+        kept_score = page_scores(group_queries(q_sink, kv_heads), pairs.own(pairs.pool.k)) * scale
+        filled = (kept_index(pairs.pages) < pairs.count[:, None, None])[:, :, None]  # [B, pages, 1, P]
         kept_score = jnp.where(filled[:, :, :, None], kept_score, UNSEEN)
         peak = jnp.maximum(peak, row_max(kept_score).max(axis=1))
     weight = jnp.exp(score - peak[:, None, :, :, None])
     sink_weight = jnp.exp(sink_score - peak[..., None])
     mass = row_sum(weight).sum(axis=1) + sink_weight.sum(axis=-1)
     total = _weighted_values(weight, kv.v) + jnp.einsum("bkqs,bksd->bkqd", sink_weight, kv.sink_v)
-    if kv.kept is not None and kept is not None:
+    if pairs is not None:
         kept_weight = jnp.exp(kept_score - peak[:, None, :, :, None])
         mass = mass + row_sum(kept_weight).sum(axis=1)
-        total = total + _weighted_values(kept_weight, _filled_values(unpacked(kv.kept.v), filled))
+        total = total + _weighted_values(kept_weight, _filled_values(pairs.own(pairs.pool.v), filled))
     out = total / mass[..., None]
     return out.reshape(batch, kv_heads, groups, tokens, dim).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
 
 
-def _packed_pairs(
-    kv: LayerKV, count: Int32[Array, B] | None
-) -> tuple[PackedPages, PackedPages, Int32[Array, B]] | None:
+def _packed_pairs(pairs: LayerPairs | None) -> tuple[PackedPages, PackedPages, Int32[Array, "B 2"]] | None:
     """What the C kernel reads of kept pairs, if there are any."""
-    if kv.kept is None or count is None:
+    if pairs is None:
         return None
-    k, v = kv.kept.k, kv.kept.v
+    k, v = pairs.pool.k, pairs.pool.v
     assert isinstance(k, PackedPages)
     assert isinstance(v, PackedPages)
-    return k, v, count
+    return k, v, pairs.stretch
 
 
 def _filled_values(pages: Pages, filled: Bool[Array, "B pages 1 P"]) -> Pages:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.attention import kept_index
 from atlas_jax.kernels.cpu import ffi, library
-from atlas_jax.kernels.kv_pages import KeptPairs, Pages, QuantPages
+from atlas_jax.kernels.kv_pages import KeptPairs, Pages, QuantPages, stretch_of
 from atlas_jax.kernels.packed_pages import PackedPages, pack
 from atlas_jax.typing import Array, Float, Int32
 
@@ -18,30 +19,54 @@ from atlas_jax.typing import Array, Float, Int32
 def exchange_pairs(
     pairs: KeptPairs,
     row: Int32[Array, ""],
-    own: Float[Array, "K P"],
+    first: Int32[Array, layers],
+    own: Float[Array, "layers K P"],
     k: Pages,
     v: Pages,
-    kept: Int32[Array, ""],
-    capacity: Int32[Array, ""],
+    kept: Int32[Array, layers],
+    capacity: Int32[Array, layers],
+    pages: int,
 ) -> KeptPairs:
-    """Keeps the highest scores of a row's kept pairs and a page's, in each head; of equal ones the newer stays.
+    """Keeps the highest scores of a row's kept pairs and a page's, in each layer and head; of equal ones the newer stays.
 
     Args:
+      first: the first page of each layer's.
       own: scores of the page's pairs, not negative but for −∞, which is never kept.
-      k, v: the page, [K, P, D].
-      kept: how many places are filled.
+      k, v: the page, [layers, K, P, D].
+      kept: how many places of each layer are filled.
       capacity: how many may be; free ones are filled first, in order.
+      pages: that hold them, or more.
     """
     if isinstance(pairs.k, PackedPages) and isinstance(pairs.v, PackedPages) and library.usable():
         assert isinstance(k, QuantPages)
         assert isinstance(v, QuantPages)
         page = k.values, k.scale, v.values, v.scale
-        score, keys, values = ffi.exchange_pairs(row, kept, capacity, own, page, pairs.score, pairs.k, pairs.v)
-        return dataclasses.replace(pairs, score=score, k=keys, v=values)
-    score = jax.lax.dynamic_index_in_dim(pairs.score, row, 0, keepdims=False)
+        score, keys, values = ffi.exchange_pairs(row, first, kept, capacity, own, page, pairs.score, pairs.k, pairs.v)
+        return KeptPairs(keys, values, score)
+    for layer in range(own.shape[0]):
+        of_layer = jax.tree.map(lambda part, layer=layer: part[layer], (first, own, k, v, kept, capacity))
+        pairs = _exchange(pairs, row, *of_layer, pages)
+    return pairs
+
+
+@functools.partial(jax.jit, static_argnums=8)  # compiled into its caller; layers alike are traced once
+def _exchange(
+    pairs: KeptPairs,
+    row: Int32[Array, ""],
+    first: Int32[Array, ""],
+    own: Float[Array, "K P"],
+    k: Pages,
+    v: Pages,
+    kept: Int32[Array, ""],
+    capacity: Int32[Array, ""],
+    pages: int,
+) -> KeptPairs:
+    """`exchange_pairs` of one layer by XLA."""
+    score = stretch_of(pairs.score, first, pages, row)[0]
     place, source = choose(score, own, kept, capacity)
     heads = jnp.arange(own.shape[0])[:, None]
-    where = row, place // PAGE, heads, place % PAGE
+    # a place that does not exist is no other layer's either
+    where = row, jnp.where(place < pages * PAGE, first + place // PAGE, pairs.score.shape[1]), heads, place % PAGE
 
     def put(old: PackedPages | jax.Array, page: Pages) -> PackedPages | jax.Array:
         new = jax.tree.map(lambda leaf: leaf[heads, source], page)

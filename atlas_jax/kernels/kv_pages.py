@@ -1,4 +1,4 @@
-"""The paged KV cache of one layer: a ring of pages in int8, or float32 as a reference, and a few sink tokens.
+"""The paged KV cache of one layer: a ring of pages in int8, or float32 as a reference, and a few sink tokens; kept pairs.
 
 A row's keys and values lie in N pages of P tokens. `page[b, n]` says which page of the text ring slot n holds (−1: none),
 so a ring needs no order and a window is a comparison. Keys and values are int8 with one scale per token and head
@@ -9,8 +9,8 @@ on the CPU's int8 units. Float pages are the reference mode.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from atlas_jax.kernels.packed_pages import PackedPages, init_packed, unpack
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 KVDtype = Literal["int8", "float32"]
+T = TypeVar("T")
 
 
 @jax.tree_util.register_dataclass
@@ -43,18 +44,56 @@ Pages = QuantPages | jax.Array
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KeptPairs:
-    """Pairs of a layer that stay attended when their page has left the ring, in pages without order, and what chooses them.
+    """Pairs of all layers that stay attended when their page has left the ring.
+
+    Every layer has a stretch of the pages, and fills it in order; which of its pairs is where means nothing. In one array,
+    for so layers may keep different numbers and still be the same program.
 
     Attributes:
       k, v: the pairs, in 4 bits where the ring is in 8.
       score: attention that each of them has received, see `model.kept_pairs`.
-      ring_score: the same of the pairs that are still in the ring.
-      queries, query_scale: every `PAGE // samples`-th query of the latest page, rotated, in 8 bits.
     """
 
     k: PackedPages | jax.Array
     v: PackedPages | jax.Array
-    score: Float[Array, "B kept K P"]
+    score: Float[Array, "B pool K P"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerPairs:
+    """The kept pairs that a layer attends.
+
+    Attributes:
+      pool: those of all layers.
+      stretch: the first page of the layer's, the same for all rows, and how many pairs each row has filled from there on.
+      pages: that XLA's programs look at, at least the layer's own; so many there are from the first on.
+    """
+
+    pool: KeptPairs
+    stretch: Int32[Array, "B 2"]
+    pages: int = field(metadata={"static": True})
+
+    @property
+    def count(self) -> Int32[Array, B]:
+        """Filled pairs of each row."""
+        return self.stretch[:, 1]
+
+    def own(self, pages: PackedPages | jax.Array) -> Pages:
+        """The layer's keys or values as pages of the ring's kind, [B, pages, K, P, D]."""
+        return unpacked(stretch_of(pages, self.stretch[0, 0], self.pages))
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairChoice:
+    """What a layer's kept pairs are chosen by, beside their own scores.
+
+    Attributes:
+      ring_score: attention that the pairs in the ring have received.
+      queries, query_scale: every `PAGE // samples`-th query of the latest page, rotated, in 8 bits.
+    """
+
     ring_score: Float[Array, "B N K P"]
     queries: Int8[Array, "B samples H D"]
     query_scale: Float[Array, "B samples H"]
@@ -68,14 +107,14 @@ class LayerKV:
     Attributes:
       k, v: the ring, [B, N, K, P, D].
       sink_k, sink_v: the first S tokens of the text, float32 [B, K, S, D], kept for when their page has left the ring.
-      kept: None in layers that keep no pairs.
+      choice: None in layers that keep no pairs.
     """
 
     k: Pages
     v: Pages
     sink_k: Float[Array, "B K S D"]
     sink_v: Float[Array, "B K S D"]
-    kept: KeptPairs | None = None
+    choice: PairChoice | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +128,6 @@ class RingView:
       positions: absolute position of every token of the step (all in one page).
       valid: which tokens of the step are real.
       first_page: pages before it have left the window.
-      kept: how many of their kept pairs are filled, from the first on; None where no layer keeps any.
     """
 
     page: Int32[Array, "B N"]
@@ -97,7 +135,6 @@ class RingView:
     positions: Int32[Array, "B T"]
     valid: Bool[Array, "B T"]
     first_page: Int32[Array, B]
-    kept: Int32[Array, B] | None = None
 
 
 def init_pages(batch: int, pages: int, kv_heads: int, head_dim: int, dtype: KVDtype) -> Pages:
@@ -120,29 +157,38 @@ def init_layer_kv(batch: int, pages: int, kv_heads: int, head_dim: int, sinks: i
     return LayerKV(pages_of(), pages_of(), sink(), sink())
 
 
-def init_kept_pairs(
-    batch: int, pages: int, kept_pages: int, heads: int, kv_heads: int, head_dim: int, samples: int, dtype: KVDtype
-) -> KeptPairs:
-    """Nothing kept yet.
-
-    Args:
-      pages: of the ring.
-      kept_pages: the most pairs of a row, in pages.
-      samples: queries noted of every page.
-    """
-    rows = (batch, kept_pages, kv_heads, PAGE)
+def init_kept_pairs(batch: int, pages: int, kv_heads: int, head_dim: int, dtype: KVDtype) -> KeptPairs:
+    """Nothing kept yet, in `pages` pages of all layers."""
+    rows = (batch, pages, kv_heads, PAGE)
 
     def pairs() -> PackedPages | jax.Array:
         return jnp.zeros((*rows, head_dim), jnp.float32) if dtype == "float32" else init_packed(rows, head_dim)
 
-    return KeptPairs(
-        k=pairs(),
-        v=pairs(),
-        score=jnp.zeros(rows, jnp.float32),
+    return KeptPairs(k=pairs(), v=pairs(), score=jnp.zeros(rows, jnp.float32))
+
+
+def init_pair_choice(batch: int, pages: int, heads: int, kv_heads: int, head_dim: int, samples: int) -> PairChoice:
+    """Nothing to choose by yet.
+
+    Args:
+      pages: of the ring.
+      samples: queries noted of every page.
+    """
+    return PairChoice(
         ring_score=jnp.zeros((batch, pages, kv_heads, PAGE), jnp.float32),
         queries=jnp.zeros((batch, samples, heads, head_dim), jnp.int8),
         query_scale=jnp.zeros((batch, samples, heads), jnp.float32),
     )
+
+
+def stretch_of(pages: T, first: Int32[Array, ""], count: int, row: Int32[Array, ""] | None = None) -> T:
+    """`count` pages of every array of a pool, from `first` on; those of one row, or of all."""
+
+    def part(leaf: jax.Array) -> jax.Array:
+        start = (0 if row is None else row, first, *(0 for _ in leaf.shape[2:]))
+        return jax.lax.dynamic_slice(leaf, start, (leaf.shape[0] if row is None else 1, count, *leaf.shape[2:]))
+
+    return jax.tree.map(part, pages)
 
 
 def unpacked(pairs: PackedPages | jax.Array) -> Pages:
@@ -161,20 +207,20 @@ def sample_queries(kv: LayerKV, q: Float[Array, "B T H D"], view: RingView) -> L
     They lie by position, like the pairs: what a rejected draft token or a text that was taken back has left there is written
     again before it is used.
     """
-    if kv.kept is None:
+    if kv.choice is None:
         return kv
-    samples = kv.kept.queries.shape[1]
+    samples = kv.choice.queries.shape[1]
     stretch = PAGE // samples
     offset = view.positions % PAGE
     place = jnp.where(view.valid & (offset % stretch == stretch - 1), offset // stretch, samples)  # the last is none
     values, scale = quantize_rows(q)
     row = jnp.arange(q.shape[0])[:, None]
-    kept = dataclasses.replace(
-        kv.kept,
-        queries=kv.kept.queries.at[row, place].set(values, mode="drop"),
-        query_scale=kv.kept.query_scale.at[row, place].set(scale[..., 0], mode="drop"),
+    choice = dataclasses.replace(
+        kv.choice,
+        queries=kv.choice.queries.at[row, place].set(values, mode="drop"),
+        query_scale=kv.choice.query_scale.at[row, place].set(scale[..., 0], mode="drop"),
     )
-    return dataclasses.replace(kv, kept=kept)
+    return dataclasses.replace(kv, choice=choice)
 
 
 @jax.jit  # compiled into its caller; layers alike are traced once

@@ -40,15 +40,15 @@ def qkv_rope_cache(
     if uses_cpu_kernel(x.shape[-1], rotary[0].shape[-1]) and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
         where = view.slot, view.positions, view.valid
-        kept = kv.kept
-        noted = None if kept is None else (kept.queries, kept.query_scale)
+        choice = kv.choice
+        noted = None if choice is None else (choice.queries, choice.query_scale)
         q, q_sink, (k_values, k_scale, v_values, v_scale), noted = ffi.qkv_rope_cache(
             x, gains, eps, rotary, near, *where, ring, noted
         )
-        if kept is not None and noted is not None:
-            kept = dataclasses.replace(kept, queries=noted[0], query_scale=noted[1])
+        if choice is not None and noted is not None:
+            choice = dataclasses.replace(choice, queries=noted[0], query_scale=noted[1])
         written = QuantPages(k_values, k_scale), QuantPages(v_values, v_scale)
-        return q, q_sink, dataclasses.replace(kv, k=written[0], v=written[1], kept=kept)
+        return q, q_sink, dataclasses.replace(kv, k=written[0], v=written[1], choice=choice)
     q, new_k, new_v = x[..., :-2, :].reshape(*x.shape[:2], -1, x.shape[-1]), x[..., -2, :], x[..., -1, :]
     if gains is not None:
         q, new_k = (rms_norm(part, gain, eps) for part, gain in zip((q, new_k), gains, strict=True))

@@ -9,7 +9,7 @@ from atlas_jax.config import PAGE
 from atlas_jax.kernels import attention
 from atlas_jax.kernels.attention import UNSEEN, group_queries, kept_index, page_scores
 from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, unpacked
+from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, QuantPages, stretch_of, unpacked
 from atlas_jax.kernels.packed_pages import PackedPages
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.typing import Array, Bool, Float, Int32
@@ -24,10 +24,13 @@ def received_attention(
     q: Float[Array, "samples H D"],
     q_near: Float[Array, "samples H D"],
     kv: LayerKV,
+    pairs: KeptPairs,
     row: Int32[Array, ""],
     seen: Bool[Array, "samples N P"],
     sinks_seen: Bool[Array, ""],
+    first: Int32[Array, ""],
     kept: Int32[Array, ""],
+    pages: int,
     scale: float,
 ) -> tuple[Float[Array, "N K P"], Float[Array, "kept_pages K P"]]:
     """The probability that each pair of a row gets of some queries' attention, added up over them and their heads.
@@ -35,38 +38,36 @@ def received_attention(
     Args:
       q: queries rotated to their positions.
       q_near: the same queries, as they meet the sinks and the kept pairs.
-      kv: a layer that keeps pairs.
+      kv: the layer's ring and sinks.
+      pairs: the kept pairs of all layers.
       row: the row of the batch.
       seen: which places of the ring each query sees.
       sinks_seen: whether all of them see the sinks.
-      kept: how many kept pairs the row has; all queries see them.
+      first, kept: the first page of the layer's pairs, and how many of them the row has; all queries see them.
+      pages: of the kept pairs to tell of, as many as the layer has filled or more.
       scale: factor on q·k.
 
     Returns:
       Of the ring and of the kept pairs, for each KV head the sums over the queries that share it; 0 where none sees.
-
-    Raises:
-      ValueError: the layer keeps no pairs.
     """
-    if kv.kept is None:
-        raise ValueError("a layer that keeps no pairs has none to choose")
     samples, heads, dim = q.shape
     kv_heads, sinks = kv.sink_k.shape[1:3]
-    k, kept_k = kv.k, kv.kept.k
+    k, kept_k = kv.k, pairs.k
     if uses_cpu_kernel(dim, sinks) and isinstance(k, QuantPages) and isinstance(kept_k, PackedPages):
-        rest = kv.sink_k, kept_k, row, seen, sinks_seen, kept, scale
+        rest = kv.sink_k, kept_k, row, seen, sinks_seen, first, kept, pages, scale
         return ffi.received_attention(q, q_near, k.values, k.scale, *rest)
 
     def own(leaf: jax.Array) -> jax.Array:
         return jax.lax.dynamic_slice_in_dim(leaf, row, 1)
 
-    ring, pairs, sink_k = jax.tree.map(own, (k, kept_k, kv.sink_k))
+    ring, sink_k = jax.tree.map(own, (k, kv.sink_k))
+    near_k = unpacked(stretch_of(kept_k, first, pages, row))
     far, near = group_queries(q[None], kv_heads), group_queries(q_near[None], kv_heads)  # [1, K, G·samples, D]
     mask = jnp.broadcast_to(seen.swapaxes(0, 1)[:, None, None], (seen.shape[1], 1, heads // kv_heads, samples, PAGE))
     mask = mask.reshape(seen.shape[1], 1, -1, PAGE)
-    filled = (kept_index(kv.kept.score.shape[1]) < kept)[:, None, None]
+    filled = (kept_index(pages) < kept)[:, None, None]
     score = jnp.where(mask, page_scores(far, ring)[0] * scale, UNSEEN)
-    kept_score = jnp.where(filled, page_scores(near, unpacked(pairs))[0] * scale, UNSEEN)
+    kept_score = jnp.where(filled, page_scores(near, near_k)[0] * scale, UNSEEN)
     sink_score = jnp.einsum("kqd,ksd->kqs", near[0], sink_k[0], precision=jax.lax.Precision.HIGHEST) * scale
     sink_score = jnp.where(sinks_seen, sink_score, UNSEEN)
     peaks = row_max(score).max(axis=0), row_max(kept_score).max(axis=0), sink_score.max(axis=-1)

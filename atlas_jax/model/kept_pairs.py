@@ -1,4 +1,4 @@
-"""Which pairs stay attended when their page leaves the window: a fixed number for each layer and KV head.
+"""Which pairs stay attended when their page leaves the window: a number for each layer that is fixed, and of each KV head.
 
 When a page begins for which another leaves, every pair of the row has received the attention of the latest page's queries (a
 sample of them, which lies by position in the cache). That is added to its score, which decays from page to page, and the
@@ -22,12 +22,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import PAGE, ModelConfig
+from atlas_jax.kernels.attention import kept_index
 from atlas_jax.kernels.exchange_pairs import exchange_pairs
-from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, Pages, QuantPages
+from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, Pages, PairChoice, QuantPages
 from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.received_attention import received_attention
 from atlas_jax.kernels.rope import RopeTable, apply_rope, rotations
-from atlas_jax.model.kv_cache import KVCache
+from atlas_jax.model.kv_cache import KVCache, first_pages
 from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
 from atlas_jax.typing import Array, Bool, Float, Int32
 
@@ -44,30 +45,30 @@ class Leaving:
       slot: its place in the ring.
       first: whether it is the first that leaves at this moment: then the latest page's queries are counted.
       decay: of scores, from one such moment to the next.
-      capacity: the most pairs that the row keeps.
+      capacity: the most pairs that each layer keeps of the row.
     """
 
     row: Int32[Array, ""]
     slot: Int32[Array, ""]
     first: Bool[Array, ""]
     decay: Float[Array, ""]
-    capacity: Int32[Array, ""]
+    capacity: Int32[Array, layers]
 
 
-def leaving(row: int, slot: int, *, first: bool, decay: float, capacity: int) -> Leaving:
+def leaving(row: int, slot: int, *, first: bool, decay: float, capacity: Sequence[int]) -> Leaving:
     """One page, made on the host."""
     values: dict[str, Any] = {
         "row": np.int32(row),
         "slot": np.int32(slot),
         "first": np.bool_(first),
         "decay": np.float32(decay),
-        "capacity": np.int32(capacity),
+        "capacity": np.asarray(capacity, np.int32),
     }
     return Leaving(**values)
 
 
 def kept_count(left: int, capacity: int) -> int:
-    """How many pairs are kept once `left` pages have left the window."""
+    """How many pairs a layer keeps once `left` pages have left the window."""
     return min(max(left * PAGE - SINKS, 0), capacity)
 
 
@@ -83,7 +84,8 @@ def keep_pairs(
     Args:
       protected: tokens of the page that are kept before all others.
     """
-    row = page.row
+    row, pool = page.row, cache.pairs
+    assert pool is not None
     position, first_page, labels = cache.position[row], cache.first_page[row], cache.page[row]
     # past the trained context what has left the window stays as far away as when it left; so do the sinks
     beyond = jnp.maximum(position - (config.context_length - 1), 0)
@@ -96,17 +98,42 @@ def keep_pairs(
         labels=labels,
         first_page=first_page,
         asked=asked,
-        kept=cache.kept[row],
         beyond=beyond,
         protected=protected,
         sinks=sinks,
     )
-    kv = tuple(
-        layer if layer.kept is None else _keep_in_layer(config.scale, layer, layer.kept, page, event, turns[spec.rope])
-        for spec, layer in zip(config.layers, cache.kv, strict=True)
+    kv, kept, most = list(cache.kv), cache.kept[row], max(cache.kept_pages)
+    layers = [
+        (index, layer, layer.choice, turns[spec.rope], _Stretch(np.int32(first), kept[index], page.capacity[index]))  # type: ignore[arg-type]
+        for index, (spec, layer, first) in enumerate(
+            zip(config.layers, cache.kv, first_pages(cache.kept_pages), strict=True)
+        )
+        if layer.choice is not None
+    ]
+
+    def counted() -> tuple[list[jax.Array], jax.Array]:
+        ring_scores, score = [], pool.score[row]
+        for _, layer, choice, turn, stretch in layers:
+            of_layer = layer, choice, pool, stretch, page, event, turn.queries
+            ring_score, score = _count_in_layer(config.scale, most, score, *of_layer)
+            ring_scores.append(ring_score)
+        return ring_scores, score
+
+    # one conditional for all layers: with one for each, this program takes twice as long to compile
+    ring_scores, score = jax.lax.cond(
+        page.first, counted, lambda: ([choice.ring_score[row] for _, _, choice, *_ in layers], pool.score[row])
     )
-    kept = jnp.minimum(event.kept + PAGE - sinks, page.capacity)
-    return dataclasses.replace(cache, kv=kv, kept=cache.kept.at[row].set(kept))
+    pairs = dataclasses.replace(pool, score=jax.lax.dynamic_update_index_in_dim(pool.score, score, row, 0))
+    gone = []
+    for (index, layer, choice, turn, _), ring_score in zip(layers, ring_scores, strict=True):
+        left, choice = _leave_layer(layer, choice, ring_score, page, event, turn.keys)
+        gone.append(left)
+        kv[index] = dataclasses.replace(layer, choice=choice)
+    own, k, v = jax.tree.map(lambda *parts: jnp.stack(parts), *gone)
+    where = jax.tree.map(lambda *parts: jnp.stack(parts), *(stretch for *_, stretch in layers))
+    pairs = exchange_pairs(pairs, row, where.first, own, k, v, where.kept, where.capacity, most)
+    kept = jnp.minimum(kept + PAGE - sinks, page.capacity)
+    return dataclasses.replace(cache, kv=tuple(kv), pairs=pairs, kept=cache.kept.at[row].set(kept))
 
 
 @jax.tree_util.register_dataclass
@@ -115,7 +142,7 @@ class _Event:
     """What all layers need to know of the row.
 
     Attributes:
-      labels, first_page, kept: the row's, as in `KVCache`.
+      labels, first_page: the row's, as in `KVCache`.
       asked: positions of the queries that are counted.
       beyond: how far its position is past the trained context.
       sinks: tokens of the page that are kept as sinks.
@@ -124,7 +151,6 @@ class _Event:
     labels: Int32[Array, N]
     first_page: Int32[Array, ""]
     asked: Int32[Array, samples]
-    kept: Int32[Array, ""]
     beyond: Int32[Array, ""]
     protected: Bool[Array, P]
     sinks: Int32[Array, ""]
@@ -139,39 +165,64 @@ class _Turns:
     queries: tuple[Float[Array, "samples half"], Float[Array, "samples half"]]
 
 
-@functools.partial(jax.jit, static_argnums=0)  # compiled into its caller; layers alike are traced once
-def _keep_in_layer(
-    scale: float, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turns: _Turns
-) -> LayerKV:
-    row, slot = page.row, page.slot
-    ring_score, score = jax.lax.cond(
-        page.first,
-        lambda: _counted(scale, layer, pairs, page, event, turns.queries),
-        lambda: (pairs.ring_score[row], pairs.score[row]),
-    )
-    own = jnp.where(event.protected, _PROTECTED, 0.0) + ring_score[slot]
-    own = jnp.where(jnp.arange(PAGE) < event.sinks, -jnp.inf, own)
-    k, v = (jax.tree.map(lambda leaf: leaf[row, slot], ring) for ring in (layer.k, layer.v))
-    k = jax.lax.cond(event.beyond > 0, lambda k: _turned_pages(k, turns.keys), lambda k: k, k)
-    pairs = dataclasses.replace(
-        pairs,
-        score=pairs.score.at[row].set(score),
-        ring_score=pairs.ring_score.at[row].set(ring_score.at[slot].set(0.0)),
-    )
-    return dataclasses.replace(layer, kept=exchange_pairs(pairs, row, own, k, v, event.kept, page.capacity))
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class _Stretch:
+    """A layer's places among the kept pairs of all: the first page, how many pairs the row has, and how many it may."""
+
+    first: Int32[Array, ""]
+    kept: Int32[Array, ""]
+    capacity: Int32[Array, ""]
 
 
-def _counted(
-    scale: float, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turn: tuple[jax.Array, jax.Array]
-) -> tuple[Float[Array, "N K P"], Float[Array, "kept K P"]]:
-    """Scores of the ring and of the kept pairs with the attention of the latest page's queries."""
+@functools.partial(jax.jit, static_argnums=(0, 1))  # compiled into its caller; layers alike are traced once
+def _count_in_layer(
+    scale: float,
+    pages: int,
+    score: Float[Array, "pool K P"],
+    layer: LayerKV,
+    choice: PairChoice,
+    pairs: KeptPairs,
+    stretch: _Stretch,
+    page: Leaving,
+    event: _Event,
+    turn: tuple[jax.Array, jax.Array],
+) -> tuple[Float[Array, "N K P"], Float[Array, "pool K P"]]:
+    """Scores of the ring and of all kept pairs, the layer's with the attention of the latest page's queries.
+
+    Args:
+      pages: that the layer's pairs lie in, or more.
+    """
     token = event.labels[:, None] * PAGE + jnp.arange(PAGE)
     in_window = (event.labels >= event.first_page) & (event.labels >= 0)
     seen = in_window[:, None] & (token <= event.asked[:, None, None])
-    q = pairs.queries[page.row] * pairs.query_scale[page.row][..., None]
-    received = received_attention(q, _turned(q, turn), layer, page.row, seen, event.first_page > 0, event.kept, scale)
-    old = pairs.ring_score[page.row], pairs.score[page.row]
-    return tuple(page.decay * before + new for before, new in zip(old, received, strict=True))  # type: ignore[return-value]
+    q = choice.queries[page.row] * choice.query_scale[page.row][..., None]
+    where = seen, event.first_page > 0, stretch.first, stretch.kept, pages
+    ring, kept = received_attention(q, _turned(q, turn), layer, pairs, page.row, *where, scale)
+    old = jax.lax.dynamic_slice_in_dim(score, stretch.first, pages)
+    # behind the layer's pairs are other layers'
+    own = jnp.where(kept_index(pages)[:, None] < stretch.kept, page.decay * old + kept, old)
+    score = jax.lax.dynamic_update_slice_in_dim(score, own, stretch.first, 0)
+    return page.decay * choice.ring_score[page.row] + ring, score
+
+
+@jax.jit
+def _leave_layer(
+    layer: LayerKV,
+    choice: PairChoice,
+    ring_score: Float[Array, "N K P"],
+    page: Leaving,
+    event: _Event,
+    turn: tuple[jax.Array, jax.Array],
+) -> tuple[tuple[Float[Array, "K P"], Pages, Pages], PairChoice]:
+    """The scores, keys and values of the page that leaves a layer, and what is left there to choose by."""
+    row, slot = page.row, page.slot
+    own = jnp.where(event.protected, _PROTECTED, 0.0) + ring_score[slot]
+    own = jnp.where(jnp.arange(PAGE) < event.sinks, -jnp.inf, own)
+    k, v = (jax.tree.map(lambda leaf: leaf[row, slot], ring) for ring in (layer.k, layer.v))
+    k = jax.lax.cond(event.beyond > 0, lambda k: _turned_pages(k, turn), lambda k: k, k)
+    ring_score = choice.ring_score.at[row].set(ring_score.at[slot].set(0.0))
+    return (own, k, v), dataclasses.replace(choice, ring_score=ring_score)
 
 
 def _turned(x: jax.Array, turn: tuple[jax.Array, jax.Array]) -> jax.Array:

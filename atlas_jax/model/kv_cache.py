@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import numpy as np
 
 from atlas_jax.config import ModelConfig
 from atlas_jax.kernels import kv_pages
-from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, RingView
+from atlas_jax.kernels.kv_pages import KeptPairs, KVDtype, LayerKV, RingView
 from atlas_jax.model.page_schedule import NextPage
 from atlas_jax.model.transformer import init_kv
 from atlas_jax.typing import Array, Int32
@@ -27,7 +29,9 @@ class KVCache:
       slot: ring slot of the page being filled.
       first_page: pages before it have left the window.
       position: position of the next token.
-      kept: how many pairs of each row are kept of what has left the window.
+      kept: how many pairs of each row each layer keeps of what has left the window.
+      pairs: the kept pairs of all layers; None where none are.
+      kept_pages: pages of each layer among them.
     """
 
     kv: tuple[LayerKV, ...]
@@ -35,7 +39,9 @@ class KVCache:
     slot: Int32[Array, B]
     first_page: Int32[Array, B]
     position: Int32[Array, B]
-    kept: Int32[Array, B]
+    kept: Int32[Array, "B layers"]
+    pairs: KeptPairs | None = None
+    kept_pages: tuple[int, ...] = field(default=(), metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -50,24 +56,36 @@ class PageStart:
     sink_slot: Int32[Array, ""]
 
 
-def init_kv_cache(model: ModelConfig, batch: int, pages: int, dtype: KVDtype, kept: int = 0) -> KVCache:
+def init_kv_cache(
+    model: ModelConfig, batch: int, pages: int, dtype: KVDtype, kept_pages: tuple[int, ...] = ()
+) -> KVCache:
     """Rows that have read nothing.
 
     Args:
-      kept: the most pairs that a row keeps, a multiple of the page.
+      kept_pages: pages of pairs that each layer keeps of a row; empty where none does.
     """
+    room = sum(kept_pages)
 
     def zeros() -> jax.Array:  # never one array twice: the state is donated
         return jnp.zeros((batch,), jnp.int32)
 
     return KVCache(
-        kv=init_kv(model, batch, pages, dtype, kept),
+        kv=init_kv(model, batch, pages, dtype, kept_pages),
         page=jnp.full((batch, pages), -1, jnp.int32),
         slot=zeros(),
         first_page=zeros(),
         position=zeros(),
-        kept=zeros(),
+        kept=jnp.zeros((batch, len(model.layers)), jnp.int32),
+        pairs=kv_pages.init_kept_pairs(batch, room, model.kv_heads, model.head_dim, dtype) if room else None,
+        kept_pages=kept_pages if room else (),
     )
+
+
+def first_pages(kept_pages: Sequence[int]) -> tuple[int, ...]:
+    """Where each layer's pages begin among those of all: the fewest first, so that the most pages of any lie behind each."""
+    order = sorted(range(len(kept_pages)), key=lambda layer: kept_pages[layer])
+    first = dict(zip(order, itertools.accumulate((kept_pages[layer] for layer in order), initial=0), strict=False))
+    return tuple(first[layer] for layer in range(len(kept_pages)))
 
 
 def page_start(row: int, page: NextPage) -> PageStart:
@@ -85,7 +103,6 @@ def ring_view(cache: KVCache, tokens: int, count: Int32[Array, B]) -> RingView:
         positions=cache.position[:, None] + offset,
         valid=offset < count[:, None],
         first_page=cache.first_page,
-        kept=cache.kept,
     )
 
 

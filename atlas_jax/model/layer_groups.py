@@ -19,9 +19,9 @@ import jax.numpy as jnp
 from atlas_jax.aot import INLINE, RUN, AotProgram, Mode
 from atlas_jax.config import PAGE, LayerConfig, ModelConfig
 from atlas_jax.kernels import lowering_platform
-from atlas_jax.model.kv_cache import KVCache, ring_view
+from atlas_jax.model.kv_cache import KVCache, first_pages, ring_view
 from atlas_jax.model.params import ModelParams
-from atlas_jax.model.transformer import StepView, embed, run_layers, step_view
+from atlas_jax.model.transformer import GroupPairs, StepView, embed, run_layers, step_view
 
 _PREFERRED = (5, 6, 4, 7, 3)
 """Layers per group on CPU, best first. More dispatch less; but streams wait for a group of a prompt's chunk, and ten layers
@@ -71,10 +71,11 @@ class Trunk:
             more than compiling.
         """
         self._layers = len(config.layers)
-        self._enter = program(functools.partial(_enter, config))
+        groups = _groups(config.layers)
+        self._enter = program(functools.partial(_enter, config, groups))
         alike: dict[tuple[LayerConfig, ...], AotProgram] = {}
         self._groups: list[tuple[AotProgram, slice]] = []
-        for group in _groups(config.layers):
+        for group in groups:
             part = slice(group.first, group.last)
             specs = config.layers[part]
             if specs not in alike:
@@ -105,17 +106,28 @@ class Trunk:
           The KV cache, the step's view, and the outputs of all layers so far. Before the last group the cache is where it
           was before the step: what layers have stored beyond that is not seen.
         """
-        x, view, position = call(self._enter, key, params.embed, params.ropes, page_table(cache), tokens, count)
+        entered = call(self._enter, key, params.embed, params.ropes, page_table(cache), tokens, count)
+        x, view, position, stretches = entered
         states: list[jax.Array] = []
         kv = list(cache.kv)
-        for program, part in self._groups:
+        for (program, part), stretch in zip(self._groups, stretches, strict=True):
             if call is INLINE and self.programs > 1:
                 x, view = _edge(jnp.all(count >= 0), (x, view))
-            outputs, kv[part] = call(program, key, params.layers[part], tuple(kv[part]), x, view)
+            pairs = self._pairs(cache, part, stretch)
+            outputs, kv[part] = call(program, key, params.layers[part], tuple(kv[part]), x, view, pairs)
             states += outputs
             x = outputs[-1]
             reached = position if part.stop == self._layers else cache.position
             yield dataclasses.replace(cache, kv=tuple(kv), position=reached), view, states
+
+    def _pairs(self, cache: KVCache, part: slice, stretches: jax.Array) -> GroupPairs | None:
+        """Kept pairs of a group. Where several share a program, all look at as many pages as the layer with the most."""
+        if cache.pairs is None:
+            return None
+        pages, most = cache.kept_pages[part], max(cache.kept_pages)
+        return GroupPairs(
+            cache.pairs, stretches, tuple(most if one else 0 for one in pages) if self.programs > 1 else pages
+        )
 
     @property
     def programs(self) -> int:
@@ -133,12 +145,18 @@ def _edge(always: jax.Array, tree: Any) -> Any:
 
 def page_table(cache: KVCache) -> KVCache:
     """The cache without keys and values: positions and page table, which change outside the layers."""
-    return dataclasses.replace(cache, kv=())
+    return dataclasses.replace(cache, kv=(), pairs=None)
 
 
 def _enter(
-    config: ModelConfig, table: Any, ropes: Any, cache: KVCache, tokens: Any, count: jax.Array
-) -> tuple[jax.Array, StepView, jax.Array]:
+    config: ModelConfig,
+    groups: Sequence[LayerGroup],
+    table: Any,
+    ropes: Any,
+    cache: KVCache,
+    tokens: Any,
+    count: jax.Array,
+) -> tuple[jax.Array, StepView, jax.Array, tuple[jax.Array, ...]]:
     rows = jnp.arange(cache.position.shape[0])
     tokens = jnp.concatenate([part.reshape(rows.size, -1) for part in jax.tree.leaves(tokens)], axis=1)
     begun = cache.page[rows, cache.slot] == cache.position // PAGE
@@ -146,4 +164,8 @@ def _enter(
     room = jnp.where(begun, PAGE - cache.position % PAGE, 0)
     count = jnp.minimum(count, jnp.minimum(real, room)).astype(jnp.int32)
     ring = ring_view(cache, tokens.shape[1], count)
-    return embed(config, table, jnp.maximum(tokens, 0)), step_view(config, ropes, ring), cache.position + count
+    first = jnp.asarray(first_pages(cache.kept_pages or (0,) * len(config.layers)), jnp.int32)
+    stretches = jnp.stack([jnp.broadcast_to(first, cache.kept.shape), cache.kept], axis=2)
+    by_group = tuple(stretches[:, group.first : group.last] for group in groups)
+    x = embed(config, table, jnp.maximum(tokens, 0))
+    return x, step_view(config, ropes, ring), cache.position + count, by_group

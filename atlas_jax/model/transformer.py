@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.config import PAGE, LayerConfig, ModelConfig
+from atlas_jax.config import LayerConfig, ModelConfig
 from atlas_jax.kernels import attention, kv_pages
 from atlas_jax.kernels.fused_linear import gated_linear, normed_linear, residual_sum, summed_linear
-from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, RingView
+from atlas_jax.kernels.kv_pages import KeptPairs, KVDtype, LayerKV, LayerPairs, RingView
 from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.qkv_rope_cache import qkv_rope_cache
 from atlas_jax.kernels.rope import RopeTable, rotations
@@ -31,17 +31,23 @@ QUERY_SAMPLES = 32
 and 0.69 of the gap between a window of 512 tokens and full attention (SmolLM2-135M, 4 608 tokens of five documents)."""
 
 
-def init_kv(config: ModelConfig, batch: int, pages: int, dtype: KVDtype, kept: int = 0) -> tuple[LayerKV, ...]:
-    """An empty cache of `pages` pages for each of `batch` rows, and room for `kept` pairs in layers without a window."""
+def init_kv(
+    config: ModelConfig, batch: int, pages: int, dtype: KVDtype, kept_pages: Sequence[int] = ()
+) -> tuple[LayerKV, ...]:
+    """An empty cache of `pages` pages for each of `batch` rows.
 
-    def layer(spec: LayerConfig) -> LayerKV:
+    Args:
+      kept_pages: pages of pairs that each layer keeps; empty where none does.
+    """
+
+    def layer(keeps: int) -> LayerKV:
         kv = kv_pages.init_layer_kv(batch, pages, config.kv_heads, config.head_dim, SINKS, dtype)
-        if not kept or spec.sliding_window is not None:
+        if not keeps:
             return kv
-        sizes = batch, pages, kept // PAGE, config.heads, config.kv_heads, config.head_dim
-        return dataclasses.replace(kv, kept=kv_pages.init_kept_pairs(*sizes, QUERY_SAMPLES, dtype))
+        sizes = batch, pages, config.heads, config.kv_heads, config.head_dim
+        return dataclasses.replace(kv, choice=kv_pages.init_pair_choice(*sizes, QUERY_SAMPLES))
 
-    return tuple(layer(spec) for spec in config.layers)
+    return tuple(layer(keeps) for keeps in kept_pages or (0,) * len(config.layers))
 
 
 @jax.tree_util.register_dataclass
@@ -93,6 +99,28 @@ class Residual:
     gain: Float[Array, E] | None = None
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class GroupPairs:
+    """The kept pairs of consecutive layers.
+
+    Attributes:
+      pool: those of all layers.
+      stretches: of each of these, as in `LayerPairs`.
+      pages: likewise; 0 of a layer that keeps none.
+    """
+
+    pool: KeptPairs
+    stretches: Int32[Array, "B layers 2"]
+    pages: tuple[int, ...] = field(metadata={"static": True})
+
+    def of_layer(self, index: int) -> LayerPairs | None:
+        """Those of one of these layers."""
+        if not self.pages[index]:
+            return None
+        return LayerPairs(self.pool, self.stretches[:, index], self.pages[index])
+
+
 def run_layers(
     config: ModelConfig,
     specs: Sequence[LayerConfig],
@@ -100,12 +128,14 @@ def run_layers(
     kv: Sequence[LayerKV],
     x: Float[Array, "B T E"],
     view: StepView,
+    pairs: GroupPairs | None = None,
 ) -> tuple[tuple[Float[Array, "B T E"], ...], tuple[LayerKV, ...]]:
     """Runs consecutive layers over a step's tokens.
 
     Args:
       config, specs: static; `specs` are these layers' own.
       x: the output of the layer before, or the embeddings; all tokens of a row in one page.
+      pairs: the kept pairs of these layers; they are only read.
 
     Returns:
       Each layer's output (the residual stream before the final norm), and the updated cache.
@@ -113,8 +143,9 @@ def run_layers(
     states: list[jax.Array] = []
     cache: list[LayerKV] = []
     residual = Residual(x)
-    for spec, layer, layer_kv in zip(specs, layers, kv, strict=True):
-        x, residual, layer_kv = _run_layer(config, spec, layer, layer_kv, residual, view)
+    for index, (spec, layer, layer_kv) in enumerate(zip(specs, layers, kv, strict=True)):
+        own = None if pairs is None else pairs.of_layer(index)
+        x, residual, layer_kv = _run_layer(config, spec, layer, layer_kv, residual, view, own)
         states.append(x)
         cache.append(layer_kv)
     assert residual.added is not None
@@ -125,19 +156,25 @@ def run_layers(
 # compiled into its caller; as a jit of its own, layers alike are traced once: a warm start is mostly tracing
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=False)
 def _run_layer(
-    config: ModelConfig, spec: LayerConfig, layer: LayerParams, kv: LayerKV, residual: Residual, view: StepView
+    config: ModelConfig,
+    spec: LayerConfig,
+    layer: LayerParams,
+    kv: LayerKV,
+    residual: Residual,
+    view: StepView,
+    pairs: LayerPairs | None,
 ) -> tuple[jax.Array, Residual, LayerKV]:
     """What the layer reads, what it leaves, and its cache."""
     qkv, x = _normed_linear(config, layer.qkv, residual, layer.attn_norm)
     by_head = qkv.reshape(*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
     gains = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
     rotary, near = view.rotary[spec.rope], view.rotary_sink[spec.rope]
-    rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)]
+    rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)], pairs
 
     def attend(by_head: jax.Array, kv: LayerKV, rows: Any, gains: Any) -> tuple[jax.Array, LayerKV]:
-        ring, rotary, near, masks = rows
+        ring, rotary, near, masks, pairs = rows
         q, q_sink, kv = qkv_rope_cache(by_head, gains, config.norm_eps, rotary, near, kv, ring)
-        return attention.attend(q, q_sink, kv, ring, spec.sliding_window, masks, config.scale), kv
+        return attention.attend(q, q_sink, kv, ring, spec.sliding_window, masks, config.scale, pairs), kv
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)
     attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from atlas_jax import _tensors
 from atlas_jax.config import ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.recall.adapter import GATE_FEATURES, Adapter, make_adapter
 
-_VERSION = 3
+_VERSION = 4
 
 
 class AdapterError(ValueError):
@@ -49,6 +50,7 @@ def encode(fingerprint: str, config: MemoryConfig, adapter: Adapter) -> bytes:
         "token_weight": np.asarray(adapter.token_weight, np.float16),
         "gate": np.asarray(adapter.gate, np.float32),
         "cue": np.asarray(adapter.cue, np.float32),
+        "kept_weight": np.asarray(config.kept_weights, np.float32),
     }
     return _tensors.encode(header, arrays)
 
@@ -74,6 +76,7 @@ def decode(data: bytes, fingerprint: str, model: ModelConfig, *, max_window: int
             features=header.features,
             code_dim=header.code_dim,
             max_window=max_window,
+            kept_weights=_kept_weights(arrays, model),
         )
     except ConfigError as error:
         raise AdapterError(f"adapter file: {error}") from error
@@ -106,6 +109,14 @@ def decode(data: bytes, fingerprint: str, model: ModelConfig, *, max_window: int
         arrays["cue"].astype(np.float32),
     )
     return config, adapter
+
+
+def _kept_weights(arrays: Mapping[str, np.ndarray], model: ModelConfig) -> tuple[float, ...]:
+    """Shares of the layers of kept pairs, or none where nobody has measured them."""
+    weights = arrays.get("kept_weight")
+    if weights is None or weights.shape not in ((0,), (len(model.layers),)):
+        raise AdapterError(f"adapter file: 'kept_weight' is missing or not {len(model.layers)} numbers")
+    return tuple(weights.astype(np.float64).tolist())
 
 
 def shipped(fingerprint: str) -> bytes | None:

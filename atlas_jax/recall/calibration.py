@@ -25,6 +25,7 @@ from atlas_jax.recall import recall_memory, recall_state
 from atlas_jax.recall.adapter import CONTEXT_LENGTH, GATE_FEATURES, Adapter, make_adapter, token_weights, value_codes
 from atlas_jax.recall.collect_states import WINDOW, Progress, Reading, read_texts, whole_pages
 from atlas_jax.recall.conversation import Conversation
+from atlas_jax.recall.kept_weights import kept_weights
 from atlas_jax.recall.probe import Probe
 from atlas_jax.recall.recall_state import WriteSettings
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
@@ -118,6 +119,8 @@ def calibrate(
     if not usable:
         raise ValueError(f"calibration needs a text of more than {WINDOW * PAGE} tokens")
     further = [whole_pages(text) for text in gate_texts if len(text) // PAGE > WINDOW]
+    weights = kept_weights(model, params, usable, progress, mesh_layout)
+    config = dataclasses.replace(config, kept_weights=weights)
     asking = [probe.tokens, *(conversation.tokens for conversation in conversations)]
     read = [*usable, *map(whole_pages, asking), *further]
     readings = read_texts(model, params, config, read, progress, mesh_layout)

@@ -15,6 +15,7 @@ import numpy as np
 from atlas_jax.aot import AotProgram
 from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.kernels.reductions import row_max
+from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kept_pairs import keep_pairs, leaving
 from atlas_jax.model.kv_cache import init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
@@ -26,8 +27,9 @@ from atlas_jax.sharding import MeshLayout
 WINDOW = 4
 """Pages of the window the memory is calibrated for."""
 _KEPT = 768
-"""Pairs kept beside it, about what the default budget has room for. A gate fitted without them opens where the model knows
-better by itself (SmolLM2-135M, 14 documents of 2 048 tokens: 0.74 of the gap to full attention closed, alone 0.87)."""
+"""Pairs kept beside it, per layer on average: about what the default budget has room for. A gate fitted without them opens
+where the model knows better by itself (SmolLM2-135M, 14 documents of 2 048 tokens: 0.74 of the gap to full attention closed,
+alone 0.87)."""
 _DECAY = 0.9
 _BLOCK = 1 << 12
 """Tokens of the vocabulary whose scores are looked at together: of few enough, they stay in the cache."""
@@ -73,7 +75,7 @@ def read_texts(
     mesh_layout: MeshLayout,
 ) -> list[Reading]:
     """Reads each text, of whole pages and one token more, from its first token on."""
-    plan = PageSchedule(window=WINDOW)
+    plan, division = PageSchedule(window=WINDOW), KeptDivision.of(model, config.kept_weights)
 
     program = functools.partial(AotProgram, mesh_layout=mesh_layout)
     trunk, judge = Trunk(model, program), Judge(model, params)
@@ -85,13 +87,13 @@ def read_texts(
     readings = []
     for text in texts:
         tokens = np.asarray(text, np.int32)
-        cache = mesh_layout.rows(init_kv_cache(model, 1, WINDOW, "int8", _KEPT))
+        cache = mesh_layout.rows(init_kv_cache(model, 1, WINDOW, "int8", division.pages(_KEPT // PAGE)))
         chance, entropy = np.ones(len(tokens) - 1), np.zeros(len(tokens) - 1)
         tapped, exponent = [], []
         for page in range(len(tokens) // PAGE):
             place = plan.next_page(page)
             for slot in place.leaves:
-                leaves = leaving(0, slot, first=True, decay=_DECAY, capacity=_KEPT)
+                leaves = leaving(0, slot, first=True, decay=_DECAY, capacity=division.capacities(_KEPT))
                 cache = keep((), params.ropes, cache, leaves, np.zeros(PAGE, bool))
             cache = next_page((), cache, page_start(0, place))
             part = slice(page * PAGE, (page + 1) * PAGE)

@@ -67,6 +67,7 @@ def fit(
         "layers": found.config.layers,
         "hit_rate": [round(rate, 4) for rate in found.hit_rate],
         "found_rate": [round(rate, 4) for rate in found.found_rate],
+        "kept_weights": found.config.kept_weights,
         "gate": [round(float(weight), 4) for weight in (*found.adapter.gate, found.adapter.cue[-1])],
         "loss_window": found.loss_window,
         "loss_memory": found.loss_memory,

@@ -56,7 +56,7 @@ else:
     )
 
 
-_KEPT = "Keys and values kept exactly, per layer and KV head, of what has left the window"
+_KEPT = "Keys and values kept of what has left the window, per KV head and on average per layer"
 
 
 class StateFields(Struct, kw_only=True, frozen=True):

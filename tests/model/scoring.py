@@ -13,6 +13,7 @@ from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.engine.runner import step
 from atlas_jax.engine.runner.step import StepConfig
 from atlas_jax.kernels.kv_pages import KVDtype
+from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kept_pairs import leaving
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
@@ -42,18 +43,21 @@ def read(
     plan: PageSchedule,
     *,
     kept: int = 0,
+    weights: Sequence[float] = (),
     decay: float = 1.0,
     turn_tokens: tuple[int, ...] = (),
 ) -> tuple[np.ndarray, KVCache]:
     """Scores of every next token at every position, and the cache that the text leaves.
 
     Args:
-      kept: the most pairs that are kept of what leaves the window.
+      kept: the most pairs that are kept of what leaves the window, in each layer on average.
+      weights: shares of them of the layers.
       decay: of their scores, from one group of pages that leave to the next.
       turn_tokens: as `StepConfig.turn_tokens`.
     """
     trunk, head, keep = programs(config, turn_tokens)
-    length, room = len(text), -(-kept // PAGE) * PAGE
+    length, division = len(text), KeptDivision.of(config, weights)
+    room = division.pages(-(-kept // PAGE))
     whole = np.zeros((1, -(-length // PAGE) * PAGE), np.int32)
     whole[0, :length] = text
     context = init_kv_cache(config, 1, plan.ring(length), kv_dtype, room)
@@ -62,7 +66,7 @@ def read(
         part = text[page * PAGE : (page + 1) * PAGE]
         begins = plan.next_page(page)
         for slot in begins.leaves if kept else ():
-            leaves = leaving(0, slot, first=slot == begins.leaves[0], decay=decay, capacity=kept)
+            leaves = leaving(0, slot, first=slot == begins.leaves[0], decay=decay, capacity=division.capacities(kept))
             context = keep(params.ropes, context, whole, leaves)
         context = start_page(context, page_start(0, begins))
         key = (kv_dtype, plan.ring(length), room)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
+from atlas_jax.aot import AotProgram, shape, shapes
 from atlas_jax.config import PAGE, ModelConfig
 from atlas_jax.gguf import GGUFFile
+from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kept_pairs import kept_count
-from atlas_jax.model.kv_cache import KVCache
-from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.kv_cache import KVCache, first_pages, init_kv_cache
+from atlas_jax.model.layer_groups import Trunk
+from atlas_jax.model.loading import load_params, model_config, param_shapes
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import SINKS
@@ -33,7 +38,7 @@ class Tiny:
     """A tiny model in float32, and its weights as they are in its file."""
 
     def __init__(self, folder: Path, shape: tiny_model.Shape) -> None:
-        path = tiny_model.write_model(folder / f"{shape.architecture}-{shape.context}.gguf", shape)
+        path = tiny_model.write_model(folder / f"{shape.architecture}-{shape.context}-{shape.layers}.gguf", shape)
         with GGUFFile.open(path) as file:
             self.config: ModelConfig = model_config(file)
             self.params: ModelParams = load_params(file, self.config, dtype="float32")
@@ -55,18 +60,20 @@ def test_pairs_that_are_all_kept_are_full_attention(
     wanted = transformer_reference.logits(tiny.config, tiny.weights, text)
     plan = PageSchedule(window, update)
     found, cache = read(tiny.config, tiny.params, text, "float32", plan, kept=4 * PAGE)
-    assert int(cache.kept[0]) == plan.left(4) * PAGE - SINKS > 0
+    assert int(cache.kept[0].max()) == plan.left(4) * PAGE - SINKS > 0
     assert np.abs(found - wanted).max() < 2e-3 * wanted.std()
     without = read(tiny.config, tiny.params, text, "float32", plan)[0]
     assert np.abs(without - wanted).max() > 0.1 * wanted.std(), "what is kept is felt"
     for spec, layer in zip(tiny.config.layers, cache.kv, strict=True):
-        assert (layer.kept is None) == (spec.sliding_window is not None)
+        assert (layer.choice is None) == (spec.sliding_window is not None)
 
 
 def kept_positions(tiny: Tiny, cache: KVCache, rule: KeptAttention, index: int, head: int) -> set[int]:
     """The positions of the pairs that a head keeps, by their values and by their keys, where the rule has them stand."""
-    wanted, kept = rule.kept[index, head], cache.kv[index].kept
-    assert kept is not None
+    wanted, pool = rule.kept[index, head], cache.pairs
+    assert pool is not None
+    first = first_pages(cache.kept_pages)[index]
+    stretch = slice(first, first + cache.kept_pages[index])
     gone = np.asarray(sorted(wanted.left))
     places = np.asarray([wanted.left[position] for position in gone.tolist()])
     keys = rule.rotate[index](wanted.k[gone][:, None], places)[:, 0]
@@ -74,8 +81,9 @@ def kept_positions(tiny: Tiny, cache: KVCache, rule: KeptAttention, index: int, 
         keys = np.concatenate([keys[:, ::2], keys[:, 1::2]], axis=1)
     pairs = np.concatenate([keys, wanted.v[gone]], axis=1)
     found: set[int] = set()
-    count, dim = int(cache.kept[0]), tiny.config.head_dim
-    own = [np.asarray(part)[0, :, head].reshape(-1, dim)[:count] for part in (kept.k, kept.v)]
+    count, dim = int(cache.kept[0, index]), tiny.config.head_dim
+    own = [np.asarray(part)[0, stretch, head].reshape(-1, dim)[:count] for part in (pool.k, pool.v)]
+    assert len(own[0]) == count
     for pair in np.concatenate(own, axis=1):
         like = gone[np.abs(pair - pairs).max(axis=1) < 1e-3 * np.abs(pairs).max()].tolist()
         free = [position for position in like if position not in found]
@@ -88,11 +96,11 @@ def kept_positions(tiny: Tiny, cache: KVCache, rule: KeptAttention, index: int, 
 def assert_kept(tiny: Tiny, cache: KVCache, rule: KeptAttention, length: int) -> None:
     """The cache holds, for every head that keeps pairs, those of the rule."""
     left = PageSchedule(rule.window, rule.update).left((length - 1) // PAGE)
-    assert int(cache.kept[0]) == kept_count(left, rule.capacity)
     for (index, head), wanted in rule.kept.items():
-        if cache.kv[index].kept is None:
+        if cache.kv[index].choice is None:
             assert not wanted.pairs
             continue
+        assert int(cache.kept[0, index]) == kept_count(left, rule.most(index))
         found = kept_positions(tiny, cache, rule, index, head)
         assert min(found) >= SINKS, "sinks are kept as such"
         assert found ^ wanted.positions <= wanted.close, (index, head)
@@ -104,24 +112,41 @@ GEMMA_BEYOND = replace(tiny_model.GEMMA, context=300)
 
 
 @pytest.mark.parametrize(
-    ("shape", "window", "update", "capacity", "decay"),
+    ("shape", "window", "update", "capacity", "decay", "weights"),
     [
-        (WITHIN, 1, 1, 100, 0.9),
-        (WITHIN, 2, 2, 200, 1.0),
-        (BEYOND, 1, 1, 100, 0.9),
-        (BEYOND, 1, 2, 200, 0.5),
-        (GEMMA_BEYOND, 2, 1, 128, 0.9),
+        (WITHIN, 1, 1, 100, 0.9, ()),
+        (WITHIN, 2, 2, 200, 1.0, ()),
+        (replace(WITHIN, layers=3), 1, 1, 3 * PAGE + 40, 0.9, (3.0, 0.5, 8.0)),
+        (BEYOND, 1, 1, 100, 0.9, ()),
+        (BEYOND, 1, 2, 200, 0.5, (3.0, 1.0)),
+        (replace(GEMMA_BEYOND, layers=12), 2, 1, 2 * PAGE, 0.9, (1.0,) * 11 + (3.0,)),
     ],
-    ids=["one page", "two pages", "past the context", "two pages past the context", "gemma3"],
+    ids=[
+        "one page",
+        "two pages",
+        "unequal",
+        "past the context",
+        "two pages past the context, unequal",
+        "gemma3, unequal",
+    ],
 )
 def test_the_pairs_kept_are_those_of_the_rule(
-    folder: Path, shape: tiny_model.Shape, window: int, update: int, capacity: int, decay: float
+    folder: Path,
+    shape: tiny_model.Shape,
+    window: int,
+    update: int,
+    capacity: int,
+    decay: float,
+    weights: tuple[float, ...],
 ) -> None:
     """Also of a text of more than three times the context that the model was trained with: no key is met further away."""
-    tiny, rule = Tiny(folder, shape), KeptAttention(window, update, capacity, decay)
+    tiny = Tiny(folder, shape)
+    capacities = KeptDivision.of(tiny.config, weights).capacities(capacity)
+    assert len({most for most in capacities if most}) == (len(set(weights)) or 1)
+    rule = KeptAttention(window, update, capacities, decay)
     wanted = transformer_reference.logits(tiny.config, tiny.weights, TEXT, rule)
     plan = PageSchedule(window, update)
-    more = {"kept": capacity, "decay": decay, "turn_tokens": (TURN,)}
+    more = {"kept": capacity, "decay": decay, "turn_tokens": (TURN,), "weights": weights}
     found, cache = read(tiny.config, tiny.params, TEXT, "float32", plan, **more)  # type: ignore[arg-type]
     assert np.isfinite(found).all()
     assert_kept(tiny, cache, rule, LENGTH)
@@ -148,10 +173,34 @@ def test_turn_starts_stay_where_better_attended_pairs_compete(folder: Path, star
     transformer_reference.logits(tiny.config, tiny.weights, text, rule)
     more = {"kept": capacity, "turn_tokens": (TURN,)}
     cache = read(tiny.config, tiny.params, text, "float32", PageSchedule(1), **more)[1]  # type: ignore[arg-type]
-    assert int(cache.kept[0]) == capacity
+    assert (np.asarray(cache.kept[0]) == capacity).all()
     if starts == 6:
         assert_kept(tiny, cache, rule, LENGTH)
     left = {position for position in protected if SINKS <= position < 7 * PAGE}
     for head in range(tiny.config.kv_heads):
         found = kept_positions(tiny, cache, rule, 0, head)  # the first layer's pairs do not depend on what is kept
         assert found >= left if starts == 6 else found <= left
+
+
+def test_layers_that_keep_different_numbers_share_one_program(folder: Path) -> None:
+    """So a start compiles no more than of layers that keep as many: a step's programs get the same shapes of every group."""
+    config = Tiny(folder, WITHIN).config
+    config = config.replace(layers=config.layers[:1] * 10)
+    division = KeptDivision.of(config, range(1, 11))
+    cache = jax.eval_shape(lambda: init_kv_cache(config, 2, 4, "int8", division.pages(5)))
+    assert len(set(cache.kept_pages)) > 2
+    given: dict[int, list[Any]] = {}
+
+    def call(program: AotProgram, key: object, *args: Any) -> Any:
+        given.setdefault(id(program), []).append(shapes(args))
+        return jax.eval_shape(program._function, *args)
+
+    tokens, count = shape((2, 3), np.int32), shape((2,), np.int32)
+    trunk = Trunk(config)
+    *_, (after, _, states) = trunk.parts(call, (), param_shapes(config, "int8"), cache, tokens, count)
+    assert len(states) == 10
+    assert after.pairs is cache.pairs, "a step only reads what is kept"
+    enter, layers = given.values()
+    assert (len(enter), len(layers)) == (1, trunk.programs) == (1, 2)
+    assert jax.tree.structure(layers[0]) == jax.tree.structure(layers[1])
+    assert jax.tree.leaves(layers[0]) == jax.tree.leaves(layers[1])

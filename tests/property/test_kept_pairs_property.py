@@ -38,8 +38,8 @@ def test_four_bits_are_the_nearest_of_sixteen_levels(seed: int, dim: int, size: 
     assert np.asarray(packed.nibbles).nbytes * 2 == values.nbytes
 
 
-def kept_pairs(random: np.random.Generator, rows: int, pages: int, dim: int, kept: int) -> KeptPairs:
-    empty = init_kept_pairs(rows, 4, pages, HEADS, KV_HEADS, dim, 4, "int8")
+def kept_pairs(random: np.random.Generator, rows: int, pages: int, dim: int) -> KeptPairs:
+    empty = init_kept_pairs(rows, pages, KV_HEADS, dim, "int8")
 
     def filled(old: PackedPages) -> PackedPages:
         values = random.integers(-127, 128, (*old.scale.shape, dim)).astype(np.int8)
@@ -48,9 +48,7 @@ def kept_pairs(random: np.random.Generator, rows: int, pages: int, dim: int, kep
     score = random.integers(0, 6, empty.score.shape).astype(np.float32)  # many are equal
     assert isinstance(empty.k, PackedPages)
     assert isinstance(empty.v, PackedPages)
-    return KeptPairs(
-        filled(empty.k), filled(empty.v), jnp.asarray(score), empty.ring_score, empty.queries, empty.query_scale
-    )
+    return KeptPairs(filled(empty.k), filled(empty.v), jnp.asarray(score))
 
 
 def page(random: np.random.Generator, dim: int) -> QuantPages:
@@ -68,20 +66,25 @@ def test_the_highest_scores_stay(kernels: KernelChoice, seed: int, pages: int, d
     kept = data.draw(st.integers(0, capacity))
     sinks = data.draw(st.sampled_from([0, 4]))
     row = data.draw(st.integers(0, 1))
-    pairs, k, v = kept_pairs(random, 2, pages, dim, kept), page(random, dim), page(random, dim)
+    first = data.draw(st.integers(0, 2))
+    pairs, k, v = kept_pairs(random, 2, pages + 2, dim), page(random, dim), page(random, dim)
+    stretch = slice(first, first + pages)
     own = random.integers(0, 6, (KV_HEADS, PAGE)).astype(np.float32)
     own[:, :sinks] = -np.inf
     with kernels.scope():
-        new = jax.jit(exchange_pairs)(pairs, row, jnp.asarray(own), k, v, kept, capacity)
-    other = 1 - row
+        exchange = jax.jit(exchange_pairs, static_argnums=8)
+        of_layer = jax.tree.map(lambda part: jnp.asarray(part)[None], (first, own, k, v, kept, capacity))
+        new = exchange(pairs, row, *of_layer, pages)
+    others = np.ones((2, pages + 2), bool)
+    others[row, stretch] = False
     for before, after in zip(jax.tree.leaves(pairs), jax.tree.leaves(new), strict=True):
-        assert np.array_equal(before[other], after[other]), "another row's pairs"
+        assert np.array_equal(before[others], after[others]), "another row's pairs, or another layer's"
     for head in range(KV_HEADS):
         # what there was and what came, as (score, how new, keys, values): the best of them, newer first where equal
         def listed(of: KeptPairs, count: int, head: int = head) -> list[tuple[float, int, bytes, bytes]]:
-            keys = np.asarray(unpack(of.k))[row, :, head].reshape(places, dim)
-            values = np.asarray(unpack(of.v))[row, :, head].reshape(places, dim)
-            score = np.asarray(of.score)[row, :, head].reshape(places)
+            keys = np.asarray(unpack(of.k))[row, stretch, head].reshape(places, dim)
+            values = np.asarray(unpack(of.v))[row, stretch, head].reshape(places, dim)
+            score = np.asarray(of.score)[row, stretch, head].reshape(places)
             return [(float(score[i]), i, keys[i].tobytes(), values[i].tobytes()) for i in range(count)]
 
         def whole(of: QuantPages, head: int = head) -> np.ndarray:

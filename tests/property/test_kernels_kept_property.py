@@ -19,10 +19,21 @@ from atlas_jax.kernels import packed_pages
 from atlas_jax.kernels.attention import ref_window_attention, window_attention
 from atlas_jax.kernels.cpu import library
 from atlas_jax.kernels.kernel_choice import KernelChoice
-from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, Pages, QuantPages, init_kept_pairs, init_layer_kv, unpacked
+from atlas_jax.kernels.kv_pages import (
+    KVDtype,
+    LayerKV,
+    LayerPairs,
+    Pages,
+    QuantPages,
+    init_kept_pairs,
+    init_layer_kv,
+    unpacked,
+)
 from atlas_jax.kernels.packed_pages import PackedPages
 
 SINKS, SAMPLES, SCALE = 4, 32, 0.125
+OTHERS = 2
+"""Pages of other layers among those of the pairs, before or behind this one's."""
 needs_kernels = pytest.mark.skipif(not library.available(), reason="no C compiler, or no AVX-512 VNNI")
 seeds = st.integers(0, 2**32 - 1)
 
@@ -70,22 +81,49 @@ class Step:
     kv: LayerKV
     seen: jax.Array
     sinks_seen: jax.Array
-    kept: jax.Array
+    pairs: LayerPairs
+
+    @property
+    def kept(self) -> np.ndarray:
+        """Pairs of each row."""
+        return np.asarray(self.pairs.stretch[:, 1])
+
+    @property
+    def first(self) -> int:
+        """Where the layer's pages begin among all."""
+        return int(self.pairs.stretch[0, 0])
+
+    @property
+    def filled(self) -> np.ndarray:
+        """Which places of all pages hold a pair of the layer, [B, pool, 1, P]."""
+        pool = self.pairs.pool.score.shape[1]
+        index = np.arange(pool * PAGE).reshape(1, pool, 1, PAGE) - self.first * PAGE
+        return (index >= 0) & (index < self.kept[:, None, None, None])
+
+    def near(self) -> tuple[jax.Array, jax.Array]:
+        """The layer's kept keys and values as float32 pages."""
+        own = slice(self.first, self.first + self.pairs.pages)
+        k, v = (stored(unpacked(x))[:, own] for x in (self.pairs.pool.k, self.pairs.pool.v))
+        return jnp.asarray(k, jnp.float32), jnp.asarray(v, jnp.float32)
+
+    def with_count(self, count: Any) -> Step:
+        """With other numbers of pairs."""
+        stretch = self.pairs.stretch.at[:, 1].set(count)
+        return dataclasses.replace(self, pairs=dataclasses.replace(self.pairs, stretch=stretch))
 
     def rows(self, part: slice) -> Step:
         return Step(*(jax.tree.map(lambda leaf: leaf[part], value) for value in vars(self).values()))
 
     def tokens(self, part: slice) -> Step:
         q, q_sink, seen, sinks_seen = (x[:, part] for x in (self.q, self.q_sink, self.seen, self.sinks_seen))
-        return Step(q, q_sink, self.kv, seen, sinks_seen, self.kept)
+        return Step(q, q_sink, self.kv, seen, sinks_seen, self.pairs)
 
     def with_pairs(self, change: Any) -> Step:
         """With other kept keys and values, changed leaf by leaf."""
-        assert self.kv.kept is not None
-        k, v = (jax.tree.map(change, pairs) for pairs in (self.kv.kept.k, self.kv.kept.v))
-        return dataclasses.replace(
-            self, kv=dataclasses.replace(self.kv, kept=dataclasses.replace(self.kv.kept, k=k, v=v))
-        )
+        pool = self.pairs.pool
+        k, v = (jax.tree.map(change, pairs) for pairs in (pool.k, pool.v))
+        pool = dataclasses.replace(pool, k=k, v=v)
+        return dataclasses.replace(self, pairs=dataclasses.replace(self.pairs, pool=pool))
 
 
 @functools.cache
@@ -93,10 +131,11 @@ def compiled(cpu: bool) -> Any:
     return jax.jit(lambda *args: window_attention(*args[:5], SCALE, args[5]))
 
 
-def run(cpu: bool, step: Step) -> np.ndarray:
-    """`window_attention`, traced with or without the kernels."""
+def run(cpu: bool, step: Step, *, pairs: bool = True) -> np.ndarray:
+    """`window_attention`, traced with or without the kernels; of a layer that keeps `pairs`, or none."""
+    args = list(vars(step).values())
     with KernelChoice(cpu=cpu).scope():
-        return np.asarray(compiled(cpu)(*vars(step).values()))
+        return np.asarray(compiled(cpu)(*args[:5], args[5] if pairs else None))
 
 
 def some_step(seed: int, shape: Shape, dtype: KVDtype, counts: tuple[int, ...] | None = None) -> Step:
@@ -118,30 +157,31 @@ def some_step(seed: int, shape: Shape, dtype: KVDtype, counts: tuple[int, ...] |
 
     def pairs() -> PackedPages | jax.Array:
         if dtype == "float32":
-            return floats(shape.rows, shape.kept_pages, shape.kv_heads, PAGE, shape.dim)
-        whole = pages(shape.kept_pages)
+            return floats(shape.rows, pool, shape.kv_heads, PAGE, shape.dim)
+        whole = pages(pool)
         return packed_pages.pack(whole.values, whole.scale)
 
-    heads = shape.kv_heads * shape.groups
+    heads, pool = shape.kv_heads * shape.groups, shape.kept_pages + OTHERS
     sizes = shape.kv_heads, shape.dim
     empty = init_layer_kv(shape.rows, shape.pages, *sizes, SINKS, dtype)
-    nothing = init_kept_pairs(shape.rows, shape.pages, shape.kept_pages, heads, *sizes, SAMPLES, dtype)
+    nothing = init_kept_pairs(shape.rows, pool, *sizes, dtype)
     kv = dataclasses.replace(
         empty,
         k=ring(),
         v=ring(),
         sink_k=floats(*empty.sink_k.shape),
         sink_v=floats(*empty.sink_v.shape),
-        kept=dataclasses.replace(nothing, k=pairs(), v=pairs()),
     )
+    both = dataclasses.replace(nothing, k=pairs(), v=pairs())
     seen = random.random((shape.rows, shape.tokens, shape.pages, PAGE)) < 0.5
     seen[:, :, random.integers(shape.pages), random.integers(PAGE)] = True
     most = shape.kept_pages * PAGE
     kept = counts or random.choice([0, 1, PAGE, most, *random.integers(0, most + 1, 4)], shape.rows)
     queries = shape.rows, shape.tokens, heads, shape.dim
     sinks_seen = random.random((shape.rows, shape.tokens)) < 0.5
-    masks = jnp.asarray(seen), jnp.asarray(sinks_seen), jnp.asarray(kept, jnp.int32)
-    return Step(floats(*queries), floats(*queries), kv, *masks)
+    stretch = np.stack([np.full(shape.rows, random.integers(OTHERS + 1)), kept], axis=1)
+    of_layer = LayerPairs(both, jnp.asarray(stretch, jnp.int32), shape.kept_pages)
+    return Step(floats(*queries), floats(*queries), kv, jnp.asarray(seen), jnp.asarray(sinks_seen), of_layer)
 
 
 def stored(pages: Pages) -> np.ndarray:
@@ -152,10 +192,8 @@ def stored(pages: Pages) -> np.ndarray:
 
 def softmax_of(step: Step) -> np.ndarray:
     """The attention output in float64, one query after another."""
-    assert step.kv.kept is not None
-    ring, values, near, near_values = (
-        stored(x) for x in (step.kv.k, step.kv.v, unpacked(step.kv.kept.k), unpacked(step.kv.kept.v))
-    )
+    ring, values = stored(step.kv.k), stored(step.kv.v)
+    near, near_values = (np.asarray(x, np.float64) for x in step.near())
     out = np.zeros(step.q.shape)
     groups = step.q.shape[2] // ring.shape[2]
     for row, token, head in np.ndindex(*step.q.shape[:3]):
@@ -179,11 +217,11 @@ def test_attention_is_one_softmax_over_ring_sinks_and_kept_pairs(form: Form, see
     found, wanted = run(form.cpu, step), softmax_of(step)
     np.testing.assert_allclose(found, wanted, atol=form.rounding)
     np.testing.assert_allclose(found, run(False, step), atol=form.sums)
-    assert step.kv.kept is not None
     plain = [jnp.asarray(stored(x), jnp.float32) for x in (step.kv.k, step.kv.v)]
-    near = [jnp.asarray(stored(unpacked(x)), jnp.float32) for x in (step.kv.kept.k, step.kv.kept.v)]
     sinks = step.kv.sink_k, step.kv.sink_v, step.seen, step.sinks_seen
-    definition = ref_window_attention(step.q, step.q_sink, *plain, *sinks, SCALE, (near[0], near[1], step.kept))
+    definition = ref_window_attention(
+        step.q, step.q_sink, *plain, *sinks, SCALE, (*step.near(), jnp.asarray(step.kept))
+    )
     np.testing.assert_allclose(definition, wanted, atol=2e-5)
 
 
@@ -202,19 +240,17 @@ def test_pages_in_4_bits_are_read_as_those_in_8_that_they_stand_for(seed: int, s
             else jnp.asarray(random.integers(0, 256, x.shape).astype(np.uint8).view(x.dtype))
         )
     )
-    kept = step.kv.kept
-    assert kept is not None
-    pages = []
-    for ring, pairs in ((step.kv.k, kept.k), (step.kv.v, kept.v)):
+    pages, own = [], slice(step.first, step.first + shape.kept_pages)
+    for ring, pairs in ((step.kv.k, step.pairs.pool.k), (step.kv.v, step.pairs.pool.v)):
         assert isinstance(pairs, PackedPages)
-        whole = unpacked(pairs)
+        whole = jax.tree.map(lambda x: x[:, own], unpacked(pairs))
         pages.append(jax.tree.map(lambda *x: jnp.concatenate(x, axis=1), ring, whole))
     filled = np.arange(shape.kept_pages * PAGE) < np.asarray(step.kept)[:, None]
     filled = np.broadcast_to(filled.reshape(shape.rows, 1, -1, PAGE), (*step.seen.shape[:2], shape.kept_pages, PAGE))
-    wide = LayerKV(pages[0], pages[1], step.kv.sink_k, step.kv.sink_v, kept)
+    wide = LayerKV(pages[0], pages[1], step.kv.sink_k, step.kv.sink_v)
     seen = jnp.concatenate([step.seen, filled], axis=2)
-    as_ring = Step(step.q, step.q, wide, seen, step.sinks_seen, jnp.zeros_like(step.kept))
-    np.testing.assert_array_equal(run(True, step), run(True, as_ring))
+    as_ring = Step(step.q, step.q, wide, seen, step.sinks_seen, step.pairs)
+    np.testing.assert_array_equal(run(True, step), run(True, as_ring, pairs=False))
 
 
 @needs_kernels
@@ -223,11 +259,10 @@ def test_pages_in_4_bits_are_read_as_those_in_8_that_they_stand_for(seed: int, s
 def test_a_row_that_keeps_nothing_has_the_bits_of_a_layer_that_keeps_none(seed: int, shape: Shape) -> None:
     step = some_step(seed, shape, "int8")
     found = run(True, step)
-    without = run(True, dataclasses.replace(step, kv=dataclasses.replace(step.kv, kept=None)))
+    without = run(True, step, pairs=False)
     nothing = np.asarray(step.kept) == 0
     np.testing.assert_array_equal(found[nothing], without[nothing])
-    none = dataclasses.replace(step, kept=jnp.zeros_like(step.kept))
-    np.testing.assert_array_equal(run(True, none), without)
+    np.testing.assert_array_equal(run(True, step.with_count(0)), without)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -241,8 +276,10 @@ def test_kept_pairs_have_no_order(form: Form, seed: int, shape: Shape) -> None:
     order = np.concatenate([random.permutation(count), np.arange(count, most)])
 
     def shuffled(leaf: jax.Array) -> jax.Array:
-        flat = leaf.swapaxes(1, 2).reshape(shape.rows, shape.kv_heads, most, *leaf.shape[4:])[:, :, order]
-        return flat.reshape(shape.rows, shape.kv_heads, shape.kept_pages, PAGE, *leaf.shape[4:]).swapaxes(1, 2)
+        own = slice(step.first, step.first + shape.kept_pages)
+        flat = leaf[:, own].swapaxes(1, 2).reshape(shape.rows, shape.kv_heads, most, *leaf.shape[4:])[:, :, order]
+        pages = flat.reshape(shape.rows, shape.kv_heads, shape.kept_pages, PAGE, *leaf.shape[4:]).swapaxes(1, 2)
+        return leaf.at[:, own].set(pages)
 
     np.testing.assert_allclose(run(form.cpu, step.with_pairs(shuffled)), run(form.cpu, step), atol=form.sums)
 
@@ -251,10 +288,10 @@ def test_kept_pairs_have_no_order(form: Form, seed: int, shape: Shape) -> None:
 @settings(deadline=None, max_examples=6)
 @given(seed=seeds, shape=shapes)
 def test_what_lies_in_places_that_are_not_filled_changes_no_bit(form: Form, seed: int, shape: Shape) -> None:
+    """Nor do the pairs of other layers, before and behind."""
     random = np.random.default_rng(seed)
     step = some_step(seed, shape, form.dtype)
-    index = np.arange(shape.kept_pages * PAGE).reshape(1, shape.kept_pages, 1, PAGE)
-    filled = index < np.asarray(step.kept)[:, None, None, None]
+    filled = step.filled
 
     def disturbed(leaf: jax.Array) -> jax.Array:
         noise = (

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.kernel_choice import KernelChoice
-from atlas_jax.kernels.kv_pages import LayerKV, unpacked
+from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, unpacked
 from atlas_jax.kernels.received_attention import received_attention, ref_received_attention
 from tests.property.test_kernels_kept_property import (
     FORMS,
@@ -35,7 +35,7 @@ shapes = st.sampled_from([Shape(2, SAMPLES, 3, 2, 2, 2), Shape(3, SAMPLES // 2, 
 
 @functools.cache
 def compiled(cpu: bool) -> Any:
-    return jax.jit(lambda *args: received_attention(*args, SCALE))
+    return jax.jit(lambda *args: received_attention(*args, SCALE), static_argnums=9)
 
 
 def run(cpu: bool, args: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -52,14 +52,14 @@ def some_queries(seed: int, shape: Shape, form: Form) -> tuple[Any, ...]:
     row = int(random.integers(shape.rows))
     seen = np.array(step.seen[row]) & (random.random((shape.tokens, shape.pages, 1)) < 0.8)
     seen[-1] = False
-    sinks_seen, kept = random.random() < 0.5, step.kept[row]
-    return step.q[row], step.q_sink[row], step.kv, jnp.int32(row), jnp.asarray(seen), jnp.asarray(sinks_seen), kept
+    where = jnp.asarray(seen), jnp.asarray(random.random() < 0.5), *step.pairs.stretch[row], shape.kept_pages
+    return step.q[row], step.q_sink[row], step.kv, step.pairs.pool, jnp.int32(row), *where
 
 
 def definition(args: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
     """The sums in float64, one query after another."""
-    q, q_near, kv, row, seen, sinks_seen, kept = args
-    keys, near_keys = stored(kv.k)[row], stored(unpacked(kv.kept.k))[row]
+    q, q_near, kv, pool, row, seen, sinks_seen, first, kept, pages = args
+    keys, near_keys = stored(kv.k)[row], stored(unpacked(pool.k))[row][first : first + pages]
     sinks = np.asarray(kv.sink_k, np.float64)[row][:, : SINKS if sinks_seen else 0]
     filled = np.arange(near_keys.shape[0] * PAGE).reshape(-1, PAGE) < int(kept)
     ring, pairs = np.zeros(keys.shape[:3]), np.zeros(near_keys.shape[:3])
@@ -82,9 +82,10 @@ def definition(args: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
 @given(seed=seeds, shape=shapes)
 def test_pairs_receive_the_probabilities_of_one_softmax(form: Form, seed: int, shape: Shape) -> None:
     args = some_queries(seed, shape, form)
-    q, q_near, kv, row, seen, sinks_seen, kept = args
+    q, q_near, kv, pool, row, seen, sinks_seen, first, kept, pages = args
     wanted = definition(args)
-    k, kept_k = (jnp.asarray(stored(x)[row], jnp.float32) for x in (kv.k, unpacked(kv.kept.k)))
+    k, kept_k = (jnp.asarray(stored(x)[row], jnp.float32) for x in (kv.k, unpacked(pool.k)))
+    kept_k = kept_k[first : first + pages]
     plain = ref_received_attention(q, q_near, k, kv.sink_k[row], kept_k, seen, sinks_seen, kept, SCALE)
     for found, other, ref, exact in zip(run(form.cpu, args), run(False, args), plain, wanted, strict=True):
         np.testing.assert_allclose(ref, exact, atol=1e-5)
@@ -97,21 +98,21 @@ def test_pairs_receive_the_probabilities_of_one_softmax(form: Form, seed: int, s
 @settings(deadline=None, max_examples=6)
 @given(seed=seeds, shape=shapes)
 def test_received_attention_depends_on_the_row_alone(form: Form, seed: int, shape: Shape) -> None:
-    """Neither on other rows nor on what lies in places that are not filled."""
-    q, q_near, kv, row, seen, sinks_seen, kept = some_queries(seed, shape, form)
-    index = np.arange(shape.kept_pages * PAGE).reshape(1, shape.kept_pages, 1, PAGE)
-    own = (np.arange(shape.rows) == int(row)).reshape(-1, 1, 1, 1) & (index < int(kept))
+    """Neither on other rows, nor on other layers' pairs, nor on what lies in places that are not filled."""
+    q, q_near, kv, pool, row, *rest = some_queries(seed, shape, form)
+    first, kept, pages = int(rest[2]), int(rest[3]), pool.score.shape[1]
+    index = np.arange(pages * PAGE).reshape(1, pages, 1, PAGE) - first * PAGE
+    own = (np.arange(shape.rows) == int(row)).reshape(-1, 1, 1, 1) & (index >= 0) & (index < kept)
 
     def disturbed(leaf: jax.Array) -> jax.Array:
         noise = 77 if leaf.dtype.itemsize == 1 else np.nan
         return jnp.where(own.reshape(*own.shape, *(1,) * (leaf.ndim - 4)), leaf, noise)
 
-    pairs = dataclasses.replace(kv.kept, k=jax.tree.map(disturbed, kv.kept.k))
-    other = dataclasses.replace(kv, kept=pairs)
-    alone: LayerKV = jax.tree.map(lambda leaf: leaf[int(row) : int(row) + 1], kv)
-    wanted = run(form.cpu, (q, q_near, kv, row, seen, sinks_seen, kept))
-    for changed in ((q, q_near, other, row), (q, q_near, alone, jnp.int32(0))):
-        for found, before in zip(run(form.cpu, (*changed, seen, sinks_seen, kept)), wanted, strict=True):
+    other = dataclasses.replace(pool, k=jax.tree.map(disturbed, pool.k))
+    alone: tuple[LayerKV, KeptPairs] = jax.tree.map(lambda leaf: leaf[int(row) : int(row) + 1], (kv, pool))
+    wanted = run(form.cpu, (q, q_near, kv, pool, row, *rest))
+    for changed in ((q, q_near, kv, other, row), (q, q_near, *alone, jnp.int32(0))):
+        for found, before in zip(run(form.cpu, (*changed, *rest)), wanted, strict=True):
             np.testing.assert_array_equal(found, before)
 
 
@@ -119,10 +120,10 @@ def test_received_attention_depends_on_the_row_alone(form: Form, seed: int, shap
 @settings(deadline=None, max_examples=6)
 @given(seed=seeds, shape=shapes)
 def test_received_attention_is_that_of_its_queries_one_by_one(seed: int, shape: Shape) -> None:
-    q, q_near, kv, row, seen, sinks_seen, kept = some_queries(seed, shape, Form(True, "int8", 1e-3, 0.03))
-    together = run(True, (q, q_near, kv, row, seen, sinks_seen, kept))
+    q, q_near, kv, pool, row, seen, *rest = some_queries(seed, shape, Form(True, "int8", 1e-3, 0.03))
+    together = run(True, (q, q_near, kv, pool, row, seen, *rest))
     each = [
-        run(True, (q[one], q_near[one], kv, row, seen[one], sinks_seen, kept))
+        run(True, (q[one], q_near[one], kv, pool, row, seen[one], *rest))
         for one in (slice(t, t + 1) for t in range(0, shape.tokens))
     ]
     for found, parts in zip(together, zip(*each, strict=True), strict=True):

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, PartitionSpec, SingleDeviceSharding
 from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig, RopeConfig
 from atlas_jax.kernels import attention, recall_features
 from atlas_jax.kernels.kernel_choice import KernelChoice
-from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView, init_kept_pairs, init_layer_kv, unpacked
+from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, LayerPairs, QuantPages, RingView, init_layer_kv, unpacked
 from atlas_jax.kernels.linear import split_rows
 from atlas_jax.kernels.packed_pages import pack
 from atlas_jax.kernels.rope import rope_table
@@ -69,13 +69,13 @@ SHAPES = (
 
 @functools.cache
 def interpreted(shape: Shape) -> Any:
-    def run(q: jax.Array, q_sink: jax.Array, kv: LayerKV, view: RingView) -> jax.Array:
-        return window_attention.attention(q, q_sink, kv, view, shape.sliding_window, shape.scale, interpret=True)
+    def run(q: jax.Array, q_sink: jax.Array, kv: LayerKV, view: RingView, pairs: LayerPairs | None) -> jax.Array:
+        return window_attention.attention(q, q_sink, kv, view, shape.sliding_window, shape.scale, pairs, interpret=True)
 
     return jax.jit(run)
 
 
-def some_step(shape: Shape, seed: int) -> tuple[jax.Array, jax.Array, LayerKV, RingView]:
+def some_step(shape: Shape, seed: int) -> tuple[jax.Array, jax.Array, LayerKV, RingView, LayerPairs | None]:
     """Queries and a ring in any order: pages of the text, the window's and older ones, between slots that hold none."""
     random = np.random.default_rng(seed)
     batch = shape.rows
@@ -90,16 +90,17 @@ def some_step(shape: Shape, seed: int) -> tuple[jax.Array, jax.Array, LayerKV, R
 
     sinks = batch, shape.kv_heads, SINKS, shape.dim
     kv = LayerKV(pages(shape.ring), pages(shape.ring), floats(*sinks), floats(*sinks))
-    kept = np.zeros(batch, np.int32)
+    pairs = None
     if shape.kept_pages:
-        sizes = shape.kv_heads * shape.groups, shape.kv_heads, shape.dim
-        pairs = init_kept_pairs(batch, shape.ring, shape.kept_pages, *sizes, 32, "int8")
-        packed = [pack(whole.values, whole.scale) for whole in (pages(shape.kept_pages), pages(shape.kept_pages))]
-        kv = dataclasses.replace(kv, kept=dataclasses.replace(pairs, k=packed[0], v=packed[1]))
+        pool, first = shape.kept_pages + 2, random.integers(3)  # of other layers before it and behind
+        packed = [pack(whole.values, whole.scale) for whole in (pages(pool), pages(pool))]
+        both = KeptPairs(packed[0], packed[1], jnp.zeros((batch, pool, shape.kv_heads, PAGE)))
         most = shape.kept_pages * PAGE
-        kept[:] = random.choice([0, 1, PAGE, most, *random.integers(0, most + 1, 4)], batch)
+        kept = random.choice([0, 1, PAGE, most, *random.integers(0, most + 1, 4)], batch)
+        stretch = np.stack([np.full(batch, first), kept], axis=1)
+        pairs = LayerPairs(both, jnp.asarray(stretch, jnp.int32), shape.kept_pages)
     labels = np.full((batch, shape.ring), -1, np.int32)
-    slot, first = np.zeros((2, batch), np.int32)
+    slot, first_page = np.zeros((2, batch), np.int32)
     positions = np.zeros((batch, shape.tokens), np.int32)
     for row in range(batch):
         last = int(random.integers(0, 3 * shape.ring))
@@ -107,12 +108,12 @@ def some_step(shape: Shape, seed: int) -> tuple[jax.Array, jax.Array, LayerKV, R
         places = random.permutation(shape.ring)[:held]
         labels[row, places] = np.arange(last - held + 1, last + 1)
         slot[row] = places[-1]
-        first[row] = random.integers(max(0, last - held + 1), last + 1)
+        first_page[row] = random.integers(max(0, last - held + 1), last + 1)
         start = random.choice([0, PAGE - shape.tokens, random.integers(0, PAGE - shape.tokens + 1)])
         positions[row] = last * PAGE + start + np.arange(shape.tokens)
-    view = RingView(*map(jnp.asarray, (labels, slot, positions, np.ones(positions.shape, bool), first, kept)))
+    view = RingView(*map(jnp.asarray, (labels, slot, positions, np.ones(positions.shape, bool), first_page)))
     heads = batch, shape.tokens, shape.kv_heads * shape.groups, shape.dim
-    return floats(*heads), floats(*heads), kv, view
+    return floats(*heads), floats(*heads), kv, view, pairs
 
 
 def stored(pages: Any) -> np.ndarray:
@@ -122,12 +123,13 @@ def stored(pages: Any) -> np.ndarray:
 @settings(max_examples=14, deadline=None, derandomize=True)
 @given(st.sampled_from(SHAPES), seeds)
 def test_attention_is_a_softmax_over_the_window_and_the_sinks(shape: Shape, seed: int) -> None:
-    q, q_sink, kv, view = some_step(shape, seed)
-    out = np.asarray(interpreted(shape)(q, q_sink, kv, view), np.float64)
+    q, q_sink, kv, view, pairs = some_step(shape, seed)
+    out = np.asarray(interpreted(shape)(q, q_sink, kv, view, pairs), np.float64)
     keys, values = stored(kv.k), stored(kv.v)
     sink_k, sink_v = np.asarray(kv.sink_k, np.float64), np.asarray(kv.sink_v, np.float64)
-    if kv.kept is not None:
-        kept_k, kept_v = stored(unpacked(kv.kept.k)), stored(unpacked(kv.kept.v))
+    if pairs is not None:
+        own = int(pairs.stretch[0, 0])
+        kept_k, kept_v = (stored(unpacked(x))[:, own : own + pairs.pages] for x in (pairs.pool.k, pairs.pool.v))
     labels = np.asarray(view.page)
     random = np.random.default_rng(seed)
     for row in range(shape.rows):
@@ -147,9 +149,9 @@ def test_attention_is_a_softmax_over_the_window_and_the_sinks(shape: Shape, seed
                 if first > 0 and shape.sliding_window is None:
                     near_k.append(sink_k[row, group])
                     near_v.append(sink_v[row, group])
-                if kv.kept is not None:
-                    near_k.append(kept_k[row, :, group].reshape(-1, shape.dim)[: int(view.kept[row])])
-                    near_v.append(kept_v[row, :, group].reshape(-1, shape.dim)[: int(view.kept[row])])
+                if pairs is not None:
+                    near_k.append(kept_k[row, :, group].reshape(-1, shape.dim)[: int(pairs.count[row])])
+                    near_v.append(kept_v[row, :, group].reshape(-1, shape.dim)[: int(pairs.count[row])])
                 if near_k:
                     # these are met by a query of their own; as one product: [q, 0]·[k, 0] or [0, q_sink]·[0, k]
                     near = np.concatenate(near_k)
@@ -164,8 +166,8 @@ def test_attention_is_a_softmax_over_the_window_and_the_sinks(shape: Shape, seed
 @settings(max_examples=14, deadline=None, derandomize=True)
 @given(st.sampled_from(SHAPES), seeds)
 def test_what_is_not_seen_changes_no_bit(shape: Shape, seed: int) -> None:
-    q, q_sink, kv, view = some_step(shape, seed)
-    before = np.asarray(interpreted(shape)(q, q_sink, kv, view))
+    q, q_sink, kv, view, pairs = some_step(shape, seed)
+    before = np.asarray(interpreted(shape)(q, q_sink, kv, view, pairs))
     token = np.asarray(view.page)[:, :, None] * PAGE + np.arange(PAGE)
     seen = (token >= np.asarray(view.first_page)[:, None, None] * PAGE) & (np.asarray(view.page) >= 0)[:, :, None]
     seen &= token <= np.asarray(view.positions).max(axis=1)[:, None, None]
@@ -177,26 +179,26 @@ def test_what_is_not_seen_changes_no_bit(shape: Shape, seed: int) -> None:
     def disturbed(pages: Any) -> QuantPages:
         return QuantPages(jnp.where(seen[..., None], pages.values, noise), jnp.where(seen, pages.scale, 1e4))
 
-    def disturbed_pairs(leaf: jax.Array) -> jax.Array:
-        filled = np.arange(shape.kept_pages * PAGE).reshape(shape.kept_pages, 1, PAGE) < np.asarray(view.kept).reshape(
-            -1, 1, 1, 1
-        )
+    def disturbed_pairs(leaf: jax.Array, first: int, count: np.ndarray) -> jax.Array:
+        index = np.arange(leaf.shape[1] * PAGE).reshape(-1, 1, PAGE) - first * PAGE
+        filled = (index >= 0) & (index < count.reshape(-1, 1, 1, 1))
         return jnp.where(filled.reshape(*filled.shape, *(1,) * (leaf.ndim - 4)), leaf, 99 if leaf.ndim > 4 else np.nan)
 
     other = dataclasses.replace(kv, k=disturbed(kv.k), v=disturbed(kv.v))
-    if kv.kept is not None:
-        pairs = jax.tree.map(disturbed_pairs, (kv.kept.k, kv.kept.v))
-        other = dataclasses.replace(other, kept=dataclasses.replace(kv.kept, k=pairs[0], v=pairs[1]))
-    assert np.array_equal(interpreted(shape)(q, q_sink, other, view), before)
+    if pairs is not None:
+        where = int(pairs.stretch[0, 0]), np.asarray(pairs.count)
+        k, v = jax.tree.map(lambda leaf: disturbed_pairs(leaf, *where), (pairs.pool.k, pairs.pool.v))
+        pairs = dataclasses.replace(pairs, pool=dataclasses.replace(pairs.pool, k=k, v=v))
+    assert np.array_equal(interpreted(shape)(q, q_sink, other, view, pairs), before)
 
 
 def test_a_row_that_sees_nothing_is_zero_and_harms_nobody() -> None:
     shape = SHAPES[0]
-    q, q_sink, kv, view = some_step(shape, 0)
+    q, q_sink, kv, view, _ = some_step(shape, 0)
     empty = RingView(view.page.at[0].set(-1), view.slot, view.positions, view.valid, view.first_page.at[0].set(0))
-    out = interpreted(shape)(q, q_sink, kv, empty)
+    out = interpreted(shape)(q, q_sink, kv, empty, None)
     assert not np.asarray(out[0]).any()
-    assert np.array_equal(out[1], interpreted(shape)(q, q_sink, kv, view)[1])
+    assert np.array_equal(out[1], interpreted(shape)(q, q_sink, kv, view, None)[1])
 
 
 VOCAB, EMBED, ROWS = 60, 20, 3
@@ -305,7 +307,7 @@ def layer_output(config: ModelConfig, kv: LayerKV, view: RingView) -> jax.Array:
 
 def test_a_model_attends_through_the_kernel() -> None:
     shape = Shape(rows=2, tokens=4, kv_heads=2, groups=2, dim=32, ring=4)
-    _, _, kv, view = some_step(shape, 0)
+    _, _, kv, view, _ = some_step(shape, 0)
     wanted = layer_output(MODEL, kv, view)
     with INTERPRETED.scope():
         assert str(jax.make_jaxpr(layer_output, static_argnums=0)(MODEL, kv, view)).count("name=window_attention") == 1
@@ -371,7 +373,7 @@ def test_mosaic_compiles_attention_and_reads_the_ring_where_it_lies(
     shape = Shape(rows=rows, tokens=tokens, ring=16, sliding_window=sliding_window, kept_pages=kept_pages, **model)
     step = placed(jax.eval_shape(lambda: some_step(shape, 0)))
     compiled = (
-        jax.jit(lambda *args: window_attention.attention(*args, shape.sliding_window, shape.scale))
+        jax.jit(lambda *args: window_attention.attention(*args[:4], shape.sliding_window, shape.scale, args[4]))
         .lower(*step)
         .compile()
     )

@@ -32,6 +32,8 @@ from atlas_jax.engine.sessions.recall_layout import RecallLayout
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape, SessionStats, Unread
 from atlas_jax.engine.sessions.snapshot import Listing
 from atlas_jax.kernels.kv_pages import KVDtype
+from atlas_jax.model.kept_division import KeptDivision
+from atlas_jax.model.kv_cache import first_pages
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.transformer import SINKS
 
@@ -49,8 +51,16 @@ MODEL = ModelConfig(
     norm_eps=1e-5,
 )
 MEMORY = MemoryConfig(
-    layers=(1,), components=4, features=16, code_dim=8, max_window=256, max_omega_window=256, max_kept=2 * PAGE
+    layers=(1,),
+    components=4,
+    features=16,
+    code_dim=8,
+    max_window=256,
+    max_omega_window=256,
+    max_kept=2 * PAGE,
+    kept_weights=(3.0, 1.0),
 )
+DIVISION = KeptDivision.of(MODEL, MEMORY.kept_weights)
 _PREFIX = 48  # magic, version, length and digest of the head
 
 
@@ -71,14 +81,16 @@ def filled(row: Sequences, random: np.random.Generator) -> Sequences:
     return jax.tree.map(fill, row)
 
 
-def with_pairs(row: Sequences, count: int) -> Sequences:
+def with_pairs(row: Sequences, counts: list[int]) -> Sequences:
     """The row with zeros where no pair is kept, and no scores before one is: what is there is no part of a state."""
-    for kv in row.cache.kv:
-        assert kv.kept is not None
-        for leaf in jax.tree.leaves((kv.kept.k, kv.kept.v, kv.kept.score)):
-            leaf[:, -(-count // PAGE) :] = 0
+    filled = np.zeros(sum(row.cache.kept_pages), bool)
+    for kv, first, count in zip(row.cache.kv, first_pages(row.cache.kept_pages), counts, strict=True):
+        filled[first : first - (-count // PAGE)] = True
+        assert kv.choice is not None
         if not count:
-            kv.kept.ring_score[:] = 0  # type: ignore[index]
+            kv.choice.ring_score[:] = 0  # type: ignore[index]
+    for leaf in jax.tree.leaves(row.cache.pairs):
+        leaf[:, ~filled] = 0
     return row
 
 
@@ -97,7 +109,8 @@ def make_session(length: int, plan: PageSchedule, kept: int, dtype: KVDtype, see
     for number in range(page + 1):
         slots[0, plan.slot(number)] = number
     left = plan.left(max(page, 0))
-    pairs = min(max(left * PAGE - SINKS, 0), kept)
+    capacities = DIVISION.capacities(kept)
+    pairs = [min(max(left * PAGE - SINKS, 0), most) for most in capacities]
     for name, value in (
         ("page", slots),
         ("kept", np.asarray([pairs], np.int32)),
@@ -112,7 +125,7 @@ def make_session(length: int, plan: PageSchedule, kept: int, dtype: KVDtype, see
     row.memory.tokens[0, recent % MEMORY.ring] = np.asarray(text, np.int32)[recent]  # type: ignore[index]
     return Session(
         key=SessionKey("owner", "a session"),
-        shape=SessionShape(plan, layers=1, degree=2, kept=kept),
+        shape=SessionShape(plan, layers=1, degree=2, kept=kept, capacities=capacities),
         history=history,
         checkpoints=[Checkpoint(length, page, row, plan.left(max(page, 0)) * PAGE)] if length else [],
         stats=SessionStats(updates=3, muon_iterations=4, omega_loss=0.25, last_update=123.5),
@@ -153,10 +166,11 @@ def test_a_state_at_rest_is_what_it_was_and_counts_what_it_takes(session: Sessio
         assert written <= where.largest_snapshot - (16 << 20)
         if not checkpoint.kept(shape):
             kv = after.row.cache.kv[0]
-            assert kv.kept is not None
-            held = [leaf.nbytes for leaf in jax.tree.leaves(kv.kept)]
+            assert kv.choice is not None
+            held = [leaf.nbytes for leaf in jax.tree.leaves(kv.choice)]
             takes = held_bytes(Sequences(replace(after.row.cache, kv=(kv,) * 2), None))
-            empty = held_bytes(Sequences(replace(after.row.cache, kv=(replace(kv, kept=None),) * 2), None))
+            none = replace(after.row.cache, kv=(replace(kv, choice=None),) * 2, pairs=None)
+            empty = held_bytes(Sequences(none, None))
             assert takes - empty == (2 * sum(held[-2:]) if shape.kept else 0), "the latest queries and nothing else"
 
 
@@ -206,6 +220,13 @@ def test_loading_what_was_saved_gives_the_session_back(session: Session) -> None
                 assert all(np.array_equal(a[:, :ring], b) for a, b in leaves)
             assert np.array_equal(one.sink_k, other.sink_k)
             assert np.array_equal(one.sink_v, other.sink_v)
+            if session.shape.kept:
+                for before, after in zip(jax.tree.leaves(one.choice), jax.tree.leaves(other.choice), strict=True):
+                    assert np.array_equal(before[:, : after.shape[1]], after)
+        if session.shape.kept:
+            for before, after in zip(*(jax.tree.leaves(c.row.cache.pairs) for c in (old, new)), strict=True):
+                assert np.array_equal(before, after)
+        assert np.array_equal(old.row.cache.kept, new.row.cache.kept)
         for name in ("weights", "momentum", "momentum_end", "scale", "seen", "loss"):
             assert np.array_equal(getattr(old.row.memory, name), getattr(new.row.memory, name)), name
         for name in ("slot", "first_page", "position"):
@@ -229,14 +250,13 @@ def test_a_state_at_rest_has_its_kept_pairs_and_no_room_for_none(session: Sessio
     where = layout(kind_of(session))
     for checkpoint in session.checkpoints:
         at_rest = where.rest(session.shape, checkpoint if written else replace(checkpoint, absorbed=0)).row
-        pairs = int(checkpoint.row.cache.kept[0])
-        for old, new in zip(checkpoint.row.cache.kv, at_rest.cache.kv, strict=True):
-            assert old.kept is not None
-            assert new.kept is not None
-            for name in ("k", "v", "score", "ring_score"):
-                leaves = jax.tree.leaves(getattr(old.kept, name)), jax.tree.leaves(getattr(new.kept, name))
-                for before, after in zip(*leaves, strict=True):
-                    assert np.array_equal(after, before) if pairs else not after.any()
+        pairs = int(checkpoint.row.cache.kept.sum())
+
+        def of(row: Sequences) -> list[Any]:
+            return jax.tree.leaves((row.cache.pairs, [kv.choice and kv.choice.ring_score for kv in row.cache.kv]))
+
+        for before, after in zip(of(checkpoint.row), of(at_rest), strict=True):
+            assert np.array_equal(after, before) if pairs else not after.any()
         roomless = held_bytes(replace(at_rest, memory=None))
         assert pairs or roomless < held_bytes(replace(checkpoint.row, memory=None))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -49,7 +49,8 @@ class KeptAttention:
 
     Attributes:
       window, update: pages of the window, and of a group that leaves it together.
-      capacity, decay: the most pairs of a head, and what is left of their scores from one group to the next.
+      capacity: the most pairs of a head, of each layer or of all.
+      decay: what is left of their scores from one group to the next.
       protected: positions that are kept before all others.
       tolerance: relative difference of scores up to which either of two pairs may be kept.
       kept: what has been found, by layer and head.
@@ -57,7 +58,7 @@ class KeptAttention:
 
     window: int
     update: int
-    capacity: int
+    capacity: int | Sequence[int]
     decay: float
     protected: Collection[int] = ()
     tolerance: float = 1e-4
@@ -79,6 +80,10 @@ class KeptAttention:
             group = slice(head * config.groups, (head + 1) * config.groups)
             out[:, group] = self._head(config, index, head, q[:, group], k[:, head], v[:, head])
         return out
+
+    def most(self, index: int) -> int:
+        """Pairs that a head of a layer keeps."""
+        return self.capacity if isinstance(self.capacity, int) else self.capacity[index]
 
     def _left(self, page: int) -> int:
         return max(0, page - self.window + 1) // self.update * self.update
@@ -123,14 +128,14 @@ class KeptAttention:
                     received[before * PAGE : token + 1] += weight[:window]
                     for pair, more in zip(kept.pairs, weight[window + SINKS :], strict=bool(before)):
                         pair.score += more
-                self._exchange(kept, received, range(before * PAGE, now * PAGE), max(start - last, 0))
+                self._exchange(kept, received, range(before * PAGE, now * PAGE), max(start - last, 0), self.most(index))
             for token in range(start, min(start + PAGE, len(q))):
                 weight, values = met(token, far, near, now)
                 out[token] = weight @ values
         self.kept[index, head] = kept
         return out
 
-    def _exchange(self, kept: Kept, received: np.ndarray, leaving: range, beyond: int) -> None:
+    def _exchange(self, kept: Kept, received: np.ndarray, leaving: range, beyond: int, most: int) -> None:
         """The highest scores of what is kept and what leaves."""
         for position in leaving:
             kept.left[position] = position - beyond
@@ -138,14 +143,14 @@ class KeptAttention:
                 score = received[position] + PROTECTED * (position in self.protected)
                 kept.pairs.append(Pair(position, position - beyond, score))
         kept.pairs.sort(key=lambda pair: (-pair.score, -pair.position))
-        if len(kept.pairs) > self.capacity:
-            cut = kept.pairs[self.capacity - 1].score, kept.pairs[self.capacity].score
+        if len(kept.pairs) > most:
+            cut = kept.pairs[most - 1].score, kept.pairs[most].score
             kept.close |= {
                 pair.position
                 for pair in kept.pairs
                 if any(abs(pair.score - score) <= self.tolerance * score for score in cut)
             }
-            del kept.pairs[self.capacity :]
+            del kept.pairs[most:]
 
 
 def _in_8_bits(x: np.ndarray) -> np.ndarray:

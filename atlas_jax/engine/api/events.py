@@ -54,7 +54,8 @@ class MemoryStats:
     Attributes:
       history: what the prompt did to what the session holds; "new" without a session.
       tokens_reused: tokens of the prompt that the session held already and that were not read again.
-      kept_pairs, kept_pairs_capacity: pairs kept per layer and KV head of what has left the window, and how many may be.
+      kept_pairs, kept_pairs_capacity: pairs kept of what has left the window, per KV head and on average per layer, and how
+        many may be.
       state: bytes of the session's parts, or of the request's own where it has no session.
       tokens_absorbed: of the writes that were taken.
       writes_skipped: writes that were not taken because they diverged; `degraded` then says so.

@@ -48,7 +48,7 @@ class ModelInfo:
       created: Unix seconds (the file's time).
       memory_dim: numbers of a hidden state that the recall memory's keys keep; None without such a memory.
       state: of a session that is begun with the engine's own defaults; its budget is the most a request may ask for.
-      kept_pairs_capacity: the most pairs a request may keep per layer and KV head.
+      kept_pairs_capacity: the most pairs a request may keep, per KV head and on average per layer.
       memory_unavailable: why the model is served without a memory although one was asked for, or None.
       sampling: what the file recommends, by the names of `SamplingParams`; empty where it says nothing.
     """
@@ -94,7 +94,8 @@ class MemoryInfo:
 
     Attributes:
       window_size, window_fill: tokens of the exact window, and how many of it are held; never more.
-      kept_pairs, kept_pairs_capacity: pairs kept per layer and KV head of what has left the window, and how many may be.
+      kept_pairs, kept_pairs_capacity: pairs kept of what has left the window, per KV head and on average per layer, and how
+        many may be.
       memory_capacity, memory_used: independent pairs the memory can hold, and how many directions are in use.
       last_update_time: Unix seconds, or None before the first write.
     """

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.config import MemoryConfig, ModelConfig
+from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.kernels.sampling import SamplingState, init_sampling
 from atlas_jax.kernels.speculative_drafter import NONE
+from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache
 from atlas_jax.recall import recall_state
 from atlas_jax.recall.recall_state import RecallSettings, RecallState
@@ -61,8 +62,13 @@ def init_sequences(
     model: ModelConfig, memory: MemoryConfig | None, batch: int, pages: int, dtype: KVDtype
 ) -> Sequences:
     """Rows that have read nothing."""
-    cache = init_kv_cache(model, batch, pages, dtype, 0 if memory is None else memory.max_kept)
+    cache = init_kv_cache(model, batch, pages, dtype, () if memory is None else kept_pages(model, memory))
     return Sequences(cache, None if memory is None else recall_state.init_state(memory, batch, model.vocab))
+
+
+def kept_pages(model: ModelConfig, memory: MemoryConfig) -> tuple[int, ...]:
+    """Pages of kept pairs that each layer has room for."""
+    return KeptDivision.of(model, memory.kept_weights).pages(-(-memory.max_kept // PAGE))
 
 
 def init_logits_buffer(vocab: int, batch: int, tokens: int) -> Float[Array, "B*T V"]:

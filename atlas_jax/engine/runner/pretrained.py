@@ -24,6 +24,7 @@ from atlas_jax.engine.runner.step_programs import StepPrograms, batch_key, decod
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.attention import uses_cpu_kernel
 from atlas_jax.kernels.kv_pages import KVDtype, LayerKV
+from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kept_pairs import leaving
 from atlas_jax.model.kv_cache import page_start, start_page
 from atlas_jax.model.page_schedule import NextPage, PageSchedule, bucket
@@ -45,7 +46,6 @@ gaps between programs. SmolLM2-135M, one row, greedy, medians of 7 × 100 steps 
 
 
 _PAGE_START = shapes(page_start(0, PageSchedule(None).next_page(0)))
-_LEAVING = shapes(leaving(0, 0, first=True, decay=1.0, capacity=0))
 
 
 class PretrainedRunner(CompiledRunner):
@@ -71,6 +71,7 @@ class PretrainedRunner(CompiledRunner):
         self._mesh_layout = mesh_layout
         self._weights = mesh_layout.weights(weights)
         memory = config.memory
+        self._division = KeptDivision.of(config.model, () if memory is None else memory.kept_weights)
         if memory is not None:
             self._sizes = session_bytes(config.model, memory, kv_dtype)
         capabilities = Capabilities(
@@ -108,7 +109,8 @@ class PretrainedRunner(CompiledRunner):
         """What the request asks for: the memory of a pretrained model is as large as one likes."""
         kept = self._most_kept(memory) if memory.kept_pairs is None else memory.kept_pairs
         plan, budget = _plan(memory), self._budget(memory)
-        return SessionShape(plan, memory.memory_layers, memory.polynomial_degree, kept, budget)
+        capacities = self._division.capacities(kept)
+        return SessionShape(plan, memory.memory_layers, memory.polynomial_degree, kept, budget, capacities)
 
     def state_bytes(self, shape: SessionShape) -> StateBytes:
         """What the window, the kept pairs and the recall memory of a session of this shape take."""
@@ -183,10 +185,10 @@ class PretrainedRunner(CompiledRunner):
         cache = row.cache
 
         def whole(layer: LayerKV) -> LayerKV:
-            kept = layer.kept
-            if kept is not None:
-                kept = dataclasses.replace(kept, ring_score=pad(kept.ring_score))
-            return dataclasses.replace(layer, k=jax.tree.map(pad, layer.k), v=jax.tree.map(pad, layer.v), kept=kept)
+            choice = layer.choice
+            if choice is not None:
+                choice = dataclasses.replace(choice, ring_score=pad(choice.ring_score))
+            return dataclasses.replace(layer, k=jax.tree.map(pad, layer.k), v=jax.tree.map(pad, layer.v), choice=choice)
 
         kv = tuple(whole(layer) for layer in cache.kv)
         return Sequences(dataclasses.replace(cache, kv=kv, page=pad(cache.page, -1)), row.memory)
@@ -297,7 +299,8 @@ class PretrainedRunner(CompiledRunner):
         if memory is not None and write is not None and write.kept:
             for slot in page.leaves:
                 first = slot == page.leaves[0]
-                leaves = leaving(index, slot, first=first, decay=write.decay, capacity=write.kept)
+                capacity = self._division.capacities(write.kept)
+                leaves = leaving(index, slot, first=first, decay=write.decay, capacity=capacity)
                 cache = self._keep_pairs(key, self._weights.params.ropes, cache, memory.tokens, leaves)
         return Sequences(self._start_page(key, cache, page_start(index, page)), memory)
 
@@ -312,7 +315,8 @@ class PretrainedRunner(CompiledRunner):
     def _compile_page_start(self, key: tuple[int, int], batch: Sequences) -> None:
         self._start_page.compile(key, batch.cache, _PAGE_START)
         if batch.memory is not None and self._max_kept:
-            self._keep_pairs.compile(key, self._weights.params.ropes, batch.cache, batch.memory.tokens, _LEAVING)
+            leaves = shapes(leaving(0, 0, first=True, decay=1.0, capacity=self._division.capacities(0)))
+            self._keep_pairs.compile(key, self._weights.params.ropes, batch.cache, batch.memory.tokens, leaves)
 
     def compile_scored_prefill(self, length: int) -> None:
         """Compiles the scoring of chunks of `length` tokens, in a ring of any size."""

@@ -354,11 +354,11 @@ def resize_ring(cache: KVCache, empty: KVCache) -> KVCache:
         return jax.lax.dynamic_update_slice(into, leaf[:, :pages], (0,) * into.ndim)
 
     def resized(layer: LayerKV, new: LayerKV) -> LayerKV:
-        kept = layer.kept
-        if kept is not None and new.kept is not None:
-            kept = dataclasses.replace(kept, ring_score=cut(kept.ring_score, new.kept.ring_score))
+        choice = layer.choice
+        if choice is not None and new.choice is not None:
+            choice = dataclasses.replace(choice, ring_score=cut(choice.ring_score, new.choice.ring_score))
         k, v = (jax.tree.map(cut, old, into) for old, into in ((layer.k, new.k), (layer.v, new.v)))
-        return dataclasses.replace(layer, k=k, v=v, kept=kept)
+        return dataclasses.replace(layer, k=k, v=v, choice=choice)
 
     return dataclasses.replace(
         cache,

@@ -41,7 +41,7 @@ class MemoryWrite:
       window: tokens in the Omega objective.
       step: factor on the calibrated inner step.
       degree: polynomial degree.
-      kept: the most pairs kept per layer and KV head.
+      kept: the most pairs kept per KV head, on average per layer.
       decay: of the scores by which they are chosen, from one write to the next.
     """
 

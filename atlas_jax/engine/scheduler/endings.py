@@ -20,7 +20,6 @@ from atlas_jax.engine.scheduler.request_state import Ended, RequestState, Sessio
 from atlas_jax.engine.sessions.entry import NewText
 from atlas_jax.engine.sessions.session import Checkpoint, Session
 from atlas_jax.engine.sessions.tiers import SessionTiers
-from atlas_jax.model.kept_pairs import kept_count
 
 log = logging.getLogger("atlas.engine")
 
@@ -143,7 +142,7 @@ class Endings:
         window = capabilities.window if plan.window is None else plan.window * PAGE
         left = plan.left(max(req.cursor.page, 0))
         fill = min(1.0, (read - left * PAGE) / window) if window else 0.0
-        kept, capacity_kept = kept_count(left, memory.shape.kept), memory.shape.kept
+        kept, capacity_kept = memory.shape.held(req.cursor.page), memory.shape.kept
         state = self._runner.state_bytes(memory.shape)
         capacity = capabilities.memory_capacity
         utilization = min(1.0, memory.absorbed / capacity) if capacity else 0.0

@@ -46,7 +46,7 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
 
     Attributes:
       window, update: pages of the exact window (None where the memory is the model's own) and of one write.
-      kept: the most pairs kept per layer and KV head.
+      kept: the most pairs kept per KV head, on average per layer.
       budget: bytes that the session's parts had to fit into.
       optimizer, omega_window, step: of the memory's writes.
       decay: of the scores by which pairs are kept.

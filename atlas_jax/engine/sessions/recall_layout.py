@@ -11,19 +11,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from atlas_jax.config import PAGE, LayerConfig, MemoryConfig, ModelConfig
+from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.engine.api import LayerMemoryInfo, MemoryInfo, SnapshotInvalid, StateBytes
 from atlas_jax.engine.memory_budget import SessionBytes, session_bytes
-from atlas_jax.engine.runner.decode_state import Sequences
+from atlas_jax.engine.runner.decode_state import Sequences, kept_pages
 from atlas_jax.engine.sessions.host_arrays import shared_zeros, to_host, to_numpy
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
-from atlas_jax.engine.sessions.kept_layout import kept_arrays, kept_pairs, without_kept
+from atlas_jax.engine.sessions.kept_layout import choice_arrays, kept_pairs, pair_choice, pool_arrays, without_kept
 from atlas_jax.engine.sessions.layout import integer
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
 from atlas_jax.engine.sessions.snapshot_arrays import SnapshotArrays
-from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, Pages, QuantPages, init_kept_pairs
+from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, Pages, QuantPages
+from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kept_pairs import kept_count
-from atlas_jax.model.kv_cache import KVCache
+from atlas_jax.model.kv_cache import KVCache, init_kv_cache
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
 from atlas_jax.recall.recall_state import RecallState
@@ -72,6 +73,10 @@ class RecallLayout:
     def _sizes(self) -> SessionBytes:
         return session_bytes(self.model, self.memory, self.kv_dtype)
 
+    @cached_property
+    def _division(self) -> KeptDivision:
+        return KeptDivision.of(self.model, self.memory.kept_weights)
+
     def header(self) -> dict[str, Any]:
         """The part of a snapshot's header that binds it to this engine."""
         memory = self.memory
@@ -91,7 +96,7 @@ class RecallLayout:
         kept, budget = integer(header, "kept", 0, 1 << 20), integer(header, "budget", 0, 1 << 50)
         if kept > self.memory.max_kept:
             raise SnapshotInvalid(f"snapshot's {kept} kept pairs exceed this server's most, {self.memory.max_kept}")
-        return SessionShape(PageSchedule(window, update), layers, degree, kept, budget)
+        return SessionShape(PageSchedule(window, update), layers, degree, kept, budget, self._division.capacities(kept))
 
     def rest(self, shape: SessionShape, checkpoint: Checkpoint) -> Checkpoint:
         """The same state as it rests in host memory; what was never written takes no room there."""
@@ -179,9 +184,11 @@ def _row_arrays(layout: RecallLayout, shape: SessionShape, checkpoint: Checkpoin
             else:
                 out[f"{index}.{name}"] = np.asarray(pages)[0, :ring]
         out[f"{index}.sink_k"], out[f"{index}.sink_v"] = np.asarray(layer.sink_k)[0], np.asarray(layer.sink_v)[0]
-        if layer.kept is not None and shape.kept:
-            out |= kept_arrays(f"{index}.kept", layer.kept, ring, int(np.asarray(cache.kept)[0]))
+        if layer.choice is not None and shape.kept:
+            out |= choice_arrays(f"{index}.choice", layer.choice, ring, int(np.asarray(cache.kept)[0, index]))
     out["kept"] = np.asarray(cache.kept)
+    if cache.pairs is not None and shape.kept:
+        out |= pool_arrays("pairs", cache)
     return out
 
 
@@ -196,8 +203,8 @@ def _row(
 def _cache(layout: RecallLayout, shape: SessionShape, position: int, page: int, given: SnapshotArrays) -> KVCache:
     model, plan = layout.model, shape.plan
     ring = plan.ring((page + 1) * PAGE)
-    kept = given.take("kept", (1,), "i4")
-    if kept[0] != kept_count(plan.left(max(page, 0)), shape.kept):
+    kept = given.take("kept", (1, len(model.layers)), "i4")
+    if kept[0].tolist() != [kept_count(plan.left(max(page, 0)), most) for most in shape.capacities]:
         raise SnapshotInvalid("snapshot's kept pairs do not add up")
 
     def pages(name: str) -> Pages:
@@ -210,15 +217,16 @@ def _cache(layout: RecallLayout, shape: SessionShape, position: int, page: int, 
     def sink(name: str) -> np.ndarray:
         return given.take(name, (model.kv_heads, SINKS, model.head_dim), "f4")[None]
 
-    def layer(i: int, spec: LayerConfig) -> LayerKV:
-        pairs = None
-        if layout.memory.max_kept and spec.sliding_window is None:
-            sizes = 1, ring, layout.memory.max_kept // PAGE, model.heads, model.kv_heads, model.head_dim, QUERY_SAMPLES
-            empty = jax.eval_shape(functools.partial(init_kept_pairs, *sizes, layout.kv_dtype))
-            pairs = kept_pairs(f"{i}.kept", empty, ring, int(kept[0]), given if shape.kept else None)
-        return LayerKV(pages(f"{i}.k"), pages(f"{i}.v"), sink(f"{i}.sink_k"), sink(f"{i}.sink_v"), pairs)  # type: ignore[arg-type]
+    room, saved = kept_pages(model, layout.memory), given if shape.kept else None
+    empty = jax.eval_shape(functools.partial(init_kv_cache, model, 1, ring, layout.kv_dtype, room))
 
-    kv = tuple(layer(i, spec) for i, spec in enumerate(model.layers))
+    def layer(i: int) -> LayerKV:
+        choice = empty.kv[i].choice
+        if choice is not None:
+            choice = pair_choice(f"{i}.choice", choice, ring, int(kept[0, i]), saved)
+        return LayerKV(pages(f"{i}.k"), pages(f"{i}.v"), sink(f"{i}.sink_k"), sink(f"{i}.sink_v"), choice)  # type: ignore[arg-type]
+
+    kv = tuple(layer(i) for i in range(len(model.layers)))
     numbers = given.take("page", (ring,), "i4")
     expected = np.full(ring, -1, np.int32)
     for number in range(max(0, page - ring + 1), page + 1):
@@ -232,6 +240,8 @@ def _cache(layout: RecallLayout, shape: SessionShape, position: int, page: int, 
         first_page=np.asarray([plan.left(max(page, 0))], np.int32),  # type: ignore[arg-type]
         position=np.asarray([position], np.int32),  # type: ignore[arg-type]
         kept=kept,  # type: ignore[arg-type]
+        pairs=None if empty.pairs is None else kept_pairs("pairs", empty, kept[0], saved),
+        kept_pages=empty.kept_pages,
     )
 
 

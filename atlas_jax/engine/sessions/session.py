@@ -27,8 +27,9 @@ class SessionShape:
       plan: its window; none where the memory is the model's own.
       layers: tapped layers in use.
       degree: polynomial degree.
-      kept: the most pairs it keeps per layer and KV head of what has left its window.
+      kept: the most pairs it keeps per layer and KV head of what has left its window, on average.
       budget: bytes that its parts had to fit into.
+      capacities: the most pairs of each layer; empty where all keep as many.
     """
 
     plan: PageSchedule
@@ -36,6 +37,13 @@ class SessionShape:
     degree: int
     kept: int = 0
     budget: int = 0
+    capacities: tuple[int, ...] = ()
+
+    def held(self, page: int) -> int:
+        """Pairs kept per layer and KV head, on average, of a text whose last page is `page`."""
+        left = self.plan.left(max(page, 0))
+        counts = [kept_count(left, most) for most in self.capacities if most] or [kept_count(left, self.kept)]
+        return sum(counts) // len(counts)
 
 
 @dataclass(frozen=True)
@@ -60,8 +68,8 @@ class Checkpoint:
         return held_bytes(self.row)
 
     def kept(self, shape: SessionShape) -> int:
-        """Pairs kept per layer and KV head."""
-        return kept_count(shape.plan.left(max(self.page, 0)), shape.kept)
+        """Pairs kept per layer and KV head, on average."""
+        return shape.held(self.page)
 
     def at(self, position: int) -> Checkpoint:
         """The same state rolled back to a position it reaches, where it stands for none of the text after that."""

@@ -20,7 +20,7 @@ from atlas_jax import _tensors
 from atlas_jax.engine.api import SnapshotInvalid
 
 MAGIC = b"ATLASNAP"
-VERSION = 3
+VERSION = 4
 _PREFIX = struct.Struct("<8sII32s")
 _MAX_HEAD = 64 << 10
 _MAX_NORM = 1e8
@@ -38,7 +38,7 @@ class Listing(msgspec.Struct, frozen=True):
       has_state: a caller stored JSON with it.
       window, window_fill, absorbed, updates, last_update: what its memory held, for totals over many sessions.
       ring: tokens its window has room for: with several pages a write, more than the window's.
-      kept, kept_capacity: pairs kept per layer and KV head, and how many may be.
+      kept, kept_capacity: pairs kept per KV head and on average per layer, and how many may be.
       budget: bytes that its parts had to fit into.
     """
 

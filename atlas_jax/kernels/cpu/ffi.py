@@ -204,12 +204,12 @@ def attention(
     seen: Bool[Array, "B T N P"],
     sinks_seen: Bool[Array, "B T"],
     scale: float,
-    kept: tuple[PackedPages, PackedPages, Int32[Array, B]] | None = None,
+    kept: tuple[PackedPages, PackedPages, Int32[Array, "B 2"]] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention over a ring of int8 pages, the sinks and kept pairs; see `kernels.attention.window_attention`.
 
     Args:
-      kept: keys, values, and how many of them each row has.
+      kept: keys and values of all layers; the first page of this one's, and how many pairs each row has.
     """
     factor = jnp.asarray(scale, jnp.float32)
     shape = jax.ShapeDtypeStruct(q.shape, jnp.float32)
@@ -217,27 +217,29 @@ def attention(
     if kept is None:
         (out,) = _call("attention", (shape,), *args)
     else:
-        keys, values, count = kept
-        (out,) = _call("kept_attention", (shape,), *args, *_packed(keys), *_packed(values), count)
+        keys, values, stretch = kept
+        (out,) = _call("kept_attention", (shape,), *args, *_packed(keys), *_packed(values), stretch)
     return out
 
 
 def exchange_pairs(
     row: Int32[Array, ""],
-    kept: Int32[Array, ""],
-    capacity: Int32[Array, ""],
-    own: Float[Array, "K P"],
-    page: tuple[Int8[Array, "K P D"] | Float[Array, "K P"], ...],
-    score: Float[Array, "B kept K P"],
+    first: Int32[Array, layers],
+    kept: Int32[Array, layers],
+    capacity: Int32[Array, layers],
+    own: Float[Array, "layers K P"],
+    page: tuple[Int8[Array, "layers K P D"] | Float[Array, "layers K P"], ...],
+    score: Float[Array, "B pool K P"],
     k: PackedPages,
     v: PackedPages,
-) -> tuple[Float[Array, "B kept K P"], PackedPages, PackedPages]:
+) -> tuple[Float[Array, "B pool K P"], PackedPages, PackedPages]:
     """`exchange_pairs.exchange_pairs` of pairs in 4 bits: score, keys and values, changed in place.
 
     Args:
+      first: the first page of each layer's.
       page: values and scale of its keys, then of its values.
     """
-    args = row, kept, capacity, own, *page
+    args = row, first, kept, capacity, own, *page
     old, tree = jax.tree.flatten((score, k, v))
     shapes = tuple(jax.ShapeDtypeStruct(part.shape, part.dtype) for part in old)
     in_place = {len(args) + i: i for i in range(len(old))}
@@ -257,11 +259,17 @@ def received_attention(
     row: Int32[Array, ""],
     seen: Bool[Array, "samples N P"],
     sinks_seen: Bool[Array, ""],
+    first: Int32[Array, ""],
     kept: Int32[Array, ""],
+    kept_pages: int,
     scale: float,
 ) -> tuple[Float[Array, "N K P"], Float[Array, "kept_pages K P"]]:
-    """Attention that the pairs of a row receive; see `kernels.received_attention.received_attention`."""
-    pages, kept_pages, kv_heads = k.shape[1], kept_k.scale.shape[1], k.shape[2]
+    """Attention that the pairs of a row receive; see `kernels.received_attention.received_attention`.
+
+    Args:
+      kept_k: of all layers, this one's from page `first` on.
+    """
+    pages, kv_heads = k.shape[1], k.shape[2]
     blocks = -(-q.shape[0] * (q.shape[1] // kv_heads) // _RECEIVED_QUERIES)
     buffer = kv_heads, blocks, pages + kept_pages, PAGE
     shapes = (pages, kv_heads, PAGE), (kept_pages, kv_heads, PAGE), buffer
@@ -269,7 +277,7 @@ def received_attention(
         "received_attention",
         tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
         *(q, q_near, k, k_scale, sink_k, *_packed(kept_k)),
-        *(row, seen, sinks_seen, kept, jnp.asarray(scale, jnp.float32)),
+        *(row, seen, sinks_seen, first, kept, jnp.asarray(scale, jnp.float32)),
     )
     return ring, pairs
 

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from atlas_jax.config import PAGE
-from atlas_jax.kernels.kv_pages import LayerKV, QuantPages, RingView
+from atlas_jax.kernels.kv_pages import LayerKV, LayerPairs, QuantPages, RingView
 from atlas_jax.kernels.packed_pages import PackedPages
 from atlas_jax.typing import Array, Bool, Float, Int32
 
@@ -41,13 +41,14 @@ def attention(
     view: RingView,
     sliding_window: int | None,
     scale: float,
+    pairs: LayerPairs | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of a step's tokens over the ring, the sinks and the kept pairs.
 
     Args:
-      q, q_sink, kv, scale: as for `kernels.attention.window_attention`; the pages are `QuantPages`.
+      q, q_sink, kv, scale, pairs: as for `kernels.attention.window_attention`; the pages are `QuantPages`.
       view, sliding_window: as for `kernels.attention.visible`, which says what is seen.
       interpret: run as an XLA program on any platform, for tests.
 
@@ -74,11 +75,11 @@ def attention(
     labels = _labels(view, sliding_window)
     order = _visits(labels.reshape(batch, blocks, slots).max(axis=2) >= 0)
     sinks_seen = (view.first_page > 0).astype(jnp.int32) if sliding_window is None else jnp.zeros_like(view.first_page)
-    kept_k, kept_v = _kept_pages(kv)
-    kept_slots = _slots(kept_k[0].shape[1], kv_heads, dim // 2) if kept_k else 1
-    kept_blocks = kept_k[0].shape[1] // kept_slots if kept_k else 0
-    filled = jnp.zeros_like(view.slot) if view.kept is None else view.kept
-    kept_order = _visits(jnp.arange(max(kept_blocks, 1)) * kept_slots * PAGE < filled[:, None])
+    kept_k, kept_v = _kept_pages(pairs)
+    kept_slots = 1 if pairs is None else _slots(pairs.pages, kv_heads, dim // 2)
+    kept_blocks = 0 if pairs is None else pairs.pages // kept_slots
+    stretch = jnp.zeros((batch, 2), jnp.int32) if pairs is None else pairs.stretch
+    kept_order = _visits(jnp.arange(max(kept_blocks, 1)) * kept_slots * PAGE < stretch[:, 1:])
     order = jnp.pad(order, ((0, 0), (0, kept_blocks)), mode="edge")
     kept_order = jnp.pad(kept_order, ((0, 0), (blocks, 0)), mode="edge")
 
@@ -105,8 +106,14 @@ def attention(
 
     def kept_spec(part: jax.Array) -> pl.BlockSpec:
         rest = part.shape[2:]
+        # a layer's pages begin anywhere in the pool, not where a block does
         return pl.BlockSpec(
-            (1, kept_slots, *rest), lambda b, r, j, _, kept_order, *__: (b, kept_order[b, j], *(0 for _ in rest))
+            tuple(map(pl.Element, (1, kept_slots, *rest))),
+            lambda b, r, j, _, kept_order, labels, sinks_seen, stretch: (
+                b,
+                stretch[b, 0] + kept_order[b, j] * kept_slots,
+                *(0 for _ in rest),
+            ),
         )
 
     grid = pltpu.PrefetchScalarGridSpec(
@@ -151,7 +158,7 @@ def attention(
         kept_order,
         labels,
         sinks_seen,
-        filled,
+        stretch,
         query,
         _group(q_sink * scale, kv_heads, rows),
         positions,
@@ -177,7 +184,7 @@ def _kernel(
     _kept_order: jax.Array,
     labels: jax.Array,
     sinks_seen: jax.Array,
-    filled: jax.Array,
+    stretch: jax.Array,
     q: jax.Array,
     q_sink: jax.Array,
     positions: jax.Array,
@@ -255,7 +262,7 @@ def _kernel(
         def _kept_block() -> None:
             @pl.loop(0, kept_slots)
             def _slot(slot: jax.Array) -> None:
-                count = filled[row] - ((step - blocks) * kept_slots + slot) * PAGE
+                count = stretch[row, 1] - ((step - blocks) * kept_slots + slot) * PAGE
                 pl.when(count > 0)(functools.partial(attend_kept, slot, count))
 
     @pl.when(step == pl.num_programs(2) - 1)
@@ -277,7 +284,7 @@ def _unpacked(pages: tuple[jax.Array, ...], slot: jax.Array) -> jax.Array:
     return jnp.clip(jnp.concatenate(parts, axis=1), -127, 127)
 
 
-def _kept_pages(kv: LayerKV) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+def _kept_pages(pairs: LayerPairs | None) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
     """Nibbles, steps and offsets of kept keys and values with the tokens last, all as int8, and scales; none of none."""
 
     def parts(pages: PackedPages | jax.Array) -> tuple[jax.Array, ...]:
@@ -286,7 +293,7 @@ def _kept_pages(kv: LayerKV) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ..
         nibbles, step = (jax.lax.bitcast_convert_type(x, jnp.int8) for x in (pages.nibbles, pages.step))
         return (*(x.swapaxes(-1, -2) for x in (nibbles, step, pages.offset)), pages.scale)
 
-    return ((), ()) if kv.kept is None else (parts(kv.kept.k), parts(kv.kept.v))
+    return ((), ()) if pairs is None else (parts(pairs.pool.k), parts(pairs.pool.v))
 
 
 def _page_matmul(terms: jax.Array, page: jax.Array, contract: int) -> jax.Array:

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import pytest
 
 from atlas_jax.config import PAGE, ConfigError
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import InvalidRequest
 from atlas_jax.engine.runner import pretrained
-from atlas_jax.kernels.kv_pages import init_kept_pairs
 from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
 from tests.engine.offline import ask, memory, request, words
 
@@ -141,8 +139,9 @@ def test_a_states_bytes_are_those_of_its_arrays(engine: Engine) -> None:
     per_layer = 2 * 2 * 16 * SINKS * 4  # sinks, keys and values in 32 bits
     per_layer += 2 * window * 2 * (16 + 4)
     assert done.state.window == 2 * per_layer
-    bits = jax.eval_shape(lambda: init_kept_pairs(1, window // PAGE, kept // PAGE, 4, 2, 16, QUERY_SAMPLES, "int8"))
-    assert done.state.kept == 2 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(bits))
+    page = 2 * PAGE * (2 * (16 // 2 + 2 * (1 + 1) + 4) + 4)  # nibbles, steps and offsets, scales; scores
+    choice = 2 * window * 4 + QUERY_SAMPLES * 4 * (16 + 4)
+    assert done.state.kept == 2 * (kept // PAGE * page + choice)
     assert done.state.total <= done.state.budget
 
 

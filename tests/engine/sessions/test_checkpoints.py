@@ -99,8 +99,9 @@ def test_a_short_session_takes_one_state_and_no_matrices(engine: Engine) -> None
     held = state.row.memory
     assert held is not None
     matrices = held.weights.nbytes + held.momentum.nbytes
-    kept = [layer.kept for layer in state.row.cache.kv]
-    room = sum(leaf.nbytes for leaf in jax.tree.leaves([(one.k, one.v, one.score, one.ring_score) for one in kept]))
+    cache = state.row.cache
+    scores = [layer.choice.ring_score for layer in cache.kv if layer.choice is not None]
+    room = sum(leaf.nbytes for leaf in jax.tree.leaves((cache.pairs, scores)))
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(state.row)) - state.bytes == matrices + room
     engine.sessions.tiers.release(lease, None, "lru")
     ask(engine, request(words(5, 3 * PAGE), 4, memory=memory(name)))

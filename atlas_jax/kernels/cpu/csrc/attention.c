@@ -10,10 +10,10 @@ typedef struct {
   const float *sink_k, *sink_v;    /* [B, K, S, D] */
   const uint8_t *seen, *sinks_seen; /* [B, T, N, P], [B, T] */
   const float *scale;
-  Pairs kept_k, kept_v; /* [B, kept pages, K, P, D] */
-  const int32_t *kept;  /* [B], or NULL */
+  Pairs kept_k, kept_v; /* [B, M, K, P, D]; pages of all layers */
+  const int32_t *kept;  /* [B, 2]: the layer's first page, and its pairs; or NULL */
   float *out;           /* [B, T, H, D] */
-  int64_t tokens, heads, kv_heads, dim, pages, kept_pages, sinks;
+  int64_t tokens, heads, kv_heads, dim, pages, pool_pages, most_pages, sinks; /* most: that any row has filled */
 } Attention;
 
 /* A page of one KV head, of the ring or kept. */
@@ -166,15 +166,16 @@ static void weigh(const Attention *task, Query *query, const Page *page, int64_t
 /* The pages of a row and KV head; `scale` is room for the scales of a page that is not full, where unfilled places may have
    any. */
 static int64_t pages_of(const Attention *task, int64_t b, int64_t kv, Page *page, float *scale) {
-  const int32_t kept = task->kept ? task->kept[b] : 0;
-  const int64_t filled = filled_pages(kept, task->kept_pages);
+  const int64_t first_kept = task->kept ? task->kept[2 * b] : 0;
+  const int32_t kept = task->kept ? task->kept[2 * b + 1] : 0;
+  const int64_t filled = filled_pages(kept, task->most_pages);
   for (int64_t n = 0; n < task->pages; n++) {
     const int64_t first = ((b * task->pages + n) * task->kv_heads + kv) * PAGE;
     page[n] = (Page){.k = pairs_from(&task->k, first, task->dim), .v = pairs_from(&task->v, first, task->dim)};
   }
   page += task->pages;
   for (int64_t n = 0; n < filled; n++) {
-    const int64_t first = ((b * task->kept_pages + n) * task->kv_heads + kv) * PAGE;
+    const int64_t first = ((b * task->pool_pages + first_kept + n) * task->kv_heads + kv) * PAGE;
     page[n] = (Page){.k = pairs_from(&task->kept_k, first, task->dim),
                      .v = pairs_from(&task->kept_v, first, task->dim),
                      .filled = filled_places(kept, n)};
@@ -197,7 +198,7 @@ static void attention_part(const void *data, int64_t part) {
   int64_t tokens = task->tokens - first < TOKENS ? task->tokens - first : TOKENS;
   int64_t groups = task->heads / task->kv_heads, dim = task->dim, ring = task->pages * PAGE;
   const float *sink_k = task->sink_k + row * task->sinks * dim, *sink_v = task->sink_v + row * task->sinks * dim;
-  Page page[task->pages + task->kept_pages];
+  Page page[task->pages + task->most_pages];
   float last_scale[PAGE];
   const int64_t pages = pages_of(task, b, kv, page, last_scale), keys = pages * PAGE;
   int64_t each = (keys + dim) * (int64_t)sizeof(float) + 2 * dim;
@@ -285,7 +286,12 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame, bool keeps) {
     task.kept_k = pairs_argument(frame, 11, true);
     task.kept_v = pairs_argument(frame, 15, true);
     task.kept = argument(frame, 19)->data;
-    task.kept_pages = argument(frame, 11)->dims[1];
+    task.pool_pages = argument(frame, 11)->dims[1];
+    for (int64_t b = 0; b < q->dims[0]; b++) {
+      const int64_t first = task.kept[2 * b], filled = filled_pages(task.kept[2 * b + 1], INT64_MAX);
+      if (first < 0 || first + filled > task.pool_pages) return failed(frame, "atlas_attention: kept pairs");
+      if (filled > task.most_pages) task.most_pages = filled;
+    }
   }
   if (task.dim % 64 || k->dims[3] != PAGE || task.sinks > MOST_SINKS) return failed(frame, "atlas_attention: shape");
   run_parts(frame, attention_part, &task, q->dims[0] * task.kv_heads * ((task.tokens + TOKENS - 1) / TOKENS));
@@ -299,8 +305,8 @@ EXPORT XLA_FFI_Error *atlas_attention(XLA_FFI_CallFrame *frame) {
   return asked_for_version(frame) ? NULL : attention(frame, false);
 }
 
-/* The same, and (kept k: nibbles u8 [B, kept pages, K, P, D / 2], step u8 and offset int8 [B, kept pages, K, P, D / 32], scale
-   f32 [B, kept pages, K, P]; kept v; kept i32 [B]). */
+/* The same, and (kept k of all layers: nibbles u8 [B, M, K, P, D / 2], step u8 and offset int8 [B, M, K, P, D / 32], scale f32
+   [B, M, K, P]; kept v; the layer's first page and its pairs i32 [B, 2]). */
 EXPORT XLA_FFI_Error *atlas_kept_attention(XLA_FFI_CallFrame *frame) {
   return asked_for_version(frame) ? NULL : attention(frame, true);
 }

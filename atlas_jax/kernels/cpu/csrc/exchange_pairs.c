@@ -11,19 +11,20 @@ enum { PAGE = 128, BLOCK = 64, LEVELS = 15, EIGHTHS = 8 };
 
 /* Keys, or values, in 4 bits. */
 typedef struct {
-  const int8_t *values; /* of the page: [K, P, D] */
-  const float *unit;    /* [K, P] */
-  uint8_t *nibbles;     /* [B, M, K, P, D / 2] */
+  const int8_t *values; /* of the pages: [L, K, P, D] */
+  const float *unit;    /* [L, K, P] */
+  uint8_t *nibbles;     /* [B, M, K, P, D / 2]; pages of all layers */
   uint8_t *step;        /* [B, M, K, P, G] */
   int8_t *offset;
   float *scale; /* [B, M, K, P] */
 } Packed;
 
 typedef struct {
-  const float *own; /* [K, P] */
-  float *score;     /* [B, M, K, P] */
+  const float *own;                      /* [L, K, P] */
+  float *score;                          /* [B, M, K, P] */
+  const int32_t *first, *kept, *capacity; /* [L]: where a layer's pages begin, and its pairs */
   Packed k, v;
-  int64_t row, kept, capacity, pages, kv_heads, dim;
+  int64_t row, pages, kv_heads, dim;
 } Exchange;
 
 /* Numbers in the order of floats, and of indices where those are equal. */
@@ -84,20 +85,22 @@ static void pack(const Packed *pages, int64_t source, int64_t place, int64_t dim
   pages->scale[place] = pages->unit[source];
 }
 
-/* One head. */
-static void exchange_part(const void *data, int64_t head) {
-  static _Thread_local Room kept;
+/* One head of one layer. */
+static void exchange_part(const void *data, int64_t part) {
+  static _Thread_local Room room;
   const Exchange *task = data;
-  const int64_t places = task->pages * PAGE, count = places + PAGE;
-  uint64_t *numbers = (uint64_t *)grown(&kept, 2 * count * (int64_t)sizeof(uint64_t)), *shuffled = numbers + count;
+  const int64_t layer = part / task->kv_heads, head = part % task->kv_heads, kept = task->kept[layer];
+  const int64_t capacity = task->capacity[layer], places = (capacity + PAGE - 1) / PAGE * PAGE, count = places + PAGE;
+  uint64_t *numbers = (uint64_t *)grown(&room, 2 * count * (int64_t)sizeof(uint64_t)), *shuffled = numbers + count;
   if (!numbers) abort();
-  const float *own = task->own + head * PAGE;
+  const float *own = task->own + part * PAGE;
   /* place i of the row is place i % P of page i / P */
-  const int64_t first = (task->row * task->pages * task->kv_heads + head) * PAGE, page_step = task->kv_heads * PAGE;
+  const int64_t page_step = task->kv_heads * PAGE;
+  const int64_t first = (task->row * task->pages + task->first[layer]) * page_step + head * PAGE;
   for (int64_t i = 0; i < places; i++) {
     /* free places go first, in order; those past the capacity never */
-    float score = i < task->kept ? task->score[first + i / PAGE * page_step + i % PAGE] : (float)(i - places);
-    if (i >= task->capacity) score = INFINITY;
+    float score = i < kept ? task->score[first + i / PAGE * page_step + i % PAGE] : (float)(i - places);
+    if (i >= capacity) score = INFINITY;
     numbers[i] = ordered(score, (uint32_t)i);
   }
   for (int64_t i = 0; i < PAGE; i++) numbers[places + i] = ordered(own[i], (uint32_t)(places + i));
@@ -109,8 +112,8 @@ static void exchange_part(const void *data, int64_t head) {
     while (numbers[places + source] <= last) source++;
     const int64_t place = first + i / PAGE * page_step + i % PAGE;
     task->score[place] = own[source];
-    pack(&task->k, head * PAGE + source, place, task->dim);
-    pack(&task->v, head * PAGE + source, place, task->dim);
+    pack(&task->k, part * PAGE + source, place, task->dim);
+    pack(&task->v, part * PAGE + source, place, task->dim);
     source++;
   }
 }
@@ -124,24 +127,30 @@ static Packed packed(const XLA_FFI_CallFrame *frame, int page, int kept) {
                   .scale = result(frame, kept + 3)->data};
 }
 
-/* (row, kept, capacity i32 []; own f32 [K, P]; the page's keys int8 [K, P, D], their scale f32 [K, P]; values and scale; score
-   f32 [B, M, K, P]; kept keys: nibbles u8 [B, M, K, P, D / 2], step u8 and offset int8 [B, M, K, P, G], scale f32 [B, M, K, P];
-   kept values likewise) -> score, kept keys and kept values, in place; P = 128. */
+/* (row i32 []; of L layers the first page, kept pairs and capacity i32 [L]; own f32 [L, K, P]; the page's keys int8
+   [L, K, P, D], their scale f32 [L, K, P]; values and scale; score f32 [B, M, K, P]; kept keys: nibbles u8 [B, M, K, P, D / 2],
+   step u8 and offset int8 [B, M, K, P, G], scale f32 [B, M, K, P]; kept values likewise) -> score, kept keys and kept values, in place; P = 128. */
 EXPORT XLA_FFI_Error *atlas_exchange_pairs(XLA_FFI_CallFrame *frame) {
   if (asked_for_version(frame)) return NULL;
-  XLA_FFI_Buffer *k = argument(frame, 4), *score = argument(frame, 8);
+  XLA_FFI_Buffer *k = argument(frame, 5), *score = argument(frame, 9);
   Exchange task = {.row = *(const int32_t *)argument(frame, 0)->data,
-                   .kept = *(const int32_t *)argument(frame, 1)->data,
-                   .capacity = *(const int32_t *)argument(frame, 2)->data,
-                   .own = argument(frame, 3)->data,
+                   .first = argument(frame, 1)->data,
+                   .kept = argument(frame, 2)->data,
+                   .capacity = argument(frame, 3)->data,
+                   .own = argument(frame, 4)->data,
                    .score = result(frame, 0)->data,
-                   .k = packed(frame, 4, 1),
-                   .v = packed(frame, 6, 5),
+                   .k = packed(frame, 5, 1),
+                   .v = packed(frame, 7, 5),
                    .pages = score->dims[1],
                    .kv_heads = score->dims[2],
-                   .dim = k->dims[2]};
-  if (score->dims[3] != PAGE || k->dims[1] != PAGE || task.dim % 2 || task.row < 0 || task.row >= score->dims[0])
+                   .dim = k->dims[3]};
+  const int64_t layers = k->dims[0];
+  if (score->dims[3] != PAGE || k->dims[2] != PAGE || task.dim % 2 || task.row < 0 || task.row >= score->dims[0] ||
+      argument(frame, 1)->dims[0] != layers)
     return failed(frame, "atlas_exchange_pairs: shape");
-  run_parts(frame, exchange_part, &task, task.kv_heads);
+  for (int64_t l = 0; l < layers; l++)
+    if (task.first[l] < 0 || task.capacity[l] < 0 || (task.pages - task.first[l]) * PAGE < task.capacity[l])
+      return failed(frame, "atlas_exchange_pairs: places");
+  run_parts(frame, exchange_part, &task, layers * task.kv_heads);
   return NULL;
 }

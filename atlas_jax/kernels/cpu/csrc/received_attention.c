@@ -5,12 +5,12 @@
 
 typedef struct {
   const float *q, *q_near; /* [samples, H, D] */
-  Pairs k, kept_k;         /* [B, N, K, P, D], [B, kept pages, K, P, D] */
+  Pairs k, kept_k;         /* [B, N, K, P, D], [B, M, K, P, D]: pages of all layers */
   const float *sink_k;     /* [B, K, S, D] */
   const uint8_t *seen;     /* [samples, N, P] */
   float scale;
   float *sums; /* [K, blocks, N + kept pages, P] */
-  int64_t row, samples, heads, kv_heads, dim, pages, kept_pages, sinks;
+  int64_t row, samples, heads, kv_heads, dim, pages, pool_pages, first_kept, kept_pages, sinks;
   int32_t kept;
 } Received;
 
@@ -133,7 +133,7 @@ static void received_attention_part(const void *data, int64_t part) {
       if (!seen[n].count) continue;
     }
     const Pairs *from = filled ? &task->kept_k : &task->k;
-    const int64_t page = filled ? task->row * task->kept_pages + n - task->pages : task->row * task->pages + n;
+    const int64_t page = filled ? task->row * task->pool_pages + task->first_kept + n - task->pages : task->row * task->pages + n;
     const Pairs keys_of_page = pairs_from(from, (page * task->kv_heads + kv) * PAGE, dim);
     /* behind the last page there may be nothing: the next is only prefetched */
     const Pairs next = pairs_from(&keys_of_page, task->kv_heads * PAGE, dim);
@@ -171,10 +171,10 @@ static void put_together(const Received *task, int64_t first, int64_t count, flo
       }
 }
 
-/* (q, q_near f32 [samples, H, D]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; sink_k f32 [B, K, S, D]; kept k: nibbles
-   u8 [B, kept pages, K, P, D / 2], step u8 and offset int8 [B, kept pages, K, P, D / 32], scale f32 [B, kept pages, K, P]; row
-   i32 []; seen bool [samples, N, P]; sinks_seen bool []; kept i32 []; scale f32 []) -> f32 [N, K, P], [kept pages, K, P], and a
-   buffer [K, blocks, N + kept pages, P]; D a multiple of 64, P = 128, S ≤ 16, blocks of 32 queries. */
+/* (q, q_near f32 [samples, H, D]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; sink_k f32 [B, K, S, D]; kept k of all
+   layers: nibbles u8 [B, M, K, P, D / 2], step u8 and offset int8 [B, M, K, P, D / 32], scale f32 [B, M, K, P]; row i32 [];
+   seen bool [samples, N, P]; sinks_seen bool []; the layer's first page and its pairs i32 []; scale f32 []) -> f32 [N, K, P],
+   [kept pages, K, P], and a buffer [K, blocks, N + kept pages, P]; D a multiple of 64, P = 128, S ≤ 16, blocks of 32 queries. */
 EXPORT XLA_FFI_Error *atlas_received_attention(XLA_FFI_CallFrame *frame) {
   if (asked_for_version(frame)) return NULL;
   XLA_FFI_Buffer *q = argument(frame, 0), *k = argument(frame, 2), *sink_k = argument(frame, 4);
@@ -184,7 +184,7 @@ EXPORT XLA_FFI_Error *atlas_received_attention(XLA_FFI_CallFrame *frame) {
                    .kept_k = pairs_argument(frame, 5, true),
                    .sink_k = sink_k->data,
                    .seen = argument(frame, 10)->data,
-                   .scale = *(const float *)argument(frame, 13)->data,
+                   .scale = *(const float *)argument(frame, 14)->data,
                    .sums = result(frame, 2)->data,
                    .row = *(const int32_t *)argument(frame, 9)->data,
                    .samples = q->dims[0],
@@ -192,11 +192,14 @@ EXPORT XLA_FFI_Error *atlas_received_attention(XLA_FFI_CallFrame *frame) {
                    .kv_heads = k->dims[2],
                    .dim = q->dims[2],
                    .pages = k->dims[1],
-                   .kept_pages = argument(frame, 5)->dims[1],
+                   .pool_pages = argument(frame, 5)->dims[1],
+                   .first_kept = *(const int32_t *)argument(frame, 12)->data,
+                   .kept_pages = result(frame, 1)->dims[0],
                    .sinks = *(const uint8_t *)argument(frame, 11)->data ? sink_k->dims[2] : 0,
-                   .kept = *(const int32_t *)argument(frame, 12)->data};
+                   .kept = *(const int32_t *)argument(frame, 13)->data};
   if (task.dim % 64 || k->dims[3] != PAGE || task.sinks > MOST_SINKS || result(frame, 2)->dims[1] != blocks_of(&task) ||
-      task.row < 0 || task.row >= k->dims[0])
+      task.row < 0 || task.row >= k->dims[0] || task.first_kept < 0 ||
+      task.first_kept + filled_pages(task.kept, task.kept_pages) > task.pool_pages)
     return failed(frame, "atlas_received_attention: shape");
   run_parts(frame, received_attention_part, &task, task.kv_heads * blocks_of(&task));
   put_together(&task, 0, task.pages, result(frame, 0)->data);

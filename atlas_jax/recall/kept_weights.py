@@ -1,0 +1,120 @@
+"""Measures which layers ask for how many kept pairs: from what a model attends of a text when it sees all of it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax.aot import AotProgram
+from atlas_jax.config import PAGE, ModelConfig
+from atlas_jax.kernels.received_attention import received_attention
+from atlas_jax.model.kept_division import KeptDivision
+from atlas_jax.model.kv_cache import KVCache, init_kv_cache, page_start, start_page
+from atlas_jax.model.layer_groups import Trunk
+from atlas_jax.model.page_schedule import PageSchedule
+from atlas_jax.model.params import ModelParams
+from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
+from atlas_jax.sharding import MeshLayout
+
+_WINDOW = 4
+"""Pages of the window that the text has left."""
+_PAGES = 32
+"""Of a text that are read."""
+_MEAN, _LEAST, _MOST = 6, 2, 14
+"""Pages that are divided, on average, and those that a layer gets at least and at most. Weights that sum up so far divide
+any other number alike."""
+_DECAY = 0.9
+
+Progress = Callable[[str, float], None]
+
+
+def kept_weights(
+    model: ModelConfig,
+    params: ModelParams,
+    texts: Sequence[Sequence[int]],
+    progress: Progress,
+    mesh_layout: MeshLayout,
+) -> tuple[float, ...]:
+    """Weights of the layers for `KeptDivision`; none where no text is long enough to tell.
+
+    Layers get a page each in turn: the one with the largest quotient of the attention that its next page would receive and
+    the root of all its attention outside the window. Without the root, and with the power of 3/4, divisions were worse.
+    """
+    texts = [text for text in texts if len(text) >= (_MOST + _WINDOW + 1) * PAGE]
+    if not texts:
+        return ()
+    reader = _Reader(model, params, mesh_layout)
+    gains, totals = [], []
+    total, done = sum(min(len(text) // PAGE, _PAGES) for text in texts), 0
+    for text in texts:
+        score: np.ndarray = np.zeros(1)
+        for page, received in enumerate(reader.read(text)):
+            outside = (page - _WINDOW + 1) * PAGE
+            flat = received.swapaxes(1, 2).reshape(received.shape[0], received.shape[2], -1)
+            if page >= _MOST + _WINDOW:
+                now, before = flat[..., SINKS:outside], score[..., SINKS:outside]
+                ranked = np.take_along_axis(now, np.argsort(-before, axis=-1), axis=-1)[..., : _MOST * PAGE]
+                gains.append(ranked.reshape(*ranked.shape[:2], _MOST, PAGE).sum(axis=(1, 3)))
+                totals.append(now.sum(axis=(1, 2)))
+            score = _DECAY * score + flat
+            done += 1
+            progress("dividing kept pairs", done / total)
+    gain = np.minimum.accumulate(np.mean(gains, axis=0), axis=1)
+    pages = _divided(gain / np.sqrt(np.maximum(np.mean(totals, axis=0), 1e-9))[:, None])
+    weights = np.ones(len(model.layers))
+    weights[reader.layers] = pages
+    return tuple(weights.tolist())
+
+
+def _divided(gain: np.ndarray) -> np.ndarray:
+    """Pages of each layer; `gain`: what each further one is worth to it, [layers, _MOST]."""
+    pages = np.full(len(gain), _LEAST)
+    worth = np.concatenate([gain, np.full((len(gain), 1), -np.inf)], axis=1)
+    for _ in range((_MEAN - _LEAST) * len(gain)):
+        pages[np.argmax(worth[np.arange(len(gain)), pages])] += 1
+    return pages
+
+
+class _Reader:
+    """Reads texts with full attention."""
+
+    def __init__(self, model: ModelConfig, params: ModelParams, mesh_layout: MeshLayout) -> None:
+        program = functools.partial(AotProgram, mesh_layout=mesh_layout)
+        self._model, self._params, self._mesh_layout = model, params, mesh_layout
+        self._kept_pages = KeptDivision.of(model).pages(1)  # none of which is filled
+        self.layers = [index for index, pages in enumerate(self._kept_pages) if pages]
+        self._trunk, self._next_page = Trunk(model, program), program(start_page, donate=(0,))
+        self._received = jax.jit(self._received_of)
+
+    def _received_of(self, cache: KVCache) -> jax.Array:
+        """What the latest page's queries attend: [layers, pages, K, P]."""
+        assert cache.pairs is not None
+        asked = cache.position[0] - PAGE + (jnp.arange(QUERY_SAMPLES) + 1) * (PAGE // QUERY_SAMPLES) - 1
+        token = cache.page[0][:, None] * PAGE + jnp.arange(PAGE)
+        seen = (cache.page[0] >= 0)[:, None] & (token <= asked[:, None, None])
+        none = jnp.zeros((), jnp.int32)
+        found = []
+        for index in self.layers:
+            layer = cache.kv[index]
+            assert layer.choice is not None
+            q = layer.choice.queries[0] * layer.choice.query_scale[0][..., None]
+            where = none, seen, jnp.zeros((), bool), none, none, 1
+            found.append(received_attention(q, q, layer, cache.pairs, *where, self._model.scale)[0])
+        return jnp.stack(found)
+
+    def read(self, text: Sequence[int]) -> Sequence[np.ndarray]:
+        """What each page's queries attend, as `_received_of`."""
+        pages, plan = min(len(text) // PAGE, _PAGES), PageSchedule(None)
+        tokens, count = np.asarray(text, np.int32), np.full((1,), PAGE, np.int32)
+        cache = self._mesh_layout.rows(init_kv_cache(self._model, 1, _PAGES, "int8", self._kept_pages))
+        found = []
+        for page in range(pages):
+            cache = self._next_page((), cache, page_start(0, plan.next_page(page)))
+            part = tokens[None, page * PAGE : (page + 1) * PAGE]
+            cache, *_ = self._trunk((1, _PAGES, PAGE), self._params, cache, part, count)
+            found.append(np.asarray(self._received(cache)))
+        return found
