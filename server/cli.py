@@ -24,7 +24,7 @@ _FAILED, _USAGE_ERROR = 1, 2
 _COMMANDS = ("serve", "eval")
 # What the short help shows.
 _FIRST = (
-    *("model", "host", "port", "api_keys_file", "temperature", "threads", "memory_path", "log_level"),
+    *("model", "hf_repo", "host", "port", "api_keys_file", "temperature", "threads", "memory_path", "log_level"),
     *("config", "print_config", "version"),
 )
 

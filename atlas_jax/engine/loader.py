@@ -75,7 +75,7 @@ def open_model(config: EngineConfig, cache: Path | None) -> Opened:
     Args:
       cache: folder of what earlier starts have left, or None.
     """
-    with GGUFFile.open(config.model_path) as file:
+    with GGUFFile.open(config.find_model()) as file:
         if file.require("general.architecture", str) == TRAINED:
             return _open_trained(file, config)
         return _open_pretrained(file, config, cache)

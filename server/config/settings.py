@@ -49,6 +49,8 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
         ),
     ] = None
     model: Annotated[str | None, Meta(description="GGUF file to serve")] = None
+    hf_repo: engine.HfRepo | None = EngineConfig.hf_repo
+    offline: engine.Offline = EngineConfig.offline
     model_alias: Annotated[tuple[str, ...], Meta(description="More names of the model in requests")] = ()
     strict_model: Annotated[
         bool, Meta(description="Refuse requests that name another model instead of answering with this one")

@@ -103,6 +103,12 @@ def test_the_contracts_names() -> None:
     assert settings.atlas.memory_file == "f.atlas"
 
 
+@pytest.mark.parametrize("flag", ["-hf", "-hfr", "--hf-repo"])
+def test_a_repository_is_named_as_for_llama_server(flag: str) -> None:
+    server = load(environ={}, flags=parsed(flag, "org/name:Q8_0", "--offline")).server
+    assert (server.hf_repo, server.offline, server.model) == ("org/name:Q8_0", True, None)
+
+
 def test_every_setting_has_its_own_flag_and_variable_and_says_what_it_does() -> None:
     every = options()
     assert len({option.flag for option in every}) == len({option.env for option in every}) == len(every)
