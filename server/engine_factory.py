@@ -57,17 +57,19 @@ def open_engine(config: EngineConfig) -> EngineProtocol:
 
 def check_files(settings: Settings) -> None:
     """Looks at the files an engine will read, before anybody waits for it; raises SettingsError."""
-    from atlas_jax.gguf import GGUFError, GGUFFile  # not needed for `--print-config`
+    from atlas_jax.gguf import GGUFError
+    from atlas_jax.model.checkpoint import open_model_file
+    from atlas_jax.model.families import UnsupportedModel  # not needed for `--print-config`
 
     for name, path in (("model", settings.server.model), ("adapter", settings.atlas.adapter)):
-        if path is None:
+        if not path:
             continue
         try:
             if name == "model":
-                GGUFFile.open(path).close()
+                open_model_file(path).close()
             else:
                 open(path, "rb").close()
         except OSError as error:
             raise SettingsError(f"{name} {path}: {error.strerror}") from None
-        except GGUFError as error:
+        except (GGUFError, UnsupportedModel) as error:
             raise SettingsError(f"{name} {path}: {error}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.engine import cache_folder
-from atlas_jax.gguf import GGUFFile, Tokenizer
+from atlas_jax.gguf import ModelFile, Tokenizer
 from atlas_jax.model.params import ModelParams
 from atlas_jax.progress import ProgressLog
 from atlas_jax.recall import adapter_store
@@ -53,7 +53,7 @@ class AdapterFinder:
 
     def __init__(
         self,
-        file: GGUFFile,
+        file: ModelFile,
         config: ModelConfig,
         tokenizer: Tokenizer,
         params: ModelParams,

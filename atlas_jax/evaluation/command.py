@@ -113,8 +113,8 @@ def _run(args: argparse.Namespace) -> int:
     from atlas_jax.evaluation.measures import Setup
     from atlas_jax.evaluation.results import ResultsFile
     from atlas_jax.evaluation.tasks import TASKS
-    from atlas_jax.gguf import GGUFFile
     from atlas_jax.hub import find_model
+    from atlas_jax.model.checkpoint import open_model_file
     from atlas_jax.model.loading import model_config
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
@@ -132,7 +132,7 @@ def _run(args: argparse.Namespace) -> int:
         path = find_model(args.hf_repo, offline=args.offline)
     else:
         path = args.model
-    with GGUFFile.open(path) as file:
+    with open_model_file(path) as file:
         model = model_config(file)
     groups = ("documents", "perplexity") + (("books",) if scale == "long" else ())
     cache = default_cache() if args.cache is None else args.cache

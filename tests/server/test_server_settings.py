@@ -279,7 +279,9 @@ def test_a_file_that_is_no_model_is_one_line_before_anything_listens(
 
 def test_a_folder_is_no_model_and_an_adapter_must_be_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--model", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"atlas-jax: error: model {tmp_path}: Is a directory\n"
+    assert capsys.readouterr().err == (
+        f"atlas-jax: error: model {tmp_path}: '{tmp_path.name}' is a folder without a config.json\n"
+    )
     missing = str(tmp_path / "none")
     assert main(["--model", model_file(tmp_path), "--atlas-adapter", missing]) == 2
     assert capsys.readouterr().err == f"atlas-jax: error: adapter {missing}: No such file or directory\n"
