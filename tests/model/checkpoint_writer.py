@@ -124,7 +124,7 @@ def byte_level(
         "normalizer": None,
         "pre_tokenizer": pre_tokenizer,
         "post_processor": None,
-        "decoder": {"type": "ByteLevel"},
+        "decoder": BYTES,
         "model": model | more,
     }
 
