@@ -146,7 +146,7 @@ class CheckpointFolder:
             out[start : start + _ROWS] = _floats(info.ggml_type, packed[start : start + _ROWS])
         if one.heads:
             halves = out.reshape(one.heads, 2, len(out) // one.heads // 2, -1)
-            out = halves.swapaxes(1, 2)
+            out = halves.swapaxes(1, 2).reshape(out.shape)
         if one.plus_one:
             out = out + np.float32(1.0)
         return out.reshape(info.shape).astype(dtype, copy=False)
