@@ -1,4 +1,4 @@
-"""tokenizer.json: the same tokens as its GGUF file and as the library the file is of, and nothing that is guessed."""
+"""tokenizer.json: the same tokens as its GGUF file and as the library the file is of, and nothing that is not sure."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ NFC, ISOLATED = {"type": "NFC"}, {"type": "Split", "pattern": {"Regex": r"\d"}, 
         ("model", 3, "model: Expected `object`, got `int`"),
     ],
 )
-def test_what_would_be_guessed_is_refused_by_name(tmp_path: Path, path: str, value: Any, said: str) -> None:
+def test_what_is_not_known_is_refused_by_name(tmp_path: Path, path: str, value: Any, said: str) -> None:
     tokens, types, merges = tiny_model.byte_level_vocabulary()
     file = checkpoint_writer.byte_level(tokens, types, merges, checkpoint_writer.SMOLLM)
     with pytest.raises(CheckpointError) as refused:
