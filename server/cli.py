@@ -24,7 +24,7 @@ _FAILED, _USAGE_ERROR = 1, 2
 _COMMANDS = ("serve", "eval")
 # What the short help shows.
 _FIRST = (
-    *("model", "host", "port", "api_keys_file", "temperature", "threads", "memory_path", "log_level"),
+    *("model", "hf_repo", "host", "port", "api_keys_file", "temperature", "threads", "memory_path", "log_level"),
     *("config", "print_config", "version"),
 )
 
@@ -102,7 +102,7 @@ def _parser() -> _Parser:
     parser = _Parser(
         prog="atlas-jax",
         usage="atlas-jax [serve] [flags]",
-        description="Serves a GGUF model with ATLAS memory sessions behind an OpenAI-compatible API.",
+        description="Serves a GGUF or safetensors model with ATLAS memory sessions behind an OpenAI-compatible API.",
         epilog="Settings come from the defaults, the configuration file, the environment and the flags, in this order. "
         "Brackets hold a setting's environment variable.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),

@@ -20,12 +20,19 @@ SETTING_OF = {"model_path": "model", "adapter_path": "adapter", "memory_enabled"
 def engine_config(settings: Settings) -> EngineConfig:
     """What the engine of these settings is opened with; raises SettingsError."""
     server, atlas = settings.server, settings.atlas
-    if not server.model:
-        raise SettingsError("no model: give --model, ATLAS_MODEL or server.model in the configuration file")
+    if not server.model and not server.hf_repo:
+        raise SettingsError(
+            "no model: give --model FILE or --hf-repo ORG/NAME, ATLAS_MODEL or ATLAS_HF_REPO, or server.model or "
+            "server.hf_repo in the configuration file"
+        )
+    if server.model and server.hf_repo:
+        raise SettingsError("server.model and server.hf_repo both name a model: give one")
     fields: dict[str, Any] = {}
     for field in engine.FIELDS:
         name = SETTING_OF.get(field, field)
         fields[field] = getattr(server if name in server.__struct_fields__ else atlas, name)
+    for field in ("model_path", "hf_repo"):
+        fields[field] = fields[field] or None  # an empty variable of a container names nothing
     if not atlas.memory_persist:
         fields["memory_path"] = None
     if atlas.owner_quota is None and server.api_keys_file:
@@ -50,17 +57,19 @@ def open_engine(config: EngineConfig) -> EngineProtocol:
 
 def check_files(settings: Settings) -> None:
     """Looks at the files an engine will read, before anybody waits for it; raises SettingsError."""
-    from atlas_jax.gguf import GGUFError, GGUFFile  # not needed for `--print-config`
+    from atlas_jax.gguf import GGUFError
+    from atlas_jax.model.checkpoint import open_model_file
+    from atlas_jax.model.families import UnsupportedModel  # not needed for `--print-config`
 
     for name, path in (("model", settings.server.model), ("adapter", settings.atlas.adapter)):
-        if path is None:
+        if not path:
             continue
         try:
             if name == "model":
-                GGUFFile.open(path).close()
+                open_model_file(path).close()
             else:
                 open(path, "rb").close()
         except OSError as error:
             raise SettingsError(f"{name} {path}: {error.strerror}") from None
-        except GGUFError as error:
+        except (GGUFError, UnsupportedModel) as error:
             raise SettingsError(f"{name} {path}: {error}") from None

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.engine import cache_folder
-from atlas_jax.engine.progress import ProgressLog
-from atlas_jax.gguf import GGUFFile, Tokenizer
+from atlas_jax.gguf import ModelFile, Tokenizer
 from atlas_jax.model.params import ModelParams
+from atlas_jax.progress import ProgressLog
 from atlas_jax.recall import adapter_store
 from atlas_jax.recall.adapter import Adapter
 from atlas_jax.recall.adapter_store import AdapterError
@@ -53,7 +53,7 @@ class AdapterFinder:
 
     def __init__(
         self,
-        file: GGUFFile,
+        file: ModelFile,
         config: ModelConfig,
         tokenizer: Tokenizer,
         params: ModelParams,

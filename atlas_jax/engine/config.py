@@ -18,8 +18,16 @@ import msgspec
 from msgspec import Meta
 
 from atlas_jax.config import MAX_MEMORY_DIM, MEMORY_DIM_STEP, MIN_MEMORY_DIM, PAGE, ConfigError, KVDtype, WeightDtype
+from atlas_jax.hub import HubError, Repository, find_model
 
 MIN_WINDOW = PAGE
+HfRepo = Annotated[
+    str,
+    Meta(
+        description="Repository to fetch the model from: org/name, or org/name:Q8_0 for another quantisation than Q4_K_M"
+    ),
+]
+Offline = Annotated[bool, Meta(description="Take a repository's model from the cache and ask nobody")]
 _Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
 
 FileName = Annotated[
@@ -105,7 +113,8 @@ class EngineConfig:
     """What an engine is opened with; the ranges and meanings of the fields stand at their types.
 
     Attributes:
-      model_path: the GGUF file.
+      model_path: the GGUF file; None where there is an `hf_repo`.
+      hf_repo: see `atlas_jax.hub.find_model`, which `offline` is for as well.
       adapter_path: adapter of the memory; None takes the one shipped for the model, or else calibrates once and keeps
         the result in `cache_path`.
       memory_enabled: False serves the model without a memory.
@@ -125,7 +134,9 @@ class EngineConfig:
       ConfigError: a value is out of its range; the message names the field.
     """
 
-    model_path: str | os.PathLike[str]
+    model_path: str | os.PathLike[str] | None = None
+    hf_repo: HfRepo | None = None
+    offline: Offline = False
     adapter_path: str | os.PathLike[str] | None = None
     memory_enabled: bool = True
     memory_path: str | os.PathLike[str] | None = None
@@ -155,15 +166,29 @@ class EngineConfig:
         for name, kind in _types().items():
             value = getattr(self, name)
             if name.endswith("_path"):
-                if not (isinstance(value, str | os.PathLike) or (value is None and name != "model_path")):
+                if not isinstance(value, str | os.PathLike | None):
                     raise ConfigError(f"{name} must be a path, got {value!r}")
                 continue
             try:
                 msgspec.convert(value, kind, strict=True)
             except msgspec.ValidationError as error:
                 raise ConfigError(f"{name} is {value!r}: {error}") from None
+        if (self.model_path is None) == (self.hf_repo is None):
+            raise ConfigError("model_path or hf_repo must say which model to open, one of the two")
+        if self.hf_repo is not None:
+            try:
+                Repository.parse(self.hf_repo)
+            except HubError as error:
+                raise ConfigError(f"hf_repo: {error}") from None
         if self.mesh_data > self.max_concurrent:
             raise ConfigError(f"mesh_data ({self.mesh_data}) must not exceed max_concurrent, {self.max_concurrent}")
+
+    def find_model(self) -> Path:
+        """The model's file or folder, fetched if it has to be; raises HubError."""
+        if self.model_path is not None:
+            return Path(self.model_path)
+        assert self.hf_repo is not None
+        return find_model(self.hf_repo, offline=self.offline)
 
     @property
     def devices(self) -> int:

@@ -103,6 +103,7 @@ class Engine:
         Raises:
           ConfigError: a field is out of its range, the model cannot be divided so, or there are too few devices; the
             message names the field.
+          HubError: the model cannot be had from its repository.
           GGUFError, UnsupportedModel, AdapterError: a file cannot be used; the message names what is wrong.
         """
         config = EngineConfig(**fields) if config is None else dataclasses.replace(config, **fields)

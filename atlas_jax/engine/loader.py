@@ -31,11 +31,13 @@ from atlas_jax.gguf import (
     ChatTemplate,
     GGUFError,
     GGUFFile,
+    ModelFile,
     TemplateError,
     Tokenizer,
     recommended_sampling,
 )
 from atlas_jax.kernels import kernel_choice
+from atlas_jax.model.checkpoint import open_model_file
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
@@ -75,13 +77,13 @@ def open_model(config: EngineConfig, cache: Path | None) -> Opened:
     Args:
       cache: folder of what earlier starts have left, or None.
     """
-    with GGUFFile.open(config.model_path) as file:
-        if file.require("general.architecture", str) == TRAINED:
+    with open_model_file(config.find_model()) as file:
+        if isinstance(file, GGUFFile) and file.require("general.architecture", str) == TRAINED:
             return _open_trained(file, config)
         return _open_pretrained(file, config, cache)
 
 
-def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -> Opened:
+def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) -> Opened:
     """A model of a known family and, if that is wanted, its recall memory."""
     started = _loading(file)
     tokenizer, template = _text(file)
@@ -90,10 +92,8 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
     params = load_params(file, model, dtype=config.weight_dtype, mesh_layout=mesh_layout)
     if others := left_out(file):
         names = ", ".join(sorted({f"{name.split('.', 1)[0]}.*" for name in others}))
-        log.info(
-            "Left out of %s: %d tensors that are no part of its text model (%s)", file.path.name, len(others), names
-        )
-    log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
+        log.info("Left out of %s: %d tensors that are no part of its text model (%s)", file.name, len(others), names)
+    log.info("Loaded %s in %.1f s", file.name, time.monotonic() - started)
     context = min(config.max_context, model.context_length)
     fitted: Fitted | None = None
     if config.memory_enabled:
@@ -162,7 +162,7 @@ def _budget(config: EngineConfig, sizes: SessionBytes) -> int:
     return config.memory_budget
 
 
-def _turn_tokens(file: GGUFFile, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _turn_tokens(file: ModelFile, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Control tokens that the model's own chat template names: turns of a conversation begin and end with them."""
     template = file.metadata.get("tokenizer.chat_template")
     if not isinstance(template, str):
@@ -206,7 +206,7 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
             f"{TRAINED}.config: the state of one sequence would take {size} bytes, at most {_LARGEST_STATE}"
         )
     runner = TrainedRunner(model, params, context, _powers(1, config.max_concurrent), kernel_choice.chosen())
-    log.info("Loaded %s in %.1f s", file.path.name, time.monotonic() - started)
+    log.info("Loaded %s in %.1f s", file.name, time.monotonic() - started)
     info = _info(
         file,
         runner,
@@ -224,13 +224,13 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
     return Opened(info, tokenizer, template, runner, layout, longest)
 
 
-def _loading(file: GGUFFile) -> float:
+def _loading(file: ModelFile) -> float:
     """Says what is being loaded; the time."""
-    log.info("Loading %s (%.0f MB)", file.path.name, file.path.stat().st_size / 1e6)
+    log.info("Loading %s (%.0f MB)", file.name, file.size / 1e6)
     return time.monotonic()
 
 
-def _info(file: GGUFFile, runner: ModelRunner, state: StateBytes, **facts: Any) -> ModelInfo:
+def _info(file: ModelFile, runner: ModelRunner, state: StateBytes, **facts: Any) -> ModelInfo:
     return ModelInfo(
         name=file.name,
         fingerprint=file.fingerprint(),
@@ -243,7 +243,7 @@ def _info(file: GGUFFile, runner: ModelRunner, state: StateBytes, **facts: Any) 
     )
 
 
-def _text(file: GGUFFile) -> tuple[Tokenizer, ChatTemplate | TemplateError]:
+def _text(file: ModelFile) -> tuple[Tokenizer, ChatTemplate | TemplateError]:
     tokenizer = Tokenizer.from_metadata(file.metadata)
     try:
         template = ChatTemplate.from_metadata(file.metadata)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,7 +152,7 @@ class Bench:
         if self._nearest is None:
             window = Arm(WINDOW, arm.options)
             self._nearest = NearestNeighbours(
-                Path(self.engine.config.model_path),
+                self.engine.config.find_model(),
                 lambda tokens: self.losses(tokens, window),
                 self.tokens,
                 arm.options.window_size,

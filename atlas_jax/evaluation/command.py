@@ -38,7 +38,12 @@ def parser() -> argparse.ArgumentParser:
         "larger window of the same bytes and full attention. Goes on where an earlier run into the same folder ended.",
         allow_abbrev=False,
     )
-    made.add_argument("model", type=Path, metavar="MODEL.gguf")
+    model = made.add_mutually_exclusive_group(required=True)
+    model.add_argument("model", type=Path, metavar="MODEL.gguf", nargs="?")
+    model.add_argument(
+        *("--hf-repo", "-hf", "-hfr"), metavar="ORG/NAME[:QUANT]", help="fetch the model from this repository instead"
+    )
+    made.add_argument("--offline", action="store_true", help="take a repository's model from the cache and ask nobody")
     made.add_argument("--out", type=Path, default=Path("build/eval"), metavar="FOLDER", help="results (%(default)s)")
     made.add_argument(
         "--texts",
@@ -73,6 +78,7 @@ def main(argv: Sequence[str]) -> int:
     from atlas_jax.evaluation.tasks import TASKS
     from atlas_jax.evaluation.texts import TextsError
     from atlas_jax.gguf import GGUFError
+    from atlas_jax.hub import HubError
     from atlas_jax.model.families._family import UnsupportedModel
     from atlas_jax.recall.adapter_store import AdapterError
 
@@ -84,7 +90,16 @@ def main(argv: Sequence[str]) -> int:
     except (_UsageError, ArmError, ConfigError) as error:
         _complain(error)
         return _USAGE_ERROR
-    except (EngineError, TextsError, ResultsError, GGUFError, UnsupportedModel, AdapterError, OSError) as error:
+    except (
+        EngineError,
+        TextsError,
+        ResultsError,
+        HubError,
+        GGUFError,
+        UnsupportedModel,
+        AdapterError,
+        OSError,
+    ) as error:
         _complain(error)
         return _FAILED
 
@@ -98,7 +113,8 @@ def _run(args: argparse.Namespace) -> int:
     from atlas_jax.evaluation.measures import Setup
     from atlas_jax.evaluation.results import ResultsFile
     from atlas_jax.evaluation.tasks import TASKS
-    from atlas_jax.gguf import GGUFFile
+    from atlas_jax.hub import find_model
+    from atlas_jax.model.checkpoint import open_model_file
     from atlas_jax.model.loading import model_config
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s %(message)s", stream=sys.stderr)
@@ -111,7 +127,12 @@ def _run(args: argparse.Namespace) -> int:
         if name not in names:
             raise _UsageError(f"--tasks: there is no task '{name}' (there are {', '.join(names)})")
     tasks = [task for task in TASKS if scale in task.scales and (not args.tasks or task.name in args.tasks)]
-    with GGUFFile.open(args.model) as file:
+    if args.hf_repo is not None:
+        logging.getLogger("atlas.hub").setLevel(logging.INFO)  # how far it is
+        path = find_model(args.hf_repo, offline=args.offline)
+    else:
+        path = args.model
+    with open_model_file(path) as file:
         model = model_config(file)
     groups = ("documents", "perplexity") + (("books",) if scale == "long" else ())
     cache = default_cache() if args.cache is None else args.cache
@@ -121,7 +142,7 @@ def _run(args: argparse.Namespace) -> int:
     largest = max([longest + 4 * PAGE, *(-(-arm.options.window_size // PAGE) * PAGE for arm in arms)])
     folder = tempfile.TemporaryDirectory()  # of sessions, so that they have files whose size can be told
     engine = Engine.open(
-        model_path=args.model,
+        model_path=path,
         memory_path=folder.name,
         speculate=False,  # how many drafts are right depends on the text, and would hide what a step costs
         adapter_path=args.adapter,
@@ -179,7 +200,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _command(args: argparse.Namespace) -> str:
-    parts = ["atlas-jax eval", args.model.name]
+    parts = ["atlas-jax eval", *([args.model.name] if args.hf_repo is None else ["--hf-repo", args.hf_repo])]
     parts += ["--quick"] * args.quick + ["--long"] * args.long
     for flag, names in (("--tasks", args.tasks), ("--arms", args.arms)):
         parts += [f"{flag} {' '.join(_quoted(name) for name in names)}"] if names else []

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas_jax.config import PAGE
-from atlas_jax.gguf import GGUFFile
+from atlas_jax.model.checkpoint import open_model_file
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.recall import adapter_store
 from atlas_jax.recall.calibration import candidates
@@ -58,7 +58,7 @@ class NearestNeighbours:
     """
 
     def __init__(self, path: Path, window: WindowLosses, encode: Callable[[str], list[int]], start: int) -> None:
-        with GGUFFile.open(path) as file:
+        with open_model_file(path) as file:
             self._model = model_config(file)
             self._params = load_params(file, self._model, dtype="int8")
         memory = candidates(self._model)

@@ -6,6 +6,7 @@ from atlas_jax.gguf._budget import TemplateError
 from atlas_jax.gguf._chat import FALLBACK_TEMPLATE, ChatTemplate
 from atlas_jax.gguf._header import GGUFError, TensorInfo
 from atlas_jax.gguf._metadata import get, require
+from atlas_jax.gguf._model_file import ModelFile
 from atlas_jax.gguf._reader import GGUFFile
 from atlas_jax.gguf._recommended import recommended_sampling
 from atlas_jax.gguf._tokenizer import StreamDecoder, Tokenizer
@@ -17,6 +18,7 @@ __all__ = [
     "ChatTemplate",
     "GGUFError",
     "GGUFFile",
+    "ModelFile",
     "StreamDecoder",
     "TemplateError",
     "TensorInfo",

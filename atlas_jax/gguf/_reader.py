@@ -6,10 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
-from io import FileIO
-from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, overload
@@ -21,6 +18,7 @@ from gguf.constants import GGMLQuantizationType, Keys
 
 from atlas_jax.gguf import _metadata
 from atlas_jax.gguf._header import GGUFError, Header, TensorInfo, quote, scan_header
+from atlas_jax.gguf._mapped import MappedFile
 from atlas_jax.gguf._nibbles import Nibbles, holds_nibbles, unpack_nibbles
 
 T = TypeVar("T", bool, int, float, str, list[str], np.ndarray)
@@ -31,54 +29,16 @@ _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gg
 _MAX_PARTS = 1024
 
 
-class _Source:
-    """An open file behind a `GGUFFile`."""
-
-    def __init__(self, path: Path) -> None:
-        self._name = path.name
-        self._file = FileIO(path)
-        self._stamp = self._identity()
-        self._map: mmap | None = None
-        if self.size == 0:
-            self._file.close()
-            raise GGUFError(f"{path.name} is empty")
-        self._map = mmap(self._file.fileno(), self.size, access=ACCESS_READ)
-
-    @property
-    def size(self) -> int:
-        return self._stamp[0]
-
-    def view(self) -> mmap:
-        """The map of the file, after a look whether the file is still the one that was mapped."""
-        if self._map is None:
-            raise GGUFError(f"{self._name} is closed")
-        # Reading a map past the end of a file that has shrunk kills the process, hence a look before every use.
-        if self._identity() != self._stamp:
-            raise GGUFError(f"{self._name} was changed after it was opened")
-        return self._map
-
-    def close(self) -> None:
-        if self._map is not None:
-            with suppress(BufferError):  # an array from `raw` still looks at the map, which ends with it
-                self._map.close()
-            self._map = None
-            self._file.close()
-
-    def _identity(self) -> tuple[int, int]:
-        status = os.fstat(self._file.fileno())
-        return status.st_size, status.st_mtime_ns
-
-
 @dataclass(frozen=True, slots=True)
 class _Part:
     """One file of a model, and what its header says."""
 
-    source: _Source
+    source: MappedFile
     header: Header
 
     @classmethod
     def open(cls, path: Path) -> _Part:
-        source = _Source(path)
+        source = MappedFile(path)
         try:
             return cls(source, scan_header(source.view()))
         except BaseException:
@@ -108,7 +68,7 @@ class GGUFFile:
     size: int
     metadata: Mapping[str, Any] = field(repr=False)
     tensors: Mapping[str, TensorInfo] = field(repr=False)
-    _sources: tuple[_Source, ...] = field(repr=False)
+    _sources: tuple[MappedFile, ...] = field(repr=False)
     _part_of: Mapping[str, int] = field(repr=False)
     _digest: list[str] = field(default_factory=list, repr=False)
 

@@ -23,7 +23,7 @@ _Key = Keys.Tokenizer
 _MAX_TOKEN_LENGTH = 1024
 _MAX_SPECIAL = 1 << 15
 # Texts that end a generation wherever they appear in a vocabulary.
-_END_TEXTS = (
+END_TEXTS = (
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>", "<end_of_turn>"),
     *("<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]", "<|end_of_text|>", "<eos>"),
     *("<end_of_utterance>", "<turn|>", "<|tool_response>", "<｜end▁of▁sentence｜>", "[e~["),
@@ -134,7 +134,7 @@ def _first_id(index: Mapping[str, int], texts: str) -> int | None:
 
 def _end_ids(metadata: Mapping[str, Any], index: Mapping[str, int], types: npt.NDArray[np.int32]) -> set[int]:
     """End-of-generation ids known by their text; corrects `types` in place as llama.cpp does."""
-    end_ids = {index[text] for text in _END_TEXTS if text in index}
+    end_ids = {index[text] for text in END_TEXTS if text in index}
     control = set(end_ids)
     for keys, texts, ends in _FILL_IN_ROLES:
         named = _special_id(metadata, keys, len(types))

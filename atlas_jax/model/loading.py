@@ -14,7 +14,7 @@ import numpy as np
 from atlas_jax.aot import shape, shapes
 from atlas_jax.config import ConfigError, ModelConfig, RopeConfig
 from atlas_jax.config import WeightDtype as WeightDtype
-from atlas_jax.gguf import GGUFFile
+from atlas_jax.gguf import ModelFile, get
 from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight, uses_cpu_kernel
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
@@ -36,7 +36,7 @@ class _Progress(Protocol):
     def __call__(self, done: int, total: int) -> None: ...
 
 
-def model_config(file: GGUFFile) -> ModelConfig:
+def model_config(file: ModelFile) -> ModelConfig:
     """Reads the configuration of a GGUF model.
 
     Raises:
@@ -59,18 +59,18 @@ def model_config(file: GGUFFile) -> ModelConfig:
     return config.replace(tied_head=_HEAD not in file.tensors)
 
 
-def _vocabulary(file: GGUFFile) -> Vocabulary:
+def _vocabulary(file: ModelFile) -> Vocabulary:
     """Tokens of the file and rows of its embeddings; some models have more rows, which stand for nothing."""
     if _EMBED not in file.tensors:
         raise UnsupportedModel(f"tensor '{_EMBED}' is missing")
     rows = file.tensors[_EMBED].shape[0]
-    tokens = len(file.get("tokenizer.ggml.tokens", list) or ()) or rows
+    tokens = len(get(file.metadata, "tokenizer.ggml.tokens", list) or ()) or rows
     if rows < tokens:
         raise UnsupportedModel(f"tensor '{_EMBED}' has {rows} rows for {tokens} tokens")
     return Vocabulary(tokens, rows)
 
 
-def _frequency_factors(file: GGUFFile, pairs: int) -> tuple[float, ...]:
+def _frequency_factors(file: ModelFile, pairs: int) -> tuple[float, ...]:
     """What divides the rotary frequencies, one number for every pair of a head: Llama 3.1's scaling is stored so."""
     factors = tuple(float(x) for x in file.dequantize(_ROPE_FACTORS).reshape(-1))
     if len(factors) != pairs:
@@ -80,13 +80,13 @@ def _frequency_factors(file: GGUFFile, pairs: int) -> tuple[float, ...]:
     return factors
 
 
-def left_out(file: GGUFFile) -> list[str]:
+def left_out(file: ModelFile) -> list[str]:
     """Names of the tensors of a file that are no part of its text model, such as those that read images."""
     return [name for name in file.tensors if name.startswith(_OTHER_PARTS)]
 
 
 def load_params(
-    file: GGUFFile,
+    file: ModelFile,
     config: ModelConfig,
     *,
     dtype: WeightDtype = "int8",
@@ -170,7 +170,7 @@ def parameter_count(params: ModelParams) -> int:
     return sum(sizes())
 
 
-def _packed(file: GGUFFile, config: ModelConfig) -> frozenset[str]:
+def _packed(file: ModelFile, config: ModelConfig) -> frozenset[str]:
     """Names of the matrices that can stay in 5 bits: as every layer has them, so that layers share their programs."""
     by_role: dict[str, list[str]] = {}
     for name in file.tensors:
@@ -187,7 +187,7 @@ def _packed(file: GGUFFile, config: ModelConfig) -> frozenset[str]:
 class _Reader:
     """Takes tensors by name, checks shapes, and remembers what was taken."""
 
-    def __init__(self, file: GGUFFile, dtype: WeightDtype, packed: frozenset[str]) -> None:
+    def __init__(self, file: ModelFile, dtype: WeightDtype, packed: frozenset[str]) -> None:
         self._file = file
         self._dtype = dtype
         self._packed = packed

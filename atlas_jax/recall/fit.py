@@ -16,7 +16,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig, ModelConfig
-from atlas_jax.gguf import ChatTemplate, GGUFError, GGUFFile, TemplateError, Tokenizer
+from atlas_jax.gguf import ChatTemplate, GGUFError, ModelFile, TemplateError, Tokenizer
+from atlas_jax.model.checkpoint import open_model_file
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.params import ModelParams
 from atlas_jax.recall import adapter_store
@@ -52,7 +53,7 @@ def fit(
       The adapter file's bytes, and what was measured.
     """
     started = time.monotonic()
-    with GGUFFile.open(model) as file:
+    with open_model_file(model) as file:
         tokenizer = Tokenizer.from_metadata(file.metadata)
         config = model_config(file)
         params = load_params(file, config, dtype="int8")
@@ -76,7 +77,7 @@ def fit(
     return adapter_store.encode(fingerprint, found.config, found.adapter), report
 
 
-def chat_template(file: GGUFFile) -> ChatTemplate | None:
+def chat_template(file: ModelFile) -> ChatTemplate | None:
     """The chat template of a model's file, or None where it has none that can be used."""
     try:
         return ChatTemplate.from_metadata(file.metadata)

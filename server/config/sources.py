@@ -38,6 +38,8 @@ _FLAGS = {
     "atlas.default_config.window_size": "--atlas-window",
     "atlas.default_config.blend_ratio": "--atlas-blend",
 }
+# What llama-server's users type.
+_SHORT = {"server.hf_repo": ("-hf", "-hfr")}
 # Headings of the help. What is not named here stands under its section's.
 _SECTIONS = {
     "server": "Server",
@@ -46,7 +48,7 @@ _SECTIONS = {
     "atlas.default_config": "Memory of a request: defaults of its `atlas` object",
 }
 _GROUPS = {
-    "Model": ("model", "model_alias", "strict_model"),
+    "Model": ("model", "hf_repo", "offline", "model_alias", "strict_model"),
     "Security": ("api_keys_file", "allowed_hosts", "cors_origins", "trusted_proxies", "failure_limit"),
     "Limits": (
         *(
@@ -177,6 +179,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         else:
             group.add_argument(
                 option.flag,
+                *_SHORT.get(option.key, ()),
                 dest=option.key,
                 action="append" if option.many else "store",
                 default=argparse.SUPPRESS,

@@ -17,6 +17,7 @@ from server import cli
     ("arguments", "said"),
     [
         ([], "MODEL.gguf"),
+        (["m.gguf", "--hf-repo", "org/name"], "not allowed with"),
         (["m.gguf", "--arm", "half"], "write NAME=JSON"),
         (["m.gguf", "--arm", "half={]"], "arm 'half': the options are not a JSON object"),
         (["m.gguf", "--arm", "half=[1]"], "arm 'half': the options are not a JSON object"),
@@ -45,6 +46,14 @@ def test_a_file_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
         assert command.main([str(tmp_path / name), "--out", str(tmp_path / "out")]) == 1
         error = capsys.readouterr().err
         assert name in error or "GGUF" in error
+        assert error.count("\n") == 1
+
+
+def test_a_repository_that_cannot_be_had_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, said in (("nobody", "expected org/name"), ("org/name-that-is-not-there", "is not in the cache")):
+        assert command.main(["-hf", name, "--offline"]) == 1
+        error = capsys.readouterr().err
+        assert said in error
         assert error.count("\n") == 1
 
 

@@ -19,6 +19,8 @@ from server.engine_factory import SETTING_OF, engine_config, engine_factory
 ROOT = Path(__file__).parents[2]
 OTHERS: dict[str, Any] = {
     "model_path": "other.gguf",
+    "hf_repo": "org/other:Q8_0",
+    "offline": True,
     "adapter_path": "other.safetensors",
     "memory_enabled": False,
     "memory_path": "elsewhere",
@@ -57,8 +59,10 @@ def test_every_field_can_be_set_from_outside(field: str) -> None:
     value = OTHERS[field]
     text = str(value).lower() if isinstance(value, bool) else str(value)
     before = engine_config(load(environ={"ATLAS_MODEL": "m.gguf"}))
-    after = engine_config(load(environ={"ATLAS_MODEL": "m.gguf", option.env: text}))
-    assert after == dataclasses.replace(before, **{field: value})
+    # a model is a file or a repository
+    model, no_file = ({}, {"model_path": None}) if field == "hf_repo" else ({"ATLAS_MODEL": "m.gguf"}, {})
+    after = engine_config(load(environ={**model, option.env: text}))
+    assert after == dataclasses.replace(before, **{**no_file, field: value})
     assert after != before
 
 
@@ -119,11 +123,22 @@ def test_a_server_without_a_model_is_refused_before_anything_is_opened() -> None
         ("memory_file", "../x"),
         ("memory_path", 3),
         ("model_path", None),
+        ("hf_repo", "org/other"),
+        ("hf_repo", 7),
     ],
 )
 def test_what_is_out_of_range_is_named(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         EngineConfig(**{"model_path": "m.gguf", field: value})
+
+
+def test_a_model_is_a_file_or_a_repository() -> None:
+    assert engine_config(load(environ={"ATLAS_HF_REPO": "org/name", "ATLAS_MODEL": ""})).hf_repo == "org/name"
+    assert engine_config(load(environ={"ATLAS_HF_REPO": "", "ATLAS_MODEL": "m.gguf"})).model_path == "m.gguf"
+    with pytest.raises(SettingsError, match=r"server.model and server.hf_repo both name a model"):
+        engine_config(load(environ={"ATLAS_HF_REPO": "org/name", "ATLAS_MODEL": "m.gguf"}))
+    with pytest.raises(SettingsError, match=r"hf_repo: 'name' is no repository: expected org/name"):
+        engine_config(load(environ={"ATLAS_HF_REPO": "name"}))
 
 
 def test_what_only_the_engine_can_tell_is_an_error_of_the_settings_too() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from atlas_jax.engine.api import EngineError, EngineProtocol
-from atlas_jax.engine.progress import ProgressLog
+from atlas_jax.progress import ProgressLog
 from server.serve import StartError, reachable, serve
 from server.services.runtime_config import RuntimeConfig
 from server.services.stats import ServerStats

@@ -103,6 +103,12 @@ def test_the_contracts_names() -> None:
     assert settings.atlas.memory_file == "f.atlas"
 
 
+@pytest.mark.parametrize("flag", ["-hf", "-hfr", "--hf-repo"])
+def test_a_repository_is_named_as_for_llama_server(flag: str) -> None:
+    server = load(environ={}, flags=parsed(flag, "org/name:Q8_0", "--offline")).server
+    assert (server.hf_repo, server.offline, server.model) == ("org/name:Q8_0", True, None)
+
+
 def test_every_setting_has_its_own_flag_and_variable_and_says_what_it_does() -> None:
     every = options()
     assert len({option.flag for option in every}) == len({option.env for option in every}) == len(every)
@@ -273,7 +279,9 @@ def test_a_file_that_is_no_model_is_one_line_before_anything_listens(
 
 def test_a_folder_is_no_model_and_an_adapter_must_be_there(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert main(["--model", str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"atlas-jax: error: model {tmp_path}: Is a directory\n"
+    assert capsys.readouterr().err == (
+        f"atlas-jax: error: model {tmp_path}: '{tmp_path.name}' is a folder without a config.json\n"
+    )
     missing = str(tmp_path / "none")
     assert main(["--model", model_file(tmp_path), "--atlas-adapter", missing]) == 2
     assert capsys.readouterr().err == f"atlas-jax: error: adapter {missing}: No such file or directory\n"

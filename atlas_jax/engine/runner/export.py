@@ -20,9 +20,9 @@ import jax
 from atlas_jax.aot import INLINE, shapes
 from atlas_jax.engine.runner.step import StepConfig
 from atlas_jax.engine.runner.step_programs import StepPrograms, decode_inputs, weight_shapes
-from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import lowering_platform
 from atlas_jax.kernels.kv_pages import KVDtype
+from atlas_jax.model.checkpoint import open_model_file
 from atlas_jax.model.loading import WeightDtype, model_config
 from atlas_jax.recall import adapter_store
 
@@ -117,7 +117,7 @@ def main() -> None:
     parser.add_argument("--adapter", type=Path, help="adapter file (default: the shipped one, else no memory)")
     parser.add_argument("--max-window", type=int, default=2048, help="largest window of a session (default: 2048)")
     args = parser.parse_args()
-    with GGUFFile.open(args.model) as file:
+    with open_model_file(args.model) as file:
         config, fingerprint = model_config(file), file.fingerprint()
     data = args.adapter.read_bytes() if args.adapter is not None else adapter_store.shipped(fingerprint)
     memory = None

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from atlas_jax.model.families import gemma3, llama
-from atlas_jax.model.families._family import Family
+from atlas_jax.model.families._family import Family, UnsupportedModel
 
 FAMILIES: Mapping[str, Family] = {
     "llama": llama.FAMILY,
     "gemma3": gemma3.FAMILY,
 }
 
-__all__ = ["FAMILIES", "Family"]
+__all__ = ["FAMILIES", "Family", "UnsupportedModel"]

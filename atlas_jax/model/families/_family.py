@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from atlas_jax.config import ModelConfig
 from atlas_jax.model.families._neutral import IGNORED_PREFIXES, NEUTRAL, WITHOUT_EXPERTS, WITHOUT_WINDOW
+
+if TYPE_CHECKING:
+    from atlas_jax.model.families._checkpoint import Checkpoint
 
 _MAX_LAYERS = 1024
 _MAX_HEADS = 1 << 16
@@ -35,12 +38,14 @@ class Family:
       models: which models are meant, for people.
       config: makes the model's configuration from its metadata and the sizes of its vocabulary.
       frequency_factors: whether the tensor `rope_freqs` divides its rotary frequencies.
+      checkpoint: how Hugging Face ships its models; None reads GGUF files alone.
     """
 
     architecture: str
     models: str
     config: Callable[[Fields, Vocabulary], ModelConfig]
     frequency_factors: bool = False
+    checkpoint: Checkpoint | None = None
 
 
 @dataclass(frozen=True)

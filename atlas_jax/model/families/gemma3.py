@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from atlas_jax.config import LayerConfig, ModelConfig, RopeConfig
+from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, linear, refused
+from atlas_jax.model.families._checkpoint import rope as config_rope
 from atlas_jax.model.families._family import Family, Fields, Vocabulary
 
 _PERIOD = 6
@@ -63,4 +67,69 @@ def _sliding(fields: Fields) -> list[bool]:
     return [period == 0 or index % period < period - 1 for index in range(fields.layers)]
 
 
-FAMILY = Family("gemma3", "Gemma 3, its text", _config)
+def _describe(config: Config) -> Described:
+    config.same("hidden_activation", "gelu_pytorch_tanh")
+    config.same("hidden_act", "gelu_pytorch_tanh")
+    found = decoder(config, **_DEFAULTS)
+    base, scaling = config_rope(config, 1_000_000.0, "full_attention")
+    if scaling["rope_type"] == "llama3":
+        raise refused("rope_scaling", "is of unsupported type 'llama3'")
+    local = config.number("rope_local_base_freq", _LOCAL_ROPE_BASE)
+    parameters = config.get("rope_parameters")
+    if isinstance(parameters, dict) and "sliding_attention" in parameters:
+        local, sliding = config_rope(config, _LOCAL_ROPE_BASE, "sliding_attention")
+        if sliding["rope_type"] != "default":
+            raise refused("rope_parameters", "scales the layers with a window, which is not supported")
+    found |= {
+        "rope.freq_base": base,
+        "rope.freq_base_swa": local,
+        "attention.sliding_window": config.integer("sliding_window", 4096),
+        "attention.sliding_window_pattern": _config_pattern(config, found["block_count"]),
+        "attention.scale": config.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        "final_logit_softcapping": config.number("final_logit_softcapping", 0.0),
+        "attn_logit_softcapping": config.number("attn_logit_softcapping", 0.0),
+    }
+    return Described(found | linear(scaling), tied=config.get("tie_word_embeddings") is not False)
+
+
+def _config_pattern(config: Config, layers: int) -> int | np.ndarray:
+    """The period of global layers, or a flag for every layer."""
+    types, period = config.get("layer_types"), config.get("sliding_window_pattern")
+    period = config.get("_sliding_window_pattern") if period is None else period
+    if types is None:
+        return _PERIOD if period is None else period
+    known = ("sliding_attention", "full_attention")
+    if not isinstance(types, list) or len(types) != layers or any(one not in known for one in types):
+        raise refused("layer_types", f"must have {layers} of {' and '.join(known)}")
+    return np.array([one == known[0] for one in types])
+
+
+_DEFAULTS = {
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "max_position_embeddings": 131_072,
+}
+"""Of the class: a model with images beside its text leaves them out of its configuration."""
+
+FAMILY = Family(
+    "gemma3",
+    "Gemma 3, its text",
+    _config,
+    checkpoint=Checkpoint(
+        classes=("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+        describe=_describe,
+        layer={
+            **LAYER,
+            "post_attention_layernorm": "post_attention_norm",
+            "pre_feedforward_layernorm": "ffn_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+        norms_plus_one=True,
+        text="text_config",
+        beside=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
+    ),
+)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from atlas_jax.config import LayerConfig, ModelConfig, RopeConfig
-from atlas_jax.model.families._family import Family, Fields, Vocabulary
+from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, linear, llama3_factors
+from atlas_jax.model.families._checkpoint import rope as config_rope
+from atlas_jax.model.families._family import Family, Fields, UnsupportedModel, Vocabulary
 
 
 def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
@@ -34,4 +36,32 @@ def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
     return config
 
 
-FAMILY = Family("llama", "Llama 1–3, SmolLM2, TinyLlama and others of that name", _config, frequency_factors=True)
+def _describe(config: Config) -> Described:
+    config.same("hidden_act", "silu")
+    config.same("rope_interleaved", False)
+    found = decoder(config)
+    # Mistral's class has a window, which this architecture has not
+    window = config.get("sliding_window")
+    if isinstance(window, int) and window < found["context_length"]:
+        raise UnsupportedModel(f"config.json: 'sliding_window' is {window}, less than the context: not supported here")
+    base, scaling = config_rope(config, 10_000.0)
+    dims = found.get("attention.key_length") or found["embedding_length"] // max(1, found["attention.head_count"])
+    tensors = {}
+    if scaling["rope_type"] == "llama3":
+        tensors["rope_freqs.weight"] = llama3_factors(base, dims, scaling)
+    tied = config.get("tie_word_embeddings") is True
+    return Described(found | {"rope.freq_base": base} | linear(scaling), tensors, tied)
+
+
+FAMILY = Family(
+    "llama",
+    "Llama 1–3, SmolLM2, TinyLlama and others of that name",
+    _config,
+    frequency_factors=True,
+    checkpoint=Checkpoint(
+        classes=("LlamaForCausalLM", "MistralForCausalLM"),
+        describe=_describe,
+        layer={**LAYER, "post_attention_layernorm": "ffn_norm"},
+        interleaved=frozenset({"attn_q", "attn_k"}),
+    ),
+)

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 
-log = logging.getLogger("atlas.engine")
+_LOG = logging.getLogger("atlas.engine")
 _EVERY_SECONDS = 10.0
 
 
@@ -15,10 +15,11 @@ class ProgressLog:
 
     Args:
       what: begins every line.
+      log: where they go.
     """
 
-    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic) -> None:
-        self._what, self._clock = what, clock
+    def __init__(self, what: str, clock: Callable[[], float] = time.monotonic, *, log: logging.Logger = _LOG) -> None:
+        self._what, self._clock, self._log = what, clock, log
         self._told = clock()
         self._stage, self._began, self._first = "", 0.0, 0.0
 
@@ -32,4 +33,4 @@ class ProgressLog:
         self._told = now
         done = share - self._first
         left = f", about {(now - self._began) * (1 - share) / done:.0f} s left" if done > 0 else ""
-        log.info("%s: %s, %.0f %%%s", self._what, stage, share * 100, left)
+        self._log.info("%s: %s, %.0f %%%s", self._what, stage, share * 100, left)
