@@ -120,7 +120,7 @@ def _solve_block(rule: MemoryRule, system: _System, right: Float[Array, "b D"]) 
 
     def factored(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         late, (x, _) = jax.lax.optimization_barrier((system, carry))  # or XLA would compute it before the loop, always
-        return jnp.where(solved[:, None], x, _solve_by_factors(rule, late, right)), jnp.ones((), bool)
+        return jnp.where(solved[:, None], x, _solve_by_factors(rule, late, right)), ~carry[1]
 
     # a loop of one step or none: over a batch, a conditional would always take both ways
     x, _ = jax.lax.while_loop(lambda carry: ~carry[1], factored, (x, jnp.all(solved)))

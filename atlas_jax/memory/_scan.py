@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.memory._params import Params
+from atlas_jax.memory._placement import place_alike
 from atlas_jax.memory._state import MemoryState
 
 Carry = TypeVar("Carry")
@@ -39,6 +40,8 @@ def checkpointed_scan(
       live: which steps to take; the others return the carry as it came and zeros. Default: all.
     """
     length = jax.tree.leaves(xs)[0].shape[0]
+    if length == 0:
+        return jax.lax.scan(step, carry, xs)
     inner = length if not remat or length <= _ONE_LEVEL else math.isqrt(length - 1) + 1
     outer = -(-length // inner)
     padding = outer * inner - length
@@ -78,6 +81,7 @@ def over_batch(
     """
 
     def lifted(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+        params, state, inputs = place_alike(params, state, inputs)
         heads = next(iter(params.weights.values())).ndim - 2
         axes: Any = MemoryState(0, 0, 0, 0, 0, 0, 0, 0, None)  # type: ignore[arg-type]
         mapped = function
