@@ -3,39 +3,62 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import PartitionSpec
 
 from atlas_jax.memory._params import Params
 from atlas_jax.memory._state import MemoryState
 
-Tree = TypeVar("Tree")
+Rule = Callable[[Params, MemoryState, Any], tuple[MemoryState, jax.Array]]
 
 
-def place_alike(params: Params, state: MemoryState, inputs: Any) -> tuple[Params, MemoryState, Any]:
-    """Arguments that differ over devices, or are divided over them, as the one that is most.
+def placed_alike(function: Rule) -> Rule:
+    """A function whose arguments may be placed differently: a new state and parameters as a program has them, tokens divided.
 
-    A new state is the same on every device, and so are parameters; tokens are not. Inside `jax.shard_map` they become
-    varying over the axes that any of them varies over; on a mesh with explicit axes the batch's axes are divided as any
-    of them has it. `phase` is one number for all and stays as it is.
+    Inside `jax.shard_map` all become varying over the axes that any of them varies over. Where a mesh with explicit
+    axes divides the batch of any of them, each device computes its own part. `phase` is one number for all and stays
+    as it is.
     """
-    lead = state.tail_k.ndim - 2
-    heads = next(iter(params.weights.values())).ndim - 2
-    phase, arrays = state.phase, dataclasses.replace(state, phase=None)  # type: ignore[arg-type]
-    leaves = jax.tree.leaves((inputs, arrays, params))
-    over = frozenset[Any]().union(*(jax.typeof(x).manual_axis_type.varying for x in (*leaves, phase)))
-    batched = [_spec(x)[:lead] for x in jax.tree.leaves((inputs, arrays))]
-    by_head = [(None,) * (lead - heads) + _spec(x)[:heads] for x in jax.tree.leaves(params)]
-    divided = tuple(_first(names) for names in zip(*batched, *by_head, strict=True))
 
-    def placed(tree: Tree, axes: tuple[Any, ...]) -> Tree:
-        return jax.tree.map(lambda x: _divided(_varying(x, over), axes), tree)
+    def placed(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+        phase, arrays = state.phase, dataclasses.replace(state, phase=None)  # type: ignore[arg-type]
+        lead, heads = state.tail_k.ndim - 2, next(iter(params.weights.values())).ndim - 2
+        specs = [_spec(x)[:lead] for x in jax.tree.leaves((inputs, arrays))]
+        specs += [(None,) * (lead - heads) + _spec(x)[:heads] for x in jax.tree.leaves(params)]
+        axes = tuple(map(_first, zip(*specs, strict=True)))
+        if any(axes):
+            return _on_each_device(placed, axes, axes[lead - heads :])(params, state, inputs)
+        leaves = jax.tree.leaves((params, arrays, inputs, phase))
+        over = frozenset[Any]().union(*(jax.typeof(x).manual_axis_type.varying for x in leaves))
+        params, arrays, inputs = jax.tree.map(lambda x: _varying(x, over), (params, arrays, inputs))
+        return function(params, dataclasses.replace(arrays, phase=phase), inputs)
 
-    state = dataclasses.replace(placed(arrays, divided), phase=phase)
-    return placed(params, divided[lead - heads :]), state, placed(inputs, divided)
+    return placed
+
+
+def _on_each_device(function: Rule, axes: tuple[Any, ...], of_params: tuple[Any, ...]) -> Rule:
+    """The function by `jax.shard_map` over the axes of an explicit mesh that divide a batch."""
+    rows, heads, same = PartitionSpec(*axes), PartitionSpec(*of_params), PartitionSpec()
+    of_state: Any = MemoryState(rows, rows, rows, rows, rows, rows, rows, rows, same)  # type: ignore[arg-type]
+    names = {name for axis in axes if axis for name in (axis if isinstance(axis, tuple) else (axis,))}
+
+    def divided(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+        phase, arrays = state.phase, dataclasses.replace(state, phase=None)  # type: ignore[arg-type]
+        known = isinstance(phase, np.ndarray)  # stays so by closure; an argument is traced
+
+        def own(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+            return function(params, dataclasses.replace(state, phase=phase) if known else state, inputs)
+
+        params = jax.tree.map(lambda x: _divided(x, of_params), params)
+        arrays, inputs = jax.tree.map(lambda x: _divided(x, axes), (arrays, inputs))
+        run = jax.shard_map(own, in_specs=(heads, of_state, rows), out_specs=(of_state, rows), axis_names=names)
+        return run(params, dataclasses.replace(arrays, phase=phase), inputs)
+
+    return divided
 
 
 def _varying(x: jax.Array, axes: frozenset[Any]) -> jax.Array:

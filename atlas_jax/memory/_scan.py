@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.memory._params import Params
-from atlas_jax.memory._placement import place_alike
+from atlas_jax.memory._placement import placed_alike
 from atlas_jax.memory._state import MemoryState
 
 Carry = TypeVar("Carry")
@@ -81,7 +81,6 @@ def over_batch(
     """
 
     def lifted(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
-        params, state, inputs = place_alike(params, state, inputs)
         heads = next(iter(params.weights.values())).ndim - 2
         axes: Any = MemoryState(0, 0, 0, 0, 0, 0, 0, 0, None)  # type: ignore[arg-type]
         mapped = function
@@ -89,7 +88,7 @@ def over_batch(
             mapped = jax.vmap(mapped, in_axes=(0 if depth < heads else None, axes, 0), out_axes=(axes, 0))
         return mapped(params, state, inputs)
 
-    return lifted
+    return placed_alike(lifted)
 
 
 def _split(x: jax.Array, outer: int, inner: int, padding: int) -> jax.Array:

@@ -272,7 +272,7 @@ def test_arguments_that_do_not_belong_together_are_named():
     for q in (tokens.q[..., :-1], tokens.q[:1], tokens.q[0, 0, 0]):
         with pytest.raises(ConfigError, match=r"^q: "):
             read(rule, params, state, q)
-    taught = preset("titans", features=Features(kind="polynomial", degree=2))
+    taught = preset("titans", features=Features(kind="elementwise", degree=2))
     with pytest.raises(ConfigError, match=r"params\.features: "):
         chunked(taught, params, state, tokens)
 
