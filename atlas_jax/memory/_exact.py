@@ -156,6 +156,7 @@ def _preconditioner(rule: MemoryRule, system: _System) -> Callable[[Float[Array,
     for the first term. With what kept_t would be at the block's middle if all gates were like its first, P_t is the
     inverse up to a factor.
     """
+    system = jax.lax.stop_gradient(system)  # the root of a weight of zero, which padding has, has no slope
     kept = jnp.maximum(system.kept, _LEAST_KEPT)
     middle = jnp.maximum(kept[0] ** (kept.shape[0] // 2), _LEAST_KEPT)
     identity = jnp.eye(system.start.shape[0], dtype=system.start.dtype)
