@@ -6,8 +6,7 @@ for a program that only wants the version.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from atlas_jax import _platform as _platform  # sets XLA flags: must run before anything imports jax
 
@@ -29,31 +28,32 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_RULES = frozenset(
-    {
-        "PRESETS",
-        "Features",
-        "MemoryRule",
-        "MemoryState",
-        "Params",
-        "Tokens",
-        "chunked",
-        "init_params",
-        "init_state",
-        "make_tokens",
-        "presets",
-        "read",
-        "scan",
-        "step",
-    }
-)
+__all__ = [
+    "PRESETS",
+    "Features",
+    "MemoryRule",
+    "MemoryState",
+    "Params",
+    "Tokens",
+    "__version__",
+    "chunked",
+    "init_params",
+    "init_state",
+    "make_tokens",
+    "presets",
+    "read",
+    "scan",
+    "step",
+]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _RULES:
-        return getattr(importlib.import_module("atlas_jax.memory"), name)
-    raise AttributeError(f"module 'atlas_jax' has no attribute {name!r}")
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module 'atlas_jax' has no attribute {name!r}")
+    from atlas_jax import memory
+
+    return getattr(memory, name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_RULES})
+    return __all__

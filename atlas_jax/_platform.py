@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import importlib
 import os
+import sys
+import warnings
 
 # jaxlib 0.10.2's CPU compiler silently miscompiles some fused reductions (jax issue 39103); with YNNPACK limited to
 # single dots the reported case and our own shapes come out right. A user who set the flag keeps their choice.
@@ -13,8 +15,23 @@ _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
 
 def _set_xla_flags() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
-    if _YNN_FLAG not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}=individual_dot".strip()
+    if _YNN_FLAG in flags:
+        return
+    os.environ["XLA_FLAGS"] = f"{flags} {_YNN_FLAG}=individual_dot".strip()
+    if _jax_has_started():
+        warnings.warn(
+            "atlas_jax was imported after jax had started, too late for an XLA flag without which jaxlib 0.10.2 computes "
+            "some sums wrongly on CPU (jax issue 39103). Import atlas_jax before the first use of jax, or start with "
+            f"XLA_FLAGS={_YNN_FLAG}=individual_dot.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _jax_has_started() -> bool:
+    """Whether XLA has read its flags: with the first backend, not when jax is imported."""
+    bridge = sys.modules.get("jax._src.xla_bridge")  # jax has no public name for it
+    return bridge is not None and bridge.backends_are_initialized()
 
 
 _set_xla_flags()

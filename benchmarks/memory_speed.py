@@ -100,7 +100,8 @@ def groups(arguments: argparse.Namespace) -> list[Group]:
 
     def preset(name: str, **overrides: Any) -> MemoryRule:
         plain = PRESETS[name](dim, dim)
-        return PRESETS[name](dim, dim, **({} if plain.chunk == 1 else {"chunk": arguments.chunk}) | overrides)
+        chunk = {} if plain.sequential or plain.window is None else {"chunk": arguments.chunk}
+        return PRESETS[name](dim, dim, **chunk | overrides)
 
     plain_keys, muon = {"features": Features()}, ("atlas", "atlas_pp")
     plain = {name: preset(name) for name in PRESETS if name not in ("omeganet", *muon)}
@@ -138,7 +139,8 @@ def make_layer(rule: MemoryRule, dim: int) -> tuple[Any, Layer]:
         q, k, v = (x @ params["projections"][name] for name in "qkv")
         gate = jax.nn.sigmoid(x @ params["gates"] + jnp.asarray([-4.0, 4.0, 2.0, 2.0]))
         eta, alpha, theta, gamma = (gate[..., i : i + 1] for i in range(4))
-        tokens = make_tokens(rule, q, k, v, eta=eta, alpha=alpha, theta=theta, gamma=gamma)
+        used = {name: gate for name, gate in {"eta": eta, "alpha": alpha, "theta": theta}.items() if rule.uses(name)}
+        tokens = make_tokens(rule, q, k, v, **used, gamma=gamma)
         return chunked(rule, params["memory"], init_state(rule, params["memory"], x.shape[:1]), tokens)[1]
 
     return params, layer

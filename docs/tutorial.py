@@ -35,7 +35,7 @@ values = jax.random.normal(jax.random.key(1), (pairs, dim))
 def error_after_one_pass(rule: memory.MemoryRule, keys: jax.Array, values: jax.Array, eta: float) -> jax.Array:
     """Writes each pair once; the error of reading all of them, relative to the values."""
     params = memory.init_params(rule, jax.random.key(2))
-    tokens = memory.make_tokens(rule, keys, keys, values, eta=eta)
+    tokens = memory.make_tokens(rule, keys, keys, values, eta=eta if rule.uses("eta") else None)
     state, _ = memory.chunked(rule, params, memory.init_state(rule, params), tokens)
     found = memory.read(rule, params, state, keys)
     return jnp.sum((found - values) ** 2) / jnp.sum(values**2)

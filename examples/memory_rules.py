@@ -30,7 +30,7 @@ def error(rule: MemoryRule, pairs: int, eta: float) -> jax.Array:
     """Writes random pairs once each; the error of reading them all, relative to the values."""
     keys, values = jax.random.normal(jax.random.key(0), (2, pairs, DIM))
     params = atlas_jax.init_params(rule, jax.random.key(1))
-    tokens = atlas_jax.make_tokens(rule, keys, keys, values, eta=eta)
+    tokens = atlas_jax.make_tokens(rule, keys, keys, values, eta=eta if rule.uses("eta") else None)
     state, _ = atlas_jax.chunked(rule, params, atlas_jax.init_state(rule, params), tokens)
     found = atlas_jax.read(rule, params, state, keys)
     return jnp.sum((found - values) ** 2) / jnp.sum(values**2)

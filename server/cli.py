@@ -66,6 +66,17 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except ModuleNotFoundError as error:
+        extra, missing = "eval" if arguments[:1] == ["eval"] else "serve", str(error.name)
+        if missing.partition(".")[0] in ("atlas_jax", "server"):
+            raise
+        _complain(f"{missing} is not installed; it comes with the extra '{extra}': pip install 'atlas-jax[{extra}]'")
+        return _FAILED
+
+
+def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["eval"]:
         from atlas_jax.evaluation import command
 

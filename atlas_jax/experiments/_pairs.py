@@ -37,7 +37,14 @@ def one_pass(
       Per seed, Σ‖M(k) − v‖² / Σ‖v‖², and the share of keys whose read is nearest to their own value.
     """
     params = init_params(rule, jax.random.key(0))
-    tokens: Tokens = make_tokens(rule, keys, keys, values, eta=eta, theta=theta)
+    tokens: Tokens = make_tokens(
+        rule,
+        keys,
+        keys,
+        values,
+        eta=eta if rule.uses("eta") else None,
+        theta=theta if rule.uses("theta") else None,
+    )
     state, _ = chunked(rule, params, init_state(rule, params, (keys.shape[0],)), tokens)
     found = read(rule, params, state, keys)
     error = jnp.sum((found - values) ** 2, axis=(1, 2)) / jnp.sum(values**2, axis=(1, 2))

@@ -126,29 +126,28 @@ def _mosaic_backward(steps: int, table: CoefficientTable, matrix: jax.Array, slo
 _mosaic.defvjp(_mosaic_forward, _mosaic_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _quintic(row: _Row, x: Float[Array, "*batch m n"]) -> Float[Array, "*batch m n"]:
     """One step on the matrix itself, X·P with P as in `gram_polynomial`."""
-    return _quintic_forward(row, x)[0]
+    return _quintic_parts(row, x)[0]
 
 
-def _quintic_forward(row: _Row, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+def _quintic_parts(row: _Row, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     a, b, c = row
     gram = jnp.einsum("...mi,...mj->...ij", x, x)
     p = b * gram + c * (gram @ gram)
-    return a * x + x @ p, (x, gram, p)
+    return a * x + x @ p, gram, p
 
 
-def _quintic_backward(row: _Row, kept: tuple[jax.Array, ...], slope: jax.Array) -> tuple[jax.Array]:
-    """Of P and the Gram matrix, being symmetric, only the symmetric part of a cotangent counts: 4 matmuls, not 6."""
+@_quintic.defjvp
+def _quintic_jvp(row: _Row, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """P and the Gram matrix are symmetric, and so are their tangents: 4 matmuls, forward and transposed, not 6."""
     a, b, c = row
-    x, gram, p = kept
-    of_p = _symmetric(jnp.einsum("...mi,...mj->...ij", x, slope))
-    of_gram = b * of_p + 2 * c * _symmetric(gram @ of_p)
-    return (a * slope + slope @ p + 2 * (x @ of_gram),)
-
-
-_quintic.defvjp(_quintic_forward, _quintic_backward)
+    (x,), (moved,) = primals, tangents
+    y, gram, p = _quintic_parts(row, x)
+    of_gram = 2 * _symmetric(jnp.einsum("...mi,...mj->...ij", x, moved))
+    of_p = b * of_gram + 2 * c * _symmetric(gram @ of_gram)
+    return y, a * moved + moved @ p + x @ of_p
 
 
 def _symmetric(x: jax.Array) -> jax.Array:

@@ -3,10 +3,12 @@
     rule = presets.atlas(64, 64)
     params = init_params(rule, jax.random.key(0))
     state = init_state(rule, params, batch=(8,))
-    state, y = chunked(rule, params, state, make_tokens(rule, q, k, v, eta=0.01, alpha=0.99))
+    learn = jax.jit(chunked, static_argnums=0)
+    state, y = learn(rule, params, state, make_tokens(rule, q, k, v, alpha=0.99))
 
 `step` and `scan` are the definition, token by token; `chunked` computes the same in parallel. A rule is hashable: make
-it static under `jit`. Everything is differentiable, through the inner loop.
+it static under `jit`, without which each call compiles its loop anew. Everything is differentiable, through the inner loop,
+and runs divided over devices by `jax.shard_map`, `pmap` or a mesh: a new state is placed as the tokens are.
 """
 
 from atlas_jax.memory import presets

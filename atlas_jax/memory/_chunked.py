@@ -19,6 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from atlas_jax.kernels import omega
 from atlas_jax.kernels.omega import Coefficients
 from atlas_jax.memory import _exact
+from atlas_jax.memory._checks import check_call
 from atlas_jax.memory._memory import (
     Apply,
     Factors,
@@ -35,7 +36,7 @@ from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.memory._scan import KEPT, checkpointed_scan, over_batch
 from atlas_jax.memory._state import MemoryState, has_momentum
 from atlas_jax.memory._step import anchor_weights, begin_chunk, direction
-from atlas_jax.memory._tokens import Tokens, check_tokens, prepare
+from atlas_jax.memory._tokens import Tokens, prepare
 from atlas_jax.typing import Array, Bool, Float
 
 
@@ -64,9 +65,9 @@ def chunked(
     """What `scan` computes, in parallel inside each chunk (ATLAS, equations 16 and 34 to 41).
 
     Raises:
-      ValueError: the tokens do not have the rule's sizes.
+      ConfigError: sizes differ, or a part is of another rule; the message names the argument.
     """
-    check_tokens(rule, tokens)
+    check_call(rule, params, state, tokens, time=True)
     return over_batch(partial(_sequence, rule))(params, state, prepare(rule, tokens, state.tail_k.dtype))
 
 

@@ -120,7 +120,7 @@ def _solve_block(rule: MemoryRule, system: _System, right: Float[Array, "b D"]) 
 
     def factored(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         late, (x, _) = jax.lax.optimization_barrier((system, carry))  # or XLA would compute it before the loop, always
-        return jnp.where(solved[:, None], x, _solve_by_factors(rule, late, right)), jnp.ones((), bool)
+        return jnp.where(solved[:, None], x, _solve_by_factors(rule, late, right)), ~carry[1]
 
     # a loop of one step or none: over a batch, a conditional would always take both ways
     x, _ = jax.lax.while_loop(lambda carry: ~carry[1], factored, (x, jnp.all(solved)))
@@ -156,6 +156,7 @@ def _preconditioner(rule: MemoryRule, system: _System) -> Callable[[Float[Array,
     for the first term. With what kept_t would be at the block's middle if all gates were like its first, P_t is the
     inverse up to a factor.
     """
+    system = jax.lax.stop_gradient(system)  # the root of a weight of zero, which padding has, has no slope
     kept = jnp.maximum(system.kept, _LEAST_KEPT)
     middle = jnp.maximum(kept[0] ** (kept.shape[0] // 2), _LEAST_KEPT)
     identity = jnp.eye(system.start.shape[0], dtype=system.start.dtype)

@@ -117,8 +117,11 @@ def _clipped(rule: MemoryRule, factors: dict[str, Factors]) -> dict[str, Factors
 def _clip_left(left: jax.Array, right: jax.Array, bound: float) -> jax.Array:
     """Scales `left` so that the norm of left·rightᵀ, the product of theirs, is at most `bound`."""
     direction, length = _polar(left)
-    room = bound / jnp.maximum(_polar(right)[1], 1e-30)
-    return direction * jnp.minimum(length, room)
+    other = _polar(right)[1]
+    over = length * other > bound
+    return direction * jnp.where(
+        over, bound / jnp.where(over, other, 1.0), length
+    )  # no slope of a division that is not taken
 
 
 def _polar(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -55,18 +55,27 @@ def init_params(rule: MemoryRule, key: Array, heads: tuple[int, ...] = ()) -> Pa
     return Params(weights, _init_features(rule, projection_key, heads))
 
 
-def _init_features(rule: MemoryRule, key: jax.Array, heads: tuple[int, ...]) -> dict[str, jax.Array]:
-    features = rule.features
-    params = {}
+def feature_shapes(rule: MemoryRule) -> dict[str, tuple[int, ...]]:
+    """Shapes of what φ learns."""
+    features, shapes = rule.features, dict[str, tuple[int, ...]]()
     if features.kind == "polynomial":
-        scale = jnp.asarray(feature_maps.exponential_scale(features.degree), jnp.float32)
-        params["scale"] = jnp.broadcast_to(scale, (*heads, features.degree + 1))
+        shapes["scale"] = (features.degree + 1,)
     if features.kind == "elementwise":
-        powers = [1 / math.factorial(i) for i in range(1, features.degree + 1)]
-        params["scale"] = jnp.broadcast_to(jnp.asarray(powers, jnp.float32), (*heads, features.degree))
+        shapes["scale"] = (features.degree,)
     if features.compress == "projection":
-        shape = (feature_maps.monomial_count(rule.d_k, features.degree), features.width)
-        params["projection"] = jax.random.normal(key, (*heads, *shape)) * features.width**-0.5
+        shapes["projection"] = (feature_maps.monomial_count(rule.d_k, features.degree), features.width)
+    return shapes
+
+
+def _init_features(rule: MemoryRule, key: jax.Array, heads: tuple[int, ...]) -> dict[str, jax.Array]:
+    features, params = rule.features, dict[str, jax.Array]()
+    for name, shape in feature_shapes(rule).items():
+        if name == "projection":
+            params[name] = jax.random.normal(key, (*heads, *shape)) * features.width**-0.5
+            continue
+        powers = [1 / math.factorial(i) for i in range(1, features.degree + 1)]
+        start = feature_maps.exponential_scale(features.degree) if features.kind == "polynomial" else powers
+        params[name] = jnp.broadcast_to(jnp.asarray(start, jnp.float32), (*heads, *shape))
     return params
 
 

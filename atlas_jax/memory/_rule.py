@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -69,6 +70,15 @@ class Features:
             _positive("features.width", self.width)
         else:
             _require(self.width == 0, "features.width", "follows from kind and degree here; leave it 0")
+
+    @property
+    def square(self) -> float:
+        """|φ(x)|² of a key of unit length, with the coefficients that `init_params` gives; for random maps, its mean."""
+        if self.kind in ("polynomial", "exponential"):
+            return sum(1 / math.factorial(order) for order in range(self.degree + 1))
+        if self.kind == "elementwise":
+            return sum(1 / math.factorial(order) for order in range(1, self.degree + 1)) ** 2
+        return math.e if self.kind == "random_exponential" else 1.0
 
     def out_dim(self, dim: int) -> int:
         """Features of a key of `dim` components."""
@@ -201,6 +211,36 @@ class MemoryRule:
     def reach(self) -> int:
         """Tokens before the current one that its window holds."""
         return (self.window or 1) - 1
+
+    @property
+    def curvature(self) -> float:
+        """λ: half the greatest curvature of what a chunk descends, for keys of unit length, at worst all the same.
+
+        b tokens take as many steps at one anchor, each down a window of c: b·c·|φ|² for a matrix. An MLP that is drawn
+        by `init_params` has σ(x) ≈ x/2, so ¼(hidden/D + (1 + √(d_v/hidden))²) times that, of its two layers.
+        """
+        steps = self.chunk if self.anchored and not self.sequential else 1
+        matrix = float(steps * (self.window or 1)) * self.features.square
+        if self.memory == "matrix":
+            return matrix
+        return matrix * (self.hidden_dim / self.feature_dim + (1 + (self.d_v / self.hidden_dim) ** 0.5) ** 2) / 4
+
+    @property
+    def eta_max(self) -> float:
+        """Greatest step η that never overshoots: η·λ = ½, for then 1 − 2ηλ of the error of a key is left, nothing.
+
+        Past 1/λ errors grow with every chunk. Momentum takes a gradient 1/(1 − θ) times: the bound is (1 − θ) of this
+        one. A step of Muon has the size of η whatever c and φ are, so b of them may take ½.
+        """
+        return 0.5 / (self.chunk if self.anchored else 1) if self.optimizer == "muon" else 0.5 / self.curvature
+
+    def uses(self, gate: str) -> bool:
+        """Whether `eta`, `alpha`, `theta` or `gamma` plays a part."""
+        if gate == "alpha":
+            return self.retention
+        if gate == "theta":
+            return self.optimizer in ("momentum", "muon")
+        return gate != "eta" or self.optimizer != "exact"
 
     def gate_dim(self, gate: Gate) -> int:
         """Entries of η, α or θ per token."""

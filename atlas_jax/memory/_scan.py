@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.memory._params import Params
+from atlas_jax.memory._placement import placed_alike
 from atlas_jax.memory._state import MemoryState
 
 Carry = TypeVar("Carry")
@@ -39,6 +40,8 @@ def checkpointed_scan(
       live: which steps to take; the others return the carry as it came and zeros. Default: all.
     """
     length = jax.tree.leaves(xs)[0].shape[0]
+    if length == 0:
+        return jax.lax.scan(step, carry, xs)
     inner = length if not remat or length <= _ONE_LEVEL else math.isqrt(length - 1) + 1
     outer = -(-length // inner)
     padding = outer * inner - length
@@ -85,7 +88,7 @@ def over_batch(
             mapped = jax.vmap(mapped, in_axes=(0 if depth < heads else None, axes, 0), out_axes=(axes, 0))
         return mapped(params, state, inputs)
 
-    return lifted
+    return placed_alike(lifted)
 
 
 def _split(x: jax.Array, outer: int, inner: int, padding: int) -> jax.Array:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.memory._params import Params, Weights
+from atlas_jax.memory._params import Params, Weights, weight_shapes
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.typing import Array, Float, Int32
 
@@ -54,25 +55,43 @@ def init_state(rule: MemoryRule, params: Params, batch: tuple[int, ...] = ()) ->
     def copies() -> Weights:  # never one array twice: a state may be donated
         return {name: jnp.zeros((*batch, *w.shape), dtype) + w for name, w in params.weights.items()}
 
-    exact = rule.optimizer == "exact"
-    moments = {"keys": (rule.feature_dim, rule.feature_dim), "values": (rule.d_v, rule.feature_dim)} if exact else {}
-    gathers = {"retention": rule.gate_dim("alpha"), "step": _step_channels(rule)} if rule.ns_per == "chunk" else {}
-    return MemoryState(
-        weights={} if exact else copies(),
-        anchor=copies() if keeps_anchor(rule) else {},
-        momentum=jax.tree.map(jnp.zeros_like, copies()) if has_momentum(rule) else {},
-        tail_k=jnp.zeros((*lead, rule.reach, rule.d_k), dtype),
-        tail_v=jnp.zeros((*lead, rule.reach, rule.d_v), dtype),
-        tail_gate=jnp.zeros((*lead, rule.reach), dtype),
-        moments={name: jnp.zeros((*lead, *shape), dtype) for name, shape in moments.items()},
-        pending={name: jnp.full((*lead, n), float(name == "retention"), dtype) for name, n in gathers.items()},
-        phase=np.zeros((), np.int32),  # type: ignore[arg-type]
-    )
+    empty = {
+        name: jax.tree.map(lambda shape: jnp.zeros((*lead, *shape), dtype), shapes, is_leaf=_is_shape)
+        for name, shapes in state_shapes(rule).items()
+    }
+    if rule.ns_per == "chunk":
+        empty["pending"]["retention"] += 1.0
+    if rule.optimizer != "exact":
+        empty["weights"] = copies()
+    if keeps_anchor(rule):
+        empty["anchor"] = copies()
+    return MemoryState(**empty, phase=np.zeros((), np.int32))  # type: ignore[arg-type]
+
+
+def state_shapes(rule: MemoryRule) -> dict[str, Any]:
+    """Shapes of a state's arrays after the axes of its batch, as `MemoryState` has them; `phase` has none."""
+    matrices, exact = weight_shapes(rule), rule.optimizer == "exact"
+    return {
+        "weights": {} if exact else matrices,
+        "anchor": matrices if keeps_anchor(rule) else {},
+        "momentum": matrices if has_momentum(rule) else {},
+        "tail_k": (rule.reach, rule.d_k),
+        "tail_v": (rule.reach, rule.d_v),
+        "tail_gate": (rule.reach,),
+        "moments": {"keys": (rule.feature_dim,) * 2, "values": (rule.d_v, rule.feature_dim)} if exact else {},
+        "pending": {"retention": (rule.gate_dim("alpha"),), "step": (_step_channels(rule),)}
+        if rule.ns_per == "chunk"
+        else {},
+    }
+
+
+def _is_shape(node: object) -> bool:
+    return isinstance(node, tuple)
 
 
 def has_momentum(rule: MemoryRule) -> bool:
     """Whether the state carries S."""
-    return rule.optimizer in ("momentum", "muon")
+    return rule.uses("theta")
 
 
 def keeps_anchor(rule: MemoryRule) -> bool:

@@ -8,15 +8,17 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.config import ConfigError
 from atlas_jax.kernels.newton_schulz import orthogonalize
 from atlas_jax.kernels.omega import scale, window_gradient
 from atlas_jax.memory import _exact
+from atlas_jax.memory._checks import check_call, check_memory
 from atlas_jax.memory._memory import channel_axis, encode, forward, gradient_factors, plain
 from atlas_jax.memory._params import Params, Weights
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.memory._scan import checkpointed_scan, over_batch
 from atlas_jax.memory._state import MemoryState, has_momentum, keeps_anchor
-from atlas_jax.memory._tokens import Tokens, check_tokens, prepare
+from atlas_jax.memory._tokens import Tokens, prepare
 from atlas_jax.typing import Array, Float
 
 
@@ -29,9 +31,9 @@ def step(
       token: arrays without a time axis, [..., d].
 
     Raises:
-      ValueError: the token does not have the rule's sizes.
+      ConfigError: sizes differ, or a part is of another rule; the message names the argument.
     """
-    check_tokens(rule, token)
+    check_call(rule, params, state, token, time=False)
     return over_batch(partial(_step, rule))(params, state, prepare(rule, token, state.tail_k.dtype))
 
 
@@ -41,9 +43,9 @@ def scan(
     """`step` on each token in turn, with a backward pass whose memory grows with √T states.
 
     Raises:
-      ValueError: the tokens do not have the rule's sizes.
+      ConfigError: sizes differ, or a part is of another rule; the message names the argument.
     """
-    check_tokens(rule, tokens)
+    check_call(rule, params, state, tokens, time=True)
 
     def sequence(params: Params, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, jax.Array]:
         return checkpointed_scan(lambda s, t: _step(rule, params, s, t), state, tokens, remat=rule.remat)
@@ -60,10 +62,13 @@ def read(
       q: the batch of the state, then any axes of queries, then d_k.
 
     Raises:
-      ValueError: its last axis is not d_k.
+      ConfigError: sizes differ, or a part is of another rule; the message names the argument.
     """
-    if q.shape[-1] != rule.d_k:
-        raise ValueError(f"q has shape {q.shape}; the rule asks for {rule.d_k} components")
+    lead = check_memory(rule, params, state)
+    if jnp.ndim(q) <= len(lead) or jnp.shape(q)[-1] != rule.d_k or jnp.shape(q)[: len(lead)] != lead:
+        raise ConfigError(
+            f"q: has shape {jnp.shape(q)}; the state asks for a batch of {lead}, the rule for {rule.d_k} components"
+        )
     q = jnp.asarray(q, state.tail_k.dtype)
 
     def one(params: Params, state: MemoryState, q: jax.Array) -> tuple[MemoryState, jax.Array]:

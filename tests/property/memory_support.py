@@ -26,14 +26,14 @@ HEADS = 2
 
 
 def preset(name: str, **overrides) -> MemoryRule:
-    """A preset at test size: a window of 3 where it has one, 2 Newton–Schulz steps, chunks of 4."""
+    """A preset at test size: a window of 3 where it has one, 2 Newton–Schulz steps, chunks of 4 but for the delta rules."""
     small = {"ns_steps": 2}
     plain = PRESETS[name](DIM, DIM)
     if plain.window is not None and plain.window > 1:
         small["window"] = 3
     if plain.memory != "matrix":
         small["hidden"] = 4
-    small |= {"chunk": 4, "block": 4} if plain.chunk > 1 else {"block": 4}
+    small |= {"block": 4} if plain.sequential else {"chunk": 4, "block": 4}
     return PRESETS[name](DIM, DIM, **small | overrides)
 
 

@@ -109,6 +109,7 @@ def test_rules_and_their_gradients_are_xlas(name: str, interpreted: None) -> Non
     gates = {
         name: jnp.asarray(rng.uniform(low, 1, (2, 11, 1)), jnp.float32)
         for name, low in (("alpha", 0.9), ("theta", 0.2), ("gamma", 0.1))
+        if rule.uses(name)
     }
 
     def loss(params: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:

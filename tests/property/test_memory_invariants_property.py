@@ -12,7 +12,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import ConfigError
-from atlas_jax.memory import PRESETS, Features, MemoryRule, chunked, init_params, init_state, make_tokens, step
+from atlas_jax.memory import (
+    PRESETS,
+    Features,
+    MemoryRule,
+    chunked,
+    init_params,
+    init_state,
+    make_tokens,
+    read,
+    scan,
+    step,
+)
 from tests.property.memory_support import HEADS, close, draw_params, draw_tokens, fresh, jit, preset, run_chunked
 
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
@@ -199,7 +210,7 @@ def test_wrong_shapes_are_named():
     for name in ("q", "v", "eta", "gamma"):
         bad = dataclasses.replace(good, **{name: getattr(good, name)[..., :-1]})
         for form in (chunked, step):
-            with pytest.raises(ValueError, match=rf"tokens\.{name} "):
+            with pytest.raises(ConfigError, match=rf"tokens\.{name}: "):
                 form(rule, params, init_state(rule, params, (HEADS,)), bad)
     tokens = make_tokens(rule, good.q, good.k, good.v, eta=0.5)
     assert tokens.gamma.shape == (*good.k.shape[:-1], 3)
@@ -225,3 +236,118 @@ def test_no_tokens_change_nothing():
     after, y = chunked(rule, params, state, none)
     assert y.shape == (HEADS, 0, 3)
     jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_scan_of_no_tokens_changes_nothing():
+    rule = preset("deltanet")
+    params = init_params(rule, jax.random.key(0))
+    state = init_state(rule, params, (HEADS,))
+    none = jax.tree.map(lambda x: x[:, :0], float32(draw_tokens(rule, 0, LENGTH)))
+    after, y = scan(rule, params, state, none)
+    assert y.shape == (HEADS, 0, 3)
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_arguments_that_do_not_belong_together_are_named():
+    """Before anything is computed, so that no product deep inside has to fail."""
+    rule, other = preset("titans"), preset("deltanet")
+    params, tokens = init_params(rule, jax.random.key(0)), float32(draw_tokens(rule, 0, LENGTH))
+    state = init_state(rule, params, (HEADS,))
+    strange = init_params(other, jax.random.key(0))
+    wider = preset("titans", window=3)
+    lone = jax.tree.map(lambda x: x[0, 0], tokens)
+    by_head = init_params(rule, jax.random.key(0), (HEADS + 1,))
+    cases = {
+        r"tokens\.k: .*one token": (step, rule, params, state, tokens),
+        r"tokens\.k: .*then tokens": (chunked, rule, params, state, lone),
+        r"tokens\.k: .*\(5,\)": (scan, rule, params, init_state(rule, params, (5,)), tokens),
+        r"params\.weights: ": (chunked, rule, strange, state, tokens),
+        r"state\.weights: ": (chunked, rule, params, init_state(other, strange, (HEADS,)), tokens),
+        r"state\.tail_k: ": (scan, rule, params, init_state(wider, params, (HEADS,)), tokens),
+        r"state: .*heads": (chunked, rule, by_head, state, tokens),
+    }
+    for said, (form, *arguments) in cases.items():
+        with pytest.raises(ConfigError, match=said):
+            form(*arguments)
+    for q in (tokens.q[..., :-1], tokens.q[:1], tokens.q[0, 0, 0]):
+        with pytest.raises(ConfigError, match=r"^q: "):
+            read(rule, params, state, q)
+    taught = preset("titans", features=Features(kind="elementwise", degree=2))
+    with pytest.raises(ConfigError, match=r"params\.features: "):
+        chunked(taught, params, state, tokens)
+
+
+@pytest.mark.parametrize(
+    ("name", "gate"), [("deltanet", "alpha"), ("deltanet", "theta"), ("omeganet", "theta"), ("mesa", "eta")]
+)
+def test_a_gate_that_a_rule_ignores_is_refused(name, gate):
+    rule, x = preset(name), np.ones((HEADS, LENGTH, 3), np.float32)
+    assert not rule.uses(gate)
+    with pytest.raises(ConfigError, match=f"^{gate}: this rule has none"):
+        make_tokens(rule, x, x, x, **{gate: 0.5})
+    with pytest.raises(ConfigError, match=r"^gamma: shape"):
+        make_tokens(rule, x, x, x, gamma=np.ones(7))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, np.float16, np.int32])
+def test_gates_keep_their_numbers_whatever_the_keys_are(dtype):
+    rule, x = preset("titans"), jnp.ones((HEADS, LENGTH, 3), dtype)
+    tokens = make_tokens(rule, x, x, x, eta=0.1, alpha=0.999, theta=0.9, gamma=0.7)
+    for name, value in {"eta": 0.1, "alpha": 0.999, "theta": 0.9, "gamma": 0.7}.items():
+        np.testing.assert_array_equal(getattr(tokens, name), np.full((HEADS, LENGTH, 1), value, np.float32))
+    assert tokens.k.dtype == dtype
+
+
+MATRICES = {
+    "delta rule": preset("deltanet"),
+    "delta rule on stale gradients": preset("deltanet", chunk=4),
+    "window on stale gradients": preset("deltanet", chunk=4, window=3),
+    "window at the newest memory": preset("deltanet", window=3),
+    "momentum": preset("deltanet", chunk=4, window=3, optimizer="momentum"),
+    "degree 2": preset("deltanet", window=2, features=Features(kind="polynomial", degree=2)),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_no_key_grows_an_error_at_the_greatest_step(name):
+    """η·λ < 1: the curvature that a chunk meets is never past λ, and is λ where all keys are the same."""
+    rule = MATRICES[name]
+    length = 12 * rule.chunk
+
+    @FEW
+    @given(seed=SEEDS, alike=st.booleans(), theta=st.sampled_from([0.0, 0.5, 0.95]))
+    def check(seed, alike, theta):
+        rng = np.random.default_rng(seed)
+        params = init_params(rule, jax.random.key(0))
+        k = rng.standard_normal((HEADS, 1 if alike else length, 3)).astype(np.float32)
+        k = np.broadcast_to(k, (HEADS, length, 3))
+        v = np.zeros((HEADS, length, 3), np.float32)
+        tokens = make_tokens(rule, k, k, v, theta=theta if rule.uses("theta") else None)
+        assert float(tokens.eta.max()) * rule.curvature < 1
+        state = init_state(rule, params, (HEADS,))
+        start = rng.standard_normal(state.weights["w"].shape).astype(np.float32)
+        state = dataclasses.replace(state, weights={"w": start})
+        after, _ = run_chunked(rule, params, dataclasses.replace(state, anchor=state.anchor and {"w": start}), tokens)
+        size = np.linalg.norm(start, axis=(1, 2))
+        assert np.all(np.linalg.norm(after.weights["w"], axis=(1, 2)) <= size * (1.0001 if theta == 0 else 1.5))
+
+    check()
+    x = np.ones((1, length, 3), np.float32)
+    params = jax.tree.map(lambda w: w + 1.0, init_params(rule, jax.random.key(0)))
+    tokens = make_tokens(rule, x, x, 0 * x, eta=1.2 / rule.curvature)
+    _, y = run_chunked(rule, params, init_state(rule, params, (1,)), tokens)
+    assert np.abs(y[0, -1]).max() > np.abs(y[0, rule.chunk]).max()  # past 1/λ an error does grow
+
+
+@pytest.mark.parametrize("name", ["atlas", "atlas_pp", "omeganet", "titans"])
+def test_presets_learn_and_stay_small_at_their_own_step(name):
+    """As `make_tokens` has it by default, over the same few pairs again and again."""
+    rule = PRESETS[name](8, 8)
+    k, v = np.random.default_rng(0).standard_normal((2, 1, 4, 8)).astype(np.float32)
+    k, v = (np.tile(x, (1, 64, 1)) for x in (k, v / np.linalg.norm(v, axis=-1, keepdims=True)))
+    params = init_params(rule, jax.random.key(0))
+    tokens = make_tokens(rule, k, k, v)
+    _, y = run_chunked(rule, params, init_state(rule, params, (1,)), tokens)
+    assert np.abs(y).max() < 5
+    error = np.sum((y - v) ** 2, axis=-1)[0]
+    assert error[-8:].mean() < 0.75 * error[:8].mean()

@@ -287,6 +287,16 @@ def test_a_folder_is_no_model_and_an_adapter_must_be_there(capsys: pytest.Captur
     assert capsys.readouterr().err == f"atlas-jax: error: adapter {missing}: No such file or directory\n"
 
 
+def test_an_extra_that_is_not_installed_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "server.serve", raising=False)
+    assert main(["serve", "--model", model_file(tmp_path)]) == 1
+    said = "uvicorn is not installed; it comes with the extra 'serve': pip install 'atlas-jax[serve]'"
+    assert capsys.readouterr().err == f"atlas-jax: error: {said}\n"
+
+
 def test_a_port_that_is_taken_is_one_line(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from pathlib import Path
 
@@ -24,6 +25,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("gguf", type=Path, help="file to write")
     parser.add_argument("--pattern", default="AAAA", help="one letter per layer (default: %(default)s)")
     parser.add_argument("--rule", choices=sorted(PRESETS), default="omeganet", help="memory of M, C, G and L layers")
+    parser.add_argument(
+        "--chunk", type=int, default=16, help="tokens per anchor of the memory; delta rules keep their 1"
+    )
     parser.add_argument("--embed", type=int, default=128)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--window", type=int, default=64, help="tokens of sliding-window attention")
@@ -45,6 +49,8 @@ def main(argv: list[str] | None = None) -> None:
 
     dim = args.embed // args.heads
     rule = PRESETS[args.rule](dim, dim) if set(args.pattern) & MEMORY_KINDS else None
+    if rule is not None and not rule.sequential:
+        rule = dataclasses.replace(rule, chunk=args.chunk)
     model = LMConfig(
         vocab=BYTE_VOCAB,
         embed=args.embed,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -34,7 +33,7 @@ class GateStart:
     """Where a memory layer's gates start, before training, whatever the input.
 
     Attributes:
-      eta_max: greatest inner step; None takes one that suits the rule, `LMConfig.eta_max`.
+      eta_max: greatest inner step; None takes the rule's, `MemoryRule.eta_max`.
       eta: inner step as a share of `eta_max`, in (0, 1), as are the others.
       alpha: retention; one that starts far below 1 forgets within a few tokens, and training does not recover.
       theta: momentum.
@@ -124,24 +123,10 @@ class LMConfig:
 
     @property
     def eta_max(self) -> float:
-        """Greatest inner step of the memories: as `gate_start` says, else 0.5 / (c · b · |φ|²) for unit keys.
-
-        A chunk whose b tokens have one key takes that many steps of a window of c at one anchor before the memory moves:
-        larger ones can diverge: a byte model with `omeganet` layers ended at 2.28 nats with this bound and at 3.77 with 0.5
-        (docs/training.md). Muon's steps have the size of η whatever c and φ are.
-        """
+        """Greatest inner step of the memories: as `gate_start` says, else the rule's own, `MemoryRule.eta_max`."""
         if self.gate_start.eta_max is not None or self.rule is None:
             return self.gate_start.eta_max or 0.5
-        rule = self.rule
-        seen = float(rule.chunk if rule.anchored else 1)
-        if rule.optimizer != "muon":
-            seen *= rule.window or 1
-            features = rule.features
-            if features.kind in ("polynomial", "exponential"):
-                seen *= sum(1 / math.factorial(order) for order in range(features.degree + 1))
-            elif features.kind == "random_exponential":
-                seen *= math.e
-        return 0.5 / seen
+        return self.rule.eta_max
 
     @property
     def is_llama(self) -> bool:

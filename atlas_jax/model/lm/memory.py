@@ -38,7 +38,7 @@ class Gates(nnx.Module):
         sizes = {name: rule.gate_dim(name) for name in ("eta", "alpha", "theta")} | {"gamma": rule.window_gates}
         down, up, bias = {}, {}, {}
         for name, size in sizes.items():
-            if not _uses(rule, name):
+            if not rule.uses(name):
                 continue
             share = float(getattr(start, name))
             down[name] = weight(rngs, (config.embed, rank), "er: e -> r", config.embed)
@@ -60,17 +60,6 @@ class Gates(nnx.Module):
             squashed = jax.nn.sigmoid(logit)
             found[name] = squashed * self._eta_max if name == "eta" else squashed
         return found
-
-
-def _uses(rule: MemoryRule, gate: str) -> bool:
-    match gate:
-        case "alpha":
-            return rule.retention
-        case "theta":
-            return rule.optimizer in ("momentum", "muon")
-        case "eta":
-            return rule.optimizer != "exact"
-    return True
 
 
 class MemoryLayer(nnx.Module):
