@@ -12,8 +12,13 @@ from server.tool_calls.reasoning import ReasoningReader
 class AnswerReader:
     """Reads an answer as it grows; without readers all of it is content."""
 
-    def __init__(self, reasoning: ReasoningReader | None, calls: CallReader | None) -> None:
+    def __init__(self, reasoning: ReasoningReader | None = None, calls: CallReader | None = None) -> None:
         self._reasoning, self._calls = reasoning, calls
+
+    @property
+    def plain(self) -> bool:
+        """Whether all of the answer is content."""
+        return self._reasoning is None and self._calls is None
 
     @property
     def called(self) -> bool:

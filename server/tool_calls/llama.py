@@ -11,6 +11,7 @@ LLAMA = Style(
     close="}",
     between="; ",
     bare=True,
+    alone=True,
     parallel=False,
 )
 

@@ -28,8 +28,8 @@ class CallReader:
 
     Args:
       names: the tools there are; what names another is no call.
-      exact: a grammar holds the answer to the canonical form, so a call's arguments may be passed on as they come. Else a call is
-        passed on once it is whole, for only then it is known to be one.
+      exact: a grammar holds the answer to the canonical form, so a call's arguments may be passed on as they come. Else a
+        call is passed on once it is whole, for only then it is known to be one.
       most: calls an answer may have, further ones are dropped; None is no bound.
       new_id: makes the id of a call.
 

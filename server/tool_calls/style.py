@@ -16,9 +16,10 @@ class Style:
     themselves is read more loosely.
 
     Attributes:
-      lead: what begins calls anywhere in an answer; empty where a call is a JSON text that begins the answer.
+      lead: what begins calls anywhere in an answer.
       ends: texts after a call that belong to it, in any answer.
       bare: whether a JSON text at the answer's beginning, fenced or not, may be a call too.
+      alone: whether calls are written without their lead as a rule.
       named: whether a call may be a name followed by its arguments instead of an object that holds both.
       parallel: whether an answer may have several calls.
       id_length: of calls' ids in letters and digits, where templates demand one; 0 for OpenAI's kind.
@@ -33,6 +34,7 @@ class Style:
     after: str = ""
     ends: tuple[str, ...] = ()
     bare: bool = False
+    alone: bool = False
     named: bool = False
     parallel: bool = True
     id_length: int = 0
@@ -43,7 +45,8 @@ class Style:
 
     def write(self, name: str, arguments: str) -> str:
         """A call in its canonical form."""
-        return f"{self.lead}{self.first}{self.begin(name)}{arguments}{self.close}{self.after}"
+        lead = "" if self.alone else self.lead
+        return f"{lead}{self.first}{self.begin(name)}{arguments}{self.close}{self.after}"
 
     def new_id(self) -> str:
         """An id for a call."""

@@ -44,7 +44,12 @@ CASES: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", '<tool_call>{"name": "get"}</tool_call> Done.', "Done.", [EMPTY]),
     ("hermes", '<tool_call>[{"name": "get"}, {"name": "get", "arguments": null}]</tool_call>', "", [EMPTY, EMPTY]),
     ("hermes", '<tool_call>{"name": "get", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [("get", '{"a": 1}')]),
-    ("hermes", '<tool_call>{"name": "get", "arguments": {"a": "</tool_call>"}}', "", [("get", '{"a": "</tool_call>"}')]),
+    (
+        "hermes",
+        '<tool_call>{"name": "get", "arguments": {"a": "</tool_call>"}}',
+        "",
+        [("get", '{"a": "</tool_call>"}')],
+    ),
     (
         "hermes",
         '<tool_call>{"type": "function", "function": {"name": "get", "parameters": {"é": "☃"}}}</tool_call>',
@@ -113,7 +118,7 @@ def test_calls_are_told_from_content(name: str, answer: str, content: str | None
 @pytest.mark.parametrize("name", STYLES)
 def test_a_call_in_the_canonical_form_is_passed_on_as_it_comes(name: str) -> None:
     style = STYLES[name]
-    arguments = json.dumps({"city": "Zürich \"x\" }]", "days": [1, -2.5e3, {"deep": [None, True]}]}, ensure_ascii=False)
+    arguments = json.dumps({"city": 'Zürich "x" }]', "days": [1, -2.5e3, {"deep": [None, True]}]}, ensure_ascii=False)
     more = style.between + style.begin("get") + "{}" + style.close if style.parallel else ""
     answer = style.lead + style.first + style.begin("get_weather") + arguments + style.close + more + style.after
     found = read(style, list(answer), exact=True)
@@ -129,7 +134,19 @@ def test_a_call_in_the_canonical_form_is_passed_on_as_it_comes(name: str) -> Non
 
 _PIECES = st.sampled_from(
     [
-        *('{"name": "get', '", "arguments": ', '", "parameters": ', '{"a": 1}', "}", "\n", " ", "get", "[ARGS]", "é☃", '"'),
+        *(
+            '{"name": "get',
+            '", "arguments": ',
+            '", "parameters": ',
+            '{"a": 1}',
+            "}",
+            "\n",
+            " ",
+            "get",
+            "[ARGS]",
+            "é☃",
+            '"',
+        ),
         *("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", "[", "]", ", ", "; ", "```json\n", "```"),
         *('{"name": "get", "arguments": {}}', "<think>", "</think>", "<tool", "text", '{"x": "', "\\"),
     ]
@@ -213,9 +230,7 @@ def test_json_is_recognised_as_pythons_own_parser_does(
         parts = members(text[:end]) if text[0] == "{" else elements(text[:end])
         spans = parts.values() if isinstance(parts, dict) else parts
         expected = json.loads(text[:end])
-        assert [json.loads(one) for one in spans] == list(
-            expected.values() if isinstance(expected, dict) else expected
-        )
+        assert [json.loads(one) for one in spans] == list(expected.values() if isinstance(expected, dict) else expected)
 
 
 def test_depth_and_digits_are_bounded() -> None:
