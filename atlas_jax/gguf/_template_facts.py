@@ -59,7 +59,7 @@ class TemplateFacts:
             function = {"name": NEEDLE, "arguments": arguments}
             calling = {
                 "role": "assistant",
-                "content": None,
+                "content": "",
                 "tool_calls": [{"id": _ID, "type": "function", "function": function}],
             }
             call = _tried(render, [_USER, calling])[len(_tried(render, [_USER])) :]

@@ -82,11 +82,12 @@ class Answer:
       error: after a verdict of `FAILED`, why.
     """
 
-    def __init__(self, start: LLMatcher, tokens: Tokens, opens: Sequence[str] = ()) -> None:
+    def __init__(self, start: LLMatcher, tokens: Tokens, opens: Sequence[str] = (), *, canonical: bool = False) -> None:
         """Begins one; `start` stays as it is.
 
         Args:
           opens: texts that end the part of the answer that is free, in which numbers may have any length.
+          canonical: where the grammar leaves no choice, take the tokens that the tokenizer makes of the text.
         """
         self._matcher = start.deep_copy()
         self._tokens = tokens
@@ -94,6 +95,7 @@ class Answer:
         self._opens = [text.encode() for text in opens]
         self._opening = {tokens.controls.get(text, -1) for text in opens}
         self._free = b""
+        self._canonical = canonical
         self.mask = np.zeros_like(tokens.digits)
         self.error = ""
 
@@ -110,7 +112,12 @@ class Answer:
         if matcher.is_error():
             self.error = matcher.get_error()
             return FAILED
-        if self._numbers.long:
+        if self._canonical and (forced := matcher.compute_ff_tokens()):
+            byte, bit = divmod(forced[0], 8)
+            if self.mask[byte] & (1 << bit):
+                self.mask[:] = 0
+                self.mask[byte] = 1 << bit
+        elif self._numbers.long:
             shorter = self.mask & ~self._tokens.digits
             if shorter.any():
                 self.mask = shorter

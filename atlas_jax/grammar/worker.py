@@ -171,16 +171,17 @@ class Grammar:
 
     Attributes:
       start: the matcher at the beginning of every answer.
-      opens: the argument of `Answer`.
+      opens, canonical: the arguments of `Answer`.
     """
 
     start: LLMatcher
     tokens: Tokens
     opens: tuple[str, ...] = ()
+    canonical: bool = False
 
     def answer(self) -> Answer:
         """A new answer."""
-        return Answer(self.start, self.tokens, self.opens)
+        return Answer(self.start, self.tokens, self.opens, canonical=self.canonical)
 
 
 def _compile(wanted: bytes, tokens: Tokens) -> tuple[Grammar | None, Compiled]:
@@ -199,7 +200,7 @@ def _compile_schema(schema: dict[str, Any], tokens: Tokens) -> tuple[Grammar | N
         text = LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=options)
     except ValueError as error:
         return None, Compiled(error=explained(str(error)))
-    return _begin(text, dropped, tokens, ())
+    return _begin(text, dropped, tokens)
 
 
 def _compile_calls(calls: CallGrammar, tokens: Tokens) -> tuple[Grammar | None, Compiled]:
@@ -215,7 +216,7 @@ def _compile_calls(calls: CallGrammar, tokens: Tokens) -> tuple[Grammar | None, 
     answer = texts.pop() if calls.answer is not None else None
     try:
         text = LLMatcher.grammar_from_lark(lark(calls, texts, answer, tokens.controls))
-        grammar, compiled = _begin(text, dropped, tokens, calls.opens)
+        grammar, compiled = _begin(text, dropped, tokens, calls)
     except ValueError as error:
         grammar, compiled = None, Compiled(error=explained(str(error)))
     if compiled.error:
@@ -226,7 +227,9 @@ def _compile_calls(calls: CallGrammar, tokens: Tokens) -> tuple[Grammar | None, 
     return grammar, compiled
 
 
-def _begin(grammar: str, dropped: list[str], tokens: Tokens, opens: tuple[str, ...]) -> tuple[Grammar | None, Compiled]:
+def _begin(
+    grammar: str, dropped: list[str], tokens: Tokens, calls: CallGrammar | None = None
+) -> tuple[Grammar | None, Compiled]:
     from llguidance import LLMatcher, LLParserLimits
 
     try:
@@ -234,7 +237,8 @@ def _begin(grammar: str, dropped: list[str], tokens: Tokens, opens: tuple[str, .
         start = LLMatcher(tokens.known, grammar, log_level=0, limits=limits)
     except ValueError as error:
         return None, Compiled(error=explained(str(error)))
-    made = Grammar(start, tokens, opens)
+    # A call that comes back in the conversation is then the tokens that were drawn, as far as the grammar spelled it.
+    made = Grammar(start, tokens) if calls is None else Grammar(start, tokens, calls.opens, canonical=True)
     complaint = start.get_error() or _try(made)
     if complaint:
         return None, Compiled(error=explained(complaint))

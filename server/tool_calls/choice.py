@@ -106,7 +106,9 @@ def chosen_tools(body: ChatRequest) -> Tools | None:
     Raises:
       BadRequest: a tool is wrong or named twice, or the choice is of none that there is.
     """
-    legacy = not body.tools and bool(body.functions)
+    if body.tools and body.functions:
+        raise invalid("functions", "cannot be given together with tools")
+    legacy = not body.tools and (bool(body.functions) or body.function_call not in (None, "none", "auto"))
     if legacy:
         field, choice_field = "functions", "function_call"
         given = [(one, f"functions[{index}]") for index, one in enumerate(body.functions or ())]

@@ -293,7 +293,7 @@ class FakeEngine:
         return ChatFrame(preamble=(), closing=(END,), answers=any(one["role"] == "assistant" for one in messages))
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
-        return self.tokenizer.decode(self.render_chat(messages))
+        return self.tokenizer.decode(self.render_chat(messages, tools=kwargs.get("tools")))
 
     def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[FakeGrammar]:
         future: Future[FakeGrammar] = Future()
