@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,8 @@ import openai
 import pytest
 
 from atlas_jax.engine.api import InvalidRequest, TemplateFacts
+from tests.patience import PATIENCE
+from tests.server.example_shapes import ROOT
 from tests.server.live_server import Live
 
 MODEL = "fake-7b"
@@ -259,6 +263,16 @@ def test_functions_of_the_time_before_tools(live: Live, client: openai.OpenAI) -
     _, assistant, result = live.engine.written[0]
     assert result["tool_call_id"] == assistant["tool_calls"][0]["id"]
     assert (result["role"], assistant["tool_calls"][0]["function"]["name"]) == ("tool", "get_weather")
+
+
+def test_the_example_holds_a_conversation(live: Live) -> None:
+    told(live, NONE, '{"name": "to_seconds", "arguments": {"amount": 3, "unit": "days"}}', "259200 seconds.")
+    command = [sys.executable, str(ROOT / "examples" / "tool_calls.py"), "--url", live.url]
+    printed = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=True).stdout
+    assert printed.splitlines() == [
+        'to_seconds({"amount": 3, "unit": "days"}) = 259200 seconds',
+        "259200 seconds.",
+    ]
 
 
 def test_reasoning_is_apart_from_content_and_calls(live: Live, client: openai.OpenAI) -> None:

@@ -77,8 +77,7 @@ def test_a_call_that_comes_back_is_recognised(tokenizer: Tokenizer, template: st
 
 
 def test_a_call_in_a_spelling_of_the_models_own(tokenizer: Tokenizer) -> None:
-    # Where calls are told in messages they come back as the model wrote their arguments, but in the canonical form around them;
-    # a template writes them anew. So the turn is read again, as one that was edited.
+    # A template writes calls anew, so the turn is read again, as one that was edited.
     decided, history = returned(tokenizer, QWEN, OWN_SPACING)
     assert decided.effect == "rolled_back"
     assert history.replies[0][0] <= decided.keep < history.length
