@@ -27,7 +27,7 @@ class CallShape:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallGrammar:
-    """What an answer with tool calls must match. Texts may hold names of the model's control tokens, which then are those.
+    """What an answer that may call tools must match. Names of the model's control tokens in its texts are those tokens.
 
     Attributes:
       calls: the tools.
@@ -40,8 +40,8 @@ class CallGrammar:
       thinking: what ends the reasoning that the answer begins with, or None.
     """
 
-    calls: tuple[CallShape, ...]
-    lead: str
+    calls: tuple[CallShape, ...] = ()
+    lead: str = ""
     first: str = ""
     between: str = ""
     after: str = ""
@@ -84,33 +84,31 @@ def lark(grammar: CallGrammar, args: list[str], answer: str | None, controls: Ma
             return f"{name}: TEXT {literal(mark)}"
         return f"{name}[lazy]: TEXT {literal(mark)}"
 
-    lines = ["%llguidance {}"]
-    calls = f"{literal(grammar.first)} call"
-    if grammar.most > 1:
-        calls += f" ({literal(grammar.between)} call){{0,{grammar.most - 1}}}"
-    calls += f" {literal(grammar.after)}"
-    text = "TEXT: ANY"
+    lines = ["%llguidance {}", "ANY: /(.|\\n)*/"]
+    ways = ["TEXT", "lead calls"] if grammar.text else [f"{literal(grammar.lead)} calls"] if grammar.calls else []
+    if grammar.text:
+        lines.append(up_to("lead", grammar.lead))
     if grammar.bare:
+        ways.append("calls")
         heads = "|".join(re.escape(f"{grammar.first}{call.begin}") for call in grammar.calls)
         heads = heads.replace("\\\n", "\\n").replace("/", "\\/")
-        text = f"TEXT: ANY & ~CALL\nCALL: /({heads})(.|\\n)*/"
-    if grammar.text:
-        body = "TEXT | lead calls" + (" | calls" if grammar.bare else "")
-        lines.append(up_to("lead", grammar.lead))
+        lines += [f"HEAD: /({heads})(.|\\n)*/", "TEXT: ANY & ~HEAD"]
     else:
-        body = f"{literal(grammar.lead)} calls" + (" | answer" if answer is not None else "")
+        lines.append("TEXT: ANY")
     if answer is not None:
+        ways.append("answer")
         lines.append(f"answer: %json {answer}")
+    begin = ""
     if grammar.thinking is not None:
+        begin = "thinking BLANK "
         lines += [up_to("thinking", grammar.thinking), "BLANK: /[ \\n]{0,4}/"]
-    lines += [
-        f"start: {'thinking BLANK ' if grammar.thinking is not None else ''}body",
-        f"body: {body}",
-        text,
-        "ANY: /(.|\\n)*/",
-        f"calls: {calls}",
-        f"call: {' | '.join(f'call_{index}' for index in range(len(args)))}",
-    ]
+    lines += [f"start: {begin}body", f"body: {' | '.join(ways)}"]
+    if grammar.calls:
+        more = f" ({literal(grammar.between)} call){{0,{grammar.most - 1}}}" if grammar.most > 1 else ""
+        lines += [
+            f"calls: {literal(grammar.first)} call{more} {literal(grammar.after)}",
+            f"call: {' | '.join(f'call_{index}' for index in range(len(args)))}",
+        ]
     for index, (call, schema) in enumerate(zip(grammar.calls, args, strict=True)):
         lines += [
             f"call_{index}: {literal(call.begin)} args_{index} {literal(call.end)}",

@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from atlas_jax.engine.api import InvalidRequest, SamplingParams
+from atlas_jax.engine.api import CallGrammar, InvalidRequest, SamplingParams
 from server.config.settings import SamplingSection
 from server.middleware.request_context import PARTY, RequestContext
 from server.schemas.chat import ChatRequest
@@ -146,8 +146,13 @@ class Inference:
           thinking: what ends the reasoning that the template has begun, or None.
         """
         engine, owner = self._supervisor.engine, context.identity.owner
+        if tools is None and schema is None:
+            return None
+        if tools is None and thinking is None:
+            return await compiled(engine.json_grammar(schema or {}, owner=owner), context)
         if tools is None:
-            return None if schema is None else await compiled(engine.json_grammar(schema, owner=owner), context)
+            calls = CallGrammar(answer=schema, thinking=thinking)
+            return await compiled(engine.call_grammar(calls, owner=owner), context)
         calls = tools.grammar(self._tokenization.form.style, thinking=thinking, answer=schema)
         try:
             return await compiled(engine.call_grammar(calls, owner=owner), context)

@@ -22,8 +22,8 @@ class AnswerReader:
 
     @property
     def called(self) -> bool:
-        """Whether a tool has been called."""
-        return self._calls is not None and self._calls.calls > 0
+        """Whether tools have been called, and the last call was not cut short."""
+        return self._calls is not None and self._calls.whole
 
     def push(self, text: str) -> list[Piece]:
         """Takes more of the answer."""

@@ -56,6 +56,11 @@ class CallReader:
         self._dropped = False
         self.calls = 0
 
+    @property
+    def whole(self) -> bool:
+        """Whether there have been calls, and the last one has all of its arguments."""
+        return self.calls > 0 and self._state != self._arguments
+
     def push(self, text: str) -> list[Piece]:
         """Takes more of the answer."""
         self._held += text

@@ -86,7 +86,8 @@ MISTRAL = """\
     {%- elif message["role"] == "assistant" %}
         {{- " " + message["content"] + eos_token }}
     {%- elif message["role"] == "tool" %}
-        {{- '[TOOL_RESULTS]{"content": ' + message.content|string }}{{- ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
+        {{- '[TOOL_RESULTS]{"content": ' + message.content|string }}
+        {{- ', "call_id": "' + message.tool_call_id + '"}[/TOOL_RESULTS]' }}
     {%- else %}{{- raise_exception("Only user and assistant roles are supported!") }}{%- endif %}
 {%- endfor %}
 """

@@ -286,6 +286,27 @@ def test_reasoning_is_apart_from_content_and_calls(live: Live, client: openai.Op
     assert (plain.reasoning_content, plain.content, plain.tool_calls) == ("Hm.", "Yes.", None)
 
 
+def test_a_template_that_begins_the_reasoning(live: Live, client: openai.OpenAI) -> None:
+    marks = ("Paris?<|im_end|>", "</think>")  # what the fake engine's prompts end with
+    told(
+        live, TemplateFacts(call=HERMES.call, thinking=marks), "Hm.</think>\n\nYes.", "Hm.</think>\n\n{}", "Hm.</think>"
+    )
+    plain: Any = client.chat.completions.create(model=MODEL, messages=ASK).choices[0].message
+    assert (plain.reasoning_content, plain.content) == ("Hm.", "Yes.")
+    shaped: Any = client.chat.completions.create(model=MODEL, messages=ASK, response_format={"type": "json_object"})
+    assert (shaped.choices[0].message.reasoning_content, shaped.choices[0].message.content) == ("Hm.", "{}")
+    made = live.engine.requests[-1].grammar.schema
+    assert (made.thinking, made.answer, made.calls) == ("</think>", {"type": "object"}, ())
+    client.chat.completions.create(model=MODEL, messages=ASK, tools=TOOLS, tool_choice="required")
+    assert live.engine.requests[-1].grammar.schema.thinking == "</think>"
+
+
+def test_a_call_that_a_stop_string_cuts_is_none(live: Live, client: openai.OpenAI) -> None:
+    told(live, HERMES, ANSWERS[0][1])
+    (choice,) = client.chat.completions.create(model=MODEL, messages=ASK, tools=TOOLS, stop=["Par"]).choices
+    assert choice.finish_reason == "stop"
+
+
 def test_choices_and_logprobs(live: Live, client: openai.OpenAI) -> None:
     call = '<tool_call>\n{"name": "get_time", "arguments": {}}\n</tool_call>'
     told(live, HERMES, call, "No.", call, "No.")

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from atlas_jax.engine.scheduler.detokenizer import Detokenizer
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.grammar.answer import Tokens
 from atlas_jax.grammar.calls import CallGrammar, CallShape
@@ -129,6 +130,22 @@ def test_an_answer_that_calls_nothing_may_have_a_schema(tokenizer: Tokenizer, to
     assert allows(tokenizer, grammar, "[1, 2]")
     assert allows(tokenizer, grammar, HERMES.write("get", "{}"))
     assert not allows(tokenizer, grammar, "[3]")
+
+
+def test_reasoning_goes_before_an_answer_with_a_schema(tokenizer: Tokenizer, tokens: Tokens) -> None:
+    grammar, made = compiled(tokens, CallGrammar(answer={"enum": [1, 2]}, thinking="</think>"))
+    assert made == Compiled()
+    assert allows(tokenizer, grammar, "Hm.</think>\n\n1")
+    assert not allows(tokenizer, grammar, "Hm.</think>\n\n3")
+    assert not allows(tokenizer, grammar, "1")
+
+
+def test_marks_that_are_control_tokens_are_text_where_they_are_asked_for(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode('[TOOL_CALLS]get[ARGS]{"a": 1}<|im_end|>', add_special=False, parse_special=True)
+    for shown, text in (((), 'get{"a": 1}'), (MISTRAL_NAMED.markers, '[TOOL_CALLS]get[ARGS]{"a": 1}')):
+        detokenizer = Detokenizer(tokenizer, (), with_tokens=False, shown=shown)
+        deltas = [*(detokenizer.push(token, None) for token in ids), detokenizer.finish()]
+        assert "".join(delta.text for delta in deltas if delta) == text
 
 
 def test_what_cannot_be_had_is_named(tokens: Tokens) -> None:

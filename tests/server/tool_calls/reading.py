@@ -72,5 +72,6 @@ def read(
     for chunk in chunks:
         out.add(reader.push(chunk))
     out.add(reader.finish())
-    assert reader.called == bool(out.calls)
+    if not exact:
+        assert reader.called == bool(out.calls)
     return out

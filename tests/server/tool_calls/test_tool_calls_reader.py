@@ -165,7 +165,7 @@ _ANSWERS = st.one_of(
     think=st.sampled_from([None, True, False]),
     most=st.sampled_from([None, 1]),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=250, deadline=None)
 def test_an_answer_cut_anywhere_is_read_the_same(
     style: Style | None, answer: str, places: list[int], exact: bool, think: bool | None, most: int | None
 ) -> None:
@@ -205,7 +205,7 @@ _JSON = st.recursive(
     indent=st.sampled_from([None, 1]),
     flip=st.none() | st.tuples(st.integers(0, 300), st.sampled_from('{}[],:"\\ 0-.etnu\n')),
 )
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=150, deadline=None)
 @example(value=[0], ascii_only=True, indent=None, flip=(1, "-"))
 def test_json_is_recognised_as_pythons_own_parser_does(
     value: Any, ascii_only: bool, indent: int | None, flip: tuple[int, str] | None
