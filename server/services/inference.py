@@ -6,7 +6,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from atlas_jax.engine.api import CallGrammar, InvalidRequest, SamplingParams
+from atlas_jax.engine.api import CallGrammar, InvalidRequest, Overloaded, SamplingParams
 from server.config.settings import SamplingSection
 from server.middleware.request_context import PARTY, RequestContext
 from server.schemas.chat import ChatRequest
@@ -156,7 +156,7 @@ class Inference:
         calls = tools.grammar(self._tokenization.form.style, thinking=thinking, answer=schema)
         try:
             return await compiled(engine.call_grammar(calls, owner=owner), context)
-        except InvalidRequest:
+        except (InvalidRequest, Overloaded):
             if tools.forced or tools.strict or schema is not None:
                 raise
             return None  # a model that may call or not is trusted to know how

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from atlas_jax.engine.api import InvalidRequest, TemplateFacts
+from atlas_jax.engine.api import InvalidRequest, Overloaded, TemplateFacts
 from tests.patience import PATIENCE
 from tests.server.example_shapes import ROOT
 from tests.server.live_server import Live
@@ -219,6 +219,9 @@ def test_schemas_that_calls_cannot_be_held_to(live: Live) -> None:
     for body in ({"tool_choice": "required"}, {"tools": strict}, {"response_format": {"type": "json_object"}}):
         response = live.post(CHAT, {"messages": ASK, "tools": TOOLS, **body})
         assert (response.status_code, response.json()["error"]["param"]) == (400, "tools[0].function.parameters")
+    live.engine.grammar_fault = Overloaded("No JSON schema could be compiled in time", retry_after=5.0)
+    assert grammar(live) is None
+    assert live.post(CHAT, {"messages": ASK, "tools": TOOLS, "tool_choice": "required"}).status_code == 503
 
 
 def test_a_forced_call_streams_its_arguments_and_may_be_cut_short(live: Live, client: openai.OpenAI) -> None:
