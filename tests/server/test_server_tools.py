@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import openai
+import pydantic
 import pytest
 
 from atlas_jax.engine.api import InvalidRequest, Overloaded, TemplateFacts
@@ -241,6 +242,26 @@ def test_a_forced_call_streams_its_arguments_and_may_be_cut_short(live: Live, cl
     ).choices
     assert choice.message.tool_calls
     assert (choice.message.tool_calls[0].function.arguments, choice.finish_reason) == ('{"city": "Z', "length")
+
+
+class Weather(pydantic.BaseModel):
+    """A function's arguments, as the official client takes them."""
+
+    city: str
+
+
+def test_the_clients_own_helpers(live: Live, client: openai.OpenAI) -> None:
+    call = '<tool_call>\n{"name": "Weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    told(live, HERMES, call, call)
+    tools = [openai.pydantic_function_tool(Weather)]
+    parsed = client.chat.completions.parse(model=MODEL, messages=ASK, tools=tools).choices[0].message
+    assert [one.function.parsed_arguments for one in parsed.tool_calls or ()] == [Weather(city="Paris")]
+    with client.chat.completions.stream(model=MODEL, messages=ASK, tools=tools) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion().choices[0]
+    assert {"tool_calls.function.arguments.delta", "tool_calls.function.arguments.done"} <= kinds
+    assert final.finish_reason == "tool_calls"
+    assert [one.function.parsed_arguments for one in final.message.tool_calls or ()] == [Weather(city="Paris")]
 
 
 def test_functions_of_the_time_before_tools(live: Live, client: openai.OpenAI) -> None:
