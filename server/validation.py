@@ -18,6 +18,7 @@ _PATH = re.compile(r" - at `\$(?P<path>.*)`$")
 _STEP = re.compile(r"\.(?P<name>[^.\[]+)|\[(?P<index>\d+|\.\.\.)\]")
 _NUMBER = re.compile(r"Expected `(?:int|float)` (?:[<>]=?|that)")
 _LENGTH = re.compile(r"Expected `(?P<what>\w+)` of length (?P<op>[<>]=) (?P<bound>\d+)")
+_PATTERN = re.compile(r"Expected `str` matching regex '(?P<pattern>.*)'")
 _TYPE = re.compile(r"Expected `(?P<want>[^`]+)`, got `(?P<got>[^`]+)`")
 _FIELD = re.compile(r"Object (?P<how>missing required|contains unknown) field `(?P<name>.*)`$", re.DOTALL)
 _JSON_NAMES = {"int": "integer", "float": "number", "str": "string", "bool": "boolean"}
@@ -67,6 +68,8 @@ def _reason(kind: type[Any], text: str, steps: list[re.Match[str]]) -> str:
     if found := _TYPE.match(text):
         want = [_JSON_NAMES.get(name, name) for name in found["want"].split(" | ") if name != "null"]
         return f"expected {' or '.join(want)}, got {_JSON_NAMES.get(found['got'], found['got'])}"
+    if found := _PATTERN.match(text):
+        return f"must match {found['pattern']}"
     if text.startswith("Invalid enum value"):
         return f"value must be one of {', '.join(_choices(_annotation(kind, steps)))}"
     return "invalid value"

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from atlas_jax.engine.api import ChatFrame, InvalidRequest
+from atlas_jax.engine.api import ChatFrame, InvalidRequest, TemplateFacts
 from atlas_jax.engine.sessions.chat_frame import ChatFrames
 from atlas_jax.gguf import ChatTemplate, TemplateError, Tokenizer
 
@@ -16,11 +16,19 @@ class Chat:
 
     Args:
       template: or why the model's own cannot be used.
+
+    Attributes:
+      facts: what the template can do.
     """
 
     def __init__(self, tokenizer: Tokenizer, template: ChatTemplate | TemplateError) -> None:
         self._tokenizer, self._template = tokenizer, template
         self._frames = ChatFrames(self._render)
+        self.facts = TemplateFacts()
+        if isinstance(template, ChatTemplate):
+            self.facts = TemplateFacts(
+                call=template.facts.call, system=template.facts.takes_system, thinking=template.facts.thinking
+            )
 
     def tokens(
         self,
@@ -41,15 +49,24 @@ class Chat:
         with _template_errors():
             return self._usable().render(messages, **kwargs)
 
-    def frame(self, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any] | None) -> ChatFrame:
+    def frame(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any] | None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> ChatFrame:
         """What the template puts around these messages."""
-        return self._frames.frame(messages, variables)
+        return self._frames.frame(messages, variables, tools)
 
     def _render(
-        self, messages: Sequence[Mapping[str, Any]], begin_answer: bool, variables: Mapping[str, Any] | None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        begin_answer: bool,
+        variables: Mapping[str, Any] | None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[int]:
         return self._usable().render_tokens(
-            self._tokenizer, messages, add_generation_prompt=begin_answer, variables=variables
+            self._tokenizer, messages, tools=tools, add_generation_prompt=begin_answer, variables=variables
         )
 
     def _usable(self) -> ChatTemplate:

@@ -17,6 +17,7 @@ import numpy as np
 from atlas_jax import _platform
 from atlas_jax.engine import cache_folder
 from atlas_jax.engine.api import (
+    CallGrammar,
     ChatFrame,
     EngineStats,
     GenerationRequest,
@@ -27,6 +28,7 @@ from atlas_jax.engine.api import (
     MemoryUnavailable,
     Overloaded,
     SlotInfo,
+    TemplateFacts,
 )
 from atlas_jax.engine.chat import Chat
 from atlas_jax.engine.check_request import check_request
@@ -148,11 +150,20 @@ class Engine:
         """
         return self._chat.tokens(messages, tools=tools, begin_answer=add_generation_prompt, variables=variables)
 
+    @property
+    def template(self) -> TemplateFacts:
+        """What the model's chat template can do."""
+        return self._chat.facts
+
     def chat_frame(
-        self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> ChatFrame:
         """What the template puts around these messages, for requests that go on with a session."""
-        return self._chat.frame(messages, variables)
+        return self._chat.frame(messages, variables, tools)
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """A conversation as the template writes it, for people to read; raises InvalidRequest."""
@@ -161,6 +172,10 @@ class Engine:
     def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[Grammar]:
         """A grammar of the JSON texts a schema allows; see `api.EngineProtocol.json_grammar`."""
         return self._grammars.json(schema, owner=owner)
+
+    def call_grammar(self, calls: CallGrammar, *, owner: str = "") -> Future[Grammar]:
+        """A grammar of answers with tool calls; see `api.EngineProtocol.call_grammar`."""
+        return self._grammars.calls(calls, owner=owner)
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
         """Queues a request; what it takes and raises is said at `api.EngineProtocol.submit`."""

@@ -23,6 +23,8 @@ from atlas_jax.gguf._metadata import get
 from atlas_jax.gguf._sandbox import TemplateEnvironment
 from atlas_jax.gguf._special import SpecialSplitter
 from atlas_jax.gguf._template_ast import Marks, transform
+from atlas_jax.gguf._template_facts import NEEDLE as _NEEDLE
+from atlas_jax.gguf._template_facts import TemplateFacts
 from atlas_jax.gguf._tokenizer import Tokenizer
 from atlas_jax.gguf._vocab import special_text
 
@@ -41,8 +43,6 @@ _MAX_SOURCE = 256 << 10
 _RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "bos_token", "eos_token"})
 # Marks are private-use characters of the last plane, in the order of the tokens they stand for.
 _MARKS = range(0x100000, 0x10FFFE)
-# What is looked for in a rendering to see whether a template has read the content of a message.
-_NEEDLE = "needle7c1f"
 _MARK = re.compile(f"([{chr(_MARKS[0])}-{chr(_MARKS[-1])}])")
 
 
@@ -51,6 +51,7 @@ class ChatTemplate:
 
     Attributes:
       source: the Jinja text.
+      facts: what the template can do.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class ChatTemplate:
         self._environment = TemplateEnvironment()
         self._plain = self._compile(None)
         self._takes_parts = self._roles_with_parts()
+        self.facts = TemplateFacts(self._tried, source)
         self._marked: tuple[Tokenizer, Marks, jinja2.Template] | None = None
         self._lock = threading.Lock()
 
@@ -111,7 +113,8 @@ class ChatTemplate:
 
         Args:
           messages: with `role` and `content`: a string, None, or parts `{"type": "text", "text": …}`, which are joined
-            with line feeds. Arguments of tool calls that are JSON in a string are given to the template as objects.
+            with line feeds. Arguments of tool calls are given to the template as objects or as JSON in a string, as it
+            wants them.
           tools: given to the template as they are.
           variables: further names for the template.
 
@@ -206,6 +209,14 @@ class ChatTemplate:
                 found.add(role)
         return frozenset(found)
 
+    def _tried(self, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """A conversation as the template is given it."""
+        formed = [_message(index, message, self._takes_parts) for index, message in enumerate(messages)]
+        context = {"messages": formed, "tools": tools, "add_generation_prompt": False}
+        return self._run(
+            self._plain, Budget(self._time_limit, self._output_limit), self._variables | _json_copy(context)
+        )
+
     def _context(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -219,7 +230,10 @@ class ChatTemplate:
             if name in _RESERVED or not name.isidentifier() or name.startswith("_"):
                 raise TemplateError(f"template variable {name!r:.60} is not allowed")
         context = {
-            "messages": [_message(index, message, self._takes_parts) for index, message in enumerate(messages)],
+            "messages": [
+                _message(index, _with_arguments(message, self.facts.text_arguments), self._takes_parts)
+                for index, message in enumerate(messages)
+            ],
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
             **extra,
@@ -258,8 +272,6 @@ def _message(index: int, message: Mapping[str, Any], as_parts: Collection[str]) 
         raise TemplateError(f"message {index} is not an object")
     result = dict(message)
     calls = result.get("tool_calls")
-    if isinstance(calls, (list, tuple)):
-        result["tool_calls"] = [_tool_call(call) for call in calls]
     content = result.get("content")
     if isinstance(content, (list, tuple)):
         result["content"] = "\n".join(_text_part(index, number, part) for number, part in enumerate(content))
@@ -281,16 +293,32 @@ def _text_part(index: int, number: int, part: Any) -> str:
     return text
 
 
-def _tool_call(call: Any) -> Any:
-    """A tool call with its arguments as an object, where they are JSON in a string."""
+def _with_arguments(message: Any, as_text: bool) -> Any:
+    """A message whose tool calls have their arguments as JSON in a string, or as objects."""
+    calls = message.get("tool_calls") if isinstance(message, Mapping) else None
+    if not isinstance(calls, (list, tuple)):
+        return message
+    return {**message, "tool_calls": [_tool_call(call, as_text) for call in calls]}
+
+
+def _tool_call(call: Any, as_text: bool) -> Any:
     function = call.get("function") if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+    arguments = function.get("arguments") if isinstance(function, Mapping) else None
+    if isinstance(arguments, Mapping) and as_text:
+        try:
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        except (ValueError, TypeError, RecursionError):
+            return call
+    elif isinstance(arguments, str) and not as_text:
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            return call
+        if not isinstance(arguments, dict):
+            return call
+    else:
         return call
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+    return {**call, "function": {**(function or {}), "arguments": arguments}}
 
 
 def _json_copy(value: Any, level: int = 0) -> Any:

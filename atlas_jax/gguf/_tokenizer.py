@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -223,10 +223,18 @@ class StreamDecoder:
     Whatever the tokens, the texts of all `push` calls and of `flush` joined are `tokenizer.decode` of all of them.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False, starts_text: bool = True) -> None:
-        """Starts a text; the arguments are those of `Tokenizer.decode`."""
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special: bool = False,
+        shown: Collection[int] = (),
+        starts_text: bool = True,
+    ) -> None:
+        """Starts a text; the arguments are those of `Tokenizer.decode`, and control tokens that are not left out."""
         self._tokenizer = tokenizer
         self._skip_special = skip_special
+        self._shown = frozenset(shown)
         self._strip = starts_text and tokenizer.add_space_prefix
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
@@ -237,7 +245,7 @@ class StreamDecoder:
           ValueError: the id is not in the vocabulary.
         """
         data = self._tokenizer.token_bytes(token)
-        if self._skip_special and self._tokenizer.is_special(token):
+        if self._skip_special and self._tokenizer.is_special(token) and token not in self._shown:
             return ""
         if self._strip and data:
             data = data.removeprefix(b" ")

@@ -41,6 +41,7 @@ class Tokens:
       known: llguidance's.
       texts: bytes of each token, none for special ones.
       digits: a bit for every token that begins with a digit, as uint8.
+      controls: the control tokens by their names.
     """
 
     def __init__(self, tokenizer: Spelling) -> None:
@@ -50,6 +51,7 @@ class Tokens:
         view = _View(tokenizer, ends[0])
         self.known: LLTokenizer = LLTokenizer(TokenizerWrapper(view), eos_token=ends)
         special = set(view.special_token_ids)
+        self.controls = {view.tokens[token].decode("utf-8", "replace"): token for token in sorted(special)}
         self.texts = [b"" if token in special else text for token, text in enumerate(view.tokens)]
         begins = np.array([text[:1].isdigit() for text in self.texts], bool)
         bits = np.packbits(begins, bitorder="little")
@@ -80,11 +82,20 @@ class Answer:
       error: after a verdict of `FAILED`, why.
     """
 
-    def __init__(self, start: LLMatcher, tokens: Tokens) -> None:
-        """Begins one; `start` stays as it is."""
+    def __init__(self, start: LLMatcher, tokens: Tokens, opens: Sequence[str] = (), *, canonical: bool = False) -> None:
+        """Begins one; `start` stays as it is.
+
+        Args:
+          opens: texts that end the part of the answer that is free, in which numbers may have any length.
+          canonical: where the grammar leaves no choice, take the tokens that the tokenizer makes of the text.
+        """
         self._matcher = start.deep_copy()
         self._tokens = tokens
         self._numbers = _Numbers()
+        self._opens = [text.encode() for text in opens]
+        self._opening = {tokens.controls.get(text, -1) for text in opens}
+        self._free = b""
+        self._canonical = canonical
         self.mask = np.zeros_like(tokens.digits)
         self.error = ""
 
@@ -93,7 +104,7 @@ class Answer:
         matcher = self._matcher
         if token is not None:
             matcher.consume_token(token)
-            self._numbers.read(self._tokens.texts[token])
+            self._read(token)
             if not matcher.is_error() and matcher.is_stopped():
                 return COMPLETE
         if not matcher.is_error():
@@ -101,11 +112,26 @@ class Answer:
         if matcher.is_error():
             self.error = matcher.get_error()
             return FAILED
-        if self._numbers.long:
+        if self._canonical and (forced := matcher.compute_ff_tokens()):
+            byte, bit = divmod(forced[0], 8)
+            if self.mask[byte] & (1 << bit):
+                self.mask[:] = 0
+                self.mask[byte] = 1 << bit
+        elif self._numbers.long:
             shorter = self.mask & ~self._tokens.digits
             if shorter.any():
                 self.mask = shorter
         return MAY_GO_ON
+
+    def _read(self, token: int) -> None:
+        text = self._tokens.texts[token]
+        if self._opens:
+            self._free += text
+            if token not in self._opening and not any(one in self._free for one in self._opens):
+                self._free = self._free[-max(map(len, self._opens)) :]
+                return
+            self._opens = []
+        self._numbers.read(text)
 
 
 class _Numbers:

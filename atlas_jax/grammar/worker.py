@@ -18,16 +18,19 @@ import signal
 import socket
 import sys
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 import numpy as np
 
 from atlas_jax.grammar.answer import Answer, Tokens
+from atlas_jax.grammar.calls import CallGrammar, lark
 from atlas_jax.grammar.schema import adapt, explained, not_enforced
 from atlas_jax.grammar.wire import (
     BEGIN,
     BEGUN,
+    CALLS,
     FAILED,
     KILL,
     LENGTH,
@@ -56,6 +59,14 @@ _NICE = 10
 _WALKS, _WALK = 3, 24
 _WHITESPACE = "[ \\n\\t]{0,16}"
 """Between two parts of a JSON text. Without a bound a small model goes on making blank lines until its tokens are used up."""
+_COMPACT: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": True,
+}
+"""Arguments of tool calls, spelled as chat templates spell them (`tojson`): when a client sends them back in the conversation
+they are the tokens that the model wrote, so that a session goes on."""
 _ROW_ITEMS = 4500
 """Ways on from one place in an answer: about 1 100 properties that may all be left out."""
 _PARENT_DIED = 1  # PR_SET_PDEATHSIG
@@ -116,10 +127,10 @@ def _run(orders: socket.socket, tokens: Tokens, template: int) -> None:
         schema = _frame_from(orders)
         if schema is not None:
             with _Limited(COMPILE_SECONDS):
-                start, compiled = _compile(schema, tokens)
+                grammar, compiled = _compile(schema, tokens)
             orders.sendall(frame(msgspec.json.encode(compiled)))
-            if start is not None:
-                _serve(orders, start, tokens)
+            if grammar is not None:
+                _serve(orders, grammar)
     finally:
         os._exit(0)  # whatever happened: the parent sees its sockets close
 
@@ -154,30 +165,91 @@ class _Limited:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
-def _compile(text: bytes, tokens: Tokens) -> tuple[LLMatcher | None, Compiled]:
-    """The matcher at the beginning of every answer, or None and why there is none."""
-    from llguidance import LLMatcher, LLParserLimits
+@dataclass(frozen=True)
+class Grammar:
+    """A compiled grammar.
 
-    schema = msgspec.json.decode(text)
+    Attributes:
+      start: the matcher at the beginning of every answer.
+      opens, canonical: the arguments of `Answer`.
+    """
+
+    start: LLMatcher
+    tokens: Tokens
+    opens: tuple[str, ...] = ()
+    canonical: bool = False
+
+    def answer(self) -> Answer:
+        """A new answer."""
+        return Answer(self.start, self.tokens, self.opens, canonical=self.canonical)
+
+
+def _compile(wanted: bytes, tokens: Tokens) -> tuple[Grammar | None, Compiled]:
+    """The grammar of a frame, or None and why there is none."""
+    if wanted[:1] == CALLS:
+        return _compile_calls(msgspec.json.decode(wanted[1:], type=CallGrammar), tokens)
+    return _compile_schema(msgspec.json.decode(wanted[1:]), tokens)
+
+
+def _compile_schema(schema: dict[str, Any], tokens: Tokens) -> tuple[Grammar | None, Compiled]:
+    from llguidance import LLMatcher
+
     dropped = adapt(schema)
     options: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": True}
     try:
-        grammar = LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=options)
+        text = LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=options)
+    except ValueError as error:
+        return None, Compiled(error=explained(str(error)))
+    return _begin(text, dropped, tokens)
+
+
+def _compile_calls(calls: CallGrammar, tokens: Tokens) -> tuple[Grammar | None, Compiled]:
+    from llguidance import LLMatcher
+
+    schemas = [(dict(call.schema), call.field) for call in calls.calls]
+    if calls.answer is not None:
+        schemas.append((dict(calls.answer), "response_format"))
+    dropped, texts = list[str](), list[str]()
+    for schema, _ in schemas:
+        dropped += adapt(schema)
+        texts.append(msgspec.json.encode({**schema, "x-guidance": _COMPACT}).decode())
+    answer = texts.pop() if calls.answer is not None else None
+    try:
+        text = LLMatcher.grammar_from_lark(lark(calls, texts, answer, tokens.controls))
+        grammar, compiled = _begin(text, dropped, tokens, calls)
+    except ValueError as error:
+        grammar, compiled = None, Compiled(error=explained(str(error)))
+    if compiled.error:
+        for schema, field in schemas:  # which of them it is
+            alone = _compile_schema(schema, tokens)[1]
+            if alone.error:
+                return None, Compiled(error=alone.error, field=field)
+    return grammar, compiled
+
+
+def _begin(
+    grammar: str, dropped: list[str], tokens: Tokens, calls: CallGrammar | None = None
+) -> tuple[Grammar | None, Compiled]:
+    from llguidance import LLMatcher, LLParserLimits
+
+    try:
         limits = LLParserLimits(max_items_in_row=_ROW_ITEMS, verbose_errors=False)
         start = LLMatcher(tokens.known, grammar, log_level=0, limits=limits)
     except ValueError as error:
         return None, Compiled(error=explained(str(error)))
-    complaint = start.get_error() or _try(start, tokens)
+    # A call that comes back in the conversation is then the tokens that were drawn, as far as the grammar spelled it.
+    made = Grammar(start, tokens) if calls is None else Grammar(start, tokens, calls.opens, canonical=True)
+    complaint = start.get_error() or _try(made)
     if complaint:
         return None, Compiled(error=explained(complaint))
-    return start, Compiled(ignored=not_enforced(dropped, start.get_grammar_warnings()))
+    return made, Compiled(ignored=not_enforced(dropped, start.get_grammar_warnings()))
 
 
-def _try(start: LLMatcher, tokens: Tokens) -> str:
+def _try(grammar: Grammar) -> str:
     """Answers at random; says what stood in the way: a schema that allows nothing, or too much, says so here."""
     draws = random.Random(0)
     for _ in range(_WALKS):
-        answer = Answer(start, tokens)
+        answer = grammar.answer()
         token = None
         for _ in range(_WALK):
             verdict = answer.take(token)
@@ -190,7 +262,7 @@ def _try(start: LLMatcher, tokens: Tokens) -> str:
     return ""
 
 
-def _serve(orders: socket.socket, start: LLMatcher, tokens: Tokens) -> None:
+def _serve(orders: socket.socket, grammar: Grammar) -> None:
     """Goes on with answers, each on a socket of its own, until the parent closes that of the orders."""
     answers: dict[int, tuple[socket.socket, Answer]] = {}
     poll = select.poll()
@@ -202,11 +274,11 @@ def _serve(orders: socket.socket, start: LLMatcher, tokens: Tokens) -> None:
                 if not order:
                     return
                 for given in descriptors:
-                    answers[given] = socket.socket(fileno=given), Answer(start, tokens)
+                    answers[given] = socket.socket(fileno=given), grammar.answer()
                     poll.register(given, select.POLLIN)
                 continue
             asker, answer = answers[descriptor]
-            if not _go_on(asker, answer, len(tokens.texts)):
+            if not _go_on(asker, answer, len(grammar.tokens.texts)):
                 poll.unregister(descriptor)
                 del answers[descriptor]
                 asker.close()

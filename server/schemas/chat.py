@@ -19,13 +19,74 @@ class ContentPart(Struct, kw_only=True, frozen=True):
     refusal: str | None = None
 
 
+class FunctionCall(Struct, kw_only=True, frozen=True):
+    """A call of a function in the conversation; the arguments are JSON in a string, or an object."""
+
+    name: Annotated[str, Meta(max_length=256)]
+    arguments: str | dict[str, Any] = "{}"
+
+
+class ToolCall(Struct, kw_only=True, frozen=True):
+    """A call of a tool in the conversation."""
+
+    function: FunctionCall
+    id: Annotated[str, Meta(max_length=256)] | None = None
+    type: Literal["function"] = "function"
+
+
+class FunctionDefinition(Struct, kw_only=True, frozen=True):
+    """A function the model may call.
+
+    `parameters` is the JSON schema of its arguments, without which it has none. `strict` refuses schemas that calls cannot be
+    held to; every schema that they can be held to is followed anyhow.
+    """
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct, kw_only=True, frozen=True):
+    """A tool the model may call."""
+
+    function: FunctionDefinition
+    type: Literal["function"] = "function"
+
+
+class FunctionName(Struct, kw_only=True, frozen=True):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Struct, kw_only=True, frozen=True, tag_field="type", tag="function"):
+    """The tool that must be called."""
+
+    function: FunctionName
+
+
+class AllowedNames(Struct, kw_only=True, frozen=True):
+    """Some of the tools; `required` means that one of them must be called."""
+
+    tools: Annotated[list[NamedTool], Meta(min_length=1, max_length=128)]
+    mode: Literal["auto", "required"] = "auto"
+
+
+class AllowedTools(Struct, kw_only=True, frozen=True, tag_field="type", tag="allowed_tools"):
+    """The tools that may be called."""
+
+    allowed_tools: AllowedNames
+
+
 class ChatMessage(Struct, kw_only=True, frozen=True):
     """One message of the conversation."""
 
     role: Literal["developer", "system", "user", "assistant", "tool", "function"]
     content: str | list[ContentPart] | None = None
     name: Annotated[str, Meta(max_length=256)] | None = None
-    tool_calls: Annotated[list[dict[str, Any]], Meta(max_length=128)] | None = None
+    tool_calls: Annotated[list[ToolCall], Meta(max_length=128)] | None = None
+    function_call: FunctionCall | None = None
     tool_call_id: Annotated[str, Meta(max_length=256)] | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
@@ -41,10 +102,11 @@ class ChatRequest(SamplingFields, kw_only=True, frozen=True):
     max_completion_tokens: TokenCount | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
-    functions: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
-    function_call: str | dict[str, Any] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
+    parallel_tool_calls: bool | None = None
+    functions: Annotated[list[FunctionDefinition], Meta(max_length=128)] | None = None
+    function_call: Literal["none", "auto"] | FunctionName | None = None
     response_format: dict[str, Any] | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
@@ -75,12 +137,33 @@ class ChatLogprobs(Struct, kw_only=True, frozen=True):
     refusal: None = None
 
 
-class AnswerMessage(Struct, kw_only=True, frozen=True):
-    """The assistant's message."""
+class CalledFunction(Struct, kw_only=True, frozen=True):
+    """The function of a call; the arguments are JSON, cut short where the answer was."""
 
-    content: str
+    name: str
+    arguments: str
+
+
+class AnswerToolCall(Struct, kw_only=True, frozen=True):
+    """A call of a tool."""
+
+    id: str
+    function: CalledFunction
+    type: Literal["function"] = "function"
+
+
+class AnswerMessage(Struct, kw_only=True, frozen=True):
+    """The assistant's message; without content where it only calls tools."""
+
+    content: str | None
     role: Literal["assistant"] = "assistant"
     refusal: str | None = None
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[AnswerToolCall] | UnsetType = UNSET
+    function_call: CalledFunction | UnsetType = UNSET
+
+
+FinishReason = Literal["stop", "length", "tool_calls", "function_call"]
 
 
 class ChatChoice(Struct, kw_only=True, frozen=True):
@@ -89,7 +172,7 @@ class ChatChoice(Struct, kw_only=True, frozen=True):
     index: int
     message: AnswerMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: FinishReason
 
 
 class ChatCompletion(Struct, kw_only=True, frozen=True):
@@ -106,11 +189,30 @@ class ChatCompletion(Struct, kw_only=True, frozen=True):
     atlas_stats: AtlasStats | UnsetType = UNSET
 
 
+class FunctionDelta(Struct, kw_only=True, frozen=True):
+    """More of a call: its name once, and the next piece of its arguments."""
+
+    arguments: str
+    name: str | UnsetType = UNSET
+
+
+class ToolCallDelta(Struct, kw_only=True, frozen=True):
+    """More of a call; id and type once."""
+
+    index: int
+    function: FunctionDelta
+    id: str | UnsetType = UNSET
+    type: Literal["function"] | UnsetType = UNSET
+
+
 class ChatDelta(Struct, kw_only=True, frozen=True):
     """What a chunk adds; the first carries the role, the last is empty."""
 
     role: Literal["assistant"] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+    function_call: FunctionDelta | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, kw_only=True, frozen=True):
@@ -119,7 +221,7 @@ class ChatChunkChoice(Struct, kw_only=True, frozen=True):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
-    finish_reason: Literal["stop", "length"] | None = None
+    finish_reason: FinishReason | None = None
 
 
 class ChatChunk(Struct, kw_only=True, frozen=True):

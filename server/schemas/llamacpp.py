@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from msgspec import Meta, Struct
 
-from server.schemas.chat import Messages
+from server.schemas.chat import Messages, Tool
 
 
 class Health(Struct, kw_only=True, frozen=True):
@@ -53,6 +53,7 @@ class ApplyTemplateRequest(Struct, kw_only=True, frozen=True):
     """A conversation to write out with the model's chat template."""
 
     messages: Messages
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 

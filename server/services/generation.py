@@ -67,6 +67,7 @@ class GenerationPlan:
       choices: sequences a prompt.
       prompt_logprobs: None, or how many alternatives for every prompt token.
       grammar: what every answer must match, or None.
+      shown: names of control tokens that are part of the answers' text.
       chat: what is known of the prompts if they are chats of a session, else None.
     """
 
@@ -83,6 +84,7 @@ class GenerationPlan:
     stream: bool
     include_usage: bool
     builder: ResponseBuilder
+    shown: frozenset[str] = frozenset()
     chat: ChatFrame | None = None
 
     def requests(self, owner: str, longest: int) -> list[GenerationRequest]:
@@ -105,6 +107,7 @@ class GenerationPlan:
                         ignore_eos=self.ignore_eos,
                         reuse=self.reuse,
                         grammar=self.grammar,
+                        shown=self.shown,
                         prompt_logprobs=self.prompt_logprobs,
                         choice=len(out),
                         owner=owner,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
-from atlas_jax.engine.api import SamplingParams
+from atlas_jax.engine.api import CallGrammar, InvalidRequest, Overloaded, SamplingParams
 from server.config.settings import SamplingSection
 from server.middleware.request_context import PARTY, RequestContext
 from server.schemas.chat import ChatRequest
@@ -17,11 +18,15 @@ from server.services.generation import Generation, GenerationPlan, Generator
 from server.services.memory_options import MemoryPlan, plan_memory
 from server.services.models import Models
 from server.services.response_builder import Identification
-from server.services.response_format import answer_grammar
+from server.services.response_format import answer_schema, compiled
 from server.services.runtime_config import RuntimeConfig
 from server.services.sampling import choices, default_sampling, sampling_params, stop_strings, token_limit
 from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
+from server.tool_calls.answer import AnswerReader
+from server.tool_calls.choice import Tools, chosen_tools
+from server.tool_calls.reader import CallReader
+from server.tool_calls.reasoning import ReasoningReader
 from server.validation import invalid, parse
 
 _COMPLETION_TOKENS = 16
@@ -90,10 +95,14 @@ class Inference:
             raise invalid("top_logprobs", "needs logprobs to be true")
         model = self._admitted(body)
         memory = self._memory(body, context)
-        grammar = await answer_grammar(self._supervisor, body.response_format, context)
-        prompt = await self._tokenization.chat(body.messages, body.chat_template_kwargs)
+        schema, tools = answer_schema(body.response_format), chosen_tools(body)
+        written = body.messages, body.chat_template_kwargs, () if tools is None else tools.told
+        prompt = await self._tokenization.chat(*written)
         session = memory.params is not None and memory.params.session is not None
-        frame = await self._tokenization.chat_frame(body.messages, body.chat_template_kwargs) if session else None
+        frame = await self._tokenization.chat_frame(*written) if session else None
+        thinking = self._supervisor.engine.template.thinking
+        begun = thinking is not None and self._tokenization.ends_with(prompt, thinking[0])
+        grammar = await self._grammar(tools, schema, context, thinking[1] if thinking and begun else None)
         usage = _wants_usage(body)
         logprobs = body.top_logprobs or 0 if body.logprobs else None
         plan = GenerationPlan(
@@ -114,6 +123,7 @@ class Inference:
             grammar=grammar,
             prompt_logprobs=None,
             memory=memory,
+            shown=frozenset((*(thinking or ()), *(() if tools is None else self._tokenization.form.style.markers))),
             chat=frame,
             stream=bool(body.stream),
             include_usage=usage,
@@ -121,9 +131,47 @@ class Inference:
                 Identification.new("chatcmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
                 logprobs=bool(body.logprobs),
                 with_usage=usage,
+                reader=functools.partial(self._reader, tools, thinking, begun=begun, exact=grammar is not None),
+                legacy=tools is not None and tools.legacy,
             ),
         )
         return await self._generator.start(plan, context)
+
+    async def _grammar(
+        self, tools: Tools | None, schema: dict[str, Any] | None, context: RequestContext, thinking: str | None
+    ) -> Any:
+        """What the answer must match, or None where any text will do.
+
+        Args:
+          thinking: what ends the reasoning that the template has begun, or None.
+        """
+        engine, owner = self._supervisor.engine, context.identity.owner
+        if tools is None and schema is None:
+            return None
+        if tools is None and thinking is None:
+            return await compiled(engine.json_grammar(schema or {}, owner=owner), context)
+        if tools is None:
+            calls = CallGrammar(answer=schema, thinking=thinking)
+            return await compiled(engine.call_grammar(calls, owner=owner), context)
+        calls = tools.grammar(self._tokenization.form.style, thinking=thinking, answer=schema)
+        try:
+            return await compiled(engine.call_grammar(calls, owner=owner), context)
+        except (InvalidRequest, Overloaded):
+            if tools.forced or tools.strict or schema is not None:
+                raise
+            return None  # a model that may call or not is trusted to know how
+
+    def _reader(
+        self, tools: Tools | None, thinking: tuple[str, str] | None, *, begun: bool, exact: bool
+    ) -> AnswerReader:
+        """What tells the parts of one answer apart."""
+        style = self._tokenization.form.style
+        return AnswerReader(
+            None if thinking is None else ReasoningReader(*thinking, begun=begun),
+            None
+            if tools is None
+            else CallReader(style, tools.names, exact=exact, most=tools.most, new_id=style.new_id),
+        )
 
     def _admitted(self, body: SamplingFields) -> str:
         """The model's name, once it is sure that admission does not refuse the request at once."""

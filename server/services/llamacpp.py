@@ -9,6 +9,7 @@ from server.services.engine_supervisor import EngineSupervisor
 from server.services.models import Models
 from server.services.sampling import default_sampling
 from server.services.tokenization import Tokenization
+from server.tool_calls.choice import functions_of
 
 
 class LlamaCppService:
@@ -40,7 +41,9 @@ class LlamaCppService:
     async def apply_template(self, wanted: schema.ApplyTemplateRequest) -> schema.ApplyTemplateResponse:
         """A conversation as text."""
         return schema.ApplyTemplateResponse(
-            prompt=await self._tokenization.template(wanted.messages, wanted.chat_template_kwargs)
+            prompt=await self._tokenization.template(
+                wanted.messages, wanted.chat_template_kwargs, functions_of(wanted.tools or ())
+            )
         )
 
     def props(self) -> schema.Props:

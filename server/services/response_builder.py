@@ -17,6 +17,7 @@ from server.schemas.atlas import AtlasStats, state_fields
 from server.schemas.usage import PromptTokensDetails, Timings, Usage
 
 FinishReason = Literal["stop", "length"]
+"""Of the engine; a chat that has called tools says so in its place."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,27 +1,23 @@
-"""`response_format`: what an answer must look like, as the engine's grammar."""
+"""`response_format`: what an answer must look like, and the engine's grammars of such answers."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from concurrent.futures import Future
 from typing import Any
 
 from server.middleware.request_context import RequestContext
-from server.services.engine_supervisor import EngineSupervisor
 from server.validation import invalid
 
 _TYPES = ("text", "json_object", "json_schema")
 
 
-async def answer_grammar(supervisor: EngineSupervisor, given: Mapping[str, Any] | None, context: RequestContext) -> Any:
-    """The grammar of a `response_format`, or None where any text will do; cancelling ends its compilation.
-
-    Keywords of the schema that cannot be enforced are named in the response header `x-atlas-schema-ignored`.
+def answer_schema(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The schema of a `response_format`, or None where any text will do.
 
     Raises:
       BadRequest: a type nobody knows, or a part that is not what it should be.
-      InvalidRequest: the engine cannot take the schema.
-      Overloaded: it cannot be compiled now.
     """
     if not given:
         return None
@@ -37,10 +33,22 @@ async def answer_grammar(supervisor: EngineSupervisor, given: Mapping[str, Any] 
             raise invalid("response_format.json_schema", "must be an object")
     schema = holder.get("schema")
     if schema is None:
-        schema = {"type": "object"}
+        return {"type": "object"}
     if not isinstance(schema, dict):
         raise invalid(field, "must be an object")
-    grammar = await asyncio.wrap_future(supervisor.engine.json_grammar(schema, owner=context.identity.owner))
-    if grammar.ignored:
-        context.response_headers.append((b"x-atlas-schema-ignored", ", ".join(grammar.ignored).encode("ascii")))
-    return grammar
+    return schema
+
+
+async def compiled(grammar: Future[Any], context: RequestContext) -> Any:
+    """A grammar once it is compiled; cancelling ends its compilation.
+
+    Keywords of its schemas that cannot be enforced are named in the response header `x-atlas-schema-ignored`.
+
+    Raises:
+      InvalidRequest: the engine cannot take a schema.
+      Overloaded: it cannot be compiled now.
+    """
+    made = await asyncio.wrap_future(grammar)
+    if made.ignored:
+        context.response_headers.append((b"x-atlas-schema-ignored", ", ".join(made.ignored).encode("ascii")))
+    return made

@@ -13,6 +13,8 @@ from server.services.engine_supervisor import EngineSupervisor
 from server.services.sampling import MAX_SEQUENCES
 from server.services.thread_pools import ThreadPools
 from server.services.unsupported import template_variables
+from server.tool_calls.choice import Function
+from server.tool_calls.conversation import ChatForm, calls_of
 from server.validation import invalid
 
 T = TypeVar("T")
@@ -21,6 +23,9 @@ _INLINE_CHARS = 4096
 # What a message, and a part of one, cost beside their text, in characters: a template writes out an empty message in
 # some 30 microseconds.
 _MESSAGE_CHARS, _PART_CHARS = 128, 4
+# Schemas may have any size, so conversations with more than a few tools are written on a thread.
+_TOOL_CHARS = 1024
+_TAIL_TOKENS = 16
 
 
 class Tokenization:
@@ -28,6 +33,7 @@ class Tokenization:
 
     def __init__(self, supervisor: EngineSupervisor, pools: ThreadPools) -> None:
         self._supervisor, self._pools = supervisor, pools
+        self._form: ChatForm | None = None
 
     async def _run(self, size: int, work: Callable[[], T]) -> T:
         return work() if size <= _INLINE_CHARS else await self._pools.run("tokenization", work)
@@ -82,32 +88,58 @@ class Tokenization:
                 texts.append(item if isinstance(item, str) else await self.decode(item, "prompt"))
         return prompts, texts if echo else None
 
-    async def chat(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> list[int]:
-        """Token ids of a conversation."""
-        allowed = template_variables(variables)
-        engine = self._supervisor.engine
-        ids = await self._run(
-            _size(messages), lambda: engine.render_chat(plain_messages(messages), variables=allowed or None)
-        )
+    @property
+    def form(self) -> ChatForm:
+        """How the model's template has conversations with tools."""
+        facts = self._supervisor.engine.template
+        if self._form is None or self._form.facts is not facts:
+            self._form = ChatForm(facts)
+        return self._form
+
+    async def chat(
+        self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None, functions: Sequence[Function] = ()
+    ) -> list[int]:
+        """Token ids of a conversation.
+
+        Args:
+          functions: what the model is told it may call.
+        """
+        ids = await self._written(self._supervisor.engine.render_chat, messages, variables, functions)
         if not ids:
             raise invalid("messages", "must have at least one token")
         return ids
 
-    async def chat_frame(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> ChatFrame:
+    async def chat_frame(
+        self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None, functions: Sequence[Function] = ()
+    ) -> ChatFrame:
         """What the template puts around a conversation, for a session to tell what it knows of it."""
-        allowed = template_variables(variables)
-        engine = self._supervisor.engine
-        return await self._run(
-            _size(messages), lambda: engine.chat_frame(plain_messages(messages), variables=allowed or None)
-        )
+        return await self._written(self._supervisor.engine.chat_frame, messages, variables, functions)
 
-    async def template(self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None) -> str:
+    async def template(
+        self, messages: Sequence[ChatMessage], variables: Mapping[str, Any] | None, functions: Sequence[Function] = ()
+    ) -> str:
         """A conversation as the text the model reads."""
-        allowed = template_variables(variables)
-        engine = self._supervisor.engine
-        return await self._run(
-            _size(messages), lambda: engine.apply_template(plain_messages(messages), variables=allowed or None)
-        )
+        return await self._written(self._supervisor.engine.apply_template, messages, variables, functions)
+
+    async def _written(
+        self,
+        write: Callable[..., T],
+        messages: Sequence[ChatMessage],
+        variables: Mapping[str, Any] | None,
+        functions: Sequence[Function],
+    ) -> T:
+        allowed, form = template_variables(variables), self.form
+
+        def work() -> T:
+            given, tools = form.write(plain_messages(messages), functions)
+            return write(given, tools=tools, variables=allowed or None)
+
+        return await self._run(_size(messages) + _TOOL_CHARS * len(functions), work)
+
+    def ends_with(self, prompt: Sequence[int], mark: str) -> bool:
+        """Whether a prompt ends with a text, but for white space."""
+        tail = self._supervisor.engine.tokenizer.decode(prompt[-_TAIL_TOKENS:])
+        return tail.rstrip().endswith(mark)
 
 
 def _prompt_items(given: str | Sequence[int | str | list[int]]) -> list[str | list[int]]:
@@ -125,13 +157,19 @@ def _prompt_items(given: str | Sequence[int | str | list[int]]) -> list[str | li
 def plain_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     """Messages as chat templates expect them: text content, and the roles of open models."""
     out: list[dict[str, Any]] = []
+    called: str | None = None
     for index, message in enumerate(messages):
         role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
         plain: dict[str, Any] = {"role": role, "content": _content(message, index)}
-        for name in ("name", "tool_calls", "tool_call_id", "reasoning_content"):
+        for name in ("name", "tool_call_id", "reasoning_content"):
             value = getattr(message, name)
             if value is not None:
                 plain[name] = value
+        if calls := calls_of(message, index):
+            plain["tool_calls"] = calls
+            called = calls[-1]["id"]
+        elif message.role == "function" and called is not None:  # the results of functions have no ids
+            plain["tool_call_id"] = called
         out.append(plain)
     return out
 
@@ -166,6 +204,9 @@ def _size(messages: Sequence[ChatMessage]) -> int:
     for message in messages:
         content = message.content or ""
         size += _MESSAGE_CHARS
+        for call in message.tool_calls or ():
+            arguments = call.function.arguments
+            size += _TOOL_CHARS + (len(arguments) if isinstance(arguments, str) else _INLINE_CHARS)
         size += (
             len(content) if isinstance(content, str) else sum(_PART_CHARS + len(part.text or "") for part in content)
         )

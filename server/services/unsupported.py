@@ -120,13 +120,7 @@ def _unknown(name: str, kind: type[msgspec.Struct]) -> Exception:
 
 
 def refuse_unsupported_chat(body: ChatRequest) -> None:
-    """The same for the fields whose meaning depends on each other: tools, modalities."""
-    if body.tools and body.tool_choice != "none":
-        raise unsupported("tools")
-    if body.functions and body.function_call != "none":
-        raise unsupported("functions")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise unsupported("tool_choice")
+    """The same for the fields of a chat whose values decide it."""
     if body.audio:
         raise unsupported("audio")
     if body.modalities and set(body.modalities) != {"text"}:

@@ -8,6 +8,7 @@ from typing import Any
 import openai
 import pytest
 
+from atlas_jax.engine.api import TemplateFacts
 from server.app import EngineSource
 from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import Live, Start, make_settings, wait_for
@@ -51,6 +52,8 @@ def live(_shared: Live) -> Iterator[Live]:
     engine.submit_errors.clear()
     engine.sessions.fail.clear()
     engine.fail_after, engine.delay = None, 0.0
+    engine.script.clear()
+    engine.template, engine.grammar_fault = TemplateFacts(), None
     wait_for(lambda: engine.running == 0 and _shared.admission.running == 0)
 
 

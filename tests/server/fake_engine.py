@@ -1,4 +1,4 @@
-"""An engine whose answers can be worked out by hand: it repeats the prompt.
+"""An engine whose answers can be worked out by hand: it repeats the prompt, or says what its `script` has next.
 
 Tokens are bytes (0–255) and four special ones. The answer is the prompt's text from its beginning, byte by byte, and
 ends with the prompt; a seed above temperature 0 starts it `seed` bytes later. Every log-probability is −0.5, the
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from atlas_jax.engine.api import (
+    CallGrammar,
     ChatFrame,
     Delta,
     EngineError,
@@ -33,6 +34,7 @@ from atlas_jax.engine.api import (
     Prompt,
     SlotInfo,
     StateBytes,
+    TemplateFacts,
     TokenInfo,
 )
 from tests.server.fake_sessions import FakeSessions, Session
@@ -49,9 +51,9 @@ STATE = StateBytes(window=500, kept=400, memory=124, budget=1 << 24)
 
 @dataclass(frozen=True)
 class FakeGrammar:
-    schema: dict[str, Any]
+    schema: dict[str, Any] | CallGrammar
     owner: str
-    ignored: tuple[str, ...]
+    ignored: tuple[str, ...] = ()
 
 
 class ByteTokenizer:
@@ -86,6 +88,9 @@ class Running:
         text = [token for token in request.prompt if token < BOS] or [ord("x")]
         shift = self.seed % len(text) if request.sampling.temperature > 0 else 0
         self.source = text[shift:] + text[:shift]
+        self.scripted = bool(engine.script)
+        if self.scripted:
+            self.source = list(engine.script.pop(0).encode())
         self.cached = 0
         memory = request.memory
         if memory is not None and memory.session is not None:
@@ -125,7 +130,7 @@ class Running:
             return True
         if self.sent >= limit:
             return self.end("length")
-        if self.sent >= len(self.source) and not self.request.ignore_eos and unlimited:
+        if self.sent >= len(self.source) and not self.request.ignore_eos and (unlimited or self.scripted):
             return self.end("stop")
         token = self.source[self.sent % len(self.source)]
         self.sent += 1
@@ -210,6 +215,10 @@ class FakeEngine:
       submit_errors: raised by the next submits, one each.
       fail_after: tokens after which every request fails with `failure`.
       requests: every request that was submitted.
+      script: what the next requests are answered, one text each.
+      template: what its chat template can do.
+      written: the last conversation that was rendered, and the tools.
+      grammar_fault: what the next grammar of calls fails with.
     """
 
     def __init__(
@@ -244,6 +253,10 @@ class FakeEngine:
         self.fail_after: int | None = None
         self.failure: EngineError = EngineError("The engine broke")
         self.requests: list[GenerationRequest] = []
+        self.script: list[str] = []
+        self.template = TemplateFacts()
+        self.written: tuple[list[dict[str, Any]], Any] = [], None
+        self.grammar_fault: Exception | None = None
         self.grammars: list[Future[FakeGrammar]] = []
         self.cancels = self.completed = 0
         self.draining = self.closed = False
@@ -264,24 +277,37 @@ class FakeEngine:
         variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         out: list[int] = []
+        self.written = [dict(message) for message in messages], tools
         for message in messages:
             text = f"{message['role']}\n{message['content']}"
             out += [START, *self.tokenizer.encode(text, add_special=False, parse_special=False), END]
         return out
 
     def chat_frame(
-        self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> ChatFrame:
         return ChatFrame(preamble=(), closing=(END,), answers=any(one["role"] == "assistant" for one in messages))
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
-        return self.tokenizer.decode(self.render_chat(messages))
+        return self.tokenizer.decode(self.render_chat(messages, tools=kwargs.get("tools")))
 
     def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[FakeGrammar]:
         future: Future[FakeGrammar] = Future()
         self.grammars.append(future)
         if schema.get("title") != "never compiled":
             future.set_result(FakeGrammar(dict(schema), owner, ("uniqueItems",) if "uniqueItems" in schema else ()))
+        return future
+
+    def call_grammar(self, calls: CallGrammar, *, owner: str = "") -> Future[FakeGrammar]:
+        future: Future[FakeGrammar] = Future()
+        if self.grammar_fault is None:
+            future.set_result(FakeGrammar(calls, owner))
+        else:
+            future.set_exception(self.grammar_fault)
         return future
 
     def check_memory(self, memory: MemoryParams) -> None:

@@ -297,7 +297,6 @@ def test_a_prompt_over_the_context_is_refused_with_both_lengths(live: Live, clie
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
         ({"extra_body": {"grammar": "root ::= x"}}, "grammar"),

@@ -37,14 +37,18 @@ from atlas_jax.engine.api.info import (
     SlotInfo,
     StateBytes,
     StoredFile,
+    TemplateFacts,
 )
 from atlas_jax.engine.api.protocols import EngineProtocol, Handle, SessionStore, Tokenizer
 from atlas_jax.engine.api.requests import ChatFrame, GenerationRequest, MemoryParams, SamplingParams, SessionKey
 from atlas_jax.engine.memory_options import CacheStrategy
+from atlas_jax.grammar.calls import CallGrammar, CallShape
 
 __all__ = [
     "MAX_LOGIT_BIAS",
     "CacheStrategy",
+    "CallGrammar",
+    "CallShape",
     "ChatFrame",
     "Delta",
     "EngineError",
@@ -79,6 +83,7 @@ __all__ = [
     "StateBytes",
     "StorageFull",
     "StoredFile",
+    "TemplateFacts",
     "TokenInfo",
     "Tokenizer",
 ]

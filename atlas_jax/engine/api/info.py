@@ -73,6 +73,22 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TemplateFacts:
+    """What the model's chat template does beside writing messages, found out by having it render some.
+
+    Attributes:
+      call: how it writes an assistant's call of a tool with an argument; empty unless it also tells the model of tools and
+        gives it their results.
+      system: whether it takes a system message.
+      thinking: the marks around what the model thinks before its answer, or None.
+    """
+
+    call: str = ""
+    system: bool = True
+    thinking: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class LayerMemoryInfo:
     """One matrix of one session's memory (or means over the sessions asked for).
 

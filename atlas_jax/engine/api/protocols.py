@@ -16,8 +16,10 @@ from atlas_jax.engine.api.info import (
     SetAside,
     SlotInfo,
     StoredFile,
+    TemplateFacts,
 )
 from atlas_jax.engine.api.requests import ChatFrame, GenerationRequest, MemoryParams
+from atlas_jax.grammar.calls import CallGrammar
 
 
 class Handle(Protocol):
@@ -126,8 +128,16 @@ class EngineProtocol(Protocol):
     ) -> list[int]:
         """Token ids of a conversation; control tokens come from the template alone, never from message text."""
 
+    @property
+    def template(self) -> TemplateFacts:
+        """What its chat template can do."""
+
     def chat_frame(
-        self, messages: Sequence[Mapping[str, Any]], *, variables: Mapping[str, Any] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> ChatFrame:
         """What the template puts around these messages, for requests that go on with a session."""
 
@@ -147,6 +157,9 @@ class EngineProtocol(Protocol):
           InvalidRequest: the schema is larger than any may be, or the model cannot end an answer.
           Overloaded: the engine is closed.
         """
+
+    def call_grammar(self, calls: CallGrammar, *, owner: str = "") -> Future[Any]:
+        """A grammar of answers with tool calls; otherwise as `json_grammar`."""
 
     def check_memory(self, memory: MemoryParams) -> None:
         """Raises InvalidRequest for settings of the memory that every request with them would be refused for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -17,8 +17,17 @@ class Detokenizer:
     text they complete.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], *, with_tokens: bool) -> None:
-        self._decoder = StreamDecoder(tokenizer, skip_special=True, starts_text=False)
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str], *, with_tokens: bool, shown: Collection[str] = ()
+    ) -> None:
+        """Begins an answer.
+
+        Args:
+          shown: names of control tokens that are part of the text.
+        """
+        known = tokenizer.special_tokens
+        ids = {known[name] for name in shown if name in known}
+        self._decoder = StreamDecoder(tokenizer, skip_special=True, shown=ids, starts_text=False)
         self._stop = [text for text in stop if text]
         self._with_tokens = with_tokens
         self._held = ""

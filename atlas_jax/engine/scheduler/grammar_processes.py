@@ -22,11 +22,10 @@ import msgspec
 
 from atlas_jax.engine.api import InvalidRequest, Overloaded
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.grammar.wire import BEGIN, KILL, LENGTH, ORDER, SPAWN, TOKEN, Compiled, frame
+from atlas_jax.grammar.wire import BEGIN, CALLS, KILL, LENGTH, ORDER, SCHEMA, SPAWN, TOKEN, Compiled, frame
 from atlas_jax.grammar.worker import COMPILE_SECONDS, MEMORY
 
 log = logging.getLogger("atlas.engine")
-FIELD = "response_format"
 
 _COMPILING_AT_ONCE = 2
 _WAITING_PER_OWNER = 256
@@ -43,9 +42,14 @@ _TOO_LARGE = (
 )
 
 
-def refused(message: str) -> InvalidRequest:
-    """The error of a schema that cannot be had."""
-    return InvalidRequest(message, param=FIELD)
+def refused(message: str, wanted: bytes = SCHEMA, field: str = "") -> InvalidRequest:
+    """The error of a schema, or of a grammar of tool calls, that cannot be had.
+
+    Args:
+      wanted: the frame that says which of them it is.
+      field: which of its schemas.
+    """
+    return InvalidRequest(message, param=field or ("tools" if wanted[:1] == CALLS else "response_format"))
 
 
 class Process:
@@ -282,9 +286,9 @@ async def _compiled(orders: socket.socket, schema: bytes) -> Process:
     except TimeoutError:
         raise Overloaded("The machine is too busy to compile this JSON schema", retry_after=10.0) from None
     except OSError:
-        raise refused(_TOO_LARGE) from None
+        raise refused(_TOO_LARGE, schema) from None
     if compiled.error:
-        raise refused(f"JSON schema: {compiled.error}")
+        raise refused(f"JSON schema: {compiled.error}", schema, compiled.field)
     return Process(orders, compiled.ignored)
 
 

@@ -335,5 +335,7 @@ def new_request_state(
         listener=listener,
         seed=secrets.randbits(63) if seed is None else seed & ((1 << 64) - 1),
         constraint=None if request.grammar is None else request.grammar.begin(),
-        detokenizer=Detokenizer(tokenizer, request.stop, with_tokens=request.sampling.logprobs is not None),
+        detokenizer=Detokenizer(
+            tokenizer, request.stop, with_tokens=request.sampling.logprobs is not None, shown=request.shown
+        ),
     )

@@ -24,7 +24,8 @@ import numpy as np
 from atlas_jax.engine.api import InvalidRequest, Overloaded
 from atlas_jax.engine.scheduler.grammar_processes import Process, Processes, refused
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.grammar.wire import COMPLETE, FAILED, TOKEN, VERDICT, mask_bytes, verdict_bytes
+from atlas_jax.grammar.calls import CallGrammar
+from atlas_jax.grammar.wire import CALLS, COMPLETE, FAILED, SCHEMA, TOKEN, VERDICT, mask_bytes, verdict_bytes
 
 T = TypeVar("T")
 MAX_SCHEMA_BYTES = 1 << 18
@@ -108,7 +109,7 @@ class Constraint:
             except OSError:
                 count = 0
             if not count:
-                raise refused(_GONE)
+                raise refused(_GONE, self._schema)
             self._filled += count
             if self._filled == len(self._frame):
                 self._read()
@@ -119,7 +120,7 @@ class Constraint:
         (verdict,) = VERDICT.unpack_from(self._frame)
         if verdict == FAILED:
             reason = bytes(self._frame[VERDICT.size :]).rstrip(b"\0").decode("utf-8", "replace")
-            raise refused(f"The answer could not be held to its JSON schema: {reason}")
+            raise refused(f"The answer could not be held to its JSON schema: {reason}", self._schema)
         self.complete = verdict == COMPLETE
         self.ready = not self.complete
 
@@ -141,7 +142,7 @@ class Constraint:
         try:
             self.socket.send(TOKEN.pack(token))
         except OSError:
-            raise refused(_GONE) from None
+            raise refused(_GONE, self._schema) from None
 
     def close(self) -> None:
         """Ends it; idempotent."""
@@ -168,7 +169,7 @@ class Grammars:
         self._may_end = bool(tokenizer.eog_ids)
         self._makes = Processes(tokenizer)
         self._known: OrderedDict[_Key, Process] = OrderedDict()
-        self._refusals: OrderedDict[_Key, str] = OrderedDict()
+        self._refusals: OrderedDict[_Key, InvalidRequest] = OrderedDict()
         self._rest: asyncio.TimerHandle | None = None
         self._lock = threading.Lock()
         self._event_loop: asyncio.AbstractEventLoop | None = None
@@ -187,14 +188,21 @@ class Grammars:
         Raises:
           InvalidRequest: the schema is larger than any may be, or the model cannot end an answer.
         """
+        return self._wanted(SCHEMA, schema, owner)
+
+    def calls(self, calls: CallGrammar, *, owner: str = "") -> Future[Grammar]:
+        """Answers with tool calls; otherwise as `json`."""
+        return self._wanted(CALLS, calls, owner)
+
+    def _wanted(self, kind: bytes, wanted: Mapping[str, Any] | CallGrammar, owner: str) -> Future[Grammar]:
         if not self._may_end:
-            raise refused("JSON answers need a model with an end-of-generation token, which this one lacks")
+            raise refused("JSON answers need a model with an end-of-generation token, which this one lacks", kind)
         try:
-            text = msgspec.json.encode(schema)
+            text = kind + msgspec.json.encode(wanted)
         except (ValueError, RecursionError, TypeError) as error:
-            raise refused("the JSON schema is nested too deep") from error
+            raise refused("the JSON schema is nested too deep", kind) from error
         if len(text) > MAX_SCHEMA_BYTES:
-            raise refused(f"the JSON schema is too large: it has {len(text)} bytes of {MAX_SCHEMA_BYTES}")
+            raise refused(f"the JSON schema is too large: it has {len(text)} bytes of {MAX_SCHEMA_BYTES}", kind)
         key = owner, hashlib.sha256(text).digest()
         return self._start(self._grammar(key, text))
 
@@ -259,12 +267,12 @@ class Grammars:
         async with self._makes.turn(key[0]):
             if known := self._living(key):  # another request has brought the same
                 return known
-            if key in self._refusals:
-                raise refused(self._refusals[key])
+            if known_fault := self._refusals.get(key):
+                raise InvalidRequest(str(known_fault), param=known_fault.param)
             try:
                 process = await self._makes.compile(schema)
             except InvalidRequest as error:
-                self._refusals[key] = str(error)
+                self._refusals[key] = error.with_traceback(None)
                 if len(self._refusals) > _REFUSALS:
                     self._refusals.popitem(last=False)
                 raise

@@ -11,6 +11,7 @@ from atlas_jax.gguf import TemplateError
 
 Messages = Sequence[Mapping[str, Any]]
 Variables = Mapping[str, Any] | None
+Tools = Sequence[Mapping[str, Any]] | None
 
 _ASKED = {"role": "user", "content": "?"}
 _ANSWERS = ({"role": "assistant", "content": "!"}, {"role": "assistant", "content": "7"})
@@ -19,7 +20,9 @@ _ANSWERS = ({"role": "assistant", "content": "!"}, {"role": "assistant", "conten
 class Render(Protocol):
     """Token ids of a conversation, with or without the beginning of an answer."""
 
-    def __call__(self, messages: Messages, begin_answer: bool, variables: Variables, /) -> list[int]: ...
+    def __call__(
+        self, messages: Messages, begin_answer: bool, variables: Variables, tools: Tools = None, /
+    ) -> list[int]: ...
 
 
 @dataclass(frozen=True)
@@ -42,13 +45,13 @@ class ChatFrames:
         self._render = render
         self._plain: _Parts | None = None  # without variables, found out once: five renderings are 0.7 to 2 ms
 
-    def frame(self, messages: Messages, variables: Variables) -> ChatFrame:
+    def frame(self, messages: Messages, variables: Variables, tools: Tools = None) -> ChatFrame:
         """The frame of a conversation. What the template cannot be asked for is left out of it."""
         answers = any(message.get("role") == "assistant" for message in messages)
         count = next((at for at, one in enumerate(messages) if one.get("role") != "system"), len(messages))
         try:
             parts = self._parts(variables)
-            begun = self._render([*messages[:count], _ASKED], True, variables)  # may hold the date, so not kept
+            begun = self._render([*messages[:count], _ASKED], True, variables, tools)  # may hold the date, so not kept
         except TemplateError:
             return ChatFrame(answers=answers)
         known = parts is not None and begun[-len(parts.turn) :] == parts.turn
@@ -56,7 +59,7 @@ class ChatFrames:
             return ChatFrame(answers=answers)
         return ChatFrame(
             preamble=tuple(begun[: -len(parts.turn)]),
-            own=count == 0 and not variables,
+            own=count == 0 and not variables and not tools,
             opening=parts.opening,
             closing=parts.closing,
             answers=answers,

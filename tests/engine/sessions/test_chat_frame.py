@@ -37,9 +37,9 @@ class Frames(ChatFrames):
         self.calls, self.template = 0, ChatTemplate(template)
         super().__init__(self.render)
 
-    def render(self, messages: Sequence[Any], begin_answer: bool, variables: Any) -> list[int]:
+    def render(self, messages: Sequence[Any], begin_answer: bool, variables: Any, tools: Any = None) -> list[int]:
         self.calls += 1
-        text = self.template.render(messages, add_generation_prompt=begin_answer, variables=variables)
+        text = self.template.render(messages, tools=tools, add_generation_prompt=begin_answer, variables=variables)
         return [ord(char) for char in text]
 
     def texts(self, *messages: Any, variables: Any = None) -> tuple[str | None, bool, str, str]:
@@ -79,6 +79,14 @@ def test_what_a_client_put_there_is_not_the_templates_own() -> None:
     frames.frame([USER], None)
     assert frames.texts(USER, variables={"kind": "Be rude."})[:2] == ("<system>Be rude.</>\n", False)
     assert frames.texts(USER)[:2] == ("<system>Be nice.</>\n", True)
+
+
+def test_descriptions_of_tools_are_the_clients_words() -> None:
+    frames = Frames("{% if tools %}<system>{{ tools | tojson }}</>\n{% endif %}" + CHATML)
+    plain, told = frames.frame([USER], None), frames.frame([USER], None, [{"name": "f"}])
+    assert (plain.preamble, plain.own) == ((), True)
+    assert "".join(map(chr, told.preamble or ())) == '<system>[{"name": "f"}]</>\n'
+    assert not told.own
 
 
 def test_what_cannot_be_asked_is_left_out() -> None:

@@ -1,0 +1,117 @@
+"""Answers that call tools, as a grammar: text, calls in a model's own form, arguments that follow schemas."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallShape:
+    """One tool's calls.
+
+    Attributes:
+      begin, end: the texts before and after the arguments.
+      schema: of the arguments, a JSON object.
+      field: of the request that the schema comes from, for errors.
+    """
+
+    begin: str
+    schema: Mapping[str, Any]
+    end: str
+    field: str = "tools"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CallGrammar:
+    """What an answer that may call tools must match. Names of the model's control tokens in its texts are those tokens.
+
+    Attributes:
+      calls: the tools.
+      lead: what begins calls; never empty if the answer may be a text.
+      first, between, after: what stands before the first call, between two, and after the last.
+      most: how many there may be.
+      text: whether the answer may be any text, or begin with one; what follows the first `lead` in it are calls.
+      bare: whether a text that begins as `first` and a call do is calls too.
+      answer: a JSON schema that the answer must follow if it calls nothing and `text` is false, or None: it must call.
+      thinking: what ends the reasoning that the answer begins with, or None.
+    """
+
+    calls: tuple[CallShape, ...] = ()
+    lead: str = ""
+    first: str = ""
+    between: str = ""
+    after: str = ""
+    most: int = 1
+    text: bool = False
+    bare: bool = False
+    answer: Mapping[str, Any] | None = None
+    thinking: str | None = None
+
+    @property
+    def opens(self) -> tuple[str, ...]:
+        """Texts after the first of which nothing of the answer is free; none if no part of it is."""
+        if self.text:
+            return (self.lead, *((call.begin for call in self.calls) if self.bare else ()))
+        return () if self.thinking is None else (self.thinking,)
+
+
+def lark(grammar: CallGrammar, args: list[str], answer: str | None, controls: Mapping[str, int]) -> str:
+    """The grammar in llguidance's dialect of Lark.
+
+    Args:
+      args: the schemas of `grammar.calls` in the same order, as JSON.
+      answer: that of `grammar.answer`.
+      controls: the model's control tokens.
+    """
+    splits = (
+        re.compile("(" + "|".join(map(re.escape, sorted(controls, key=len, reverse=True))) + ")") if controls else None
+    )
+
+    def literal(text: str) -> str:
+        parts = [text] if splits is None else splits.split(text)
+        return " ".join(
+            f"<[{controls[part]}]>" if part in controls else json.dumps(part, ensure_ascii=False)
+            for part in parts
+            if part
+        )
+
+    def up_to(name: str, mark: str) -> str:
+        if mark in controls:
+            return f"{name}: TEXT {literal(mark)}"
+        return f"{name}[lazy]: TEXT {literal(mark)}"
+
+    lines = ["%llguidance {}", "ANY: /(.|\\n)*/"]
+    ways = ["TEXT", "lead calls"] if grammar.text else [f"{literal(grammar.lead)} calls"] if grammar.calls else []
+    if grammar.text:
+        lines.append(up_to("lead", grammar.lead))
+    if grammar.bare:
+        ways.append("calls")
+        heads = "|".join(re.escape(f"{grammar.first}{call.begin}") for call in grammar.calls)
+        heads = heads.replace("\\\n", "\\n").replace("/", "\\/")
+        lines += [f"HEAD: /({heads})(.|\\n)*/", "TEXT: ANY & ~HEAD"]
+    else:
+        lines.append("TEXT: ANY")
+    if answer is not None:
+        ways.append("answer")
+        lines.append(f"answer: %json {answer}")
+    begin = ""
+    if grammar.thinking is not None:
+        begin = "thinking BLANK "
+        lines += [up_to("thinking", grammar.thinking), "BLANK: /[ \\n]{0,4}/"]
+    lines += [f"start: {begin}body", f"body: {' | '.join(ways)}"]
+    if grammar.calls:
+        more = f" ({literal(grammar.between)} call){{0,{grammar.most - 1}}}" if grammar.most > 1 else ""
+        lines += [
+            f"calls: {literal(grammar.first)} call{more} {literal(grammar.after)}",
+            f"call: {' | '.join(f'call_{index}' for index in range(len(args)))}",
+        ]
+    for index, (call, schema) in enumerate(zip(grammar.calls, args, strict=True)):
+        lines += [
+            f"call_{index}: {literal(call.begin)} args_{index} {literal(call.end)}",
+            f"args_{index}: %json {schema}",
+        ]
+    return "\n".join(lines) + "\n"
