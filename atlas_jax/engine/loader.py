@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig
 from atlas_jax.engine.adapter_finder import NOT_FITTED, AdapterFinder, Fitted
-from atlas_jax.engine.api import ModelInfo, StateBytes
+from atlas_jax.engine.api import ModelInfo, Pooling, StateBytes
 from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.memory_budget import SessionBytes, default_budget, session_bytes
 from atlas_jax.engine.memory_options import MemoryOptions
@@ -47,6 +47,8 @@ log = logging.getLogger("atlas.engine")
 
 _LARGEST_STATE = 1 << 30
 """Bytes of one row of a trained model: what its configuration asks for is a stranger's word."""
+_POOLING: dict[object, Pooling] = {0: "mean", 1: "mean", 3: "last"}
+"""By llama.cpp's number; 0 says that the file leaves it to the user."""
 _LONGEST = (1 << 30) - 1
 """Positions that rotations are exact for."""
 
@@ -133,6 +135,7 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
         kept_pairs_capacity=0 if memory is None else memory.max_kept,
         memory_dim=None if memory is None else memory.components,
         adapter=None if fitted is None else fitted.source,
+        pooling=_pooling(file, config),
         memory_unavailable=NOT_FITTED if config.memory_enabled and fitted is None else None,
     )
     layout = (
@@ -160,6 +163,18 @@ def _budget(config: EngineConfig, sizes: SessionBytes) -> int:
             f"{least} bytes; 0 keeps no pairs beside them"
         )
     return config.memory_budget
+
+
+def _pooling(file: GGUFFile, config: EngineConfig) -> Pooling | None:
+    """How embeddings are made: as the operator says, else as the file does, else of the mean."""
+    if config.pooling is not None:
+        return config.pooling
+    architecture = file.require("general.architecture", str)
+    kind = file.metadata.get(f"{architecture}.pooling_type")
+    if kind is None or kind in _POOLING:
+        return _POOLING[kind or 0]
+    log.warning("The model's file asks for pooling of type %s, which there is not: no embeddings without --pooling", kind)
+    return None
 
 
 def _turn_tokens(file: GGUFFile, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -218,6 +233,7 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
         embedding_size=model.embed,
         memory_layers=tuple(index for index, kind in enumerate(model.pattern) if kind in MEMORY_KINDS),
         adapter=None,
+        pooling=config.pooling or "mean",
     )
     layout = TrainedLayout.of(model, runner.row_shapes(1), file.fingerprint()) if config.memory_enabled else None
     longest = _LONGEST if streaming.bounded(model) else context

@@ -38,6 +38,7 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     native_kernels: engine.NativeKernels = EngineConfig.native_kernels
     prefix_cache_size: engine.PrefixCacheSize = EngineConfig.prefix_cache_size
     speculate: engine.Speculate = EngineConfig.speculate
+    pooling: engine.PoolingName | None = EngineConfig.pooling
     mesh_data: engine.MeshData = EngineConfig.mesh_data
     mesh_model: engine.MeshModel = EngineConfig.mesh_model
     weight_dtype: engine.WeightDtypeName = EngineConfig.weight_dtype

@@ -16,6 +16,7 @@ from atlas_jax.engine.api.errors import (
 )
 from atlas_jax.engine.api.events import (
     Delta,
+    Embedded,
     Event,
     Failed,
     Finished,
@@ -39,7 +40,14 @@ from atlas_jax.engine.api.info import (
     StoredFile,
 )
 from atlas_jax.engine.api.protocols import EngineProtocol, Handle, SessionStore, Tokenizer
-from atlas_jax.engine.api.requests import ChatFrame, GenerationRequest, MemoryParams, SamplingParams, SessionKey
+from atlas_jax.engine.api.requests import (
+    ChatFrame,
+    GenerationRequest,
+    MemoryParams,
+    Pooling,
+    SamplingParams,
+    SessionKey,
+)
 from atlas_jax.engine.memory_options import CacheStrategy
 
 __all__ = [
@@ -47,6 +55,7 @@ __all__ = [
     "CacheStrategy",
     "ChatFrame",
     "Delta",
+    "Embedded",
     "EngineError",
     "EngineProtocol",
     "EngineStats",
@@ -66,6 +75,7 @@ __all__ = [
     "MemoryUnavailable",
     "ModelInfo",
     "Overloaded",
+    "Pooling",
     "Prompt",
     "SamplingParams",
     "SaveResult",
