@@ -34,6 +34,7 @@ from server.middleware.hosts import HostCheck
 from server.middleware.rate_limits import FailureBudget, KeyLimits
 from server.openapi import openapi_config
 from server.prometheus import Metrics
+from server.services.embeddings import EmbeddingService
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.front_page import FrontPage
 from server.services.generation import NO_CONTEXT, Generator
@@ -133,6 +134,9 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
                 sampling=settings.sampling,
                 config=config,
                 memory_enabled=atlas.enabled,
+            ),
+            embeddings=EmbeddingService(
+                generator=generator, tokenization=tokenization, models=models, config=config, pools=pools
             ),
             models=models,
             memory=memory,

@@ -73,6 +73,10 @@ class NotEnabled(ServerError):
     """A feature the operator has turned off; trying again does not help."""
 
 
+class NotSupported(ServerError):
+    """What the model that is served cannot do."""
+
+
 class ContextExceeded(BadRequest):
     """A prompt longer than the context; carries both lengths."""
 
@@ -105,6 +109,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (TooLarge, 413, "invalid_request_error", "request_too_large"),
     (RequestTimeout, 408, "timeout_error", "request_timeout"),
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (NotSupported, 501, "not_supported_error", "not_supported"),
     (NotEnabled, 503, "unavailable_error", "not_enabled"),
     (Unavailable, 503, "unavailable_error", "unavailable"),
     (api.InvalidRequest, 400, "invalid_request_error", None),

@@ -22,9 +22,9 @@ from litestar.openapi.plugins import JsonRenderPlugin
 
 from atlas_jax import __version__
 from server.errors import ATLAS_PREFIX
-from server.schemas import atlas, chat, completions, errors, llamacpp, models, root, runtime_config
+from server.schemas import atlas, chat, completions, embeddings, errors, llamacpp, models, root, runtime_config
 
-_MODULES = (atlas, chat, completions, errors, llamacpp, models, root, runtime_config)
+_MODULES = (atlas, chat, completions, embeddings, errors, llamacpp, models, root, runtime_config)
 _STREAMS = {
     "/v1/completions": "Completion",
     "/completions": "Completion",

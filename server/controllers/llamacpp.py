@@ -9,8 +9,10 @@ from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, SkipValidation
 
-from server.http import HttpRequest, context_of, json_response, openai_responses
+from server.http import HttpRequest, answer, context_of, generation_responses, json_response, openai_responses
 from server.schemas import llamacpp as schema
+from server.schemas.embeddings import LlamaEmbedding, LlamaEmbeddingsRequest
+from server.services.embeddings import EmbeddingService
 from server.services.llamacpp import LlamaCppService
 from server.validation import parse
 
@@ -40,6 +42,16 @@ class LlamaCppController(Controller):
     ) -> Response[Any]:
         """Writes a conversation out as the model reads it."""
         return json_response(await llamacpp.apply_template(parse(schema.ApplyTemplateRequest, data)))
+
+    @post(["/embedding", "/embeddings"], status_code=200, responses=generation_responses(list[LlamaEmbedding], 501))
+    async def embeddings(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[LlamaEmbeddingsRequest]],
+        embeddings: NamedDependency[EmbeddingService],
+    ) -> Response[Any]:
+        """Embeds texts."""
+        return await answer(request, data, embeddings.llamacpp)
 
     @get("/props", responses=openai_responses(schema.Props))
     async def props(self, llamacpp: NamedDependency[LlamaCppService]) -> Response[Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from atlas_jax.engine.api import SamplingParams
@@ -16,15 +17,39 @@ from server.services.completion_response import CompletionResponseBuilder
 from server.services.generation import Generation, GenerationPlan, Generator
 from server.services.memory_options import MemoryPlan, plan_memory
 from server.services.models import Models
-from server.services.response_builder import Identification
+from server.services.response_builder import Identification, ResponseBuilder
 from server.services.response_format import answer_grammar
 from server.services.runtime_config import RuntimeConfig
 from server.services.sampling import choices, default_sampling, sampling_params, stop_strings, token_limit
 from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
+from server.services.wire import OPENAI, Wire
 from server.validation import invalid, parse
 
 _COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What is known of a request once it has been checked and tokenised.
+
+    Attributes:
+      model: the name the answer carries.
+    """
+
+    model: str
+    fingerprint: str
+    prompt_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answering:
+    """How an API writes its answer; the last two are those of `GenerationPlan`."""
+
+    builder: ResponseBuilder
+    wire: Wire = OPENAI
+    commit: Callable[[], Awaitable[None]] | None = None
+    field: str = "prompt"
 
 
 class Inference:
@@ -49,6 +74,12 @@ class Inference:
         """Starts a completion."""
         body = parse(CompletionRequest, raw)
         refuse_unsupported(_mapping(raw), CompletionRequest)
+        return await self.complete(body, context)
+
+    async def complete(
+        self, body: CompletionRequest, context: RequestContext, answering: Callable[[Asked], Answering] | None = None
+    ) -> Generation:
+        """Starts the continuation of a text; `answering` as for `converse`, None is OpenAI's."""
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of", "must be equal to n", code="unsupported_parameter")
         model = self._admitted(body)
@@ -56,6 +87,19 @@ class Inference:
         prompts, echoes = await self._tokenization.prompts(body.prompt, echo=bool(body.echo))
         count = choices(body, prompts=len(prompts))
         usage = _wants_usage(body)
+        fingerprint = self._supervisor.engine.model.fingerprint
+        if answering is not None:
+            how = answering(Asked(model=model, fingerprint=fingerprint, prompt_tokens=sum(map(len, prompts))))
+        else:
+            how = Answering(
+                builder=CompletionResponseBuilder(
+                    Identification.new("cmpl", model=model, fingerprint=fingerprint),
+                    echoes=echoes,
+                    choices=count,
+                    logprobs=body.logprobs is not None,
+                    with_usage=usage,
+                )
+            )
         plan = GenerationPlan(
             prompts=prompts,
             choices=count,
@@ -71,13 +115,10 @@ class Inference:
             memory=memory,
             stream=bool(body.stream),
             include_usage=usage,
-            builder=CompletionResponseBuilder(
-                Identification.new("cmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
-                echoes=echoes,
-                choices=count,
-                logprobs=body.logprobs is not None,
-                with_usage=usage,
-            ),
+            builder=how.builder,
+            wire=how.wire,
+            commit=how.commit,
+            field=how.field,
         )
         return await self._generator.start(plan, context)
 
@@ -85,6 +126,25 @@ class Inference:
         """Starts a chat completion."""
         body = parse(ChatRequest, raw)
         refuse_unsupported(_mapping(raw), ChatRequest)
+        usage = _wants_usage(body)
+
+        def answering(asked: Asked) -> Answering:
+            named = Identification.new("chatcmpl", model=asked.model, fingerprint=asked.fingerprint)
+            return Answering(
+                builder=ChatResponseBuilder(named, logprobs=bool(body.logprobs), with_usage=usage),
+            )
+
+        return await self.converse(body, context, answering)
+
+    async def converse(
+        self, body: ChatRequest, context: RequestContext, answering: Callable[[Asked], Answering]
+    ) -> Generation:
+        """Starts the answer to a conversation.
+
+        Args:
+          body: what is asked for, in whatever API, as a chat completion.
+          answering: says how the answer is written.
+        """
         refuse_unsupported_chat(body)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "needs logprobs to be true")
@@ -94,7 +154,8 @@ class Inference:
         prompt = await self._tokenization.chat(body.messages, body.chat_template_kwargs)
         session = memory.params is not None and memory.params.session is not None
         frame = await self._tokenization.chat_frame(body.messages, body.chat_template_kwargs) if session else None
-        usage = _wants_usage(body)
+        engine = self._supervisor.engine.model
+        how = answering(Asked(model=model, fingerprint=engine.fingerprint, prompt_tokens=len(prompt)))
         logprobs = body.top_logprobs or 0 if body.logprobs else None
         plan = GenerationPlan(
             prompts=[prompt],
@@ -116,12 +177,11 @@ class Inference:
             memory=memory,
             chat=frame,
             stream=bool(body.stream),
-            include_usage=usage,
-            builder=ChatResponseBuilder(
-                Identification.new("chatcmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
-                logprobs=bool(body.logprobs),
-                with_usage=usage,
-            ),
+            include_usage=_wants_usage(body),
+            builder=how.builder,
+            wire=how.wire,
+            commit=how.commit,
+            field=how.field,
         )
         return await self._generator.start(plan, context)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import msgspec
+import numpy as np
 from msgspec import UNSET, UnsetType
 
 from atlas_jax.engine.api import Delta, Finished, MemoryStats, Prompt, TokenInfo
@@ -41,15 +42,18 @@ class Outcome:
     text: list[str] = field(default_factory=list)
     tokens: list[TokenInfo] = field(default_factory=list)
     prompt: tuple[TokenInfo, ...] = ()
+    embedding: np.ndarray | None = None
     finished: Finished | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """What rides on the last chunk, and in a whole response."""
+    """What rides on the last chunk, and in a whole response; `stop` is the stop string that has matched, or None."""
 
     timings: Timings
+    usage: Usage
     atlas_stats: AtlasStats | UnsetType = UNSET
+    stop: str | None = None
 
 
 class ResponseBuilder(Protocol):
