@@ -17,7 +17,7 @@ from server.errors import Problem, body, headers, http_problem, problem
 from server.middleware.bodies import Bodies
 from server.middleware.not_found import advice
 from server.middleware.request_context import STATE_KEY, RequestContext
-from server.schemas.errors import AtlasError, OpenAIError
+from server.schemas.errors import AnthropicError, AtlasError, OllamaError, OpenAIError
 from server.services.generation import Generation
 
 HttpRequest = Request[Any, Any, Any]
@@ -71,12 +71,14 @@ def event_stream(frames: AsyncIterator[bytes], *, media_type: str = "text/event-
 
 
 async def generate(
-    request: HttpRequest, data: Any, start: Callable[[Any, RequestContext], Awaitable[Generation]]
+    request: HttpRequest, data: Any, start: Callable[[Any, RequestContext], Awaitable[Generation | bytes]]
 ) -> Response[Any]:
     """Runs one generation; a stream is answered once its first event is there, or its first silence over."""
 
     async def begin() -> Response[Any]:
         generation = await start(data, context_of(request))
+        if isinstance(generation, bytes):  # there was nothing to generate
+            return json_response(generation)
         if not generation.stream:
             return json_response(await generation.whole())
         frames = generation.events()
@@ -174,6 +176,16 @@ def openai_responses(answer: Any, *more: int, body: bool = False, public: bool =
 def generation_responses(answer: Any, *more: int) -> dict[int, ResponseSpec]:
     """The documented responses of an endpoint that generates text."""
     return openai_responses(answer, 404, 500, 507, *more, body=True)
+
+
+def anthropic_responses(answer: Any, *more: int) -> dict[int, ResponseSpec]:
+    """The documented responses of an endpoint of Anthropic's API; the arguments are those of `openai_responses`."""
+    return _responses(answer, AnthropicError, (*more, *_BODY, *_KEYED))
+
+
+def ollama_responses(answer: Any, *more: int, body: bool = False) -> dict[int, ResponseSpec]:
+    """The documented responses of an endpoint of Ollama's API; the arguments are those of `openai_responses`."""
+    return _responses(answer, OllamaError, (*more, *(_BODY if body else ()), *_KEYED))
 
 
 def atlas_responses(answer: Any, *more: int, body: bool = False) -> dict[int, ResponseSpec]:

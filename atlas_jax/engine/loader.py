@@ -33,6 +33,7 @@ from atlas_jax.gguf import (
     GGUFFile,
     TemplateError,
     Tokenizer,
+    infill_tokens,
     recommended_sampling,
 )
 from atlas_jax.kernels import kernel_choice
@@ -136,6 +137,7 @@ def _open_pretrained(file: GGUFFile, config: EngineConfig, cache: Path | None) -
         memory_dim=None if memory is None else memory.components,
         adapter=None if fitted is None else fitted.source,
         pooling=_pooling(file, config),
+        infill=_infill(file, tokenizer),
         memory_unavailable=NOT_FITTED if config.memory_enabled and fitted is None else None,
     )
     layout = (
@@ -175,6 +177,16 @@ def _pooling(file: GGUFFile, config: EngineConfig) -> Pooling | None:
         return _POOLING[kind or 0]
     log.warning("The model's file asks for pooling of type %s, which there is not: no embeddings without --pooling", kind)
     return None
+
+
+def _infill(file: GGUFFile, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """What `ModelInfo.infill` says; a text begins as all of the model's do."""
+    found = infill_tokens(file.metadata, tokenizer.control_tokens, tokenizer.vocab_size)
+    if found is None:
+        return None
+    prefix, suffix, middle = found
+    begin = (tokenizer.bos_id,) if tokenizer.add_bos and tokenizer.bos_id is not None else ()
+    return (*begin, prefix), (suffix,), (middle,)
 
 
 def _turn_tokens(file: GGUFFile, tokenizer: Tokenizer) -> tuple[int, ...]:

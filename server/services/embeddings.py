@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -24,7 +24,6 @@ from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported
 from server.validation import invalid, parse
 
-T = TypeVar("T", bound=msgspec.Struct)
 MAX_TEXTS = 2048
 MAX_TOKENS = 300_000
 """Of all texts of one request, both as OpenAI has them."""
@@ -51,37 +50,54 @@ class EmbeddingService:
         """The answer of `POST /v1/embeddings`."""
         body = parse(schema.EmbeddingsRequest, raw)
         refuse_unsupported(raw, schema.EmbeddingsRequest)
-        model, size = self._ready(body.model), self._supervisor.engine.model.embedding_size
-        if body.dimensions is not None and body.dimensions > size:
-            raise invalid("dimensions", f"value must be at most {size}, this model's")
-        vectors, tokens = await self.embed(body.input, "input", context)
-        if body.dimensions is not None:
-            vectors = normalised(vectors[:, : body.dimensions])
-        write = _base64 if body.encoding_format == "base64" else _numbers
-        return await self._written(
-            vectors,
-            lambda: schema.Embeddings(
-                data=[schema.Embedding(index=index, embedding=write(row)) for index, row in enumerate(vectors)],
+        model, vectors, tokens = await self.vectors(
+            body.input, "input", context, model=body.model, dimensions=body.dimensions
+        )
+
+        def made(rows: Sequence[Any]) -> schema.Embeddings:
+            return schema.Embeddings(
+                data=[schema.Embedding(index=index, embedding=row) for index, row in enumerate(rows)],
                 model=model,
                 usage=schema.EmbeddingsUsage(prompt_tokens=tokens, total_tokens=tokens),
-            ),
-        )
+            )
+
+        return await self.written(vectors, made, write=_base64 if body.encoding_format == "base64" else _numbers)
 
     async def llamacpp(self, raw: Any, context: RequestContext) -> bytes:
         """The answer of llama.cpp's `POST /embedding`."""
         body = parse(schema.LlamaEmbeddingsRequest, raw)
         refuse_unsupported(raw, schema.LlamaEmbeddingsRequest)
-        if (body.content is None) == (body.input is None):
-            raise invalid("content", "required field is missing" if body.input is None else "cannot be combined with input")
-        field = "content" if body.input is None else "input"
-        self._ready(body.model)
-        vectors, _ = await self.embed(cast(schema.Texts, getattr(body, field)), field, context)
-        return await self._written(
+        given, field = (body.content, "content") if body.input is None else (body.input, "input")
+        if given is None:
+            raise invalid("content", "required field is missing")
+        if body.content is not None and body.input is not None:
+            raise invalid("content", "cannot be combined with input")
+        _, vectors, _ = await self.vectors(given, field, context, model=body.model)
+        return await self.written(
             vectors,
-            lambda: [
-                schema.LlamaEmbedding(index=index, embedding=[_numbers(row)]) for index, row in enumerate(vectors)
-            ],
+            lambda rows: [schema.LlamaEmbedding(index=index, embedding=[row]) for index, row in enumerate(rows)],
         )
+
+    async def vectors(
+        self,
+        given: schema.Texts,
+        field: str,
+        context: RequestContext,
+        *,
+        model: str | None,
+        dimensions: int | None = None,
+    ) -> tuple[str, np.ndarray, int]:
+        """The model's name, a row of length 1 for every text, and how many tokens the texts have.
+
+        Args:
+          field: what the client calls the texts, for errors.
+          dimensions: how many of a row's first numbers are wanted; None is all.
+        """
+        name, size = self._ready(model), self._supervisor.engine.model.embedding_size
+        if dimensions is not None and dimensions > size:
+            raise invalid("dimensions", f"value must be at most {size}, this model's")
+        vectors, tokens = await self._embed(given, field, context)
+        return name, vectors if dimensions is None else normalised(vectors[:, :dimensions]), tokens
 
     def _ready(self, name: str | None) -> str:
         """The model's name, once it is sure that admission does not refuse the request at once."""
@@ -90,12 +106,8 @@ class EmbeddingService:
         self._generator.admission.check(PARTY.get())
         return model
 
-    async def embed(self, given: schema.Texts, field: str, context: RequestContext) -> tuple[np.ndarray, int]:
-        """A row of length 1 for every text, and how many tokens they have.
-
-        Args:
-          field: what the client calls the texts, for errors.
-        """
+    async def _embed(self, given: schema.Texts, field: str, context: RequestContext) -> tuple[np.ndarray, int]:
+        """A row for every text, and how many tokens they have."""
         pooling = self._supervisor.engine.model.pooling
         if pooling is None:
             raise NotSupported("This model's file asks for a kind of pooling that is not supported; --pooling names one")
@@ -133,11 +145,20 @@ class EmbeddingService:
             field=field,
         )
 
-    async def _written(self, vectors: np.ndarray, answer: Callable[[], Any]) -> bytes:
-        def write() -> bytes:
-            return msgspec.json.encode(answer())
+    async def written(
+        self,
+        vectors: np.ndarray,
+        made: Callable[[list[Any]], Any],
+        *,
+        write: Callable[[np.ndarray], Any] | None = None,
+    ) -> bytes:
+        """The JSON that `made` makes of the rows, each as `write` writes it; numbers by default."""
+        one = write or _numbers
 
-        return write() if vectors.size <= _INLINE_NUMBERS else await self._pools.run("bodies", write)
+        def encoded() -> bytes:
+            return msgspec.json.encode(made([one(row) for row in vectors]))
+
+        return encoded() if vectors.size <= _INLINE_NUMBERS else await self._pools.run("bodies", encoded)
 
 
 class _NoText:
@@ -162,9 +183,9 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.maximum(lengths, np.finfo(np.float32).tiny)
 
 
-def _numbers(row: np.ndarray) -> list[float]:
-    # written row by row: a long call that writes all would hold the interpreter, whichever thread it is in
-    return cast(list[float], msgspec.Raw(msgspec.json.encode(row.tolist())))
+def _numbers(row: np.ndarray) -> msgspec.Raw:
+    # row by row: one call that writes all would hold the interpreter, whichever thread it is in
+    return msgspec.Raw(msgspec.json.encode(row.tolist()))
 
 
 def _base64(row: np.ndarray) -> str:

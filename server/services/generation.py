@@ -285,19 +285,21 @@ class Generation:
 
     async def events(self) -> AsyncIterator[bytes]:
         """The frames of a stream; an error before the first one is raised, a later one is a frame."""
-        wire, sent = self._plan.wire, False
+        wire, sent, opened = self._plan.wire, False, False
         try:
             while not self._group.done:
                 events = await self._group.next(self._in.ping_interval)
-                chunk = b"".join(self._frames(events)) if events else wire.ping
+                if events:
+                    opening = () if opened else wire.opening()
+                    opened = True
+                    chunk = b"".join([*map(wire.frame, opening), *self._frames(events)])
+                else:
+                    chunk = wire.ping
                 if self._group.done:
                     await self._commit()
-                if not chunk:
-                    continue
-                if not sent:
-                    chunk = b"".join(map(wire.frame, wire.opening())) + chunk
+                if chunk:
+                    yield chunk
                     sent = True
-                yield chunk
         except Exception as error:
             if not sent:
                 self._fail(error)

@@ -38,7 +38,7 @@ from atlas_jax.engine.api import (
     StateBytes,
     TokenInfo,
 )
-from tests.server.fake_sessions import FakeSessions, Session
+from tests.server.fake_sessions import FakeDocuments, FakeSessions, Session
 
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
@@ -231,6 +231,7 @@ class FakeEngine:
         delay: float = 0.0,
         slots: int = 64,
         root: Path | None = None,
+        documents: FakeDocuments | None = None,
     ) -> None:
         self.model = ModelInfo(
             name=name,
@@ -251,6 +252,7 @@ class FakeEngine:
         )
         self.tokenizer = ByteTokenizer()
         self.sessions = FakeSessions(root, name)
+        self.documents = FakeDocuments() if documents is None else documents
         self.delay, self.slot_count = delay, slots
         self.submit_errors: list[Exception] = []
         self.fail_after: int | None = None

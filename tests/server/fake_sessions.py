@@ -32,6 +32,28 @@ class Session:
     created: float = field(default_factory=time.time)
 
 
+class FakeDocuments:
+    """Documents in a dict."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str], bytes] = {}
+        self.fail: list[Exception] = []
+
+    def names(self, owner: str) -> tuple[str, ...]:
+        return tuple(sorted(name for who, name in self.kept if who == owner))
+
+    def read(self, owner: str, name: str) -> bytes | None:
+        return self.kept.get((owner, name))
+
+    def write(self, owner: str, name: str, data: bytes) -> None:
+        if self.fail:
+            raise self.fail.pop(0)
+        self.kept[owner, name] = data
+
+    def delete(self, owner: str, name: str) -> None:
+        self.kept.pop((owner, name), None)
+
+
 class FakeSessions:
     """Sessions in a dict; files in a folder if there is one, else in another dict."""
 
@@ -43,6 +65,7 @@ class FakeSessions:
         self.expired: list[float] = []
         self.saves = self.loads = 0
         self.fail: list[Exception] = []
+        self.forks: list[tuple[str, str, str]] = []
         self.busy: dict[str, threading.Event] = {}  # sessions that a request is using, until the event is set
 
     def _check(self) -> None:
@@ -184,6 +207,13 @@ class FakeSessions:
         for name in names:
             self._get(owner, name).tokens = []
         return len(names)
+
+    def fork(self, owner: str, source: str, target: str) -> bool:
+        self.forks.append((owner, source, target))
+        found = self.live.get((owner, source))
+        if found is not None:
+            self.live[owner, target] = Session(tokens=list(found.tokens))
+        return found is not None
 
     def delete(self, owner: str, session_id: str) -> None:
         self._check()

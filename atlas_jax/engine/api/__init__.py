@@ -39,7 +39,7 @@ from atlas_jax.engine.api.info import (
     StateBytes,
     StoredFile,
 )
-from atlas_jax.engine.api.protocols import EngineProtocol, Handle, SessionStore, Tokenizer
+from atlas_jax.engine.api.protocols import DocumentStore, EngineProtocol, Handle, SessionStore, Tokenizer
 from atlas_jax.engine.api.requests import (
     ChatFrame,
     GenerationRequest,
@@ -55,6 +55,7 @@ __all__ = [
     "CacheStrategy",
     "ChatFrame",
     "Delta",
+    "DocumentStore",
     "Embedded",
     "EngineError",
     "EngineProtocol",
