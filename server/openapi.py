@@ -22,7 +22,20 @@ from litestar.openapi.plugins import JsonRenderPlugin
 
 from atlas_jax import __version__
 from server.errors import envelope_of
-from server.schemas import atlas, chat, completions, embeddings, errors, llamacpp, messages, models, ollama, responses, root, runtime_config
+from server.schemas import (
+    atlas,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    llamacpp,
+    messages,
+    models,
+    ollama,
+    responses,
+    root,
+    runtime_config,
+)
 
 _MODULES = (
     *(atlas, chat, completions, embeddings, errors, llamacpp, messages, models, ollama, responses, root),

@@ -175,7 +175,9 @@ def _pooling(file: GGUFFile, config: EngineConfig) -> Pooling | None:
     kind = file.metadata.get(f"{architecture}.pooling_type")
     if kind is None or kind in _POOLING:
         return _POOLING[kind or 0]
-    log.warning("The model's file asks for pooling of type %s, which there is not: no embeddings without --pooling", kind)
+    log.warning(
+        "The model's file asks for pooling of type %s, which there is not: no embeddings without --pooling", kind
+    )
     return None
 
 

@@ -46,9 +46,7 @@ class ResponsesRequest(SamplingFields, kw_only=True, frozen=True):
     conversation: Name | ConversationRef | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
     metadata: (
-        Annotated[
-            dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
-        ]
+        Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)]
         | None
     ) = None
     text: TextConfig | None = None

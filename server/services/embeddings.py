@@ -110,7 +110,9 @@ class EmbeddingService:
         """A row for every text, and how many tokens they have."""
         pooling = self._supervisor.engine.model.pooling
         if pooling is None:
-            raise NotSupported("This model's file asks for a kind of pooling that is not supported; --pooling names one")
+            raise NotSupported(
+                "This model's file asks for a kind of pooling that is not supported; --pooling names one"
+            )
         prompts = await self._tokenization.texts(given, field, most=MAX_TEXTS)
         tokens = sum(map(len, prompts))
         if tokens > MAX_TOKENS:

@@ -41,7 +41,11 @@ class LlamaCppService:
         """Starts the answer of `POST /completion`."""
         body = parse(schema.LlamaCompletionRequest, raw)
         refuse_unsupported(_mapping(raw), schema.LlamaCompletionRequest)
-        if not isinstance(body.prompt, str | None) and body.prompt and not all(isinstance(one, int) for one in body.prompt):
+        if (
+            not isinstance(body.prompt, str | None)
+            and body.prompt
+            and not all(isinstance(one, int) for one in body.prompt)
+        ):
             raise invalid("prompt", "must be a string or token ids")
         return await self._inference.complete(completion_request(body, body.prompt), context, _answering("prompt"))
 

@@ -44,9 +44,7 @@ def conversation(body: schema.CountRequest) -> list[ChatMessage]:
 def _text(content: str | list[schema.Block], field: str) -> str:
     if isinstance(content, str):
         return content
-    return "\n".join(
-        _block(block, f"{field}[{at}]") for at, block in enumerate(content) if block.type not in _UNSEEN
-    )
+    return "\n".join(_block(block, f"{field}[{at}]") for at, block in enumerate(content) if block.type not in _UNSEEN)
 
 
 def _block(block: schema.Block, field: str) -> str:

@@ -83,9 +83,7 @@ class OllamaService:
     def running(self) -> schema.OllamaModels:
         """The model, which is always loaded."""
         model = self._supervisor.engine.model
-        return schema.OllamaModels(
-            models=[api.described(self._models.names[0], model, expires_at=_NEVER, size_vram=0)]
-        )
+        return schema.OllamaModels(models=[api.described(self._models.names[0], model, expires_at=_NEVER, size_vram=0)])
 
     def show(self, raw: Any) -> schema.OllamaShown:
         """The model, described."""

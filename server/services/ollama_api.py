@@ -147,7 +147,9 @@ def timestamp(seconds: float) -> str:
 def details(model: ModelInfo) -> schema.OllamaDetails:
     """Facts of the model."""
     size = model.parameters
-    unit, scale = next(((unit, scale) for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if size >= scale), ("", 1))
+    unit, scale = next(
+        ((unit, scale) for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)) if size >= scale), ("", 1)
+    )
     return schema.OllamaDetails(
         family=model.architecture,
         families=[model.architecture],

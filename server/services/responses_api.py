@@ -99,7 +99,9 @@ def _texts(parts: Sequence[ContentPart], field: str) -> list[str]:
                 code="unsupported_content_part",
             )
         if text is None:
-            raise invalid(f"{field}[{at}].{'refusal' if part.type == 'refusal' else 'text'}", "required field is missing")
+            raise invalid(
+                f"{field}[{at}].{'refusal' if part.type == 'refusal' else 'text'}", "required field is missing"
+            )
         out.append(text)
     return out
 
@@ -279,9 +281,7 @@ class ResponsesBuilder:
             output=[schema.OutputMessage(id=self._item, status=status, content=[part])],
             usage=schema.ResponseUsage(
                 input_tokens=usage.prompt_tokens,
-                input_tokens_details=schema.InputTokensDetails(
-                    cached_tokens=usage.prompt_tokens_details.cached_tokens
-                ),
+                input_tokens_details=schema.InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
                 output_tokens=usage.completion_tokens,
                 output_tokens_details=schema.OutputTokensDetails(),
                 total_tokens=usage.total_tokens,

@@ -82,9 +82,7 @@ class Tokenization:
                 texts.append(item if isinstance(item, str) else await self.decode(item, "prompt"))
         return prompts, texts if echo else None
 
-    async def texts(
-        self, given: str | Sequence[int | str | list[int]], field: str, *, most: int
-    ) -> list[list[int]]:
+    async def texts(self, given: str | Sequence[int | str | list[int]], field: str, *, most: int) -> list[list[int]]:
         """Texts as token ids, for a model to read and not to go on with: names of control tokens in them are text.
 
         Accepts what `prompts` does, of at most so many texts.

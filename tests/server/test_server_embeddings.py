@@ -94,7 +94,11 @@ def test_errors_name_the_field(live: Live, body: dict[str, Any], param: str) -> 
 
 @pytest.mark.parametrize(
     ("body", "param"),
-    [({}, "content"), ({"content": "a", "input": "b"}, "content"), ({"content": "a", "embd_normalize": -1}, "embd_normalize")],
+    [
+        ({}, "content"),
+        ({"content": "a", "input": "b"}, "content"),
+        ({"content": "a", "embd_normalize": -1}, "embd_normalize"),
+    ],
 )
 def test_errors_name_llama_cpps_fields(live: Live, body: dict[str, Any], param: str) -> None:
     response = live.post("/embedding", body)

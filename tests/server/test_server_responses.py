@@ -69,7 +69,9 @@ def test_a_response_is_what_the_client_types_and_is_kept(client: openai.OpenAI, 
 
 @pytest.mark.parametrize("limit", [None, 3])
 def test_every_event_of_a_stream_is_as_the_client_types_it(live: Live, limit: int | None) -> None:
-    found = list(events(live, {"input": QUESTION, "max_output_tokens": limit, "include": ["message.output_text.logprobs"]}))
+    found = list(
+        events(live, {"input": QUESTION, "max_output_tokens": limit, "include": ["message.output_text.logprobs"]})
+    )
     parsed = [EVENTS.validate_python(data, strict=True) for _, data in found]
     assert [name for name, _ in found] == [event.type for event in parsed]
     assert [event.sequence_number for event in parsed] == [*range(len(parsed))]
@@ -96,7 +98,7 @@ def test_every_event_of_a_stream_is_as_the_client_types_it(live: Live, limit: in
 
 def test_the_official_client_streams(client: openai.OpenAI) -> None:
     with client.responses.stream(model="any", input=QUESTION) as stream:
-        final = [event for event in stream][-1]
+        *_, final = stream
         assert final.type == "response.completed"
         assert stream.get_final_response().output_text == f"user\n{QUESTION}"
 
@@ -124,7 +126,13 @@ def test_a_second_answer_to_the_same_response_branches(client: openai.OpenAI, li
     assert session_of(live.engine) == right.id
     client.responses.create(model="any", input="more left", previous_response_id=left.id)
     assert session_of(live.engine) == root.id
-    assert [text for _, text in prompt_of(live.engine)] == ["root", root.output_text, "left", left.output_text, "more left"]
+    assert [text for _, text in prompt_of(live.engine)] == [
+        "root",
+        root.output_text,
+        "left",
+        left.output_text,
+        "more left",
+    ]
     client.responses.create(model="any", input="more right", previous_response_id=right.id)
     assert session_of(live.engine) == right.id
     assert [text for _, text in prompt_of(live.engine)][2:] == ["right", right.output_text, "more right"]
@@ -207,7 +215,7 @@ def test_deleting_takes_the_session_with_the_last_and_keeps_what_others_build_on
     with pytest.raises(openai.BadRequestError):
         client.responses.create(model="any", input="x", previous_response_id=root.id)
     client.responses.create(model="any", input="on", previous_response_id=child.id, store=False)
-    assert [text for _, text in prompt_of(live.engine)][0] == "root"
+    assert prompt_of(live.engine)[0] == ("user", "root")
     client.responses.delete(child.id)
     assert ("local", root.id) not in live.engine.sessions.live
     assert not [name for _, name in live.engine.documents.kept if root.id in name]
@@ -253,7 +261,10 @@ def test_input_is_messages_of_every_shape(client: openai.OpenAI, live: Live) -> 
                 "id": "msg_1",
                 "role": "assistant",
                 "status": "completed",
-                "content": [{"type": "output_text", "text": "d", "annotations": []}, {"type": "refusal", "refusal": "e"}],
+                "content": [
+                    {"type": "output_text", "text": "d", "annotations": []},
+                    {"type": "refusal", "refusal": "e"},
+                ],
             },
             {"type": "reasoning", "id": "rs_1", "summary": []},
             {"role": "user", "content": "f"},

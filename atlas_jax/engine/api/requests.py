@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from atlas_jax.engine.memory_options import MemoryOptions
 
-
 Pooling = Literal["mean", "last"]
 """What an embedding is made of: the mean of the last layer's normed states, or the last one."""
 

@@ -144,6 +144,7 @@ def test_the_prompt_is_scored_as_in_training(engines: Callable[[str], Engine]) -
     np.testing.assert_allclose(found, wanted, atol=1e-3)
     assert all(len(info.top) == 2 for info in answer.prompt.tokens[1:])
 
+
 @pytest.mark.parametrize("pooling", ["mean", "last"])
 def test_an_embedding_is_what_the_training_form_makes_of_the_text(
     engines: Callable[[str], Engine], pooling: Pooling
@@ -158,7 +159,6 @@ def test_an_embedding_is_what_the_training_form_makes_of_the_text(
     answer = ask(engines("bounded"), GenerationRequest(prompt=LONG, max_tokens=0, pooling=pooling))
     (found,) = [event.vector for event in answer.events if isinstance(event, Embedded)]
     np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted), atol=1e-3)
-
 
 
 @pytest.mark.parametrize("name", CONFIGS)
