@@ -42,9 +42,9 @@ def check_request(request: GenerationRequest, *, vocab: int, longest: int) -> In
         raise InvalidRequest("an embedding has neither an answer nor a memory", param="pooling")
     left = longest - len(prompt)
     if request.memory is None and (left < 0 or (left == 0 and request.max_tokens != 0)):
+        more = "" if request.pooling is not None else "; a session with memory has no such limit"
         raise InvalidRequest(
-            f"The prompt has {len(prompt)} tokens, but this model's context is {longest}; "
-            "a session with memory has no such limit",
+            f"The prompt has {len(prompt)} tokens, but this model's context is {longest}{more}",
             param="prompt",
             code="context_length_exceeded",
         )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
 
 from atlas_jax.engine.api import SamplingParams
 from server.config.settings import SamplingSection
@@ -137,19 +139,27 @@ class Inference:
         return await self.converse(body, context, answering)
 
     async def converse(
-        self, body: ChatRequest, context: RequestContext, answering: Callable[[Asked], Answering]
+        self,
+        body: ChatRequest,
+        context: RequestContext,
+        answering: Callable[[Asked], Answering],
+        *,
+        whole: bool = False,
     ) -> Generation:
         """Starts the answer to a conversation.
 
         Args:
           body: what is asked for, in whatever API, as a chat completion.
           answering: says how the answer is written.
+          whole: whether its session holds these messages and no others.
         """
         refuse_unsupported_chat(body)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "needs logprobs to be true")
         model = self._admitted(body)
         memory = self._memory(body, context)
+        if whole and memory.params is not None:
+            memory = replace(memory, params=msgspec.structs.replace(memory.params, whole=True))
         grammar = await answer_grammar(self._supervisor, body.response_format, context)
         prompt = await self._tokenization.chat(body.messages, body.chat_template_kwargs)
         session = memory.params is not None and memory.params.session is not None

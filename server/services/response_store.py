@@ -26,8 +26,8 @@ from server.services.thread_pools import ThreadPools
 
 log = logging.getLogger("atlas.server")
 T = TypeVar("T")
-_CACHED = 1024
-"""Records that are kept in memory as well."""
+_CACHED = 32 << 20
+"""Bytes of records that are kept in memory as well, the latest ones."""
 _NONE, _DELETED = "-", "deleted"
 
 
@@ -47,6 +47,12 @@ class Record(Struct, kw_only=True, frozen=True):
     input: list[StoredItem]
     answer: str
     response: msgspec.Raw
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        texts = (part.text for item in self.input for part in item.content)
+        return len(bytes(self.response)) + len(self.answer) + sum(map(len, texts))
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,7 @@ class ResponseStore:
         self._supervisor, self._pools = supervisor, pools
         self._trees: dict[str, _Tree] = {}
         self._records: OrderedDict[tuple[str, str], Record] = OrderedDict()
+        self._cached = 0
 
     async def find(self, owner: str, response_id: str) -> Node | None:
         """A response's place; None where there is none, or not any more."""
@@ -170,20 +177,21 @@ class ResponseStore:
 
             await self._run(hide)
             tree.nodes[node.id] = mark
-            self._records.pop((owner, node.id), None)
+            self._forget(owner, node.id)
             return None
         gone: Node | None = node
         while gone is not None:
             name = gone.name
             await self._run(lambda documents, name=name: documents.delete(owner, name))  # type: ignore[misc]
             tree.remove(gone)
-            self._records.pop((owner, gone.id), None)
+            self._forget(owner, gone.id)
             before = tree.nodes.get(gone.parent or "")
             gone = before if before is not None and before.deleted and not tree.children.get(before.id) else None
         return None if tree.heads(node.lane) else record.session
 
     async def _read(self, owner: str, path: list[Node]) -> list[Record]:
-        missing = [node for node in path if (owner, node.id) not in self._records]
+        known = {node.id: record for node in path if (record := self._records.get((owner, node.id))) is not None}
+        missing = [node for node in path if node.id not in known]
 
         def read(documents: DocumentStore) -> list[Record]:
             found = []
@@ -194,17 +202,25 @@ class ResponseStore:
                 found.append(msgspec.json.decode(data, type=Record))
             return found
 
-        fresh = {record.id: record for record in (await self._run(read) if missing else ())}
-        out = [fresh.get(node.id) or self._records[owner, node.id] for node in path]
+        known |= {record.id: record for record in (await self._run(read) if missing else ())}
+        out = [known[node.id] for node in path]
         for record in out:
             self._remember(owner, record)
         return out
 
     def _remember(self, owner: str, record: Record) -> None:
-        self._records[owner, record.id] = record
+        if (owner, record.id) not in self._records:
+            self._records[owner, record.id] = record
+            self._cached += record.size
         self._records.move_to_end((owner, record.id))
-        while len(self._records) > _CACHED:
-            self._records.popitem(last=False)
+        while self._cached > _CACHED and len(self._records) > 1:
+            _, oldest = self._records.popitem(last=False)
+            self._cached -= oldest.size
+
+    def _forget(self, owner: str, response_id: str) -> None:
+        known = self._records.pop((owner, response_id), None)
+        if known is not None:
+            self._cached -= known.size
 
     async def _tree(self, owner: str) -> _Tree:
         if owner not in self._trees:

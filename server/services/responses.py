@@ -82,7 +82,7 @@ class ResponsesService:
         """Starts a response."""
         body = self._parse(raw, context)
         items = api.input_items(body.input)
-        owner, store, response_id = context.identity.owner, body.store is not False, api.new_id("resp")
+        owner, store, response_id = context.identity.owner, body.store is not False, api.new_id(api.RESPONSE)
         place = await self._place(body, response_id, context)
         chat = api.chat_request(
             body, api.messages(body.instructions, place.before, items), self._atlas(body, place, store=store)
@@ -118,7 +118,7 @@ class ResponsesService:
                 field="input",
             )
 
-        return await self._inference.converse(chat, context, answering)
+        return await self._inference.converse(chat, context, answering, whole=True)
 
     async def count(self, raw: Any, context: RequestContext) -> bytes:
         """The answer of `POST /v1/responses/input_tokens`."""
@@ -155,7 +155,13 @@ class ResponsesService:
         if not store:
             return _Place(before=before, session=session, uses_session=True)
         claim = owner, node.id
-        if claim not in self._claimed and await self._store.is_last(owner, node) and claim not in self._claimed:
+        in_conversation = not session.startswith(f"{api.RESPONSE}_")  # which goes on without this response
+        if (
+            not in_conversation
+            and claim not in self._claimed
+            and await self._store.is_last(owner, node)
+            and claim not in self._claimed
+        ):
             self._claimed.add(claim)
             context.cleanup.append(lambda: self._claimed.discard(claim))
             return _Place(before=before, session=session, uses_session=True)
@@ -197,7 +203,7 @@ class ResponsesService:
     def _atlas(self, body: schema.ResponsesRequest, place: _Place, *, store: bool) -> AtlasOptions | None:
         """What the request does with its session; the plain model where it has none."""
         given = body.atlas
-        if not (place.uses_session and self._has_memory) or (given is not None and given.enabled is False):
+        if not (place.uses_session and self._has_memory) or getattr(given, "enabled", None) is False:
             return given
         more: dict[str, Any] = {"session_id": place.session}
         if not store:
@@ -264,7 +270,10 @@ def _conversation(body: schema.ResponsesRequest) -> str | None:
     given = body.conversation
     if given is None:
         return None
-    return check_name(given if isinstance(given, str) else given.id, "conversation")
+    name = check_name(given if isinstance(given, str) else given.id, "conversation")
+    if name.startswith(f"{api.RESPONSE}_"):
+        raise invalid("conversation", f"must not begin with '{api.RESPONSE}_', as responses do")
+    return name
 
 
 def _page(query: Mapping[str, str]) -> tuple[int, str, str | None]:

@@ -19,6 +19,8 @@ from server.services.response_builder import Ending, FinishReason, Outcome, fini
 from server.services.response_store import Record
 from server.validation import invalid, unsupported
 
+RESPONSE = "resp"
+"""How ids of responses begin, and the sessions that belong to them."""
 LOGPROBS = "message.output_text.logprobs"
 _ROLES = ("user", "assistant", "system", "developer")
 _TEXTS = ("text", "input_text", "output_text")

@@ -71,7 +71,7 @@ def test_control_tokens_in_texts_are_text(live: Live) -> None:
         ({"input": ["a", ""]}, "input[1]"),
         ({"input": ["a", 1]}, "input"),
         ({"input": [[1], [260]]}, "input[1]"),
-        ({"input": [["a"]]}, "input"),
+        ({"input": [["a"]]}, "input[0][0]"),
         ({"input": None}, "input"),
         ({"input": {"text": "a"}}, "input"),
         ({"input": ["x"] * (embeddings.MAX_TEXTS + 1)}, "input"),

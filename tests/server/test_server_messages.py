@@ -12,7 +12,7 @@ from tests.server.live_server import Live, Start
 from tests.server.test_server_responses import prompt_of
 
 PATH = "/v1/messages"
-BODY: dict[str, Any] = {"model": "any", "max_tokens": 1000, "messages": [{"role": "user", "content": "Hello"}]}
+BODY: dict[str, Any] = {"model": "any", "max_tokens": 5000, "messages": [{"role": "user", "content": "Hello"}]}
 TEXT = "user\nHello"
 
 

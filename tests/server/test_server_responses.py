@@ -114,6 +114,7 @@ def test_a_chain_brings_the_whole_conversation_to_one_session(client: openai.Ope
     )
     assert prompt_of(live.engine)[1:-1] == [*expected[2:], ("assistant", two.output_text)]
     assert session_of(live.engine, 1) == session_of(live.engine, 2) == one.id
+    assert [request.memory.whole for request in live.engine.requests[1:]] == [True, True]
     assert three.previous_response_id == two.id
     assert live.engine.sessions.forks == []
 
@@ -171,6 +172,15 @@ def test_a_conversation_goes_on_from_its_last_response_and_one_waits_for_the_oth
     assert second[:2] == [("user", "first"), ("assistant", first.output_text)]
     assert third[: len(second)] == second
     assert len(third) == len(second) + 2
+
+
+def test_what_follows_a_response_of_a_conversation_is_no_part_of_it(client: openai.OpenAI, live: Live) -> None:
+    first = client.responses.create(model="any", input="first", conversation="talk")
+    aside = client.responses.create(model="any", input="aside", previous_response_id=first.id)
+    assert (session_of(live.engine), aside.conversation) == (aside.id, None)
+    assert live.engine.sessions.forks == [("local", "talk", aside.id)]
+    client.responses.create(model="any", input="second", conversation="talk")
+    assert [text for _, text in prompt_of(live.engine)] == ["first", first.output_text, "second"]
 
 
 def test_what_is_not_stored_leaves_no_trace(client: openai.OpenAI, live: Live) -> None:
@@ -309,6 +319,7 @@ def test_a_format_is_a_grammar(client: openai.OpenAI, live: Live) -> None:
         ({"previous_response_id": "resp_none"}, "previous_response_id"),
         ({"previous_response_id": "resp_none", "conversation": "c"}, "previous_response_id"),
         ({"conversation": "a/b"}, "conversation"),
+        ({"conversation": "resp_1"}, "conversation"),
         ({"atlas": {"session_id": "s"}}, "atlas.session_id"),
         ({"atlas": {"memory_layers": 11}}, "atlas.memory_layers"),
         ({"never_heard_of": 1}, "never_heard_of"),
@@ -360,6 +371,7 @@ def test_what_cannot_be_kept_is_not_answered_as_if_it_were(live: Live) -> None:
     broken = live.post(PATH, {"input": "x"})
     assert (broken.status_code, broken.json()["error"]["code"]) == (503, "storage_failed")
     live.engine.documents.fail = [StorageFull("no space left")]
+    live.engine.delay = 0.01  # so that the stream has begun
     assert list(events(live, {"input": "x"}))[-1][0] == "response.failed"
 
 

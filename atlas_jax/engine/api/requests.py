@@ -51,12 +51,15 @@ class MemoryParams(MemoryOptions, kw_only=True, frozen=True):
     Attributes:
       session: None gives the request a memory of its own that ends with it.
       regenerate: a prompt the session has been asked before is answered anew: what followed it there is forgotten.
+      whole: the prompt is the whole text: whatever else its session holds is forgotten. For who keeps the text himself;
+        else the session finds out what the prompt is a part of.
       given: fields the client wrote itself; a session keeps the window, update frequency, layers, degree, budget and number
         of kept pairs it was begun with, and refuses a request that names others, but not one whose defaults differ.
     """
 
     session: SessionKey | None = None
     regenerate: bool = False
+    whole: bool = False
     given: frozenset[str] = frozenset()
 
 

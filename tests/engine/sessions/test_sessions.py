@@ -535,6 +535,10 @@ def test_a_fork_goes_on_where_the_other_was_and_neither_sees_the_others_turns(
         assert branch.infos == undisturbed.infos
         assert branch.end.memory is not None
         assert (branch.end.memory.cache_hit, branch.end.memory.session_id) == (True, "branch")
+        back = ask(before, request([*LONG, *words(97, 5)], 4, memory=memory("branch", whole=True)))
+        assert back.end.memory is not None
+        assert (back.end.memory.history, back.end.memory.cache_hit) == ("rolled_back", True)
+        assert back.end.cached_tokens >= len(LONG) - PAGE
         assert sessions.fork("owner", "branch", "twig")  # nothing of it is on disk when the engine ends
         texts = {name: sessions.info("owner", name).window_fill for name in ("trunk", "branch")}
     with opened(memory_path=tmp_path) as after:
