@@ -235,7 +235,7 @@ class FakeEngine:
     ) -> None:
         self.model = ModelInfo(
             name=name,
-            architecture="fake",
+            architecture="llama",
             fingerprint="0123456789abcdef",
             parameters=7,
             size_bytes=8,

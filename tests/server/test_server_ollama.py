@@ -95,12 +95,12 @@ def test_without_a_prompt_the_model_is_there(live: Live, path: str, kind: str) -
 def test_the_models(live: Live) -> None:
     (model,) = live.http.get("/api/tags").json()["models"]
     assert (model["name"], model["model"], model["size"]) == ("fake-7b:latest", "fake-7b:latest", 8)
-    assert model["details"]["family"] == "fake"
+    assert model["details"]["family"] == "llama"
     datetime.fromisoformat(model["modified_at"])
     (running,) = live.http.get("/api/ps").json()["models"]
     assert running["name"] == model["name"]
     shown = live.post("/api/show", {"model": "fake-7b:latest"}).json()
-    assert shown["model_info"]["fake.context_length"] == 4096
+    assert shown["model_info"]["llama.context_length"] == 4096
     assert shown["capabilities"] == ["completion", "embedding"]
     assert live.http.get("/api/version").json()["version"]
 
