@@ -103,8 +103,14 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
     metrics = Metrics(
         engine=monitoring.engine_stats, server=lambda: _figures(admission, contexts, connections, stats, persistence)
     )
+    responses = ResponseStore(supervisor, pools)
     persistence = Persistence(
-        supervisor=supervisor, config=config, settings=settings, owners=keys.owners, metrics=metrics
+        supervisor=supervisor,
+        config=config,
+        settings=settings,
+        owners=keys.owners,
+        metrics=metrics,
+        responses=responses,
     )
     tokenization = Tokenization(supervisor, pools)
     models = Models(supervisor, server.model_alias, strict=server.strict_model)
@@ -153,7 +159,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
                 inference=inference,
                 supervisor=supervisor,
                 tokenization=tokenization,
-                store=ResponseStore(supervisor, pools),
+                store=responses,
                 pools=pools,
                 settings=settings,
             ),

@@ -188,7 +188,12 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
         ),
     ] = None
     session_ttl: Annotated[
-        float, Meta(ge=0, le=1e9, description="Seconds after which an unused session is deleted; 0 keeps all")
+        float,
+        Meta(
+            ge=0,
+            le=1e9,
+            description="Seconds after which an unused session or chain of responses is deleted; 0 keeps all",
+        ),
     ] = 0.0
     journal_sync: engine.JournalSync = EngineConfig.journal_sync
     default_config: AtlasDefaults = field(default_factory=AtlasDefaults)

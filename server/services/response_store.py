@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -189,6 +190,27 @@ class ResponseStore:
             gone = before if before is not None and before.deleted and not tree.children.get(before.id) else None
         return None if tree.heads(node.lane) else record.session
 
+    async def expire(self, owner: str, idle: float) -> int:
+        """Deletes the trees that nothing was added to for `idle` seconds; returns how many responses that were."""
+        tree, limit = await self._tree(owner), time.time() - idle
+        files = await self._run(lambda documents: documents.list(owner))
+        modified = {file.filename: file.modified for file in files}
+        newest: dict[str, float] = {}
+        roots: dict[str, list[Node]] = {}
+        for node in tree.nodes.values():
+            root = node
+            while root.parent is not None and root.parent in tree.nodes:
+                root = tree.nodes[root.parent]
+            roots.setdefault(root.id, []).append(node)
+            newest[root.id] = max(newest.get(root.id, 0.0), modified.get(node.name, time.time()))
+        old = [node for root, nodes in roots.items() if newest[root] < limit for node in nodes]
+        for node in old:
+            name = node.name
+            await self._run(lambda documents, name=name: documents.delete(owner, name))  # type: ignore[misc]
+            tree.remove(node)
+            self._forget(owner, node.id)
+        return len(old)
+
     async def _read(self, owner: str, path: list[Node]) -> list[Record]:
         known = {node.id: record for node in path if (record := self._records.get((owner, node.id))) is not None}
         missing = [node for node in path if node.id not in known]
@@ -224,10 +246,10 @@ class ResponseStore:
 
     async def _tree(self, owner: str) -> _Tree:
         if owner not in self._trees:
-            names = await self._run(lambda documents: documents.names(owner))
+            files = await self._run(lambda documents: documents.list(owner))
             if owner not in self._trees:  # another request may have been as fast
                 tree = _Tree()
-                for node in filter(None, map(Node.parse, names)):
+                for node in filter(None, (Node.parse(file.filename) for file in files)):
                     # a deletion that was cut short has left both names
                     if node.id not in tree.nodes or node.deleted:
                         tree.add(node)

@@ -37,10 +37,14 @@ class FakeDocuments:
 
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], bytes] = {}
+        self.written: dict[str, float] = {}
         self.fail: list[Exception] = []
 
-    def names(self, owner: str) -> tuple[str, ...]:
-        return tuple(sorted(name for who, name in self.kept if who == owner))
+    def list(self, owner: str) -> tuple[StoredFile, ...]:
+        own = sorted((name, data) for (who, name), data in self.kept.items() if who == owner)
+        return tuple(
+            StoredFile(filename=name, bytes=len(data), modified=self.written.get(name, 0.0)) for name, data in own
+        )
 
     def read(self, owner: str, name: str) -> bytes | None:
         return self.kept.get((owner, name))
@@ -49,6 +53,7 @@ class FakeDocuments:
         if self.fail:
             raise self.fail.pop(0)
         self.kept[owner, name] = data
+        self.written[name] = time.time()
 
     def delete(self, owner: str, name: str) -> None:
         self.kept.pop((owner, name), None)

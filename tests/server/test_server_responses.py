@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from openai.types.responses import Response, ResponseItemList, ResponseStreamEve
 from pydantic import TypeAdapter
 
 from atlas_jax.engine.api import StorageFull
+from tests.patience import PATIENCE
 from tests.server.fake_engine import END, START, FakeEngine
 from tests.server.fake_sessions import FakeDocuments
 from tests.server.live_server import Live, Start, wait_for
@@ -229,6 +231,26 @@ def test_deleting_takes_the_session_with_the_last_and_keeps_what_others_build_on
     client.responses.delete(child.id)
     assert ("local", root.id) not in live.engine.sessions.live
     assert not [name for _, name in live.engine.documents.kept if root.id in name]
+
+
+def test_what_nobody_follows_any_more_is_deleted_as_a_whole(start: Start) -> None:
+    documents = FakeDocuments()
+    live = start(FakeEngine(documents=documents), atlas={"session_ttl": 1000.0})
+    client = live.openai()
+    old = client.responses.create(model="any", input="old")
+    leaf = client.responses.create(model="any", input="leaf", previous_response_id=old.id)
+    kept = client.responses.create(model="any", input="kept")
+    for name in documents.written:
+        documents.written[name] -= 2000
+    client.responses.create(model="any", input="on", previous_response_id=kept.id)
+    persistence = live.lifecycle._persistence
+    loop = live.lifecycle.supervisor.bridge._loop
+    asyncio.run_coroutine_threadsafe(persistence._expire_responses(), loop).result(PATIENCE)
+    assert client.responses.retrieve(kept.id) == kept
+    for gone in (old, leaf):
+        with pytest.raises(openai.NotFoundError):
+            client.responses.retrieve(gone.id)
+    assert len(documents.kept) == 2
 
 
 def test_another_owners_responses_are_not_there(start: Start, tmp_path: Path) -> None:

@@ -85,8 +85,8 @@ class SessionStore(Protocol):
 class DocumentStore(Protocol):
     """Small texts that are kept for owners, as durably as their sessions; methods are thread-safe and block."""
 
-    def names(self, owner: str) -> Sequence[str]:
-        """Names of the owner's documents."""
+    def list(self, owner: str) -> tuple[StoredFile, ...]:
+        """The owner's documents, by name."""
 
     def read(self, owner: str, name: str) -> bytes | None:
         """A document, None where there is none; raises SnapshotInvalid where it is damaged."""

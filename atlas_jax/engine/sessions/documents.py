@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
 
-from atlas_jax.engine.api import StorageFull
+from atlas_jax.engine.api import StorageFull, StoredFile
 from atlas_jax.engine.sessions.index import SessionIndex
 from atlas_jax.engine.sessions.store import Store
 
@@ -30,13 +30,13 @@ class Documents:
         """
         self._store, self._index = store, index
         self._lock = threading.Lock()
-        self._sizes: dict[str, dict[str, int]] = {}
+        self._files: dict[str, dict[str, StoredFile]] = {}
         self._kept: OrderedDict[tuple[str, str], bytes] = OrderedDict()
 
-    def names(self, owner: str) -> Sequence[str]:
-        """Names of the owner's documents."""
+    def list(self, owner: str) -> tuple[StoredFile, ...]:
+        """The owner's documents, by name."""
         with self._lock:
-            return tuple(sorted(self._known(owner)))
+            return tuple(file for _, file in sorted(self._known(owner).items()))
 
     def read(self, owner: str, name: str) -> bytes | None:
         """A document, None where there is none; raises SnapshotInvalid where it is damaged."""
@@ -58,8 +58,8 @@ class Documents:
         if len(data) > LARGEST:
             raise StorageFull(f"a document exceeds {LARGEST} bytes")
         with self._lock:
-            sizes = self._known(owner)
-            more = len(data) - sizes.get(name, 0)
+            known = self._known(owner)
+            more = len(data) - (known[name].bytes if name in known else 0)
             if self._store is None:
                 self._keep(owner, name, data)
             else:
@@ -67,7 +67,7 @@ class Documents:
                     with self._index.lock:
                         self._index.usage.check_disk(owner, more)
                 self._store.write_document(owner, name, data)
-            sizes[name] = len(data)
+            known[name] = StoredFile(filename=name, bytes=len(data), modified=time.time())
             self._count(owner)
 
     def delete(self, owner: str, name: str) -> None:
@@ -87,17 +87,18 @@ class Documents:
         size = sum(map(len, self._kept.values()))
         while size > _IN_MEMORY and len(self._kept) > 1:
             (whose, old), dropped = self._kept.popitem(last=False)
-            self._sizes[whose].pop(old, None)
+            self._files[whose].pop(old, None)
             size -= len(dropped)
 
-    def _known(self, owner: str) -> dict[str, int]:
-        """Sizes of the owner's documents by name; the lock is held."""
-        if owner not in self._sizes:
-            self._sizes[owner] = {} if self._store is None else self._store.documents(owner)
+    def _known(self, owner: str) -> dict[str, StoredFile]:
+        """The owner's documents by name; the lock is held."""
+        if owner not in self._files:
+            self._files[owner] = {} if self._store is None else self._store.documents(owner)
             self._count(owner)
-        return self._sizes[owner]
+        return self._files[owner]
 
     def _count(self, owner: str) -> None:
         if self._index is not None and self._store is not None:
+            size = sum(file.bytes for file in self._files[owner].values())
             with self._index.lock:
-                self._index.usage.count_documents(owner, sum(self._sizes[owner].values()))
+                self._index.usage.count_documents(owner, size)

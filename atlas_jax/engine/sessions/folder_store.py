@@ -165,13 +165,15 @@ class FolderStore:
         return self._owner(digest(owner)) / "exports"
 
     # --- documents ------------------------------------------------------------------------------------------------
-    def documents(self, owner: str) -> dict[str, int]:
-        """Sizes of the owner's documents, by name."""
+    def documents(self, owner: str) -> dict[str, StoredFile]:
+        """The owner's documents by name; see `Store.documents`."""
         found, head = {}, len(_DOCUMENT) + hashlib.sha256().digest_size
         with contextlib.suppress(FileNotFoundError), os.scandir(self._documents(owner)) as entries:
             for entry in entries:
                 if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
-                    found[entry.name] = max(0, entry.stat(follow_symlinks=False).st_size - head)
+                    status = entry.stat(follow_symlinks=False)
+                    size = max(0, status.st_size - head)
+                    found[entry.name] = StoredFile(filename=entry.name, bytes=size, modified=status.st_mtime)
         return found
 
     def read_document(self, owner: str, name: str, limit: int) -> bytes | None:

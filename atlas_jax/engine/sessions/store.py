@@ -168,8 +168,8 @@ class Store(Protocol):
     def delete_export(self, owner: str, name: str) -> None:
         """Removes an export; raises FileNotFoundError."""
 
-    def documents(self, owner: str) -> dict[str, int]:
-        """Sizes of the owner's documents, by name."""
+    def documents(self, owner: str) -> dict[str, StoredFile]:
+        """The owner's documents by name, with the size of what is in each."""
 
     def read_document(self, owner: str, name: str, limit: int) -> bytes | None:
         """A document, or None; raises SnapshotInvalid where it is damaged, larger than `limit` or another's."""

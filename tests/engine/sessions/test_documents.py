@@ -31,6 +31,10 @@ def store(tmp_path: Path) -> Iterator[FolderStore]:
     folder.close()
 
 
+def names(found: Documents, owner: str) -> list[str]:
+    return [file.filename for file in found.list(owner)]
+
+
 def paths(root: Path) -> list[Path]:
     return sorted(path for path in root.rglob("documents/*"))
 
@@ -42,12 +46,12 @@ def test_what_was_written_is_read_until_it_is_deleted(store: FolderStore, kept: 
     found.write("one", "a.b-c_d", b"second")
     found.write("one", "e", b"")
     found.write("two", "a.b-c_d", b"theirs")
-    assert found.names("one") == ("a.b-c_d", "e")
+    assert names(found, "one") == ["a.b-c_d", "e"]
     assert [found.read(owner, "a.b-c_d") for owner in ("one", "two", "three")] == [b"second", b"theirs", None]
     assert found.read("one", "e") == b""
     found.delete("one", "a.b-c_d")
     found.delete("one", "never there")
-    assert found.names("one") == ("e",)
+    assert names(found, "one") == ["e"]
     assert found.read("one", "a.b-c_d") is None
     assert found.read("two", "a.b-c_d") == b"theirs"
 
@@ -56,7 +60,7 @@ def test_they_are_there_after_a_restart_and_for_every_model(tmp_path: Path) -> N
     for model in ("one model", "another"):
         folder = MemoryFolder(tmp_path)
         found = Documents(folder.store(model))
-        assert [found.read("owner", name) for name in found.names("owner")] == ([] if model == "one model" else [b"x"])
+        assert [found.read("owner", name) for name in names(found, "owner")] == ([] if model == "one model" else [b"x"])
         found.write("owner", "doc", b"x")
         folder.close()
 
@@ -117,7 +121,7 @@ def test_in_memory_the_oldest_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Documents()
     for name in "abcd":
         found.write("one", name, b"x" * 30)
-    assert found.names("one") == ("b", "c", "d")
+    assert names(found, "one") == ["b", "c", "d"]
     assert found.read("one", "a") is None
 
 

@@ -131,8 +131,12 @@ class DictStore:
     def rename_export(self, owner: str, name: str, new: str) -> None:
         self.files[owner, new] = self.files.pop((owner, name))
 
-    def documents(self, owner: str) -> dict[str, int]:
-        return {name: len(data) for (whose, name), data in self.kept.items() if whose == owner}
+    def documents(self, owner: str) -> dict[str, StoredFile]:
+        return {
+            name: StoredFile(filename=name, bytes=len(data), modified=0.0)
+            for (whose, name), data in self.kept.items()
+            if whose == owner
+        }
 
     def read_document(self, owner: str, name: str, limit: int) -> bytes | None:
         return self.kept.get((owner, name))
