@@ -15,7 +15,7 @@ from server.services.engine_supervisor import EngineSupervisor
 from server.services.generation import Generation
 from server.services.inference import Answering, Asked, Inference
 from server.services.models import Models
-from server.services.responses_api import new_id
+from server.services.response_builder import new_id
 from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported
 from server.services.wire import Wire, named_event

@@ -35,6 +35,11 @@ class Identification:
         return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, f"fp_{fingerprint[:12]}")
 
 
+def new_id(prefix: str) -> str:
+    """A name nobody else has."""
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
 @dataclass(slots=True)
 class Outcome:
     """What one sequence has produced."""

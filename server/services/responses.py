@@ -26,6 +26,7 @@ from server.services.engine_supervisor import EngineSupervisor
 from server.services.generation import Generation
 from server.services.inference import Answering, Asked, Inference
 from server.services.memory_options import check_name
+from server.services.response_builder import new_id
 from server.services.response_store import Node, Record, ResponseStore, response_not_found
 from server.services.sampling import default_sampling
 from server.services.thread_pools import ThreadPools
@@ -82,7 +83,7 @@ class ResponsesService:
         """Starts a response."""
         body = self._parse(raw, context)
         items = api.input_items(body.input)
-        owner, store, response_id = context.identity.owner, body.store is not False, api.new_id(api.RESPONSE)
+        owner, store, response_id = context.identity.owner, body.store is not False, new_id(api.RESPONSE)
         place = await self._place(body, response_id, context)
         chat = api.chat_request(
             body, api.messages(body.instructions, place.before, items), self._atlas(body, place, store=store)

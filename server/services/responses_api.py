@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -15,7 +14,7 @@ from server.schemas import responses as schema
 from server.schemas.chat import ChatMessage, ChatRequest, ContentPart
 from server.schemas.usage import Usage
 from server.services.chat_response import token_logprobs
-from server.services.response_builder import Ending, FinishReason, Outcome, finish_reason
+from server.services.response_builder import Ending, FinishReason, Outcome, finish_reason, new_id
 from server.services.response_store import Record
 from server.validation import invalid, unsupported
 
@@ -30,11 +29,6 @@ _SHARED = (
     *("model", "temperature", "top_p", "top_k", "min_p", "typical_p", "repeat_penalty", "presence_penalty"),
     *("frequency_penalty", "logit_bias", "seed", "stop", "stream", "ignore_eos", "cache_prompt", "user"),
 )
-
-
-def new_id(prefix: str) -> str:
-    """A name nobody else has."""
-    return f"{prefix}_{uuid.uuid4().hex}"
 
 
 # --- requests ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What becomes of request fields that this server does not act on: one rule for both generating endpoints.
+"""What becomes of request fields that this server does not act on: one rule for every endpoint that reads text.
 
 Hints, which only advise, pass. Fields other servers know that would change the answer are refused by name, unless they
 have the value that changes nothing. Every other name is refused too, with the known name that comes closest.
