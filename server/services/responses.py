@@ -15,9 +15,9 @@ from weakref import WeakValueDictionary
 
 import msgspec
 
-from atlas_jax.engine.api import SessionNotFound
+from atlas_jax.engine.api import EngineError, SessionNotFound
 from server.config.settings import SamplingSection, Settings
-from server.errors import BadRequest, Unavailable
+from server.errors import BadRequest, ServerError, Unavailable
 from server.middleware.request_context import RequestContext
 from server.schemas import responses as schema
 from server.schemas.atlas import AtlasOptions
@@ -76,6 +76,7 @@ class ResponsesService:
         self._memory_enabled, self._patience = settings.atlas.enabled, settings.server.queue_timeout
         # responses that another one is going on from just now in their lane
         self._claimed: set[tuple[str, str]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     # --- creating -------------------------------------------------------------------------------------------------
@@ -84,6 +85,8 @@ class ResponsesService:
         body = self._parse(raw, context)
         items = api.input_items(body.input)
         owner, store, response_id = context.identity.owner, body.store is not False, new_id(api.RESPONSE)
+        kept: list[str] = []
+        context.cleanup.append(lambda: None if kept else self._abandon(owner, response_id))
         place = await self._place(body, response_id, context)
         chat = api.chat_request(
             body, api.messages(body.instructions, place.before, items), self._atlas(body, place, store=store)
@@ -111,6 +114,7 @@ class ResponsesService:
                     response=msgspec.Raw(msgspec.json.encode(builder.response)),
                 )
                 await self._store.add(owner, record)
+                kept.append(response_id)
 
             return Answering(
                 builder=builder,
@@ -211,6 +215,27 @@ class ResponsesService:
             more["write"] = False
         return msgspec.structs.replace(given or AtlasOptions(), **more)
 
+    def _abandon(self, owner: str, response_id: str) -> None:
+        """Deletes the session that a response would have had which did not come to its end."""
+
+        async def delete() -> None:
+            with contextlib.suppress(ServerError, EngineError):  # it is there no longer, or expires with the others
+                await self._delete_session(owner, response_id)
+
+        task = asyncio.get_running_loop().create_task(delete())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _delete_session(self, owner: str, session: str) -> None:
+        if not self._has_memory:
+            return
+        sessions = self._supervisor.engine.sessions
+        try:
+            with contextlib.suppress(SessionNotFound):
+                await self._pools.run("sessions", lambda: sessions.delete(owner, session))
+        except OSError as error:
+            raise Unavailable("The session cannot be deleted now", code="storage_failed", retry_after=30.0) from error
+
     # --- what is kept ---------------------------------------------------------------------------------------------
     async def retrieve(self, owner: str, response_id: str, query: Mapping[str, str]) -> bytes:
         """A response as it was sent."""
@@ -221,14 +246,8 @@ class ResponsesService:
     async def delete(self, owner: str, response_id: str) -> bytes:
         """Removes a response, and its session where no other response is in it."""
         session = await self._store.delete(owner, await self._node(owner, response_id))
-        if session is not None and self._has_memory:
-            sessions = self._supervisor.engine.sessions
-
-            def delete() -> None:
-                with contextlib.suppress(SessionNotFound):
-                    sessions.delete(owner, session)
-
-            await self._pools.run("sessions", delete)
+        if session is not None:
+            await self._delete_session(owner, session)
         return msgspec.json.encode(schema.DeletedResponse(id=response_id))
 
     async def cancel(self, owner: str, response_id: str) -> bytes:

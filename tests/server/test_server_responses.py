@@ -409,6 +409,19 @@ def test_a_client_that_leaves_keeps_nothing_and_frees_its_place(live: Live, clie
     assert session_of(live.engine) == root.id
 
 
+def test_a_branch_that_is_given_up_leaves_no_session(live: Live, client: openai.OpenAI) -> None:
+    root = client.responses.create(model="any", input="root")
+    child = client.responses.create(model="any", input="child", previous_response_id=root.id)
+    live.engine.delay = 0.02
+    for _ in range(2):
+        with client.responses.create(model="any", input="x" * 300, previous_response_id=root.id, stream=True) as stream:
+            next(iter(stream))
+    assert len(live.engine.sessions.forks) == 2
+    live.engine.delay = 0.0
+    wait_for(lambda: {name for _, name in live.engine.sessions.live} == {root.id})
+    assert client.responses.retrieve(child.id) == child
+
+
 def test_tokens_are_counted_with_what_came_before(live: Live, client: openai.OpenAI) -> None:
     root = client.responses.create(model="any", input="root")
     body = {"input": "next", "previous_response_id": root.id}
