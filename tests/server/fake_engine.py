@@ -90,9 +90,10 @@ class Running:
         shift = self.seed % len(text) if request.sampling.temperature > 0 else 0
         self.source = text[shift:] + text[:shift]
         self.cached = 0
+        self.session: Session | None = None
         memory = request.memory
         if memory is not None and memory.session is not None:
-            session = engine.sessions.live.get((memory.session.owner, memory.session.session_id))
+            session = self.session = engine.sessions.live.get((memory.session.owner, memory.session.session_id))
             known = session.tokens if session else []
             while self.cached < min(len(known), len(request.prompt)) and (
                 known[self.cached] == request.prompt[self.cached]
@@ -173,7 +174,13 @@ class Running:
         stats = None
         if memory is not None:
             key = memory.session
-            if key is not None and memory.write and request.choice == 0:
+            live = self.engine.sessions.live
+            gone = (
+                key is not None
+                and self.session is not None
+                and (live.get((key.owner, key.session_id)) is not self.session)
+            )  # deleted meanwhile, and stays so
+            if key is not None and memory.write and request.choice == 0 and not gone:
                 session = self.engine.sessions.live.setdefault((key.owner, key.session_id), Session())
                 session.tokens = list(request.prompt) + self.source[: self.sent]
             stats = MemoryStats(

@@ -91,7 +91,7 @@ class GenerationRequest:
       stop: strings that end the text; the text before the match is delivered, the match is not.
       ignore_eos: never end at an end-of-generation token.
       prompt_logprobs: None, or k alternatives for every prompt token (`echo` with `logprobs`).
-      pooling: read the prompt and deliver its embedding, without an answer and without a memory; None = an answer.
+      pooling: prefill the prompt and deliver its embedding, without an answer and without a memory; None = an answer.
       choice: only choice 0 of a session's request goes on as that session; the others see it and leave no trace.
       owner: whose share of the engine this request uses (fairness, prefix reuse never crosses owners).
       reuse: take what another prompt of this owner that begins the same has left, and leave what this one reads.
