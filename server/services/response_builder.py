@@ -47,8 +47,8 @@ class Outcome:
     text: list[str] = field(default_factory=list)
     tokens: list[TokenInfo] = field(default_factory=list)
     prompt: tuple[TokenInfo, ...] = ()
-    embedding: np.ndarray | None = None
     finished: Finished | None = None
+    embedding: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

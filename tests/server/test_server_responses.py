@@ -400,7 +400,7 @@ def test_what_cannot_be_kept_is_not_answered_as_if_it_were(live: Live) -> None:
 def test_a_client_that_leaves_keeps_nothing_and_frees_its_place(live: Live, client: openai.OpenAI) -> None:
     root = client.responses.create(model="any", input="root")
     live.engine.delay = 0.02
-    with client.responses.create(model="any", input="x" * 300, previous_response_id=root.id, stream=True) as stream:
+    with client.responses.create(model="any", input="x" * 2000, previous_response_id=root.id, stream=True) as stream:
         next(iter(stream))
     wait_for(lambda: live.engine.running == 0)
     live.engine.delay = 0.0
@@ -414,10 +414,11 @@ def test_a_branch_that_is_given_up_leaves_no_session(live: Live, client: openai.
     child = client.responses.create(model="any", input="child", previous_response_id=root.id)
     live.engine.delay = 0.02
     for _ in range(2):
-        with client.responses.create(model="any", input="x" * 300, previous_response_id=root.id, stream=True) as stream:
+        with client.responses.create(
+            model="any", input="x" * 2000, previous_response_id=root.id, stream=True
+        ) as stream:
             next(iter(stream))
     assert len(live.engine.sessions.forks) == 2
-    live.engine.delay = 0.0
     wait_for(lambda: {name for _, name in live.engine.sessions.live} == {root.id})
     assert client.responses.retrieve(child.id) == child
 
