@@ -21,7 +21,10 @@ from server.config.settings import ServerSection, Settings
 from server.controllers.atlas import AtlasController, MemoryController
 from server.controllers.health import HealthController
 from server.controllers.llamacpp import LlamaCppController
+from server.controllers.messages import MessagesController
+from server.controllers.ollama import OllamaController
 from server.controllers.openai import OpenAIController
+from server.controllers.responses import ResponsesController
 from server.controllers.root import RootController
 from server.http import error_response, json_request
 from server.lifecycle import Lifecycle
@@ -34,15 +37,20 @@ from server.middleware.hosts import HostCheck
 from server.middleware.rate_limits import FailureBudget, KeyLimits
 from server.openapi import openapi_config
 from server.prometheus import Metrics
+from server.services.embeddings import EmbeddingService
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.front_page import FrontPage
 from server.services.generation import NO_CONTEXT, Generator
 from server.services.inference import Inference
 from server.services.llamacpp import LlamaCppService
 from server.services.memory import MemoryService
+from server.services.messages import MessagesService
 from server.services.models import Models
 from server.services.monitoring import Monitoring
+from server.services.ollama import OllamaService
 from server.services.persistence import Persistence
+from server.services.response_store import ResponseStore
+from server.services.responses import ResponsesService
 from server.services.runtime_config import RuntimeConfig
 from server.services.stats import ServerStats
 from server.services.thread_pools import ThreadPools
@@ -51,6 +59,9 @@ from server.services.tokenization import Tokenization
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _CONTROLLERS = (
     OpenAIController,
+    ResponsesController,
+    MessagesController,
+    OllamaController,
     AtlasController,
     MemoryController,
     HealthController,
@@ -92,8 +103,14 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
     metrics = Metrics(
         engine=monitoring.engine_stats, server=lambda: _figures(admission, contexts, connections, stats, persistence)
     )
+    responses = ResponseStore(supervisor, pools)
     persistence = Persistence(
-        supervisor=supervisor, config=config, settings=settings, owners=keys.owners, metrics=metrics
+        supervisor=supervisor,
+        config=config,
+        settings=settings,
+        owners=keys.owners,
+        metrics=metrics,
+        responses=responses,
     )
     tokenization = Tokenization(supervisor, pools)
     models = Models(supervisor, server.model_alias, strict=server.strict_model)
@@ -123,17 +140,30 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
         front_page=front_page,
         stats=stats,
     )
+    inference = Inference(
+        generator=generator,
+        tokenization=tokenization,
+        models=models,
+        sampling=settings.sampling,
+        config=config,
+        memory_enabled=atlas.enabled,
+    )
+    embeddings = EmbeddingService(
+        generator=generator, tokenization=tokenization, models=models, config=config, pools=pools
+    )
     app = Litestar(
         route_handlers=_CONTROLLERS,
         dependencies=_dependencies(
-            inference=Inference(
-                generator=generator,
+            inference=inference,
+            responses=ResponsesService(
+                inference=inference,
+                supervisor=supervisor,
                 tokenization=tokenization,
-                models=models,
-                sampling=settings.sampling,
-                config=config,
-                memory_enabled=atlas.enabled,
+                store=responses,
+                pools=pools,
+                settings=settings,
             ),
+            embeddings=embeddings,
             models=models,
             memory=memory,
             monitoring=monitoring,
@@ -142,8 +172,16 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
             front_page=front_page,
             metrics=metrics,
             llamacpp=LlamaCppService(
-                supervisor=supervisor, tokenization=tokenization, models=models, sampling=settings.sampling
+                inference=inference,
+                supervisor=supervisor,
+                tokenization=tokenization,
+                models=models,
+                sampling=settings.sampling,
             ),
+            messages=MessagesService(
+                inference=inference, supervisor=supervisor, tokenization=tokenization, models=models
+            ),
+            ollama=OllamaService(inference=inference, embeddings=embeddings, supervisor=supervisor, models=models),
         ),
         exception_handlers={HTTPException: error_response, Exception: error_response},
         lifespan=[_lifespan],

@@ -10,9 +10,19 @@ from dataclasses import dataclass, field
 import msgspec
 
 from atlas_jax.engine import api
-from server.schemas.errors import AtlasError, AtlasErrorBody, OpenAIError, OpenAIErrorBody
+from server.schemas.errors import (
+    AnthropicError,
+    AnthropicErrorBody,
+    AtlasError,
+    AtlasErrorBody,
+    OllamaError,
+    OpenAIError,
+    OpenAIErrorBody,
+)
 
 ATLAS_PREFIX = "/v1/atlas"
+ANTHROPIC_PREFIX = "/v1/messages"
+OLLAMA_PREFIX = "/api"
 
 
 class ServerError(Exception):
@@ -73,6 +83,10 @@ class NotEnabled(ServerError):
     """A feature the operator has turned off; trying again does not help."""
 
 
+class NotSupported(ServerError):
+    """What the model that is served cannot do."""
+
+
 class ContextExceeded(BadRequest):
     """A prompt longer than the context; carries both lengths."""
 
@@ -105,6 +119,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (TooLarge, 413, "invalid_request_error", "request_too_large"),
     (RequestTimeout, 408, "timeout_error", "request_timeout"),
     (TooManyRequests, 429, "rate_limit_error", "rate_limit_exceeded"),
+    (NotSupported, 501, "not_supported_error", "not_supported"),
     (NotEnabled, 503, "unavailable_error", "not_enabled"),
     (Unavailable, 503, "unavailable_error", "unavailable"),
     (api.InvalidRequest, 400, "invalid_request_error", None),
@@ -174,9 +189,50 @@ def openai_error(found: Problem) -> OpenAIError:
     )
 
 
+_ANTHROPIC_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+}
+
+
+def anthropic_error(found: Problem) -> AnthropicError:
+    """The error object of Anthropic's API, whose message names the field."""
+    kind = _ANTHROPIC_TYPES.get(found.status, "api_error" if found.status > 500 else "invalid_request_error")
+    return AnthropicError(error=AnthropicErrorBody(type=kind, message=_with_field(found)))
+
+
+def ollama_error(found: Problem) -> OllamaError:
+    """The error object of Ollama's API, whose message names the field."""
+    return OllamaError(error=_with_field(found))
+
+
+def _with_field(found: Problem) -> str:
+    known = found.param is None or found.param in found.message
+    return found.message if known else f"{found.param}: {found.message}"
+
+
+def envelope_of(path: str) -> str:
+    """Whose error objects a path answers with: Atlas, Anthropic, Ollama or OpenAI."""
+    prefixes = {"Atlas": ATLAS_PREFIX, "Anthropic": ANTHROPIC_PREFIX, "Ollama": OLLAMA_PREFIX}
+    found = (name for name, prefix in prefixes.items() if path == prefix or path.startswith(prefix + "/"))
+    return next(found, "OpenAI")
+
+
 def body(found: Problem, path: str) -> bytes:
     """The JSON body of a problem in the envelope that belongs to the path."""
-    if path == ATLAS_PREFIX or path.startswith(ATLAS_PREFIX + "/"):
+    envelope = envelope_of(path)
+    if envelope == "Anthropic":
+        return msgspec.json.encode(anthropic_error(found))
+    if envelope == "Ollama":
+        return msgspec.json.encode(ollama_error(found))
+    if envelope == "Atlas":
         return msgspec.json.encode(
             AtlasError(
                 error=AtlasErrorBody(

@@ -17,7 +17,7 @@ from server.errors import Problem, body, headers, http_problem, problem
 from server.middleware.bodies import Bodies
 from server.middleware.not_found import advice
 from server.middleware.request_context import STATE_KEY, RequestContext
-from server.schemas.errors import AtlasError, OpenAIError
+from server.schemas.errors import AnthropicError, AtlasError, OllamaError, OpenAIError
 from server.services.generation import Generation
 
 HttpRequest = Request[Any, Any, Any]
@@ -35,6 +35,7 @@ _MEANINGS = {
     415: "The body is not JSON",
     429: "Over a limit; see Retry-After",
     500: "The engine has failed",
+    501: "The model that is served cannot do this",
     503: "Loading, draining, full, without a free memory context, or not enabled; see Retry-After",
     507: "The disk or the key's quota is full; nothing was changed",
 }
@@ -64,22 +65,35 @@ def json_response(value: msgspec.Struct | bytes, *, status: int = 200) -> Respon
     return Response(content, status_code=status, media_type="application/json")
 
 
-def event_stream(frames: AsyncIterator[bytes]) -> Response[Any]:
-    """A response of server-sent events that are encoded already."""
-    return Stream(frames, media_type="text/event-stream", headers=_NO_CACHE)
+def event_stream(frames: AsyncIterator[bytes], *, media_type: str = "text/event-stream") -> Response[Any]:
+    """A response of server-sent events, or of lines, that are encoded already."""
+    return Stream(frames, media_type=media_type, headers=_NO_CACHE)
 
 
 async def generate(
-    request: HttpRequest, data: Any, start: Callable[[Any, RequestContext], Awaitable[Generation]]
+    request: HttpRequest, data: Any, start: Callable[[Any, RequestContext], Awaitable[Generation | bytes]]
 ) -> Response[Any]:
     """Runs one generation; a stream is answered once its first event is there, or its first silence over."""
 
     async def begin() -> Response[Any]:
         generation = await start(data, context_of(request))
+        if isinstance(generation, bytes):  # there was nothing to generate
+            return json_response(generation)
         if not generation.stream:
             return json_response(await generation.whole())
         frames = generation.events()
-        return event_stream(_again(await anext(frames), frames))
+        return event_stream(_again(await anext(frames), frames), media_type=generation.media_type)
+
+    return await _unless_gone(request, begin())
+
+
+async def answer(
+    request: HttpRequest, data: Any, work: Callable[[Any, RequestContext], Awaitable[bytes]]
+) -> Response[Any]:
+    """The JSON that `work` makes of a body; it is cancelled if the client leaves first."""
+
+    async def begin() -> Response[Any]:
+        return json_response(await work(data, context_of(request)))
 
     return await _unless_gone(request, begin())
 
@@ -159,9 +173,19 @@ def openai_responses(answer: Any, *more: int, body: bool = False, public: bool =
     return _responses(answer, OpenAIError, (*more, *(_BODY if body else ()), *(() if public else _KEYED)))
 
 
-def generation_responses(answer: type[msgspec.Struct]) -> dict[int, ResponseSpec]:
+def generation_responses(answer: Any, *more: int) -> dict[int, ResponseSpec]:
     """The documented responses of an endpoint that generates text."""
-    return openai_responses(answer, 404, 500, 507, body=True)
+    return openai_responses(answer, 404, 500, 507, *more, body=True)
+
+
+def anthropic_responses(answer: Any, *more: int) -> dict[int, ResponseSpec]:
+    """The documented responses of an endpoint of Anthropic's API; the arguments are those of `openai_responses`."""
+    return _responses(answer, AnthropicError, (*more, *_BODY, *_KEYED))
+
+
+def ollama_responses(answer: Any, *more: int, body: bool = False) -> dict[int, ResponseSpec]:
+    """The documented responses of an endpoint of Ollama's API; the arguments are those of `openai_responses`."""
+    return _responses(answer, OllamaError, (*more, *(_BODY if body else ()), *_KEYED))
 
 
 def atlas_responses(answer: Any, *more: int, body: bool = False) -> dict[int, ResponseSpec]:

@@ -21,16 +21,46 @@ from litestar.openapi.config import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 
 from atlas_jax import __version__
-from server.errors import ATLAS_PREFIX
-from server.schemas import atlas, chat, completions, errors, llamacpp, models, root, runtime_config
+from server.errors import envelope_of
+from server.schemas import (
+    atlas,
+    chat,
+    completions,
+    embeddings,
+    errors,
+    llamacpp,
+    messages,
+    models,
+    ollama,
+    responses,
+    root,
+    runtime_config,
+)
 
-_MODULES = (atlas, chat, completions, errors, llamacpp, models, root, runtime_config)
-_STREAMS = {
-    "/v1/completions": "Completion",
-    "/completions": "Completion",
-    "/v1/chat/completions": "ChatChunk",
-    "/chat/completions": "ChatChunk",
+_MODULES = (
+    *(atlas, chat, completions, embeddings, errors, llamacpp, messages, models, ollama, responses, root),
+    runtime_config,
+)
+_SSE = "text/event-stream"
+_NDJSON = "application/x-ndjson"
+_MESSAGE_EVENTS = (
+    *("MessageStart", "ContentBlockStart", "ContentBlockDelta", "ContentBlockStop", "MessageDelta", "MessageStop"),
+    "AnthropicError",
+)
+_RESPONSE_EVENTS = ("ResponseEvent", "OutputItemEvent", "ContentPartEvent", "TextDeltaEvent", "TextDoneEvent")
+# Path to what a stream is made of.
+_STREAMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    **dict.fromkeys(("/v1/completions", "/completions"), (_SSE, ("Completion",))),
+    **dict.fromkeys(("/v1/chat/completions", "/chat/completions"), (_SSE, ("ChatChunk",))),
+    **dict.fromkeys(("/v1/responses", "/responses"), (_SSE, _RESPONSE_EVENTS)),
+    "/v1/messages": (_SSE, _MESSAGE_EVENTS),
+    "/completion": (_SSE, ("LlamaCompletion",)),
+    "/infill": (_SSE, ("LlamaCompletion",)),
+    "/api/chat": (_NDJSON, ("OllamaChat",)),
+    "/api/generate": (_NDJSON, ("OllamaGenerated",)),
 }
+# Paths whose sessions are named by what came before, and not by a header.
+_OWN_SESSIONS = ("/v1/responses", "/responses")
 _METRICS_STREAM = "/v1/atlas/metrics/stream"
 _BODY_MAY_BE_EMPTY = ("/v1/atlas/memory/save", "/v1/atlas/memory/list")
 _RETRIED = ("429", "503", "507")
@@ -76,16 +106,18 @@ def corrected(document: dict[str, Any]) -> dict[str, Any]:
     for path, item in paths.items():
         for operation in item.values():
             _correct(path, operation, refusals)
-    for path, chunk in _STREAMS.items():
+    for path, (media, chunks) in _STREAMS.items():
         operation = paths[path]["post"]
-        operation["parameters"] = [_SESSION_HEADER]
+        if path not in _OWN_SESSIONS:
+            operation["parameters"] = [_SESSION_HEADER]
         answer = operation["responses"]["200"]
-        answer["content"]["text/event-stream"] = {"schema": {"$ref": f"#/components/schemas/{chunk}"}}
+        references = [{"$ref": f"#/components/schemas/{chunk}"} for chunk in chunks]
+        answer["content"][media] = {"schema": references[0] if len(references) == 1 else {"oneOf": references}}
         answer["headers"] = {
             "X-Session-ID": {"description": "The session the request went on with", "schema": {"type": "string"}}
         }
     stream = paths[_METRICS_STREAM]["get"]["responses"]["200"]
-    stream["content"] = {"text/event-stream": {"schema": {"$ref": "#/components/schemas/MetricsEvent"}}}
+    stream["content"] = {_SSE: {"schema": {"$ref": "#/components/schemas/MetricsEvent"}}}
     corrected_document: dict[str, Any] = _clean(
         {
             "openapi": document["openapi"],
@@ -111,7 +143,7 @@ def _correct(path: str, operation: dict[str, Any], refusals: dict[str, Any]) -> 
     responses = operation["responses"]
     if "401" not in responses:
         operation["security"] = []
-    envelope = "Atlas" if path.startswith(ATLAS_PREFIX) else "OpenAI"
+    envelope = envelope_of(path)
     for status in [status for status in responses if int(status) >= 400]:
         if status in _RETRIED:
             responses[status]["headers"] = {"Retry-After": _RETRY_AFTER}

@@ -38,11 +38,13 @@ def check_request(request: GenerationRequest, *, vocab: int, longest: int) -> In
     for name, wanted in (("logprobs", sampling.logprobs), ("prompt_logprobs", request.prompt_logprobs)):
         if wanted is not None and not 0 <= wanted <= TOP_LOGPROBS:
             raise InvalidRequest(f"{name} must be between 0 and {TOP_LOGPROBS}", param=name)
+    if request.pooling is not None and (request.memory is not None or request.max_tokens != 0):
+        raise InvalidRequest("an embedding has neither an answer nor a memory", param="pooling")
     left = longest - len(prompt)
     if request.memory is None and (left < 0 or (left == 0 and request.max_tokens != 0)):
+        more = "" if request.pooling is not None else "; a session with memory has no such limit"
         raise InvalidRequest(
-            f"The prompt has {len(prompt)} tokens, but this model's context is {longest}; "
-            "a session with memory has no such limit",
+            f"The prompt has {len(prompt)} tokens, but this model's context is {longest}{more}",
             param="prompt",
             code="context_length_exceeded",
         )

@@ -12,7 +12,7 @@ import typing
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -107,6 +107,14 @@ MeshModel = Annotated[
     Meta(ge=1, le=4096, description="Tensor-parallel size: devices each layer's heads and columns are divided over"),
 ]
 
+PoolingName = Annotated[
+    Literal["mean", "last"],
+    Meta(
+        description="Embeddings: the mean of the last layer's states over the text, or the last token's; null is what the "
+        "model's file says, else the mean"
+    ),
+]
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -158,6 +166,7 @@ class EngineConfig:
     weight_dtype: WeightDtypeName = "int8"
     kv_dtype: KVDtypeName = "int8"
     speculate: Speculate = True
+    pooling: PoolingName | None = None
     native_kernels: NativeKernels = True
     mesh_data: MeshData = 1
     mesh_model: MeshModel = 1

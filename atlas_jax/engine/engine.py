@@ -41,6 +41,7 @@ from atlas_jax.engine.scheduler.request_state import RequestState, new_request_s
 from atlas_jax.engine.scheduler.scheduler import Scheduler
 from atlas_jax.engine.scheduler.structured_output import Grammar, Grammars
 from atlas_jax.engine.sessions.budgets import Budgets
+from atlas_jax.engine.sessions.documents import Documents
 from atlas_jax.engine.sessions.storage import open_storage
 from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.table import SessionTable
@@ -81,6 +82,7 @@ class Engine:
                 sync_seconds=config.journal_sync,
             )
         )
+        self._documents = Documents() if self._table is None else self._table.documents
         self._scheduler = Scheduler(
             runner,
             opened.tokenizer,
@@ -211,6 +213,11 @@ class Engine:
         if self._table is None:
             raise self._no_memory()
         return self._table
+
+    @property
+    def documents(self) -> Documents:
+        """What a server keeps for owners; see `api.EngineProtocol.documents`."""
+        return self._documents
 
     def _no_memory(self) -> MemoryUnavailable:
         return MemoryUnavailable(self.model.memory_unavailable or "ATLAS not enabled")

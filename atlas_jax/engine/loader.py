@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig
 from atlas_jax.engine.adapter_finder import NOT_FITTED, AdapterFinder, Fitted
-from atlas_jax.engine.api import ModelInfo, StateBytes
+from atlas_jax.engine.api import ModelInfo, Pooling, StateBytes
 from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.memory_budget import SessionBytes, default_budget, session_bytes
 from atlas_jax.engine.memory_options import MemoryOptions
@@ -34,6 +34,7 @@ from atlas_jax.gguf import (
     ModelFile,
     TemplateError,
     Tokenizer,
+    infill_tokens,
     recommended_sampling,
 )
 from atlas_jax.kernels import kernel_choice
@@ -49,6 +50,8 @@ log = logging.getLogger("atlas.engine")
 
 _LARGEST_STATE = 1 << 30
 """Bytes of one row of a trained model: what its configuration asks for is a stranger's word."""
+_POOLING: dict[object, Pooling] = {0: "mean", 1: "mean", 3: "last"}
+"""By llama.cpp's number; 0 says that the file leaves it to the user."""
 _LONGEST = (1 << 30) - 1
 """Positions that rotations are exact for."""
 
@@ -133,6 +136,8 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
         kept_pairs_capacity=0 if memory is None else memory.max_kept,
         memory_dim=None if memory is None else memory.components,
         adapter=None if fitted is None else fitted.source,
+        pooling=_pooling(file, config),
+        infill=_infill(file, tokenizer),
         memory_unavailable=NOT_FITTED if config.memory_enabled and fitted is None else None,
     )
     layout = (
@@ -160,6 +165,29 @@ def _budget(config: EngineConfig, sizes: SessionBytes) -> int:
             f"{least} bytes; 0 keeps no pairs beside them"
         )
     return config.memory_budget
+
+
+def _pooling(file: ModelFile, config: EngineConfig) -> Pooling | None:
+    """How embeddings are made: as the operator says, else as the file does, else of the mean."""
+    if config.pooling is not None:
+        return config.pooling
+    kind = file.metadata.get(f"{file.metadata.get('general.architecture')}.pooling_type")
+    if kind is None or kind in _POOLING:
+        return _POOLING[kind or 0]
+    log.warning(
+        "The model's file asks for pooling of type %s, which there is not: no embeddings without --pooling", kind
+    )
+    return None
+
+
+def _infill(file: ModelFile, tokenizer: Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None:
+    """What `ModelInfo.infill` says; a text begins as all of the model's do."""
+    found = infill_tokens(file.metadata, tokenizer.control_tokens, tokenizer.vocab_size)
+    if found is None:
+        return None
+    prefix, suffix, middle = found
+    begin = (tokenizer.bos_id,) if tokenizer.add_bos and tokenizer.bos_id is not None else ()
+    return (*begin, prefix), (suffix,), (middle,)
 
 
 def _turn_tokens(file: ModelFile, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -218,6 +246,7 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
         embedding_size=model.embed,
         memory_layers=tuple(index for index, kind in enumerate(model.pattern) if kind in MEMORY_KINDS),
         adapter=None,
+        pooling=config.pooling or "mean",
     )
     layout = TrainedLayout.of(model, runner.row_shapes(1), file.fingerprint()) if config.memory_enabled else None
     longest = _LONGEST if streaming.bounded(model) else context

@@ -5,6 +5,7 @@ from __future__ import annotations
 from atlas_jax.gguf._budget import TemplateError
 from atlas_jax.gguf._chat import FALLBACK_TEMPLATE, ChatTemplate
 from atlas_jax.gguf._header import GGUFError, TensorInfo
+from atlas_jax.gguf._infill import infill_tokens
 from atlas_jax.gguf._metadata import get, require
 from atlas_jax.gguf._model_file import ModelFile
 from atlas_jax.gguf._reader import GGUFFile
@@ -25,6 +26,7 @@ __all__ = [
     "Tokenizer",
     "byte_vocabulary",
     "get",
+    "infill_tokens",
     "recommended_sampling",
     "require",
     "write_gguf",

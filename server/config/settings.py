@@ -38,6 +38,7 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     native_kernels: engine.NativeKernels = EngineConfig.native_kernels
     prefix_cache_size: engine.PrefixCacheSize = EngineConfig.prefix_cache_size
     speculate: engine.Speculate = EngineConfig.speculate
+    pooling: engine.PoolingName | None = EngineConfig.pooling
     mesh_data: engine.MeshData = EngineConfig.mesh_data
     mesh_model: engine.MeshModel = EngineConfig.mesh_model
     weight_dtype: engine.WeightDtypeName = EngineConfig.weight_dtype
@@ -189,7 +190,12 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
         ),
     ] = None
     session_ttl: Annotated[
-        float, Meta(ge=0, le=1e9, description="Seconds after which an unused session is deleted; 0 keeps all")
+        float,
+        Meta(
+            ge=0,
+            le=1e9,
+            description="Seconds after which an unused session or chain of responses is deleted; 0 keeps all",
+        ),
     ] = 0.0
     journal_sync: engine.JournalSync = EngineConfig.journal_sync
     default_config: AtlasDefaults = field(default_factory=AtlasDefaults)

@@ -9,16 +9,49 @@ from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, SkipValidation
 
-from server.http import HttpRequest, context_of, json_response, openai_responses
+from server.http import HttpRequest, answer, context_of, generate, generation_responses, json_response, openai_responses
 from server.schemas import llamacpp as schema
+from server.schemas.embeddings import LlamaEmbedding, LlamaEmbeddingsRequest
+from server.services.embeddings import EmbeddingService
 from server.services.llamacpp import LlamaCppService
 from server.validation import parse
 
 
 class LlamaCppController(Controller):
-    """Tokenizer and introspection."""
+    """Completions, tokenizer and introspection."""
 
     tags = ("llama.cpp",)
+
+    @post("/completion", status_code=200, responses=generation_responses(schema.LlamaCompletion))
+    async def completion(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[schema.LlamaCompletionRequest]],
+        llamacpp: NamedDependency[LlamaCppService],
+    ) -> Response[Any]:
+        """Continues text."""
+        return await generate(request, data, llamacpp.completion)
+
+    @post("/infill", status_code=200, responses=generation_responses(schema.LlamaCompletion, 501))
+    async def infill(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[schema.InfillRequest]],
+        llamacpp: NamedDependency[LlamaCppService],
+    ) -> Response[Any]:
+        """Fills a gap in a text, with a model that was taught to."""
+        return await generate(request, data, llamacpp.infill)
+
+    @post(
+        ["/v1/rerank", "/v1/reranking", "/rerank", "/reranking"],
+        status_code=200,
+        responses=openai_responses(schema.RerankRequest, 501, body=True),
+    )
+    async def rerank(
+        self, data: SkipValidation[JSONBody[schema.RerankRequest]], llamacpp: NamedDependency[LlamaCppService]
+    ) -> Response[Any]:
+        """Refused: no model that is served ranks texts."""
+        llamacpp.rerank(data)
 
     @post("/tokenize", status_code=200, responses=openai_responses(schema.TokenizeResponse, body=True))
     async def tokenize(
@@ -40,6 +73,16 @@ class LlamaCppController(Controller):
     ) -> Response[Any]:
         """Writes a conversation out as the model reads it."""
         return json_response(await llamacpp.apply_template(parse(schema.ApplyTemplateRequest, data)))
+
+    @post(["/embedding", "/embeddings"], status_code=200, responses=generation_responses(list[LlamaEmbedding], 501))
+    async def embeddings(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[LlamaEmbeddingsRequest]],
+        embeddings: NamedDependency[EmbeddingService],
+    ) -> Response[Any]:
+        """Embeds texts."""
+        return await answer(request, data, embeddings.llamacpp)
 
     @get("/props", responses=openai_responses(schema.Props))
     async def props(self, llamacpp: NamedDependency[LlamaCppService]) -> Response[Any]:

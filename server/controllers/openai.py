@@ -8,10 +8,12 @@ from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import FromPath, JSONBody, SkipValidation
 
-from server.http import HttpRequest, generate, generation_responses, json_response, openai_responses
+from server.http import HttpRequest, answer, generate, generation_responses, json_response, openai_responses
 from server.schemas.chat import ChatCompletion, ChatRequest
 from server.schemas.completions import Completion, CompletionRequest
+from server.schemas.embeddings import Embeddings, EmbeddingsRequest
 from server.schemas.models import Model, ModelList
+from server.services.embeddings import EmbeddingService
 from server.services.inference import Inference
 from server.services.models import Models
 
@@ -48,6 +50,16 @@ class OpenAIController(Controller):
     ) -> Response[Any]:
         """Continues a conversation."""
         return await generate(request, data, inference.chat)
+
+    @post("/v1/embeddings", status_code=200, responses=generation_responses(Embeddings, 501))
+    async def embeddings(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[EmbeddingsRequest]],
+        embeddings: NamedDependency[EmbeddingService],
+    ) -> Response[Any]:
+        """Embeds texts."""
+        return await answer(request, data, embeddings.openai)
 
     @get(["/v1/models", "/models"], responses=openai_responses(ModelList))
     async def list_models(self, models: NamedDependency[Models]) -> Response[Any]:

@@ -6,16 +6,23 @@ import difflib
 import re
 from collections.abc import Iterable
 
-_GENERATION = "text is generated at POST /v1/chat/completions and POST /v1/completions"
-_TEXT_ONLY = f"this server has no images, audio or embeddings; {_GENERATION}"
-_SESSIONS = "named sessions keep a conversation ('atlas.session_id' or the header X-Session-ID)"
+_GENERATION = "text is generated at POST /v1/chat/completions, POST /v1/responses and POST /v1/completions"
+_TEXT_ONLY = f"this server has no images, audio or moderation; {_GENERATION}"
+_KEPT = (
+    "POST /v1/responses keeps conversations ('previous_response_id' or 'conversation'), and so do named sessions "
+    "('atlas.session_id' or the header X-Session-ID)"
+)
 # Families of other APIs that clients try, the longer ones first: the path's beginning, and what serves instead.
 _FAMILIES = (
-    (r"/v1/(embeddings|images|audio|moderations|rerank)|/embeddings?|/rerank(ing)?|/infill|/api/embed", _TEXT_ONLY),
-    (r"/(v1/)?responses|/v1/(threads|assistants|conversations)", f"{_GENERATION}, and {_SESSIONS}"),
-    (r"/v1/(messages|complete)|/completion|/generate(_stream)?|/api/(chat|generate)|/v1beta", _GENERATION),
-    (r"/api/(tags|show|ps|version)", "the model is listed at GET /v1/models and described at GET /props"),
-    (r"/v1/(files|batches|fine_tuning|uploads|vector_stores)", f"nothing can be uploaded; {_GENERATION}"),
+    (r"/v1/(images|audio|moderations|realtime)", _TEXT_ONLY),
+    (r"/(v1/)?responses/.*|/v1/(threads|assistants|conversations)", _KEPT),
+    (
+        r"/v1/messages/batches|/v1/(files|batches|fine_tuning|uploads|vector_stores)",
+        f"nothing can be uploaded; {_GENERATION}",
+    ),
+    (r"/v1/complete|/generate(_stream)?|/v1beta", _GENERATION),
+    (r"/api/embeddings", "texts are embedded at POST /api/embed and POST /v1/embeddings"),
+    (r"/api/(create|pull|push|copy|delete|blobs)", "one model is served, and GET /api/tags lists it"),
     (r"/docs|/redoc|/openapi\.json|/swagger", "the API is described at GET /schema/openapi.json"),
 )
 _RULES = tuple((re.compile(rf"(?:{pattern})(?:/.*)?"), text) for pattern, text in _FAMILIES)

@@ -1,6 +1,8 @@
-"""The two error bodies."""
+"""The error bodies."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 from msgspec import UNSET, Struct, UnsetType
 
@@ -17,7 +19,7 @@ class OpenAIErrorBody(Struct, kw_only=True, frozen=True):
 
 
 class OpenAIError(Struct, kw_only=True, frozen=True):
-    """Every error outside `/v1/atlas/*`."""
+    """Every error outside `/v1/atlas/*`, `/v1/messages` and `/api/*`."""
 
     error: OpenAIErrorBody
 
@@ -36,3 +38,23 @@ class AtlasError(Struct, kw_only=True, frozen=True):
     """Every error of `/v1/atlas/*`."""
 
     error: AtlasErrorBody
+
+
+class AnthropicErrorBody(Struct, kw_only=True, frozen=True):
+    """What went wrong; the message names the field."""
+
+    type: str
+    message: str
+
+
+class AnthropicError(Struct, kw_only=True, frozen=True):
+    """Every error of `/v1/messages`, and the last event of a stream that has failed."""
+
+    error: AnthropicErrorBody
+    type: Literal["error"] = "error"
+
+
+class OllamaError(Struct, kw_only=True, frozen=True):
+    """Every error of `/api/*`, and the last line of a stream that has failed."""
+
+    error: str

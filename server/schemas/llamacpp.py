@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from msgspec import Meta, Struct
+from msgspec import UNSET, Meta, Struct, UnsetType
 
+from server.schemas.atlas import AtlasStats
 from server.schemas.chat import Messages, Tool
+from server.schemas.sampling import SamplingFields
+from server.schemas.usage import Timings
 
 
 class Health(Struct, kw_only=True, frozen=True):
@@ -61,6 +64,50 @@ class ApplyTemplateResponse(Struct, kw_only=True, frozen=True):
     """The text the model would read."""
 
     prompt: str
+
+
+class LlamaCompletionRequest(SamplingFields, kw_only=True, frozen=True):
+    """A text to continue: a string or token ids; without a limit as long as the model goes on."""
+
+    # One array member only: msgspec cannot tell list[str] from list[int] before it has looked inside.
+    prompt: str | Annotated[list[int | str | list[int]], Meta(max_length=1 << 21)] | None = None
+
+
+class InfillRequest(SamplingFields, kw_only=True, frozen=True):
+    """A gap to fill: what comes before it, what follows, and what the answer begins with."""
+
+    input_prefix: str = ""
+    input_suffix: str = ""
+    prompt: str | None = None
+
+
+class LlamaCompletion(Struct, kw_only=True, frozen=True):
+    """A continuation or, in a stream, the next piece of one; the last has the rest of the fields."""
+
+    content: str
+    stop: bool
+    index: int = 0
+    id_slot: int = -1
+    tokens: list[int] = []
+    model: str | UnsetType = UNSET
+    tokens_predicted: int | UnsetType = UNSET
+    tokens_evaluated: int | UnsetType = UNSET
+    tokens_cached: int | UnsetType = UNSET
+    truncated: bool | UnsetType = UNSET
+    stop_type: Literal["eos", "limit", "word"] | UnsetType = UNSET
+    stopping_word: str | UnsetType = UNSET
+    has_new_line: bool | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
+    atlas_stats: AtlasStats | UnsetType = UNSET
+
+
+class RerankRequest(Struct, kw_only=True, frozen=True):
+    """Texts to put in the order of a question."""
+
+    query: str
+    documents: Annotated[list[str], Meta(min_length=1, max_length=2048)]
+    model: Annotated[str, Meta(max_length=512)] | None = None
+    top_n: Annotated[int, Meta(ge=1)] | None = None
 
 
 class Slot(Struct, kw_only=True, frozen=True):

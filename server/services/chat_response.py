@@ -186,20 +186,23 @@ class ChatResponseBuilder:
     def _token_logprobs(self, tokens: Sequence[TokenInfo]) -> ChatLogprobs | None:
         if not self._logprobs:
             return None
-        return ChatLogprobs(
-            content=[
-                TokenLogprob(
-                    token=_text(token.data),
-                    logprob=finite(token.logprob or 0.0),
-                    bytes=list(token.data),
-                    top_logprobs=[
-                        TopLogprob(token=_text(data), logprob=finite(logprob), bytes=list(data))
-                        for _, data, logprob in token.top
-                    ],
-                )
-                for token in tokens
-            ]
+        return ChatLogprobs(content=token_logprobs(tokens))
+
+
+def token_logprobs(tokens: Sequence[TokenInfo]) -> list[TokenLogprob]:
+    """The log-probabilities of an answer's tokens."""
+    return [
+        TokenLogprob(
+            token=_text(token.data),
+            logprob=finite(token.logprob or 0.0),
+            bytes=list(token.data),
+            top_logprobs=[
+                TopLogprob(token=_text(data), logprob=finite(logprob), bytes=list(data))
+                for _, data, logprob in token.top
+            ],
         )
+        for token in tokens
+    ]
 
 
 def _text(data: bytes) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
@@ -14,18 +14,20 @@ from msgspec import UNSET
 from atlas_jax.engine.api import (
     ChatFrame,
     Delta,
+    Embedded,
     EngineError,
     Event,
     Finished,
     GenerationRequest,
     InvalidRequest,
     MemoryParams,
+    Pooling,
     Prompt,
     SamplingParams,
     SnapshotInvalid,
 )
 from server.admission import Admission, Admitted
-from server.errors import ContextExceeded, ServerError, Unavailable, openai_error, problem
+from server.errors import BadRequest, ContextExceeded, ServerError, Unavailable, problem
 from server.middleware.rate_limits import KeyLimits
 from server.middleware.request_context import PARTY, RequestContext
 from server.prometheus import Metrics
@@ -46,16 +48,12 @@ from server.services.runtime_config import RuntimeConfig
 from server.services.sampling import MAX_SEED
 from server.services.stats import Outcome as RequestOutcome
 from server.services.stats import ServerStats
+from server.services.wire import OPENAI, Wire
 
 log = logging.getLogger("atlas.server")
-PING = b": ping\n\n"
-DONE = b"data: [DONE]\n\n"
 NO_CONTEXT = "No available ATLAS contexts"
 _UNKNOWN_LENGTH = 512
 _encode = msgspec.json.Encoder().encode
-# Ends of lines to clients that split streams by Unicode's rules (Python's `str.splitlines`); in JSON they stand in strings
-# alone, where they may be escaped. Those in ASCII are always.
-_LINE_ENDS = "\x85\u2028\u2029"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,6 +67,10 @@ class GenerationPlan:
       grammar: what every answer must match, or None.
       shown: names of control tokens that are part of the answers' text.
       chat: what is known of the prompts if they are chats of a session, else None.
+      pooling: how the prompts are embedded, or None where they are answered.
+      wire: how a stream is written.
+      field: what the client calls its prompts.
+      commit: done when the answer is complete, before the client is told so.
     """
 
     prompts: Sequence[Sequence[int]]
@@ -86,6 +88,10 @@ class GenerationPlan:
     builder: ResponseBuilder
     shown: frozenset[str] = frozenset()
     chat: ChatFrame | None = None
+    pooling: Pooling | None = None
+    wire: Wire = OPENAI
+    field: str = "prompt"
+    commit: Callable[[], Awaitable[None]] | None = None
 
     def requests(self, owner: str, longest: int) -> list[GenerationRequest]:
         """One engine request a sequence of at most `longest` tokens, choice by choice within prompt by prompt.
@@ -112,6 +118,7 @@ class GenerationPlan:
                         choice=len(out),
                         owner=owner,
                         chat=self.chat,
+                        pooling=self.pooling,
                         memory=self.memory.params,
                     )
                 )
@@ -231,6 +238,17 @@ class Generation:
 
     async def whole(self) -> bytes:
         """The whole response as JSON."""
+        outcomes = await self.outcomes()
+        try:
+            answer = self._plan.builder.whole(outcomes, self._usage(), self._ending())
+            await self._commit()
+        except Exception as error:
+            self._fail(error)
+        self._outcome = "completed"
+        return _encode(answer)
+
+    async def outcomes(self) -> list[Outcome]:
+        """What every sequence has come to."""
         outcomes = [Outcome() for _ in range(self._count)]
         try:
             while not self._group.done:
@@ -242,12 +260,26 @@ class Generation:
                         outcome.tokens.extend(event.tokens)
                     elif isinstance(event, Prompt):
                         outcome.prompt = event.tokens
+                    elif isinstance(event, Embedded):
+                        outcome.embedding = event.vector
                     elif isinstance(event, Finished):
                         outcome.finished = event
         except Exception as error:
             self._fail(error)
+        return outcomes
+
+    def complete(self) -> None:
+        """Counts the request as completed; for whoever writes its `outcomes` himself."""
         self._outcome = "completed"
-        return _encode(self._plan.builder.whole(outcomes, self._usage(), self._ending()))
+
+    async def _commit(self) -> None:
+        if self._plan.commit is not None:
+            await self._plan.commit()
+
+    @property
+    def media_type(self) -> str:
+        """Of a stream."""
+        return self._plan.wire.media_type
 
     @property
     def stream(self) -> bool:
@@ -255,12 +287,19 @@ class Generation:
         return self._plan.stream
 
     async def events(self) -> AsyncIterator[bytes]:
-        """Server-sent events; an error before the first one is raised, a later one is an event."""
-        sent = False
+        """The frames of a stream; an error before the first one is raised, a later one is a frame."""
+        wire, sent, opened = self._plan.wire, False, False
         try:
             while not self._group.done:
                 events = await self._group.next(self._in.ping_interval)
-                chunk = b"".join(self._frames(events)) if events else PING
+                if events:
+                    opening = () if opened else wire.opening()
+                    opened = True
+                    chunk = b"".join([*map(wire.frame, opening), *self._frames(events)])
+                else:
+                    chunk = wire.ping
+                if self._group.done:
+                    await self._commit()
                 if chunk:
                     yield chunk
                     sent = True
@@ -270,10 +309,12 @@ class Generation:
             seen = self._failed(error)
             if not isinstance(seen, ServerError | EngineError):
                 log.error("Request %s failed in its stream", self._context.request_id, exc_info=error)
-            yield _frame(openai_error(problem(seen)))
+            yield wire.frame(wire.error(problem(seen)))
             return
         self._outcome = "completed"
-        yield (_frame(self._plan.builder.usage(self._usage())) if self._plan.include_usage else b"") + DONE
+        last = wire.frame(self._plan.builder.usage(self._usage())) if self._plan.include_usage else b""
+        if last or wire.done:
+            yield last + wire.done
 
     def close(self) -> None:
         """Cancels what still runs, gives back what was taken, and counts the request; called once, at the very end."""
@@ -313,14 +354,19 @@ class Generation:
                 # Several sequences may end in one batch; the ending belongs to the last chunk of all.
                 last = self._group.done and event is next(reversed(self._group.finished.values()))
                 chunks += builder.end(index, finish_reason(event), self._ending() if last else None)
-        return [_frame(chunk) for chunk in chunks]
+        return [self._plan.wire.frame(chunk) for chunk in chunks]
 
     def _usage(self) -> Usage:
         return usage_of(self._group.finished, self._plan.choices)
 
     def _ending(self) -> Ending:
         ended = self._group.finished
-        return Ending(timings=timings_of(ended.values()), atlas_stats=atlas_stats_of(ended, self._plan.choices))
+        return Ending(
+            timings=timings_of(ended.values()),
+            atlas_stats=atlas_stats_of(ended, self._plan.choices),
+            usage=self._usage(),
+            stop=next((done.stop for done in ended.values() if done.stop is not None), None),
+        )
 
     def _failed(self, error: Exception) -> Exception:
         """Notes the failure and returns the error a client should see."""
@@ -330,11 +376,17 @@ class Generation:
         if isinstance(error, InvalidRequest) and error.code == "context_length_exceeded":
             return ContextExceeded(
                 str(error),
-                param=error.param,
+                param=self._named(error.param),
                 prompt_tokens=max(len(prompt) for prompt in self._plan.prompts),
                 context=self._in.supervisor.engine.model.context_length,
             )
+        if isinstance(error, InvalidRequest) and error.param != self._named(error.param):
+            return BadRequest(str(error), param=self._named(error.param), code=error.code)
         return error
+
+    def _named(self, param: str | None) -> str | None:
+        """A field of the engine's request as the client knows it."""
+        return self._plan.field if param == "prompt" else param
 
     def _fail(self, error: Exception) -> NoReturn:
         """Raises the error a client should see."""
@@ -368,11 +420,3 @@ class Generation:
             metrics.latency.observe(time.perf_counter() - self._context.arrived)
             queued = max((done.queue_seconds for done in self._group.finished.values()), default=0.0)
             metrics.queue.observe(self._waited + queued)
-
-
-def _frame(chunk: msgspec.Struct) -> bytes:
-    encoded = _encode(chunk)
-    if not encoded.isascii():
-        for char in _LINE_ENDS:
-            encoded = encoded.replace(char.encode(), f"\\u{ord(char):04x}".encode())
-    return b"data: " + encoded + b"\n\n"

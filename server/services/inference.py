@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
+
+import msgspec
 
 from atlas_jax.engine.api import CallGrammar, InvalidRequest, Overloaded, SamplingParams
 from server.config.settings import SamplingSection
@@ -17,12 +20,13 @@ from server.services.completion_response import CompletionResponseBuilder
 from server.services.generation import Generation, GenerationPlan, Generator
 from server.services.memory_options import MemoryPlan, plan_memory
 from server.services.models import Models
-from server.services.response_builder import Identification
+from server.services.response_builder import Identification, ResponseBuilder
 from server.services.response_format import answer_schema, compiled
 from server.services.runtime_config import RuntimeConfig
 from server.services.sampling import choices, default_sampling, sampling_params, stop_strings, token_limit
 from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
+from server.services.wire import OPENAI, Wire
 from server.tool_calls.answer import AnswerReader
 from server.tool_calls.choice import Tools, chosen_tools
 from server.tool_calls.reader import CallReader
@@ -30,6 +34,32 @@ from server.tool_calls.reasoning import ReasoningReader
 from server.validation import invalid, parse
 
 _COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Asked:
+    """What is known of a request once it has been checked and tokenised.
+
+    Attributes:
+      model: the name the answer carries.
+      reader, legacy: as for `ChatResponseBuilder`.
+    """
+
+    model: str
+    fingerprint: str
+    prompt_tokens: int
+    reader: Callable[[], AnswerReader] = AnswerReader
+    legacy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answering:
+    """How an API writes its answer; the last two are those of `GenerationPlan`."""
+
+    builder: ResponseBuilder
+    wire: Wire = OPENAI
+    commit: Callable[[], Awaitable[None]] | None = None
+    field: str = "prompt"
 
 
 class Inference:
@@ -54,6 +84,12 @@ class Inference:
         """Starts a completion."""
         body = parse(CompletionRequest, raw)
         refuse_unsupported(_mapping(raw), CompletionRequest)
+        return await self.complete(body, context)
+
+    async def complete(
+        self, body: CompletionRequest, context: RequestContext, answering: Callable[[Asked], Answering] | None = None
+    ) -> Generation:
+        """Starts the continuation of a text; `answering` as for `converse`, None is OpenAI's."""
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of", "must be equal to n", code="unsupported_parameter")
         model = self._admitted(body)
@@ -61,6 +97,19 @@ class Inference:
         prompts, echoes = await self._tokenization.prompts(body.prompt, echo=bool(body.echo))
         count = choices(body, prompts=len(prompts))
         usage = _wants_usage(body)
+        fingerprint = self._supervisor.engine.model.fingerprint
+        if answering is not None:
+            how = answering(Asked(model=model, fingerprint=fingerprint, prompt_tokens=sum(map(len, prompts))))
+        else:
+            how = Answering(
+                builder=CompletionResponseBuilder(
+                    Identification.new("cmpl", model=model, fingerprint=fingerprint),
+                    echoes=echoes,
+                    choices=count,
+                    logprobs=body.logprobs is not None,
+                    with_usage=usage,
+                )
+            )
         plan = GenerationPlan(
             prompts=prompts,
             choices=count,
@@ -76,13 +125,10 @@ class Inference:
             memory=memory,
             stream=bool(body.stream),
             include_usage=usage,
-            builder=CompletionResponseBuilder(
-                Identification.new("cmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
-                echoes=echoes,
-                choices=count,
-                logprobs=body.logprobs is not None,
-                with_usage=usage,
-            ),
+            builder=how.builder,
+            wire=how.wire,
+            commit=how.commit,
+            field=how.field,
         )
         return await self._generator.start(plan, context)
 
@@ -90,20 +136,57 @@ class Inference:
         """Starts a chat completion."""
         body = parse(ChatRequest, raw)
         refuse_unsupported(_mapping(raw), ChatRequest)
+        usage = _wants_usage(body)
+
+        def answering(asked: Asked) -> Answering:
+            named = Identification.new("chatcmpl", model=asked.model, fingerprint=asked.fingerprint)
+            builder = ChatResponseBuilder(
+                named, logprobs=bool(body.logprobs), with_usage=usage, reader=asked.reader, legacy=asked.legacy
+            )
+            return Answering(builder=builder)
+
+        return await self.converse(body, context, answering)
+
+    async def converse(
+        self,
+        body: ChatRequest,
+        context: RequestContext,
+        answering: Callable[[Asked], Answering],
+        *,
+        whole: bool = False,
+    ) -> Generation:
+        """Starts the answer to a conversation.
+
+        Args:
+          body: what is asked for, in whatever API, as a chat completion.
+          answering: says how the answer is written.
+          whole: whether its session holds these messages and no others.
+        """
         refuse_unsupported_chat(body)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "needs logprobs to be true")
         model = self._admitted(body)
         memory = self._memory(body, context)
+        if whole and memory.params is not None:
+            memory = replace(memory, params=msgspec.structs.replace(memory.params, whole=True))
         schema, tools = answer_schema(body.response_format), chosen_tools(body)
         written = body.messages, body.chat_template_kwargs, () if tools is None else tools.told
         prompt = await self._tokenization.chat(*written)
         session = memory.params is not None and memory.params.session is not None
         frame = await self._tokenization.chat_frame(*written) if session else None
-        thinking = self._supervisor.engine.template.thinking
+        engine = self._supervisor.engine
+        thinking = engine.template.thinking
         begun = thinking is not None and self._tokenization.ends_with(prompt, thinking[0])
         grammar = await self._grammar(tools, schema, context, thinking[1] if thinking and begun else None)
-        usage = _wants_usage(body)
+        how = answering(
+            Asked(
+                model=model,
+                fingerprint=engine.model.fingerprint,
+                prompt_tokens=len(prompt),
+                reader=functools.partial(self._reader, tools, thinking, begun=begun, exact=grammar is not None),
+                legacy=tools is not None and tools.legacy,
+            )
+        )
         logprobs = body.top_logprobs or 0 if body.logprobs else None
         plan = GenerationPlan(
             prompts=[prompt],
@@ -126,14 +209,11 @@ class Inference:
             shown=frozenset((*(thinking or ()), *(() if tools is None else self._tokenization.form.style.markers))),
             chat=frame,
             stream=bool(body.stream),
-            include_usage=usage,
-            builder=ChatResponseBuilder(
-                Identification.new("chatcmpl", model=model, fingerprint=self._supervisor.engine.model.fingerprint),
-                logprobs=bool(body.logprobs),
-                with_usage=usage,
-                reader=functools.partial(self._reader, tools, thinking, begun=begun, exact=grammar is not None),
-                legacy=tools is not None and tools.legacy,
-            ),
+            include_usage=_wants_usage(body),
+            builder=how.builder,
+            wire=how.wire,
+            commit=how.commit,
+            field=how.field,
         )
         return await self._generator.start(plan, context)
 

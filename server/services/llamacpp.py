@@ -2,23 +2,73 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
 from atlas_jax import __version__
 from server.config.settings import SamplingSection
+from server.errors import NotSupported
+from server.middleware.request_context import RequestContext
 from server.schemas import llamacpp as schema
 from server.services.engine_supervisor import EngineSupervisor
+from server.services.generation import Generation
+from server.services.inference import Answering, Asked, Inference
+from server.services.llamacpp_api import LlamaBuilder, completion_request
 from server.services.models import Models
 from server.services.sampling import default_sampling
 from server.services.tokenization import Tokenization
+from server.services.unsupported import refuse_unsupported
+from server.services.wire import Wire
 from server.tool_calls.choice import functions_of
+from server.validation import invalid, parse
 
 
 class LlamaCppService:
-    """Tokenizer, template, properties and slots."""
+    """Completions, tokenizer, template, properties and slots."""
 
     def __init__(
-        self, *, supervisor: EngineSupervisor, tokenization: Tokenization, models: Models, sampling: SamplingSection
+        self,
+        *,
+        inference: Inference,
+        supervisor: EngineSupervisor,
+        tokenization: Tokenization,
+        models: Models,
+        sampling: SamplingSection,
     ) -> None:
+        self._inference = inference
         self._supervisor, self._tokenization, self._models, self._sampling = supervisor, tokenization, models, sampling
+
+    async def completion(self, raw: Any, context: RequestContext) -> Generation:
+        """Starts the answer of `POST /completion`."""
+        body = parse(schema.LlamaCompletionRequest, raw)
+        refuse_unsupported(_mapping(raw), schema.LlamaCompletionRequest)
+        if (
+            not isinstance(body.prompt, str | None)
+            and body.prompt
+            and not all(isinstance(one, int) for one in body.prompt)
+        ):
+            raise invalid("prompt", "must be a string or token ids")
+        return await self._inference.complete(completion_request(body, body.prompt), context, _answering("prompt"))
+
+    async def infill(self, raw: Any, context: RequestContext) -> Generation:
+        """Starts the answer of `POST /infill`; raises NotSupported for a model that was not taught to."""
+        body = parse(schema.InfillRequest, raw)
+        refuse_unsupported(_mapping(raw), schema.InfillRequest)
+        marks = self._supervisor.engine.model.infill
+        if marks is None:
+            raise NotSupported("This model cannot fill gaps: its vocabulary has no tokens that mark them")
+        parts = [
+            await self._tokenization.encode(text, add_special=False, parse_special=False)
+            for text in (body.input_prefix, body.input_suffix, body.prompt or "")
+        ]
+        prefix, suffix, middle = marks
+        prompt = [*prefix, *parts[0], *suffix, *parts[1], *middle, *parts[2]]
+        return await self._inference.complete(completion_request(body, prompt), context, _answering("input_prefix"))
+
+    def rerank(self, raw: Any) -> NoReturn:
+        """Raises NotSupported: no model that is served ranks texts."""
+        parse(schema.RerankRequest, raw)
+        raise NotSupported("This model cannot rank texts; POST /v1/embeddings embeds them")
 
     async def tokenize(self, wanted: schema.TokenizeRequest) -> schema.TokenizeResponse:
         """Token ids, or tokens with their pieces."""
@@ -87,6 +137,17 @@ class LlamaCppService:
             )
             for slot in engine.slots()
         ]
+
+
+def _answering(field: str) -> Any:
+    def answering(asked: Asked) -> Answering:
+        return Answering(builder=LlamaBuilder(asked.model), wire=Wire(), field=field)
+
+    return answering
+
+
+def _mapping(raw: Any) -> Mapping[str, Any]:
+    return raw if isinstance(raw, dict) else {}
 
 
 def _piece(data: bytes) -> str | list[int]:

@@ -14,6 +14,7 @@ from server.config.settings import Settings
 from server.errors import ServerError
 from server.prometheus import Metrics
 from server.services.engine_supervisor import EngineSupervisor
+from server.services.response_store import ResponseStore
 from server.services.runtime_config import RuntimeConfig
 from server.services.thread_pools import in_thread
 
@@ -33,9 +34,10 @@ class Persistence:
         settings: Settings,
         owners: Sequence[str],
         metrics: Metrics,
+        responses: ResponseStore,
     ) -> None:
         self._supervisor, self._config, self._settings = supervisor, config, settings.atlas
-        self._owners, self._metrics = owners, metrics
+        self._owners, self._metrics, self._responses = owners, metrics, responses
         self._saved_at = time.monotonic()
 
     def load(self, engine: EngineProtocol) -> None:
@@ -120,6 +122,17 @@ class Persistence:
             if count:
                 log.info("[ATLAS] %d sessions were unused for %.0f s and deleted", count, self._settings.session_ttl)
 
+    async def _expire_responses(self) -> None:
+        """Deletes the responses that nobody has followed for longer than `session_ttl`."""
+        for owner in self._owners:
+            try:
+                count = await self._responses.expire(owner, self._settings.session_ttl)
+            except (ServerError, EngineError) as error:
+                log.error("[ATLAS] Unused responses could not be deleted: %s", error)
+            else:
+                if count:
+                    log.info("[ATLAS] %d responses were unused and deleted", count)
+
     async def run(self) -> None:
         """Saves at every interval, give or take a tenth so that replicas do not all save at once; until cancelled."""
         saved = swept = time.monotonic()
@@ -133,9 +146,11 @@ class Persistence:
                 continue
             try:
                 engine = self._supervisor.engine
+                if sweep:
+                    await self._expire_responses()
+                    swept = now
                 if sweep and self._settings.enabled and engine.model.memory_unavailable is None:
                     await in_thread(partial(self.expire, engine), name="atlas-sweep")
-                    swept = time.monotonic()
                 if save:
                     await in_thread(partial(self.save, engine), name="atlas-saves")
             except ServerError:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import msgspec
+import numpy as np
 from msgspec import UNSET, UnsetType
 
 from atlas_jax.engine.api import Delta, Finished, MemoryStats, Prompt, TokenInfo
@@ -35,6 +36,11 @@ class Identification:
         return cls(f"{prefix}-{uuid.uuid4().hex}", int(time.time()), model, f"fp_{fingerprint[:12]}")
 
 
+def new_id(prefix: str) -> str:
+    """A name nobody else has."""
+    return f"{prefix}_{uuid.uuid4().hex}"
+
+
 @dataclass(slots=True)
 class Outcome:
     """What one sequence has produced."""
@@ -43,14 +49,17 @@ class Outcome:
     tokens: list[TokenInfo] = field(default_factory=list)
     prompt: tuple[TokenInfo, ...] = ()
     finished: Finished | None = None
+    embedding: np.ndarray | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ending:
-    """What rides on the last chunk, and in a whole response."""
+    """What rides on the last chunk, and in a whole response; `stop` is the stop string that has matched, or None."""
 
     timings: Timings
+    usage: Usage
     atlas_stats: AtlasStats | UnsetType = UNSET
+    stop: str | None = None
 
 
 class ResponseBuilder(Protocol):

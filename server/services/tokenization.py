@@ -88,6 +88,25 @@ class Tokenization:
                 texts.append(item if isinstance(item, str) else await self.decode(item, "prompt"))
         return prompts, texts if echo else None
 
+    async def texts(self, given: str | Sequence[int | str | list[int]], field: str, *, most: int) -> list[list[int]]:
+        """Texts as token ids, for a model to read and not to go on with: names of control tokens in them are text.
+
+        Accepts what `prompts` does, of at most so many texts.
+        """
+        out = []
+        items = await self._run(len(given), lambda: _prompt_items(given, field, most))
+        for index, item in enumerate(items):
+            name = field if len(items) == 1 else f"{field}[{index}]"
+            if isinstance(item, str):
+                ids = await self.encode(item, add_special=True, parse_special=False)
+            else:
+                await self._run(len(item), functools.partial(self.check_ids, item, name))
+                ids = item
+            if not ids:
+                raise invalid(name, "must have at least one token")
+            out.append(ids)
+        return out
+
     @property
     def form(self) -> ChatForm:
         """How the model's template has conversations with tools."""
@@ -142,15 +161,17 @@ class Tokenization:
         return tail.rstrip().endswith(mark)
 
 
-def _prompt_items(given: str | Sequence[int | str | list[int]]) -> list[str | list[int]]:
+def _prompt_items(
+    given: str | Sequence[int | str | list[int]], field: str = "prompt", most: int = MAX_SEQUENCES
+) -> list[str | list[int]]:
     if isinstance(given, str):
         return [given]
     if all(isinstance(one, int) for one in given):
         return [list(given)]  # type: ignore[arg-type]
     if not (all(isinstance(one, str) for one in given) or all(isinstance(one, list) for one in given)):
-        raise invalid("prompt", "must be a string, token ids, a list of strings or a list of token id lists")
-    if len(given) > MAX_SEQUENCES:
-        raise invalid("prompt", f"must have at most {MAX_SEQUENCES} prompts")
+        raise invalid(field, "must be a string, token ids, a list of strings or a list of token id lists")
+    if len(given) > most:
+        raise invalid(field, f"must have at most {most} {'prompts' if field == 'prompt' else 'texts'}")
     return list(given)  # type: ignore[arg-type]
 
 

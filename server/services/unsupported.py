@@ -1,4 +1,4 @@
-"""What becomes of request fields that this server does not act on: one rule for both generating endpoints.
+"""What becomes of request fields that this server does not act on: one rule for every endpoint that reads text.
 
 Hints, which only advise, pass. Fields other servers know that would change the answer are refused by name, unless they
 have the value that changes nothing. Every other name is refused too, with the known name that comes closest.
@@ -26,6 +26,10 @@ _HINTS = frozenset(
             "safety_identifier",
             "prompt_cache_key",
             "prompt_cache_retention",
+            "prompt_cache_options",
+            "background_options",
+            "access_programs",
+            "max_tool_calls",
         ),
         *("prediction", "parallel_tool_calls", "priority", "request_id", "cache_salt", "keep_alive", "provider"),
         *("id_slot", "slot_id", "n_keep", "n_discard", "timings_per_token", "return_progress"),
@@ -48,6 +52,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
             *("documents", "prefix", "suffix", "web_search_options", "negative_prompt", "custom_params"),
             *("lora", "lora_path", "lora_request", "truncate_prompt_tokens", "input_ids", "input_embeds"),
             *("max_new_tokens", "max_length", "num_predict", "random_seed", "t_max_predict_ms", "thinking"),
+            *("moderation", "context_management", "mcp_servers", "container"),
             *("enable_thinking", "thinking_budget", "chat_template_kwargs", "logits_bias", "prompt_logprobs"),
         ),
         (),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -24,6 +24,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from atlas_jax.config import PAGE
 from atlas_jax.engine.api import ChatFrame
 from atlas_jax.engine.sessions.continuation import Continuation, Prompt, appending, continuation
 from atlas_jax.engine.sessions.history import History
@@ -359,3 +360,28 @@ def _seconds(call: Callable[[], object]) -> float:
     started = time.perf_counter()
     call()
     return time.perf_counter() - started
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    held=st.integers(1, 3 * PAGE),
+    same=st.integers(0, 3 * PAGE),
+    new=st.lists(st.integers(0, 3), max_size=40),
+    answer=st.integers(0, 3 * PAGE),
+    pending=st.none() | st.integers(0, 3),
+)
+def test_of_a_whole_text_the_session_holds_that_and_nothing_else(
+    held: int, same: int, new: list[int], answer: int, pending: int | None
+) -> None:
+    text = np.random.default_rng(held).integers(0, 3, held).tolist()
+    prompt = [*text[:same], *new] or [1]
+    history = History()
+    history.answered(min(answer, held), held)
+    history.extend(text)
+    step = continuation(history, Prompt(np.asarray(prompt, "<i4"), pending, whole=True))
+    assert step.insert == ()
+    assert [*text[: step.keep], *prompt[step.skip :]] == prompt
+    assert step.skip < len(prompt), "an answer starts from a token that is read"
+    shared = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], zip(text, prompt, strict=False))))
+    assert step.keep == min(shared, len(prompt) - 1), "nothing is read again that need not be"
+    assert step.effect == ("continued" if shared == held else "rolled_back")

@@ -47,10 +47,12 @@ def live(_shared: Live) -> Iterator[Live]:
     wait_for(lambda: engine.running == 0)
     engine.requests.clear()
     engine.sessions.live.clear()
+    engine.sessions.forks.clear()
     engine.sessions.files_of.clear()
     yield _shared
     engine.submit_errors.clear()
     engine.sessions.fail.clear()
+    engine.documents.fail.clear()
     engine.fail_after, engine.delay = None, 0.0
     engine.script.clear()
     engine.template, engine.grammar_fault = TemplateFacts(), None

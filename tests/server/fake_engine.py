@@ -16,10 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from atlas_jax.engine.api import (
     CallGrammar,
     ChatFrame,
     Delta,
+    Embedded,
     EngineError,
     EngineStats,
     Failed,
@@ -37,7 +40,7 @@ from atlas_jax.engine.api import (
     TemplateFacts,
     TokenInfo,
 )
-from tests.server.fake_sessions import FakeSessions, Session
+from tests.server.fake_sessions import FakeDocuments, FakeSessions, Session
 
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {"<s>": BOS, "</s>": EOS, "<|im_start|>": START, "<|im_end|>": END}
@@ -92,9 +95,10 @@ class Running:
         if self.scripted:
             self.source = list(engine.script.pop(0).encode())
         self.cached = 0
+        self.session: Session | None = None
         memory = request.memory
         if memory is not None and memory.session is not None:
-            session = engine.sessions.live.get((memory.session.owner, memory.session.session_id))
+            session = self.session = engine.sessions.live.get((memory.session.owner, memory.session.session_id))
             known = session.tokens if session else []
             while self.cached < min(len(known), len(request.prompt)) and (
                 known[self.cached] == request.prompt[self.cached]
@@ -121,6 +125,9 @@ class Running:
 
     def step(self) -> bool:
         """Produces one token; True when the request is over."""
+        if self.request.pooling is not None:
+            self.listener(Embedded(embedding_of(self.request.prompt)))
+            return self.end("length")
         limit = self.request.max_tokens
         unlimited = limit is None or limit > CONTEXT  # a server has a limit of its own, longer than our context
         if limit is None or (unlimited and not self.request.ignore_eos):
@@ -172,7 +179,13 @@ class Running:
         stats = None
         if memory is not None:
             key = memory.session
-            if key is not None and memory.write and request.choice == 0:
+            live = self.engine.sessions.live
+            gone = (
+                key is not None
+                and self.session is not None
+                and (live.get((key.owner, key.session_id)) is not self.session)
+            )  # deleted meanwhile, and stays so
+            if key is not None and memory.write and request.choice == 0 and not gone:
                 session = self.engine.sessions.live.setdefault((key.owner, key.session_id), Session())
                 session.tokens = list(request.prompt) + self.source[: self.sent]
             stats = MemoryStats(
@@ -207,6 +220,12 @@ class Running:
         return True
 
 
+def embedding_of(prompt: Sequence[int]) -> np.ndarray:
+    """Counts of tokens by their last two bits, at length 1."""
+    counts = np.bincount(np.asarray([*prompt]) % 4, minlength=4).astype(np.float32)
+    return counts / np.linalg.norm(counts)
+
+
 class FakeEngine:
     """Implements `EngineProtocol`.
 
@@ -228,10 +247,11 @@ class FakeEngine:
         delay: float = 0.0,
         slots: int = 64,
         root: Path | None = None,
+        documents: FakeDocuments | None = None,
     ) -> None:
         self.model = ModelInfo(
             name=name,
-            architecture="fake",
+            architecture="llama",
             fingerprint="0123456789abcdef",
             parameters=7,
             size_bytes=8,
@@ -248,6 +268,7 @@ class FakeEngine:
         )
         self.tokenizer = ByteTokenizer()
         self.sessions = FakeSessions(root, name)
+        self.documents = FakeDocuments() if documents is None else documents
         self.delay, self.slot_count = delay, slots
         self.submit_errors: list[Exception] = []
         self.fail_after: int | None = None

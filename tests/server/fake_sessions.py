@@ -32,6 +32,33 @@ class Session:
     created: float = field(default_factory=time.time)
 
 
+class FakeDocuments:
+    """Documents in a dict."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str], bytes] = {}
+        self.written: dict[str, float] = {}
+        self.fail: list[Exception] = []
+
+    def list(self, owner: str) -> tuple[StoredFile, ...]:
+        own = sorted((name, data) for (who, name), data in self.kept.items() if who == owner)
+        return tuple(
+            StoredFile(filename=name, bytes=len(data), modified=self.written.get(name, 0.0)) for name, data in own
+        )
+
+    def read(self, owner: str, name: str) -> bytes | None:
+        return self.kept.get((owner, name))
+
+    def write(self, owner: str, name: str, data: bytes) -> None:
+        if self.fail:
+            raise self.fail.pop(0)
+        self.kept[owner, name] = data
+        self.written[name] = time.time()
+
+    def delete(self, owner: str, name: str) -> None:
+        self.kept.pop((owner, name), None)
+
+
 class FakeSessions:
     """Sessions in a dict; files in a folder if there is one, else in another dict."""
 
@@ -43,6 +70,7 @@ class FakeSessions:
         self.expired: list[float] = []
         self.saves = self.loads = 0
         self.fail: list[Exception] = []
+        self.forks: list[tuple[str, str, str]] = []
         self.busy: dict[str, threading.Event] = {}  # sessions that a request is using, until the event is set
 
     def _check(self) -> None:
@@ -184,6 +212,13 @@ class FakeSessions:
         for name in names:
             self._get(owner, name).tokens = []
         return len(names)
+
+    def fork(self, owner: str, source: str, target: str) -> bool:
+        self.forks.append((owner, source, target))
+        found = self.live.get((owner, source))
+        if found is not None:
+            self.live[owner, target] = Session(tokens=list(found.tokens))
+        return found is not None
 
     def delete(self, owner: str, session_id: str) -> None:
         self._check()

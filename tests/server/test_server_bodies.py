@@ -263,7 +263,7 @@ def test_an_alias_is_a_model(start: Start) -> None:
 
 
 def test_unknown_paths_and_methods(live: Live) -> None:
-    for path in ("/v1", "/v1/unknown", "/v2/completions", "/v1/embeddings"):
+    for path in ("/v1", "/v1/unknown", "/v2/completions", "/v1/images"):
         assert (live.http.get(path).status_code, code_of(live.http.get(path))) == (404, "not_found")
     assert code_of(live.http.get("/v1/atlas/unknown")) == 404
     assert live.post("/v1/atlas/memory/explode").status_code == 404

@@ -65,7 +65,8 @@ def completion(spoken: Tokenizer, echo: str, prompt: Sequence[int], answer: Sequ
 
     ended = Finished(reason="length", prompt_tokens=len(prompt), completion_tokens=len(answer), cached_tokens=0, seed=0)
     outcome = Outcome([delta.text for delta in deltas], [one for d in deltas for one in d.tokens], read.tokens, ended)
-    whole = writer().whole([outcome], usage_of({0: ended}, 1), Ending(timings=timings_of([ended])))
+    usage = usage_of({0: ended}, 1)
+    whole = writer().whole([outcome], usage, Ending(timings=timings_of([ended]), usage=usage))
     assert whole.choices[0].text == text
     assert whole.choices[0].logprobs is not None
     assert whole.choices[0].logprobs.text_offset == offsets

@@ -130,6 +130,7 @@ def test_every_setting_can_be_set_by_flag_and_by_environment() -> None:
         "atlas.memory_dim": "64",
         "server.weight_dtype": "float32",
         "server.kv_dtype": "float32",
+        "server.pooling": "last",
         "atlas.default_config.learning_rate": "0.0005",
     }
     for option in options():

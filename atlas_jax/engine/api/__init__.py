@@ -16,6 +16,7 @@ from atlas_jax.engine.api.errors import (
 )
 from atlas_jax.engine.api.events import (
     Delta,
+    Embedded,
     Event,
     Failed,
     Finished,
@@ -39,8 +40,15 @@ from atlas_jax.engine.api.info import (
     StoredFile,
     TemplateFacts,
 )
-from atlas_jax.engine.api.protocols import EngineProtocol, Handle, SessionStore, Tokenizer
-from atlas_jax.engine.api.requests import ChatFrame, GenerationRequest, MemoryParams, SamplingParams, SessionKey
+from atlas_jax.engine.api.protocols import DocumentStore, EngineProtocol, Handle, SessionStore, Tokenizer
+from atlas_jax.engine.api.requests import (
+    ChatFrame,
+    GenerationRequest,
+    MemoryParams,
+    Pooling,
+    SamplingParams,
+    SessionKey,
+)
 from atlas_jax.engine.memory_options import CacheStrategy
 from atlas_jax.grammar.calls import CallGrammar, CallShape
 
@@ -51,6 +59,8 @@ __all__ = [
     "CallShape",
     "ChatFrame",
     "Delta",
+    "DocumentStore",
+    "Embedded",
     "EngineError",
     "EngineProtocol",
     "EngineStats",
@@ -70,6 +80,7 @@ __all__ = [
     "MemoryUnavailable",
     "ModelInfo",
     "Overloaded",
+    "Pooling",
     "Prompt",
     "SamplingParams",
     "SaveResult",

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+import numpy as np
+
 from atlas_jax.engine.api.errors import EngineError
 from atlas_jax.engine.api.info import StateBytes
 
@@ -37,6 +39,13 @@ class Prompt:
     """The prompt has been read; sent once, before any text, and only if `prompt_logprobs` was asked for."""
 
     tokens: tuple[TokenInfo, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """The prompt's embedding, float32 of length 1; sent once, and only if `pooling` was asked for."""
+
+    vector: np.ndarray
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,5 +118,5 @@ class Failed:
     error: EngineError
 
 
-Event = Prompt | Delta | Finished | Failed
+Event = Prompt | Embedded | Delta | Finished | Failed
 Listener = Callable[[Event], None]

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from atlas_jax.engine.api.requests import Pooling
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StateBytes:
@@ -50,6 +52,9 @@ class ModelInfo:
       state: of a session that is begun with the engine's own defaults; its budget is the most a request may ask for.
       kept_pairs_capacity: the most pairs a request may keep, per KV head and on average per layer.
       memory_unavailable: why the model is served without a memory although one was asked for, or None.
+      infill: tokens that go before a text with a gap, before what follows the gap, and before what fills it; None where the
+        vocabulary has none.
+      pooling: of embeddings that name none; None where the file asks for one there is not.
       sampling: what the file recommends, by the names of `SamplingParams`; empty where it says nothing.
     """
 
@@ -69,6 +74,8 @@ class ModelInfo:
     memory_dim: int | None = None
     kept_pairs_capacity: int = 0
     memory_unavailable: str | None = None
+    infill: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+    pooling: Pooling | None = "mean"
     sampling: Mapping[str, float] = field(default_factory=dict)
 
 

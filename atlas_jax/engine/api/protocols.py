@@ -68,6 +68,9 @@ class SessionStore(Protocol):
     def load_context(self, owner: str, context_id: str) -> Any:
         """The caller's JSON as saved (None if only neural memory was), with the session rolled back to its save point."""
 
+    def fork(self, owner: str, source: str, target: str) -> bool:
+        """Begins a session that goes on from another's last turn, and leaves that one alone; False where it is not there."""
+
     def reset(self, owner: str, session_id: str | None) -> int:
         """Empties one session's memory, or all of the owner's; returns how many."""
 
@@ -79,6 +82,22 @@ class SessionStore(Protocol):
 
     def expire(self, idle: float) -> int:
         """Deletes every session that nobody has used for `idle` seconds; returns how many."""
+
+
+class DocumentStore(Protocol):
+    """Small texts that are kept for owners, as durably as their sessions; methods are thread-safe and block."""
+
+    def list(self, owner: str) -> tuple[StoredFile, ...]:
+        """The owner's documents, by name."""
+
+    def read(self, owner: str, name: str) -> bytes | None:
+        """A document, None where there is none; raises SnapshotInvalid where it is damaged."""
+
+    def write(self, owner: str, name: str, data: bytes) -> None:
+        """Replaces a document, whole or not at all; raises StorageFull."""
+
+    def delete(self, owner: str, name: str) -> None:
+        """Removes a document; one that is not there is no error."""
 
 
 class Tokenizer(Protocol):
@@ -117,6 +136,10 @@ class EngineProtocol(Protocol):
     @property
     def sessions(self) -> SessionStore:
         """The sessions; raises MemoryUnavailable in an engine without memory."""
+
+    @property
+    def documents(self) -> DocumentStore:
+        """What a server keeps for owners; in memory only where sessions are not kept on disk."""
 
     def render_chat(
         self,

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from atlas_jax.engine.memory_options import MemoryOptions
+
+Pooling = Literal["mean", "last"]
+"""What an embedding is made of: the mean of the last layer's normed states, or the last one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,12 +51,15 @@ class MemoryParams(MemoryOptions, kw_only=True, frozen=True):
     Attributes:
       session: None gives the request a memory of its own that ends with it.
       regenerate: a prompt the session has been asked before is answered anew: what followed it there is forgotten.
+      whole: the prompt is the whole text: whatever else its session holds is forgotten. For who keeps the text himself;
+        else the session finds out what the prompt is a part of.
       given: fields the client wrote itself; a session keeps the window, update frequency, layers, degree, budget and number
         of kept pairs it was begun with, and refuses a request that names others, but not one whose defaults differ.
     """
 
     session: SessionKey | None = None
     regenerate: bool = False
+    whole: bool = False
     given: frozenset[str] = frozenset()
 
 
@@ -85,6 +91,7 @@ class GenerationRequest:
       stop: strings that end the text; the text before the match is delivered, the match is not.
       ignore_eos: never end at an end-of-generation token.
       prompt_logprobs: None, or k alternatives for every prompt token (`echo` with `logprobs`).
+      pooling: prefill the prompt and deliver its embedding, without an answer and without a memory; None = an answer.
       choice: only choice 0 of a session's request goes on as that session; the others see it and leave no trace.
       owner: whose share of the engine this request uses (fairness, prefix reuse never crosses owners).
       reuse: take what another prompt of this owner that begins the same has left, and leave what this one reads.
@@ -100,6 +107,7 @@ class GenerationRequest:
     stop: Sequence[str] = ()
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
+    pooling: Pooling | None = None
     choice: int = 0
     owner: str = ""
     reuse: bool = True

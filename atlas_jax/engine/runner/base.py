@@ -96,12 +96,14 @@ class PrefillStep:
       made: an array that is there when the program has run.
       done: whether the chunk has been prefilled.
       scores: those of a chunk that is scored, with its last step.
+      pooled: the embedding so far, with the last step of a chunk that is pooled.
     """
 
     row: Sequences
     made: jax.Array
     done: bool = True
     scores: StepOutput | None = None
+    pooled: jax.Array | None = None
 
 
 class ModelRunner(ABC):
@@ -112,14 +114,18 @@ class ModelRunner(ABC):
       buckets: shapes there are programs for.
       chunks: lengths of the chunks that prompts are prefilled in.
       vocab: tokens of the vocabulary.
+      embed: numbers of a hidden state.
       sequences: the decode batch.
     """
 
     sequences: Sequences
 
-    def __init__(self, capabilities: Capabilities, vocab: int, buckets: Buckets, chunks: tuple[int, ...]) -> None:
+    def __init__(
+        self, capabilities: Capabilities, vocab: int, embed: int, buckets: Buckets, chunks: tuple[int, ...]
+    ) -> None:
         self.capabilities = capabilities
         self.vocab = vocab
+        self.embed = embed
         self.buckets = buckets
         self.chunks = chunks
 
@@ -187,6 +193,24 @@ class ModelRunner(ABC):
     ) -> Iterator[PrefillStep]:
         """Prefills a chunk and scores the token that follows each of its tokens; otherwise as `prefill`."""
 
+    @abstractmethod
+    def prefill_pooled(
+        self,
+        row: Sequences,
+        settings: RecallSettings,
+        tokens: Sequence[int],
+        pooled: np.ndarray | jax.Array,
+        page: NewPage | None = None,
+        *,
+        mean: bool,
+    ) -> Iterator[PrefillStep]:
+        """Prefills a chunk and adds it to the prompt's embedding; otherwise as `prefill`.
+
+        Args:
+          pooled: of the chunks before, [1, E]; zeros before the first.
+          mean: sum up all states; else the embedding is the last one.
+        """
+
     # --- the decode batch -----------------------------------------------------------------------------------------
     @property
     @abstractmethod
@@ -249,6 +273,10 @@ class ModelRunner(ABC):
     @abstractmethod
     def compile_scored_prefill(self, length: int) -> None:
         """Compiles the scoring of chunks of `length` tokens, in a ring of any size."""
+
+    @abstractmethod
+    def compile_pooled_prefill(self, length: int) -> None:
+        """Compiles the pooling of chunks of `length` tokens."""
 
     @abstractmethod
     def compile_decode(self, rows: int, pages: int) -> None:

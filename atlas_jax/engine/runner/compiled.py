@@ -32,8 +32,10 @@ SCALAR = shape((), np.int32)
 class CompiledRunner(ModelRunner):
     """A runner whose decode batch is `sequences` and `decode_state`, changed by compiled programs."""
 
-    def __init__(self, capabilities: Capabilities, vocab: int, buckets: Buckets, chunks: tuple[int, ...]) -> None:
-        super().__init__(capabilities, vocab, buckets, chunks)
+    def __init__(
+        self, capabilities: Capabilities, vocab: int, embed: int, buckets: Buckets, chunks: tuple[int, ...]
+    ) -> None:
+        super().__init__(capabilities, vocab, embed, buckets, chunks)
         self._allow_all: dict[int, jax.Array] = {}
         self._new: dict[tuple[int, int], AotProgram] = {}
         self._new_decode_state: dict[int, AotProgram] = {}

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from atlas_jax.aot import COMPILE, RUN, AotProgram, shapes
+from atlas_jax.aot import COMPILE, RUN, AotProgram, shape, shapes
 from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
 from atlas_jax.engine.api import MemoryParams, StateBytes
 from atlas_jax.engine.memory_budget import session_bytes
@@ -79,7 +79,7 @@ class PretrainedRunner(CompiledRunner):
             memory_capacity=0 if memory is None else memory.features,
             muon_passes=0 if memory is None else memory.passes,
         )
-        super().__init__(capabilities, config.model.vocab, buckets, CHUNKS)
+        super().__init__(capabilities, config.model.vocab, config.model.embed, buckets, CHUNKS)
         self._steps = StepPrograms(config, self._program)
         self._write_memory = {
             optimizer: self._program(functools.partial(step.write_memory, config, optimizer), donate=(1,))
@@ -245,6 +245,25 @@ class PretrainedRunner(CompiledRunner):
         scored = self._pad(following)[0], np.bool_(alternatives)
         yield from self._steps.scored_prefill(RUN, self._weights, row, settings, padded, count, *scored)
 
+    def prefill_pooled(
+        self,
+        row: Sequences,
+        settings: RecallSettings,
+        tokens: Sequence[int],
+        pooled: np.ndarray | jax.Array,
+        page: NewPage | None = None,
+        *,
+        mean: bool,
+    ) -> Iterator[PrefillStep]:
+        """Prefills a chunk and adds it to the prompt's embedding; otherwise as `prefill`."""
+        count, kind = np.asarray([len(tokens)], np.int32), np.asarray([mean])
+        for made in self.prefill(row, settings, tokens, page):
+            if not made.done:
+                yield made
+                continue
+            pooled = self._steps.pool(RUN, self._weights, pooled, made.made, count, kind)
+            yield dataclasses.replace(made, made=pooled, pooled=pooled)
+
     def _pad(self, tokens: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         padded = np.zeros((1, bucket(len(tokens), CHUNKS)), np.int32)
         padded[0, : len(tokens)] = tokens
@@ -322,6 +341,14 @@ class PretrainedRunner(CompiledRunner):
         """Compiles the scoring of chunks of `length` tokens, in a ring of any size."""
         inputs = prefill_inputs(self.config, self._weights, self.buckets.pages[0], length, self._kv_dtype, scored=True)
         _run_out(self._steps.scored_prefill(COMPILE, *inputs))
+
+    def compile_pooled_prefill(self, length: int) -> None:
+        """Compiles the pooling of chunks of `length` tokens."""
+        inputs = prefill_inputs(self.config, self._weights, self.buckets.pages[0], length, self._kv_dtype)
+        (*_, last) = self._steps.prefill(COMPILE, *inputs)
+        pooled = shape((1, self.embed), np.float32)
+        count, mean = shape((1,), np.int32), shape((1,), np.bool_)
+        self._steps.pool(COMPILE, self._weights, pooled, last.made, count, mean)
 
     def _decode_inputs(self, rows: int, pages: int) -> tuple[tuple[Any, ...], bool]:
         drafts = self.buckets.width(rows) > 1

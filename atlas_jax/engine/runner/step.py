@@ -4,6 +4,7 @@ A step (`step_programs`) is `model.layer_groups.Trunk` followed by one of
 
 finish_prefill          a chunk of a prompt, up to one page
 finish_scored_prefill   the same, and the log-probability of every token of it
+pool                    after `finish_prefill` of a chunk whose text is embedded
 finish_decode           one token for every active row, and more where draft tokens were right: head, memory, sampler
 
 and between steps rows move: `extract`, `resize_ring`, `insert_kv_cache`, `insert_memory`, `insert_decode_state`,
@@ -23,6 +24,7 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState, Sequences
+from atlas_jax.kernels.fused_linear import rms_norm
 from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
 from atlas_jax.kernels.kv_pages import LayerKV
 from atlas_jax.kernels.reductions import row_max, row_sum
@@ -194,6 +196,28 @@ def scored(
         integers=jnp.concatenate([successor, index], axis=1),
         numbers=jnp.concatenate([jnp.take_along_axis(flat, successor, axis=1), gate.reshape(-1, 1), top], axis=1),
     )
+
+
+def pool(
+    config: StepConfig,
+    gain: Float[Array, E],
+    pooled: Float[Array, "B E"],
+    hidden: Float[Array, "B T E"],
+    count: Int32[Array, B],
+    mean: Bool[Array, B],
+) -> Float[Array, "B E"]:
+    """Adds a chunk to the embedding of its text; `gain` is that of the norm before the head, the rest as `pool_states`."""
+    return pool_states(pooled, rms_norm(hidden, gain, config.model.norm_eps), count, mean)
+
+
+def pool_states(
+    pooled: Float[Array, "B E"], states: Float[Array, "B T E"], count: Int32[Array, B], mean: Bool[Array, B]
+) -> Float[Array, "B E"]:
+    """The sum of the chunks' first `count` states where the mean is wanted, else the last of them."""
+    place = jnp.arange(states.shape[1])
+    used = jnp.where(mean[:, None], place < count[:, None], place == count[:, None] - 1)
+    chunk = jnp.where(used[..., None], states, 0).sum(axis=1)
+    return jnp.where(mean[:, None], pooled + chunk, chunk)
 
 
 def finish_decode(

@@ -56,6 +56,7 @@ class StepPrograms:
         self._trunk = Trunk(config.model, program)
         self._finish_prefill = program(step.finish_prefill, donate=(1,))
         self._finish_scored_prefill = program(functools.partial(step.finish_scored_prefill, config), donate=(1,))
+        self._pool = program(functools.partial(step.pool, config))
         self._finish_decode = program(functools.partial(step.finish_decode, config), donate=(1, 2, 8))
         self._monolithic = {
             drafts: program(functools.partial(self.decode, INLINE, drafts=drafts), donate=(1, 2, 5))
@@ -152,6 +153,19 @@ class StepPrograms:
         rest = states[-1], self._tapped(states), tokens, view.ring.positions, view.ring.valid, following, alternatives
         memory, output = call(self._finish_scored_prefill, tokens.shape, weights.ends, row.memory, settings, *rest)
         yield PrefillStep(Sequences(cache, memory), output.integers, scores=output)
+
+    def pool(
+        self,
+        call: Mode,
+        weights: Weights,
+        pooled: Float[Array, "B E"] | np.ndarray,
+        hidden: Float[Array, "B T E"],
+        count: Int32[Array, B] | np.ndarray,
+        mean: Bool[Array, B] | np.ndarray,
+    ) -> jax.Array:
+        """Adds what `prefill` has made of a chunk to the embedding of its text."""
+        added: jax.Array = call(self._pool, hidden.shape, weights.params.final_norm, pooled, hidden, count, mean)
+        return added
 
     def _tapped(self, states: list[jax.Array]) -> tuple[jax.Array, ...]:
         return tuple(states[layer] for layer in self._config.taps)

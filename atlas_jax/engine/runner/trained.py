@@ -92,9 +92,10 @@ class TrainedRunner(CompiledRunner):
             window=window(config),
             session_context=None if streaming.bounded(config) else context,
         )
-        super().__init__(capabilities, config.vocab, Buckets(rows, (1,), max_draft_rows=0), CHUNKS)
+        super().__init__(capabilities, config.vocab, config.embed, Buckets(rows, (1,), max_draft_rows=0), CHUNKS)
         self._prefill = self._program(functools.partial(_prefill, config), donate=(1,))
         self._prefill_scored = self._program(functools.partial(_prefill_scored, config), donate=(1,))
+        self._pool = self._program(step.pool_states)
         self._decode = self._program(functools.partial(_decode, config), donate=(1, 2, 5))
         self._insert = self._program(step.insert_kv_cache, donate=(0,))
 
@@ -159,6 +160,25 @@ class TrainedRunner(CompiledRunner):
         both = jax.tree.map(lambda *parts: np.concatenate([np.asarray(part) for part in parts]), *found)
         yield PrefillStep(Sequences(state, None), packed.integers, scores=both)
 
+    def prefill_pooled(
+        self,
+        row: Sequences,
+        settings: RecallSettings,
+        tokens: Sequence[int],
+        pooled: np.ndarray | jax.Array,
+        page: NewPage | None = None,
+        *,
+        mean: bool,
+    ) -> Iterator[PrefillStep]:
+        """Prefills a chunk and adds it to the prompt's embedding; otherwise as `prefill`."""
+        state: Any = row.cache
+        for chunk in chunks(tokens):
+            length = chunk.shape[1]
+            state, hidden = self._prefill(length, self._params, state, chunk)
+            pooled = self._pool(length, pooled, hidden, np.asarray([length], np.int32), np.asarray([mean]))
+        assert isinstance(pooled, jax.Array)
+        yield PrefillStep(Sequences(state, None), pooled, pooled=pooled)
+
     # --- the decode batch -----------------------------------------------------------------------------------------
     def _put(self, batch: Sequences, row: Sequences, index: int, *, with_memory: bool) -> Sequences:
         rows = int(jax.tree.leaves(batch.cache)[0].shape[0])
@@ -193,6 +213,12 @@ class TrainedRunner(CompiledRunner):
         tokens, flag = shape((1, length), np.int32), shape((), np.bool_)
         self._prefill_scored.compile(length, shapes(self._params), self.row_shapes(1).cache, tokens, tokens, flag)
 
+    def compile_pooled_prefill(self, length: int) -> None:
+        """Compiles the pooling of chunks of `length` tokens."""
+        hidden = shape((1, length, self.embed), np.float32)
+        pooled, count, mean = shape((1, self.embed), np.float32), shape((1,), np.int32), shape((1,), np.bool_)
+        self._pool.compile(length, pooled, hidden, count, mean)
+
     def compile_decode(self, rows: int, pages: int) -> None:
         """Compiles what a batch of this size needs while its rows stay."""
         self._compile_batch_start(rows, 1)
@@ -221,10 +247,9 @@ def chunks(tokens: Sequence[int]) -> list[Int32[np.ndarray, "1 T"]]:
 
 def _prefill(
     config: LMConfig, params: LMParams, state: LMState, tokens: Int32[Array, "B T"]
-) -> tuple[LMState, Int32[Array, ""]]:
-    """The state, and how many tokens have been read: an array that the next chunk does not use up."""
-    state = streaming.extend(config, params, state, tokens, jnp.ones(tokens.shape[:1], bool))[0]
-    return state, state.position.sum()
+) -> tuple[LMState, Float[Array, "B T E"]]:
+    """The state, and what the head would read: an array that the next chunk does not use up."""
+    return streaming.extend(config, params, state, tokens, jnp.ones(tokens.shape[:1], bool))
 
 
 def _prefill_scored(

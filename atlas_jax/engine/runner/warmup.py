@@ -86,6 +86,7 @@ class WarmUp:
 
         for i, length in enumerate(reversed(runner.chunks)):
             add(2.5 + i, runner.compile_scored_prefill, length)
+            add(2.5 + i, runner.compile_pooled_prefill, length)
             for j, pages in enumerate(buckets.pages):
                 add(i + j, runner.compile_prefill, pages, length)
         for i, rows in enumerate(buckets.rows):

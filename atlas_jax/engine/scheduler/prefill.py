@@ -146,6 +146,7 @@ class PrefillQueue:
         self._in_flight.append(step.made)
         if step.done:
             del self._chunks[req]
+            req.prefill.pooled = step.pooled
             self._finish_chunk(req, step.scores)
 
     def _chunk(self, req: RequestState) -> Iterator[PrefillStep]:
@@ -155,6 +156,10 @@ class PrefillQueue:
         page = req.begin_page(runner.capabilities, self._counters) if req.needs_page else None
         tokens, following = req.chunk()
         settings = memory_settings(req.request.memory, *req.memory_shape)
+        if req.request.pooling is not None:
+            before = req.prefill.pooled
+            pooled = np.zeros((1, runner.embed), np.float32) if before is None else before
+            return runner.prefill_pooled(row, settings, tokens, pooled, page, mean=req.request.pooling == "mean")
         if wanted is None:
             return runner.prefill(row, settings, tokens, page)
         following += tokens[-1:] * (len(tokens) - len(following))
@@ -175,6 +180,11 @@ class PrefillQueue:
         for index, token in enumerate(following):
             top = integers[index, 1 : 1 + wanted], numbers[index, 2 : 2 + wanted]
             logprobs.append(token_info(self._tokenizer, token, float(numbers[index, 0]), *top))
+
+    def embedding(self, req: RequestState) -> np.ndarray:
+        """What has been pooled of a prompt that has been read, at length 1."""
+        vector = np.asarray(req.prefill.pooled, np.float32)[0]
+        return vector / max(float(np.linalg.norm(vector)), float(np.finfo(np.float32).tiny))
 
     def logprobs(self, req: RequestState) -> list[TokenInfo]:
         """What has been scored of a prompt; nothing comes before its first token, so that has no score."""

@@ -13,6 +13,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from atlas_jax.config import PAGE
@@ -80,6 +81,7 @@ class PrefillProgress:
       done: how many of them have been read.
       cached: tokens of the prompt that were read before.
       logprobs: what has been scored of it.
+      pooled: its embedding so far; None before the first chunk.
     """
 
     row: Sequences | None = None
@@ -87,6 +89,7 @@ class PrefillProgress:
     done: int = 0
     cached: int = 0
     logprobs: list[TokenInfo] = field(default_factory=list)
+    pooled: jax.Array | None = None
 
     @property
     def rest(self) -> list[int]:
@@ -207,7 +210,8 @@ class RequestState:
     def reuses(self) -> bool:
         """Whether it takes and leaves whole pages of its prompt as a shared prefix."""
         request = self.request
-        return request.reuse and request.memory is None and request.prompt_logprobs is None
+        whole = request.prompt_logprobs is not None or request.pooling is not None  # every token's state is needed
+        return request.reuse and request.memory is None and not whole
 
     def prefills_for(self, other: RequestState) -> bool:
         """Whether all whole pages of its prompt are a prefix of another's, which gets them once they are prefilled.

@@ -118,8 +118,9 @@ class _Found:
 
 def _find(req: RequestState, session: Session, bos: int | None) -> _Found:
     request, history = req.request, session.text()
-    regenerate = request.memory is not None and request.memory.regenerate
-    prompt = Prompt(req.tokens, session.pending, bos, request.chat, regenerate)
+    memory = request.memory
+    assert memory is not None
+    prompt = Prompt(req.tokens, session.pending, bos, request.chat, memory.regenerate, memory.whole)
     repeated = _further_choice(req, session)
     if repeated is not None:
         position = repeated.position

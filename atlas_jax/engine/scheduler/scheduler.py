@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 
-from atlas_jax.engine.api import EngineError, FinishReason, Prompt, SlotInfo
+from atlas_jax.engine.api import Embedded, EngineError, FinishReason, Prompt, SlotInfo
 from atlas_jax.engine.host_memory import give_back
 from atlas_jax.engine.runner.base import ModelRunner
 from atlas_jax.engine.scheduler.admission import Admission
@@ -264,6 +264,8 @@ class Scheduler:
         self.counters.cached_tokens += req.prefill.cached
         if request.prompt_logprobs is not None:
             req.send(Prompt(tuple(self._prefilling.logprobs(req))))
+        if request.pooling is not None:
+            req.send(Embedded(self._prefilling.embedding(req)))
         if req.decode.limit == 0:
             self._end(Ended(req, "length"))
         else:

@@ -31,6 +31,7 @@ class Usage:
         self._tiers: dict[Tier, int] = {"device": 0, "host": 0, "disk": 0}
         self._owners: dict[str, int] = {}
         self._exports: dict[str, int] = {}
+        self._documents: dict[str, int] = {}
 
     def count(self, entry: Entry) -> None:
         """Counts an entry as it is now: what it takes of its tier, and of its owner's share of the disk."""
@@ -56,6 +57,10 @@ class Usage:
         """Counts an owner's exports as they are now."""
         self._exports[owner] = size
 
+    def count_documents(self, owner: str, size: int) -> None:
+        """Counts an owner's documents as they are now."""
+        self._documents[owner] = size
+
     def in_memory(self) -> int:
         """Bytes that sessions take of the device and of host memory together."""
         return self._tiers["device"] + self._tiers["host"]
@@ -69,10 +74,9 @@ class Usage:
         return self._tiers["host"] - self.budgets.host
 
     def on_disk(self, owner: str | None = None) -> int:
-        """Bytes of disk that an owner's sessions and exports take, or everyone's, written or not yet."""
-        if owner is not None:
-            return self._owners.get(owner, 0) + self._exports.get(owner, 0)
-        return sum(self._owners.values()) + sum(self._exports.values())
+        """Bytes of disk that an owner's sessions, exports and documents take, or everyone's, written or not yet."""
+        parts = self._owners, self._exports, self._documents
+        return sum(sum(part.values()) if owner is None else part.get(owner, 0) for part in parts)
 
     def check_disk(self, owner: str, more: int = 1) -> None:
         """Raises StorageFull where an owner, or everyone together, has no room on disk for `more` bytes."""

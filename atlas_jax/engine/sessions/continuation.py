@@ -17,6 +17,8 @@ is only a beginning of it without answers, such as the first       it is new tex
 message said once more
 the same, or a later message alone, with `atlas.regenerate`        what followed where it was last answered    rolled_back
                                                                    is forgotten
+is the whole text, as its sender says (`MemoryParams.whole`)       the session holds it and nothing else       continued,
+                                                                                                               rolled_back
 anything else: only what is new                                    it follows all the session holds            appended
 =================================================================  ==========================================  ===========
 
@@ -74,6 +76,7 @@ class Prompt:
       bos: the token with which texts begin, or None.
       chat: None for a plain completion.
       regenerate: whether the client wants it answered anew.
+      whole: whether it is known to be the whole text.
     """
 
     tokens: np.ndarray
@@ -81,6 +84,7 @@ class Prompt:
     bos: int | None = None
     chat: ChatFrame | None = None
     regenerate: bool = False
+    whole: bool = False
 
     @property
     def system(self) -> tuple[int, bytes] | None:
@@ -106,6 +110,10 @@ def continuation(history: History, prompt: Prompt) -> Continuation:
         return Continuation("new", 0, preamble=prompt.system)
     tokens, count = prompt.tokens, len(prompt.tokens)
     common = history.common_prefix(tokens)
+    if prompt.whole:
+        keep = min(common, count - 1)
+        effect: HistoryEffect = "continued" if common == history.length else "rolled_back"
+        return _with_answers(_repeating(effect, keep, history, prompt), prompt)
     answered = _carries_answer(history, prompt, common)
     if common == history.length:
         if count == common and prompt.pending is None:  # read before and not answered yet

@@ -1,4 +1,5 @@
-"""Sessions in a folder, for one server at a time: `<owner>/sessions/<model>/<session>/` and `<owner>/exports/`.
+"""Sessions in a folder, for one server at a time: `<owner>/sessions/<model>/<session>/`, `<owner>/exports/`
+and `<owner>/documents/`.
 
 Owners and sessions stand there as digests of their names, models as digests of their fingerprints; owners are spread over
 folders by the first two digits.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from atlas_jax.engine.sessions.snapshot import Head
 from atlas_jax.engine.sessions.store import Found, Place, digest
 
 _LOCK = ".lock"
+_DOCUMENT = b"ATLASDOC1\n"
 
 
 class MemoryFolder:
@@ -161,6 +164,41 @@ class FolderStore:
     def _exports(self, owner: str) -> Path:
         return self._owner(digest(owner)) / "exports"
 
+    # --- documents ------------------------------------------------------------------------------------------------
+    def documents(self, owner: str) -> dict[str, StoredFile]:
+        """The owner's documents by name; see `Store.documents`."""
+        found, head = {}, len(_DOCUMENT) + hashlib.sha256().digest_size
+        with contextlib.suppress(FileNotFoundError), os.scandir(self._documents(owner)) as entries:
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
+                    status = entry.stat(follow_symlinks=False)
+                    size = max(0, status.st_size - head)
+                    found[entry.name] = StoredFile(filename=entry.name, bytes=size, modified=status.st_mtime)
+        return found
+
+    def read_document(self, owner: str, name: str, limit: int) -> bytes | None:
+        """A document, or None; raises as `Store.read_document`."""
+        try:
+            data = files.read_file(self._documents(owner) / name, limit + 1024)
+        except FileNotFoundError:
+            return None
+        content = data[len(_DOCUMENT) + hashlib.sha256().digest_size :]
+        if data != _document(owner, name, content):
+            raise SnapshotInvalid("document is damaged, or belongs elsewhere")
+        return content
+
+    def write_document(self, owner: str, name: str, data: bytes) -> None:
+        """Replaces a document; see `Store.write_document`."""
+        with files.atomic_file(self._documents(owner) / name) as file:
+            file.write(_document(owner, name, data))
+
+    def delete_document(self, owner: str, name: str) -> None:
+        """Removes a document, if it is there."""
+        (self._documents(owner) / name).unlink(missing_ok=True)
+
+    def _documents(self, owner: str) -> Path:
+        return self._owner(digest(owner)) / "documents"
+
     # --- a scan ---------------------------------------------------------------------------------------------------
     def _find(self, stored: FolderSession) -> Found | None:
         head: Head | None = None
@@ -198,6 +236,12 @@ class FolderStore:
     def close(self) -> None:
         """Lets another server have the folder."""
         self._folder.close()
+
+
+def _document(owner: str, name: str, content: bytes) -> bytes:
+    """The file of a document; its checksum covers whose it is, so that no file stands for another."""
+    whose = f"{digest(owner)}/{name}\n".encode()
+    return _DOCUMENT + hashlib.sha256(whose + content).digest() + content
 
 
 def _reason(error: SnapshotInvalid | OSError) -> str:

@@ -168,6 +168,18 @@ class Store(Protocol):
     def delete_export(self, owner: str, name: str) -> None:
         """Removes an export; raises FileNotFoundError."""
 
+    def documents(self, owner: str) -> dict[str, StoredFile]:
+        """The owner's documents by name, with the size of what is in each."""
+
+    def read_document(self, owner: str, name: str, limit: int) -> bytes | None:
+        """A document, or None; raises SnapshotInvalid where it is damaged, larger than `limit` or another's."""
+
+    def write_document(self, owner: str, name: str, data: bytes) -> None:
+        """Replaces a document, whole or not at all; raises StorageFull, OSError."""
+
+    def delete_document(self, owner: str, name: str) -> None:
+        """Removes a document, if it is there."""
+
     def close(self) -> None:
         """Lets another server have the storage; idempotent."""
 

@@ -26,6 +26,7 @@ from atlas_jax.engine.api import (
 from atlas_jax.engine.sessions import archive
 from atlas_jax.engine.sessions.budgets import Budgets
 from atlas_jax.engine.sessions.codec import decode_session
+from atlas_jax.engine.sessions.documents import Documents
 from atlas_jax.engine.sessions.entry import Entry
 from atlas_jax.engine.sessions.exports import Exports
 from atlas_jax.engine.sessions.index import SessionIndex
@@ -44,6 +45,7 @@ class SessionTable:
 
     Attributes:
       tiers: leases of the same sessions, for the scheduler.
+      documents: what else is kept for their owners.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class SessionTable:
         self._index = SessionIndex(layout, self._store, budgets)
         self._persistence = Persistence(layout, self._index, self._store)
         self.tiers = SessionTiers(layout, self._index, self._persistence, on_idle=on_idle, sync_seconds=sync_seconds)
+        self.documents = Documents(self._store, self._index)
         self._exports = Exports(layout, self._index, self._persistence, self.tiers, default_file)
         if self._store is not None and (others := self._store.others()):
             log.warning("[ATLAS] The memory folder holds %d sessions of other models, which are left alone", others)
@@ -219,6 +222,40 @@ class SessionTable:
                 self._index.put(entry, session)
                 self._index.counters.loads += 1
         return None if session.state is None else msgspec.json.decode(session.state)
+
+    def fork(self, owner: str, source: str, target: str) -> bool:
+        """Begins a session that goes on from another's last turn, and leaves that one alone; False where it is not there.
+
+        States are immutable, so the two share them. A request that is using the first one is not waited for: the other goes
+        on from what was before. On disk the new one is with its first turn.
+        """
+        key = SessionKey(owner, target)
+        with self._index.lock:
+            entry = self._index.get(SessionKey(owner, source))
+            if entry is None or not entry.exists or entry.problem is not None or self._index.get(key) is not None:
+                return False
+            session = entry.session
+        try:
+            session = session or self._persistence.read(entry)
+        except (SnapshotInvalid, SessionNotFound):
+            return False
+        copy = replace(
+            session,
+            key=key,
+            history=session.history.copy(),
+            checkpoints=list(session.checkpoints),
+            stats=replace(session.stats),
+            appended=None,
+            state=None,
+            created=time.time(),
+            last_used=time.time(),
+            generation=self._index.next_generation(),
+        )
+        with self._index.lock:
+            if self._index.get(key) is not None:
+                return False
+            self._index.put(self._index.add(key), copy)
+        return True
 
     def _replace(self, entry: Entry, session: Session) -> None:
         """Makes a session what it is from now on: first on disk, then in memory."""

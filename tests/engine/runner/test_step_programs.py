@@ -50,6 +50,7 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PretrainedRunne
         made.compile_decode(1, 4)
         made.compile_prefill(4, 32)
         made.compile_scored_prefill(32)
+        made.compile_pooled_prefill(32)
         made.compile_row_moves(1, 4)
         yield made
 
@@ -90,6 +91,11 @@ def test_a_step_runs_its_programs_and_no_others(runner: PretrainedRunner, ran: l
     scored = [*runner.prefill_scored(row, SETTINGS, TEXT, TEXT[1:] + [3], alternatives=False)]
     assert [part.scores is None for part in scored] == [True] * LAYERS + [False]
     assert len(ran) == 1 + LAYERS + 1
+    row = began()
+    ran.clear()
+    pooled = [*runner.prefill_pooled(row, SETTINGS, TEXT, np.zeros((1, runner.embed), np.float32), mean=True)]
+    assert [part.pooled is None for part in pooled] == [True] * (LAYERS - 1) + [False]
+    assert len(ran) == 1 + LAYERS + 1 + 1, "what a prefill runs, and the pool"
     sampling = sampling_state(SamplingParams(temperature=0.8), runner.vocab, 7, [])
     runner.insert(0, parts[-1].row, 3, recent_text(TEXT, len(TEXT)), sampling, SETTINGS, with_memory=True)
     wanted = np.ones(1, np.int32)

@@ -16,7 +16,19 @@ import pytest
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import Delta, Event, Failed, Finished, InvalidRequest, SessionKey, SnapshotInvalid, StateBytes
+from atlas_jax.engine.api import (
+    Delta,
+    Embedded,
+    Event,
+    Failed,
+    Finished,
+    GenerationRequest,
+    InvalidRequest,
+    Pooling,
+    SessionKey,
+    SnapshotInvalid,
+    StateBytes,
+)
 from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.gguf import BYTE_VOCAB, GGUFError, byte_vocabulary, write_gguf
@@ -131,6 +143,21 @@ def test_the_prompt_is_scored_as_in_training(engines: Callable[[str], Engine]) -
     found = [info.logprob for info in answer.prompt.tokens[1:]]
     np.testing.assert_allclose(found, wanted, atol=1e-3)
     assert all(len(info.top) == 2 for info in answer.prompt.tokens[1:])
+
+
+def test_embeddings_are_what_the_training_form_makes_of_the_text(engines: Callable[[str], Engine]) -> None:
+    config = CONFIGS["bounded"]
+    params = draw(config)
+    head = params["embed" if config.tied_head else "head"]
+    apply = jax.jit(split(create(config, 0))[0], compiler_options=QUICK)
+    logits = np.asarray(apply(params, jnp.asarray([LONG]))[0], np.float64)
+    states = np.linalg.lstsq(np.asarray(head, np.float64), logits.T, rcond=None)[0].T  # what the head has read
+    poolings: tuple[Pooling, Pooling] = ("mean", "last")
+    asked = [GenerationRequest(prompt=LONG, max_tokens=0, pooling=pooling) for pooling in poolings]
+    answers = ask_all(engines("bounded"), asked)
+    for answer, wanted in zip(answers, (states.mean(axis=0), states[-1]), strict=True):
+        (found,) = [event.vector for event in answer.events if isinstance(event, Embedded)]
+        np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted), atol=1e-3)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -260,6 +260,9 @@ def test_nothing_compiles_once_warm(engine: Engine, compiled: list[str]) -> None
         ask_all(engine, asked)
 
     ask_anything()
+    for pooling in ("mean", "last"):
+        asked = [request(words(length, length), 0, logprobs=None, pooling=pooling) for length in (3, 40, 300)]
+        ask_all(engine, [*asked, request(PROMPT, 6)])
     engine.sessions.info("owner", None)
     assert not compiled[before:]
 

@@ -518,3 +518,32 @@ def test_a_program_that_leaves_its_engine_open_ends_as_it_wants(
     command = [sys.executable, "-c", _UNCLOSED, *map(str, models["llama"]), str(cache)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
     assert ended.returncode == 3, ended.stderr[-2000:]
+
+
+def test_a_fork_goes_on_where_the_other_was_and_neither_sees_the_others_turns(
+    opened: Callable[..., Any], undisturbed: Answer, tmp_path: Path
+) -> None:
+    with opened(memory_path=tmp_path) as before:
+        first_turn(before, "trunk")
+        sessions = before.sessions
+        assert sessions.fork("owner", "trunk", "branch")
+        assert not sessions.fork("owner", "trunk", "branch")
+        assert not sessions.fork("owner", "nobody", "other")
+        assert not sessions.fork("stranger", "trunk", "other")
+        ask(before, request(words(99, 9), 4, memory=memory("trunk")))
+        branch = next_turn(before, "branch")
+        assert branch.infos == undisturbed.infos
+        assert branch.end.memory is not None
+        assert (branch.end.memory.cache_hit, branch.end.memory.session_id) == (True, "branch")
+        back = ask(before, request([*LONG, *words(97, 5)], 4, memory=memory("branch", whole=True)))
+        assert back.end.memory is not None
+        assert (back.end.memory.history, back.end.memory.cache_hit) == ("rolled_back", True)
+        assert back.end.cached_tokens >= len(LONG) - PAGE
+        assert sessions.fork("owner", "branch", "twig")  # nothing of it is on disk when the engine ends
+        texts = {row.session_id: row.tokens for row in sessions.list("owner", after=None, limit=9)[0]}
+        assert texts.pop("twig") == texts["branch"]
+    with opened(memory_path=tmp_path) as after:
+        assert {row.session_id: row.tokens for row in after.sessions.list("owner", after=None, limit=9)[0]} == texts
+        again = ask(after, request(words(98, 9), 6, memory=memory("branch")))
+        assert again.end.memory is not None
+        assert again.end.memory.cache_hit

@@ -76,6 +76,7 @@ class DictStore:
     def __init__(self) -> None:
         self.sessions: dict[Place, DictSession] = {}
         self.files: dict[tuple[str, str], bytes] = {}
+        self.kept: dict[tuple[str, str], bytes] = {}
 
     def store(self, model: str) -> DictStore:
         return self
@@ -129,6 +130,22 @@ class DictStore:
 
     def rename_export(self, owner: str, name: str, new: str) -> None:
         self.files[owner, new] = self.files.pop((owner, name))
+
+    def documents(self, owner: str) -> dict[str, StoredFile]:
+        return {
+            name: StoredFile(filename=name, bytes=len(data), modified=0.0)
+            for (whose, name), data in self.kept.items()
+            if whose == owner
+        }
+
+    def read_document(self, owner: str, name: str, limit: int) -> bytes | None:
+        return self.kept.get((owner, name))
+
+    def write_document(self, owner: str, name: str, data: bytes) -> None:
+        self.kept[owner, name] = data
+
+    def delete_document(self, owner: str, name: str) -> None:
+        self.kept.pop((owner, name), None)
 
     def delete_export(self, owner: str, name: str) -> None:
         if self.files.pop((owner, name), None) is None:

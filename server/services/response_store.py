@@ -1,0 +1,267 @@
+"""Responses that are kept: a tree of them for every owner, each a document that never changes.
+
+A document holds what one response was asked and what it answered; what came before is found by following its parent. Its
+name says where in the tree it is, so that the tree is known from a listing: `<id>.<parent>.<lane>`, and `.deleted` where the
+response is gone and others still build on its text. A *lane* is a run of responses in one session: the first response that
+follows another goes on in its lane, any further one begins a lane of its own, with a session that is forked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import msgspec
+from msgspec import Struct
+
+from atlas_jax.engine.api import DocumentStore, SnapshotInvalid
+from server.errors import NotFound, Unavailable
+from server.schemas.responses import StoredItem
+from server.services.engine_supervisor import EngineSupervisor
+from server.services.thread_pools import ThreadPools
+
+log = logging.getLogger("atlas.server")
+T = TypeVar("T")
+_CACHED = 32 << 20
+"""Bytes of records that are kept in memory as well, the latest ones."""
+_NONE, _DELETED = "-", "deleted"
+
+
+class Record(Struct, kw_only=True, frozen=True):
+    """One response as it is kept.
+
+    Attributes:
+      session: the name of its lane's session.
+      input: what it was asked.
+      answer: what it answered.
+      response: the response object as it was sent.
+    """
+
+    id: str
+    parent: str | None
+    session: str
+    input: list[StoredItem]
+    answer: str
+    response: msgspec.Raw
+
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        texts = (part.text for item in self.input for part in item.content)
+        return len(bytes(self.response)) + len(self.answer) + sum(map(len, texts))
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A response's place in the tree."""
+
+    id: str
+    parent: str | None
+    lane: str
+    deleted: bool = False
+
+    @property
+    def name(self) -> str:
+        """Of its document."""
+        parts = [self.id, self.parent or _NONE, self.lane, *([_DELETED] if self.deleted else [])]
+        return ".".join(parts)
+
+    @classmethod
+    def parse(cls, name: str) -> Node | None:
+        """The place that a document's name says; None for other documents."""
+        parts = name.split(".")
+        if not parts[0].startswith("resp_") or len(parts) not in (3, 4):
+            return None
+        return cls(parts[0], None if parts[1] == _NONE else parts[1], parts[2], parts[3:] == [_DELETED])
+
+
+def lane_of(session: str) -> str:
+    """What stands for a session in the names of documents."""
+    return hashlib.sha256(session.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def response_not_found(response_id: str, *, param: str | None = None) -> NotFound:
+    """The error of a response that is not there, or not any more."""
+    return NotFound(f"Response with id '{response_id[:64]}' not found", param=param, code="response_not_found")
+
+
+@dataclass
+class _Tree:
+    nodes: dict[str, Node] = field(default_factory=dict)
+    children: dict[str, set[str]] = field(default_factory=dict)
+    lanes: dict[str, set[str]] = field(default_factory=dict)
+
+    def add(self, node: Node) -> None:
+        self.nodes[node.id] = node
+        self.lanes.setdefault(node.lane, set()).add(node.id)
+        if node.parent is not None:
+            self.children.setdefault(node.parent, set()).add(node.id)
+
+    def remove(self, node: Node) -> None:
+        del self.nodes[node.id]
+        self.lanes[node.lane].discard(node.id)
+        if node.parent in self.children:
+            self.children[node.parent].discard(node.id)
+
+    def heads(self, lane: str) -> list[Node]:
+        """The last responses of a lane: one, or none where there is no such lane."""
+        own = [self.nodes[one] for one in self.lanes.get(lane, ())]
+        parents = {node.parent for node in own}
+        return [node for node in own if node.id not in parents]
+
+
+class ResponseStore:
+    """The responses of every owner; for the event loop. What blocks runs in a thread."""
+
+    def __init__(self, supervisor: EngineSupervisor, pools: ThreadPools) -> None:
+        self._supervisor, self._pools = supervisor, pools
+        self._trees: dict[str, _Tree] = {}
+        self._records: OrderedDict[tuple[str, str], Record] = OrderedDict()
+        self._cached = 0
+
+    async def find(self, owner: str, response_id: str) -> Node | None:
+        """A response's place; None where there is none, or not any more."""
+        node = (await self._tree(owner)).nodes.get(response_id)
+        return None if node is None or node.deleted else node
+
+    async def last_of(self, owner: str, session: str) -> Node | None:
+        """The last response of a session, None for a session that has none."""
+        return next(iter((await self._tree(owner)).heads(lane_of(session))), None)
+
+    async def is_last(self, owner: str, node: Node) -> bool:
+        """Whether no other response goes on from this one in its lane."""
+        tree = await self._tree(owner)
+        return all(tree.nodes[child].lane != node.lane for child in tree.children.get(node.id, ()))
+
+    async def read(self, owner: str, node: Node) -> Record:
+        """What is kept of a response; raises Unavailable where that cannot be read."""
+        return (await self._read(owner, [node]))[0]
+
+    async def chain(self, owner: str, node: Node) -> list[Record]:
+        """What came before, from the beginning, and the response itself."""
+        tree = await self._tree(owner)
+        path = [node]
+        while path[-1].parent is not None and (before := tree.nodes.get(path[-1].parent)) is not None:
+            path.append(before)
+        return await self._read(owner, path[::-1])
+
+    async def add(self, owner: str, record: Record) -> None:
+        """Keeps a response; raises StorageFull, Unavailable."""
+        tree = await self._tree(owner)
+        node = Node(record.id, record.parent, lane_of(record.session))
+        data = msgspec.json.encode(record)
+        await self._run(lambda documents: documents.write(owner, node.name, data))
+        tree.add(node)
+        self._remember(owner, record)
+
+    async def delete(self, owner: str, node: Node) -> str | None:
+        """Removes a response.
+
+        Its text stays as long as other responses build on it.
+
+        Returns:
+          The session of its lane, if nothing is left of that.
+        """
+        tree, record = await self._tree(owner), await self.read(owner, node)
+        if tree.children.get(node.id):
+            mark = Node(node.id, node.parent, node.lane, deleted=True)
+            data = msgspec.json.encode(msgspec.structs.replace(record, response=msgspec.Raw(b"null")))
+
+            def hide(documents: DocumentStore) -> None:
+                documents.write(owner, mark.name, data)
+                documents.delete(owner, node.name)
+
+            await self._run(hide)
+            tree.nodes[node.id] = mark
+            self._forget(owner, node.id)
+            return None
+        gone: Node | None = node
+        while gone is not None:
+            name = gone.name
+            await self._run(lambda documents, name=name: documents.delete(owner, name))  # type: ignore[misc]
+            tree.remove(gone)
+            self._forget(owner, gone.id)
+            before = tree.nodes.get(gone.parent or "")
+            gone = before if before is not None and before.deleted and not tree.children.get(before.id) else None
+        return None if tree.heads(node.lane) else record.session
+
+    async def expire(self, owner: str, idle: float) -> int:
+        """Deletes the trees that nothing was added to for `idle` seconds; returns how many responses that were."""
+        tree, limit = await self._tree(owner), time.time() - idle
+        files = await self._run(lambda documents: documents.list(owner))
+        modified = {file.filename: file.modified for file in files}
+        newest: dict[str, float] = {}
+        roots: dict[str, list[Node]] = {}
+        for node in tree.nodes.values():
+            root = node
+            while root.parent is not None and root.parent in tree.nodes:
+                root = tree.nodes[root.parent]
+            roots.setdefault(root.id, []).append(node)
+            newest[root.id] = max(newest.get(root.id, 0.0), modified.get(node.name, time.time()))
+        old = [node for root, nodes in roots.items() if newest[root] < limit for node in nodes]
+        for node in old:
+            name = node.name
+            await self._run(lambda documents, name=name: documents.delete(owner, name))  # type: ignore[misc]
+            tree.remove(node)
+            self._forget(owner, node.id)
+        return len(old)
+
+    async def _read(self, owner: str, path: list[Node]) -> list[Record]:
+        known = {node.id: record for node in path if (record := self._records.get((owner, node.id))) is not None}
+        missing = [node for node in path if node.id not in known]
+
+        def read(documents: DocumentStore) -> list[Record]:
+            found = []
+            for node in missing:
+                data = documents.read(owner, node.name)
+                if data is None:  # without a store only the latest are kept
+                    raise response_not_found(node.id)
+                found.append(msgspec.json.decode(data, type=Record))
+            return found
+
+        known |= {record.id: record for record in (await self._run(read) if missing else ())}
+        out = [known[node.id] for node in path]
+        for record in out:
+            self._remember(owner, record)
+        return out
+
+    def _remember(self, owner: str, record: Record) -> None:
+        if (owner, record.id) not in self._records:
+            self._records[owner, record.id] = record
+            self._cached += record.size
+        self._records.move_to_end((owner, record.id))
+        while self._cached > _CACHED and len(self._records) > 1:
+            _, oldest = self._records.popitem(last=False)
+            self._cached -= oldest.size
+
+    def _forget(self, owner: str, response_id: str) -> None:
+        known = self._records.pop((owner, response_id), None)
+        if known is not None:
+            self._cached -= known.size
+
+    async def _tree(self, owner: str) -> _Tree:
+        if owner not in self._trees:
+            files = await self._run(lambda documents: documents.list(owner))
+            if owner not in self._trees:  # another request may have been as fast
+                tree = _Tree()
+                for node in filter(None, (Node.parse(file.filename) for file in files)):
+                    # a deletion that was cut short has left both names
+                    if node.id not in tree.nodes or node.deleted:
+                        tree.add(node)
+                self._trees[owner] = tree
+        return self._trees[owner]
+
+    async def _run(self, work: Callable[[DocumentStore], T]) -> T:
+        documents = self._supervisor.engine.documents
+        try:
+            return await self._pools.run("sessions", lambda: work(documents))
+        except (OSError, SnapshotInvalid, msgspec.MsgspecError) as error:
+            log.error("[ATLAS] A response that is kept cannot be read or written: %s", type(error).__name__)
+            raise Unavailable(
+                "What is kept of this response cannot be read or written", code="storage_failed", retry_after=30.0
+            ) from error
