@@ -65,6 +65,7 @@ def attend(
     sliding_window: int | None,
     masks: tuple[Bool[Array, "B T N P"], Bool[Array, "B T"]],
     scale: float,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H D"]:
     """`window_attention` by whichever kernel there is for it.
 
@@ -72,8 +73,8 @@ def attend(
       view, sliding_window: what the Mosaic kernel works out the masks from.
       masks: `visible(view, sliding_window)`, the same for all layers with this window.
     """
-    if not uses_tpu_kernel(kv):
-        return window_attention(q, q_sink, kv, *masks, scale, view.kept)
+    if softcap is not None or not uses_tpu_kernel(kv):
+        return window_attention(q, q_sink, kv, *masks, scale, view.kept, softcap)
     from atlas_jax.kernels.tpu import window_attention as mosaic  # importing Pallas takes 0.4 s that only TPUs need
 
     return mosaic.attention(q, q_sink, kv, view, sliding_window, scale, interpret=tpu.interpreted())
@@ -87,6 +88,7 @@ def window_attention(
     sinks_seen: Bool[Array, "B T"],
     scale: float,
     kept: Int32[Array, B] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of a step's tokens over the ring, the sinks and the kept pairs.
 
@@ -98,6 +100,7 @@ def window_attention(
       seen, sinks_seen: from `visible`; a token always sees itself.
       scale: factor on q·k.
       kept: how many pairs of `kv.kept` each row has; all of its tokens see them.
+      softcap: see `capped`; only XLA's form has it.
 
     Returns:
       The attention output. What is not seen contributes an exact zero.
@@ -105,23 +108,23 @@ def window_attention(
     batch, tokens, heads, dim = q.shape
     kv_heads = kv.sink_k.shape[1]
     k, v = kv.k, kv.v
-    taken = uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2])
+    taken = softcap is None and uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2])
     if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
         return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(kv, kept))
     groups = heads // kv_heads
-    score = page_scores(group_queries(q, kv_heads), kv.k) * scale  # [B, N, K, G·T, P]
+    score = capped(page_scores(group_queries(q, kv_heads), kv.k) * scale, softcap)  # [B, N, K, G·T, P]
     by_token = score.reshape(*score.shape[:3], groups, tokens, PAGE)
     mask = seen.transpose(0, 2, 1, 3)[:, :, None, None]
     score = jnp.where(mask, by_token, UNSEEN).reshape(score.shape)
     # four sinks: a multiply and a sum, cheaper than another batched matmul's set-up
-    sink_score = jnp.einsum("bkqd,bksd->bkqs", group_queries(q_sink, kv_heads), kv.sink_k) * scale
+    sink_score = capped(jnp.einsum("bkqd,bksd->bkqs", group_queries(q_sink, kv_heads), kv.sink_k) * scale, softcap)
     sink_mask = jnp.broadcast_to(sinks_seen[:, None, :], (batch, groups, tokens)).reshape(batch, 1, -1, 1)
     sink_score = jnp.where(sink_mask, sink_score, UNSEEN)
 
     peak = jnp.maximum(row_max(score).max(axis=1), sink_score.max(axis=-1))  # [B, K, G·T]
     if kv.kept is not None and kept is not None:
-        kept_score = page_scores(group_queries(q_sink, kv_heads), unpacked(kv.kept.k)) * scale
+        kept_score = capped(page_scores(group_queries(q_sink, kv_heads), unpacked(kv.kept.k)) * scale, softcap)
         filled = (kept_index(kv.kept.score.shape[1]) < kept[:, None, None])[:, :, None]  # [B, pages, 1, P]
         kept_score = jnp.where(filled[:, :, :, None], kept_score, UNSEEN)
         peak = jnp.maximum(peak, row_max(kept_score).max(axis=1))
@@ -135,6 +138,11 @@ def window_attention(
         total = total + _weighted_values(kept_weight, _filled_values(unpacked(kv.kept.v), filled))
     out = total / mass[..., None]
     return out.reshape(batch, kv_heads, groups, tokens, dim).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
+
+
+def capped(score: jax.Array, softcap: float | None) -> jax.Array:
+    """Scores that approach ±softcap: cap·tanh(score / cap); None leaves them."""
+    return score if softcap is None else softcap * jnp.tanh(score / softcap)
 
 
 def _packed_pairs(

@@ -101,8 +101,9 @@ def keep_pairs(
         protected=protected,
         sinks=sinks,
     )
+    scores = config.scale, config.attention_softcap
     kv = tuple(
-        layer if layer.kept is None else _keep_in_layer(config.scale, layer, layer.kept, page, event, turns[spec.rope])
+        layer if layer.kept is None else _keep_in_layer(scores, layer, layer.kept, page, event, turns[spec.rope])
         for spec, layer in zip(config.layers, cache.kv, strict=True)
     )
     kept = jnp.minimum(event.kept + PAGE - sinks, page.capacity)
@@ -139,14 +140,18 @@ class _Turns:
     queries: tuple[Float[Array, "samples half"], Float[Array, "samples half"]]
 
 
+_Scores = tuple[float, float | None]
+"""Factor on q·k, and what caps the product."""
+
+
 @functools.partial(jax.jit, static_argnums=0)  # compiled into its caller; layers alike are traced once
 def _keep_in_layer(
-    scale: float, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turns: _Turns
+    scores: _Scores, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turns: _Turns
 ) -> LayerKV:
     row, slot = page.row, page.slot
     ring_score, score = jax.lax.cond(
         page.first,
-        lambda: _counted(scale, layer, pairs, page, event, turns.queries),
+        lambda: _counted(scores, layer, pairs, page, event, turns.queries),
         lambda: (pairs.ring_score[row], pairs.score[row]),
     )
     own = jnp.where(event.protected, _PROTECTED, 0.0) + ring_score[slot]
@@ -162,14 +167,14 @@ def _keep_in_layer(
 
 
 def _counted(
-    scale: float, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turn: tuple[jax.Array, jax.Array]
+    scores: _Scores, layer: LayerKV, pairs: KeptPairs, page: Leaving, event: _Event, turn: tuple[jax.Array, jax.Array]
 ) -> tuple[Float[Array, "N K P"], Float[Array, "kept K P"]]:
     """Scores of the ring and of the kept pairs with the attention of the latest page's queries."""
     token = event.labels[:, None] * PAGE + jnp.arange(PAGE)
     in_window = (event.labels >= event.first_page) & (event.labels >= 0)
     seen = in_window[:, None] & (token <= event.asked[:, None, None])
     q = pairs.queries[page.row] * pairs.query_scale[page.row][..., None]
-    received = received_attention(q, _turned(q, turn), layer, page.row, seen, event.first_page > 0, event.kept, scale)
+    received = received_attention(q, _turned(q, turn), layer, page.row, seen, event.first_page > 0, event.kept, *scores)
     old = pairs.ring_score[page.row], pairs.score[page.row]
     return tuple(page.decay * before + new for before, new in zip(old, received, strict=True))  # type: ignore[return-value]
 

@@ -1,0 +1,126 @@
+"""Every architecture, from its file to its logits: against its definition, and against what llama.cpp makes of the file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from atlas_jax.aot import INLINE
+from atlas_jax.config import ModelConfig
+from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels.linear import QuantArray
+from atlas_jax.model.families import FAMILIES
+from atlas_jax.model.kv_cache import KVCache, init_kv_cache, page_start, start_page
+from atlas_jax.model.layer_groups import Trunk
+from atlas_jax.model.loading import load_params, model_config, param_shapes
+from atlas_jax.model.page_schedule import PageSchedule
+from atlas_jax.model.params import ModelParams
+from atlas_jax.model.transformer import logits
+from tests import tiny_families
+from tests.reference import transformer_reference
+from tests.tiny_families import SAMPLES, TEXT
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "peer"
+OF_A_TABLE = 3e-3
+"""How far GELU out of a table of half-precision values, which is llama.cpp's, may move logits."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiny:
+    path: Path
+    config: ModelConfig
+    params: ModelParams
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("families")
+
+
+def opened(folder: Path, name: str) -> Tiny:
+    path = tiny_families.write_sample(folder / f"{name}.gguf", SAMPLES[name])
+    with GGUFFile.open(path) as file:
+        config = model_config(file)
+        return Tiny(path, config, load_params(file, config, dtype="float32"))
+
+
+class Reader:
+    """A model that reads rows of a batch: one program for every number of tokens, compiled fast instead of well."""
+
+    def __init__(self, tiny: Tiny, rows: int) -> None:
+        config, trunk = tiny.config, Trunk(tiny.config)
+
+        def step(params: ModelParams, cache: KVCache, tokens: jax.Array, count: jax.Array) -> tuple[jax.Array, KVCache]:
+            *_, (cache, _, states) = trunk.parts(INLINE, None, params, cache, tokens, count)
+            return logits(config, params, states[-1]), cache
+
+        self._params, self._step = tiny.params, jax.jit(step)
+        self._cache = init_kv_cache(config, rows, 1, "float32", 0)
+        for row in range(rows):
+            self._cache = start_page(self._cache, page_start(row, PageSchedule(window=None).next_page(0)))
+        self._rows = rows
+
+    def __call__(self, tokens: np.ndarray) -> np.ndarray:
+        """Scores after each of the next tokens of every row."""
+        count = np.full(self._rows, tokens.shape[1], np.int32)
+        args = self._params, self._cache, tokens.astype(np.int32), count
+        program = self._step.lower(*args).compile({"xla_backend_optimization_level": 0})
+        scores, self._cache = program(*args)
+        return np.asarray(scores)
+
+
+def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
+    return float(np.abs(found - wanted).max() / np.abs(wanted).max())
+
+
+def test_every_architecture_has_a_sample_and_a_golden_file() -> None:
+    assert {sample.architecture for sample in SAMPLES.values()} == set(FAMILIES)
+    assert {f"{name}.logits.npy" for name in SAMPLES} == {path.name for path in GOLDEN.glob("*.logits.npy")}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_logits_are_those_of_the_definition_and_of_llama_cpp(folder: Path, name: str) -> None:
+    tiny = opened(folder, name)
+    (found,) = Reader(tiny, 1)(np.asarray([TEXT]))
+    wanted = transformer_reference.logits(tiny.config, transformer_reference.tensors(tiny.path), TEXT)
+    assert relative_error(found, wanted) < 2e-5
+    peer = np.load(GOLDEN / f"{name}.logits.npy")
+    assert relative_error(found, peer) < (1e-4 if tiny.config.activation == "silu" else OF_A_TABLE)
+    assert relative_error(wanted, peer) < (1e-4 if tiny.config.activation == "silu" else OF_A_TABLE)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "olmo3", "smollm3", "stablelm-parallel", "starcoder2"])
+def test_parts_of_a_text_and_rows_of_a_batch_are_the_text(folder: Path, name: str) -> None:
+    tiny = opened(folder, name)
+    texts = np.stack([np.asarray(TEXT), np.asarray(TEXT[::-1])])
+    whole = Reader(tiny, 2)(texts)
+    parts = Reader(tiny, 2)
+    found = [parts(texts[:, :31]), parts(texts[:, 31:62]), parts(texts[:, 62:63]), parts(texts[:, 63:])]
+    np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=2e-5 * np.abs(whole).max())
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_8_bits_are_the_same_weights(folder: Path, name: str) -> None:
+    tiny = opened(folder, name)
+    with GGUFFile.open(tiny.path) as file:
+        rounded = load_params(file, tiny.config, dtype="int8")
+    assert shapes_of(rounded) == shapes_of(param_shapes(tiny.config, "int8"))
+    assert shapes_of(tiny.params) == shapes_of(param_shapes(tiny.config, "float32"))
+
+    def compare(matrix: Any, exact: jax.Array) -> None:
+        if isinstance(matrix, QuantArray):
+            scale = np.asarray(matrix.scale)[:, None]
+            assert (np.abs(np.asarray(matrix.values) * scale - np.asarray(exact)) <= 0.501 * np.abs(scale)).all()
+        else:
+            assert np.array_equal(matrix, exact)
+
+    jax.tree.map(compare, rounded, tiny.params, is_leaf=lambda leaf: isinstance(leaf, QuantArray))
+
+
+def shapes_of(params: ModelParams) -> Any:
+    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), params)
