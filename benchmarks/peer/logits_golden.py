@@ -29,8 +29,8 @@ def main() -> None:
     for path in sorted(args.folder.glob("*.gguf")):
         peer = Peer(path, context=CONTEXT, cache_type=F32)
         text = np.random.default_rng(11).integers(0, peer.vocab_size, 64).tolist()
-        logits = peer.decode(text, range(len(text)), outputs=[True] * len(text))
-        np.save(args.out / f"{path.stem}.logits.npy", logits.astype(np.float32))
+        logits = peer.decode(text, range(len(text)), outputs=[True] * len(text)).copy()  # of what close() frees
+        np.save(args.out / f"{path.stem}.logits.npy", logits)
         peer.close()
         print(path.stem, logits.shape, round(float(logits.std()), 3))
 
