@@ -291,7 +291,9 @@ class Fields:
         head_dim = self.head_dim(embed, heads, values.get("attention_scale"))
         if ropes is None:
             ropes = (self.rope(head_dim, interleaved=interleaved, base=rope_base),)
-        biases = {field: any(self.has(f"{name}.bias") for name in names) for field, names in _BIASES.items()}
+        biases: dict[str, Any] = {
+            field: any(self.has(f"{name}.bias") for name in names) for field, names in _BIASES.items()
+        }
         config = ModelConfig(
             family=self._family.architecture,
             vocab=self.vocabulary(vocabulary),
