@@ -69,6 +69,33 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of every layer's MLP.
+
+    Attributes:
+      count, used: experts, and how many of them each token uses: those that the router finds most probable.
+      ff: columns of an expert.
+      normalised: whether the probabilities of the experts that a token uses are scaled to sum to 1.
+      shared_ff: columns of a further expert that all tokens use, times a sigmoid of its own; 0 for none.
+    """
+
+    count: int
+    used: int
+    ff: int
+    normalised: bool
+    shared_ff: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.used <= self.count, f"experts used ({self.used}) must be at most their count, {self.count}")
+        _require(self.ff > 0, f"ff of experts must be positive, got {self.ff}")
+
+
+def columns_together(ff: int) -> int:
+    """Columns of an MLP's gate that lie together, before as many of its up."""
+    return math.gcd(ff, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer of the Llama family, as data: families differ in values, not in code paths of their own.
 
@@ -80,6 +107,7 @@ class ModelConfig:
       norm_bias: whether those of the residual stream add a bias.
       pre_norms: whether a sublayer reads the normed residual stream.
       post_norms: RMSNorm on each sublayer's output before the residual add.
+      experts: the mixture of experts that is its MLP, if it is one.
       parallel: the MLP reads what attention reads, and both are added to the residual stream together.
       qk_norm: norm on queries and keys before RoPE: of each "head" with a gain that all share, of each of the "heads" with
         a gain of its own, or over the whole "width"; None for no norm.
@@ -109,6 +137,7 @@ class ModelConfig:
     norm_bias: bool = False
     pre_norms: bool = True
     post_norms: bool = False
+    experts: ExpertsConfig | None = None
     parallel: bool = False
     qk_norm: Literal["head", "heads", "width"] | None = None
     qkv_bias: bool = False
@@ -131,6 +160,9 @@ class ModelConfig:
         )
         _require(len(self.layers) > 0, "a model needs at least one layer")
         _require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}")
+        _require(
+            self.experts is None or (self.gated and not self.parallel), "experts have a gate, and come after attention"
+        )
         for index, layer in enumerate(self.layers):
             _require(0 <= layer.rope < len(self.ropes), f"layer {index} names rope {layer.rope}, which does not exist")
             _require(
@@ -153,7 +185,7 @@ class ModelConfig:
     @property
     def ff_block(self) -> int:
         """Columns of the MLP that lie together in `LayerParams.gate_up`."""
-        return math.gcd(self.ff, 128)
+        return columns_together(self.ff)
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -64,6 +64,20 @@ _PHI = Sample(
     layer={"attn_qkv.weight": ((HEADS + 2 * KV_HEADS) * DIM, EMBED), "ffn_up.weight": (2 * FF, EMBED)},
     without=("attn_q.weight", "attn_k.weight", "attn_v.weight", "ffn_gate.weight"),
 )
+_EXPERTS, _USED, _EXPERT_FF, _SHARED_FF = 8, 3, 32, 40
+_EXPERT_KEYS = {"expert_count": _EXPERTS, "expert_used_count": _USED}
+
+
+def _expert_tensors(ff: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "ffn_gate_inp.weight": (_EXPERTS, EMBED),
+        "ffn_gate_exps.weight": (_EXPERTS, ff, EMBED),
+        "ffn_up_exps.weight": (_EXPERTS, ff, EMBED),
+        "ffn_down_exps.weight": (_EXPERTS, EMBED, ff),
+    }
+
+
+_NO_MLP = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
 _PARTIAL_LONG_ROPE = dict.fromkeys(_LONG_ROPE, (DIM // 2 - 2,))
 
 SAMPLES: Mapping[str, Sample] = {
@@ -82,6 +96,29 @@ SAMPLES: Mapping[str, Sample] = {
         "llama",
         metadata={"rope.scaling.type": "longrope", "rope.scaling.original_context_length": 128},
         whole=_LONG_ROPE,
+    ),
+    "llama-experts": Sample("llama", metadata=_EXPERT_KEYS, layer=_expert_tensors(FF), without=_NO_MLP),
+    "qwen2moe": Sample(
+        "qwen2moe",
+        metadata={
+            **_EXPERT_KEYS,
+            **{"expert_feed_forward_length": _EXPERT_FF, "expert_shared_feed_forward_length": _SHARED_FF},
+        },
+        layer={
+            **_QKV_BIASES,
+            **_expert_tensors(_EXPERT_FF),
+            "ffn_gate_inp_shexp.weight": (EMBED,),
+            "ffn_gate_shexp.weight": (_SHARED_FF, EMBED),
+            "ffn_up_shexp.weight": (_SHARED_FF, EMBED),
+            "ffn_down_shexp.weight": (EMBED, _SHARED_FF),
+        },
+        without=_NO_MLP,
+    ),
+    "qwen3moe": Sample(
+        "qwen3moe",
+        metadata={**_EXPERT_KEYS, **_KEY_LENGTHS, "expert_feed_forward_length": _EXPERT_FF},
+        layer={**_HEAD_NORMS, **_expert_tensors(_EXPERT_FF)},
+        without=_NO_MLP,
     ),
     "qwen2": Sample("qwen2", metadata={"rope.freq_base": 1e6, **_YARN}, layer=_QKV_BIASES, tied=True),
     "qwen3": Sample("qwen3", metadata={"rope.freq_base": 1e6, **_KEY_LENGTHS}, layer=_HEAD_NORMS, tied=True),

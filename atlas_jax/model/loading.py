@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.aot import shape, shapes
-from atlas_jax.config import ConfigError, ModelConfig, RopeConfig
+from atlas_jax.config import ConfigError, ExpertsConfig, ModelConfig, RopeConfig, columns_together
 from atlas_jax.config import WeightDtype as WeightDtype
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.linear import PackedArray, QuantArray, uses_cpu_kernel
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
-from atlas_jax.model.params import LayerParams, ModelParams
+from atlas_jax.model.params import ExpertParams, LayerParams, ModelParams
 from atlas_jax.model.tensor_reader import Outputs, TensorReader
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
@@ -164,6 +164,20 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
         each = () if config.qk_norm == "head" else (heads,)
         return shape((*each, dim), np.float32) if config.qk_norm else None
 
+    def experts(of: ExpertsConfig) -> ExpertParams:
+        def matrices(outputs: int, inputs: int) -> Any:
+            one = matrix(outputs, inputs)
+            return jax.tree.map(lambda leaf: shape((of.count, *leaf.shape), leaf.dtype), one)
+
+        return ExpertParams(
+            router=shape((of.count, embed), np.float32),
+            expert_gate_up=matrices(2 * of.ff, embed),
+            expert_down=matrices(embed, of.ff),
+            shared_gate=vector(embed, bool(of.shared_ff)),
+            shared_gate_up=matrix(2 * of.shared_ff, embed) if of.shared_ff else None,
+            shared_down=matrix(embed, of.shared_ff) if of.shared_ff else None,
+        )
+
     embed, dim = config.embed, config.head_dim
     qkv, wide = (config.heads + 2 * config.kv_heads) * dim, config.ff * (2 if config.gated else 1)
     ff_norm = config.pre_norms and not config.parallel
@@ -179,11 +193,12 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
         attn_post_norm=vector(embed, config.post_norms),
         ff_norm=vector(embed, ff_norm),
         ff_norm_bias=vector(embed, ff_norm and config.norm_bias),
-        gate_up=matrix(wide, embed),
+        gate_up=None if config.experts else matrix(wide, embed),
         gate_up_bias=vector(wide, config.gate_up_bias),
-        down=matrix(embed, config.ff),
+        down=None if config.experts else matrix(embed, config.ff),
         down_bias=vector(embed, config.down_bias),
         ff_post_norm=vector(embed, config.post_norms),
+        experts=None if config.experts is None else experts(config.experts),
     )
     return ModelParams(
         embed=matrix(config.vocab, embed),
@@ -262,11 +277,30 @@ def _layer(reader: TensorReader, config: ModelConfig, index: int) -> LayerParams
         attn_post_norm=vector("post_attention_norm.weight", config.post_norms, of_norms),
         ff_norm=vector("ffn_norm.weight", ff_norm),
         ff_norm_bias=vector("ffn_norm.bias", ff_norm and config.norm_bias),
-        gate_up=reader.matrix(mlp("weight"), embed, by_block),
+        gate_up=None if config.experts else reader.matrix(mlp("weight"), embed, by_block),
         gate_up_bias=reader.vector(mlp("bias"), by_block) if config.gate_up_bias else None,
-        down=reader.matrix({f"{prefix}ffn_down.weight": embed}, ff, factor=of_matrices),
+        down=None if config.experts else reader.matrix({f"{prefix}ffn_down.weight": embed}, ff, factor=of_matrices),
         down_bias=vector("ffn_down.bias", config.down_bias, of_matrices),
         ff_post_norm=vector("post_ffw_norm.weight", config.post_norms, of_norms),
+        experts=None if config.experts is None else _experts(reader, config, config.experts, prefix, of_matrices),
+    )
+
+
+def _experts(
+    reader: TensorReader, config: ModelConfig, experts: ExpertsConfig, prefix: str, factor: float
+) -> ExpertParams:
+    embed, shared = config.embed, experts.shared_ff
+
+    def gate_up(kind: str, ff: int) -> Outputs:
+        return {f"{prefix}ffn_gate_{kind}.weight": ff, f"{prefix}ffn_up_{kind}.weight": ff}
+
+    return ExpertParams(
+        router=jnp.asarray(reader.array(f"{prefix}ffn_gate_inp.weight", (experts.count, embed))),
+        expert_gate_up=reader.matrices(gate_up("exps", experts.ff), experts.count, embed, _blocked(experts.ff)),
+        expert_down=reader.matrices({f"{prefix}ffn_down_exps.weight": embed}, experts.count, experts.ff, factor=factor),
+        shared_gate=reader.vector({f"{prefix}ffn_gate_inp_shexp.weight": embed}) if shared else None,
+        shared_gate_up=reader.matrix(gate_up("shexp", shared), embed, _blocked(shared)) if shared else None,
+        shared_down=reader.matrix({f"{prefix}ffn_down_shexp.weight": embed}, shared, factor=factor) if shared else None,
     )
 
 
@@ -280,9 +314,7 @@ def _by_kv_head(config: ModelConfig, head_order: np.ndarray) -> np.ndarray:
 
 def _by_block(config: ModelConfig) -> np.ndarray | None:
     """Order of the outputs of gate and up that `LayerParams.gate_up` has."""
-    if not config.gated:
-        return None
-    return np.arange(2 * config.ff).reshape(2, -1, config.ff_block).swapaxes(0, 1).reshape(-1)
+    return _blocked(config.ff) if config.gated else None
 
 
 def _head_order(config: ModelConfig, rope: RopeConfig) -> np.ndarray:
@@ -291,3 +323,8 @@ def _head_order(config: ModelConfig, rope: RopeConfig) -> np.ndarray:
     if not rope.interleaved:
         return np.arange(dim)
     return np.concatenate([rotating[0::2], rotating[1::2], np.arange(rope.dims, dim)])
+
+
+def _blocked(ff: int) -> np.ndarray:
+    """Order of the outputs of a gate and then of an up in which a block of the one and of the other take turns."""
+    return np.arange(2 * ff).reshape(2, -1, columns_together(ff)).swapaxes(0, 1).reshape(-1)

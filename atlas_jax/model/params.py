@@ -6,9 +6,28 @@ from dataclasses import dataclass
 
 import jax
 
-from atlas_jax.kernels.linear import Weight
+from atlas_jax.kernels.linear import QuantArray, Weight
 from atlas_jax.kernels.rope import RopeTable
 from atlas_jax.typing import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExpertParams:
+    """The experts of a layer.
+
+    Attributes:
+      router: scores of the experts.
+      expert_gate_up, expert_down: each expert's matrices as `LayerParams` has them, on a leading axis of experts.
+      shared_gate, shared_gate_up, shared_down: of the expert that all tokens use, if there is one.
+    """
+
+    router: Float[Array, "X E"]
+    expert_gate_up: QuantArray | Float[Array, "X 2*F E"]
+    expert_down: QuantArray | Float[Array, "X E F"]
+    shared_gate: Float[Array, E] | None
+    shared_gate_up: Weight | None
+    shared_down: Weight | None
 
 
 @jax.tree_util.register_dataclass
@@ -37,11 +56,12 @@ class LayerParams:
     attn_post_norm: Float[Array, E] | None
     ff_norm: Float[Array, E] | None
     ff_norm_bias: Float[Array, E] | None
-    gate_up: Weight
+    gate_up: Weight | None
     gate_up_bias: Float[Array, GU] | None
-    down: Weight
+    down: Weight | None
     down_bias: Float[Array, E] | None
     ff_post_norm: Float[Array, E] | None
+    experts: ExpertParams | None
 
 
 @jax.tree_util.register_dataclass

@@ -77,6 +77,18 @@ class TensorReader:
         values, scale = quantize_weight(whole)
         return QuantArray(jnp.asarray(values), jnp.asarray(scale * np.float32(factor)))
 
+    def matrices(
+        self, tensors: Outputs, count: int, inner: int, order: np.ndarray | None = None, factor: float = 1.0
+    ) -> QuantArray | jax.Array:
+        """As `matrix`, of tensors that have a leading axis of `count` matrices."""
+        whole = np.concatenate([self.array(name, (count, size, inner)) for name, size in tensors.items()], axis=1)
+        whole = whole if order is None else whole[:, order]
+        if self._dtype == "float32":
+            return jnp.asarray(whole * np.float32(factor))
+        values, scale = quantize_weight(whole.reshape(-1, inner))
+        scale = scale.reshape(whole.shape[:2]) * np.float32(factor)
+        return QuantArray(jnp.asarray(values.reshape(whole.shape)), jnp.asarray(scale))
+
     def take(self, name: str) -> None:
         """Marks a tensor as understood."""
         self._taken.add(name)

@@ -26,6 +26,7 @@ from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, RingView
 from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.qkv_rope_cache import qkv_rope_cache
 from atlas_jax.kernels.rope import RopeTable, rotations
+from atlas_jax.model.experts import mixture
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.sharding import on_each_device
 from atlas_jax.typing import Array, Float, Int32
@@ -163,6 +164,12 @@ def _run_layer(
     attended = _biased(linear(layer.out, mixed.reshape(*x.shape[:2], -1)), layer.out_bias)
     after_attention = Residual(x, attended, layer.attn_post_norm)
     ff_norm = layer.ff_norm, layer.ff_norm_bias
+    if layer.experts is not None and config.experts is not None:
+        between = _summed(config, after_attention)
+        made = mixture(config, config.experts, layer.experts, _normed(config, between, *ff_norm))
+        return x, Residual(between, made, layer.ff_post_norm), kv
+    assert layer.gate_up is not None
+    assert layer.down is not None
     if config.parallel:
         gate_up, _ = _normed_linear(config, layer.gate_up, layer.gate_up_bias, Residual(x), attn_norm)
         between = _summed(config, after_attention)
@@ -191,11 +198,13 @@ def _normed_linear(
             out, x = summed_linear(weight, residual.x, residual.added, residual.gain, gain, config.norm_eps)
     else:
         x = _summed(config, residual)
-        out = linear(weight, x if gain is None else _normed(config, x, gain, norm_bias))
+        out = linear(weight, _normed(config, x, gain, norm_bias))
     return _biased(out, bias), x
 
 
-def _normed(config: ModelConfig, x: jax.Array, gain: jax.Array, bias: jax.Array | None) -> jax.Array:
+def _normed(config: ModelConfig, x: jax.Array, gain: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    if gain is None:
+        return x
     if config.norm == "layer":
         return layer_norm(x, gain, bias, config.norm_eps)
     return _biased(rms_norm(x, gain, config.norm_eps), bias)

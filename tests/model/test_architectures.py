@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from atlas_jax.aot import INLINE
-from atlas_jax.config import ModelConfig
+from atlas_jax.config import ModelConfig, WeightDtype
 from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.kernels.linear import QuantArray
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache, page_start, start_page
@@ -42,17 +43,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("families")
 
 
-def opened(folder: Path, name: str) -> Tiny:
+def opened(folder: Path, name: str, dtype: WeightDtype = "float32") -> Tiny:
     path = tiny_families.write_sample(folder / f"{name}.gguf", SAMPLES[name])
     with GGUFFile.open(path) as file:
         config = model_config(file)
-        return Tiny(path, config, load_params(file, config, dtype="float32"))
+        return Tiny(path, config, load_params(file, config, dtype=dtype))
 
 
 class Reader:
     """A model that reads rows of a batch: one program for every number of tokens, compiled fast instead of well."""
 
-    def __init__(self, tiny: Tiny, rows: int) -> None:
+    def __init__(self, tiny: Tiny, rows: int, dtype: KVDtype = "float32") -> None:
         config, trunk = tiny.config, Trunk(tiny.config)
 
         def step(params: ModelParams, cache: KVCache, tokens: jax.Array, count: jax.Array) -> tuple[jax.Array, KVCache]:
@@ -60,7 +61,7 @@ class Reader:
             return logits(config, params, states[-1]), cache
 
         self._params, self._step = tiny.params, jax.jit(step)
-        self._cache = init_kv_cache(config, rows, 1, "float32", 0)
+        self._cache = init_kv_cache(config, rows, 1, dtype, 0)
         for row in range(rows):
             self._cache = start_page(self._cache, page_start(row, PageSchedule(window=None).next_page(0)))
         self._rows = rows
@@ -93,7 +94,7 @@ def test_logits_are_those_of_the_definition_and_of_llama_cpp(folder: Path, name:
     assert relative_error(found, peer) < (EXACT if tiny.config.activation == "silu" else OF_A_TABLE)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "olmo3", "smollm3", "stablelm-parallel", "starcoder2"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen2moe", "olmo3", "smollm3", "stablelm-parallel", "starcoder2"])
 def test_parts_of_a_text_and_rows_of_a_batch_are_the_text(folder: Path, name: str) -> None:
     tiny = opened(folder, name)
     texts = np.stack([np.asarray(TEXT), np.asarray(TEXT[::-1])])
@@ -103,17 +104,24 @@ def test_parts_of_a_text_and_rows_of_a_batch_are_the_text(folder: Path, name: st
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=EXACT * np.abs(whole).max())
 
 
+@pytest.mark.parametrize("name", ["gemma2", "qwen2moe", "granite", "stablelm-parallel", "starcoder2"])
+def test_logits_in_8_bits_are_near(folder: Path, name: str) -> None:
+    tiny = opened(folder, name, "int8")
+    (found,) = Reader(tiny, 1, "int8")(np.asarray([TEXT]))
+    wanted = transformer_reference.logits(tiny.config, transformer_reference.tensors(tiny.path), TEXT)
+    assert np.sqrt(((found - wanted) ** 2).mean()) < 0.05 * wanted.std()
+
+
 @pytest.mark.parametrize("name", SAMPLES)
 def test_8_bits_are_the_same_weights(folder: Path, name: str) -> None:
     tiny = opened(folder, name)
-    with GGUFFile.open(tiny.path) as file:
-        rounded = load_params(file, tiny.config, dtype="int8")
+    rounded = opened(folder, name, "int8").params
     assert shapes_of(rounded) == shapes_of(param_shapes(tiny.config, "int8"))
     assert shapes_of(tiny.params) == shapes_of(param_shapes(tiny.config, "float32"))
 
     def compare(matrix: Any, exact: jax.Array) -> None:
         if isinstance(matrix, QuantArray):
-            scale = np.asarray(matrix.scale)[:, None]
+            scale = np.asarray(matrix.scale)[..., None]
             assert (np.abs(np.asarray(matrix.values) * scale - np.asarray(exact)) <= 0.501 * np.abs(scale)).all()
         else:
             assert np.array_equal(matrix, exact)

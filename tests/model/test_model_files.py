@@ -89,7 +89,8 @@ def test_keys_at_their_neutral_value_change_nothing(tmp_path: Path, shape: tiny_
         ("rope.scaling.yarn_ext_factor", 1.0),
         ("rope.scaling.yarn_attn_factor", 1.2),
         ("rope.scaling.yarn_log_multiplier", 0.1),
-        ("expert_count", 8),
+        ("expert_count", -1),
+        ("expert_count", "many"),
         ("tensor_data_layout", "upside down"),
         ("attention.causal", False),
         ("attention.causal", 1),
@@ -109,6 +110,24 @@ def test_keys_at_their_neutral_value_change_nothing(tmp_path: Path, shape: tiny_
 def test_keys_that_would_change_the_result_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
     with pytest.raises(UnsupportedModel, match=rf"metadata key 'llama\.{key}' "):
         config_of(write(tmp_path, {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value"),
+    [
+        ("llama", "expert_used_count", None),
+        ("llama", "expert_used_count", 9),
+        ("llama", "expert_gating_func", 2),
+        ("llama", "expert_weights_scale", 2.5),
+        ("llama", "expert_group_count", 4),
+        ("llama", "leading_dense_block_count", 1),
+        ("qwen2", "expert_count", 8),
+    ],
+)
+def test_other_mixtures_of_experts_are_refused_by_name(tmp_path: Path, architecture: str, key: str, value: Any) -> None:
+    keys = {"expert_count": 8, "expert_used_count": 2, key: value}
+    with pytest.raises(UnsupportedModel, match=rf"metadata key '{architecture}\.{key}' "):
+        config_of(write(tmp_path, keys, tiny_model.Shape(architecture=architecture)))
 
 
 def test_llama_3_1_as_its_files_are(tmp_path: Path) -> None:

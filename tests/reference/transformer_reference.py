@@ -82,15 +82,43 @@ def _pre_norm(config: ModelConfig, x: np.ndarray, part: dict[str, np.ndarray], n
 
 
 def _mlp(config: ModelConfig, part: dict[str, np.ndarray], h: np.ndarray) -> np.ndarray:
+    if config.experts is not None:
+        return _mixture(config, part, h)
     up = _linear(part, "ffn_up", h)
     gate = up
     if config.gated:  # which files have in a tensor of its own, or before up
         gate, up = (_linear(part, "ffn_gate", h), up) if "ffn_gate" in part else np.split(up, 2, axis=-1)
-    if config.activation == "silu":
-        gate = gate / (1 + np.exp(-gate))
-    else:
-        gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+    gate = _activated(config, gate)
     return _linear(part, "ffn_down", gate * up if config.gated else gate)
+
+
+def _activated(config: ModelConfig, x: np.ndarray) -> np.ndarray:
+    if config.activation == "silu":
+        return x / (1 + np.exp(-x))
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def _mixture(config: ModelConfig, part: dict[str, np.ndarray], h: np.ndarray) -> np.ndarray:
+    """One token after the other: its most probable experts, and the one that all tokens use."""
+    experts = config.experts
+    assert experts is not None
+
+    def expert(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+        return (_activated(config, x @ gate.T) * (x @ up.T)) @ down.T
+
+    out = np.zeros_like(h)
+    for token, x in enumerate(h):
+        score = np.exp(part["ffn_gate_inp"] @ x)
+        share = score / score.sum()
+        chosen = np.argsort(-share)[: experts.used]
+        whole = share[chosen].sum() if experts.normalised else 1.0
+        for one in chosen:
+            matrices = (part[f"ffn_{name}_exps"][one] for name in ("gate", "up", "down"))
+            out[token] += share[one] / whole * expert(x, *matrices)
+        if experts.shared_ff:
+            matrices = (part[f"ffn_{name}_shexp"] for name in ("gate", "up", "down"))
+            out[token] += expert(x, *matrices) / (1 + np.exp(-part["ffn_gate_inp_shexp"] @ x))
+    return out
 
 
 def _attention(

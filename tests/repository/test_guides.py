@@ -62,8 +62,8 @@ def add_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str
 
     def add(code: str) -> Callable[[], None]:
         monkeypatch.setitem(families.FAMILIES, "cohere2", written_into(families, code)["FAMILY"])  # type: ignore[call-overload]
-        samples = eval(f"{{{FAMILY_SAMPLE}}}", vars(tiny_families))
-        monkeypatch.setitem(tiny_families.SAMPLES, "cohere2", samples["cohere2"])  # type: ignore[call-overload]
+        sample = written_into(tiny_families, FAMILY_SAMPLE)["_COHERE2"]
+        monkeypatch.setitem(tiny_families.SAMPLES, "cohere2", sample)  # type: ignore[call-overload]
         # written by the commands of the guide
         monkeypatch.setattr(test_architectures, "GOLDEN", test_architectures.GOLDEN.with_name("guide"))
         return lambda: test_architectures.test_logits_are_those_of_the_definition_and_of_llama_cpp(tmp_path, "cohere2")
@@ -84,7 +84,7 @@ def test_the_guides_architecture_is_read_and_computed(add_family: Callable[[str]
         ("sliding_window=window, rope=0", "rope=0"),
         ("parallel=True", "parallel=False"),
         ('norm="layer"', 'norm="layer", activation="gelu_tanh"'),
-        ('logit_scale=fields.factor("logit_scale", None)', ""),
+        ("logit_scale=fields", "logit_scale=1.0 / fields"),
         ("_PERIOD = 4", "_PERIOD = 2"),
     ],
 )

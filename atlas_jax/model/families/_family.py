@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from atlas_jax.config import LayerConfig, ModelConfig, RopeConfig
+from atlas_jax.config import ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
 from atlas_jax.model.families import _yarn
 from atlas_jax.model.families._neutral import IGNORED_PREFIXES, NEUTRAL, WITHOUT_EXPERTS, WITHOUT_WINDOW
 
@@ -134,6 +134,30 @@ class Fields:
             return pattern
         period = period if pattern is None else pattern
         return [period == 0 or index % period < period - 1 for index in range(self.layers)]
+
+    def experts(self, *, normalised: bool, shared: bool = False) -> ExpertsConfig | None:
+        """The mixture of experts that the layers have, if they have one.
+
+        Args:
+          normalised: whether the chosen experts' probabilities are made to sum to 1.
+          shared: whether a further expert is used by all tokens.
+        """
+        count = self.integer("expert_count", 0, default=0)
+        if not count:
+            return None
+        used = self.integer("expert_used_count", 1, count)
+        ff = self.integer("feed_forward_length", 1)
+        self.same("expert_gating_func", 0.0, 1.0)
+        for key in ("expert_weights_scale", "expert_group_count", "expert_group_used_count"):
+            self.same(key, 0.0, 1.0)
+        return ExpertsConfig(
+            count=count,
+            used=used,
+            # of Mixtral every expert is as wide as an MLP; the others name their width
+            ff=self.integer("expert_feed_forward_length", 0, default=0) or ff,
+            normalised=normalised,
+            shared_ff=(self.integer("expert_shared_feed_forward_length", 0, default=0) or ff) if shared else 0,
+        )
 
     def no_window(self) -> None:
         """Takes the keys of sliding windows, where the architecture's runtimes attend to everything all the same."""
@@ -321,7 +345,7 @@ class Fields:
                 continue
             if key == "expert_count" or (key in WITHOUT_EXPERTS and not experts):
                 if key == "expert_count" and experts != 0:
-                    raise self._refused(key, f"has unsupported value {experts!r}: mixtures of experts are not computed")
+                    raise self._refused(key, f"has unsupported value {experts!r}: this architecture's are not computed")
                 continue
             if key in WITHOUT_WINDOW and not window and "attention.sliding_window" not in self._taken:
                 continue
