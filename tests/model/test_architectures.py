@@ -51,7 +51,7 @@ def opened(folder: Path, name: str, dtype: WeightDtype = "float32") -> Tiny:
 
 
 class Reader:
-    """A model that reads rows of a batch: one program for every number of tokens, compiled fast instead of well."""
+    """A model that reads rows of a batch, by one program for every number of tokens."""
 
     def __init__(self, tiny: Tiny, rows: int, dtype: KVDtype = "float32") -> None:
         config, trunk = tiny.config, Trunk(tiny.config)
@@ -60,7 +60,9 @@ class Reader:
             *_, (cache, _, states) = trunk.parts(INLINE, None, params, cache, tokens, count)
             return logits(config, params, states[-1]), cache
 
-        self._params, self._step = tiny.params, jax.jit(step)
+        # compiled fast instead of well
+        self._step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
+        self._params = tiny.params
         self._cache = init_kv_cache(config, rows, 1, dtype, 0)
         for row in range(rows):
             self._cache = start_page(self._cache, page_start(row, PageSchedule(window=None).next_page(0)))
@@ -69,10 +71,15 @@ class Reader:
     def __call__(self, tokens: np.ndarray) -> np.ndarray:
         """Scores after each of the next tokens of every row."""
         count = np.full(self._rows, tokens.shape[1], np.int32)
-        args = self._params, self._cache, tokens.astype(np.int32), count
-        program = self._step.lower(*args).compile({"xla_backend_optimization_level": 0})
-        scores, self._cache = program(*args)
+        scores, self._cache = self._step(self._params, self._cache, tokens.astype(np.int32), count)
         return np.asarray(scores)
+
+
+def scores_of(tiny: Tiny, dtype: KVDtype) -> np.ndarray:
+    """Scores of the text: operation by operation, most of which are compiled once for all architectures."""
+    with jax.disable_jit():
+        (scores,) = Reader(tiny, 1, dtype)(np.asarray([TEXT]))
+    return scores
 
 
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -87,27 +94,27 @@ def test_every_architecture_has_a_sample_and_a_golden_file() -> None:
 @pytest.mark.parametrize("name", SAMPLES)
 def test_logits_are_those_of_the_definition_and_of_llama_cpp(folder: Path, name: str) -> None:
     tiny = opened(folder, name)
-    (found,) = Reader(tiny, 1)(np.asarray([TEXT]))
+    found = scores_of(tiny, "float32")
     wanted = transformer_reference.logits(tiny.config, transformer_reference.tensors(tiny.path), TEXT)
     peer = np.load(GOLDEN / f"{name}.logits.npy")
     assert relative_error(found, wanted) < EXACT
     assert relative_error(found, peer) < (EXACT if tiny.config.activation == "silu" else OF_A_TABLE)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen2moe", "olmo3", "smollm3", "stablelm-parallel", "starcoder2"])
+@pytest.mark.parametrize("name", ["qwen2moe", "stablelm-parallel"])
 def test_parts_of_a_text_and_rows_of_a_batch_are_the_text(folder: Path, name: str) -> None:
     tiny = opened(folder, name)
     texts = np.stack([np.asarray(TEXT), np.asarray(TEXT[::-1])])
     whole = Reader(tiny, 2)(texts)
     parts = Reader(tiny, 2)
-    found = [parts(texts[:, :31]), parts(texts[:, 31:62]), parts(texts[:, 62:63]), parts(texts[:, 63:])]
+    found = [parts(piece) for piece in np.split(texts, [31, 62, 63], axis=1)]
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=EXACT * np.abs(whole).max())
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen2moe", "granite", "stablelm-parallel", "starcoder2"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen2moe", "granite"])
 def test_logits_in_8_bits_are_near(folder: Path, name: str) -> None:
     tiny = opened(folder, name, "int8")
-    (found,) = Reader(tiny, 1, "int8")(np.asarray([TEXT]))
+    found = scores_of(tiny, "int8")
     wanted = transformer_reference.logits(tiny.config, transformer_reference.tensors(tiny.path), TEXT)
     assert np.sqrt(((found - wanted) ** 2).mean()) < 0.05 * wanted.std()
 
