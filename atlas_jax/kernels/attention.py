@@ -140,7 +140,7 @@ def window_attention(
     return out.reshape(batch, kv_heads, groups, tokens, dim).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
 
 
-def capped(score: jax.Array, softcap: float | None) -> jax.Array:
+def capped(score: Float[Array, "*shape"], softcap: float | None) -> Float[Array, "*shape"]:
     """Scores that approach ±softcap: cap·tanh(score / cap); None leaves them."""
     return score if softcap is None else softcap * jnp.tanh(score / softcap)
 
