@@ -33,9 +33,10 @@ class RopeConfig:
     Attributes:
       base: wavelength base (theta).
       dims: leading head dimensions that rotate; the rest pass through.
-      position_scale: positions are multiplied by it (1 / linear scaling factor).
+      position_scale: positions are multiplied by it (1 / linear scaling factor); 0 rotates nothing.
       interleaved: pairs are (0,1),(2,3),… as GGUF's `llama` family stores them; otherwise (i, i + dims/2).
-      frequency_factors: divisors of the inverse frequencies, one per pair (GGUF `rope_freqs`), or None.
+      frequency_factors: divisors of the inverse frequencies, one per pair (GGUF `rope_freqs`, YaRN, LongRoPE), or None.
+      magnitude: cosines and sines are multiplied by it: the attention factor of YaRN and LongRoPE.
     """
 
     base: float
@@ -43,11 +44,13 @@ class RopeConfig:
     position_scale: float = 1.0
     interleaved: bool = True
     frequency_factors: tuple[float, ...] | None = None
+    magnitude: float = 1.0
 
     def __post_init__(self) -> None:
         _require(self.base > 0 and math.isfinite(self.base), f"rope base must be positive, got {self.base}")
         _require(self.dims > 0 and self.dims % 2 == 0, f"rope dims must be even and positive, got {self.dims}")
-        _require(self.position_scale > 0, f"rope position_scale must be positive, got {self.position_scale}")
+        _require(self.position_scale >= 0, f"rope position_scale must not be negative, got {self.position_scale}")
+        _require(self.magnitude > 0, f"rope magnitude must be positive, got {self.magnitude}")
         factors = self.frequency_factors
         _require(factors is None or len(factors) == self.dims // 2, "rope frequency_factors must have dims/2 entries")
 
@@ -66,17 +69,55 @@ class LayerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExpertsConfig:
+    """A mixture of experts in place of every layer's MLP.
+
+    Attributes:
+      count, used: experts, and how many of them each token uses: those that the router finds most probable.
+      ff: columns of an expert.
+      normalised: whether the probabilities of the experts that a token uses are scaled to sum to 1.
+      shared_ff: columns of a further expert that all tokens use, times a sigmoid of its own; 0 for none.
+    """
+
+    count: int
+    used: int
+    ff: int
+    normalised: bool
+    shared_ff: int = 0
+
+    def __post_init__(self) -> None:
+        _require(0 < self.used <= self.count, f"experts used ({self.used}) must be at most their count, {self.count}")
+        _require(self.ff > 0, f"ff of experts must be positive, got {self.ff}")
+
+
+def columns_together(ff: int) -> int:
+    """Columns of an MLP's gate that lie together, before as many of its up."""
+    return math.gcd(ff, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder-only transformer of the Llama family, as data: families differ in values, not in code paths of their own.
 
     Attributes:
       family: GGUF architecture name.
-      activation: gate activation of the MLP.
-      qk_norm: RMSNorm on queries and keys per head, before RoPE.
+      activation: of the MLP: of its gate, or of its only input matrix where it has no gate.
+      gated: whether the MLP multiplies activation(gate) with up; otherwise it is down(activation(up)).
+      norm: "rms" or "layer" (mean taken away first), before each sublayer, at the end, and of queries and keys.
+      norm_bias: whether those of the residual stream add a bias.
+      pre_norms: whether a sublayer reads the normed residual stream.
       post_norms: RMSNorm on each sublayer's output before the residual add.
+      experts: the mixture of experts that is its MLP, if it is one.
+      parallel: the MLP reads what attention reads, and both are added to the residual stream together.
+      qk_norm: norm on queries and keys before RoPE: of each "head" with a gain that all share, of each of the "heads" with
+        a gain of its own, or over the whole "width"; None for no norm.
+      qkv_bias, out_bias, gate_up_bias, down_bias: whether these matrices have a bias on their outputs.
       embed_scale: factor on token embeddings.
+      residual_scale: factor on what a sublayer adds to the residual stream.
       attention_scale: factor on q·k.
-      final_softcap: logits become cap·tanh(logits / cap), or None.
+      attention_softcap: scores of attention become cap·tanh(score / cap), or None.
+      logit_scale: factor on logits.
+      final_softcap: logits then become cap·tanh(logits / cap), or None.
     """
 
     family: str
@@ -91,11 +132,24 @@ class ModelConfig:
     context_length: int
     norm_eps: float
     activation: Literal["silu", "gelu_tanh"] = "silu"
-    qk_norm: bool = False
+    gated: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_bias: bool = False
+    pre_norms: bool = True
     post_norms: bool = False
+    experts: ExpertsConfig | None = None
+    parallel: bool = False
+    qk_norm: Literal["head", "heads", "width"] | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    gate_up_bias: bool = False
+    down_bias: bool = False
     embed_scale: float = 1.0
+    residual_scale: float = 1.0
     attention_scale: float | None = None
+    attention_softcap: float | None = None
     tied_head: bool = True
+    logit_scale: float = 1.0
     final_softcap: float | None = None
 
     def __post_init__(self) -> None:
@@ -106,6 +160,9 @@ class ModelConfig:
         )
         _require(len(self.layers) > 0, "a model needs at least one layer")
         _require(self.norm_eps > 0, f"norm_eps must be positive, got {self.norm_eps}")
+        _require(
+            self.experts is None or (self.gated and not self.parallel), "experts have a gate, and come after attention"
+        )
         for index, layer in enumerate(self.layers):
             _require(0 <= layer.rope < len(self.ropes), f"layer {index} names rope {layer.rope}, which does not exist")
             _require(
@@ -128,7 +185,7 @@ class ModelConfig:
     @property
     def ff_block(self) -> int:
         """Columns of the MLP that lie together in `LayerParams.gate_up`."""
-        return math.gcd(self.ff, 128)
+        return columns_together(self.ff)
 
     @property
     def windows(self) -> tuple[int | None, ...]:

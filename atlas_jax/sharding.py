@@ -25,7 +25,9 @@ S = TypeVar("S")
 
 _WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "qkv": (MODEL,),
+    "qkv_bias": (MODEL,),
     "gate_up": (MODEL,),
+    "gate_up_bias": (MODEL,),
     "out": (None, MODEL),
     "down": (None, MODEL),
     "embed": (MODEL,),

@@ -76,7 +76,7 @@ def write_model(
     *,
     seed: int = 0,
     metadata: Mapping[str, Any] | None = None,
-    tensors: Mapping[str, np.ndarray] | None = None,
+    tensors: Mapping[str, np.ndarray | None] | None = None,
     padding: int = 0,
     split: int = 0,
 ) -> Path:
@@ -84,7 +84,7 @@ def write_model(
 
     Args:
       metadata: further keys, or other values of those of the model; None leaves a key out.
-      tensors: further ones, or other values of those of the model.
+      tensors: further ones, or other values of those of the model; None leaves one out.
       padding: rows of the embeddings (and the head) past the last token, full of large numbers; negative takes rows away.
       split: tensors in each of the files `path` then is the stem of; the first is returned.
     """
@@ -156,7 +156,8 @@ def write_model(
     for name, values in (tensors or {}).items():
         for part in writer.tensors:
             part.pop(name, None)
-        writer.add_tensor(name, values)
+        if values is not None:
+            writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -66,6 +66,7 @@ def attend(
     masks: tuple[Bool[Array, "B T N P"], Bool[Array, "B T"]],
     scale: float,
     pairs: LayerPairs | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H D"]:
     """`window_attention` by whichever kernel there is for it.
 
@@ -73,8 +74,8 @@ def attend(
       view, sliding_window: what the Mosaic kernel works out the masks from.
       masks: `visible(view, sliding_window)`, the same for all layers with this window.
     """
-    if not uses_tpu_kernel(kv):
-        return window_attention(q, q_sink, kv, *masks, scale, pairs)
+    if softcap is not None or not uses_tpu_kernel(kv):
+        return window_attention(q, q_sink, kv, *masks, scale, pairs, softcap)
     from atlas_jax.kernels.tpu import window_attention as mosaic  # importing Pallas takes 0.4 s that only TPUs need
 
     return mosaic.attention(q, q_sink, kv, view, sliding_window, scale, pairs, interpret=tpu.interpreted())
@@ -88,6 +89,7 @@ def window_attention(
     sinks_seen: Bool[Array, "B T"],
     scale: float,
     pairs: LayerPairs | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of a step's tokens over the ring, the sinks and the kept pairs.
 
@@ -99,6 +101,7 @@ def window_attention(
       seen, sinks_seen: from `visible`; a token always sees itself.
       scale: factor on q·k.
       pairs: the layer's kept pairs; all tokens of a row see those that it has.
+      softcap: see `capped`; only XLA's form has it.
 
     Returns:
       The attention output. What is not seen contributes an exact zero.
@@ -106,23 +109,23 @@ def window_attention(
     batch, tokens, heads, dim = q.shape
     kv_heads = kv.sink_k.shape[1]
     k, v = kv.k, kv.v
-    taken = uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2])
+    taken = softcap is None and uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2])
     if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
         return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(pairs))
     groups = heads // kv_heads
-    score = page_scores(group_queries(q, kv_heads), kv.k) * scale  # [B, N, K, G·T, P]
+    score = capped(page_scores(group_queries(q, kv_heads), kv.k) * scale, softcap)  # [B, N, K, G·T, P]
     by_token = score.reshape(*score.shape[:3], groups, tokens, PAGE)
     mask = seen.transpose(0, 2, 1, 3)[:, :, None, None]
     score = jnp.where(mask, by_token, UNSEEN).reshape(score.shape)
     # four sinks: a multiply and a sum, cheaper than another batched matmul's set-up
-    sink_score = jnp.einsum("bkqd,bksd->bkqs", group_queries(q_sink, kv_heads), kv.sink_k) * scale
+    sink_score = capped(jnp.einsum("bkqd,bksd->bkqs", group_queries(q_sink, kv_heads), kv.sink_k) * scale, softcap)
     sink_mask = jnp.broadcast_to(sinks_seen[:, None, :], (batch, groups, tokens)).reshape(batch, 1, -1, 1)
     sink_score = jnp.where(sink_mask, sink_score, UNSEEN)
 
     peak = jnp.maximum(row_max(score).max(axis=1), sink_score.max(axis=-1))  # [B, K, G·T]
     if pairs is not None:
-        kept_score = page_scores(group_queries(q_sink, kv_heads), pairs.own(pairs.pool.k)) * scale
+        kept_score = capped(page_scores(group_queries(q_sink, kv_heads), pairs.own(pairs.pool.k)) * scale, softcap)
         filled = (kept_index(pairs.pages) < pairs.count[:, None, None])[:, :, None]  # [B, pages, 1, P]
         kept_score = jnp.where(filled[:, :, :, None], kept_score, UNSEEN)
         peak = jnp.maximum(peak, row_max(kept_score).max(axis=1))
@@ -136,6 +139,11 @@ def window_attention(
         total = total + _weighted_values(kept_weight, _filled_values(pairs.own(pairs.pool.v), filled))
     out = total / mass[..., None]
     return out.reshape(batch, kv_heads, groups, tokens, dim).transpose(0, 3, 1, 2, 4).reshape(batch, tokens, heads, dim)
+
+
+def capped(score: Float[Array, "*shape"], softcap: float | None) -> Float[Array, "*shape"]:
+    """Scores that approach ±softcap: cap·tanh(score / cap); None leaves them."""
+    return score if softcap is None else softcap * jnp.tanh(score / softcap)
 
 
 def _packed_pairs(pairs: LayerPairs | None) -> tuple[PackedPages, PackedPages, Int32[Array, "B 2"]] | None:

@@ -19,10 +19,19 @@ from atlas_jax.typing import Array, Float
 Activation = Literal["silu", "gelu_tanh"]
 
 
-def rms_norm(x: Float[Array, "*rows E"], gain: Float[Array, E], eps: float) -> Float[Array, "*rows E"]:
+def rms_norm(x: Float[Array, "*rows E"], gain: Float[Array, "*#rows E"], eps: float) -> Float[Array, "*rows E"]:
     """x / √(mean x² + eps) · gain."""
     mean_square = row_sum(x * x)[..., None] * (1.0 / x.shape[-1])
     return x * jax.lax.rsqrt(mean_square + eps) * gain
+
+
+def layer_norm(
+    x: Float[Array, "*rows E"], gain: Float[Array, "*#rows E"], bias: Float[Array, E] | None, eps: float
+) -> Float[Array, "*rows E"]:
+    """(x − mean x) / √(variance of x + eps) · gain + bias."""
+    centred = x - row_sum(x)[..., None] * (1.0 / x.shape[-1])
+    normed = rms_norm(centred, gain, eps)
+    return normed if bias is None else normed + bias
 
 
 def residual_sum(
@@ -36,8 +45,12 @@ def gated(x: Float[Array, "*rows 2*F"], block: int, activation: Activation) -> F
     """activation(gate) · up of columns that lie as `block` of the gate, then `block` of up, and so on; GELU by tanh."""
     blocks = x.reshape(*x.shape[:-1], -1, 2, block)
     gate, up = blocks[..., 0, :], blocks[..., 1, :]
-    activated = jax.nn.silu(gate) if activation == "silu" else jax.nn.gelu(gate, approximate=True)
-    return (activated * up).reshape(*x.shape[:-1], -1)
+    return (activated(gate, activation) * up).reshape(*x.shape[:-1], -1)
+
+
+def activated(x: Float[Array, "*rows F"], activation: Activation) -> Float[Array, "*rows F"]:
+    """SiLU, or GELU by tanh."""
+    return jax.nn.silu(x) if activation == "silu" else jax.nn.gelu(x, approximate=True)
 
 
 def normed_linear(

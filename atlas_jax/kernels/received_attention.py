@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels import attention
-from atlas_jax.kernels.attention import UNSEEN, group_queries, kept_index, page_scores
+from atlas_jax.kernels.attention import UNSEEN, capped, group_queries, kept_index, page_scores
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, QuantPages, stretch_of, unpacked
 from atlas_jax.kernels.packed_pages import PackedPages
@@ -32,6 +32,7 @@ def received_attention(
     kept: Int32[Array, ""],
     pages: int,
     scale: float,
+    softcap: float | None = None,
 ) -> tuple[Float[Array, "N K P"], Float[Array, "kept_pages K P"]]:
     """The probability that each pair of a row gets of some queries' attention, added up over them and their heads.
 
@@ -46,6 +47,7 @@ def received_attention(
       first, kept: the first page of the layer's pairs, and how many of them the row has; all queries see them.
       pages: of the kept pairs to tell of, as many as the layer has filled or more.
       scale: factor on q·k.
+      softcap: see `attention.capped`.
 
     Returns:
       Of the ring and of the kept pairs, for each KV head the sums over the queries that share it; 0 where none sees.
@@ -53,7 +55,12 @@ def received_attention(
     samples, heads, dim = q.shape
     kv_heads, sinks = kv.sink_k.shape[1:3]
     k, kept_k = kv.k, pairs.k
-    if uses_cpu_kernel(dim, sinks) and isinstance(k, QuantPages) and isinstance(kept_k, PackedPages):
+    if (
+        softcap is None
+        and uses_cpu_kernel(dim, sinks)
+        and isinstance(k, QuantPages)
+        and isinstance(kept_k, PackedPages)
+    ):
         rest = kv.sink_k, kept_k, row, seen, sinks_seen, first, kept, pages, scale
         return ffi.received_attention(q, q_near, k.values, k.scale, *rest)
 
@@ -66,10 +73,10 @@ def received_attention(
     mask = jnp.broadcast_to(seen.swapaxes(0, 1)[:, None, None], (seen.shape[1], 1, heads // kv_heads, samples, PAGE))
     mask = mask.reshape(seen.shape[1], 1, -1, PAGE)
     filled = (kept_index(pages) < kept)[:, None, None]
-    score = jnp.where(mask, page_scores(far, ring)[0] * scale, UNSEEN)
-    kept_score = jnp.where(filled, page_scores(near, near_k)[0] * scale, UNSEEN)
+    score = jnp.where(mask, capped(page_scores(far, ring)[0] * scale, softcap), UNSEEN)
+    kept_score = jnp.where(filled, capped(page_scores(near, near_k)[0] * scale, softcap), UNSEEN)
     sink_score = jnp.einsum("kqd,ksd->kqs", near[0], sink_k[0], precision=jax.lax.Precision.HIGHEST) * scale
-    sink_score = jnp.where(sinks_seen, sink_score, UNSEEN)
+    sink_score = jnp.where(sinks_seen, capped(sink_score, softcap), UNSEEN)
     peaks = row_max(score).max(axis=0), row_max(kept_score).max(axis=0), sink_score.max(axis=-1)
     peak = jnp.maximum(jnp.maximum(peaks[0], peaks[1]), peaks[2])  # [K, G·samples]
     weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)

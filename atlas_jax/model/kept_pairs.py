@@ -102,6 +102,7 @@ def keep_pairs(
         protected=protected,
         sinks=sinks,
     )
+    scores = config.scale, config.attention_softcap
     kv, kept, most = list(cache.kv), cache.kept[row], max(cache.kept_pages)
     layers = [
         (index, layer, layer.choice, turns[spec.rope], _Stretch(np.int32(first), kept[index], page.capacity[index]))  # type: ignore[arg-type]
@@ -115,7 +116,7 @@ def keep_pairs(
         ring_scores, score = [], pool.score[row]
         for _, layer, choice, turn, stretch in layers:
             of_layer = layer, choice, pool, stretch, page, event, turn.queries
-            ring_score, score = _count_in_layer(config.scale, most, score, *of_layer)
+            ring_score, score = _count_in_layer(scores, most, score, *of_layer)
             ring_scores.append(ring_score)
         return ring_scores, score
 
@@ -165,6 +166,10 @@ class _Turns:
     queries: tuple[Float[Array, "samples half"], Float[Array, "samples half"]]
 
 
+_Scores = tuple[float, float | None]
+"""Factor on q·k, and what caps the product."""
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Stretch:
@@ -177,7 +182,7 @@ class _Stretch:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # compiled into its caller; layers alike are traced once
 def _count_in_layer(
-    scale: float,
+    scores: _Scores,
     pages: int,
     score: Float[Array, "pool K P"],
     layer: LayerKV,
@@ -198,7 +203,7 @@ def _count_in_layer(
     seen = in_window[:, None] & (token <= event.asked[:, None, None])
     q = choice.queries[page.row] * choice.query_scale[page.row][..., None]
     where = seen, event.first_page > 0, stretch.first, stretch.kept, pages
-    ring, kept = received_attention(q, _turned(q, turn), layer, pairs, page.row, *where, scale)
+    ring, kept = received_attention(q, _turned(q, turn), layer, pairs, page.row, *where, *scores)
     old = jax.lax.dynamic_slice_in_dim(score, stretch.first, pages)
     # behind the layer's pairs are other layers'
     own = jnp.where(kept_index(pages)[:, None] < stretch.kept, page.decay * old + kept, old)

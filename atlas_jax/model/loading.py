@@ -12,22 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.aot import shape, shapes
-from atlas_jax.config import ConfigError, ModelConfig, RopeConfig
+from atlas_jax.config import ConfigError, ExpertsConfig, ModelConfig, RopeConfig, columns_together
 from atlas_jax.config import WeightDtype as WeightDtype
 from atlas_jax.gguf import ModelFile, get
-from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight, uses_cpu_kernel
+from atlas_jax.kernels.linear import PackedArray, QuantArray, uses_cpu_kernel
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
-from atlas_jax.model.params import LayerParams, ModelParams
+from atlas_jax.model.params import ExpertParams, LayerParams, ModelParams
+from atlas_jax.model.tensor_reader import Outputs, TensorReader
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
-_EMBED, _FINAL_NORM, _HEAD, _ROPE_FACTORS = (
-    "token_embd.weight",
-    "output_norm.weight",
-    "output.weight",
-    "rope_freqs.weight",
-)
+_EMBED, _HEAD = "token_embd.weight", "output.weight"
+_FINAL_NORM, _FINAL_NORM_BIAS = "output_norm.weight", "output_norm.bias"
+_ROPE_FACTORS = "rope_freqs.weight"
+_LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
 _OTHER_PARTS = ("v.", "mm.", "a.")
 """Beginnings of the names of tensors that are no part of a text model: of images, of what brings them in, of sound."""
 
@@ -48,15 +47,37 @@ def model_config(file: ModelFile) -> ModelConfig:
         known = ", ".join(sorted(FAMILIES))
         raise UnsupportedModel(f"architecture {architecture!r} is not supported (known: {known})")
     try:
-        config = family.config(Fields(file.metadata, family.architecture), _vocabulary(file))
-        if family.frequency_factors and _ROPE_FACTORS in file.tensors:
-            factors = _frequency_factors(file, config.ropes[0].dims // 2)
-            config = config.replace(
-                ropes=tuple(dataclasses.replace(rope, frequency_factors=factors) for rope in config.ropes)
-            )
+        fields = Fields(file.metadata, family, file.tensors.keys())
+        config = family.config(fields, _vocabulary(file))
+        found = family.frequency_factors and _factors_tensor(file, fields)
+        if found:
+            config = config.replace(ropes=tuple(_divided(rope, file, found) for rope in config.ropes))
     except ConfigError as error:
         raise UnsupportedModel(f"metadata of architecture '{architecture}': {error}") from error
-    return config.replace(tied_head=_HEAD not in file.tensors)
+    return config
+
+
+def _factors_tensor(file: ModelFile, fields: Fields) -> str | None:
+    """The tensor of rotary frequency factors that holds for the model's whole context, if there are any.
+
+    LongRoPE has two of them: one for texts as long as those the model was first trained on, one for longer ones.
+    """
+    if _ROPE_FACTORS in file.tensors:
+        return _ROPE_FACTORS
+    name = _LONG_FACTORS if fields.context_length() > fields.original_context_length() else _SHORT_FACTORS
+    if name in file.tensors:
+        return name
+    if fields.rope_scaling_type() == "longrope":
+        raise UnsupportedModel(f"tensor '{name}' is missing")
+    return None
+
+
+def _divided(rope: RopeConfig, file: ModelFile, tensor: str) -> RopeConfig:
+    """The rotary embedding with frequencies divided by a tensor's factors too."""
+    factors = _frequency_factors(file, tensor, rope.dims // 2)
+    before = rope.frequency_factors or (1.0,) * len(factors)
+    product = tuple(one * other for one, other in zip(before, factors, strict=True))
+    return dataclasses.replace(rope, frequency_factors=product)
 
 
 def _vocabulary(file: ModelFile) -> Vocabulary:
@@ -70,13 +91,13 @@ def _vocabulary(file: ModelFile) -> Vocabulary:
     return Vocabulary(tokens, rows)
 
 
-def _frequency_factors(file: ModelFile, pairs: int) -> tuple[float, ...]:
+def _frequency_factors(file: ModelFile, tensor: str, pairs: int) -> tuple[float, ...]:
     """What divides the rotary frequencies, one number for every pair of a head: Llama 3.1's scaling is stored so."""
-    factors = tuple(float(x) for x in file.dequantize(_ROPE_FACTORS).reshape(-1))
+    factors = tuple(float(x) for x in file.dequantize(tensor).reshape(-1))
     if len(factors) != pairs:
-        raise UnsupportedModel(f"tensor '{_ROPE_FACTORS}' has {len(factors)} values, expected {pairs}")
+        raise UnsupportedModel(f"tensor '{tensor}' has {len(factors)} values, expected {pairs}")
     if not all(math.isfinite(factor) and factor > 0 for factor in factors):
-        raise UnsupportedModel(f"tensor '{_ROPE_FACTORS}' holds values that are not greater than 0")
+        raise UnsupportedModel(f"tensor '{tensor}' holds values that are not greater than 0")
     return factors
 
 
@@ -104,20 +125,23 @@ def load_params(
     Raises:
       UnsupportedModel: a tensor is missing, unknown or misshapen; the message names it.
     """
-    reader = _Reader(
-        file, dtype, _packed(file, config) if dtype == "int8" and mesh_layout.mesh is None else frozenset()
-    )
-    if any(rope.frequency_factors is not None for rope in config.ropes):
-        reader.take(_ROPE_FACTORS)
+    packed = _packed(file, config) if dtype == "int8" and mesh_layout.mesh is None else frozenset()
+    reader = TensorReader(file, dtype, packed, left_out(file))
+    if FAMILIES[config.family].frequency_factors:
+        for name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
+            reader.take(name)
     layers = []
     for index in range(len(config.layers)):
         layers.append(mesh_layout.weights(_layer(reader, config, index)))
         if progress is not None:
             progress(index + 1, len(config.layers))
+    norm = reader.vector({_FINAL_NORM: config.embed}, factor=config.logit_scale)
+    norm_bias = reader.vector({_FINAL_NORM_BIAS: config.embed}, factor=config.logit_scale) if config.norm_bias else None
     params = ModelParams(
         embed=reader.vocabulary(_EMBED, config),
         layers=tuple(layers),
-        final_norm=reader.vector(_FINAL_NORM, config.embed),
+        final_norm=norm,
+        final_norm_bias=norm_bias,
         head=None if config.tied_head else reader.vocabulary(_HEAD, config),
         ropes=tuple(rope_table(rope) for rope in config.ropes),
     )
@@ -136,23 +160,51 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
             return shape((outputs, inputs), np.float32)
         return QuantArray(shape((outputs, inputs), np.int8), vector(outputs))
 
+    def gain(heads: int) -> Any:
+        each = () if config.qk_norm == "head" else (heads,)
+        return shape((*each, dim), np.float32) if config.qk_norm else None
+
+    def experts(of: ExpertsConfig) -> ExpertParams:
+        def matrices(outputs: int, inputs: int) -> Any:
+            one = matrix(outputs, inputs)
+            return jax.tree.map(lambda leaf: shape((of.count, *leaf.shape), leaf.dtype), one)
+
+        return ExpertParams(
+            router=shape((of.count, embed), np.float32),
+            expert_gate_up=matrices(2 * of.ff, embed),
+            expert_down=matrices(embed, of.ff),
+            shared_gate=vector(embed, bool(of.shared_ff)),
+            shared_gate_up=matrix(2 * of.shared_ff, embed) if of.shared_ff else None,
+            shared_down=matrix(embed, of.shared_ff) if of.shared_ff else None,
+        )
+
     embed, dim = config.embed, config.head_dim
+    qkv, wide = (config.heads + 2 * config.kv_heads) * dim, config.ff * (2 if config.gated else 1)
+    ff_norm = config.pre_norms and not config.parallel
     layer = LayerParams(
-        attn_norm=vector(embed),
-        qkv=matrix((config.heads + 2 * config.kv_heads) * dim, embed),
-        q_norm=vector(dim, config.qk_norm),
-        k_norm=vector(dim, config.qk_norm),
+        attn_norm=vector(embed, config.pre_norms),
+        attn_norm_bias=vector(embed, config.pre_norms and config.norm_bias),
+        qkv=matrix(qkv, embed),
+        qkv_bias=vector(qkv, config.qkv_bias),
+        q_norm=gain(config.heads),
+        k_norm=gain(config.kv_heads),
         out=matrix(embed, config.heads * dim),
+        out_bias=vector(embed, config.out_bias),
         attn_post_norm=vector(embed, config.post_norms),
-        ff_norm=vector(embed),
-        gate_up=matrix(2 * config.ff, embed),
-        down=matrix(embed, config.ff),
+        ff_norm=vector(embed, ff_norm),
+        ff_norm_bias=vector(embed, ff_norm and config.norm_bias),
+        gate_up=None if config.experts else matrix(wide, embed),
+        gate_up_bias=vector(wide, config.gate_up_bias),
+        down=None if config.experts else matrix(embed, config.ff),
+        down_bias=vector(embed, config.down_bias),
         ff_post_norm=vector(embed, config.post_norms),
+        experts=None if config.experts is None else experts(config.experts),
     )
     return ModelParams(
         embed=matrix(config.vocab, embed),
         layers=(layer,) * len(config.layers),
         final_norm=vector(embed),
+        final_norm_bias=vector(embed, config.norm_bias),
         head=None if config.tied_head else matrix(config.vocab, embed),
         ropes=tuple(shapes(rope_table(rope)) for rope in config.ropes),
     )
@@ -163,7 +215,7 @@ def parameter_count(params: ModelParams) -> int:
 
     def sizes() -> Iterator[int]:
         is_weight = lambda leaf: isinstance(leaf, QuantArray | PackedArray)  # noqa: E731
-        without_tables = (params.embed, params.layers, params.final_norm, params.head)
+        without_tables = (params.embed, params.layers, params.final_norm, params.final_norm_bias, params.head)
         for leaf in jax.tree.leaves(without_tables, is_leaf=is_weight):
             yield int(np.prod(leaf.shape))
 
@@ -184,117 +236,85 @@ def _packed(file: ModelFile, config: ModelConfig) -> frozenset[str]:
     return frozenset(name for names in by_role.values() if all(map(taken, names)) for name in names)
 
 
-class _Reader:
-    """Takes tensors by name, checks shapes, and remembers what was taken."""
-
-    def __init__(self, file: ModelFile, dtype: WeightDtype, packed: frozenset[str]) -> None:
-        self._file = file
-        self._dtype = dtype
-        self._packed = packed
-        self._taken = set(left_out(file))
-
-    def vector(self, name: str, size: int, order: np.ndarray | None = None) -> jax.Array:
-        values = self._read(name, (size,))
-        return jnp.asarray(values if order is None else values[order])
-
-    def vocabulary(self, name: str, config: ModelConfig) -> Weight:
-        """A matrix with a row for every token; rows past the last token, which can mean nothing, are not read."""
-        rows = self._file.tensors[name].shape[0] if name in self._file.tensors else 0
-        padded = max(rows, config.vocab)
-        order = np.arange(config.vocab) if padded > config.vocab else None
-        return self.matrix([name], [(padded, config.embed)], order)
-
-    def matrix(self, names: list[str], shapes: list[tuple[int, int]], order: np.ndarray | None = None) -> Weight:
-        """Tensors stacked along their outputs, these then put in `order`; quantised row by row, so no number changes."""
-        if self._packed.issuperset(names):
-            packed = [self._pack(name, shape) for name, shape in zip(names, shapes, strict=True)]
-            blocks, scale = (np.concatenate(arrays) for arrays in zip(*packed, strict=True))
-            rows = slice(None) if order is None else order
-            return PackedArray(jnp.asarray(blocks[rows]), jnp.asarray(scale[rows]))
-        parts = [self._read(name, shape) for name, shape in zip(names, shapes, strict=True)]
-        whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
-        if order is not None:
-            whole = whole[order]
-        if self._dtype == "float32":
-            return jnp.asarray(whole)
-        values, scale = quantize_weight(whole)
-        return QuantArray(jnp.asarray(values), jnp.asarray(scale))
-
-    def take(self, name: str) -> None:
-        """Marks a tensor as understood."""
-        self._taken.add(name)
-
-    def _read(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        self._take(name, shape)
-        values = self._file.dequantize(name)
-        _check_finite(name, values)
-        return values
-
-    def _pack(self, name: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        self._take(name, shape)
-        nibbles = self._file.nibbles(name)
-        _check_finite(name, nibbles.step, nibbles.base)
-        return pack_weight(nibbles.codes, nibbles.step, nibbles.base)
-
-    def _take(self, name: str, shape: tuple[int, ...]) -> None:
-        info = self._file.tensors.get(name)
-        if info is None:
-            raise UnsupportedModel(f"tensor '{name}' is missing")
-        if tuple(info.shape) != shape:
-            raise UnsupportedModel(f"tensor '{name}' has shape {tuple(info.shape)}, expected {shape}")
-        self._taken.add(name)
-
-    def finish(self) -> None:
-        left = sorted(set(self._file.tensors) - self._taken)
-        if left:
-            raise UnsupportedModel(f"tensor '{left[0]}' is not understood")
-
-
-def _check_finite(name: str, *arrays: np.ndarray) -> None:
-    if not all(np.isfinite(array).all() for array in arrays):
-        raise UnsupportedModel(f"tensor '{name}' holds values that are not finite")
-
-
-def _layer(reader: _Reader, config: ModelConfig, index: int) -> LayerParams:
+def _layer(reader: TensorReader, config: ModelConfig, index: int) -> LayerParams:
     prefix = f"blk.{index}."
-    embed, dim = config.embed, config.head_dim
+    embed, dim, ff = config.embed, config.head_dim, config.ff
     q_size, kv_size = config.heads * dim, config.kv_heads * dim
-    rope = config.ropes[config.layers[index].rope]
+    order = _head_order(config, config.ropes[config.layers[index].rope])
+    by_kv_head, by_block = _by_kv_head(config, order), _by_block(config)
+    of_matrices, of_norms = (1.0, config.residual_scale) if config.post_norms else (config.residual_scale, 1.0)
+    ff_norm = config.pre_norms and not config.parallel
 
-    def norm(name: str, wanted: bool, size: int, order: np.ndarray | None = None) -> jax.Array | None:
-        return reader.vector(f"{prefix}{name}.weight", size, order) if wanted else None
+    def attention(kind: str) -> Outputs:
+        parts = {
+            f"{prefix}attn_{part}.{kind}": size for part, size in zip("qkv", (q_size, kv_size, kv_size), strict=True)
+        }
+        return reader.stacked(f"{prefix}attn_qkv.{kind}", parts)
 
-    within_head = _head_order(config, rope)
+    def mlp(kind: str) -> Outputs:
+        gate = {f"{prefix}ffn_gate.{kind}": ff} if config.gated else {}
+        return reader.stacked(f"{prefix}ffn_up.{kind}", {**gate, f"{prefix}ffn_up.{kind}": ff})
+
+    def vector(name: str, wanted: bool, factor: float = 1.0) -> jax.Array | None:
+        return reader.vector({prefix + name: embed}, factor=factor) if wanted else None
+
+    def gain(name: str, heads: int) -> jax.Array | None:
+        if config.qk_norm is None:
+            return None
+        stored = {"head": (dim,), "heads": (heads, dim), "width": (heads * dim,)}[config.qk_norm]
+        shape = (dim,) if config.qk_norm == "head" else (heads, dim)
+        return jnp.asarray(reader.array(f"{prefix}{name}.weight", stored).reshape(shape)[..., order])
 
     return LayerParams(
-        attn_norm=reader.vector(f"{prefix}attn_norm.weight", embed),
-        qkv=reader.matrix(
-            [f"{prefix}attn_{part}.weight" for part in "qkv"],
-            [(q_size, embed), (kv_size, embed), (kv_size, embed)],
-            _by_kv_head(config, rope),
-        ),
-        q_norm=norm("attn_q_norm", config.qk_norm, dim, within_head),
-        k_norm=norm("attn_k_norm", config.qk_norm, dim, within_head),
-        out=reader.matrix([f"{prefix}attn_output.weight"], [(embed, q_size)]),
-        attn_post_norm=norm("post_attention_norm", config.post_norms, embed),
-        ff_norm=reader.vector(f"{prefix}ffn_norm.weight", embed),
-        gate_up=reader.matrix(
-            [f"{prefix}ffn_gate.weight", f"{prefix}ffn_up.weight"],
-            [(config.ff, embed)] * 2,
-            np.arange(2 * config.ff).reshape(2, -1, config.ff_block).swapaxes(0, 1).reshape(-1),
-        ),
-        down=reader.matrix([f"{prefix}ffn_down.weight"], [(embed, config.ff)]),
-        ff_post_norm=norm("post_ffw_norm", config.post_norms, embed),
+        attn_norm=vector("attn_norm.weight", config.pre_norms),
+        attn_norm_bias=vector("attn_norm.bias", config.pre_norms and config.norm_bias),
+        qkv=reader.matrix(attention("weight"), embed, by_kv_head),
+        qkv_bias=reader.vector(attention("bias"), by_kv_head) if config.qkv_bias else None,
+        q_norm=gain("attn_q_norm", config.heads),
+        k_norm=gain("attn_k_norm", config.kv_heads),
+        out=reader.matrix({f"{prefix}attn_output.weight": embed}, q_size, factor=of_matrices),
+        out_bias=vector("attn_output.bias", config.out_bias, of_matrices),
+        attn_post_norm=vector("post_attention_norm.weight", config.post_norms, of_norms),
+        ff_norm=vector("ffn_norm.weight", ff_norm),
+        ff_norm_bias=vector("ffn_norm.bias", ff_norm and config.norm_bias),
+        gate_up=None if config.experts else reader.matrix(mlp("weight"), embed, by_block),
+        gate_up_bias=reader.vector(mlp("bias"), by_block) if config.gate_up_bias else None,
+        down=None if config.experts else reader.matrix({f"{prefix}ffn_down.weight": embed}, ff, factor=of_matrices),
+        down_bias=vector("ffn_down.bias", config.down_bias, of_matrices),
+        ff_post_norm=vector("post_ffw_norm.weight", config.post_norms, of_norms),
+        experts=None if config.experts is None else _experts(reader, config, config.experts, prefix, of_matrices),
     )
 
 
-def _by_kv_head(config: ModelConfig, rope: RopeConfig) -> np.ndarray:
+def _experts(
+    reader: TensorReader, config: ModelConfig, experts: ExpertsConfig, prefix: str, factor: float
+) -> ExpertParams:
+    embed, shared = config.embed, experts.shared_ff
+
+    def gate_up(kind: str, ff: int) -> Outputs:
+        return {f"{prefix}ffn_gate_{kind}.weight": ff, f"{prefix}ffn_up_{kind}.weight": ff}
+
+    return ExpertParams(
+        router=jnp.asarray(reader.array(f"{prefix}ffn_gate_inp.weight", (experts.count, embed))),
+        expert_gate_up=reader.matrices(gate_up("exps", experts.ff), experts.count, embed, _blocked(experts.ff)),
+        expert_down=reader.matrices({f"{prefix}ffn_down_exps.weight": embed}, experts.count, experts.ff, factor=factor),
+        shared_gate=reader.vector({f"{prefix}ffn_gate_inp_shexp.weight": embed}) if shared else None,
+        shared_gate_up=reader.matrix(gate_up("shexp", shared), embed, _blocked(shared)) if shared else None,
+        shared_down=reader.matrix({f"{prefix}ffn_down_shexp.weight": embed}, shared, factor=factor) if shared else None,
+    )
+
+
+def _by_kv_head(config: ModelConfig, head_order: np.ndarray) -> np.ndarray:
     """Order of the outputs of q, k and v that `LayerParams.qkv` has."""
     heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-    order = _head_order(config, rope)
     rows = np.arange((heads + 2 * kv_heads) * dim).reshape(-1, dim)
     q, k, v = np.split(rows, [heads, heads + kv_heads])
-    return np.concatenate([q[:, order].reshape(kv_heads, -1), k[:, order], v], axis=1).reshape(-1)
+    return np.concatenate([q[:, head_order].reshape(kv_heads, -1), k[:, head_order], v], axis=1).reshape(-1)
+
+
+def _by_block(config: ModelConfig) -> np.ndarray | None:
+    """Order of the outputs of gate and up that `LayerParams.gate_up` has."""
+    return _blocked(config.ff) if config.gated else None
 
 
 def _head_order(config: ModelConfig, rope: RopeConfig) -> np.ndarray:
@@ -303,3 +323,8 @@ def _head_order(config: ModelConfig, rope: RopeConfig) -> np.ndarray:
     if not rope.interleaved:
         return np.arange(dim)
     return np.concatenate([rotating[0::2], rotating[1::2], np.arange(rope.dims, dim)])
+
+
+def _blocked(ff: int) -> np.ndarray:
+    """Order of the outputs of a gate and then of an up in which a block of the one and of the other take turns."""
+    return np.arange(2 * ff).reshape(2, -1, columns_together(ff)).swapaxes(0, 1).reshape(-1)

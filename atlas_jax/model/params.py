@@ -6,9 +6,28 @@ from dataclasses import dataclass
 
 import jax
 
-from atlas_jax.kernels.linear import Weight
+from atlas_jax.kernels.linear import QuantArray, Weight
 from atlas_jax.kernels.rope import RopeTable
 from atlas_jax.typing import Array, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class ExpertParams:
+    """The experts of a layer.
+
+    Attributes:
+      router: scores of the experts.
+      expert_gate_up, expert_down: each expert's matrices as `LayerParams` has them, on a leading axis of experts.
+      shared_gate, shared_gate_up, shared_down: of the expert that all tokens use, if there is one.
+    """
+
+    router: Float[Array, "X E"]
+    expert_gate_up: QuantArray | Float[Array, "X 2*F E"]
+    expert_down: QuantArray | Float[Array, "X E F"]
+    shared_gate: Float[Array, E] | None
+    shared_gate_up: Weight | None
+    shared_down: Weight | None
 
 
 @jax.tree_util.register_dataclass
@@ -19,20 +38,30 @@ class LayerParams:
     Attributes:
       qkv: query, key and value projections, one matrix [(H + 2K)·D, E]; for each KV head its queries, then key and value.
         Heads of queries and keys are in the order that rotates (i, i + dims/2), and so are their norms.
+      q_norm, k_norm: gains, [D] for all heads or [H, D] and [K, D] for each (`ModelConfig.qk_norm`).
+      out, down: with their biases, times `ModelConfig.residual_scale`, unless the norms after them have it.
       gate_up: gate and up projections of the MLP, one matrix [2F, E]; a block of gates, then the same block of ups, …
-        (`ModelConfig.ff_block`). In this order a device's share of either matrix is a range of its rows.
+        (`ModelConfig.ff_block`). In this order a device's share of either matrix is a range of its rows. Without a gate,
+        up alone.
     """
 
-    attn_norm: Float[Array, E]
+    attn_norm: Float[Array, E] | None
+    attn_norm_bias: Float[Array, E] | None
     qkv: Weight
-    q_norm: Float[Array, D] | None
-    k_norm: Float[Array, D] | None
+    qkv_bias: Float[Array, QKV] | None
+    q_norm: Float[Array, "*heads D"] | None
+    k_norm: Float[Array, "*heads D"] | None
     out: Weight
+    out_bias: Float[Array, E] | None
     attn_post_norm: Float[Array, E] | None
-    ff_norm: Float[Array, E]
-    gate_up: Weight
-    down: Weight
+    ff_norm: Float[Array, E] | None
+    ff_norm_bias: Float[Array, E] | None
+    gate_up: Weight | None
+    gate_up_bias: Float[Array, GU] | None
+    down: Weight | None
+    down_bias: Float[Array, E] | None
     ff_post_norm: Float[Array, E] | None
+    experts: ExpertParams | None
 
 
 @jax.tree_util.register_dataclass
@@ -42,11 +71,13 @@ class ModelParams:
 
     Attributes:
       embed: token embeddings [V, E]; also the head when `head` is None.
+      final_norm: with its bias, times `ModelConfig.logit_scale`.
       ropes: one table per rotary embedding of the configuration.
     """
 
     embed: Weight
     layers: tuple[LayerParams, ...]
     final_norm: Float[Array, E]
+    final_norm_bias: Float[Array, E] | None
     head: Weight | None
     ropes: tuple[RopeTable, ...]

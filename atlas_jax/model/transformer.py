@@ -11,13 +11,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.config import LayerConfig, ModelConfig
+from atlas_jax.config import LayerConfig, ModelConfig, RopeConfig
 from atlas_jax.kernels import attention, kv_pages
-from atlas_jax.kernels.fused_linear import gated_linear, normed_linear, residual_sum, summed_linear
+from atlas_jax.kernels.fused_linear import (
+    activated,
+    gated_linear,
+    layer_norm,
+    normed_linear,
+    residual_sum,
+    rms_norm,
+    summed_linear,
+)
 from atlas_jax.kernels.kv_pages import KeptPairs, KVDtype, LayerKV, LayerPairs, RingView
 from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.qkv_rope_cache import qkv_rope_cache
 from atlas_jax.kernels.rope import RopeTable, rotations
+from atlas_jax.model.experts import mixture
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.sharding import on_each_device
 from atlas_jax.typing import Array, Float, Int32
@@ -72,12 +81,22 @@ def step_view(config: ModelConfig, ropes: Sequence[RopeTable], ring: RingView) -
     """Rotations and masks of a step."""
     # the sinks stay where the model has seen them: at most a trained context away, however long the text
     near = jnp.minimum(ring.positions, config.context_length - 1)
+
+    def rotary(positions: jax.Array) -> tuple[tuple[jax.Array, jax.Array], ...]:
+        return tuple(_rotary(rope, table, positions) for rope, table in zip(config.ropes, ropes, strict=True))
+
     return StepView(
         ring=ring,
-        rotary=tuple(rotations(table, ring.positions) for table in ropes),
-        rotary_sink=tuple(rotations(table, near) for table in ropes),
+        rotary=rotary(ring.positions),
+        rotary_sink=rotary(near),
         masks=tuple(attention.visible(ring, window) for window in config.windows),
     )
+
+
+def _rotary(rope: RopeConfig, table: RopeTable, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines that queries and keys are rotated by, in the rope's magnitude."""
+    cos, sin = rotations(table, positions)
+    return (cos, sin) if rope.magnitude == 1.0 else (cos * rope.magnitude, sin * rope.magnitude)
 
 
 def embed(config: ModelConfig, table: Weight, tokens: Int32[Array, "B T"]) -> Float[Array, "B T E"]:
@@ -148,9 +167,7 @@ def run_layers(
         x, residual, layer_kv = _run_layer(config, spec, layer, layer_kv, residual, view, own)
         states.append(x)
         cache.append(layer_kv)
-    assert residual.added is not None
-    last = residual_sum(residual.x, residual.added, residual.gain, config.norm_eps)
-    return (*states[1:], last), tuple(cache)
+    return (*states[1:], _summed(config, residual)), tuple(cache)
 
 
 # compiled into its caller; as a jit of its own, layers alike are traced once: a warm start is mostly tracing
@@ -165,36 +182,98 @@ def _run_layer(
     pairs: LayerPairs | None,
 ) -> tuple[jax.Array, Residual, LayerKV]:
     """What the layer reads, what it leaves, and its cache."""
-    qkv, x = _normed_linear(config, layer.qkv, residual, layer.attn_norm)
+    attn_norm = layer.attn_norm, layer.attn_norm_bias
+    qkv, x = _normed_linear(config, layer.qkv, layer.qkv_bias, residual, attn_norm)
     by_head = qkv.reshape(*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
     gains = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
+    if gains is not None and (config.qk_norm != "head" or config.norm != "rms"):
+        by_head, gains = _normed_heads(config, by_head, *gains), None
     rotary, near = view.rotary[spec.rope], view.rotary_sink[spec.rope]
     rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)], pairs
 
     def attend(by_head: jax.Array, kv: LayerKV, rows: Any, gains: Any) -> tuple[jax.Array, LayerKV]:
         ring, rotary, near, masks, pairs = rows
         q, q_sink, kv = qkv_rope_cache(by_head, gains, config.norm_eps, rotary, near, kv, ring)
-        return attention.attend(q, q_sink, kv, ring, spec.sliding_window, masks, config.scale, pairs), kv
+        rest = config.scale, pairs, config.attention_softcap
+        return attention.attend(q, q_sink, kv, ring, spec.sliding_window, masks, *rest), kv
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)
-    attended = linear(layer.out, mixed.reshape(*x.shape[:2], -1))
-    gate_up, between = _normed_linear(config, layer.gate_up, Residual(x, attended, layer.attn_post_norm), layer.ff_norm)
-    made = gated_linear(layer.down, gate_up, config.ff_block, config.activation)
-    return x, Residual(between, made, layer.ff_post_norm), kv
+    attended = _biased(linear(layer.out, mixed.reshape(*x.shape[:2], -1)), layer.out_bias)
+    after_attention = Residual(x, attended, layer.attn_post_norm)
+    ff_norm = layer.ff_norm, layer.ff_norm_bias
+    if layer.experts is not None and config.experts is not None:
+        between = _summed(config, after_attention)
+        made = mixture(config, config.experts, layer.experts, _normed(config, between, *ff_norm))
+        return x, Residual(between, made, layer.ff_post_norm), kv
+    assert layer.gate_up is not None
+    assert layer.down is not None
+    if config.parallel:
+        gate_up, _ = _normed_linear(config, layer.gate_up, layer.gate_up_bias, Residual(x), attn_norm)
+        between = _summed(config, after_attention)
+    else:
+        gate_up, between = _normed_linear(config, layer.gate_up, layer.gate_up_bias, after_attention, ff_norm)
+    if config.gated:
+        made = gated_linear(layer.down, gate_up, config.ff_block, config.activation)
+    else:
+        made = linear(layer.down, activated(gate_up, config.activation))
+    return x, Residual(between, _biased(made, layer.down_bias), layer.ff_post_norm), kv
+
+
+_Norm = tuple[jax.Array | None, jax.Array | None]
+"""Gain and bias of a norm; without a gain it is none."""
 
 
 def _normed_linear(
-    config: ModelConfig, weight: Weight, residual: Residual, gain: jax.Array
+    config: ModelConfig, weight: Weight, bias: jax.Array | None, residual: Residual, norm: _Norm
 ) -> tuple[jax.Array, jax.Array]:
     """Of the normed residual stream; and the stream, with what was to be added."""
+    gain, norm_bias = norm
+    if config.norm == "rms" and gain is not None and norm_bias is None:
+        if residual.added is None:
+            out, x = normed_linear(weight, residual.x, gain, config.norm_eps), residual.x
+        else:
+            out, x = summed_linear(weight, residual.x, residual.added, residual.gain, gain, config.norm_eps)
+    else:
+        x = _summed(config, residual)
+        out = linear(weight, _normed(config, x, gain, norm_bias))
+    return _biased(out, bias), x
+
+
+def _normed(config: ModelConfig, x: jax.Array, gain: jax.Array | None, bias: jax.Array | None) -> jax.Array:
+    if gain is None:
+        return x
+    if config.norm == "layer":
+        return layer_norm(x, gain, bias, config.norm_eps)
+    return _biased(rms_norm(x, gain, config.norm_eps), bias)
+
+
+def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + bias
+
+
+def _summed(config: ModelConfig, residual: Residual) -> jax.Array:
     if residual.added is None:
-        return normed_linear(weight, residual.x, gain, config.norm_eps), residual.x
-    return summed_linear(weight, residual.x, residual.added, residual.gain, gain, config.norm_eps)
+        return residual.x
+    return residual_sum(residual.x, residual.added, residual.gain, config.norm_eps)
+
+
+def _normed_heads(
+    config: ModelConfig, by_head: Float[Array, "B T K G+2 D"], q_gain: jax.Array, k_gain: jax.Array
+) -> Float[Array, "B T K G+2 D"]:
+    """Queries and keys normed, as the fused kernel does not do it: by head with other norms, or over all heads at once."""
+    q, k, v = by_head[..., :-2, :], by_head[..., -2:-1, :], by_head[..., -1:, :]
+
+    def normed(x: jax.Array, gain: jax.Array) -> jax.Array:
+        shape = (*x.shape[:2], -1) if config.qk_norm == "width" else x.shape
+        gain = gain if config.qk_norm == "head" else gain.reshape(shape[2:] if config.qk_norm == "heads" else -1)
+        return _normed(config, x.reshape(shape), gain, None).reshape(x.shape)
+
+    return jnp.concatenate([normed(q, q_gain), normed(k, k_gain), v], axis=-2)
 
 
 def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
     """Scores of every token of the vocabulary from the last layer's output."""
     head = params.embed if params.head is None else params.head
-    scores = normed_linear(head, hidden, params.final_norm, config.norm_eps)
+    scores, _ = _normed_linear(config, head, None, Residual(hidden), (params.final_norm, params.final_norm_bias))
     cap = config.final_softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels.rope import frequencies
 from atlas_jax.model.families._family import UnsupportedModel
 from atlas_jax.model.loading import left_out, load_params, model_config
 from atlas_jax.model.page_schedule import PageSchedule
@@ -83,18 +84,19 @@ def test_keys_at_their_neutral_value_change_nothing(tmp_path: Path, shape: tiny_
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("rope.scaling.attn_factor", 1.2),
         ("rope.scaling.attn_factor", 0.0),
-        ("rope.scaling.type", "yarn"),
-        ("rope.scaling.type", "longrope"),
+        ("rope.scaling.type", "dynamic"),
         ("rope.scaling.yarn_ext_factor", 1.0),
-        ("expert_count", 8),
+        ("rope.scaling.yarn_attn_factor", 1.2),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+        ("expert_count", -1),
+        ("expert_count", "many"),
         ("tensor_data_layout", "upside down"),
         ("attention.causal", False),
         ("attention.causal", 1),
         ("attention.clamp_kqv", 8.0),
         ("attention.scale", 0.5),
-        ("attention.sliding_window", 512),
+        ("attention.sliding_window", -1),
         ("attn_logit_softcapping", 50.0),
         ("use_parallel_residual", True),
         ("logit_scale", 0.0625),
@@ -106,9 +108,26 @@ def test_keys_at_their_neutral_value_change_nothing(tmp_path: Path, shape: tiny_
     ],
 )
 def test_keys_that_would_change_the_result_are_refused_by_name(tmp_path: Path, key: str, value: Any) -> None:
-    scaled = {"rope.scaling.factor": 4.0} if key == "rope.scaling.type" else {}
     with pytest.raises(UnsupportedModel, match=rf"metadata key 'llama\.{key}' "):
-        config_of(write(tmp_path, {key: value, **scaled}))
+        config_of(write(tmp_path, {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "value"),
+    [
+        ("llama", "expert_used_count", None),
+        ("llama", "expert_used_count", 9),
+        ("llama", "expert_gating_func", 2),
+        ("llama", "expert_weights_scale", 2.5),
+        ("llama", "expert_group_count", 4),
+        ("llama", "leading_dense_block_count", 1),
+        ("qwen2", "expert_count", 8),
+    ],
+)
+def test_other_mixtures_of_experts_are_refused_by_name(tmp_path: Path, architecture: str, key: str, value: Any) -> None:
+    keys = {"expert_count": 8, "expert_used_count": 2, key: value}
+    with pytest.raises(UnsupportedModel, match=rf"metadata key '{architecture}\.{key}' "):
+        config_of(write(tmp_path, keys, tiny_model.Shape(architecture=architecture)))
 
 
 def test_llama_3_1_as_its_files_are(tmp_path: Path) -> None:
@@ -128,6 +147,46 @@ def test_linear_scaling_by_either_key(tmp_path: Path, key: str, factor: float) -
     path = write(tmp_path, {key: factor})
     assert config_of(path).ropes[0].position_scale == 1 / factor
     assert_right(path)
+
+
+def yarn(base: float, dims: int, original: int, factor: float, fast: float, slow: float) -> np.ndarray:
+    """Frequencies as the paper has them: γ of the turns that a pair makes in the original context."""
+    plain = base ** -(np.arange(0, dims, 2) / dims)
+    first, last = (dims * np.log(original / (turns * 2 * np.pi)) / (2 * np.log(base)) for turns in (fast, slow))
+    first, last = max(np.floor(first), 0), min(np.ceil(last), dims - 1)
+    stretched = np.clip((np.arange(dims // 2) - first) / (last - first), 0, 1)
+    return plain * (1 - stretched) + plain / factor * stretched
+
+
+@pytest.mark.parametrize("betas", [(32.0, 1.0), (8.0, 2.0)])
+def test_yarn(tmp_path: Path, betas: tuple[float, float]) -> None:
+    keys = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 1024}
+    more = {"rope.scaling.yarn_beta_fast": betas[0], "rope.scaling.yarn_beta_slow": betas[1]} if betas[1] != 1 else {}
+    (rope,) = config_of(write(tmp_path, {**keys, **more, "rope.scaling.attn_factor": 1.5})).ropes
+    np.testing.assert_allclose(frequencies(rope), yarn(10_000.0, 16, 1024, 8.0, *betas), rtol=1e-6)
+    assert rope.magnitude == pytest.approx(1.5 * (1 + 0.1 * math.log(8)))
+    # with nothing to scale it is no scaling
+    (rope,) = config_of(write(tmp_path, {**keys, "rope.scaling.factor": 1.0})).ropes
+    assert rope == config_of(tiny_model.write_model(tmp_path / "plain.gguf")).ropes[0]
+
+
+def test_long_rope_has_factors_for_the_models_whole_context(tmp_path: Path) -> None:
+    tensors = {
+        f"rope_factors_{name}.weight": np.full(8, value, np.float32) for name, value in (("long", 4), ("short", 2))
+    }
+    for original, expected in ((None, 2), (4096, 2), (1024, 4)):
+        keys = {"rope.scaling.type": "longrope", "rope.scaling.original_context_length": original}
+        (rope,) = config_of(write(tmp_path, keys, tensors=tensors)).ropes
+        assert rope.frequency_factors == (expected,) * 8
+    with pytest.raises(UnsupportedModel, match=r"tensor 'rope_factors_long\.weight' is missing"):
+        config_of(write(tmp_path, keys))
+    for architecture in ("qwen2", "llama"):  # of which only one has them
+        path = write(tmp_path, keys, tiny_model.Shape(architecture=architecture), tensors=tensors)
+        if architecture == "llama":
+            config_of(path)
+            continue
+        with pytest.raises(UnsupportedModel, match=r"'qwen2\.rope\.scaling\.type' has unsupported value 'longrope'"):
+            config_of(path)
 
 
 def test_a_list_of_one_value_for_every_layer_is_that_value(tmp_path: Path) -> None:
@@ -188,10 +247,21 @@ def test_gemma_with_images_beside_the_text_loads_its_text(tmp_path: Path) -> Non
     with GGUFFile.open(path) as file:
         assert left_out(file) == list(other)
     assert_right(path)
-    with (
-        GGUFFile.open(write(tmp_path, {}, tensors={"blk.0.attn_q.bias": np.ones(64, np.float32)})) as file,
-        pytest.raises(UnsupportedModel, match=r"'blk\.0\.attn_q\.bias' is not understood"),
-    ):
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        ("blk.0.attn_q.bias", r"'blk\.0\.attn_k\.bias' is missing"),
+        ("blk.1.attn_q.bias", r"'blk\.1\.attn_q\.bias' is not understood"),
+        ("blk.0.attn_norm.bias", r"'blk\.0\.ffn_norm\.bias' is missing"),
+        ("blk.0.attn_q_norm.weight", r"'blk\.0\.attn_q_norm\.weight' is not understood"),
+        ("blk.0.attn_rot_embd.weight", r"'blk\.0\.attn_rot_embd\.weight' is not understood"),
+    ],
+)
+def test_tensors_that_are_not_of_every_layer_are_refused_by_name(tmp_path: Path, tensor: str, message: str) -> None:
+    path = write(tmp_path, {}, tensors={tensor: np.ones(64, np.float32)})
+    with GGUFFile.open(path) as file, pytest.raises(UnsupportedModel, match=message):
         load_params(file, model_config(file))
 
 

@@ -57,8 +57,9 @@ ROPES = st.builds(
     RopeConfig,
     base=st.sampled_from([10_000.0, 1e6]),
     dims=st.sampled_from([8, 16]),
-    position_scale=st.sampled_from([1.0, 0.25]),
+    position_scale=st.sampled_from([1.0, 0.25, 0.0]),
     interleaved=st.booleans(),
+    magnitude=st.sampled_from([1.0, 1.3]),
 )
 LAYERS = st.builds(LayerConfig, sliding_window=st.sampled_from([None, 70]), rope=st.integers(0, 1))
 CHOICES = st.fixed_dictionaries(
@@ -66,31 +67,78 @@ CHOICES = st.fixed_dictionaries(
         "layers": st.tuples(LAYERS, LAYERS),
         "ropes": st.tuples(ROPES, ROPES),
         "activation": st.sampled_from(["silu", "gelu_tanh"]),
-        "qk_norm": st.booleans(),
+        "gated": st.booleans(),
+        "norm": st.sampled_from(["rms", "layer"]),
+        "norm_bias": st.booleans(),
+        "pre_norms": st.booleans(),
         "post_norms": st.booleans(),
+        "parallel": st.booleans(),
+        "qk_norm": st.sampled_from([None, "head", "heads", "width"]),
+        "qkv_bias": st.booleans(),
+        "out_bias": st.booleans(),
+        "gate_up_bias": st.booleans(),
+        "down_bias": st.booleans(),
         "embed_scale": st.sampled_from([1.0, 3.0]),
+        "residual_scale": st.sampled_from([1.0, 0.4]),
         "attention_scale": st.sampled_from([None, 0.15]),
+        "attention_softcap": st.sampled_from([None, 2.0]),
+        "logit_scale": st.sampled_from([1.0, 0.3]),
         "final_softcap": st.sampled_from([None, 8.0]),
     }
 )
-ROTATED_IN_PAIRS = RopeConfig(base=10_000.0, dims=8, interleaved=True)
+ROTATED_IN_PAIRS = RopeConfig(base=10_000.0, dims=8, interleaved=True, magnitude=1.3)
+
+
+def chosen_tensors(choices: dict[str, Any]) -> dict[str, np.ndarray | None]:
+    """What a Llama's file needs beside its own tensors, and what it must not have."""
+    random, shape = np.random.default_rng(2), tiny_model.LLAMA
+    size = {
+        "q": shape.heads * shape.head_dim,
+        "k": shape.kv_heads * shape.head_dim,
+        "v": shape.kv_heads * shape.head_dim,
+    }
+    biases = {"qkv": {f"attn_{part}": size[part] for part in "qkv"}, "out": {"attn_output": shape.embed}}
+    biases |= {"gate_up": {"ffn_gate": shape.ff, "ffn_up": shape.ff}, "down": {"ffn_down": shape.embed}}
+    biases["norm"] = {"attn_norm": shape.embed, "ffn_norm": shape.embed}
+    each: dict[str, tuple[int, ...]] = {}
+    for name, parts in biases.items():
+        if choices.get(f"{name}_bias"):
+            each |= {f"{part}.bias": (count,) for part, count in parts.items()}
+    if choices.get("qk_norm"):
+        for part, heads in (("q", shape.heads), ("k", shape.kv_heads)):
+            kinds = {"head": (shape.head_dim,), "heads": (heads, shape.head_dim), "width": (heads * shape.head_dim,)}
+            each[f"attn_{part}_norm.weight"] = kinds[choices["qk_norm"]]
+    if choices.get("post_norms"):
+        each |= {"post_attention_norm.weight": (shape.embed,), "post_ffw_norm.weight": (shape.embed,)}
+    absent = [] if choices.get("pre_norms", True) else ["attn_norm", "ffn_norm"]
+    absent += ["ffn_norm"] if choices.get("parallel") else []
+    absent += [] if choices.get("gated", True) else ["ffn_gate"]
+    out: dict[str, np.ndarray | None] = {}
+    for layer in range(shape.layers):
+        out |= {f"blk.{layer}.{name}": random.uniform(0.5, 1.5, of).astype(np.float32) for name, of in each.items()}
+        for name in absent:
+            out |= {f"blk.{layer}.{name}.weight": None}
+            out.pop(f"blk.{layer}.{name}.bias", None)
+    if choices.get("norm_bias"):
+        out["output_norm.bias"] = random.uniform(0.5, 1.5, shape.embed).astype(np.float32)
+    return out
+
+
+EVERYTHING: dict[str, Any] = {
+    **dict.fromkeys(("norm_bias", "parallel", "post_norms", "qkv_bias", "out_bias", "gate_up_bias", "down_bias"), True),
+    **{"norm": "layer", "gated": False, "qk_norm": "heads", "attention_softcap": 2.0},
+    **{"residual_scale": 0.4, "logit_scale": 0.3},
+}
 
 
 @settings(max_examples=4, deadline=None, derandomize=True, database=None)
-@example({"qk_norm": True, "ropes": (ROTATED_IN_PAIRS,)})  # rotation's order of a head is also that of its norm
+@example({"qk_norm": "head", "ropes": (ROTATED_IN_PAIRS,)})  # rotation's order of a head is also that of its norm
+@example(EVERYTHING)
 @given(CHOICES)
 def test_what_a_family_may_choose_is_computed(choices: dict[str, Any]) -> None:
     """Also what no family chooses together yet: somebody who adds one writes values, and must be able to rely on them."""
-    random, shape = np.random.default_rng(2), tiny_model.LLAMA
-    norms = {"attn_q_norm": shape.head_dim, "attn_k_norm": shape.head_dim} if choices.get("qk_norm") else {}
-    norms |= {"post_attention_norm": shape.embed, "post_ffw_norm": shape.embed} if choices.get("post_norms") else {}
-    tensors = {
-        f"blk.{layer}.{name}.weight": random.uniform(0.5, 1.5, size).astype(np.float32)
-        for layer in range(shape.layers)
-        for name, size in norms.items()
-    }
     with tempfile.TemporaryDirectory() as folder:
-        path = tiny_model.write_model(Path(folder) / "model.gguf", shape, tensors=tensors)
+        path = tiny_model.write_model(Path(folder) / "model.gguf", tiny_model.LLAMA, tensors=chosen_tensors(choices))
         with GGUFFile.open(path) as file:
             config = model_config(file).replace(**choices)
             params = load_params(file, config, dtype="float32")

@@ -296,9 +296,9 @@ def layer_output(config: ModelConfig, kv: LayerKV, view: RingView) -> jax.Array:
 
     one, inner = jnp.ones(config.embed), config.embed
     qkv = matrix(size + 2 * config.kv_heads * config.head_dim, inner)
-    layer = LayerParams(
-        one, qkv, None, None, matrix(inner, size), None, one, matrix(64, inner), matrix(inner, 32), None
-    )
+    absent = dict.fromkeys(field.name for field in dataclasses.fields(LayerParams))
+    weights = {"qkv": qkv, "out": matrix(inner, size), "gate_up": matrix(64, inner), "down": matrix(inner, 32)}
+    layer = LayerParams(**absent | weights | {"attn_norm": one, "ff_norm": one})  # type: ignore[arg-type]
     x = jnp.asarray(random.standard_normal((*view.positions.shape, config.embed)).astype(np.float32))
     step = step_view(config, [rope_table(rope) for rope in config.ropes], view)
     (output,), _ = run_layers(config, config.layers, [layer], [kv], x, step)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atlas_jax.config import ModelConfig
+from tests.reference.transformer_reference import soft_capped
 
 PAGE, SINKS, STRETCH, PROTECTED = 128, 4, 4, 1e6
 """Tokens of a page, tokens that are sinks, tokens between queries that count, and the score of what is protected."""
@@ -99,7 +100,7 @@ class KeptAttention:
         keys = rotate(k[:, None], where)[:, 0]
         kept, received, out = Kept(k=k, v=v), np.zeros(len(q)), np.empty_like(q)
         noted = _in_8_bits(far)
-        near_noted = rotate(noted, np.minimum(last - where, 0))
+        near_noted = rotate(noted, np.minimum(last - where, 0), 1.0)  # they are in their magnitude
         for page in range(-(-len(q) // PAGE)):
             start, before, now = page * PAGE, self._left(page - 1), self._left(page)
 
@@ -114,7 +115,7 @@ class KeptAttention:
                     others = np.concatenate([keys[:SINKS], rotate(k[chosen][:, None], np.asarray(places))[:, 0]])
                     score.append(of_near[token] @ others.T)
                     values += [v[:SINKS], v[chosen]]
-                scores = np.concatenate(score, axis=1) * config.scale
+                scores = soft_capped(np.concatenate(score, axis=1) * config.scale, config.attention_softcap)
                 weight = np.exp(scores - scores.max(axis=1, keepdims=True))
                 return weight / weight.sum(axis=1, keepdims=True), np.concatenate(values)
 

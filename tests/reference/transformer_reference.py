@@ -31,10 +31,14 @@ def attend_all(
     out = np.empty_like(q)
     for head in range(config.heads):
         own = head // config.groups
-        score = np.where(seen, q[:, head] @ k[:, own].T * config.scale, -np.inf)
+        score = np.where(seen, soft_capped(q[:, head] @ k[:, own].T * config.scale, config.attention_softcap), -np.inf)
         weight = np.exp(score - score.max(axis=1, keepdims=True))
         out[:, head] = weight / weight.sum(axis=1, keepdims=True) @ v[:, own]
     return out
+
+
+def soft_capped(score: np.ndarray, cap: float | None) -> np.ndarray:
+    return score if cap is None else cap * np.tanh(score / cap)
 
 
 def logits(
@@ -45,7 +49,6 @@ def logits(
     Args:
       attend: what a layer's tokens attend to, of queries and keys that are not rotated; see `attend_all`.
     """
-    factors = weights.get("rope_freqs.weight")
     x = weights["token_embd.weight"][tokens] * config.embed_scale
     for index in range(len(config.layers)):
         part = {
@@ -53,20 +56,69 @@ def logits(
             for name, value in weights.items()
             if name.startswith(f"blk.{index}.")
         }
-        mixed = _attention(config, index, part, _norm(config, x, part["attn_norm"]), factors, attend)
-        x = x + (_norm(config, mixed, part["post_attention_norm"]) if config.post_norms else mixed)
-        h = _norm(config, x, part["ffn_norm"])
-        gate = h @ part["ffn_gate"].T
-        if config.activation == "silu":
-            gate = gate / (1 + np.exp(-gate))
-        else:
-            gate = 0.5 * gate * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-        out = (gate * (h @ part["ffn_up"].T)) @ part["ffn_down"].T
-        x = x + (_norm(config, out, part["post_ffw_norm"]) if config.post_norms else out)
+        before = x
+        h = _pre_norm(config, x, part, "attn_norm")
+        mixed = _attention(config, index, part, h, attend)
+        x = x + config.residual_scale * (
+            _rms_norm(config, mixed, part["post_attention_norm"]) if config.post_norms else mixed
+        )
+        out = _mlp(
+            config,
+            part,
+            _pre_norm(config, before, part, "attn_norm") if config.parallel else _pre_norm(config, x, part, "ffn_norm"),
+        )
+        x = x + config.residual_scale * (_rms_norm(config, out, part["post_ffw_norm"]) if config.post_norms else out)
     head = weights.get("output.weight", weights["token_embd.weight"])
-    scores = _norm(config, x, weights["output_norm.weight"]) @ head[: config.vocab].T
-    cap = config.final_softcap
-    return scores if cap is None else cap * np.tanh(scores / cap)
+    x = _norm(config, x, weights["output_norm.weight"]) + weights.get("output_norm.bias", 0.0)
+    return soft_capped(config.logit_scale * (x @ head[: config.vocab].T), config.final_softcap)
+
+
+def _linear(part: dict[str, np.ndarray], name: str, x: np.ndarray) -> np.ndarray:
+    return x @ part[name].T + part.get(f"{name}.bias", 0.0)
+
+
+def _pre_norm(config: ModelConfig, x: np.ndarray, part: dict[str, np.ndarray], name: str) -> np.ndarray:
+    return _norm(config, x, part[name]) + part.get(f"{name}.bias", 0.0) if config.pre_norms else x
+
+
+def _mlp(config: ModelConfig, part: dict[str, np.ndarray], h: np.ndarray) -> np.ndarray:
+    if config.experts is not None:
+        return _mixture(config, part, h)
+    up = _linear(part, "ffn_up", h)
+    gate = up
+    if config.gated:  # which files have in a tensor of its own, or before up
+        gate, up = (_linear(part, "ffn_gate", h), up) if "ffn_gate" in part else np.split(up, 2, axis=-1)
+    gate = _activated(config, gate)
+    return _linear(part, "ffn_down", gate * up if config.gated else gate)
+
+
+def _activated(config: ModelConfig, x: np.ndarray) -> np.ndarray:
+    if config.activation == "silu":
+        return x / (1 + np.exp(-x))
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def _mixture(config: ModelConfig, part: dict[str, np.ndarray], h: np.ndarray) -> np.ndarray:
+    """One token after the other: its most probable experts, and the one that all tokens use."""
+    experts = config.experts
+    assert experts is not None
+
+    def expert(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
+        return (_activated(config, x @ gate.T) * (x @ up.T)) @ down.T
+
+    out = np.zeros_like(h)
+    for token, x in enumerate(h):
+        score = np.exp(part["ffn_gate_inp"] @ x)
+        share = score / score.sum()
+        chosen = np.argsort(-share)[: experts.used]
+        whole = share[chosen].sum() if experts.normalised else 1.0
+        for one in chosen:
+            matrices = (part[f"ffn_{name}_exps"][one] for name in ("gate", "up", "down"))
+            out[token] += share[one] / whole * expert(x, *matrices)
+        if experts.shared_ff:
+            matrices = (part[f"ffn_{name}_shexp"] for name in ("gate", "up", "down"))
+            out[token] += expert(x, *matrices) / (1 + np.exp(-part["ffn_gate_inp_shexp"] @ x))
+    return out
 
 
 def _attention(
@@ -74,24 +126,30 @@ def _attention(
     index: int,
     part: dict[str, np.ndarray],
     h: np.ndarray,
-    factors: np.ndarray | None,
     attend: Callable[..., Any],
 ) -> np.ndarray:
     rope = config.ropes[config.layers[index].rope]
     count = len(h)
-    q = (h @ part["attn_q"].T).reshape(count, config.heads, config.head_dim)
-    k = (h @ part["attn_k"].T).reshape(count, config.kv_heads, config.head_dim)
-    v = (h @ part["attn_v"].T).reshape(count, config.kv_heads, config.head_dim)
-    if config.qk_norm:
-        q, k = _norm(config, q, part["attn_q_norm"]), _norm(config, k, part["attn_k_norm"])
+    if "attn_qkv" in part:
+        sizes = config.heads * config.head_dim, config.kv_heads * config.head_dim
+        q, k, v = np.split(_linear(part, "attn_qkv", h), [sizes[0], sum(sizes)], axis=-1)
+    else:
+        q, k, v = (_linear(part, f"attn_{name}", h) for name in "qkv")
+    q, k, v = (x.reshape(count, -1, config.head_dim) for x in (q, k, v))
+    if config.qk_norm is not None:
+        q, k = (
+            _norm(config, x.reshape(count, 1, -1) if config.qk_norm == "width" else x, part[name]).reshape(x.shape)
+            for name, x in (("attn_q_norm", q), ("attn_k_norm", k))
+        )
     frequency = rope.position_scale * rope.base ** -(np.arange(0, rope.dims, 2) / rope.dims)
-    if factors is not None:
-        frequency = frequency / factors
+    if rope.frequency_factors is not None:
+        frequency = frequency / np.asarray(rope.frequency_factors)
 
-    def rotate(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
-        return _rotate(x, np.asarray(positions)[:, None] * frequency, rope.dims, rope.interleaved)
+    def rotate(x: np.ndarray, positions: np.ndarray, magnitude: float = rope.magnitude) -> np.ndarray:
+        turned = _rotate(x, np.asarray(positions)[:, None] * frequency, rope.dims, rope.interleaved)
+        return np.concatenate([magnitude * turned[..., : rope.dims], turned[..., rope.dims :]], axis=-1)
 
-    return attend(config, index, q, k, v, rotate).reshape(count, -1) @ part["attn_output"].T
+    return _linear(part, "attn_output", attend(config, index, q, k, v, rotate).reshape(count, -1))
 
 
 def _rotate(x: np.ndarray, angle: np.ndarray, dims: int, interleaved: bool) -> np.ndarray:
@@ -106,4 +164,8 @@ def _rotate(x: np.ndarray, angle: np.ndarray, dims: int, interleaved: bool) -> n
 
 
 def _norm(config: ModelConfig, x: np.ndarray, gain: np.ndarray) -> np.ndarray:
+    return _rms_norm(config, x - x.mean(axis=-1, keepdims=True) if config.norm == "layer" else x, gain)
+
+
+def _rms_norm(config: ModelConfig, x: np.ndarray, gain: np.ndarray) -> np.ndarray:
     return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + config.norm_eps) * gain

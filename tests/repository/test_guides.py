@@ -24,7 +24,8 @@ from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.memory import PRESETS, presets
 from atlas_jax.model import families
-from tests.model import test_model_files
+from tests import tiny_families
+from tests.model import test_architectures
 from tests.property import (
     test_kernels_cpu_property,
     test_memory_forms_property,
@@ -49,7 +50,7 @@ def written_into(module: ModuleType, code: str, **names: Any) -> dict[str, Any]:
     return scope
 
 
-FAMILY, FAMILY_TEST = blocks("architecture.md", "python")
+FAMILY, FAMILY_SAMPLE = blocks("architecture.md", "python")
 PRESET, PRESET_TEST, PRESET_USED = blocks("memory-rule.md", "python")
 WRAPPER, CHOICE, KERNEL_TEST = blocks("kernel.md", "python")
 (KERNEL,) = blocks("kernel.md", "c")
@@ -57,12 +58,15 @@ WRAPPER, CHOICE, KERNEL_TEST = blocks("kernel.md", "python")
 
 @pytest.fixture
 def add_family(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], Callable[[], None]]:
-    """Registers a family as a guide has it written, and gives the guide's test of it."""
+    """Registers a family as a guide has it written, and gives the test that compares it, with llama.cpp's logits."""
 
     def add(code: str) -> Callable[[], None]:
-        monkeypatch.setitem(families.FAMILIES, "qwen3", written_into(families, code)["FAMILY"])  # type: ignore[call-overload]
-        test = written_into(test_model_files, FAMILY_TEST)["test_qwen3_is_the_definition"]
-        return lambda: test(tmp_path)
+        monkeypatch.setitem(families.FAMILIES, "cohere2", written_into(families, code)["FAMILY"])  # type: ignore[call-overload]
+        sample = written_into(tiny_families, FAMILY_SAMPLE)["_COHERE2"]
+        monkeypatch.setitem(tiny_families.SAMPLES, "cohere2", sample)  # type: ignore[call-overload]
+        # written by the commands of the guide
+        monkeypatch.setattr(test_architectures, "GOLDEN", test_architectures.GOLDEN.with_name("guide"))
+        return lambda: test_architectures.test_logits_are_those_of_the_definition_and_of_llama_cpp(tmp_path, "cohere2")
 
     return add
 
@@ -74,13 +78,14 @@ def test_the_guides_architecture_is_read_and_computed(add_family: Callable[[str]
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        ("interleaved=False", "interleaved=True"),
-        ("dims=fields.rotated(head_dim)", "dims=8"),
-        ("position_scale=fields.rope_scale()", "position_scale=fields.rope_scale() * 4"),
-        ('base=fields.rope_base("rope.freq_base")', 'base=fields.rope_base("rope.freq_base") * 2'),
-        ("qk_norm=True", "qk_norm=False"),
-        ("norm_eps=fields.norm_eps(),", 'norm_eps=fields.norm_eps(), activation="gelu_tanh",'),
-        ("position_scale=fields.rope_scale(),", ""),
+        ("interleaved=True", "interleaved=False"),
+        ("interleaved=True", "interleaved=True, base=1e4"),
+        ("position_scale=0.0", "position_scale=1.0"),
+        ("sliding_window=window, rope=0", "rope=0"),
+        ("parallel=True", "parallel=False"),
+        ('norm="layer"', 'norm="layer", activation="gelu_tanh"'),
+        ("logit_scale=fields", "logit_scale=1.0 / fields"),
+        ("_PERIOD = 4", "_PERIOD = 2"),
     ],
 )
 def test_the_guides_test_finds_a_family_that_is_wrong(

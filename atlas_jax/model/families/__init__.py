@@ -4,12 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from atlas_jax.model.families import gemma3, llama
+from atlas_jax.model.families import (
+    command_r,
+    gemma,
+    gemma2,
+    gemma3,
+    granite,
+    internlm2,
+    llama,
+    olmo2,
+    phi3,
+    qwen2,
+    qwen2moe,
+    qwen3,
+    qwen3moe,
+    smollm3,
+    stablelm,
+    starcoder2,
+)
 from atlas_jax.model.families._family import Family, UnsupportedModel
 
 FAMILIES: Mapping[str, Family] = {
     "llama": llama.FAMILY,
+    "qwen2": qwen2.FAMILY,
+    "qwen2moe": qwen2moe.FAMILY,
+    "qwen3": qwen3.FAMILY,
+    "qwen3moe": qwen3moe.FAMILY,
+    "gemma": gemma.FAMILY,
+    "gemma2": gemma2.FAMILY,
     "gemma3": gemma3.FAMILY,
+    "phi3": phi3.FAMILY,
+    "smollm3": smollm3.FAMILY,
+    "olmo2": olmo2.FAMILY,
+    "granite": granite.FAMILY,
+    "internlm2": internlm2.FAMILY,
+    "stablelm": stablelm.FAMILY,
+    "starcoder2": starcoder2.FAMILY,
+    "command-r": command_r.FAMILY,
 }
 
 __all__ = ["FAMILIES", "Family", "UnsupportedModel"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from atlas_jax.config import ModelConfig
+from atlas_jax.config import ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
+from atlas_jax.model.families import _yarn
 from atlas_jax.model.families._neutral import IGNORED_PREFIXES, NEUTRAL, WITHOUT_EXPERTS, WITHOUT_WINDOW
 
 if TYPE_CHECKING:
@@ -23,6 +24,16 @@ _MAX_CONTEXT = (1 << 31) - 1
 _MAX_ROPE_BASE = 1e15
 _LEAST_EPS, _MAX_EPS = 1e-30, 0.1
 _MAX_ROPE_FACTOR = 1e6
+_MAX_SCALE = 1e6
+_MAX_BETA = 1e4
+_BIASES = {
+    "qkv_bias": ("attn_q", "attn_k", "attn_v", "attn_qkv"),
+    "out_bias": ("attn_output",),
+    "gate_up_bias": ("ffn_gate", "ffn_up"),
+    "down_bias": ("ffn_down",),
+    "norm_bias": ("attn_norm", "ffn_norm"),
+}
+"""Fields of `ModelConfig` and the tensors that have the bias: where a file has any of them, it means one thing."""
 
 
 class UnsupportedModel(ValueError):
@@ -37,7 +48,7 @@ class Family:
       architecture: `general.architecture` of its GGUF files, and the prefix of its metadata keys.
       models: which models are meant, for people.
       config: makes the model's configuration from its metadata and the sizes of its vocabulary.
-      frequency_factors: whether the tensor `rope_freqs` divides its rotary frequencies.
+      frequency_factors: whether tensors divide its rotary frequencies: `rope_freqs`, or those of LongRoPE.
       checkpoint: how Hugging Face ships its models; None reads GGUF files alone.
     """
 
@@ -62,8 +73,15 @@ class Fields:
     Any other key would be a model property silently ignored, so `finish` refuses it.
     """
 
-    def __init__(self, metadata: Mapping[str, Any], architecture: str) -> None:
-        self._prefix = f"{architecture}."
+    def __init__(self, metadata: Mapping[str, Any], family: Family, tensors: Collection[str]) -> None:
+        """Takes nothing yet.
+
+        Args:
+          tensors: names of the file's tensors.
+        """
+        self._family = family
+        self._tensors = tensors
+        self._prefix = f"{family.architecture}."
         self._values = {k.removeprefix(self._prefix): v for k, v in metadata.items() if k.startswith(self._prefix)}
         self._taken: set[str] = set()
         self.layers = self.integer("block_count", 1, _MAX_LAYERS)
@@ -96,6 +114,60 @@ class Fields:
         if not low <= value <= high:  # nor is NaN
             raise self._refused(key, f"is {value:g}, not between {low:g} and {high:g}")
         return float(value)
+
+    def truth(self, key: str, *, default: bool) -> bool:
+        """A truth value; otherwise as `integer`."""
+        value = self._scalar(key)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self._refused(key, f"must be bool, found {type(value).__name__}")
+        return value
+
+    def factor(self, key: str, default: float | None = 1.0) -> float:
+        """A positive factor; 0 is what files write where there is none."""
+        return self.number(key, 0.0, _MAX_SCALE, default) or 1.0
+
+    def has(self, tensor: str) -> bool:
+        """Whether the layers have this tensor, a weight or a bias."""
+        return f"blk.0.{tensor}" in self._tensors
+
+    def sliding(self, period: int) -> list[bool]:
+        """Which layers have a window: all but every `period`th, or as the file says (one period, or a flag for each)."""
+        pattern = self.flags("attention.sliding_window_pattern")
+        if isinstance(pattern, list):
+            return pattern
+        period = period if pattern is None else pattern
+        return [period == 0 or index % period < period - 1 for index in range(self.layers)]
+
+    def experts(self, *, normalised: bool, shared: bool = False) -> ExpertsConfig | None:
+        """The mixture of experts that the layers have, if they have one.
+
+        Args:
+          normalised: whether the chosen experts' probabilities are made to sum to 1.
+          shared: whether a further expert is used by all tokens.
+        """
+        count = self.integer("expert_count", 0, default=0)
+        if not count:
+            return None
+        used = self.integer("expert_used_count", 1, count)
+        ff = self.integer("feed_forward_length", 1)
+        self.same("expert_gating_func", 0.0, 1.0)
+        for key in ("expert_weights_scale", "expert_group_count", "expert_group_used_count"):
+            self.same(key, 0.0, 1.0)
+        return ExpertsConfig(
+            count=count,
+            used=used,
+            # of Mixtral every expert is as wide as an MLP; the others name their width
+            ff=self.integer("expert_feed_forward_length", 0, default=0) or ff,
+            normalised=normalised,
+            shared_ff=(self.integer("expert_shared_feed_forward_length", 0, default=0) or ff) if shared else 0,
+        )
+
+    def no_window(self) -> None:
+        """Takes the keys of sliding windows, where the architecture's runtimes attend to everything all the same."""
+        self.integer("attention.sliding_window", 0, default=0)
+        self._taken.update(WITHOUT_WINDOW)
 
     def flags(self, key: str) -> list[bool] | int | None:
         """One truth value for every layer, or a whole number (a period); None where the key is absent."""
@@ -145,9 +217,14 @@ class Fields:
         """Tokens the model was trained on."""
         return self.integer("context_length", 1, _MAX_CONTEXT)
 
-    def norm_eps(self) -> float:
+    def original_context_length(self) -> int:
+        """Tokens it was trained on before its rotary embedding was scaled."""
+        return self.integer("rope.scaling.original_context_length", 1, _MAX_CONTEXT, default=self.context_length())
+
+    def norm_eps(self, *, layer_norm: bool = False) -> float:
         """What keeps a norm from dividing by zero, and must not outweigh what it divides."""
-        return self.number("attention.layer_norm_rms_epsilon", _LEAST_EPS, _MAX_EPS)
+        key = "attention.layer_norm_epsilon" if layer_norm else "attention.layer_norm_rms_epsilon"
+        return self.number(key, _LEAST_EPS, _MAX_EPS)
 
     def rope_base(self, *keys: str, default: float | None = None) -> float:
         """Wavelength base of a rotary embedding, under the first of some keys that is there."""
@@ -155,17 +232,52 @@ class Fields:
         self._taken.update(keys)
         return found[0] if found else self._absent(keys[0], default)
 
+    def rope_scaling_type(self) -> str | None:
+        """How rotary embeddings are scaled for a longer context: None, "none", "linear", "yarn" or "longrope"."""
+        kind = self._scalar("rope.scaling.type")
+        longer = ("longrope",) if self._family.frequency_factors else ()
+        if kind not in (None, "none", "linear", "yarn", *longer):
+            raise self._refused("rope.scaling.type", f"has unsupported value {kind!r}")
+        return kind
+
+    def rope(
+        self, head_dim: int, *, interleaved: bool, base: float | None = None, scaled: bool = True, whole: bool = False
+    ) -> RopeConfig:
+        """The rotary embedding, with its scaling.
+
+        Args:
+          base: of its wavelengths; None for what the file says.
+          scaled: whether the file's scaling is that of this embedding.
+          whole: whether all of a head must rotate.
+        """
+        base = self.rope_base("rope.freq_base") if base is None else base
+        dims = self.rotated(head_dim, whole=whole)
+        if not scaled:
+            return RopeConfig(base=base, dims=dims, interleaved=interleaved)
+        scale, magnitude = self.rope_scale(), self.number("rope.scaling.attn_factor", 1e-3, 1e3, default=1.0)
+        yarn = self.rope_scaling_type() == "yarn" and scale != 1.0
+        self.same("rope.scaling.yarn_ext_factor", -1.0, 1.0 if yarn else 0.0)
+        if not yarn:
+            return RopeConfig(base=base, dims=dims, position_scale=scale, interleaved=interleaved, magnitude=magnitude)
+        betas = (
+            self.number("rope.scaling.yarn_beta_fast", 0.0, _MAX_BETA, default=_yarn.BETA_FAST) or _yarn.BETA_FAST,
+            self.number("rope.scaling.yarn_beta_slow", 0.0, _MAX_BETA, default=_yarn.BETA_SLOW) or _yarn.BETA_SLOW,
+        )
+        return RopeConfig(
+            base=base,
+            dims=dims,
+            interleaved=interleaved,
+            frequency_factors=_yarn.divisors(base, dims, 1.0 / scale, self.original_context_length(), *betas),
+            magnitude=magnitude * _yarn.magnitude(1.0 / scale),
+        )
+
     def rope_scale(self) -> float:
-        """What positions are multiplied by: the inverse of a linear scaling factor."""
+        """What positions are multiplied by: the inverse of a scaling factor."""
         factor = self.number("rope.scaling.factor", 0.0, _MAX_ROPE_FACTOR, default=0.0)
         # the key's name before there were types of scaling; read only without the new one
         old = self.number("rope.scale_linear", 0.0, _MAX_ROPE_FACTOR, default=0.0)
         factor = factor or old or 1.0
-        kind = self._scalar("rope.scaling.type")
-        # YaRN with nothing to scale is no scaling
-        if kind not in (None, "linear", "none", "yarn") or (kind == "yarn" and factor != 1.0):
-            raise self._refused("rope.scaling.type", f"has unsupported value {kind!r}")
-        if kind == "none" and factor != 1.0:
+        if self.rope_scaling_type() == "none" and factor != 1.0:
             raise self._refused("rope.scaling.factor", f"is {factor:g}, but rope.scaling.type is 'none'")
         return 1.0 / factor
 
@@ -185,6 +297,51 @@ class Fields:
         self.integer("vocab_size", vocabulary.tokens, vocabulary.rows, default=vocabulary.tokens)
         return vocabulary.tokens
 
+    def model(
+        self,
+        vocabulary: Vocabulary,
+        *,
+        interleaved: bool = False,
+        rope_base: float | None = None,
+        layers: Sequence[LayerConfig] | None = None,
+        ropes: Sequence[RopeConfig] | None = None,
+        **values: Any,
+    ) -> ModelConfig:
+        """The configuration of a model with the sizes that every family names alike; nothing else may be left to take.
+
+        Args:
+          interleaved, rope_base: of its rotary embedding, if it has one and that is not in `ropes`; see `rope`.
+          layers: what differs from layer to layer, if anything does.
+          values: further fields of `ModelConfig`. Biases, and whether the head is that of the embeddings, follow from the
+            file's tensors.
+        """
+        embed = self.integer("embedding_length", 1)
+        heads, kv_heads = self.heads()
+        head_dim = self.head_dim(embed, heads, values.get("attention_scale"))
+        if ropes is None:
+            ropes = (self.rope(head_dim, interleaved=interleaved, base=rope_base),)
+        biases: dict[str, Any] = {
+            field: any(self.has(f"{name}.bias") for name in names) for field, names in _BIASES.items()
+        }
+        config = ModelConfig(
+            family=self._family.architecture,
+            vocab=self.vocabulary(vocabulary),
+            embed=embed,
+            heads=heads,
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            ff=self.integer("feed_forward_length", 1),
+            layers=tuple(layers or (LayerConfig(),) * self.layers),
+            ropes=tuple(ropes),
+            context_length=self.context_length(),
+            norm_eps=self.norm_eps(layer_norm=values.get("norm") == "layer"),
+            tied_head="output.weight" not in self._tensors,
+            **biases,
+            **values,
+        )
+        self.finish()
+        return config
+
     def finish(self) -> None:
         """Refuses metadata of this architecture that nothing has taken and that would change the result."""
         experts, window = self._plain("expert_count", 0), self._plain("attention.sliding_window", 0)
@@ -193,7 +350,7 @@ class Fields:
                 continue
             if key == "expert_count" or (key in WITHOUT_EXPERTS and not experts):
                 if key == "expert_count" and experts != 0:
-                    raise self._refused(key, f"has unsupported value {experts!r}: mixtures of experts are not computed")
+                    raise self._refused(key, f"has unsupported value {experts!r}: this architecture's are not computed")
                 continue
             if key in WITHOUT_WINDOW and not window and "attention.sliding_window" not in self._taken:
                 continue

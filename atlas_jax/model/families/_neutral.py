@@ -62,7 +62,7 @@ NEUTRAL: Mapping[str, Neutral] = {
         ),
         _UNSET_OR_ONE,
     ),
-    **dict.fromkeys(("rope.scaling.attn_factor", "rope.scaling.yarn_attn_factor"), _ONE),
+    "rope.scaling.yarn_attn_factor": _ONE,
     "attention.causal": _one_of(True),
     "use_parallel_residual": _one_of(False),
     "swin_norm": _one_of(False),
@@ -71,13 +71,12 @@ NEUTRAL: Mapping[str, Neutral] = {
     **dict.fromkeys(
         (
             *("rope.scaling.finetuned", "rope.scaling.original_context_length", "pooling_type"),
-            *("attention.layer_norm_epsilon", "attention.temperature_length"),
-            # these steer YaRN, which is refused where it has anything to scale
+            *("attention.layer_norm_epsilon", "attention.layer_norm_rms_epsilon", "attention.temperature_length"),
+            # these steer YaRN, and are taken where it has anything to scale
             *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
         ),
         _said_only,
     ),
-    "rope.scaling.yarn_ext_factor": _one_of(0, -1),
 }
 
 WITHOUT_EXPERTS = frozenset(

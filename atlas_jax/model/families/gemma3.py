@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from atlas_jax.config import LayerConfig, ModelConfig, RopeConfig
+from atlas_jax.config import LayerConfig, ModelConfig
 from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, linear, refused
 from atlas_jax.model.families._checkpoint import rope as config_rope
 from atlas_jax.model.families._family import Family, Fields, Vocabulary
@@ -17,11 +17,10 @@ _MAX_SOFTCAP = 1e6
 
 def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
     embed = fields.integer("embedding_length", 1)
-    heads, kv_heads = fields.heads()
+    heads, _ = fields.heads()
     # the 27B model scales by (embed / heads)^-½ instead of its heads' size; the only one of the family with 62 layers
     attention_scale = (embed / heads) ** -0.5 if fields.layers == 62 else None
     head_dim = fields.head_dim(embed, heads, attention_scale)
-    fields.rotated(head_dim, whole=True)
     fields.rotated(head_dim, "rope.dimension_count_swa", whole=True)
     fields.same("attention.key_length_swa", head_dim)
     fields.same("attention.value_length_swa", head_dim)
@@ -29,42 +28,23 @@ def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
     # files of one runtime call the two bases global and local
     global_base = fields.rope_base("rope.freq_base", "rope.global.freq_base")
     local_base = fields.rope_base("rope.freq_base_swa", "rope.local.freq_base", default=_LOCAL_ROPE_BASE)
-    config = ModelConfig(
-        family="gemma3",
-        vocab=fields.vocabulary(vocabulary),
-        embed=embed,
-        heads=heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        ff=fields.integer("feed_forward_length", 1),
-        layers=tuple(
+    return fields.model(
+        vocabulary,
+        layers=[
             LayerConfig(sliding_window=window, rope=1) if sliding else LayerConfig(rope=0)
-            for sliding in _sliding(fields)
-        ),
+            for sliding in fields.sliding(_PERIOD)
+        ],
         ropes=(
-            RopeConfig(base=global_base, dims=head_dim, position_scale=fields.rope_scale(), interleaved=False),
-            RopeConfig(base=local_base, dims=head_dim, interleaved=False),
+            fields.rope(head_dim, interleaved=False, base=global_base, whole=True),
+            fields.rope(head_dim, interleaved=False, base=local_base, scaled=False),
         ),
-        context_length=fields.context_length(),
-        norm_eps=fields.norm_eps(),
         activation="gelu_tanh",
-        qk_norm=True,
+        qk_norm="head",
         post_norms=True,
         embed_scale=float(embed) ** 0.5,
         attention_scale=attention_scale,
         final_softcap=fields.number("final_logit_softcapping", 0.0, _MAX_SOFTCAP, default=0.0) or None,
     )
-    fields.finish()
-    return config
-
-
-def _sliding(fields: Fields) -> list[bool]:
-    """Which layers have a window: all but every sixth, or as the file says (one period, or a flag for every layer)."""
-    pattern = fields.flags("attention.sliding_window_pattern")
-    if isinstance(pattern, list):
-        return pattern
-    period = _PERIOD if pattern is None else pattern
-    return [period == 0 or index % period < period - 1 for index in range(fields.layers)]
 
 
 def _describe(config: Config) -> Described:

@@ -129,7 +129,8 @@ def read_gguf(file: GGUFFile) -> tuple[LMConfig, LMParams]:
 def _llama_config(file: GGUFFile) -> LMConfig:
     found = model_config(file)
     rope = found.ropes[0]
-    if rope.position_scale != 1.0 or rope.frequency_factors is not None or rope.dims != found.head_dim:
+    scaled = rope.position_scale != 1.0 or rope.frequency_factors is not None or rope.magnitude != 1.0
+    if scaled or rope.dims != found.head_dim:
         raise GGUFError("scaled or partial rotary embeddings cannot be trained")
     return LMConfig(
         vocab=found.vocab,

@@ -1,0 +1,119 @@
+"""Tensors of a GGUF file as weights: each is asked for by name and shape, and none is left unasked."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from atlas_jax.config import ModelConfig, WeightDtype
+from atlas_jax.gguf import ModelFile
+from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight
+from atlas_jax.model.families._family import UnsupportedModel
+
+Outputs = Mapping[str, int]
+"""Names of tensors, and how many outputs each has; what is made of them has those of the first, then of the second, …"""
+
+
+class TensorReader:
+    """Takes tensors by name, checks shapes, and remembers what was taken."""
+
+    def __init__(self, file: ModelFile, dtype: WeightDtype, packed: frozenset[str], left_out: Collection[str]) -> None:
+        """Reads nothing yet.
+
+        Args:
+          packed: names of the matrices that stay in 5 bits.
+          left_out: names of tensors that nobody needs to take.
+        """
+        self._file = file
+        self._dtype = dtype
+        self._packed = packed
+        self._taken = set(left_out)
+
+    def stacked(self, whole: str, parts: Outputs) -> Outputs:
+        """The tensor `whole`, if the file has the outputs of all parts in it, or the parts."""
+        outputs = sum(parts.values())
+        info = self._file.tensors.get(whole)
+        return parts if info is None or info.shape[0] != outputs else {whole: outputs}
+
+    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        """A tensor as float32."""
+        self._take(name, shape)
+        values = self._file.dequantize(name)
+        _check_finite(name, values)
+        return values
+
+    def vector(self, tensors: Outputs, order: np.ndarray | None = None, factor: float = 1.0) -> jax.Array:
+        """Tensors one after the other, their numbers then put in `order` and multiplied."""
+        values = np.concatenate([self.array(name, (size,)) for name, size in tensors.items()])
+        return jnp.asarray((values if order is None else values[order]) * np.float32(factor))
+
+    def vocabulary(self, name: str, config: ModelConfig) -> Weight:
+        """A matrix with a row for every token; rows past the last token, which can mean nothing, are not read."""
+        rows = self._file.tensors[name].shape[0] if name in self._file.tensors else 0
+        padded = max(rows, config.vocab)
+        order = np.arange(config.vocab) if padded > config.vocab else None
+        return self.matrix({name: padded}, config.embed, order)
+
+    def matrix(self, tensors: Outputs, inner: int, order: np.ndarray | None = None, factor: float = 1.0) -> Weight:
+        """Tensors stacked along their outputs, these then put in `order` and multiplied.
+
+        They are quantised row by row, so neither the order nor the factor changes a number in 8 bits.
+        """
+        shapes = {name: (size, inner) for name, size in tensors.items()}
+        if self._packed.issuperset(shapes):
+            packed = [self._pack(name, shape) for name, shape in shapes.items()]
+            blocks, scale = (np.concatenate(arrays) for arrays in zip(*packed, strict=True))
+            rows = slice(None) if order is None else order
+            return PackedArray(jnp.asarray(blocks[rows]), jnp.asarray(scale[rows] * np.float32(factor)))
+        parts = [self.array(name, shape) for name, shape in shapes.items()]
+        whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
+        if order is not None:
+            whole = whole[order]
+        if self._dtype == "float32":
+            return jnp.asarray(whole if factor == 1.0 else whole * np.float32(factor))
+        values, scale = quantize_weight(whole)
+        return QuantArray(jnp.asarray(values), jnp.asarray(scale * np.float32(factor)))
+
+    def matrices(
+        self, tensors: Outputs, count: int, inner: int, order: np.ndarray | None = None, factor: float = 1.0
+    ) -> QuantArray | jax.Array:
+        """As `matrix`, of tensors that have a leading axis of `count` matrices."""
+        whole = np.concatenate([self.array(name, (count, size, inner)) for name, size in tensors.items()], axis=1)
+        whole = whole if order is None else whole[:, order]
+        if self._dtype == "float32":
+            return jnp.asarray(whole * np.float32(factor))
+        values, scale = quantize_weight(whole.reshape(-1, inner))
+        scale = scale.reshape(whole.shape[:2]) * np.float32(factor)
+        return QuantArray(jnp.asarray(values.reshape(whole.shape)), jnp.asarray(scale))
+
+    def take(self, name: str) -> None:
+        """Marks a tensor as understood."""
+        self._taken.add(name)
+
+    def finish(self) -> None:
+        """Raises UnsupportedModel if a tensor of the file has not been taken; the message names it."""
+        left = sorted(set(self._file.tensors) - self._taken)
+        if left:
+            raise UnsupportedModel(f"tensor '{left[0]}' is not understood")
+
+    def _pack(self, name: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        self._take(name, shape)
+        nibbles = self._file.nibbles(name)
+        _check_finite(name, nibbles.step, nibbles.base)
+        return pack_weight(nibbles.codes, nibbles.step, nibbles.base)
+
+    def _take(self, name: str, shape: tuple[int, ...]) -> None:
+        info = self._file.tensors.get(name)
+        if info is None:
+            raise UnsupportedModel(f"tensor '{name}' is missing")
+        if tuple(info.shape) != shape:
+            raise UnsupportedModel(f"tensor '{name}' has shape {tuple(info.shape)}, expected {shape}")
+        self._taken.add(name)
+
+
+def _check_finite(name: str, *arrays: np.ndarray) -> None:
+    if not all(np.isfinite(array).all() for array in arrays):
+        raise UnsupportedModel(f"tensor '{name}' holds values that are not finite")
