@@ -203,7 +203,10 @@ def test_a_head_that_does_not_come(start: Start) -> None:
     silent, half, late = live.connect(), live.connect(), live.connect()
     half.sendall(b"GET /health HTTP/1.1\r\nHost: loc")
     late.sendall(GET)
-    assert late.recv(1000).startswith(b"HTTP/1.1 200")
+    answered = b""
+    while not answered.endswith(b"}"):  # head and body come in one piece or in two
+        answered += late.recv(1000)
+    assert answered.startswith(b"HTTP/1.1 200")
     late.sendall(b"G")
     assert read_all(silent) == b""
     for connection in (half, late):
