@@ -63,7 +63,7 @@ class Reader:
         # compiled fast instead of well
         self._step = jax.jit(step, compiler_options={"xla_backend_optimization_level": 0})
         self._params = tiny.params
-        self._cache = init_kv_cache(config, rows, 1, dtype, 0)
+        self._cache = init_kv_cache(config, rows, 1, dtype)
         for row in range(rows):
             self._cache = start_page(self._cache, page_start(row, PageSchedule(window=None).next_page(0)))
         self._rows = rows

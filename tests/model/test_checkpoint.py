@@ -382,7 +382,7 @@ def test_an_index_that_lies_is_named(folder: Path, where: Any, said: str) -> Non
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("model.layers.0.self_attn.q_proj.bias", "tensor 'blk.0.attn_q.bias' is not understood"),
+        ("model.layers.0.self_attn.q_proj.bias", "tensor 'blk.0.attn_k.bias' is missing"),
         (
             "model.layers.0.mlp.experts.0.weight",
             "model.safetensors: tensor 'model.layers.0.mlp.experts.0.weight' is not un",
