@@ -14,7 +14,7 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psutil_reference.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
+.PHONY: help serve test test-slow check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
   bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
@@ -25,6 +25,9 @@ serve: $(VENV)/serve model ## install, download the default model, serve it with
 
 test: $(VENV)/dev model ## install what tests need and run them (ARGS="-k name …")
 	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-slow: $(VENV)/dev model ## the tests that `make test` leaves out
+	$(RUN) -m pytest -n 2 --dist loadfile -m slow $(ARGS)
 
 check: lint test ## ruff, mypy and the tests
 

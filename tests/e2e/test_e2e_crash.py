@@ -67,6 +67,7 @@ def test_kills_and_a_stop_on_a_slow_disk_lose_nothing(tiny: tuple[Path, Path], c
     assert run.figures["answers_equal"] >= 10
 
 
+@pytest.mark.slow
 def test_a_server_that_forgets_is_found_out(tiny: tuple[Path, Path], cache: Path, tmp_path: Path) -> None:
     plan = ("--kills", "1", "--stops", "0", "--clean-stops", "0", "--no-atlas-memory-persist")
     run = rounds(tiny, cache, tmp_path, *plan)

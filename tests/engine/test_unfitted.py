@@ -107,7 +107,9 @@ def test_what_could_not_be_fitted_is_tried_again_and_what_could_is_kept(
     assert len(runs) == 1
 
 
-@pytest.mark.parametrize("content", [b"", b"not an adapter", None])
+@pytest.mark.parametrize(
+    "content", [b"not an adapter", *(pytest.param(content, marks=pytest.mark.slow) for content in (b"", None))]
+)
 def test_a_kept_adapter_that_is_damaged_is_set_aside_and_made_anew(
     content: bytes | None,
     opened: Callable[..., Any],

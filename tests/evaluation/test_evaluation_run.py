@@ -17,6 +17,8 @@ from atlas_jax.evaluation.tasks import TASKS
 _OWN = ("--arm", 'wide={"window_size": 2560, "read": false, "write": false}')
 _ARMS = ("--arms", "window", "memory", "full")
 _FEW = ("--tasks", "lists", "overwritten", *_ARMS)
+_QUICK = {"loss", "lists", "names", "plain text", "generation", "cost"}
+"""Tasks that take seconds."""
 
 
 def rows(out: Path) -> list[dict[str, Any]]:
@@ -35,25 +37,36 @@ def figures(out: Path) -> list[tuple[Any, ...]]:
 
 @pytest.fixture(scope="module")
 def whole(evaluate: Callable[..., int], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An evaluation of every task."""
+    """An evaluation of the tasks that take seconds."""
     out = tmp_path_factory.mktemp("whole")
-    assert evaluate(out, *_ARMS) == 0
+    assert evaluate(out, "--tasks", *sorted(_QUICK), *_ARMS) == 0
     return out
 
 
-def test_every_task_has_values_of_every_arm_or_a_reason(whole: Path) -> None:
-    found = rows(whole)
-    assert {row["task"] for row in found} == {task.name for task in TASKS if "quick" in task.scales}
+def assert_complete(out: Path, tasks: set[str]) -> None:
+    """Every task has values of every arm, or a reason."""
+    found = rows(out)
+    assert {row["task"] for row in found} == tasks
     for row in found:
         assert bool(row["values"]) != bool(row["skipped"]), row
     for task in {row["task"] for row in found}:
         assert {row["arm"] for row in found if row["task"] == task} == {"window", "memory", "full"}
 
 
+def test_quick_tasks_have_values_of_every_arm_or_a_reason(whole: Path) -> None:
+    assert_complete(whole, _QUICK)
+
+
+@pytest.mark.slow  # minutes: texts of thousands of tokens, five arms
+def test_every_task_has_values_of_every_arm_or_a_reason(evaluate: Callable[..., int], tmp_path: Path) -> None:
+    assert evaluate(tmp_path, *_ARMS) == 0
+    assert_complete(tmp_path, {task.name for task in TASKS if "quick" in task.scales})
+
+
 def test_the_report_has_every_result_and_a_table_of_every_task(whole: Path) -> None:
     told = json.loads((whole / "evaluation.json").read_text())
     assert told["planned"] == len(told["results"]) == len(rows(whole))
-    assert told["tables"].keys() == {task.name for task in TASKS if "quick" in task.scales}
+    assert told["tables"].keys() == _QUICK
     text = (whole / "evaluation.md").read_text()
     for tables in told["tables"].values():
         for table in tables:
@@ -106,7 +119,7 @@ def test_without_matplotlib_everything_but_the_plots_is_written(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setattr(evaluation, "measured", lambda *_: pytest.fail("a unit was measured again"))
     copy = whole / "copy.md"
-    assert evaluate(whole, *_ARMS, "--write-docs", str(copy)) == 0
+    assert evaluate(whole, "--tasks", *sorted(_QUICK), *_ARMS, "--write-docs", str(copy)) == 0
     assert copy.read_text() == (whole / "evaluation.md").read_text()
     said = capsys.readouterr()
     assert "no plots: matplotlib is not installed" in said.err

@@ -63,7 +63,7 @@ def product(weight: Weight, x: jax.Array) -> jax.Array:
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @example(seed=630, rows=36, inner=64, outputs=80, spread=1e6, halves=False)  # one number halfway between two whole ones
 @given(
     seed=seeds,
@@ -92,7 +92,7 @@ def packed_weight(rng: np.random.Generator, outputs: int, inner: int) -> PackedA
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(
     seed=seeds,
     rows=st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 17, 128, 300]),
@@ -115,7 +115,7 @@ def each_product(weight: QuantArray, x: jax.Array) -> jax.Array:
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=6)
 @given(
     seed=seeds, batch=st.integers(1, 5), tokens=st.sampled_from([1, 5, 17, 130]), outputs=st.sampled_from([16, 96, 208])
 )
@@ -150,7 +150,7 @@ def test_without_amx_products_are_the_same(rows: int, built: Path, tmp_path: Pat
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=6)
 @given(
     seed=seeds,
     rows=st.integers(1, 5),
@@ -170,7 +170,7 @@ def test_the_greedy_choice_is_the_first_of_the_best(seed: int, rows: int, vocab:
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=20)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, tokens=st.integers(1, 3), vocab=st.sampled_from([48, 4100, 8200]), silent=st.booleans())
 def test_the_blend_is_its_definition(seed: int, tokens: int, vocab: int, silent: bool) -> None:
     rng = np.random.default_rng(seed)
@@ -197,7 +197,7 @@ def test_the_blend_is_its_definition(seed: int, tokens: int, vocab: int, silent:
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, tokens=st.sampled_from([1, 3, 8, 19]))
 def test_monomials_are_those_of_xla(seed: int, tokens: int) -> None:
     rng = np.random.default_rng(seed)
@@ -241,7 +241,7 @@ shapes = st.sampled_from([(1, 1, 1, 1, 1), (2, 4, 3, 1, 4), (3, 1, 4, 3, 2), (2,
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, shape=shapes)
 def test_attention_is_its_definition_up_to_the_rounding_of_queries(seed: int, shape: tuple[int, ...]) -> None:
     q, q_sink, kv, seen, sinks_seen = some_attention(seed, *shape)
@@ -267,7 +267,7 @@ def test_a_tokens_attention_depends_on_nothing_beside_it(seed: int, shape: tuple
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=6)
 @given(seed=seeds, shape=shapes)
 def test_what_is_not_seen_does_not_count(seed: int, shape: tuple[int, ...]) -> None:
     q, q_sink, kv, seen, sinks_seen = some_attention(seed, *shape)
@@ -437,7 +437,7 @@ def post_summed_product(
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=12)
+@settings(deadline=None, max_examples=6)
 @given(
     seed=seeds,
     rows=st.sampled_from([1, 2, 5, 16, 130]),

@@ -210,7 +210,7 @@ def softmax_of(step: Step) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(seed=seeds, shape=shapes)
 def test_attention_is_one_softmax_over_ring_sinks_and_kept_pairs(form: Form, seed: int, shape: Shape) -> None:
     step = some_step(seed, shape, form.dtype)
@@ -226,7 +226,7 @@ def test_attention_is_one_softmax_over_ring_sinks_and_kept_pairs(form: Form, see
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(seed=seeds, shape=shapes)
 def test_pages_in_4_bits_are_read_as_those_in_8_that_they_stand_for(seed: int, shape: Shape) -> None:
     """All bytes that there are, also such as no packing makes."""
@@ -254,7 +254,7 @@ def test_pages_in_4_bits_are_read_as_those_in_8_that_they_stand_for(seed: int, s
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(seed=seeds, shape=shapes)
 def test_a_row_that_keeps_nothing_has_the_bits_of_a_layer_that_keeps_none(seed: int, shape: Shape) -> None:
     step = some_step(seed, shape, "int8")
@@ -266,7 +266,7 @@ def test_a_row_that_keeps_nothing_has_the_bits_of_a_layer_that_keeps_none(seed: 
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(seed=seeds, shape=shapes)
 def test_kept_pairs_have_no_order(form: Form, seed: int, shape: Shape) -> None:
     most = shape.kept_pages * PAGE
@@ -285,7 +285,7 @@ def test_kept_pairs_have_no_order(form: Form, seed: int, shape: Shape) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(seed=seeds, shape=shapes)
 def test_what_lies_in_places_that_are_not_filled_changes_no_bit(form: Form, seed: int, shape: Shape) -> None:
     """Nor do the pairs of other layers, before and behind."""
@@ -305,7 +305,7 @@ def test_what_lies_in_places_that_are_not_filled_changes_no_bit(form: Form, seed
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(seed=seeds, shape=shapes)
 def test_a_tokens_attention_depends_on_nothing_beside_it(seed: int, shape: Shape) -> None:
     step = some_step(seed, shape, "int8")

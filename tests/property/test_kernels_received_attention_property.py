@@ -78,7 +78,7 @@ def definition(args: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=8)
+@settings(deadline=None, max_examples=5)
 @given(seed=seeds, shape=shapes)
 def test_pairs_receive_the_probabilities_of_one_softmax(form: Form, seed: int, shape: Shape) -> None:
     args = some_queries(seed, shape, form)
@@ -95,7 +95,7 @@ def test_pairs_receive_the_probabilities_of_one_softmax(form: Form, seed: int, s
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(seed=seeds, shape=shapes)
 def test_received_attention_depends_on_the_row_alone(form: Form, seed: int, shape: Shape) -> None:
     """Neither on other rows, nor on other layers' pairs, nor on what lies in places that are not filled."""
@@ -117,7 +117,7 @@ def test_received_attention_depends_on_the_row_alone(form: Form, seed: int, shap
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(seed=seeds, shape=shapes)
 def test_received_attention_is_that_of_its_queries_one_by_one(seed: int, shape: Shape) -> None:
     q, q_near, kv, pool, row, seen, *rest = some_queries(seed, shape, Form(True, "int8", 1e-3, 0.03))

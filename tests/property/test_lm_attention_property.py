@@ -34,7 +34,7 @@ def test_rotation_depends_on_distance_only() -> None:
         np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(0, 2**31))
 def test_window_weights_count_the_windows(tokens: int, window: int, seed: int) -> None:
     gamma = np.random.default_rng(seed).uniform(size=(1, 1, tokens, window))

@@ -49,7 +49,13 @@ def inner(a, b):
     return sum(jax.tree.leaves(jax.tree.map(lambda x, y: float((x * y).sum()), a, b)))
 
 
-@pytest.mark.parametrize(("name", "form"), [*((name, chunked) for name in PRESETS), ("mesa", scan), ("atlas", scan)])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, chunked) for name in PRESETS),
+        *(pytest.param(name, scan, marks=pytest.mark.slow) for name in ("mesa", "atlas")),
+    ],
+)
 def test_gradients_are_those_of_the_reference(name, form):
     """Central differences in a few directions: an operator of a solve, or a slope left out, shows in no forward pass."""
     rule, at = case(name)

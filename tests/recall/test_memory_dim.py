@@ -31,6 +31,7 @@ def own(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow  # fits two memories
 def test_a_memory_of_another_dimension_is_fitted_once_and_has_sessions_of_its_own(
     opened: Callable[..., Any], own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

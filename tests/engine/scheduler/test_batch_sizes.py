@@ -29,7 +29,7 @@ STEPS = 8
 DEGREE = 2
 
 
-@pytest.mark.parametrize("kernels", [True, False])
+@pytest.mark.parametrize("kernels", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_row_is_what_it_would_be_alone(kernels: bool, tmp_path: Path) -> None:
     """Its memory too, which is written before, read in every step, and written again after."""
     choice = KernelChoice(cpu=kernels)

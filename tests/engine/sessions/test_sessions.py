@@ -99,8 +99,14 @@ def crashed(folder: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize("turns", [1, 3])
-@pytest.mark.parametrize("dtype", ["int8", "float32"])
+@pytest.mark.parametrize(
+    ("dtype", "turns"),
+    [
+        ("int8", 3),
+        ("float32", 1),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("int8", 1), ("float32", 3))),
+    ],
+)
 def test_an_answered_turn_outlives_a_process_that_is_killed(
     opened: Callable[..., Any], engines: Callable[[str], Engine], tmp_path: Path, dtype: str, turns: int
 ) -> None:
