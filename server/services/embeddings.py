@@ -14,7 +14,8 @@ from server.errors import ContextExceeded, NotSupported
 from server.middleware.request_context import PARTY, RequestContext
 from server.schemas import embeddings as schema
 from server.schemas.usage import Usage
-from server.services.generation import GenerationPlan, Generator
+from server.services.generation import Generator
+from server.services.generation_plan import GenerationPlan
 from server.services.memory_options import MemoryPlan
 from server.services.models import Models
 from server.services.response_builder import Ending, Outcome

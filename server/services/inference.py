@@ -17,7 +17,8 @@ from server.schemas.completions import CompletionRequest
 from server.schemas.sampling import SamplingFields
 from server.services.chat_response import ChatResponseBuilder
 from server.services.completion_response import CompletionResponseBuilder
-from server.services.generation import Generation, GenerationPlan, Generator
+from server.services.generation import Generation, Generator
+from server.services.generation_plan import GenerationPlan
 from server.services.memory_options import MemoryPlan, plan_memory
 from server.services.models import Models
 from server.services.response_builder import Identification, ResponseBuilder

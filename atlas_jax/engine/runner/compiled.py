@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from atlas_jax.aot import AotProgram, shape
-from atlas_jax.engine.runner import step
+from atlas_jax.engine.runner import row_moves
 from atlas_jax.engine.runner.base import Buckets, Capabilities, ModelRunner
 from atlas_jax.engine.runner.decode_state import (
     DRAFT_TOKENS,
@@ -39,9 +39,9 @@ class CompiledRunner(ModelRunner):
         self._allow_all: dict[int, jax.Array] = {}
         self._new: dict[tuple[int, int], AotProgram] = {}
         self._new_decode_state: dict[int, AotProgram] = {}
-        self._extract = self._program(step.extract)
-        self._extract_decode_state = self._program(step.extract)
-        self._insert_decode_state = self._program(step.insert_decode_state, donate=(0,))
+        self._extract = self._program(row_moves.extract)
+        self._extract_decode_state = self._program(row_moves.extract)
+        self._insert_decode_state = self._program(row_moves.insert_decode_state, donate=(0,))
         rows, pages = buckets.rows[0], buckets.pages[0]
         self.sequences = self._sequences(rows, pages)
         self.decode_state: DecodeState

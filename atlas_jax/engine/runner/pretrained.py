@@ -14,16 +14,17 @@ from atlas_jax.aot import COMPILE, RUN, AotProgram, shape, shapes
 from atlas_jax.config import MAX_DEGREE, MAX_MEMORY_LAYERS, PAGE
 from atlas_jax.engine.api import MemoryParams, StateBytes
 from atlas_jax.engine.memory_budget import session_bytes
-from atlas_jax.engine.runner import step
+from atlas_jax.engine.runner import row_moves, step
 from atlas_jax.engine.runner.base import Buckets, Capabilities, NewPage, PrefillStep, invalid_memory_setting
 from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
 from atlas_jax.engine.runner.decode_state import Sequences, init_sequences
+from atlas_jax.engine.runner.row_moves import whole_ring
 from atlas_jax.engine.runner.step import StepConfig, StepOutput, Weights
 from atlas_jax.engine.runner.step_inputs import CALIBRATED_STEP, MemoryWrite, write_settings
 from atlas_jax.engine.runner.step_programs import StepPrograms, batch_key, decode_inputs, prefill_inputs
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.attention import uses_cpu_kernel
-from atlas_jax.kernels.kv_pages import KVDtype, LayerKV
+from atlas_jax.kernels.kv_pages import KVDtype
 from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kept_pairs import leaving
 from atlas_jax.model.kv_cache import page_start, start_page
@@ -87,10 +88,10 @@ class PretrainedRunner(CompiledRunner):
         }
         self._keep_pairs = self._program(functools.partial(step.keep_pairs, config), donate=(1,))
         self._start_page = self._program(start_page, donate=(0,))
-        self._resize_ring = self._program(step.resize_ring, donate=(1,))
-        self._insert_kv_cache = self._program(step.insert_kv_cache, donate=(0,))
-        self._insert_memory = self._program(step.insert_memory, donate=(0,))
-        self._set_position = self._program(step.set_position, donate=(0,))
+        self._resize_ring = self._program(row_moves.resize_ring, donate=(1,))
+        self._insert_kv_cache = self._program(row_moves.insert_kv_cache, donate=(0,))
+        self._insert_memory = self._program(row_moves.insert_memory, donate=(0,))
+        self._set_position = self._program(row_moves.set_position, donate=(0,))
 
     def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
         return AotProgram(function, donate=donate, mesh_layout=self._mesh_layout, kernels=self.config.kernels)
@@ -170,28 +171,10 @@ class PretrainedRunner(CompiledRunner):
     def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A row that goes on from a saved one at `position`, its memory's figures at 0; the saved one stays as it is."""
         saved = dataclasses.replace(saved, memory=None if saved.memory is None else _no_figures(saved.memory))
-        row = self._put(self.new_row(pages), self._whole_ring(saved), 0, with_memory=True)
+        row = self._put(
+            self.new_row(pages), whole_ring(saved, bucket(_pages(saved), self.buckets.pages)), 0, with_memory=True
+        )
         return self._set_position(_pages(row), row, np.int32(position), np.int32(slot))
-
-    def _whole_ring(self, row: Sequences) -> Sequences:
-        """A row from a file has the pages in use and no others: gives it a ring there are programs for."""
-        missing = bucket(_pages(row), self.buckets.pages) - _pages(row)
-        if not missing:
-            return row
-
-        def pad(leaf: Any, value: int = 0) -> Any:
-            return np.pad(leaf, [(0, missing if axis == 1 else 0) for axis in range(leaf.ndim)], constant_values=value)
-
-        cache = row.cache
-
-        def whole(layer: LayerKV) -> LayerKV:
-            choice = layer.choice
-            if choice is not None:
-                choice = dataclasses.replace(choice, ring_score=pad(choice.ring_score))
-            return dataclasses.replace(layer, k=jax.tree.map(pad, layer.k), v=jax.tree.map(pad, layer.v), choice=choice)
-
-        kv = tuple(whole(layer) for layer in cache.kv)
-        return Sequences(dataclasses.replace(cache, kv=kv, page=pad(cache.page, -1)), row.memory)
 
     def _grow_row(self, row: Sequences, pages: int) -> Sequences:
         """The row, in a ring of at least `pages` pages: a prompt starts in a small ring, for attention reads all of it."""

@@ -7,8 +7,7 @@ finish_scored_prefill   the same, and the log-probability of every token of it
 pool                    after `finish_prefill` of a chunk whose text is embedded
 finish_decode           one token for every active row, and more where draft tokens were right: head, memory, sampler
 
-and between steps rows move: `extract`, `resize_ring`, `insert_kv_cache`, `insert_memory`, `insert_decode_state`,
-`set_position`; `write_memory` absorbs what has left a window.
+and between steps rows move (`row_moves`); `write_memory` absorbs what has left a window.
 """
 
 from __future__ import annotations
@@ -17,16 +16,14 @@ import dataclasses
 import functools
 import operator
 from dataclasses import dataclass
-from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
-from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState, Sequences
+from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState
 from atlas_jax.kernels.fused_linear import rms_norm
 from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
-from atlas_jax.kernels.kv_pages import LayerKV
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.kernels.rope import RopeTable
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, record, sample
@@ -47,8 +44,6 @@ REJECTED = -2
 
 TURN_START = 4
 """Tokens at the beginning of a turn that are kept before other pairs, that which begins it included."""
-
-State = TypeVar("State", Sequences, DecodeState)
 
 
 @dataclass(frozen=True)
@@ -354,61 +349,3 @@ def _predict(
         return None, scores, jnp.zeros(positions.shape, jnp.float32)
     memory, answer = recall_memory.observe(adapter, memory, settings, tapped, tokens, positions, valid)
     return memory, *recall_memory.read(adapter, memory, settings, answer, scores, positions, valid)
-
-
-def extract(batch: State, row: Int32[Array, ""]) -> State:
-    """A copy of one row as a batch of one."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, row, 1, axis=0), batch)
-
-
-def set_position(sequences: Sequences, position: Int32[Array, ""], slot: Int32[Array, ""]) -> Sequences:
-    """Sets a single row back (or leaves it) at a position whose window the row still holds; nothing else moves."""
-    cache = sequences.cache
-    cache = dataclasses.replace(
-        cache, position=jnp.full_like(cache.position, position), slot=jnp.full_like(cache.slot, slot)
-    )
-    return dataclasses.replace(sequences, cache=cache)
-
-
-def resize_ring(cache: KVCache, empty: KVCache) -> KVCache:
-    """A single row's attention state in a ring of another size, `empty`; the slots in use fit the smaller one."""
-    pages = min(cache.page.shape[1], empty.page.shape[1])
-
-    def cut(leaf: jax.Array, into: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice(into, leaf[:, :pages], (0,) * into.ndim)
-
-    def resized(layer: LayerKV, new: LayerKV) -> LayerKV:
-        choice = layer.choice
-        if choice is not None and new.choice is not None:
-            choice = dataclasses.replace(choice, ring_score=cut(choice.ring_score, new.choice.ring_score))
-        k, v = (jax.tree.map(cut, old, into) for old, into in ((layer.k, new.k), (layer.v, new.v)))
-        return dataclasses.replace(layer, k=k, v=v, choice=choice)
-
-    return dataclasses.replace(
-        cache,
-        kv=tuple(resized(layer, new) for layer, new in zip(cache.kv, empty.kv, strict=True)),
-        page=cut(cache.page, empty.page),
-    )
-
-
-def insert_kv_cache(batch: KVCache, single: KVCache, row: Int32[Array, ""]) -> KVCache:
-    """Puts a row's attention state into a batch with a ring of the same size."""
-    return jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch, single)
-
-
-@jax.jit  # compiled into its caller; leaves of one shape are traced once
-def _put_row(whole: jax.Array, part: jax.Array, row: jax.Array) -> jax.Array:
-    start = (row,) + (jnp.zeros_like(row),) * (part.ndim - 1)
-    return jax.lax.dynamic_update_slice(whole, part, start)
-
-
-def insert_memory(
-    batch: recall_state.RecallState, single: recall_state.RecallState, row: Int32[Array, ""]
-) -> recall_state.RecallState:
-    """Puts a row's memory into a batch."""
-    return jax.tree.map(lambda whole, part: _put_row(whole, part, row), batch, single)
-
-
-def insert_decode_state(decode_state: DecodeState, single: DecodeState, row: Int32[Array, ""]) -> DecodeState:
-    """Gives a row that has been inserted its next token and its settings."""
-    return jax.tree.map(lambda whole, part: _put_row(whole, part, row), decode_state, single)

@@ -16,7 +16,7 @@ import numpy as np
 
 from atlas_jax.aot import AotProgram, shape, shapes
 from atlas_jax.engine.api import MemoryParams, StateBytes
-from atlas_jax.engine.runner import step
+from atlas_jax.engine.runner import row_moves, step
 from atlas_jax.engine.runner.base import Buckets, Capabilities, NewPage, PrefillStep, invalid_memory_setting
 from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
 from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
@@ -97,7 +97,7 @@ class TrainedRunner(CompiledRunner):
         self._prefill_scored = self._program(functools.partial(_prefill_scored, config), donate=(1,))
         self._pool = self._program(step.pool_states)
         self._decode = self._program(functools.partial(_decode, config), donate=(1, 2, 5))
-        self._insert = self._program(step.insert_kv_cache, donate=(0,))
+        self._insert = self._program(row_moves.insert_kv_cache, donate=(0,))
 
     def _program(self, function: Callable[..., Any], *, donate: tuple[int, ...] = ()) -> AotProgram:
         return AotProgram(function, donate=donate, kernels=self._kernels)
