@@ -15,6 +15,7 @@ from atlas_jax.model.lm import IGNORE
 QUICK = Options(seeds=4, quick=True)
 
 
+@pytest.mark.slow
 def test_capacity_is_the_rank() -> None:
     [report] = capacity.experiment(QUICK)
     for degree in (1, 2):

@@ -128,7 +128,10 @@ def rows(state: LMState, which: np.ndarray) -> LMState:
     return jax.tree.map(lambda x: x[which], state)
 
 
-@pytest.mark.parametrize("name", CASES)
+_FURTHER = ("G, added, nothing persistent", "C, memory moved per chunk", "Dot", "M gated_deltanet", "M dla", "M swla")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in _FURTHER)) for name in CASES])
 @FEW
 @given(SEEDS)
 def test_pieces_are_the_text(name: str, seed: int) -> None:

@@ -72,7 +72,7 @@ def test_forward_mode_is_that_of_the_reference(name):
         assert float(forward(at, way)) == pytest.approx(slope_of_the_reference(rule, at, way), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["titans", "mesa"])
+@pytest.mark.parametrize("name", [pytest.param("titans", marks=pytest.mark.slow), "mesa"])
 def test_second_derivatives_are_differences_of_first_ones(name):
     rule, at = case(name)
     gradient = jax.grad(loss_of(rule, chunked), argnums=(0, 1))

@@ -123,7 +123,9 @@ def greedy() -> Callable[[str, list[int], int], list[int]]:
 
 # --- what they say ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("prompt", [SHORT, LONG], ids=["short", "long"])
+@pytest.mark.parametrize(
+    "prompt", [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.slow)]
+)
 def test_an_answer_is_the_models_own(
     engines: Callable[[str], Engine], greedy: Callable[..., list[int]], name: str, prompt: list[int]
 ) -> None:

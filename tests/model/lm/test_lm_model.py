@@ -60,6 +60,7 @@ def test_every_kind_is_causal() -> None:
     assert (jnp.abs(changed - logits)[:, 6:].max(axis=(0, 2)) > 1e-5).all()
 
 
+@pytest.mark.slow  # compiles the gradients of every kind of layer
 def test_every_parameter_trains() -> None:
     """Through segments, memory, attention with persistent tokens, and the deep memory."""
     apply, params = split(create(SMALL.replace(pattern="CD", rule=LINEAR), 0))
