@@ -168,6 +168,7 @@ def test_without_a_cache_folder_everything_is_served(
     assert len(warnings) == 1
 
 
+@pytest.mark.slow
 def test_a_fit_that_cannot_be_kept_is_used(
     opened: Callable[..., Any], fitting: Any, own: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

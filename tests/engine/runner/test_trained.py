@@ -295,7 +295,7 @@ def test_choices_and_reading_without_learning_leave_no_trace(engines: Callable[[
     assert ask(engine, request(NEXT, 6, memory=memory("still"))).infos == wanted.infos
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", ["bounded", pytest.param("unbounded", marks=pytest.mark.slow)])
 def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
     opened: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:

@@ -24,7 +24,7 @@ from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.recall import adapter_store
 from tests import tiny_model
 
-SIZES = (1, 2, 4)
+SIZES = (1, 4)
 STEPS = 8
 DEGREE = 2
 

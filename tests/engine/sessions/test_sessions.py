@@ -53,7 +53,14 @@ def undisturbed(engine: Engine) -> Answer:
     return answer
 
 
-@pytest.mark.parametrize("way", ["snapshot", "export", "named export", "save point", "context"])
+@pytest.mark.parametrize(
+    "way",
+    [
+        "snapshot",
+        "export",
+        *(pytest.param(way, marks=pytest.mark.slow) for way in ("named export", "save point", "context")),
+    ],
+)
 def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
     opened: Callable[..., Any], undisturbed: Answer, tmp_path: Path, way: str
 ) -> None:
