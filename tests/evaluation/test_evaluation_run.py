@@ -146,6 +146,7 @@ def test_other_seeds_give_other_questions_and_the_same_documents(evaluate: Calla
     assert len(set(lists.values())) == 2
 
 
+@pytest.mark.slow
 def test_nearest_neighbours_know_losses_and_nothing_else(evaluate: Callable[..., int], tmp_path: Path) -> None:
     assert evaluate(tmp_path, "--tasks", "loss", "lists", "--arms", "window", "nearest neighbours") == 0
     nearest = [row for row in rows(tmp_path) if row["arm"] == "nearest neighbours"]

@@ -48,6 +48,7 @@ SMALL = LMConfig(
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 19, (2, 11)), jnp.int32)
 
 
+@pytest.mark.slow
 def test_every_kind_is_causal() -> None:
     """One model with a layer of every kind: nothing looks ahead, and everything is seen."""
     apply, params = split(create(SMALL, 0))

@@ -19,6 +19,7 @@ RULE = MemoryRule(d_k=4, d_v=4, window=2, chunk=4, remat=False)
 MODEL = LMConfig(vocab=256, embed=16, ff=24, heads=2, pattern="M", rule=RULE, memory_heads=1)
 
 
+@pytest.mark.slow  # a killed run is tested below
 def test_interrupted_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     source = text_batches(TEXT, batch=2, length=24, seed=1)
     config = TrainConfig(steps=7, checkpoint_every=3, warmup=2)
