@@ -16,7 +16,9 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import ChatFrame
 from tests.engine.offline import Answer, ask, ask_all, memory, request, words
 
-kinds = pytest.mark.parametrize("kind", ["int8", "float32", pytest.param("gemma", marks=pytest.mark.slow)])
+kinds = pytest.mark.parametrize(
+    "kind", ["int8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("float32", "gemma"))]
+)
 few = settings(max_examples=4, deadline=None, derandomize=True)
 names = (f"session-{number}" for number in itertools.count())
 seeds = st.integers(0, 2**32 - 1)

@@ -179,6 +179,7 @@ def test_a_fit_that_cannot_be_kept_is_used(
     assert "could not be kept" in caplog.text
 
 
+@pytest.mark.slow
 def test_damaged_programs_are_compiled_anew(opened: Callable[..., Any], cache: Path, tmp_path: Path) -> None:
     with opened(max_concurrent=1) as engine:
         wanted = ask(engine, request(PROMPT, 4)).infos

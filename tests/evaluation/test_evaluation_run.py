@@ -16,7 +16,7 @@ from atlas_jax.evaluation.tasks import TASKS
 
 _OWN = ("--arm", 'wide={"window_size": 2560, "read": false, "write": false}')
 _ARMS = ("--arms", "window", "memory", "full")
-_FEW = ("--tasks", "lists", "overwritten", *_ARMS)
+_FEW = ("--tasks", "lists", "overwritten", "--arms", "window", "full")
 _QUICK = {"loss", "lists", "names", "plain text", "generation", "cost"}
 """Tasks that take seconds."""
 
@@ -76,6 +76,7 @@ def test_the_report_has_every_result_and_a_table_of_every_task(whole: Path) -> N
     assert "Not finished" not in text
 
 
+@pytest.mark.slow
 def test_a_window_that_holds_the_text_is_full_attention(evaluate: Callable[..., int], tmp_path: Path) -> None:
     assert evaluate(tmp_path, "--tasks", "loss", "--arms", "window", "larger window", "full", *_OWN) == 0
     losses = {(row["arm"], row["item"]): row["values"] for row in rows(tmp_path) if row["task"] == "loss"}

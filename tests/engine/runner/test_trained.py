@@ -55,6 +55,7 @@ BASE = LMConfig(
     dot_hidden=8,
 )
 CONFIGS = {"bounded": BASE, "unbounded": BASE.replace(pattern="LAC")}
+NAMES = pytest.mark.parametrize("name", ["bounded", pytest.param("unbounded", marks=pytest.mark.slow)])
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 SHORT, LONG, NEXT = words(21, 11, 256), words(22, PAGE + 30, 256), words(23, 9, 256)
 
@@ -122,7 +123,7 @@ def greedy() -> Callable[[str, list[int], int], list[int]]:
 
 
 # --- what they say ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", CONFIGS)
+@NAMES
 @pytest.mark.parametrize(
     "prompt", [pytest.param(SHORT, id="short"), pytest.param(LONG, id="long", marks=pytest.mark.slow)]
 )
@@ -162,7 +163,7 @@ def test_embeddings_are_what_the_training_form_makes_of_the_text(engines: Callab
         np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@NAMES
 def test_neighbours_change_nothing(engines: Callable[[str], Engine], name: str) -> None:
     """Requests of different lengths, some of which end and make room while others go on."""
     asked = [request(words(40 + i, 5 + 23 * i, 256), 6 + 5 * i) for i in range(5)]
@@ -187,7 +188,7 @@ def test_nothing_compiles_once_it_is_warm(engines: Callable[[str], Engine], comp
 
 
 # --- sessions ---------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("name", CONFIGS)
+@NAMES
 def test_a_session_is_one_text(engines: Callable[[str], Engine], greedy: Callable[..., list[int]], name: str) -> None:
     engine = engines(name)
     text = list(LONG)
@@ -295,7 +296,7 @@ def test_choices_and_reading_without_learning_leave_no_trace(engines: Callable[[
     assert ask(engine, request(NEXT, 6, memory=memory("still"))).infos == wanted.infos
 
 
-@pytest.mark.parametrize("name", ["bounded", pytest.param("unbounded", marks=pytest.mark.slow)])
+@NAMES
 def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
     opened: Callable[..., Any], tmp_path: Path, name: str
 ) -> None:
