@@ -88,7 +88,11 @@ class NotSupported(ServerError):
 
 
 class ContextExceeded(BadRequest):
-    """A prompt longer than the context; carries both lengths."""
+    """A prompt longer than the context; carries both lengths.
+
+    Clients know this error by its words as much as by its code, and cut or compact what they send: LangChain, LiteLLM and
+    agents look for "maximum context length", Anthropic's for "prompt is too long".
+    """
 
     def __init__(self, message: str, *, param: str | None, prompt_tokens: int, context: int) -> None:
         super().__init__(message, param=param, code="context_length_exceeded")
@@ -205,7 +209,11 @@ _ANTHROPIC_TYPES = {
 def anthropic_error(found: Problem) -> AnthropicError:
     """The error object of Anthropic's API, whose message names the field."""
     kind = _ANTHROPIC_TYPES.get(found.status, "api_error" if found.status > 500 else "invalid_request_error")
-    return AnthropicError(error=AnthropicErrorBody(type=kind, message=_with_field(found)))
+    message = _with_field(found)
+    if found.code == "context_length_exceeded":
+        tokens, most = found.extra["n_prompt_tokens"], found.extra["n_ctx"]
+        message = f"prompt is too long: {f'{tokens} tokens > {most} maximum' if tokens > most else message}"
+    return AnthropicError(error=AnthropicErrorBody(type=kind, message=message))
 
 
 def ollama_error(found: Problem) -> OllamaError:
