@@ -26,6 +26,7 @@ from server.schemas import (
     atlas,
     chat,
     completions,
+    conversations,
     embeddings,
     errors,
     llamacpp,
@@ -35,11 +36,13 @@ from server.schemas import (
     responses,
     root,
     runtime_config,
+    shape,
 )
 
 _MODULES = (
-    *(atlas, chat, completions, embeddings, errors, llamacpp, messages, models, ollama, responses, root),
+    *(atlas, chat, completions, conversations, embeddings, errors, llamacpp, messages, models, ollama, responses, root),
     runtime_config,
+    shape,
 )
 _SSE = "text/event-stream"
 _NDJSON = "application/x-ndjson"
@@ -47,7 +50,11 @@ _MESSAGE_EVENTS = (
     *("MessageStart", "ContentBlockStart", "ContentBlockDelta", "ContentBlockStop", "MessageDelta", "MessageStop"),
     "AnthropicError",
 )
-_RESPONSE_EVENTS = ("ResponseEvent", "OutputItemEvent", "ContentPartEvent", "TextDeltaEvent", "TextDoneEvent")
+_RESPONSE_EVENTS = (
+    *("ResponseEvent", "OutputItemEvent", "ContentPartEvent", "TextDeltaEvent", "TextDoneEvent"),
+    *("ReasoningDeltaEvent", "ReasoningDoneEvent", "SummaryPartEvent", "SummaryDeltaEvent", "SummaryDoneEvent"),
+    *("ArgumentsDeltaEvent", "ArgumentsDoneEvent"),
+)
 # Path to what a stream is made of.
 _STREAMS: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("/v1/completions", "/completions"), (_SSE, ("Completion",))),
@@ -62,7 +69,7 @@ _STREAMS: dict[str, tuple[str, tuple[str, ...]]] = {
 # Paths whose sessions are named by what came before, and not by a header.
 _OWN_SESSIONS = ("/v1/responses", "/responses")
 _METRICS_STREAM = "/v1/atlas/metrics/stream"
-_BODY_MAY_BE_EMPTY = ("/v1/atlas/memory/save", "/v1/atlas/memory/list")
+_BODY_MAY_BE_EMPTY = ("/v1/atlas/memory/save", "/v1/atlas/memory/list", "/v1/conversations", "/conversations")
 _RETRIED = ("429", "503", "507")
 _HIDDEN = "/schema/{path}"  # Litestar's own answer to what it does not have
 _HEADER = "# Written by `make openapi`; a running server has the same at /schema/openapi.json.\n"

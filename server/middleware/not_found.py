@@ -9,13 +9,13 @@ from collections.abc import Iterable
 _GENERATION = "text is generated at POST /v1/chat/completions, POST /v1/responses and POST /v1/completions"
 _TEXT_ONLY = f"this server has no images, audio or moderation; {_GENERATION}"
 _KEPT = (
-    "POST /v1/responses keeps conversations ('previous_response_id' or 'conversation'), and so do named sessions "
+    "POST /v1/responses and POST /v1/conversations keep conversations, and so do named sessions "
     "('atlas.session_id' or the header X-Session-ID)"
 )
 # Families of other APIs that clients try, the longer ones first: the path's beginning, and what serves instead.
 _FAMILIES = (
     (r"/v1/(images|audio|moderations|realtime)", _TEXT_ONLY),
-    (r"/(v1/)?responses/.*|/v1/(threads|assistants|conversations)", _KEPT),
+    (r"/(v1/)?(responses|conversations)/.*|/v1/(threads|assistants)", _KEPT),
     (
         r"/v1/messages/batches|/v1/(files|batches|fine_tuning|uploads|vector_stores)",
         f"nothing can be uploaded; {_GENERATION}",

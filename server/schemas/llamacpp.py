@@ -8,7 +8,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from server.schemas.atlas import AtlasStats
 from server.schemas.chat import Messages, Tool
-from server.schemas.sampling import SamplingFields
+from server.schemas.shape import ShapedFields
 from server.schemas.usage import Timings
 
 
@@ -66,14 +66,14 @@ class ApplyTemplateResponse(Struct, kw_only=True, frozen=True):
     prompt: str
 
 
-class LlamaCompletionRequest(SamplingFields, kw_only=True, frozen=True):
+class LlamaCompletionRequest(ShapedFields, kw_only=True, frozen=True):
     """A text to continue: a string or token ids; without a limit as long as the model goes on."""
 
     # One array member only: msgspec cannot tell list[str] from list[int] before it has looked inside.
     prompt: str | Annotated[list[int | str | list[int]], Meta(max_length=1 << 21)] | None = None
 
 
-class InfillRequest(SamplingFields, kw_only=True, frozen=True):
+class InfillRequest(ShapedFields, kw_only=True, frozen=True):
     """A gap to fill: what comes before it, what follows, and what the answer begins with."""
 
     input_prefix: str = ""
@@ -108,6 +108,19 @@ class RerankRequest(Struct, kw_only=True, frozen=True):
     documents: Annotated[list[str], Meta(min_length=1, max_length=2048)]
     model: Annotated[str, Meta(max_length=512)] | None = None
     top_n: Annotated[int, Meta(ge=1)] | None = None
+
+
+class RerankedText(Struct, kw_only=True, frozen=True):
+    """How well a text answers the question."""
+
+    index: int
+    relevance_score: float
+
+
+class Reranked(Struct, kw_only=True, frozen=True):
+    """Texts in the order of a question, as a model that ranks them would have it."""
+
+    results: list[RerankedText]
 
 
 class Slot(Struct, kw_only=True, frozen=True):

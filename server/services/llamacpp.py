@@ -19,7 +19,7 @@ from server.services.sampling import default_sampling
 from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported
 from server.services.wire import Wire
-from server.tool_calls.choice import functions_of
+from server.tool_calls.choice import functions_of_tools
 from server.validation import invalid, parse
 
 
@@ -57,12 +57,7 @@ class LlamaCppService:
         marks = self._supervisor.engine.model.infill
         if marks is None:
             raise NotSupported("This model cannot fill gaps: its vocabulary has no tokens that mark them")
-        parts = [
-            await self._tokenization.encode(text, add_special=False, parse_special=False)
-            for text in (body.input_prefix, body.input_suffix, body.prompt or "")
-        ]
-        prefix, suffix, middle = marks
-        prompt = [*prefix, *parts[0], *suffix, *parts[1], *middle, *parts[2]]
+        prompt = await self._tokenization.gap(marks, body.input_prefix, body.input_suffix, body.prompt or "")
         return await self._inference.complete(completion_request(body, prompt), context, _answering("input_prefix"))
 
     def rerank(self, raw: Any) -> NoReturn:
@@ -92,7 +87,7 @@ class LlamaCppService:
         """A conversation as text."""
         return schema.ApplyTemplateResponse(
             prompt=await self._tokenization.template(
-                wanted.messages, wanted.chat_template_kwargs, functions_of(wanted.tools or ())
+                wanted.messages, wanted.chat_template_kwargs, functions_of_tools(wanted.tools or ())
             )
         )
 

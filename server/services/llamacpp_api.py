@@ -10,13 +10,13 @@ import msgspec
 from atlas_jax.engine.api import Delta, Prompt
 from server.schemas import llamacpp as schema
 from server.schemas.completions import CompletionRequest
-from server.schemas.sampling import SamplingFields
+from server.schemas.shape import ShapedFields
 from server.schemas.usage import Usage
 from server.services.response_builder import Ending, FinishReason, Outcome, finish_reason
 from server.validation import unsupported
 
 
-def completion_request(body: SamplingFields, prompt: Any) -> CompletionRequest:
+def completion_request(body: ShapedFields, prompt: Any) -> CompletionRequest:
     """The same request as a completion, of one sequence and without a limit unless it names one.
 
     Raises:
@@ -24,7 +24,7 @@ def completion_request(body: SamplingFields, prompt: Any) -> CompletionRequest:
     """
     if body.n not in (None, 1):
         raise unsupported("n")
-    shared = {name: getattr(body, name) for name in SamplingFields.__struct_fields__}
+    shared = {name: getattr(body, name) for name in ShapedFields.__struct_fields__}
     if body.max_tokens is None and body.n_predict is None:
         shared["n_predict"] = -1
     return CompletionRequest(prompt=prompt, **{**shared, "stream_options": None})
@@ -57,7 +57,7 @@ class LlamaBuilder:
         """The whole answer."""
         (outcome,) = outcomes
         assert outcome.finished is not None
-        text = "".join(outcome.text)
+        text = outcome.text
         self._has_new_line = "\n" in text
         return self._last(text, finish_reason(outcome.finished), ending)
 

@@ -90,8 +90,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "best_of": (1,),
 }
-# Fields of a request's struct that are read only to be refused.
-_UNUSED = frozenset({"suffix"})
 _TEMPLATE_VARIABLES = frozenset({"enable_thinking", "reasoning_effort", "thinking"})
 
 
@@ -99,13 +97,13 @@ def refuse_unsupported(raw: Mapping[str, Any], kind: type[msgspec.Struct]) -> No
     """Refuses the first field of a body that would have to be ignored although it might matter.
 
     Args:
-      kind: what the body is read as; its fields are known, except those that are there to be refused.
+      kind: what the body is read as; its fields are known.
 
     Raises:
       BadRequest: names the field.
     """
     for name, value in raw.items():
-        if value is None or name in _HINTS or (name in kind.__struct_fields__ and name not in _UNUSED):
+        if value is None or name in _HINTS or name in kind.__struct_fields__:
             continue
         neutral = _NEUTRAL.get(name)
         if neutral is None:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.engine.api import (
+    AnswerShape,
     CallGrammar,
     ChatFrame,
     Delta,
@@ -54,7 +55,7 @@ STATE = StateBytes(window=500, kept=400, memory=124, budget=1 << 24)
 
 @dataclass(frozen=True)
 class FakeGrammar:
-    schema: dict[str, Any] | CallGrammar
+    schema: AnswerShape | CallGrammar
     owner: str
     ignored: tuple[str, ...] = ()
 
@@ -317,11 +318,12 @@ class FakeEngine:
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         return self.tokenizer.decode(self.render_chat(messages, tools=kwargs.get("tools")))
 
-    def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[FakeGrammar]:
+    def answer_grammar(self, shape: AnswerShape, *, owner: str = "") -> Future[FakeGrammar]:
         future: Future[FakeGrammar] = Future()
         self.grammars.append(future)
+        schema = shape.schema or {}
         if schema.get("title") != "never compiled":
-            future.set_result(FakeGrammar(dict(schema), owner, ("uniqueItems",) if "uniqueItems" in schema else ()))
+            future.set_result(FakeGrammar(shape, owner, ("uniqueItems",) if "uniqueItems" in schema else ()))
         return future
 
     def call_grammar(self, calls: CallGrammar, *, owner: str = "") -> Future[FakeGrammar]:

@@ -22,7 +22,7 @@ import msgspec
 
 from atlas_jax.engine.api import InvalidRequest, Overloaded
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.grammar.wire import BEGIN, CALLS, KILL, LENGTH, ORDER, SCHEMA, SPAWN, TOKEN, Compiled, frame
+from atlas_jax.grammar.wire import ANSWER, BEGIN, KILL, LENGTH, ORDER, SPAWN, TOKEN, Compiled, frame
 from atlas_jax.grammar.worker import COMPILE_SECONDS, MEMORY
 
 log = logging.getLogger("atlas.engine")
@@ -37,19 +37,33 @@ _COMPILE_WALL_SECONDS = 15.0
 _STOP_SECONDS = 1.0
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from atlas_jax.grammar.worker import main; main()"
 _TOO_LARGE = (
-    f"the JSON schema is too large: compiling it takes more than {COMPILE_SECONDS:.0f} s of processor time or "
-    f"{MEMORY >> 20} MiB of memory"
+    f"too large: compiling it takes more than {COMPILE_SECONDS:.0f} s of processor time or {MEMORY >> 20} MiB of memory"
 )
 
 
-def refused(message: str, wanted: bytes = SCHEMA, field: str = "") -> InvalidRequest:
-    """The error of a schema, or of a grammar of tool calls, that cannot be had.
+class _Named(msgspec.Struct):
+    """What errors say of an `AnswerShape`."""
+
+    kind: str = "json"
+    field: str = "response_format"
+
+
+def refused(message: str, wanted: bytes = b"", field: str = "") -> InvalidRequest:
+    """The error of a grammar that cannot be had.
 
     Args:
-      wanted: the frame that says which of them it is.
-      field: which of its schemas.
+      message: with `{it}` for what it is called.
+      wanted: the frame that says what it is.
+      field: which of a call grammar's schemas.
     """
-    return InvalidRequest(message, param=field or ("tools" if wanted[:1] == CALLS else "response_format"))
+    named = _Named(field="tools")
+    if wanted[:1] == ANSWER:
+        with suppress(msgspec.MsgspecError):
+            named = msgspec.json.decode(wanted[1:], type=_Named)
+    elif not wanted:
+        named = _Named()
+    it = "JSON schema" if named.kind == "json" else {"choice": "list of choices"}.get(named.kind, named.kind)
+    return InvalidRequest(message.replace("{it}", it, 1), param=field or named.field)
 
 
 class Process:
@@ -168,7 +182,7 @@ class Processes:
                 if (
                     importlib.util.find_spec("llguidance") is None
                 ):  # an extra of its own would be one more thing to know
-                    raise refused("JSON answers need the package llguidance")
+                    raise refused("Answers that are held to a grammar need the package llguidance")
                 self._template = await _Template.start(self._tokenizer)
             return self._template
 
@@ -286,9 +300,9 @@ async def _compiled(orders: socket.socket, schema: bytes) -> Process:
     except TimeoutError:
         raise Overloaded("The machine is too busy to compile this JSON schema", retry_after=10.0) from None
     except OSError:
-        raise refused(_TOO_LARGE, schema) from None
+        raise refused(f"The {{it}} is {_TOO_LARGE}", schema) from None
     if compiled.error:
-        raise refused(f"JSON schema: {compiled.error}", schema, compiled.field)
+        raise refused(f"{{it}}: {compiled.error}", schema, compiled.field)
     return Process(orders, compiled.ignored)
 
 

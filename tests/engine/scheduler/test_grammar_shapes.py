@@ -1,0 +1,196 @@
+"""Answers held to an expression, a list, GBNF or Lark: what they allow, what is refused, and that hostile ones harm nobody."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from atlas_jax.engine.api import InvalidRequest
+from atlas_jax.engine.scheduler.structured_output import Grammars
+from atlas_jax.gguf import GGUFFile, Tokenizer
+from atlas_jax.grammar.answer import Tokens
+from atlas_jax.grammar.calls import CallGrammar
+from atlas_jax.grammar.shape import AnswerShape
+from atlas_jax.grammar.wire import ANSWER, CALLS, Compiled
+from atlas_jax.grammar.worker import Grammar, _compile
+from server.tool_calls.hermes import HERMES
+from tests import tiny_model
+from tests.engine.scheduler.test_grammar_calls import allows, wanted
+from tests.patience import PATIENCE
+
+# From llama.cpp's grammars/, as they are there.
+JSON_ARR = r"""
+# This is the same as json.gbnf but we restrict whitespaces at the end of the root array
+root   ::= arr
+value  ::= object | array | string | number | ("true" | "false" | "null") ws
+
+arr  ::=
+  "[\n" ws (
+            value
+    (",\n" ws value)*
+  )? "]"
+
+object ::=
+  "{" ws (
+            string ":" ws value
+    ("," ws string ":" ws value)*
+  )? "}" ws
+
+array  ::=
+  "[" ws (
+            value
+    ("," ws value)*
+  )? "]" ws
+
+string ::=
+  "\"" (
+    [^"\\\x7F\x00-\x1F] |
+    "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}) # escapes
+  )* "\"" ws
+
+number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [1-9] [0-9]{0,15})? ws
+
+# Optional space: by convention, applied in this grammar after literal chars when allowed
+ws ::= | " " | "\n" [ \t]{0,20}
+"""
+ARITHMETIC = r"""
+root  ::= (expr "=" ws term "\n")+
+expr  ::= term ([-+*/] term)*
+term  ::= ident | num | "(" ws expr ")" ws
+ident ::= [a-z] [a-z0-9_]* ws
+num   ::= [0-9]+ ws
+ws    ::= [ \t\n]*
+"""
+LIST = 'root ::= item+\n\n# Excludes various line break characters\nitem ::= "- " [^\\r\\n\\x0b\\x0c\\x85\\u2028\\u2029]+ "\\n"\n'
+LARK = 'start: "yes" | "no" digits\ndigits: /[0-9]{1,30}/\n'
+NUMBER = r"-?(0|[1-9][0-9]{0,40})(\.[0-9]+)?"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path: Path = tiny_model.write_model(tmp_path_factory.mktemp("shapes") / "tiny.gguf")
+    with GGUFFile.open(path) as file:
+        return Tokenizer.from_metadata(file.metadata)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer: Tokenizer) -> Tokens:
+    return Tokens(tokenizer)
+
+
+def compiled(tokens: Tokens, kind: Any, wanted: Any) -> tuple[Grammar | None, Compiled]:
+    return _compile(ANSWER + msgspec.json.encode(AnswerShape(kind=kind, wanted=wanted, field="f")), tokens)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "good", "bad"),
+    [
+        ("choice", ["red", "light blue", 'a "b"\n'], ["red", 'a "b"\n'], ["re", "blue", "redred", ""]),
+        ("grammar", JSON_ARR, ['[\n1,\n{"a": "\\u00e9x"}]'], ["[1]", "[\n", "[\n01]"]),
+        ("grammar", ARITHMETIC, ["1 + x_2=3\n", "(a*2)=b\nc=1\n"], ["1 +=3\n", "1=2"]),
+        ("grammar", LIST, ["- a\n- é b\n"], ["a\n", "- \n", "- a"]),
+        ("grammar", LARK, ["yes", "no" + "7" * 30], ["no", "no" + "7" * 31]),
+        ("regex", NUMBER, ["0", "-12.50", "9" * 41], ["01", "", "-", "9" * 42]),
+    ],
+)
+def test_what_a_shape_allows(
+    tokenizer: Tokenizer, tokens: Tokens, kind: str, wanted: Any, good: list[str], bad: list[str]
+) -> None:
+    grammar, made = compiled(tokens, kind, wanted)
+    assert made == Compiled()
+    assert [text for text in good if not allows(tokenizer, grammar, text)] == []
+    assert [text for text in bad if allows(tokenizer, grammar, text)] == []
+
+
+@pytest.fixture(scope="module")
+def dates(tokens: Tokens) -> Grammar | None:
+    return compiled(tokens, "regex", r"(a|bc)*[0-9]{2,3}(-[^x]?)?")[0]
+
+
+@settings(max_examples=50, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=st.text(st.sampled_from("abc12-xé"), max_size=8))
+def test_an_expression_allows_what_pythons_does(tokenizer: Tokenizer, dates: Grammar | None, text: str) -> None:
+    matches = re.fullmatch(r"(a|bc)*[0-9]{2,3}(-[^x]?)?", text) is not None
+    assert allows(tokenizer, dates, text) == matches
+
+
+def test_reasoning_and_calls_go_with_any_shape(tokenizer: Tokenizer, tokens: Tokens) -> None:
+    for kind, shape, good, bad in (
+        ("choice", ["yes", "no"], "yes", "maybe"),
+        ("grammar", LARK, "no7", "no"),
+        ("grammar", LIST, "- a\n", "a"),
+        ("regex", "[ab]+/x", "ab/x", "c/x"),
+    ):
+        answer = AnswerShape(kind=kind, wanted=shape)  # type: ignore[arg-type]
+        thinking = CallGrammar(answer=answer, thinking="</think>")
+        grammar, made = _compile(CALLS + msgspec.json.encode(thinking), tokens)
+        assert made == Compiled()
+        assert allows(tokenizer, grammar, f"Hm.</think>\n\n{good}")
+        assert not allows(tokenizer, grammar, f"Hm.</think>\n\n{bad}")
+        called = wanted(HERMES, forced=True, answer=answer)
+        grammar, made = _compile(CALLS + msgspec.json.encode(called), tokens)
+        assert made == Compiled()
+        assert allows(tokenizer, grammar, good)
+        assert allows(tokenizer, grammar, HERMES.write("get", "{}"))
+        assert not allows(tokenizer, grammar, bad)
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        ("regex", "(a"),
+        ("regex", "(?=a)b"),
+        ("regex", "[^\\s\\S]"),
+        ("grammar", "root ::= missing"),
+        ("grammar", "nothing ::= 'x'"),
+        ("grammar", 'root ::= "a'),
+        ("grammar", "start: missing"),
+        ("grammar", "start: @other"),
+        ("grammar", "root ::= " + "(" * 5000),
+        ("grammar", "not a grammar at all"),
+        ("grammar", "x: " + '"a" ' * 3),
+    ],
+)
+def test_what_is_no_shape_is_refused_with_a_reason(tokens: Tokens, kind: str, shape: str) -> None:
+    grammar, made = compiled(tokens, kind, shape)
+    assert grammar is None
+    assert 0 < len(made.error) <= 300
+    assert not re.search(r"\.(py|rs)\b|Traceback|/", made.error)
+
+
+HOSTILE: dict[str, tuple[str, Any]] = {
+    "repeated repeats": ("regex", "((a{1000}){1000}){1000}"),
+    "many states": ("regex", "(.*a.{400}){20}"),
+    "a large list": ("choice", [f"{index * 7919 % 1000003:x}" for index in range(20_000)]),
+    "empty loops": ("grammar", 'root ::= root | ""\n'),
+    "left recursion": ("grammar", "start: start | start start | /a/\n"),
+    "doubling": (
+        "grammar",
+        "\n".join(["root ::= a29", 'a0 ::= "x"', *(f"a{n} ::= a{n - 1} a{n - 1}" for n in range(1, 30))]),
+    ),
+    "counted repeats": ("grammar", 'root ::= (("a"{1000}){1000}){1000}'),
+}
+
+
+def test_hostile_shapes_are_compiled_or_refused_by_their_field(tokenizer: Tokenizer) -> None:
+    grammars = Grammars(tokenizer)
+    try:
+        for name, (kind, shape) in HOSTILE.items():
+            began = time.monotonic()
+            try:
+                grammars.answers(AnswerShape(kind=kind, wanted=shape, field="grammar")).result(PATIENCE)  # type: ignore[arg-type]
+            except InvalidRequest as error:
+                assert error.param == "grammar", name
+                assert len(str(error)) < 300
+            assert time.monotonic() - began < PATIENCE
+            fine = AnswerShape(kind="choice", wanted=["yes"], field="f")
+            assert grammars.answers(fine).result(PATIENCE).ignored == ()
+    finally:
+        grammars.close()
