@@ -13,6 +13,7 @@ from atlas_jax.engine import api
 from server.schemas.errors import (
     AnthropicError,
     AnthropicErrorBody,
+    AnthropicErrorDetails,
     AtlasError,
     AtlasErrorBody,
     OllamaError,
@@ -212,8 +213,12 @@ def anthropic_error(found: Problem) -> AnthropicError:
     message = _with_field(found)
     if found.code == "context_length_exceeded":
         tokens, most = found.extra["n_prompt_tokens"], found.extra["n_ctx"]
-        message = f"prompt is too long: {f'{tokens} tokens > {most} maximum' if tokens > most else message}"
-    return AnthropicError(error=AnthropicErrorBody(type=kind, message=message))
+        why = f"{tokens} tokens > {most} maximum" if tokens > most else found.message
+        message = f"{found.param}: prompt is too long: {why}"
+    threads = found.param == "thread" and found.code == "unsupported_parameter"
+    return AnthropicError(
+        error=AnthropicErrorBody(type=kind, message=message, details=AnthropicErrorDetails() if threads else msgspec.UNSET)
+    )
 
 
 def ollama_error(found: Problem) -> OllamaError:

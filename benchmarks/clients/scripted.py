@@ -8,7 +8,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from atlas_jax.engine.api import CallGrammar, GenerationRequest, Listener
+from atlas_jax.engine.api import AnswerShape, CallGrammar, GenerationRequest, Listener
 from tests.server.fake_engine import FakeEngine, Running
 from tests.server.live_server import Live, make_settings
 
@@ -38,10 +38,10 @@ def example(schema: Any, root: Any = None) -> Any:
     return {"string": "text", "integer": 7, "number": 7.5, "boolean": True, "null": None}[kind]
 
 
-def obedient(grammar: CallGrammar | Any) -> str | None:
+def obedient(grammar: CallGrammar | AnswerShape) -> str | None:
     """The shortest answer that is natural for a grammar; None where any text is."""
-    if not isinstance(grammar, CallGrammar):
-        return json.dumps(example(grammar))
+    if isinstance(grammar, AnswerShape):
+        return None if grammar.schema is None else json.dumps(example(grammar.schema))
     if grammar.text:
         return None
     if not grammar.calls:

@@ -45,7 +45,7 @@ def modes(servers: Servers) -> None:
 def again(servers: Servers) -> None:
     servers.script(call("River", name="Danube"), call("River", name="Danube", length_km=2850))
     found = at(servers.scripted).chat.completions.create(model="any", messages=ASKED, response_model=River)
-    assert found == River(name="Danube", length_km=2850)
+    assert found.model_dump() == {"name": "Danube", "length_km": 2850}, found
 
 
 @client.flow("structured: a list")
