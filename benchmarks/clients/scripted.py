@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from atlas_jax.engine.api import AnswerShape, CallGrammar, GenerationRequest, Listener
+from benchmarks.clients.flows import LONG
 from tests.server.fake_engine import FakeEngine, Running
 from tests.server.live_server import Live, make_settings
 
@@ -51,13 +52,14 @@ def obedient(grammar: CallGrammar | AnswerShape) -> str | None:
 
 
 class ObedientEngine(FakeEngine):
-    """Says what its `script` has next, else what the grammar asks for, else the prompt."""
+    """Says what its `script` has next, else what the grammar asks for, else a sentence."""
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Running:
         """Begins an answer."""
-        if not self.script and request.grammar is not None:
-            answer = obedient(request.grammar.schema)
-            self.script += [] if answer is None else [answer]
+        if not self.script:
+            asked = bytes(token for token in request.prompt if token < 256)
+            answer = None if request.grammar is None else obedient(request.grammar.schema)
+            self.script.append(answer or "It flows to the sea. " * (200 if LONG.encode() in asked else 1))
         return super().submit(request, listener)
 
 
