@@ -29,6 +29,7 @@ _HINTS = frozenset(
             "prompt_cache_options",
             "background_options",
             "access_programs",
+            "client_metadata",
             "max_tool_calls",
             "cache_control",
             "inference_geo",
