@@ -66,7 +66,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         ),
         (0,),
     ),
-    **dict.fromkeys(("length_penalty", "repetition_penalty", "tfs_z", "typical", "guidance_scale", "num_beams", "n_cmpl"), (1,)),
+    **dict.fromkeys(
+        ("length_penalty", "repetition_penalty", "tfs_z", "typical", "guidance_scale", "num_beams", "n_cmpl"), (1,)
+    ),
     **dict.fromkeys(
         (
             *("continue_final_message", "include_stop_str_in_output", "use_beam_search", "early_stopping", "echo"),

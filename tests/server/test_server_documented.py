@@ -1,4 +1,4 @@
-"""Requests as the manuals of llama.cpp's server, vLLM, OpenAI, Anthropic and Ollama show them, and the shapes of the answers there."""
+"""Requests as the manuals of llama.cpp, vLLM, OpenAI, Anthropic and Ollama show them, and the shapes of answers there."""
 
 from __future__ import annotations
 
@@ -110,7 +110,13 @@ DOCUMENTED: dict[str, tuple[str, Any, Any]] = {
     ),
     "vLLM: an expression": (
         "/v1/completions",
-        {"model": "m", "prompt": "a", "max_tokens": 2, "structured_outputs": {"regex": r"\w+@\w+\.com\n"}, "stop": ["\n"]},
+        {
+            "model": "m",
+            "prompt": "a",
+            "max_tokens": 2,
+            "structured_outputs": {"regex": r"\w+@\w+\.com\n"},
+            "stop": ["\n"],
+        },
         {
             "id": str,
             "object": str,
