@@ -82,6 +82,17 @@ _SESSION_HEADER = {
     "schema": {"type": "string", "minLength": 1, "maxLength": 128},
 }
 
+# Paths of lists of items.
+_PAGED = "items"
+_PAGE = [
+    {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
+    for name, text, schema in (
+        ("limit", "Items a page", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}),
+        ("order", "The oldest or the latest first", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}),
+        ("after", "The item before the page", {"type": "string"}),
+    )
+]
+
 
 class LocalJson(JsonRenderPlugin):
     """Renders the corrected document once."""
@@ -148,6 +159,8 @@ def corrected(document: dict[str, Any]) -> dict[str, Any]:
 def _correct(path: str, operation: dict[str, Any], refusals: dict[str, Any]) -> None:
     """Corrects one operation in place; what it may refuse with goes to `refusals`, once for every envelope."""
     responses = operation["responses"]
+    if path.endswith(_PAGED) and "requestBody" not in operation:
+        operation["parameters"] = [*operation.get("parameters", ()), *_PAGE]
     if "401" not in responses:
         operation["security"] = []
     envelope = envelope_of(path)

@@ -66,11 +66,16 @@ class ApplyTemplateResponse(Struct, kw_only=True, frozen=True):
     prompt: str
 
 
+Probabilities = Annotated[int, Meta(ge=0, le=20, description="Most likely tokens to tell of at every position")]
+
+
 class LlamaCompletionRequest(ShapedFields, kw_only=True, frozen=True):
     """A text to continue: a string or token ids; without a limit as long as the model goes on."""
 
     # One array member only: msgspec cannot tell list[str] from list[int] before it has looked inside.
     prompt: str | Annotated[list[int | str | list[int]], Meta(max_length=1 << 21)] | None = None
+    n_probs: Probabilities | None = None
+    return_tokens: bool | None = None
 
 
 class InfillRequest(ShapedFields, kw_only=True, frozen=True):
@@ -79,6 +84,45 @@ class InfillRequest(ShapedFields, kw_only=True, frozen=True):
     input_prefix: str = ""
     input_suffix: str = ""
     prompt: str | None = None
+    n_probs: Probabilities | None = None
+    return_tokens: bool | None = None
+
+
+class LlamaSettings(Struct, kw_only=True, frozen=True):
+    """What an answer was generated with."""
+
+    n_ctx: int
+    model: str
+    n_predict: int
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    stop: list[str]
+    ignore_eos: bool
+    stream: bool
+    n_probs: int
+    grammar: str
+
+
+class LlamaTopToken(Struct, kw_only=True, frozen=True):
+    """One alternative at one position."""
+
+    id: int
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class LlamaToken(LlamaTopToken, kw_only=True, frozen=True):
+    """One generated token and its alternatives."""
+
+    top_logprobs: list[LlamaTopToken]
 
 
 class LlamaCompletion(Struct, kw_only=True, frozen=True):
@@ -89,7 +133,10 @@ class LlamaCompletion(Struct, kw_only=True, frozen=True):
     index: int = 0
     id_slot: int = -1
     tokens: list[int] = []
+    completion_probabilities: list[LlamaToken] | UnsetType = UNSET
     model: str | UnsetType = UNSET
+    prompt: str | UnsetType = UNSET
+    generation_settings: LlamaSettings | UnsetType = UNSET
     tokens_predicted: int | UnsetType = UNSET
     tokens_evaluated: int | UnsetType = UNSET
     tokens_cached: int | UnsetType = UNSET

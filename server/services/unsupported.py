@@ -41,6 +41,7 @@ _HINTS = frozenset(
         ),
         *("prediction", "parallel_tool_calls", "priority", "request_id", "cache_salt", "keep_alive", "provider"),
         *("id_slot", "slot_id", "n_keep", "n_discard", "timings_per_token", "return_progress"),
+        *("n_cache_reuse", "sse_ping_interval", "speculative.n_max", "speculative.n_min", "speculative.p_min"),
         *("reasoning_effort", "verbosity", "include_reasoning", "separate_reasoning", "stream_interval"),
         *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "xtc_threshold", "guided_decoding_backend"),
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "guided_whitespace_pattern"),
@@ -69,11 +70,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         (
             *("min_tokens", "min_new_tokens", "min_length", "min_keep", "mirostat", "mirostat_mode", "dry_multiplier"),
             *("dynatemp_range", "xtc_probability", "no_repeat_ngram_size", "top_a", "epsilon_cutoff", "eta_cutoff"),
-            *("penalty_alpha", "smoothing_factor", "n_probs", "top_logprobs"),
+            *("penalty_alpha", "smoothing_factor", "n_probs", "top_logprobs", "n_indent"),
         ),
         (0,),
     ),
-    **dict.fromkeys(("length_penalty", "repetition_penalty", "tfs_z", "typical", "guidance_scale", "num_beams"), (1,)),
+    **dict.fromkeys(
+        ("length_penalty", "repetition_penalty", "tfs_z", "typical", "guidance_scale", "num_beams", "n_cmpl"), (1,)
+    ),
     **dict.fromkeys(
         (
             *("continue_final_message", "include_stop_str_in_output", "use_beam_search", "early_stopping", "echo"),

@@ -110,7 +110,7 @@ def test_a_conversation_that_a_response_has_begun_is_there(client: openai.OpenAI
     [
         ("", {"items": [{"role": "user"}]}, 400, "items[0].content"),
         ("", {"items": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, 400, "items[0].call_id"),
-        ("", {"metadata": {"a": 1}}, 400, "metadata.a"),
+        ("", {"metadata": {"a": 1}}, 400, "metadata"),
         ("", {"never_heard_of": 1}, 400, "never_heard_of"),
         ("/conv_none", {"metadata": {}}, 404, "conversation_id"),
         ("/conv_none", {}, 400, "metadata"),

@@ -49,7 +49,12 @@ def test_every_name_is_the_same_grammar(live: Live, path: str) -> None:
         assert answer.status_code == 200, (given, answer.text)
         made = live.engine.requests[-1].grammar.schema
         assert (made.kind, made.wanted, made.field) == expected
-    for nothing in ({"grammar": ""}, {"guided_choice": []}, {"structured_outputs": {}}, {"response_format": {"type": "text"}}):
+    for nothing in (
+        {"grammar": ""},
+        {"guided_choice": []},
+        {"structured_outputs": {}},
+        {"response_format": {"type": "text"}},
+    ):
         assert live.post(path, {**BODIES[path], **nothing}).status_code == 200
         assert live.engine.requests[-1].grammar is None
 
@@ -68,7 +73,10 @@ def test_every_name_is_the_same_grammar(live: Live, path: str) -> None:
         ({"guided_choice": [""]}, "guided_choice"),
         ({"guided_choice": "a"}, "guided_choice"),
         ({"response_format": {"type": "structural_tag"}}, "response_format.type"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}}, "response_format.json_schema.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": 1}}},
+            "response_format.json_schema.schema",
+        ),
         ({"structural_tag": "{}"}, "structural_tag"),
     ],
     ids=str,

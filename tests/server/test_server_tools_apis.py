@@ -35,7 +35,7 @@ def test_responses_call_functions_and_go_on_with_what_they_return(live: Live, cl
     told(live, THINKING, THOUGHT, "Yes.", "Yes again.")
     first = client.responses.create(model="any", input=ASK, tools=FLAT)
     assert [item.type for item in first.output] == ["reasoning", "message", "function_call"]
-    reasoning, message, call = first.output
+    reasoning, _, call = first.output
     assert reasoning.type == "reasoning"
     assert reasoning.content is not None
     assert (reasoning.content[0].text, first.output_text) == ("Hm, Paris.", "I look.")
@@ -160,7 +160,11 @@ def test_messages_use_tools_think_and_take_results(live: Live) -> None:
         {"type": "tool_result", "tool_use_id": "other", "content": "no", "is_error": True},
         {"type": "text", "text": "Well?"},
     ]
-    turns = [*body["messages"], {"role": "assistant", "content": message["content"]}, {"role": "user", "content": results}]
+    turns = [
+        *body["messages"],
+        {"role": "assistant", "content": message["content"]},
+        {"role": "user", "content": results},
+    ]
     answer = live.post("/v1/messages", {**body, "messages": turns}).json()
     assert (answer["content"][0]["text"], answer["stop_reason"]) == ("Yes.", "end_turn")
     written, tools = live.engine.written

@@ -129,14 +129,14 @@ class Processes:
         """
         line = self._owners.setdefault(owner, _Line())
         if line.waiting >= _WAITING_PER_OWNER:
-            raise Overloaded("Too many JSON schemas are waiting to be compiled", retry_after=1.0)
+            raise Overloaded("Too many grammars are waiting to be compiled", retry_after=1.0)
         line.waiting += 1
         try:
             async with asyncio.timeout(_WAIT_SECONDS) as limit, line.lock, self._places:
                 limit.reschedule(None)
                 yield
         except TimeoutError:
-            raise Overloaded("No JSON schema could be compiled in time", retry_after=5.0) from None
+            raise Overloaded("No grammar could be compiled in time", retry_after=5.0) from None
         finally:
             line.waiting -= 1
             if not line.waiting:
@@ -174,7 +174,7 @@ class Processes:
                 with suppress(OSError):
                     await asyncio.shield(template.order(KILL, number))
                 raise
-        raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0)
+        raise Overloaded("Grammars cannot be compiled now", retry_after=5.0)
 
     async def _running(self) -> _Template:
         async with self._starting:
@@ -189,7 +189,7 @@ class Processes:
     def _forget(self, template: _Template) -> None:
         if self._template is template:
             self._template = None
-            log.warning("The process that compiles JSON schemas has ended; the next schema starts another")
+            log.warning("The process that compiles grammars has ended; the next grammar starts another")
         template.stop()
 
     def stop(self) -> None:
@@ -234,15 +234,15 @@ class _Template:
                 )
         except OSError as error:
             control.close()
-            log.exception("The process that compiles JSON schemas could not be started")
-            raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0) from error
+            log.exception("The process that compiles grammars could not be started")
+            raise Overloaded("Grammars cannot be compiled now", retry_after=5.0) from error
         template = cls(control, process)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await asyncio.get_running_loop().sock_sendall(control, frame(_pickled(tokenizer)))
         except (OSError, TimeoutError) as error:
             template.stop()
-            raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0) from error
+            raise Overloaded("Grammars cannot be compiled now", retry_after=5.0) from error
         except BaseException:
             template.stop()
             raise
@@ -277,7 +277,7 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     try:
         ours, theirs = socket.socketpair()
     except OSError as error:
-        raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0) from error
+        raise Overloaded("Grammars cannot be compiled now", retry_after=5.0) from error
     ours.setblocking(False)
     return ours, theirs
 
@@ -287,7 +287,7 @@ async def _begun(orders: socket.socket) -> bool:
         async with asyncio.timeout(_START_SECONDS):
             return bool(await asyncio.get_running_loop().sock_recv(orders, 1))
     except TimeoutError:
-        raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0) from None
+        raise Overloaded("Grammars cannot be compiled now", retry_after=5.0) from None
 
 
 async def _compiled(orders: socket.socket, schema: bytes) -> Process:
@@ -298,7 +298,7 @@ async def _compiled(orders: socket.socket, schema: bytes) -> Process:
             (length,) = LENGTH.unpack(await _exactly(orders, LENGTH.size))
             compiled = msgspec.json.decode(await _exactly(orders, length), type=Compiled)
     except TimeoutError:
-        raise Overloaded("The machine is too busy to compile this JSON schema", retry_after=10.0) from None
+        raise Overloaded("The machine is too busy to compile this grammar", retry_after=10.0) from None
     except OSError:
         raise refused(f"The {{it}} is {_TOO_LARGE}", schema) from None
     if compiled.error:

@@ -261,7 +261,7 @@ class Grammars:
                 answer = process.begin()
                 self._trim()
                 return process, answer
-        raise Overloaded("The process of this JSON schema has ended", retry_after=1.0)
+        raise Overloaded("The process of this grammar has ended", retry_after=1.0)
 
     async def _process(self, key: _Key, schema: bytes) -> Process:
         """The process of a schema, which may have to be made first, or again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -122,8 +123,10 @@ def whole(builder: Any, outcome: Outcome, ending: Ending) -> Any:
     return encoded(builder.whole([outcome], ending.usage, ending))
 
 
-words = st.text(st.sampled_from("ab {}<>é☃\"\n"), max_size=12)
-arguments = st.dictionaries(words, st.one_of(words, st.integers(-9, 9), st.lists(st.booleans(), max_size=2)), max_size=2)
+words = st.text(st.sampled_from('ab {}<>é☃"\n'), max_size=12)
+arguments = st.dictionaries(
+    words, st.one_of(words, st.integers(-9, 9), st.lists(st.booleans(), max_size=2)), max_size=2
+)
 calls = st.tuples(st.sampled_from(NAMES), arguments).map(lambda call: HERMES.write(call[0], json.dumps(call[1])))
 answers = st.tuples(
     st.one_of(st.just(""), words.map(lambda text: f"<think>{text}</think>")),
@@ -135,10 +138,8 @@ answers = st.tuples(
 @given(answer=answers, cuts=st.lists(st.integers(0, 200), max_size=6), cut=st.booleans())
 def test_every_api_tells_the_same_parts(answer: str, cuts: list[int], cut: bool) -> None:
     at = sorted({0, len(answer), *(min(one, len(answer)) for one in cuts)})
-    deltas = [Delta(answer[begin:end]) for begin, end in zip(at, at[1:], strict=False)]
-    ended = Finished(
-        reason="length" if cut else "stop", prompt_tokens=1, completion_tokens=1, cached_tokens=0, seed=0
-    )
+    deltas = [Delta(answer[begin:end]) for begin, end in pairwise(at)]
+    ended = Finished(reason="length" if cut else "stop", prompt_tokens=1, completion_tokens=1, cached_tokens=0, seed=0)
     ending = Ending(timings=timings_of([ended]), usage=usage_of({0: ended}, 1))
 
     def run(builder: Any) -> list[Any]:
@@ -159,4 +160,6 @@ def test_every_api_tells_the_same_parts(answer: str, cuts: list[int], cut: bool)
     assert (found["stop_reason"] == "tool_use") == (bool(expected[2]) and not cut)
     found = whole(OllamaBuilder("chat", "m", reader=reader), outcome, ending)["message"]
     assert (found.get("thinking", ""), found["content"]) == expected[:2]
-    assert [(one["function"]["name"], one["function"]["arguments"]) for one in found.get("tool_calls", ())] == expected[2]
+    assert [(one["function"]["name"], one["function"]["arguments"]) for one in found.get("tool_calls", ())] == expected[
+        2
+    ]
