@@ -14,8 +14,8 @@ from tests.server.fake_engine import FakeEngine, Running
 from tests.server.live_server import Live, make_settings
 
 
-_CONTEXT = 1 << 16
-"""Bytes are tokens here, and the instructions of an agent are ten thousand of them."""
+_CONTEXT = 1 << 18
+"""Bytes are tokens here, and the instructions of an agent are eighty thousand of them."""
 
 
 def example(schema: Any, root: Any = None) -> Any:

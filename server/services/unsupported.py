@@ -98,6 +98,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("prompt", "messages", "tools", "functions", "audio", "max_completion_tokens"), ()),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     "response_format": ({"type": "text"},),
+    # What Claude Code says: nothing of what was thought is dropped.
+    "context_management": ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     "modalities": (["text"],),
     "best_of": (1,),
 }

@@ -205,5 +205,7 @@ def test_a_client_that_asks_for_a_thread_is_told_to_go_on_without(live: Live) ->
 
 
 def test_hints_pass(live: Live) -> None:
+    kept = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}  # of Claude Code
+    assert live.post(PATH, {**BODY, "context_management": kept}).status_code == 200
     hints = {"cache_control": {"type": "ephemeral"}, "service_tier": "auto", "inference_geo": "eu", "speed": "standard"}
     assert live.post(PATH, {**BODY, **hints, "metadata": {"user_id": "a"}}).status_code == 200

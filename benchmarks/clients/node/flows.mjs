@@ -1,6 +1,7 @@
 // What the scripts of node's clients share; flows.py in JavaScript.
 
 import assert from 'node:assert/strict'
+import { execFile } from 'node:child_process'
 import { readFileSync } from 'node:fs'
 
 export const servers = {
@@ -25,6 +26,18 @@ export const call = (name, args) => `<tool_call>\n${JSON.stringify({ name, argum
 async function control (path, body) {
   const answer = await fetch(process.env.CLIENTS_CONTROL + path, { method: 'POST', body: JSON.stringify(body) })
   return answer.json()
+}
+
+// What a program prints that a package has installed; it reads nothing.
+export function program (name, args, environ) {
+  return new Promise((resolve, reject) => {
+    const path = new URL(`./node_modules/.bin/${name}`, import.meta.url).pathname
+    const child = execFile(path, args, { env: { ...process.env, ...environ } }, (error, out, err) => {
+      if (error) reject(new Error(`${name} ended with ${error.code}: ${(out + err).trim().split('\n').pop()}`))
+      else resolve(out)
+    })
+    child.stdin.end()
+  })
 }
 
 export async function run (name, flows) {

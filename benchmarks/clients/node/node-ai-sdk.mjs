@@ -78,7 +78,7 @@ flows['sessions: a name, across a restart'] = async () => {
   assert(await turn('What is my name?') > 0)
 }
 flows.errors = async () => {
-  await assert.rejects(generateText({ model: models.compatible(servers.url), prompt: 'river '.repeat(20000) }),
+  await assert.rejects(generateText({ model: models.compatible(servers.url), prompt: 'river '.repeat(60000) }),
     error => APICallError.isInstance(error) && error.statusCode === 400 && error.message.includes('maximum context length'))
 }
 flows.cancel = async () => {

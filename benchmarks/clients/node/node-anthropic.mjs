@@ -46,7 +46,7 @@ await run('@anthropic-ai/sdk', {
   },
   async errors () {
     await assert.rejects(
-      at(servers.url).messages.create({ model, max_tokens: 16, messages: ask('river '.repeat(20000)) }),
+      at(servers.url).messages.create({ model, max_tokens: 16, messages: ask('river '.repeat(60000)) }),
       error => error instanceof BadRequestError && error.message.includes('prompt is too long'))
   },
   async cancel () {

@@ -42,7 +42,7 @@ await run('ollama', {
     assert((await at(servers.url).list()).models.length > 0)
   },
   async errors () {
-    await assert.rejects(at(servers.url).chat({ model, messages: ask('river '.repeat(20000)) }),
+    await assert.rejects(at(servers.url).chat({ model, messages: ask('river '.repeat(60000)) }),
       error => error.status_code === 400)
   }
 })

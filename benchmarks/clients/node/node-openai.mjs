@@ -90,7 +90,7 @@ await run('openai', {
     const here = at(servers.url)
     await assert.rejects(here.chat.completions.create({ model, messages: ask('a'), top_p: 9 }),
       error => error instanceof BadRequestError && error.param === 'top_p')
-    await assert.rejects(here.chat.completions.create({ model, messages: ask('river '.repeat(20000)) }),
+    await assert.rejects(here.chat.completions.create({ model, messages: ask('river '.repeat(60000)) }),
       error => error.code === 'context_length_exceeded')
     await assert.rejects(here.models.retrieve('no-such-model'), NotFoundError)
   },

@@ -189,7 +189,7 @@ def errors(servers: Servers) -> None:
     assert "top_p" in bad.value.message
     assert bad.value.type == "invalid_request_error"
     with raises(anthropic.BadRequestError):
-        here.messages.create(model=MODEL, max_tokens=16, messages=ask("river " * 20_000))
+        here.messages.create(model=MODEL, max_tokens=16, messages=ask("river " * 60_000))
     with raises(anthropic.NotFoundError):
         here.models.retrieve("no-such-model")
 

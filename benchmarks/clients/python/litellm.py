@@ -124,7 +124,7 @@ def session(servers: Servers) -> None:
 def errors(servers: Servers) -> None:
     for provider in ("openai", "hosted_vllm"):
         with raises(litellm.ContextWindowExceededError):
-            litellm.completion(**to(provider, servers.url), messages=ask("river " * 20_000))
+            litellm.completion(**to(provider, servers.url), messages=ask("river " * 60_000))
         with raises(litellm.BadRequestError):
             litellm.completion(**to(provider, servers.url), messages=ask("a"), top_p=9)
 

@@ -104,7 +104,7 @@ def session(servers: Servers) -> None:
 @client.flow("errors")
 def errors(servers: Servers) -> None:
     with raises(openai.BadRequestError) as long:
-        at(servers.url).chat([ChatMessage(role="user", content="river " * 20_000)])
+        at(servers.url).chat([ChatMessage(role="user", content="river " * 60_000)])
     assert long.value.code == "context_length_exceeded"
 
 

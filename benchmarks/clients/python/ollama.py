@@ -142,7 +142,7 @@ def errors(servers: Servers) -> None:
     assert bad.value.status_code == 400
     assert "temperature" in bad.value.error
     with raises(ollama.ResponseError) as long:
-        here.chat(model=MODEL, messages=ask("river " * 20_000))
+        here.chat(model=MODEL, messages=ask("river " * 60_000))
     assert long.value.status_code == 400
 
 

@@ -229,7 +229,7 @@ def errors(servers: Servers) -> None:
     with raises(openai.NotFoundError):
         here.models.retrieve("no-such-model")
     with raises(openai.BadRequestError) as long:
-        here.chat.completions.create(model=MODEL, messages=ask("river " * 20_000))
+        here.chat.completions.create(model=MODEL, messages=ask("river " * 60_000))
     assert long.value.code == "context_length_exceeded"
     with raises(openai.NotFoundError):
         here.responses.retrieve("resp_none")

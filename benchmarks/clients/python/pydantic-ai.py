@@ -112,7 +112,7 @@ async def session(servers: Servers) -> None:
 async def errors(servers: Servers) -> None:
     for make in MODELS.values():
         with raises(ModelHTTPError) as bad:
-            await Agent(make(servers.url)).run("river " * 20_000)
+            await Agent(make(servers.url)).run("river " * 60_000)
         assert bad.value.status_code == 400
 
 
