@@ -10,21 +10,26 @@ import importlib.metadata
 import inspect
 import json
 import os
+import subprocess
 import sys
 import time
 import traceback
 import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 KINDS = (
     *("chat", "stream", "structured", "tools", "embeddings", "responses", "sessions", "models", "tokens", "errors"),
-    "cancel",
+    *("cancel", "example"),
 )
 """What clients are used for; the columns of the table."""
 LONG = "Write a very long story of a river, with everything that lives in it."
 """What a model answers at length."""
+EXAMPLES = Path(__file__).parents[2] / "examples" / "clients"
+ADDRESS = "http://127.0.0.1:8080"
+"""The server's in the examples."""
 _PATIENCE = 60.0
 
 
@@ -84,6 +89,14 @@ def _json(url: str, body: Any = None) -> Any:
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=600) as answer:
         return json.load(answer)
+
+
+def example(name: str, url: str) -> str:
+    """What an example of the repository prints, with a server at another address."""
+    command = [sys.executable, "-P", str(EXAMPLES / name), url]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr.strip().splitlines()[-1]
+    return done.stdout
 
 
 def call(name: str, /, **arguments: Any) -> str:

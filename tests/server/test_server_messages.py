@@ -35,7 +35,7 @@ def test_a_message(live: Live) -> None:
         "type": "message",
         "role": "assistant",
         "model": "fake-7b",
-        "content": [{"type": "text", "text": text, "citations": None}],
+        "content": [{"type": "text", "text": text}],
         "stop_reason": "end_turn",
         "stop_sequence": None,
         "usage": {

@@ -162,7 +162,7 @@ def test_messages_use_tools_think_and_take_results(live: Live) -> None:
     use = message["content"][2]
     assert message["content"] == [
         {"type": "thinking", "thinking": "Hm, Paris.", "signature": ""},
-        {"type": "text", "text": "I look.", "citations": None},
+        {"type": "text", "text": "I look."},
         {"type": "tool_use", "id": use["id"], "name": "get_weather", "input": {"city": "Paris"}},
     ]
     assert message["stop_reason"] == "tool_use"

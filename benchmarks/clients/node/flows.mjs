@@ -28,10 +28,15 @@ async function control (path, body) {
   return answer.json()
 }
 
+// An example of the repository, with a server at another address.
+export function example (name, url) {
+  return readFileSync(`${process.env.PYTHONPATH}/examples/clients/${name}`, 'utf8').replaceAll('http://127.0.0.1:8080', url)
+}
+
 // What a program prints that a package has installed; it reads nothing.
 export function program (name, args, environ) {
   return new Promise((resolve, reject) => {
-    const path = new URL(`./node_modules/.bin/${name}`, import.meta.url).pathname
+    const path = name.startsWith('/') ? name : new URL(`./node_modules/.bin/${name}`, import.meta.url).pathname
     const child = execFile(path, args, { env: { ...process.env, ...environ } }, (error, out, err) => {
       if (error) reject(new Error(`${name} ended with ${error.code}: ${(out + err).trim().split('\n').pop()}`))
       else resolve(out)

@@ -1,11 +1,12 @@
 // Vercel's AI SDK, through its provider for compatible servers, and Anthropic's.
 
 import assert from 'node:assert/strict'
+import { writeFileSync } from 'node:fs'
 import { createAnthropic } from '@ai-sdk/anthropic'
 import { createOpenAICompatible } from '@ai-sdk/openai-compatible'
 import { APICallError, Output, embedMany, generateText, stepCountIs, streamText, tool } from 'ai'
 import { z } from 'zod'
-import { LONG, call, run, servers } from './flows.mjs'
+import { LONG, call, example, program, run, servers } from './flows.mjs'
 
 const River = z.object({ name: z.string(), length_km: z.number().int() })
 const weather = tool({
@@ -91,5 +92,10 @@ flows.cancel = async () => {
     if (error.name !== 'AbortError') throw error
   }
   await servers.waitIdle()
+}
+flows.example = async () => {
+  const script = new URL('./example.mjs', import.meta.url).pathname // node looks for packages beside the script
+  writeFileSync(script, example('ai_sdk.mjs', servers.url))
+  assert.match(await program(process.execPath, [script], {}), /length_km/)
 }
 await run('ai', flows)

@@ -1,13 +1,10 @@
 // Claude Code, told by two variables where its model is. Its instructions and tools are some 20 000 tokens.
 
 import assert from 'node:assert/strict'
-import { call, program, run, servers } from './flows.mjs'
+import { call, example, program, run, servers } from './flows.mjs'
 
-const claude = (...args) => program('claude', ['-p', ...args, '--model', 'any'], {
-  ANTHROPIC_BASE_URL: servers.scripted,
-  ANTHROPIC_API_KEY: 'none',
-  CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC: '1'
-})
+const settings = example('claude-code.json', servers.scripted)
+const claude = (...args) => program('claude', ['-p', ...args, '--settings', settings], {})
 
 await run('@anthropic-ai/claude-code', {
   async chat () {

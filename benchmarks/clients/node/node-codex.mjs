@@ -1,13 +1,13 @@
 // Codex, told by its configuration where its model is.
 
 import assert from 'node:assert/strict'
-import { call, program, run, servers } from './flows.mjs'
+import { mkdirSync, writeFileSync } from 'node:fs'
+import { call, example, program, run, servers } from './flows.mjs'
 
-const provider = `{name="atlas-jax", base_url="${servers.scripted}/v1", env_key="ATLAS_KEY", wire_api="responses"}`
-const codex = prompt => program('codex', [
-  'exec', '--skip-git-repo-check', '-c', 'model="any"', '-c', 'model_provider="atlas"',
-  '-c', `model_providers.atlas=${provider}`, prompt
-], { ATLAS_KEY: 'none' })
+const home = `${process.env.HOME}/codex-home`
+mkdirSync(home, { recursive: true })
+writeFileSync(`${home}/config.toml`, example('codex.toml', servers.scripted))
+const codex = prompt => program('codex', ['exec', '--skip-git-repo-check', prompt], { ATLAS_KEY: 'none', CODEX_HOME: home })
 
 await run('@openai/codex', {
   async chat () {

@@ -147,7 +147,7 @@ def tool_runner(servers: Servers) -> None:
         return json.dumps({"city": city, "weather": "rain"})
 
     runner = at(servers.scripted).beta.messages.tool_runner(
-        model=MODEL, max_tokens=64, messages=ask("How is the weather in Vienna?"), tools=[weather]
+        model=MODEL, max_tokens=300, messages=ask("How is the weather in Vienna?"), tools=[weather]
     )
     assert text_of(runner.until_done()) == "It rains."
 

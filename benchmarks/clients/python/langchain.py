@@ -16,7 +16,7 @@ from langchain_core.tools import tool
 from langchain_ollama import ChatOllama, OllamaEmbeddings
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
 
-from benchmarks.clients.flows import LONG, Client, Servers, call, raises
+from benchmarks.clients.flows import LONG, Client, Servers, call, example, raises
 
 client = Client("langchain")
 
@@ -173,6 +173,11 @@ def errors(servers: Servers) -> None:
         chat_openai(servers.url, top_p=9).invoke("a")
     assert bad.value.param == "top_p"
 
+
+@client.flow("example")
+def the_example(servers: Servers) -> None:
+    servers.script(call("weather", city="Vienna"), "It rains.")
+    assert example("langchain_agent.py", servers.scripted).strip() == "It rains."
 
 if __name__ == "__main__":
     client.main()

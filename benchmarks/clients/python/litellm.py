@@ -11,7 +11,7 @@ from typing import Any
 import litellm
 import pydantic
 
-from benchmarks.clients.flows import LONG, Client, Servers, call, raises
+from benchmarks.clients.flows import LONG, Client, Servers, call, example, raises
 
 client = Client("litellm")
 WEATHER = {
@@ -137,6 +137,10 @@ def cancel(servers: Servers) -> None:
     pieces.completion_stream.close()
     servers.wait_idle()
 
+
+@client.flow("example")
+def the_example(servers: Servers) -> None:
+    assert len(example("litellm_chat.py", servers.url).strip().splitlines()) >= 4
 
 if __name__ == "__main__":
     client.main()

@@ -16,7 +16,7 @@ from llama_index.core.tools import FunctionTool
 from llama_index.embeddings.openai_like import OpenAILikeEmbedding
 from llama_index.llms.openai_like import OpenAILike
 
-from benchmarks.clients.flows import LONG, Client, Servers, call, raises
+from benchmarks.clients.flows import LONG, Client, Servers, call, example, raises
 
 client = Client("llama-index-core")
 ASKED = [ChatMessage(role="user", content="Name a river.")]
@@ -116,6 +116,10 @@ def cancel(servers: Servers) -> None:
     pieces.close()
     servers.wait_idle()
 
+
+@client.flow("example")
+def the_example(servers: Servers) -> None:
+    assert example("llamaindex_search.py", servers.url).strip()
 
 if __name__ == "__main__":
     client.main()

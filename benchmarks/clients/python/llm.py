@@ -12,20 +12,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.clients.flows import Client, Servers, call
+from benchmarks.clients.flows import ADDRESS, EXAMPLES, Client, Servers, call
 
 client = Client("llm")
-MODELS = """
-- model_id: atlas
-  model_name: any
-  api_base: "{url}/v1"
-  supports_tools: true
-  supports_schema: true
-- model_id: atlas-text
-  model_name: any
-  api_base: "{url}/v1"
-  completion: true
-"""
+MODELS = EXAMPLES / "extra-openai-models.yaml"
 WEATHER = '''
 def weather(city: str) -> str:
     """The weather of a city."""
@@ -37,7 +27,7 @@ def run(url: str, *arguments: str, folder: Path | None = None) -> str:
     """What the tool prints."""
     with tempfile.TemporaryDirectory() as made:
         place = folder or Path(made)
-        (place / "extra-openai-models.yaml").write_text(MODELS.format(url=url))
+        (place / MODELS.name).write_text(MODELS.read_text("utf-8").replace(ADDRESS, url))
         environ = {**os.environ, "LLM_USER_PATH": str(place)}
         command = [sys.executable, "-m", "llm", *arguments]
         done = subprocess.run(command, env=environ, input="", capture_output=True, text=True)

@@ -12,7 +12,7 @@ from typing import Any
 import openai
 import pydantic
 
-from benchmarks.clients.flows import LONG, Client, Servers, call, raises
+from benchmarks.clients.flows import LONG, Client, Servers, call, example, raises
 
 client = Client("openai")
 MODEL = "gpt-4o-mini"
@@ -251,6 +251,10 @@ def cancel(servers: Servers) -> None:
         events.close()
         servers.wait_idle()
 
+
+@client.flow("example")
+def the_example(servers: Servers) -> None:
+    assert "length_km=" in example("openai_client.py", servers.url)
 
 if __name__ == "__main__":
     client.main()

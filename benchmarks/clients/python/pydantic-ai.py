@@ -14,7 +14,7 @@ from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.anthropic import AnthropicProvider
 from pydantic_ai.providers.openai import OpenAIProvider
 
-from benchmarks.clients.flows import Client, Servers, call, raises
+from benchmarks.clients.flows import Client, Servers, call, example, raises
 
 client = Client("pydantic-ai-slim")
 
@@ -115,6 +115,10 @@ async def errors(servers: Servers) -> None:
             await Agent(make(servers.url)).run("river " * 60_000)
         assert bad.value.status_code == 400
 
+
+@client.flow("example")
+def the_example(servers: Servers) -> None:
+    assert "length_km=" in example("pydantic_ai_agent.py", servers.url)
 
 if __name__ == "__main__":
     client.main()
