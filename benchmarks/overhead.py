@@ -1,6 +1,6 @@
 """What does the server add to the engine's time? Latency of a request and of an event, and processor time.
 
-    python -m benchmarks.overhead [--rounds 5] [--seconds 4] [--streams 1 16 64] 
+    python -m benchmarks.overhead [--rounds 5] [--seconds 4] [--streams 1 16 64]
     [--peer-python PYTHON] [--output docs/benchmarks/overhead.md]
 
 The engine is a made-up one whose time is known: every text it sends is the moment at which it was sent, on the clock that
@@ -124,7 +124,9 @@ def serve(kind: str, port: int) -> None:
         from server.config.settings import AtlasSection, ServerSection, Settings
         from server.serve import serve as serve_atlas
 
-        sys.exit(serve_atlas(Settings(server=ServerSection(port=port), atlas=AtlasSection(max_concurrent=_MOST)), engine))
+        sys.exit(
+            serve_atlas(Settings(server=ServerSection(port=port), atlas=AtlasSection(max_concurrent=_MOST)), engine)
+        )
     import uvicorn
 
     uvicorn.run(minimal(engine), port=port, log_level="error", access_log=False)
@@ -350,9 +352,7 @@ def measure(servers: dict[str, Process], wanted: Sequence[Case], *, rounds: int,
             for name, server in servers.items():
                 before = server.seconds
                 span = seconds if number else min(1.0, seconds)
-                seen = asyncio.run(
-                    load(server.port, request_of(path, case.body), case.clients, span, pause=case.pause)
-                )
+                seen = asyncio.run(load(server.port, request_of(path, case.body), case.clients, span, pause=case.pause))
                 if number:
                     found = figures(seen, server.seconds - before)
                     rows.setdefault((case.name, case.clients, name), []).append(found)
@@ -361,7 +361,10 @@ def measure(servers: dict[str, Process], wanted: Sequence[Case], *, rounds: int,
 
 def table(rows: Rows, columns: Sequence[str]) -> str:
     """Medians over the rounds."""
-    lines = ["| load | clients | server | " + " | ".join(columns) + " |", "|---|" + "---:|---|" + "---:|" * len(columns)]
+    lines = [
+        "| load | clients | server | " + " | ".join(columns) + " |",
+        "|---|" + "---:|---|" + "---:|" * len(columns),
+    ]
     for (case, clients, name), found in rows.items():
         values = [statistics.median(one[column] for one in found) for column in columns]
         lines.append(f"| {case} | {clients} | {name} | " + " | ".join(f"{value:.2f}" for value in values) + " |")

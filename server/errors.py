@@ -217,7 +217,9 @@ def anthropic_error(found: Problem) -> AnthropicError:
         message = f"{found.param}: prompt is too long: {why}"
     threads = found.param == "thread" and found.code == "unsupported_parameter"
     return AnthropicError(
-        error=AnthropicErrorBody(type=kind, message=message, details=AnthropicErrorDetails() if threads else msgspec.UNSET)
+        error=AnthropicErrorBody(
+            type=kind, message=message, details=AnthropicErrorDetails() if threads else msgspec.UNSET
+        )
     )
 
 

@@ -163,17 +163,19 @@ def main() -> None:
                 for row in run([*command, *args.flow], home, environment(servers, home), log):
                     rows[name].append(row)
                     seconds = f"{row.get('seconds', 0):6.1f} s"
-                    print(f"{'ok  ' if row['ok'] else 'FAIL'} {seconds} {name}: {row['flow']} {row['why'] or ''}", flush=True)
+                    print(
+                        f"{'ok  ' if row['ok'] else 'FAIL'} {seconds} {name}: {row['flow']} {row['why'] or ''}",
+                        flush=True,
+                    )
+                if args.output is not None:
+                    head = args.output.read_text("utf-8").partition("| client |")[0]
+                    args.output.write_text(head + table(rows), "utf-8")
         finally:
             scripted.stop()
             if model is not None:
                 model.end()
-    page = table(rows)
     if args.output is None:
-        print(page)
-    else:
-        head = args.output.read_text("utf-8").partition("| client |")[0]
-        args.output.write_text(head + page, "utf-8")
+        print(table(rows))
     sys.exit(not all(row["ok"] for flows in rows.values() for row in flows))
 
 

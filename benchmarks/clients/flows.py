@@ -155,7 +155,7 @@ async def _awaited(result: Any) -> None:
     await result
 
 
-class raises:  # noqa: N801 - reads like pytest's, which is not in these environments
+class raises:
     """A block that must raise an error of this type; `value` is the error."""
 
     def __init__(self, expected: type[BaseException]) -> None:

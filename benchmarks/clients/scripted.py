@@ -13,7 +13,6 @@ from benchmarks.clients.flows import LONG
 from tests.server.fake_engine import FakeEngine, Running
 from tests.server.live_server import Live, make_settings
 
-
 _CONTEXT = 1 << 18
 """Bytes are tokens here, and the instructions of an agent are eighty thousand of them."""
 

@@ -1,7 +1,7 @@
 """LiteLLM: the same question through four of the server's APIs.
 
-    pip install litellm
-    python examples/clients/litellm_chat.py [URL]
+pip install litellm
+python examples/clients/litellm_chat.py [URL]
 """
 
 import sys

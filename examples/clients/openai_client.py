@@ -1,7 +1,7 @@
 """OpenAI's client: an answer as it comes, a type filled in, and a conversation that the server remembers.
 
-    pip install openai
-    python examples/clients/openai_client.py [URL]
+pip install openai
+python examples/clients/openai_client.py [URL]
 """
 
 import sys

@@ -1,7 +1,7 @@
 """pydantic-ai: an agent whose answer is a type, held to it while the model writes.
 
-    pip install 'pydantic-ai-slim[openai]'
-    python examples/clients/pydantic_ai_agent.py [URL]
+pip install 'pydantic-ai-slim[openai]'
+python examples/clients/pydantic_ai_agent.py [URL]
 """
 
 import sys

@@ -61,7 +61,7 @@ class FunctionTool(Struct, kw_only=True, frozen=True):
     """A function the model may call, or a namespace of some; the fields are those of a function in chat completions."""
 
     type: str
-    tools: Annotated[list[NamespacedTool], Meta(max_length=128)] | None | UnsetType = UNSET
+    tools: Annotated[list[NamespacedTool], Meta(max_length=128)] | UnsetType | None = UNSET
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")] | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None

@@ -83,7 +83,9 @@ def functions_told(body: schema.ResponsesRequest) -> tuple[Function, ...]:
                 if body.tool_choice == "none" or (free and tool.type.startswith(_SEARCH)):
                     continue
                 raise BadRequest(
-                    f"Tools of type '{tool.type[:64]}' are not supported", param=f"{field}.type", code="unsupported_tool"
+                    f"Tools of type '{tool.type[:64]}' are not supported",
+                    param=f"{field}.type",
+                    code="unsupported_tool",
                 )
             if tool.name is None:
                 raise invalid(f"{field}.name", "required field is missing")

@@ -99,9 +99,8 @@ def structured(servers: Servers) -> None:
 def tools(servers: Servers) -> None:
     here = at(servers.url)
     messages = ask("How is the weather in Vienna?")
-    first = here.messages.create(
-        model=MODEL, max_tokens=200, messages=messages, tools=[WEATHER], tool_choice={"type": "any"}
-    )
+    choice: Any = {"type": "any", "disable_parallel_tool_use": True}
+    first = here.messages.create(model=MODEL, max_tokens=300, messages=messages, tools=[WEATHER], tool_choice=choice)
     made = next(block for block in first.content if block.type == "tool_use")
     assert first.stop_reason == "tool_use"
     assert isinstance(made.input["city"], str)
@@ -126,7 +125,11 @@ def tools_streamed(servers: Servers) -> None:
         first = events.get_final_message()
     (made,) = (block for block in first.content if block.type == "tool_use")
     assert made.input == {"city": "Vienna"}
-    result: Any = {"type": "tool_result", "tool_use_id": made.id, "content": [{"type": "text", "text": "Rain, 4 degrees"}]}
+    result: Any = {
+        "type": "tool_result",
+        "tool_use_id": made.id,
+        "content": [{"type": "text", "text": "Rain, 4 degrees"}],
+    }
     messages += [{"role": "assistant", "content": first.content}, {"role": "user", "content": [result]}]
     second = here.messages.create(model=MODEL, max_tokens=64, messages=messages, tools=[WEATHER])
     assert text_of(second) == "It rains."

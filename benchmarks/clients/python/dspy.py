@@ -37,7 +37,7 @@ def tools(servers: Servers) -> None:
         return f"Rain, 4 degrees in {city}"
 
     servers.script(
-        '[[ ## next_thought ## ]]\nLook.\n\n[[ ## next_tool_name ## ]]\nweather\n\n[[ ## next_tool_args ## ]]\n'
+        "[[ ## next_thought ## ]]\nLook.\n\n[[ ## next_tool_name ## ]]\nweather\n\n[[ ## next_tool_args ## ]]\n"
         '{"city": "Vienna"}\n\n[[ ## completed ## ]]',
         "[[ ## next_thought ## ]]\nDone.\n\n[[ ## next_tool_name ## ]]\nfinish\n\n[[ ## next_tool_args ## ]]\n{}\n\n"
         "[[ ## completed ## ]]",

@@ -179,5 +179,6 @@ def the_example(servers: Servers) -> None:
     servers.script(call("weather", city="Vienna"), "It rains.")
     assert example("langchain_agent.py", servers.scripted).strip() == "It rains."
 
+
 if __name__ == "__main__":
     client.main()

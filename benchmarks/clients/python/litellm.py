@@ -142,5 +142,6 @@ def cancel(servers: Servers) -> None:
 def the_example(servers: Servers) -> None:
     assert len(example("litellm_chat.py", servers.url).strip().splitlines()) >= 4
 
+
 if __name__ == "__main__":
     client.main()

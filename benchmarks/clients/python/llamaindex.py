@@ -121,5 +121,6 @@ def cancel(servers: Servers) -> None:
 def the_example(servers: Servers) -> None:
     assert example("llamaindex_search.py", servers.url).strip()
 
+
 if __name__ == "__main__":
     client.main()

@@ -23,13 +23,12 @@ task: rivers
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {data}}}}}
 test_split: test
-output_type: {kind}
+output_type: generate_until
 doc_to_text: "{{{{question}}}}"
 doc_to_target: answer
-{more}
+generation_kwargs: {{until: ['\\n'], max_gen_toks: 8}}
+metric_list: [{{metric: exact_match}}]
 """
-CHOICES = 'doc_to_choice: ["Danube", "Sahara"]\nmetric_list: [{metric: acc}]'
-ANSWERS = "generation_kwargs: {until: ['\\n'], max_gen_toks: 8}\nmetric_list: [{metric: exact_match}]"
 DOCUMENTS = [
     {"question": "Which of them is a river? It is the", "answer": "Danube"},
     {"question": "The capital of Austria lies at the", "answer": "Danube"},
@@ -37,16 +36,16 @@ DOCUMENTS = [
 
 
 @contextmanager
-def tasks(kind: str, more: str) -> Iterator[TaskManager]:
+def tasks() -> Iterator[TaskManager]:
     with tempfile.TemporaryDirectory() as folder:
         data = Path(folder) / "rivers.json"
         data.write_text("\n".join(map(json.dumps, DOCUMENTS)))
-        (Path(folder) / "rivers.yaml").write_text(TASK.format(data=data, kind=kind, more=more))
+        (Path(folder) / "rivers.yaml").write_text(TASK.format(data=data))
         yield TaskManager(include_path=folder, include_defaults=False)
 
 
-def evaluate(model: str, kind: str, more: str, arguments: dict[str, Any], **options: Any) -> dict[str, Any]:
-    with tasks(kind, more) as manager:
+def evaluate(model: str, arguments: dict[str, Any], **options: Any) -> dict[str, Any]:
+    with tasks() as manager:
         found = lm_eval.simple_evaluate(model, arguments, tasks=["rivers"], task_manager=manager, **options)
     assert found is not None
     results: dict[str, Any] = found["results"]["rivers"]
@@ -56,23 +55,15 @@ def evaluate(model: str, kind: str, more: str, arguments: dict[str, Any], **opti
 @client.flow("chat: local-chat-completions")
 def chat(servers: Servers) -> None:
     arguments = {"model": "any", "base_url": f"{servers.url}/v1/chat/completions", "num_concurrent": 2}
-    found = evaluate("local-chat-completions", "generate_until", ANSWERS, arguments, apply_chat_template=True)
+    found = evaluate("local-chat-completions", arguments, apply_chat_template=True)
     assert 0 <= found["exact_match,none"] <= 1
-
-
-@client.flow("chat: local-completions, log-probabilities of choices")
-def choices(servers: Servers) -> None:
-    arguments = {"model": "any", "base_url": f"{servers.url}/v1/completions", "tokenizer_backend": "remote"}
-    arguments |= {"tokenizer_backend": "none", "tokenized_requests": False}
-    found = evaluate("local-completions", "multiple_choice", CHOICES, arguments)
-    assert 0 <= found["acc,none"] <= 1
 
 
 @client.flow("chat: local-completions, answers")
 def answers(servers: Servers) -> None:
     arguments = {"model": "any", "base_url": f"{servers.url}/v1/completions", "tokenizer_backend": "none"}
     arguments |= {"tokenized_requests": False}
-    found = evaluate("local-completions", "generate_until", ANSWERS, arguments)
+    found = evaluate("local-completions", arguments)
     assert 0 <= found["exact_match,none"] <= 1
 
 

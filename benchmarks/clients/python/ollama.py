@@ -50,8 +50,17 @@ def chat(servers: Servers) -> None:
 @client.flow("chat: generate, with options")
 def generate(servers: Servers) -> None:
     here = at(servers.url)
-    options = {"num_predict": 16, "num_ctx": 2048, "temperature": 0, "seed": 1, "stop": ["\n\n\n"], "repeat_penalty": 1.1}
-    answer = here.generate(model=MODEL, prompt="Name a river.", system="You are brief.", options=options, keep_alive="5m")
+    options = {
+        "num_predict": 16,
+        "num_ctx": 2048,
+        "temperature": 0,
+        "seed": 1,
+        "stop": ["\n\n\n"],
+        "repeat_penalty": 1.1,
+    }
+    answer = here.generate(
+        model=MODEL, prompt="Name a river.", system="You are brief.", options=options, keep_alive="5m"
+    )
     assert answer.response
     assert here.generate(model=MODEL).done  # how models are loaded
 
@@ -72,9 +81,7 @@ async def stream_async(servers: Servers) -> None:
 
 @client.flow("structured")
 def structured(servers: Servers) -> None:
-    answer = at(servers.url).chat(
-        model=MODEL, messages=ask("Describe the Danube."), format=River.model_json_schema()
-    )
+    answer = at(servers.url).chat(model=MODEL, messages=ask("Describe the Danube."), format=River.model_json_schema())
     River.model_validate_json(answer.message.content)
 
 

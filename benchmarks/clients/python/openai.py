@@ -110,7 +110,9 @@ def tools(servers: Servers) -> None:
     assert made.function.name == "weather"
     assert isinstance(json.loads(made.function.arguments)["city"], str)
     messages += [message, {"role": "tool", "tool_call_id": made.id, "content": "Rain, 4 degrees"}]
-    answer = at(servers.url).chat.completions.create(model=MODEL, messages=messages, tools=[WEATHER], tool_choice="none")
+    answer = at(servers.url).chat.completions.create(
+        model=MODEL, messages=messages, tools=[WEATHER], tool_choice="none"
+    )
     assert answer.choices[0].message.content
 
 
@@ -255,6 +257,7 @@ def cancel(servers: Servers) -> None:
 @client.flow("example")
 def the_example(servers: Servers) -> None:
     assert "length_km=" in example("openai_client.py", servers.url)
+
 
 if __name__ == "__main__":
     client.main()

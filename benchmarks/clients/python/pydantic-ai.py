@@ -120,5 +120,6 @@ async def errors(servers: Servers) -> None:
 def the_example(servers: Servers) -> None:
     assert "length_km=" in example("pydantic_ai_agent.py", servers.url)
 
+
 if __name__ == "__main__":
     client.main()
