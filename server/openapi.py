@@ -33,6 +33,7 @@ from server.schemas import (
     messages,
     models,
     ollama,
+    response_events,
     responses,
     root,
     runtime_config,
@@ -40,7 +41,21 @@ from server.schemas import (
 )
 
 _MODULES = (
-    *(atlas, chat, completions, conversations, embeddings, errors, llamacpp, messages, models, ollama, responses, root),
+    *(
+        atlas,
+        chat,
+        completions,
+        conversations,
+        embeddings,
+        errors,
+        llamacpp,
+        messages,
+        models,
+        ollama,
+        response_events,
+        responses,
+        root,
+    ),
     runtime_config,
     shape,
 )
