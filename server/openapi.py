@@ -33,6 +33,7 @@ from server.schemas import (
     messages,
     models,
     ollama,
+    response_events,
     responses,
     root,
     runtime_config,
@@ -40,12 +41,26 @@ from server.schemas import (
 )
 
 _MODULES = (
-    *(atlas, chat, completions, conversations, embeddings, errors, llamacpp, messages, models, ollama, responses, root),
+    *(
+        atlas,
+        chat,
+        completions,
+        conversations,
+        embeddings,
+        errors,
+        llamacpp,
+        messages,
+        models,
+        ollama,
+        response_events,
+        responses,
+        root,
+    ),
     runtime_config,
     shape,
 )
 _SSE = "text/event-stream"
-_NDJSON = "application/x-ndjson"
+_NDJSON, _OPENAPI = "application/x-ndjson", "application/vnd.oai.openapi+json"
 _MESSAGE_EVENTS = (
     *("MessageStart", "ContentBlockStart", "ContentBlockDelta", "ContentBlockStop", "MessageDelta", "MessageStop"),
     "AnthropicError",
@@ -69,6 +84,12 @@ _STREAMS: dict[str, tuple[str, tuple[str, ...]]] = {
 # Paths whose sessions are named by what came before, and not by a header.
 _OWN_SESSIONS = ("/v1/responses", "/responses")
 _METRICS_STREAM = "/v1/atlas/metrics/stream"
+# Answers that are no structs.
+_NO_STRUCTS = {
+    "/metrics": ("text/plain", "string"),
+    "/schema": (_OPENAPI, "object"),
+    "/schema/openapi.json": (_OPENAPI, "object"),
+}
 _BODY_MAY_BE_EMPTY = ("/v1/atlas/memory/save", "/v1/atlas/memory/list", "/v1/conversations", "/conversations")
 _RETRIED = ("429", "503", "507")
 _HIDDEN = "/schema/{path}"  # Litestar's own answer to what it does not have
@@ -136,6 +157,9 @@ def corrected(document: dict[str, Any]) -> dict[str, Any]:
         }
     stream = paths[_METRICS_STREAM]["get"]["responses"]["200"]
     stream["content"] = {_SSE: {"schema": {"$ref": "#/components/schemas/MetricsEvent"}}}
+    for path, (media, kind) in _NO_STRUCTS.items():
+        if path in paths:
+            paths[path]["get"]["responses"]["200"]["content"] = {media: {"schema": {"type": kind}}}
     corrected_document: dict[str, Any] = _clean(
         {
             "openapi": document["openapi"],

@@ -31,8 +31,8 @@ class ConversationsController(Controller):
     async def create(
         self,
         request: HttpRequest,
-        data: SkipValidation[JSONBody[schema.ConversationRequest]],
         conversations: NamedDependency[ConversationsService],
+        data: SkipValidation[JSONBody[schema.ConversationRequest | None]] = None,
     ) -> Response[Any]:
         """Begins a conversation, perhaps with items."""
         return await answer(request, data, conversations.create)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 _GENERATION = "text is generated at POST /v1/chat/completions, POST /v1/responses and POST /v1/completions"
 _TEXT_ONLY = f"this server has no images, audio or moderation; {_GENERATION}"
 _KEPT = (
-    "POST /v1/responses and POST /v1/conversations keep conversations, and so do named sessions "
+    "POST /v1/responses keeps conversations ('previous_response_id' or 'conversation'), and so do named sessions "
     "('atlas.session_id' or the header X-Session-ID)"
 )
 # Families of other APIs that clients try, the longer ones first: the path's beginning, and what serves instead.

@@ -111,6 +111,7 @@ class ChatRequest(ShapedFields, kw_only=True, frozen=True):
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
 
 
 class TopLogprob(Struct, kw_only=True, frozen=True):

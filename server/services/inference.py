@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,7 +26,7 @@ from server.services.response_builder import Identification, ResponseBuilder
 from server.services.runtime_config import RuntimeConfig
 from server.services.sampling import choices, default_sampling, sampling_params, stop_strings, token_limit
 from server.services.tokenization import Tokenization
-from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
+from server.services.unsupported import effort_variables, refuse_unsupported, refuse_unsupported_chat
 from server.services.wire import OPENAI, Wire
 from server.tool_calls.answer import AnswerReader
 from server.tool_calls.choice import Tools, chosen_tools
@@ -84,7 +84,7 @@ class Inference:
     async def completion(self, raw: Any, context: RequestContext) -> Generation:
         """Starts a completion."""
         body = parse(CompletionRequest, raw)
-        refuse_unsupported(_mapping(raw), CompletionRequest)
+        refuse_unsupported(raw, CompletionRequest)
         return await self.complete(body, context)
 
     async def complete(
@@ -136,7 +136,7 @@ class Inference:
     async def chat(self, raw: Any, context: RequestContext) -> Generation:
         """Starts a chat completion."""
         body = parse(ChatRequest, raw)
-        refuse_unsupported(_mapping(raw), ChatRequest)
+        refuse_unsupported(raw, ChatRequest)
         usage = _wants_usage(body)
 
         def answering(asked: Asked) -> Answering:
@@ -174,7 +174,8 @@ class Inference:
         memory = self._memory(body, context)
         if whole and memory.params is not None:
             memory = replace(memory, params=msgspec.structs.replace(memory.params, whole=True))
-        written = body.messages, body.chat_template_kwargs, () if tools is None else tools.told
+        variables = {**(effort_variables(body.reasoning_effort) or {}), **(body.chat_template_kwargs or {})}
+        written = body.messages, variables, () if tools is None else tools.told
         prompt = await self._tokenization.chat(*written)
         session = memory.params is not None and memory.params.session is not None
         frame = await self._tokenization.chat_frame(*written) if session else None
@@ -301,7 +302,3 @@ class Inference:
 
 def _wants_usage(body: SamplingFields) -> bool:
     return bool(body.stream and body.stream_options and body.stream_options.include_usage)
-
-
-def _mapping(raw: Any) -> Mapping[str, Any]:
-    return raw if isinstance(raw, dict) else {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from atlas_jax import __version__
@@ -41,7 +40,7 @@ class LlamaCppService:
     async def completion(self, raw: Any, context: RequestContext) -> Generation:
         """Starts the answer of `POST /completion`."""
         body = parse(schema.LlamaCompletionRequest, with_pairs(raw))
-        refuse_unsupported(_mapping(raw), schema.LlamaCompletionRequest)
+        refuse_unsupported(raw, schema.LlamaCompletionRequest)
         if (
             not isinstance(body.prompt, str | None)
             and body.prompt
@@ -53,7 +52,7 @@ class LlamaCppService:
     async def infill(self, raw: Any, context: RequestContext) -> Generation:
         """Starts the answer of `POST /infill`; raises NotSupported for a model that was not taught to."""
         body = parse(schema.InfillRequest, with_pairs(raw))
-        refuse_unsupported(_mapping(raw), schema.InfillRequest)
+        refuse_unsupported(raw, schema.InfillRequest)
         marks = self._supervisor.engine.model.infill
         if marks is None:
             raise NotSupported("This model cannot fill gaps: its vocabulary has no tokens that mark them")
@@ -145,10 +144,6 @@ class LlamaCppService:
             )
             for slot in engine.slots()
         ]
-
-
-def _mapping(raw: Any) -> Mapping[str, Any]:
-    return raw if isinstance(raw, dict) else {}
 
 
 def _piece(data: bytes) -> str | list[int]:

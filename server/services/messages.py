@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -65,6 +64,6 @@ class MessagesService:
 
 def _parse(kind: type[C], raw: Any) -> C:
     body = parse(kind, raw)
-    refuse_unsupported(raw if isinstance(raw, Mapping) else {}, kind)
+    refuse_unsupported(raw, kind)
     api.refuse(body)
     return body

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import msgspec
@@ -63,7 +62,7 @@ class OllamaService:
     async def embed(self, raw: Any, context: RequestContext) -> bytes:
         """The answer of `POST /api/embed`."""
         began, body = time.perf_counter(), parse(schema.OllamaEmbedRequest, raw)
-        refuse_unsupported(_mapping(raw), schema.OllamaEmbedRequest)
+        refuse_unsupported(raw, schema.OllamaEmbedRequest)
         model, vectors, tokens = await self._embeddings.vectors(
             body.input, "input", context, model=api.plain_name(body.model), dimensions=body.dimensions
         )
@@ -115,7 +114,7 @@ class OllamaService:
         return schema.OllamaVersion(version=__version__)
 
     def _check(self, raw: Any, body: schema.OllamaChatRequest | schema.OllamaGenerateRequest) -> None:
-        refuse_unsupported(_mapping(raw), type(body))
+        refuse_unsupported(raw, type(body))
         api.refuse(body)
         api.check_thinking(body, self._supervisor.engine.template.thinking)
 
@@ -129,7 +128,3 @@ def _answering(kind: Literal["chat", "generate"], field: str) -> Any:
         return Answering(builder=api.OllamaBuilder(kind, asked.model, reader=asked.reader), wire=_WIRE, field=field)
 
     return answering
-
-
-def _mapping(raw: Any) -> Mapping[str, Any]:
-    return raw if isinstance(raw, dict) else {}

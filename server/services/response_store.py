@@ -1,4 +1,4 @@
-"""Responses that are kept: a tree of them for every owner, each a document that never changes.
+"""Responses that are kept: a tree of them for every owner, each a document.
 
 A document holds what one response was asked and what it answered; what came before is found by following its parent. Its
 name says where in the tree it is, so that the tree is known from a listing: `<id>.<parent>.<lane>`, and `.deleted` where the

@@ -30,7 +30,7 @@ from server.services.response_store import Node, Record, ResponseStore, response
 from server.services.responses_builder import ResponsesBuilder, begun
 from server.services.sampling import default_sampling
 from server.services.tokenization import Tokenization
-from server.services.unsupported import refuse_unsupported
+from server.services.unsupported import effort_variables, refuse_unsupported
 from server.services.wire import Wire, named_event
 from server.validation import invalid, parse, unsupported
 
@@ -139,13 +139,13 @@ class ResponsesService:
         api.check_outputs(said, items)
         conversation = api.messages(body.instructions, (*said, *items))
         tools = api.chosen_tools(body)
-        variables = api.chat_request(body, conversation, None).chat_template_kwargs
+        variables = None if body.reasoning is None else effort_variables(body.reasoning.effort)
         ids = await self._tokenization.chat(conversation, variables, () if tools is None else tools.told)
         return msgspec.json.encode(schema.InputTokens(input_tokens=len(ids)))
 
     def _parse(self, raw: Any, context: RequestContext) -> schema.ResponsesRequest:
         body = parse(schema.ResponsesRequest, raw)
-        refuse_unsupported(raw if isinstance(raw, Mapping) else {}, schema.ResponsesRequest)
+        refuse_unsupported(raw, schema.ResponsesRequest)
         api.refuse(body)
         named = "X-Session-ID" if context.session is not None else None
         if body.atlas is not None and body.atlas.session_id is not None:

@@ -127,17 +127,10 @@ def chat_request(body: schema.ResponsesRequest, conversation: list[ChatMessage],
         max_completion_tokens=body.max_output_tokens,
         logprobs=wants,
         top_logprobs=body.top_logprobs if wants else None,
-        chat_template_kwargs=None if body.reasoning is None else effort_variables(body.reasoning.effort),
+        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
         atlas=atlas,
         **{name: getattr(body, name) for name in _SHARED},
     )
-
-
-def effort_variables(effort: str | None) -> dict[str, Any] | None:
-    """How much the model shall think, as chat templates take it that know of such a thing."""
-    if effort is None:
-        return None
-    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
 
 
 # --- items ------------------------------------------------------------------------------------------------------------

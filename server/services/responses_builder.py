@@ -10,6 +10,7 @@ import msgspec
 
 from atlas_jax.engine.api import Delta, Prompt, TokenInfo
 from server.errors import Problem
+from server.schemas import response_events as events
 from server.schemas import responses as schema
 from server.schemas.usage import Usage
 from server.services.chat_response import token_logprobs
@@ -58,8 +59,8 @@ class ResponsesBuilder:
     def opening(self) -> Sequence[msgspec.Struct]:
         """What a stream begins with."""
         return [
-            schema.ResponseEvent(type="response.created", sequence_number=self._next(), response=self.response),
-            schema.ResponseEvent(type="response.in_progress", sequence_number=self._next(), response=self.response),
+            events.ResponseEvent(type="response.created", sequence_number=self._next(), response=self.response),
+            events.ResponseEvent(type="response.in_progress", sequence_number=self._next(), response=self.response),
         ]
 
     def chunks(self, index: int, event: Delta | Prompt) -> Sequence[msgspec.Struct]:
@@ -76,7 +77,7 @@ class ResponsesBuilder:
         out = self._events(self._parts.finish(cut=reason == "length"))
         self._finish(reason, ending)
         kind: Any = "response.incomplete" if self.response.status == "incomplete" else "response.completed"
-        return [*out, schema.ResponseEvent(type=kind, sequence_number=self._next(), response=self.response)]
+        return [*out, events.ResponseEvent(type=kind, sequence_number=self._next(), response=self.response)]
 
     def usage(self, usage: Usage) -> msgspec.Struct:
         """Never asked for: counts are in the response."""
@@ -97,7 +98,7 @@ class ResponsesBuilder:
         failed = msgspec.structs.replace(
             self.response, status="failed", output=[], error=schema.ResponseError(code=code, message=found.message)
         )
-        return schema.ResponseEvent(type="response.failed", sequence_number=self._next(), response=failed)
+        return events.ResponseEvent(type="response.failed", sequence_number=self._next(), response=failed)
 
     def _next(self) -> int:
         self._sequence += 1
@@ -151,7 +152,7 @@ class ResponsesBuilder:
 
     def _item_event(self, what: Literal["added", "done"], part: Part, item: schema.OutputItem) -> msgspec.Struct:
         kind: Any = f"response.output_item.{what}"
-        return schema.OutputItemEvent(type=kind, sequence_number=self._next(), output_index=part.index, item=item)
+        return events.OutputItemEvent(type=kind, sequence_number=self._next(), output_index=part.index, item=item)
 
     def _place(self, part: Part, index: str = "content_index") -> dict[str, Any]:
         place = {"sequence_number": self._next(), "item_id": self._ids[part.index], "output_index": part.index}
@@ -163,7 +164,7 @@ class ResponsesBuilder:
     def _part_event(self, what: Literal["added", "done"], part: Part, text: str) -> msgspec.Struct:
         if part.kind == "reasoning" and self._summaries:
             summary: Any = f"response.reasoning_summary_part.{what}"
-            return schema.SummaryPartEvent(
+            return events.SummaryPartEvent(
                 type=summary, part=schema.SummaryText(text=text), **self._place(part, "summary_index")
             )
         kind: Any = f"response.content_part.{what}"
@@ -172,31 +173,31 @@ class ResponsesBuilder:
             shown = schema.ReasoningText(text=text)
         else:
             shown = self._text(part) if text else schema.OutputText(text="")
-        return schema.ContentPartEvent(type=kind, part=shown, **self._place(part))
+        return events.ContentPartEvent(type=kind, part=shown, **self._place(part))
 
     def _grows(self, part: Part, text: str) -> msgspec.Struct:
         tokens, self._tokens = self._tokens, []
         if part.kind == "call":
-            return schema.ArgumentsDeltaEvent(delta=text, **self._place(part))
+            return events.ArgumentsDeltaEvent(delta=text, **self._place(part))
         if part.kind == "reasoning" and self._summaries:
-            return schema.SummaryDeltaEvent(delta=text, **self._place(part, "summary_index"))
+            return events.SummaryDeltaEvent(delta=text, **self._place(part, "summary_index"))
         if part.kind == "reasoning":
-            return schema.ReasoningDeltaEvent(delta=text, **self._place(part))
+            return events.ReasoningDeltaEvent(delta=text, **self._place(part))
         found = token_logprobs(tokens) if self._wants else []
         self._logprobs.setdefault(part.index, []).extend(found)
-        return schema.TextDeltaEvent(delta=text, logprobs=found, **self._place(part))
+        return events.TextDeltaEvent(delta=text, logprobs=found, **self._place(part))
 
     def _text_ends(self, part: Part) -> list[msgspec.Struct]:
         if part.kind == "call":
-            return [schema.ArgumentsDoneEvent(name=part.name, arguments=part.text, **self._place(part))]
+            return [events.ArgumentsDoneEvent(name=part.name, arguments=part.text, **self._place(part))]
         done: msgspec.Struct
         if part.kind == "reasoning" and self._summaries:
-            done = schema.SummaryDoneEvent(text=part.text, **self._place(part, "summary_index"))
+            done = events.SummaryDoneEvent(text=part.text, **self._place(part, "summary_index"))
         elif part.kind == "reasoning":
-            done = schema.ReasoningDoneEvent(text=part.text, **self._place(part))
+            done = events.ReasoningDoneEvent(text=part.text, **self._place(part))
         else:
             text = self._text(part)
-            done = schema.TextDoneEvent(text=text.text, logprobs=text.logprobs, **self._place(part))
+            done = events.TextDoneEvent(text=text.text, logprobs=text.logprobs, **self._place(part))
         return [done, self._part_event("done", part, part.text)]
 
     def _finish(self, reason: FinishReason, ending: Ending) -> None:

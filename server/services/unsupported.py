@@ -106,7 +106,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _TEMPLATE_VARIABLES = frozenset({"enable_thinking", "reasoning_effort", "thinking"})
 
 
-def refuse_unsupported(raw: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
+def refuse_unsupported(raw: Any, kind: type[msgspec.Struct]) -> None:
     """Refuses the first field of a body that would have to be ignored although it might matter.
 
     Args:
@@ -115,7 +115,7 @@ def refuse_unsupported(raw: Mapping[str, Any], kind: type[msgspec.Struct]) -> No
     Raises:
       BadRequest: names the field.
     """
-    for name, value in raw.items():
+    for name, value in raw.items() if isinstance(raw, Mapping) else ():
         if value is None or name in _HINTS or name in kind.__struct_fields__:
             continue
         neutral = _NEUTRAL.get(name)
@@ -149,3 +149,10 @@ def template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
         if name not in _TEMPLATE_VARIABLES or not isinstance(value, bool | str | int | None):
             raise unsupported(f"chat_template_kwargs.{name[:64]}")
     return dict(given or {})
+
+
+def effort_variables(effort: str | None) -> dict[str, Any] | None:
+    """How much the model shall think, as chat templates take it that know of such a thing."""
+    if effort is None:
+        return None
+    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}

@@ -237,7 +237,7 @@ class FakeEngine:
       requests: every request that was submitted.
       script: what the next requests are answered, one text each.
       template: what its chat template can do.
-      written: the last conversation that was rendered, and the tools.
+      written, variables: the last conversation that was rendered, the tools, and the template's variables.
       grammar_fault: what the next grammar of calls fails with.
     """
 
@@ -279,6 +279,7 @@ class FakeEngine:
         self.script: list[str] = []
         self.template = TemplateFacts()
         self.written: tuple[list[dict[str, Any]], Any] = [], None
+        self.variables: dict[str, Any] = {}
         self.grammar_fault: Exception | None = None
         self.grammars: list[Future[FakeGrammar]] = []
         self.cancels = self.completed = 0
@@ -301,6 +302,7 @@ class FakeEngine:
     ) -> list[int]:
         out: list[int] = []
         self.written = [dict(message) for message in messages], tools
+        self.variables = dict(variables or {})
         for message in messages:
             text = f"{message['role']}\n{message['content']}"
             out += [START, *self.tokenizer.encode(text, add_special=False, parse_special=False), END]

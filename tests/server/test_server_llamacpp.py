@@ -70,7 +70,7 @@ def test_tokens_likelihoods_and_settings_are_told(live: Live) -> None:
         ({"n_probs": 21}, "n_probs"),
         ({"n_cmpl": 2}, "n_cmpl"),
         ({"logit_bias": [["word", -1]]}, "logit_bias[0]"),
-        ({"logit_bias": [[1, "x"]]}, "logit_bias.1"),
+        ({"logit_bias": [[1, "x"]]}, "logit_bias"),
         ({"image_data": [{"id": 1}]}, "image_data"),
         ({"never_heard_of": 1}, "never_heard_of"),
     ],

@@ -251,3 +251,29 @@ def test_a_model_that_does_not_think_says_so_to_ollamas_clients(live: Live) -> N
     refused = live.post("/api/chat", {**body, "think": True})
     assert (refused.status_code, "think" in refused.json()["error"]) == (400, True)
     assert live.post("/api/chat", {**body, "think": False}).json()["message"]["content"] == "Yes."
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "variables"),
+    [
+        ("/v1/chat/completions", {"reasoning_effort": "none"}, {"enable_thinking": False}),
+        ("/v1/chat/completions", {"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        ("/v1/responses", {"reasoning": {"effort": "none"}}, {"enable_thinking": False}),
+        ("/v1/responses", {"reasoning": {"effort": "high"}}, {"reasoning_effort": "high"}),
+        ("/v1/messages", {"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
+        ("/v1/messages", {"thinking": {"type": "enabled", "budget_tokens": 2048}}, {"enable_thinking": True}),
+        ("/v1/messages", {"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
+        ("/api/chat", {"think": False}, {"enable_thinking": False}),
+        ("/api/chat", {"think": "high"}, {"enable_thinking": True, "reasoning_effort": "high"}),
+    ],
+    ids=str,
+)
+def test_whether_a_model_thinks_is_told_to_its_template(
+    live: Live, path: str, fields: dict[str, Any], variables: dict[str, Any]
+) -> None:
+    told(live, THINKING, "Yes.")
+    asked = {"input": ASK} if path == "/v1/responses" else {"messages": [{"role": "user", "content": ASK}]}
+    limit = {"max_tokens": 9} if path == "/v1/messages" else {}
+    answer = live.post(path, {"model": "any", **asked, **limit, **fields})
+    assert answer.status_code == 200, answer.text
+    assert live.engine.variables == variables
