@@ -148,6 +148,13 @@ class ResetRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     all: Annotated[bool, Meta(description="true resets every session of the caller")] | None = None
 
 
+class ForkRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/atlas/memory/fork`: a session, and the name of the one that begins where it is."""
+
+    session_id: SessionId
+    target: SessionId
+
+
 class SaveResponse(Struct, kw_only=True, frozen=True):
     """What a save wrote; `context_id` is null when it was not a single session."""
 
@@ -209,6 +216,14 @@ class DeleteResponse(Struct, kw_only=True, frozen=True):
     success: bool
     context_id: str | UnsetType = UNSET
     filename: str | UnsetType = UNSET
+
+
+class ForkResponse(Struct, kw_only=True, frozen=True):
+    """Answer to a fork."""
+
+    success: bool
+    session_id: str
+    target: str
 
 
 class ResetResponse(Struct, kw_only=True, frozen=True):
