@@ -62,7 +62,7 @@ class RequestFields:
         try:
             parse(ChatRequest, {"messages": [{"role": "user", "content": ""}], **body})
         except BadRequest as error:
-            raise UsageError(str(error)) from None
+            raise UsageError(f"{whole}: {str(error).partition(': ')[2] or error}") from None
         self._values[whole] = value
         return whole
 

@@ -110,7 +110,7 @@ class Repl:
                     write(Text(safe(piece.text), style="dim italic" if kind == "thought" else ""), end="", soft_wrap=True)
             except KeyboardInterrupt:
                 stopped = True
-        write(" ⏹ stopped" if stopped else "", style="dim")
+        write(" (stopped)" if stopped else "", style="dim")
         self._foot()
 
     def _foot(self) -> None:

@@ -80,9 +80,19 @@ def encode(
 ) -> bytes:
     """Serialises one session."""
     payload = _tensors.encode(header, arrays)
-    head = msgspec.json.encode(Head(listing, dict(bound), len(payload), hashlib.sha256(payload).hexdigest()))
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(head), hashlib.sha256(head).digest())
-    return b"".join((prefix, head, payload))
+    return _joined(Head(listing, dict(bound), len(payload), hashlib.sha256(payload).hexdigest()), payload)
+
+
+def with_listing(data: bytes, listing: Listing) -> bytes:
+    """The same snapshot under another listing; raises SnapshotInvalid as `read_head`."""
+    head, start = read_head(data)
+    return _joined(msgspec.structs.replace(head, listing=listing), data[start:])
+
+
+def _joined(head: Head, payload: bytes) -> bytes:
+    encoded = msgspec.json.encode(head)
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(encoded), hashlib.sha256(encoded).digest())
+    return b"".join((prefix, encoded, payload))
 
 
 def read_head(data: bytes) -> tuple[Head, int]:
