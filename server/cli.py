@@ -40,7 +40,7 @@ class _Parser(Parser):
         formatter.add_arguments(
             argparse.Action([], name, nargs=0, metavar=name, help=about)
             for name, about in (
-                (SERVE, "serve a model over HTTP; so does no command at all"),
+                (SERVE, "serve a model over HTTP (the default)"),
                 *((one.name, one.about) for one in COMMANDS.values()),
             )
         )
@@ -48,7 +48,7 @@ class _Parser(Parser):
         formatter.start_section("flags of serve that are needed first")
         formatter.add_arguments(sorted(first, key=lambda action: _FIRST.index(action.dest.rpartition(".")[2])))
         formatter.end_section()
-        formatter.add_text("Every flag of a command: atlas-jax COMMAND --help")
+        formatter.add_text("Every flag of a command: atlas-jax serve --help, and so on")
         return formatter.format_help()
 
 

@@ -61,7 +61,7 @@ class Client:
 
     def stream(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed answer as they come; leaving the loop early ends the request. Raises ApiError."""
-        response = self._sent(self._request(path, body), stream=True)
+        response = self._sent(self._request(path, {**body, "stream": True}), stream=True)
         try:
             for line in response.iter_lines():
                 data = line.removeprefix("data:").strip() if line.startswith("data:") else ""

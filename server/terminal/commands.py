@@ -33,12 +33,12 @@ SERVE = "serve"
 COMMANDS = {
     one.name: one
     for one in (
-        Command("chat", "talk with a model, or with a running server, in sessions that remember", "server.terminal.chat"),
+        Command("chat", "talk with a model in sessions that remember", "server.terminal.chat"),
         Command("generate", "one completion, to stdout", "server.terminal.generate"),
-        Command("inspect", "what is in a model's file, and what would be done with it", "server.terminal.inspect"),
-        Command("sessions", "list, check, export, import and prune a folder of sessions", "server.terminal.sessions"),
-        Command("bench", "how fast a model is here, with its memory and without", "server.terminal.bench"),
+        Command("inspect", "what is in a model, and what becomes of it", "server.terminal.inspect"),
+        Command("sessions", "look after a folder of sessions", "server.terminal.sessions"),
+        Command("bench", "how fast a model is on this machine", "server.terminal.bench"),
         Command("eval", "what a model's memory is worth", "atlas_jax.evaluation.command", "eval"),
-        Command("completion", "completion of commands and flags for bash, zsh or fish", "server.terminal.completion"),
+        Command("completion", "completion for bash, zsh or fish", "server.terminal.completion"),
     )
 }

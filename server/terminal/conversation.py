@@ -116,7 +116,6 @@ class Conversation:
         body = {
             **self.fields.request(),
             "messages": messages,
-            "stream": True,
             "stream_options": {"include_usage": True},
             **({} if atlas is None else {"atlas": atlas}),
         }
@@ -170,6 +169,7 @@ class Conversation:
         Raises:
           CommandError: the name cannot be one; ApiError as well.
         """
+        self.last = None
         if session is None or self.no_memory is not None:
             self.session, self.transcript = None, Transcript()
             return False

@@ -81,7 +81,8 @@ class RequestFields:
             return name
         if _ATLAS + name in known:
             return _ATLAS + name
-        near = suggestion(name, [*known, *_MEMORY])
+        begun = [one for one in (*known, *_MEMORY) if one.startswith(name)]
+        near = f"; did you mean {begun[0]}?" if len(name) > 2 and begun else suggestion(name, [*known, *_MEMORY])
         raise UsageError(f"there is no field '{name}'{near}")
 
 

@@ -132,7 +132,7 @@ def _streamed(client: Client, path: str, body: dict[str, Any]) -> str:
 
 
 def _texts(client: Client, path: str, body: dict[str, Any]) -> Iterator[tuple[str, str | None]]:
-    for event in client.stream(path, {**body, "stream": True}):
+    for event in client.stream(path, body):
         for choice in event.get("choices", ()):
             text = choice.get("text") or choice.get("delta", {}).get("content") or ""
             yield text, choice.get("finish_reason")

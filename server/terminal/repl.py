@@ -262,7 +262,7 @@ def _memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str]]:
             f"{share:.1%} of {number(capacity)} directions in use, {number(memory['total_updates'])} writes"
             f"{'' if updated is None else f', the last {age(updated)} ago'}, {size(memory['memory_bytes'])}",
         ),
-        ("state", f"{size(memory['state_bytes'])} of {size(memory['memory_budget_bytes'])}"),
+        ("when full", f"{size(memory['state_bytes'])} of {size(memory['memory_budget_bytes'])}"),
     ]
 
 
