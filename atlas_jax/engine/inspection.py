@@ -138,7 +138,9 @@ class Inspection:
         return sum(one.bytes for one in self.weights)
 
 
-def inspect_model(path: Path, cache: Path | None, *, config: EngineConfig | None = None, digest: bool = False) -> Inspection:
+def inspect_model(
+    path: Path, cache: Path | None, *, config: EngineConfig | None = None, digest: bool = False
+) -> Inspection:
     """Looks at a model.
 
     Args:
@@ -268,9 +270,7 @@ def _forms(params: ModelParams) -> tuple[TensorTypes, ...]:
     return tuple(sorted(rows, key=lambda one: -one.bytes))
 
 
-def _memory(
-    model: ModelConfig, fingerprint: str | None, cache: Path | None, config: EngineConfig
-) -> MemoryFacts:
+def _memory(model: ModelConfig, fingerprint: str | None, cache: Path | None, config: EngineConfig) -> MemoryFacts:
     dim = DEFAULT_DIM if config.memory_dim is None else config.memory_dim
     found, place = _adapter(model, fingerprint, cache, dim, config.max_window)
     memory = candidates(model, dim) if found is None else found

@@ -28,8 +28,8 @@ def parser() -> Parser:
     """The flags."""
     made = Parser(
         prog=PROG,
-        description="Measures tokens per second: prefill of one prompt, and greedy decoding of several streams, each with the "
-        "memory and without, in turns. The first time programs are compiled, which takes minutes; later some seconds. "
+        description="Measures tokens per second: prefill of one prompt, and greedy decoding of several streams, each with "
+        "the memory and without, in turns. The first time programs are compiled, which takes minutes; later some seconds. "
         "Drafts are off, for how many are right depends on the text.",
     )
     made.add_argument("model", nargs="?", metavar="MODEL", help="GGUF file, or folder of safetensors")
@@ -39,7 +39,9 @@ def parser() -> Parser:
     made.add_argument("--offline", action="store_true", help="take a repository's model from the cache and ask nobody")
     made.add_argument("--quick", action="store_true", help="one round of short runs")
     made.add_argument("--rounds", type=int, metavar="N", help="rounds whose median counts (default: 5, with --quick 1)")
-    made.add_argument("--streams", type=int, nargs="+", metavar="N", default=list(_STREAMS), help="decoded at once (%(default)s)")
+    made.add_argument(
+        "--streams", type=int, nargs="+", metavar="N", default=list(_STREAMS), help="decoded at once (%(default)s)"
+    )
     made.add_argument("--no-memory", action="store_true", help="only without the memory")
     made.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0 takes every core")
     made.add_argument("--json", action="store_true", help="write JSON")

@@ -32,11 +32,17 @@ def parser() -> Parser:
     add_flags(made)
     group = made.add_argument_group("the conversation")
     names = group.add_mutually_exclusive_group()
-    names.add_argument("-s", "--session", metavar="NAME", help="go on in this session, or begin it (default: a new one)")
+    names.add_argument(
+        "-s", "--session", metavar="NAME", help="go on in this session, or begin it (default: a new one)"
+    )
     names.add_argument("-c", "--continue", dest="go_on", action="store_true", help="go on in the session used last")
     group.add_argument("--system", metavar="TEXT", help="the system message")
     group.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", help="a field of the requests, as /set has it; may repeat"
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a field of the requests, as /set has it; may repeat",
     )
     group.add_argument("--no-memory", action="store_true", help="plain attention, without sessions")
     group.add_argument(

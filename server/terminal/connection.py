@@ -22,7 +22,9 @@ from server.terminal.client import Client
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Gives a parser the flags that say which model answers."""
     group = parser.add_argument_group("which model answers")
-    group.add_argument("--url", metavar="URL", help=f"a running server, e.g. http://127.0.0.1:8080; its key is in {KEY_ENV}")
+    group.add_argument(
+        "--url", metavar="URL", help=f"a running server, e.g. http://127.0.0.1:8080; its key is in {KEY_ENV}"
+    )
     group.add_argument(
         *("--hf-repo", "-hf", "-hfr"), metavar="ORG/NAME[:QUANT]", help="fetch the model from this repository"
     )
@@ -32,9 +34,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 @contextmanager
-def connected(
-    args: argparse.Namespace, *, memory_path: Path | None = None, memory: bool = True
-) -> Iterator[Client]:
+def connected(args: argparse.Namespace, *, memory_path: Path | None = None, memory: bool = True) -> Iterator[Client]:
     """A client of the server that the flags name, or of one in this process with the model that they name.
 
     Args:

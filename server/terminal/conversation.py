@@ -157,7 +157,9 @@ class Conversation:
         if not messages:
             raise CommandError("there is nothing to take back: this session's turns were not said at this terminal")
         if len(messages) == 2 and self.transcript.joined:
-            raise CommandError("the first turn that was said here cannot be taken back: what came before it is not known")
+            raise CommandError(
+                "the first turn that was said here cannot be taken back: what came before it is not known"
+            )
         question = messages[-2]
         self.transcript.undo()
         return question

@@ -26,9 +26,9 @@ def parser() -> Parser:
     made = Parser(
         prog=PROG,
         usage=f"{PROG} [flags] MODEL PROMPT\n       {PROG} [flags] (--url URL | -hf ORG/NAME) PROMPT",
-        description="Writes what a model makes of a prompt to stdout, as it comes. The exit code is 0 where the answer ended, "
-        "or had as many tokens as it might; 1 where there is none, or --schema's answer was cut off; 2 for a wrong command line; "
-        "130 after Ctrl-C.",
+        description="Writes what a model makes of a prompt to stdout, as it comes. The exit code is 0 where the answer "
+        "ended, or had as many tokens as it might; 1 where there is none, or --schema's answer was cut off; 2 for a wrong "
+        "command line; 130 after Ctrl-C.",
     )
     made.add_argument("model", nargs="?", metavar="MODEL", help="GGUF file, or folder of safetensors")
     made.add_argument("prompt", metavar="PROMPT", help="the text to go on from; - reads it from stdin")
@@ -36,10 +36,14 @@ def parser() -> Parser:
     group = made.add_argument_group("the answer")
     group.add_argument("--chat", action="store_true", help="the prompt is a message, and the answer the assistant's")
     group.add_argument("--system", metavar="TEXT", help="the system message; needs --chat")
-    group.add_argument("--max-tokens", type=int, metavar="N", help="most tokens (default: 128, with --chat until it ends)")
+    group.add_argument(
+        "--max-tokens", type=int, metavar="N", help="most tokens (default: 128, with --chat until it ends)"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same answer")
     group.add_argument("--temperature", metavar="X", help="0 is greedy")
-    group.add_argument("--schema", type=Path, metavar="FILE", help="JSON schema that the answer follows; makes it a chat")
+    group.add_argument(
+        "--schema", type=Path, metavar="FILE", help="JSON schema that the answer follows; makes it a chat"
+    )
     group.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="another field of the request; may repeat"
     )

@@ -1,4 +1,4 @@
-"""The server inside this process, without a socket: an `AtlasServer` on an event loop of its own, and an httpx transport to it."""
+"""The server inside this process, without a socket: an `AtlasServer` on its own event loop, and an httpx transport to it."""
 
 from __future__ import annotations
 

@@ -25,14 +25,16 @@ def parser() -> Parser:
     """The flags."""
     made = Parser(
         prog=PROG,
-        description="Shows what is in a GGUF file or a folder of safetensors, and what would be done with it: whether it would "
-        "be served, in what form its weights would be held, how a session's memory would be divided. No weight is loaded. The "
-        "exit code is 1 for a model that would be refused.",
+        description="Shows what is in a GGUF file or a folder of safetensors, and what would be done with it: whether it "
+        "would be served, in what form its weights would be held, how a session's memory would be divided. No weight is "
+        "loaded. The exit code is 1 for a model that would be refused.",
     )
     made.add_argument("model", metavar="FILE|FOLDER", type=Path, help="GGUF file, or folder of safetensors")
     made.add_argument("--metadata", action="store_true", help="list the metadata too")
     made.add_argument("--tensors", action="store_true", help="list the tensors too")
-    made.add_argument("--fingerprint", action="store_true", help="read even a file of more than 4 GiB for its fingerprint")
+    made.add_argument(
+        "--fingerprint", action="store_true", help="read even a file of more than 4 GiB for its fingerprint"
+    )
     made.add_argument("--memory-budget", type=int, metavar="BYTES", help="as for `serve --atlas-memory-budget`")
     made.add_argument("--json", action="store_true", help="write it all as JSON")
     return made
@@ -145,8 +147,10 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
     if found.context_length is not None:
         rows.append(("trained context", f"{number(found.context_length)} tokens"))
     tokenizer = found.tokenizer
-    words = f"{tokenizer.kind or 'none'}{f' ({tokenizer.pre})' if tokenizer.pre else ''}, {number(tokenizer.tokens)} tokens"
-    for name, token in (("begins with", tokenizer.bos), ("ends with", tokenizer.eos)):
+    words = (
+        f"{tokenizer.kind or 'none'}{f' ({tokenizer.pre})' if tokenizer.pre else ''}, {number(tokenizer.tokens)} tokens"
+    )
+    for name, token in (("first", tokenizer.bos), ("last", tokenizer.eos)):
         words += f", {name} {token}" if token else ""
     rows.append(("tokenizer", words))
     rows.append(("chat template", _template(found)))
@@ -163,7 +167,9 @@ def _rows(found: Inspection) -> list[tuple[str, str]]:
             "to be fitted": "fitted at the first start, which takes some minutes",
             "not looked for": "not looked for without a fingerprint",
         }[memory.adapter]
-        layers = f", layers {', '.join(map(str, memory.layers[:4]))}{', …' * (len(memory.layers) > 4)}" * bool(memory.layers)
+        layers = f", layers {', '.join(map(str, memory.layers[:4]))}{', …' * (len(memory.layers) > 4)}" * bool(
+            memory.layers
+        )
         rows += [
             ("adapter", f"{adapter}{layers}"),
             ("session", f"{size(state.total)} of a budget of {size(state.budget)}"),

@@ -22,7 +22,9 @@ def console(*, stderr: bool = False) -> Console:
     """A console of stdout or stderr: colours where it is a terminal (`NO_COLOR` has none), wide lines where it is none."""
     stream = sys.stderr if stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, width=width, force_terminal=stream.isatty())
+    return Console(
+        stderr=stderr, highlight=False, markup=False, emoji=False, width=width, force_terminal=stream.isatty()
+    )
 
 
 def safe(text: str, *, lines: bool = True) -> str:

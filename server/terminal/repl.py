@@ -40,13 +40,17 @@ class Repl:
         self._talk, self._out = conversation, out
         self._commands = {
             "help": _Command(self._help, "", "this list"),
-            "session": _Command(self._session, "[NAME]", "go on in another session, or begin it; without a name a new one"),
+            "session": _Command(
+                self._session, "[NAME]", "go on in another session, or begin it; without a name a new one"
+            ),
             "sessions": _Command(self._sessions, "[TEXT]", "list the sessions, or those whose names have TEXT in them"),
             "save": _Command(self._save, "", "make a save point of this session and of what was said"),
             "load": _Command(self._load, "[NAME]", "go back to a session's save point"),
             "branch": _Command(self._branch, "NAME", "go on in a copy of this session, and leave this one as it is"),
             "stats": _Command(self._stats, "", "window, kept pairs, memory, speed of the last answer"),
-            "set": _Command(self._set, "[NAME VALUE]", "set a field of the requests; null takes it back; alone shows all"),
+            "set": _Command(
+                self._set, "[NAME VALUE]", "set a field of the requests; null takes it back; alone shows all"
+            ),
             "system": _Command(self._system, "[TEXT]", "set the system message; - removes it; alone shows it"),
             "undo": _Command(self._undo, "", "take the last turn back"),
             "regenerate": _Command(self._regenerate, "", "answer the last message anew"),
@@ -93,7 +97,9 @@ class Repl:
             command = self._commands.get(name)
             if command is None:
                 near = suggestion(f"/{name}", [f"/{one}" for one in self._commands])
-                raise UsageError(f"there is no command /{name}{near or '; /help lists them'} (// sends a line that begins with /)")
+                raise UsageError(
+                    f"there is no command /{name}{near or '; /help lists them'} (// sends a line that begins with /)"
+                )
             command.run(rest.strip())
             return
         self.answer(self._talk.say(text))
@@ -107,7 +113,9 @@ class Repl:
                     if kind == "thought" and piece.kind == "answer":
                         write("\n")
                     kind = piece.kind
-                    write(Text(safe(piece.text), style="dim italic" if kind == "thought" else ""), end="", soft_wrap=True)
+                    write(
+                        Text(safe(piece.text), style="dim italic" if kind == "thought" else ""), end="", soft_wrap=True
+                    )
             except KeyboardInterrupt:
                 stopped = True
         write(" (stopped)" if stopped else "", style="dim")
@@ -147,13 +155,16 @@ class Repl:
         """Says which session it is, and what is known of it."""
         talk = self._talk
         if talk.session is None:
-            self._out.print(Text(safe(f"No session: {talk.no_memory}. What is said is sent whole each time."), style="dim"))
+            self._out.print(
+                Text(safe(f"No session: {talk.no_memory}. What is said is sent whole each time."), style="dim")
+            )
             return
         turns = len(talk.transcript.messages) // 2
         if known:
             memory = talk.memory() or {}
-            held = f", {turns} turns said here" if turns else ""
-            text = f"Session {talk.session} goes on (window {memory.get('window_fill', 0)}/{memory.get('window_size', 0)}{held})."
+            held = f"window {memory.get('window_fill', 0)}/{memory.get('window_size', 0)}"
+            held += f", {turns} turns said here" if turns else ""
+            text = f"Session {talk.session} goes on ({held})."
         elif turns:
             text = f"The server has no session {talk.session} any more; its last messages are sent again."
         else:
@@ -180,7 +191,14 @@ class Repl:
             )
             for row in found[:_SHOWN]
         )
-        columns = (("", False), ("session", False), ("tokens", True), ("bytes", True), ("used", True), ("rests on", False))
+        columns = (
+            ("", False),
+            ("session", False),
+            ("tokens", True),
+            ("bytes", True),
+            ("used", True),
+            ("rests on", False),
+        )
         self._out.print(table(columns, rows))
         if len(found) > _SHOWN:
             self._out.print(f"… and {number(len(found) - _SHOWN)} more; /sessions TEXT narrows them", style="dim")
@@ -197,7 +215,9 @@ class Repl:
             raise UsageError("/branch wants a name for the new session")
         before = self._talk.session
         self._talk.branch(name)
-        self._out.print(Text(safe(f"Session {name} goes on from here; {before} stays as it is.", lines=False), style="dim"))
+        self._out.print(
+            Text(safe(f"Session {name} goes on from here; {before} stays as it is.", lines=False), style="dim")
+        )
 
     def _stats(self, _: str) -> None:
         talk = self._talk
@@ -219,12 +239,16 @@ class Repl:
             self._out.print(facts(rows) if rows else "Nothing is set; the server's defaults hold.")
             self._out.print(f"Fields: {', '.join(fields.names())}", style="dim")
             return
-        name, _, value = text.replace("=", " ", 1).partition(" ") if "=" in text.partition(" ")[0] else text.partition(" ")
+        name, _, value = (
+            text.replace("=", " ", 1).partition(" ") if "=" in text.partition(" ")[0] else text.partition(" ")
+        )
         if not value.strip():
             raise UsageError(f"/set {name} wants a value; null takes it back")
         whole = fields.set(name, value.strip())
         shown = fields.values.get(whole)
-        self._out.print(f"{whole} is the server's default" if shown is None else f"{whole} = {json.dumps(shown)}", style="dim")
+        self._out.print(
+            f"{whole} is the server's default" if shown is None else f"{whole} = {json.dumps(shown)}", style="dim"
+        )
 
     def _system(self, text: str) -> None:
         if text:
@@ -266,13 +290,13 @@ def _memory_rows(memory: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _last_rows(
-    usage: Mapping[str, Any], timings: Mapping[str, Any], stats: Mapping[str, Any]
-) -> list[tuple[str, str]]:
+def _last_rows(usage: Mapping[str, Any], timings: Mapping[str, Any], stats: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = []
     if usage:
         cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
-        rows.append(("last prompt", f"{number(usage['prompt_tokens'])} tokens, {number(cached)} of them not read again"))
+        rows.append(
+            ("last prompt", f"{number(usage['prompt_tokens'])} tokens, {number(cached)} of them not read again")
+        )
     if timings:
         rows.append(
             (

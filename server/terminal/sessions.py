@@ -31,8 +31,8 @@ def parser() -> Parser:
     """The flags."""
     made = Parser(
         prog=PROG,
-        description="Looks after a folder of sessions without a model. What reads works beside a server that uses the folder; "
-        "import and prune are refused while there is one.",
+        description="Looks after a folder of sessions without a model. What reads works beside a server that uses the "
+        "folder; import and prune are refused while there is one.",
     )
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
     list_ = _add(commands, "list", "list the sessions, the latest used first")
@@ -48,7 +48,13 @@ def parser() -> Parser:
     import_.add_argument("names", nargs="*", metavar="NAME", help="only these (default: all)")
     import_.add_argument("--replace", action="store_true", help="replace newer sessions as well")
     import_.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    _add(commands, "verify", "check every checksum; the exit code is 1 where something is damaged", model=False, owner=False)
+    _add(
+        commands,
+        "verify",
+        "check every checksum; the exit code is 1 where something is damaged",
+        model=False,
+        owner=False,
+    )
     prune = _add(commands, "prune", "delete sessions for good")
     prune.add_argument("names", nargs="*", metavar="NAME", help="only these")
     prune.add_argument("--older-than", metavar="AGE", help="those unused for so long: 90min, 12h, 30d, 8w")
@@ -171,7 +177,15 @@ def _list(root: Path, args: argparse.Namespace) -> int:
 
     if not sys.stdout.isatty():
         for row in rows:
-            cells = (row.session, row.owner, row.model[:12], row.tokens, row.bytes, f"{row.last_used:.0f}", row.problem or "")
+            cells = (
+                row.session,
+                row.owner,
+                row.model[:12],
+                row.tokens,
+                row.bytes,
+                f"{row.last_used:.0f}",
+                row.problem or "",
+            )
             print("\t".join(safe(str(cell), lines=False).replace("\t", " ") for cell in cells))
         return DONE
     out = console()
@@ -179,13 +193,28 @@ def _list(root: Path, args: argparse.Namespace) -> int:
         out.print(f"There are no sessions in {root}.")
         return DONE
     shown = rows if args.all else rows[:_SHOWN]
-    columns = [("session", False), ("owner", False), ("model", False), ("tokens", True), ("bytes", True), ("used", True)]
+    columns = [
+        ("session", False),
+        ("owner", False),
+        ("model", False),
+        ("tokens", True),
+        ("bytes", True),
+        ("used", True),
+    ]
     columns.append(("", False))
     out.print(
         table(
             columns,
             (
-                (row.session, row.owner, row.model[:8], number(row.tokens), size(row.bytes), age(row.last_used), _notes(row))
+                (
+                    row.session,
+                    row.owner,
+                    row.model[:8],
+                    number(row.tokens),
+                    size(row.bytes),
+                    age(row.last_used),
+                    _notes(row),
+                )
                 for row in shown
             ),
         )
@@ -230,7 +259,10 @@ def _show(root: Path, args: argparse.Namespace) -> int:
         updated = "" if listing.last_update is None else f", the last {moment(listing.last_update)}"
         rows += [
             ("window", f"{number(min(listing.window_fill, listing.window))} of {number(listing.window)} tokens"),
-            ("kept pairs", f"{number(listing.kept)} of {number(listing.kept_capacity)} per KV head, on average per layer"),
+            (
+                "kept pairs",
+                f"{number(listing.kept)} of {number(listing.kept_capacity)} per KV head, on average per layer",
+            ),
             ("memory", f"{number(listing.absorbed)} tokens in {number(listing.updates)} writes{updated}"),
             ("budget", size(listing.budget)),
         ]
@@ -255,7 +287,9 @@ def _export(root: Path, args: argparse.Namespace) -> int:
     for what, flag in (("owner", "--owner"), ("model", "--model")):
         values = sorted({getattr(row, what) for _, row in usable})
         if len(values) > 1:
-            raise UsageError(f"these are sessions of {len(values)} {what}s ({', '.join(values)[:200]}): say which with {flag}")
+            raise UsageError(
+                f"these are sessions of {len(values)} {what}s ({', '.join(values)[:200]}): say which with {flag}"
+            )
     if not usable:
         raise CommandError(f"there is no session to export in {root}")
     if args.file.exists() and not args.force:
@@ -300,7 +334,11 @@ def _verify(root: Path, args: argparse.Namespace) -> int:
     if args.json:
         print(msgspec.json.encode({"sessions": count, "faults": found}).decode())
     else:
-        print(f"{count} sessions checked, {len(found)} files are damaged" if found else f"{count} sessions checked, all well")
+        print(
+            f"{count} sessions checked, {len(found)} files are damaged"
+            if found
+            else f"{count} sessions checked, all well"
+        )
     return FAILED if found else DONE
 
 
@@ -340,7 +378,9 @@ def _import(root: Path, args: argparse.Namespace) -> int:
                 raise SnapshotInvalid("archive is damaged: a member belongs to another session")
             check_name(listing.session_id, "session_id")
         if args.dry_run:
-            done = [{"session": one.session_id, "owner": args.owner or one.owner, "done": "would be read"} for one in wanted]
+            done = [
+                {"session": one.session_id, "owner": args.owner or one.owner, "done": "would be read"} for one in wanted
+            ]
         else:
             with _taken(root) as folder:
                 store = folder.store(reader.manifest.model)
@@ -348,7 +388,11 @@ def _import(root: Path, args: argparse.Namespace) -> int:
                     owner = args.owner or listing.owner
                     new = put(store, owner, reader.read(listing.session_id, LARGEST), replace=args.replace)
                     done.append(
-                        {"session": listing.session_id, "owner": owner, "done": "imported" if new else "as new or newer here"}
+                        {
+                            "session": listing.session_id,
+                            "owner": owner,
+                            "done": "imported" if new else "as new or newer here",
+                        }
                     )
     return _told(done, args)
 
@@ -383,7 +427,10 @@ def _prune(root: Path, args: argparse.Namespace) -> int:
     if not args.json:
         from server.terminal.output import size
 
-        print(f"{len(done)} sessions{' would be' * args.dry_run}, {size(sum(row.bytes for _, row in chosen))}", file=sys.stderr)
+        print(
+            f"{len(done)} sessions{' would be' * args.dry_run}, {size(sum(row.bytes for _, row in chosen))}",
+            file=sys.stderr,
+        )
     return _told(done, args)
 
 

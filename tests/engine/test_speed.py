@@ -19,7 +19,9 @@ def test_each_kind_is_measured_with_the_memory_and_without() -> None:
 
 
 def test_rounds_go_in_turns_and_the_first_warms_up(engine: Engine) -> None:
-    what = [speed.Test("decode 2", 2, 20, 4, memory) for memory in (False, True)] + [speed.Test("prefill", 1, 20, 1, False)]
+    what = [speed.Test("decode 2", 2, 20, 4, memory) for memory in (False, True)] + [
+        speed.Test("prefill", 1, 20, 1, False)
+    ]
     said: list[str] = []
     before = engine.stats()
     found = speed.measure(engine, what, 2, said.append)

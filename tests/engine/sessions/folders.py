@@ -20,11 +20,22 @@ from atlas_jax.engine.sessions.snapshot import Listing
 
 MODEL = "ab" * 32
 READING = Reading(
-    window=4, update=1, layers=1, degree=2, kept=256, budget=1 << 24, optimizer="exact", omega_window=512, step=0.001, decay=0.9
+    window=4,
+    update=1,
+    layers=1,
+    degree=2,
+    kept=256,
+    budget=1 << 24,
+    optimizer="exact",
+    omega_window=512,
+    step=0.001,
+    decay=0.9,
 )
 
 
-def made(name: str, *, owner: str = "local", model: str = MODEL, generation: int = 1000, tokens: int = 3, **more: Any) -> bytes:
+def made(
+    name: str, *, owner: str = "local", model: str = MODEL, generation: int = 1000, tokens: int = 3, **more: Any
+) -> bytes:
     """A snapshot of a session that has read some tokens."""
     history = History()
     history.extend(list(range(tokens)))

@@ -70,9 +70,17 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "payload": (lambda root: flipped(snapshot_of(root), -9), "snapshot", "its checksum does not match"),
     "magic": (lambda root: flipped(snapshot_of(root), 0), "snapshot", "not a session snapshot"),
     "version": (lambda root: flipped(snapshot_of(root), 8), "snapshot", "is not supported"),
-    "cut off": (lambda root: snapshot_of(root).write_bytes(snapshot_of(root).read_bytes()[:-5]), "snapshot", "checksum"),
+    "cut off": (
+        lambda root: snapshot_of(root).write_bytes(snapshot_of(root).read_bytes()[:-5]),
+        "snapshot",
+        "checksum",
+    ),
     "empty": (lambda root: snapshot_of(root).write_bytes(b""), "snapshot", "truncated"),
-    "of another": (lambda root: snapshot_of(root).write_bytes(folders.made("x")), "snapshot", "belongs to another session"),
+    "of another": (
+        lambda root: snapshot_of(root).write_bytes(folders.made("x")),
+        "snapshot",
+        "belongs to another session",
+    ),
     "of another model": (
         lambda root: snapshot_of(root).write_bytes(folders.made("s", model="ee" * 32)),
         "snapshot",
@@ -81,9 +89,13 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "journal": (lambda root: flipped(session_of(root) / "journal", 20), "journal", "checksum does not match"),
     "journal's magic": (lambda root: flipped(session_of(root) / "journal", 1), "journal", "not a journal"),
     "gap": (
-        lambda root: session_of(root).joinpath("journal").write_bytes(
-            journal.begin(journal.Origin(folders.MODEL, "local", "s", 0.0))
-            + journal.encode(journal.Turn(5000, 4000, 3, [1], [], None, None, folders.READING, 0.0))
+        lambda root: (
+            session_of(root)
+            .joinpath("journal")
+            .write_bytes(
+                journal.begin(journal.Origin(folders.MODEL, "local", "s", 0.0))
+                + journal.encode(journal.Turn(5000, 4000, 3, [1], [], None, None, folders.READING, 0.0))
+            )
         ),
         "journal",
         "a turn is missing",

@@ -39,31 +39,33 @@ def test_every_action_on_sessions_has_its_help(action: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["chta"], "atlas-jax: error: unknown command 'chta'; did you mean chat?"),
-        (["chat", "--sesion", "x"], "atlas-jax chat: error: unknown flag --sesion; did you mean --session?"),
-        (["chat", "m.gguf", "n.gguf"], "atlas-jax chat: error: unexpected argument 'n.gguf'"),
-        (["chat", "--set", "temprature=1"], "atlas-jax chat: error: there is no field 'temprature'; did you mean temperature?"),
-        (["chat", "--set", "top_p"], "atlas-jax chat: error: --set wants NAME=VALUE, got 'top_p'"),
-        (["generate", "m", "p", "--seed", "x"], "atlas-jax generate: error: --seed: invalid int value: 'x'"),
-        (["generate", "m", "p", "--temperature", "500"], "atlas-jax generate: error: temperature: value must be between 0 and 100"),
-        (["generate", "m", "p", "--system", "x"], "atlas-jax generate: error: --system needs --chat: a plain completion has no messages"),
-        (["generate", "--url", "x", "m", "p"], "atlas-jax generate: error: --url and a model are given: which of them is to answer?"),
-        (["generate", "--url", "ftp://x", "p"], "atlas-jax generate: error: --url must begin with http:// or https://, got 'ftp://x'"),
-        (["generate", "--url", "x", "--threads", "2", "p"], "atlas-jax generate: error: --threads says how a model is opened here, --url that none is"),
-        (["inspect"], "atlas-jax inspect: error: the following arguments are required: FILE|FOLDER"),
-        (["inspect", "x", "--tensor"], "atlas-jax inspect: error: unknown flag --tensor; did you mean --tensors?"),
-        (["sessions", "lst"], "atlas-jax sessions: error: COMMAND 'lst' is not known; did you mean list?"),
-        (["sessions", "prune", "--older-thn", "3d"], "atlas-jax sessions: error: unknown flag --older-thn; did you mean --older-than?"),
-        (["bench"], "atlas-jax bench: error: one model is to be named: MODEL, or --hf-repo"),
-        (["bench", "m", "--rounds", "0"], "atlas-jax bench: error: --rounds must be at least 1, and --streams from 1 to 256"),
-        (["completion", "bsh"], "atlas-jax completion: error: SHELL 'bsh' is not known; did you mean bash?"),
-        (["completion", "cmd"], "atlas-jax completion: error: SHELL 'cmd' is not known; there are bash, zsh, fish"),
+        (["chta"], "unknown command 'chta'; did you mean chat?"),
+        (["chat", "--sesion", "x"], "unknown flag --sesion; did you mean --session?"),
+        (["chat", "m.gguf", "n.gguf"], "unexpected argument 'n.gguf'"),
+        (["chat", "--set", "temprature=1"], "there is no field 'temprature'; did you mean temperature?"),
+        (["chat", "--set", "top_p"], "--set wants NAME=VALUE, got 'top_p'"),
+        (["generate", "m", "p", "--seed", "x"], "--seed: invalid int value: 'x'"),
+        (["generate", "m", "p", "--temperature", "500"], "temperature: value must be between 0 and 100"),
+        (["generate", "m", "p", "--system", "x"], "--system needs --chat: a plain completion has no messages"),
+        (["generate", "--url", "x", "m", "p"], "--url and a model are given: which of them is to answer?"),
+        (["generate", "--url", "ftp://x", "p"], "--url must begin with http:// or https://, got 'ftp://x'"),
+        (["generate", "--url", "x", "--threads", "2", "p"],
+         "--threads says how a model is opened here, --url that none is"),
+        (["inspect"], "the following arguments are required: FILE|FOLDER"),
+        (["inspect", "x", "--tensor"], "unknown flag --tensor; did you mean --tensors?"),
+        (["sessions", "lst"], "COMMAND 'lst' is not known; did you mean list?"),
+        (["sessions", "prune", "--older-thn", "3d"], "unknown flag --older-thn; did you mean --older-than?"),
+        (["bench"], "one model is to be named: MODEL, or --hf-repo"),
+        (["bench", "m", "--rounds", "0"], "--rounds must be at least 1, and --streams from 1 to 256"),
+        (["completion", "bsh"], "SHELL 'bsh' is not known; did you mean bash?"),
+        (["completion", "cmd"], "SHELL 'cmd' is not known; there are bash, zsh, fish"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line(capsys: pytest.CaptureFixture[str], arguments: list[str], said: str) -> None:
     code = main(arguments)
     shown = capsys.readouterr()
-    assert (code, shown.out, shown.err) == (2, "", f"{said}\n")
+    prog = f"atlas-jax {arguments[0]}" if arguments[0] in COMMANDS else "atlas-jax"
+    assert (code, shown.out, shown.err) == (2, "", f"{prog}: error: {said}\n")
 
 
 @pytest.mark.parametrize(
@@ -103,8 +105,8 @@ def test_bash_completes_what_is_typed(capsys: pytest.CaptureFixture[str]) -> Non
     main(["completion", "bash"])
     script = capsys.readouterr().out
     ask = (
-        f"{script}\nCOMP_WORDS=(atlas-jax sessions pr); COMP_CWORD=2; _shtab_atlas_jax; echo \"${{COMPREPLY[@]}}\"\n"
-        "COMP_WORDS=(atlas-jax generate --max); COMP_CWORD=2; _shtab_atlas_jax; echo \"${COMPREPLY[@]}\"\n"
+        f'{script}\nCOMP_WORDS=(atlas-jax sessions pr); COMP_CWORD=2; _shtab_atlas_jax; echo "${{COMPREPLY[@]}}"\n'
+        'COMP_WORDS=(atlas-jax generate --max); COMP_CWORD=2; _shtab_atlas_jax; echo "${COMPREPLY[@]}"\n'
     )
     done = subprocess.run([bash, "--norc"], input=ask, text=True, capture_output=True)
     assert done.stdout.splitlines() == ["prune", "--max-tokens"], done.stderr

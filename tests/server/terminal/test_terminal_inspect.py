@@ -30,7 +30,12 @@ def test_a_model_that_would_be_served(tmp_path: Path, capsys: pytest.CaptureFixt
     model = tiny_model.write_model(tmp_path / "tiny.gguf", tiny_model.NIBBLES)
     code, found = looked(capsys, str(model))
     assert (code, found["served"], found["refusal"]) == (0, True, None)
-    assert (found["architecture"], found["layers"], found["heads"], found["context_length"]) == ("llama", 2, [4, 2], 4096)
+    assert (found["architecture"], found["layers"], found["heads"], found["context_length"]) == (
+        "llama",
+        2,
+        [4, 2],
+        4096,
+    )
     assert {one["name"]: one["tensors"] for one in found["types"]} == {"Q4_1": 16, "F32": 5}
     assert found["memory"]["adapter"] == "to be fitted"
     state = found["memory"]["state"]

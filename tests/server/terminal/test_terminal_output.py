@@ -43,7 +43,9 @@ def test_sizes(count: int, shown: str) -> None:
     assert output.size(count) == shown
 
 
-@pytest.mark.parametrize(("seconds", "shown"), [(5, "5 s"), (90, "2 min"), (7200, "2 h"), (200_000, "2 d"), (-9, "0 s")])
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(5, "5 s"), (90, "2 min"), (7200, "2 h"), (200_000, "2 d"), (-9, "0 s")]
+)
 def test_ages(seconds: float, shown: str) -> None:
     assert output.age(1000.0, 1000.0 + seconds) == shown
 

@@ -92,11 +92,15 @@ def test_sessions_go_to_a_file_and_into_another_folder(
     assert run(there, capsys, "verify")[1] == {"sessions": 2, "faults": []}
     again = run(there, capsys, "import", str(file), "notes", "--owner", "bob")[1]
     assert [one["done"] for one in again] == ["as new or newer here"]
-    assert [one["done"] for one in run(there, capsys, "import", str(file), "notes", "--owner", "bob", "--replace")[1]] == ["imported"]
+    assert [
+        one["done"] for one in run(there, capsys, "import", str(file), "notes", "--owner", "bob", "--replace")[1]
+    ] == ["imported"]
     assert run(there, capsys, "import", str(file), "nobody")[0] == 1
 
 
-def test_a_file_that_is_damaged_brings_nothing_in(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_damaged_brings_nothing_in(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file, there = tmp_path / "some.atlas", tmp_path / "there"
     run(root, capsys, "export", str(file), "--owner", "local", "--model", MODEL)
     file.write_bytes(file.read_bytes().replace(b"0.k", b"1.k"))
