@@ -66,7 +66,8 @@ def measure(engine: Engine, what: Sequence[Test], rounds: int, progress: Callabl
 
 def run(engine: Engine, test: Test, seed: int) -> float:
     """Tokens per second of one run of a test."""
-    memory = MemoryParams() if test.memory else None
+    window = min(MemoryParams().window_size, engine.config.max_window)
+    memory = MemoryParams(window_size=window) if test.memory else None
     requests = [greedy(prompt, test.steps, memory) for prompt in prose(engine, test.streams, test.tokens, seed)]
     ends = [end for events in ask(engine, requests) for end in events if isinstance(end, Finished)]
     if test.steps == 1:

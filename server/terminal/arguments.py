@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -85,6 +86,8 @@ def run(prog: str, work: Callable[[], int]) -> int:
     """
     code = _code(prog, work)
     if _engine_opened:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code

@@ -51,7 +51,7 @@ def whole() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="atlas-jax", description="Models with a test-time memory.")
     made.add_argument("--version", action="store_true", help="print the version")
     commands = made.add_subparsers(dest="command")
-    parsers = {SERVE: ("serve a model", serve_parser())}
+    parsers: dict[str, tuple[str, argparse.ArgumentParser]] = {SERVE: ("serve a model", serve_parser())}
     parsers |= {name: (one.about, one.parser()) for name, one in COMMANDS.items()}
     for name, (about, own) in parsers.items():
         commands.add_parser(name, help=about, description=own.description, parents=[own], add_help=False)

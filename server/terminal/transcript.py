@@ -17,6 +17,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import Struct
 
+from server.terminal.arguments import CommandError
+
 Role = Literal["user", "assistant"]
 
 
@@ -65,13 +67,17 @@ class Transcript:
 
     @classmethod
     def open(cls, path: Path | None) -> Transcript:
-        """Reads what is there; a line that was cut off, or is damaged, is passed over."""
+        """Reads what is there; a line that was cut off, or is damaged, is passed over. Raises CommandError."""
         made = cls(path)
-        if path is not None and path.exists():
-            with path.open("rb") as lines:
-                for line in lines:
-                    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
-                        made._apply(_decode(line))
+        try:
+            lines = b"" if path is None else path.read_bytes()
+        except FileNotFoundError:
+            return made
+        except OSError as error:
+            raise CommandError(f"what was said cannot be read from {path}: {error.strerror}") from None
+        for line in lines.splitlines():
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                made._apply(_decode(line))
         return made
 
     def _apply(self, line: _Line) -> None:
@@ -91,15 +97,10 @@ class Transcript:
         self._apply(line)
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            data = _encode(line) + b"\n"
-            if _cut_off(self.path):
-                data = b"\n" + data
-            os.write(descriptor, data)
-        finally:
-            os.close(descriptor)
+            _append(self.path, _encode(line) + b"\n")
+        except OSError as error:
+            raise CommandError(f"what was said cannot be kept in {self.path}: {error.strerror}") from None
 
     def add(self, question: str, answer: str, *, cut: bool = False) -> None:
         """A turn that was answered."""
@@ -141,6 +142,13 @@ class Transcript:
         if self.messages or self.joined:
             made.restart(list(self.messages), joined=self.joined)
         return made
+
+
+def _append(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "ab") as file:
+        file.write(b"\n" * _cut_off(path) + data)
 
 
 def _cut_off(path: Path) -> bool:

@@ -183,6 +183,7 @@ def test_a_journal_alone_has_no_memory_to_carry_away(tmp_path: Path) -> None:
         whole_snapshot(stored)
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_was_carried_to(opened: Callable[..., Any], tmp_path: Path) -> None:
     """An engine answers a session that was carried away as it answers the session itself, its journal included."""
     alive, moved, copied = tmp_path / "alive", tmp_path / "moved", tmp_path / "copied"

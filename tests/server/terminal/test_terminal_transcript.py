@@ -7,9 +7,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from server.terminal.arguments import CommandError
 from server.terminal.transcript import Message, Transcript, saved_state, transcript_path
 
 _DONE = st.one_of(
@@ -96,3 +98,14 @@ def test_a_branch_has_a_transcript_of_its_own(tmp_path: Path) -> None:
     second.add("two", "2")
     assert [message.content for message in Transcript.open(tmp_path / "a").messages] == ["one", "1"]
     assert [message.content for message in Transcript.open(tmp_path / "b").messages] == ["one", "1", "two", "2"]
+
+
+def test_a_place_that_cannot_be_written_is_named_and_nothing_is_lost(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    transcript = Transcript(tmp_path / "file" / "t.jsonl")
+    with pytest.raises(CommandError, match="cannot be kept"):
+        transcript.add("one", "1")
+    assert len(transcript.messages) == 2
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(CommandError, match="cannot be read"):
+        Transcript.open(tmp_path / "folder")
