@@ -59,8 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(arguments) if command is None else command.main(arguments[1:])
     except ModuleNotFoundError as error:
-        extra, missing = "serve" if command is None else command.extra, str(error.name)
-        if missing.partition(".")[0] in ("atlas_jax", "server"):
+        extra, missing = "serve" if command is None else command.extra, str(error.name).partition(".")[0]
+        if missing in ("atlas_jax", "server"):
             raise
         _complain(f"{missing} is not installed; it comes with the extra '{extra}': pip install 'atlas-jax[{extra}]'")
         return FAILED
