@@ -127,12 +127,14 @@ def _write(found: Sequence[Speed], model: ModelInfo, args: argparse.Namespace) -
     by_name: dict[str, dict[bool, Speed]] = {}
     for one in found:
         by_name.setdefault(one.test.name, {})[one.test.memory] = one
-    cells = []
+    cells: list[tuple[str, ...]] = []
     for name, kinds in by_name.items():
         plain, memory = kinds[False], kinds.get(True)
         share = f"{memory.median / plain.median:.2f}" if memory is not None else ""
         cells.append((name, _cell(plain), _cell(memory), share))
     columns = [("tokens/s", False), ("plain", True), ("with memory", True), ("ratio", True)]
+    if not any(one.test.memory for one in found):
+        cells, columns = [row[:2] for row in cells], columns[:2]
     if model.memory_unavailable is not None and not args.no_memory:
         console(stderr=True).print(f"without a memory: {model.memory_unavailable}")
     out = console()
