@@ -70,7 +70,7 @@ def _exchange(
 
     def put(old: PackedPages | jax.Array, page: Pages) -> PackedPages | jax.Array:
         new = jax.tree.map(lambda leaf: leaf[heads, source], page)
-        packed = pack(new.values, new.scale) if isinstance(new, QuantPages) else new
+        packed = pack(new.values, new.scale, old.bits) if isinstance(old, PackedPages) else new
         return jax.tree.map(lambda leaf, one: leaf.at[where].set(one, mode="drop"), old, packed)
 
     return dataclasses.replace(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.linear import quantize_rows
-from atlas_jax.kernels.packed_pages import PackedPages, init_packed, unpack
+from atlas_jax.kernels.packed_pages import KEY_BITS, VALUE_BITS, Bits, PackedPages, init_packed, unpack
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32
 
 KVDtype = Literal["int8", "float32"]
@@ -50,7 +50,7 @@ class KeptPairs:
     for so layers may keep different numbers and still be the same program.
 
     Attributes:
-      k, v: the pairs, in 4 bits where the ring is in 8.
+      k, v: the pairs, in 4 and 2 bits where the ring is in 8.
       score: attention that each of them has received, see `model.kept_pairs`.
     """
 
@@ -161,10 +161,10 @@ def init_kept_pairs(batch: int, pages: int, kv_heads: int, head_dim: int, dtype:
     """Nothing kept yet, in `pages` pages of all layers."""
     rows = (batch, pages, kv_heads, PAGE)
 
-    def pairs() -> PackedPages | jax.Array:
-        return jnp.zeros((*rows, head_dim), jnp.float32) if dtype == "float32" else init_packed(rows, head_dim)
+    def pairs(bits: Bits) -> PackedPages | jax.Array:
+        return jnp.zeros((*rows, head_dim), jnp.float32) if dtype == "float32" else init_packed(rows, head_dim, bits)
 
-    return KeptPairs(k=pairs(), v=pairs(), score=jnp.zeros(rows, jnp.float32))
+    return KeptPairs(k=pairs(KEY_BITS), v=pairs(VALUE_BITS), score=jnp.zeros(rows, jnp.float32))
 
 
 def init_pair_choice(batch: int, pages: int, heads: int, kv_heads: int, head_dim: int, samples: int) -> PairChoice:

@@ -233,7 +233,7 @@ def exchange_pairs(
     k: PackedPages,
     v: PackedPages,
 ) -> tuple[Float[Array, "B pool K P"], PackedPages, PackedPages]:
-    """`exchange_pairs.exchange_pairs` of pairs in 4 bits: score, keys and values, changed in place.
+    """`exchange_pairs.exchange_pairs` of packed pairs: score, keys and values, changed in place.
 
     Args:
       first: the first page of each layer's.
@@ -283,7 +283,7 @@ def received_attention(
 
 
 def _packed(pages: PackedPages) -> tuple[jax.Array, ...]:
-    return pages.nibbles, pages.step, pages.offset, pages.scale
+    return pages.numbers, pages.step, pages.offset, pages.half_scale
 
 
 def _call(
