@@ -15,7 +15,7 @@ from atlas_jax.kernels.cpu import library
 from atlas_jax.kernels.exchange_pairs import exchange_pairs
 from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
 from atlas_jax.kernels.kv_pages import KeptPairs, QuantPages, init_kept_pairs
-from atlas_jax.kernels.packed_pages import KEY_BITS, VALUE_BITS, Bits, PackedPages, pack, unpack
+from atlas_jax.kernels.packed_pages import KEY_BITS, VALUE_BITS, Bits, PackedPages, pack, unpack, upper_half
 
 HEADS, KV_HEADS = 6, 2
 seeds = st.integers(0, 2**32 - 1)
@@ -45,10 +45,10 @@ def kept_pairs(random: np.random.Generator, rows: int, pages: int, dim: int) -> 
         values = random.integers(-127, 128, (*old.scale.shape, dim)).astype(np.int8)
         return pack(jnp.asarray(values), jnp.asarray(random.random(old.scale.shape), jnp.float32), old.bits)
 
-    score = random.integers(0, 6, empty.score.shape).astype(np.float32)  # many are equal
+    score = random.integers(0, 6, empty.stored_score.shape).astype(np.float32)  # many are equal
     assert isinstance(empty.k, PackedPages)
     assert isinstance(empty.v, PackedPages)
-    return KeptPairs(filled(empty.k), filled(empty.v), jnp.asarray(score))
+    return KeptPairs(filled(empty.k), filled(empty.v), upper_half(jnp.asarray(score)))
 
 
 def page(random: np.random.Generator, dim: int) -> QuantPages:

@@ -96,7 +96,7 @@ class Step:
     @property
     def filled(self) -> np.ndarray:
         """Which places of all pages hold a pair of the layer, [B, pool, 1, P]."""
-        pool = self.pairs.pool.score.shape[1]
+        pool = self.pairs.pool.stored_score.shape[1]
         index = np.arange(pool * PAGE).reshape(1, pool, 1, PAGE) - self.first * PAGE
         return (index >= 0) & (index < self.kept[:, None, None, None])
 

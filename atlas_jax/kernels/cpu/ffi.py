@@ -15,7 +15,7 @@ import numpy as np
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.cpu.library import VERSION
 from atlas_jax.kernels.packed_pages import PackedPages
-from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8
+from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8, UInt16
 
 MAX_ROWS = 128
 """Rows of a GEMM that one call takes."""
@@ -229,10 +229,10 @@ def exchange_pairs(
     capacity: Int32[Array, layers],
     own: Float[Array, "layers K P"],
     page: tuple[Int8[Array, "layers K P D"] | Float[Array, "layers K P"], ...],
-    score: Float[Array, "B pool K P"],
+    score: UInt16[Array, "B pool K P"],
     k: PackedPages,
     v: PackedPages,
-) -> tuple[Float[Array, "B pool K P"], PackedPages, PackedPages]:
+) -> tuple[UInt16[Array, "B pool K P"], PackedPages, PackedPages]:
     """`exchange_pairs.exchange_pairs` of packed pairs: score, keys and values, changed in place.
 
     Args:

@@ -22,7 +22,7 @@ typedef struct {
 
 typedef struct {
   const float *own;                      /* [L, K, P] */
-  float *score;                          /* [B, M, K, P] */
+  uint16_t *score;                       /* [B, M, K, P]: upper halves of float32 */
   const int32_t *first, *kept, *capacity; /* [L]: where a layer's pages begin, and its pairs */
   Packed k, v;
   int64_t row, pages, kv_heads, dim;
@@ -58,6 +58,19 @@ static uint64_t selected(uint64_t *numbers, int64_t count, int64_t rank) {
   return numbers[rank];
 }
 
+static float whole(uint16_t half) {
+  const uint32_t bits = (uint32_t)half << 16;
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+static uint16_t upper_half(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return (uint16_t)((bits + 0x8000) >> 16);
+}
+
 /* One token's numbers, as `packed_pages.pack`. */
 static void pack(const Packed *pages, int64_t source, int64_t place, int64_t dim) {
   const int64_t block = dim % BLOCK ? dim : BLOCK, half = block / 2, shared = block * pages->bits / 8;
@@ -86,9 +99,7 @@ static void pack(const Packed *pages, int64_t source, int64_t place, int64_t dim
       *offset++ = (int8_t)low;
     }
   }
-  uint32_t scale;
-  memcpy(&scale, pages->unit + source, sizeof scale);
-  pages->half_scale[place] = (uint16_t)((scale + 0x8000) >> 16);
+  pages->half_scale[place] = upper_half(pages->unit[source]);
 }
 
 /* One head of one layer. */
@@ -105,7 +116,7 @@ static void exchange_part(const void *data, int64_t part) {
   const int64_t first = (task->row * task->pages + task->first[layer]) * page_step + head * PAGE;
   for (int64_t i = 0; i < places; i++) {
     /* free places go first, in order; those past the capacity never */
-    float score = i < kept ? task->score[first + i / PAGE * page_step + i % PAGE] : (float)(i - places);
+    float score = i < kept ? whole(task->score[first + i / PAGE * page_step + i % PAGE]) : (float)(i - places);
     if (i >= capacity) score = INFINITY;
     numbers[i] = ordered(score, (uint32_t)i);
   }
@@ -117,7 +128,7 @@ static void exchange_part(const void *data, int64_t part) {
     if (numbers[i] > last) continue;
     while (numbers[places + source] <= last) source++;
     const int64_t place = first + i / PAGE * page_step + i % PAGE;
-    task->score[place] = own[source];
+    task->score[place] = upper_half(own[source]);
     pack(&task->k, part * PAGE + source, place, task->dim);
     pack(&task->v, part * PAGE + source, place, task->dim);
     source++;
@@ -136,7 +147,7 @@ static Packed packed(const XLA_FFI_CallFrame *frame, int page, int kept) {
 }
 
 /* (row i32 []; of L layers the first page, kept pairs and capacity i32 [L]; own f32 [L, K, P]; the page's keys int8
-   [L, K, P, D], their scale f32 [L, K, P]; values and scale; score f32 [B, M, K, P]; kept keys: numbers u8
+   [L, K, P, D], their scale f32 [L, K, P]; values and scale; half of the score u16 [B, M, K, P]; kept keys: numbers u8
    [B, M, K, P, D · bits / 8], step u8 and offset int8 [B, M, K, P, G], half of the scale u16 [B, M, K, P]; kept values
    likewise) -> score, kept keys and kept values, in place; P = 128. */
 EXPORT XLA_FFI_Error *atlas_exchange_pairs(XLA_FFI_CallFrame *frame) {
