@@ -14,7 +14,7 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psutil_reference.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
+.PHONY: help serve test test-slow check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours schemathesis \
   bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
@@ -99,6 +99,10 @@ neighbours: $(VENV)/bench model ## what a stream notices of other clients: long 
 attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
 	$(RUN) -m benchmarks.attack $(MODEL) --output docs/benchmarks/attack.md $(ARGS)
 
+schemathesis: $(VENV)/dev ## 500 generated requests and more for every operation of the OpenAPI document (ARGS="--examples 20")
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[fuzz]'
+	$(RUN) -m tests.server.fuzz_openapi $(ARGS)
+
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
 	  titans-pytorch)
@@ -126,7 +130,7 @@ config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, 
 	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --universal --no-emit-index-url \
+	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --extra fuzz --universal --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what make has installed and built, not the models

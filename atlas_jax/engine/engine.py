@@ -17,6 +17,7 @@ import numpy as np
 from atlas_jax import _platform
 from atlas_jax.engine import cache_folder
 from atlas_jax.engine.api import (
+    AnswerShape,
     CallGrammar,
     ChatFrame,
     EngineStats,
@@ -171,9 +172,9 @@ class Engine:
         """A conversation as the template writes it, for people to read; raises InvalidRequest."""
         return self._chat.text(messages, **kwargs)
 
-    def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[Grammar]:
-        """A grammar of the JSON texts a schema allows; see `api.EngineProtocol.json_grammar`."""
-        return self._grammars.json(schema, owner=owner)
+    def answer_grammar(self, shape: AnswerShape, *, owner: str = "") -> Future[Grammar]:
+        """A grammar of answers of a shape; see `api.EngineProtocol.answer_grammar`."""
+        return self._grammars.answers(shape, owner=owner)
 
     def call_grammar(self, calls: CallGrammar, *, owner: str = "") -> Future[Grammar]:
         """A grammar of answers with tool calls; see `api.EngineProtocol.call_grammar`."""

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.engine.api import (
+    AnswerShape,
     CallGrammar,
     ChatFrame,
     Delta,
@@ -54,7 +55,7 @@ STATE = StateBytes(window=500, kept=400, memory=124, budget=1 << 24)
 
 @dataclass(frozen=True)
 class FakeGrammar:
-    schema: dict[str, Any] | CallGrammar
+    schema: AnswerShape | CallGrammar
     owner: str
     ignored: tuple[str, ...] = ()
 
@@ -236,7 +237,7 @@ class FakeEngine:
       requests: every request that was submitted.
       script: what the next requests are answered, one text each.
       template: what its chat template can do.
-      written: the last conversation that was rendered, and the tools.
+      written, variables: the last conversation that was rendered, the tools, and the template's variables.
       grammar_fault: what the next grammar of calls fails with.
     """
 
@@ -277,6 +278,7 @@ class FakeEngine:
         self.script: list[str] = []
         self.template = TemplateFacts()
         self.written: tuple[list[dict[str, Any]], Any] = [], None
+        self.variables: dict[str, Any] = {}
         self.grammar_fault: Exception | None = None
         self.grammars: list[Future[FakeGrammar]] = []
         self.cancels = self.completed = 0
@@ -299,6 +301,7 @@ class FakeEngine:
     ) -> list[int]:
         out: list[int] = []
         self.written = [dict(message) for message in messages], tools
+        self.variables = dict(variables or {})
         for message in messages:
             text = f"{message['role']}\n{message['content']}"
             out += [START, *self.tokenizer.encode(text, add_special=False, parse_special=False), END]
@@ -316,11 +319,12 @@ class FakeEngine:
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         return self.tokenizer.decode(self.render_chat(messages, tools=kwargs.get("tools")))
 
-    def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[FakeGrammar]:
+    def answer_grammar(self, shape: AnswerShape, *, owner: str = "") -> Future[FakeGrammar]:
         future: Future[FakeGrammar] = Future()
         self.grammars.append(future)
+        schema = shape.schema or {}
         if schema.get("title") != "never compiled":
-            future.set_result(FakeGrammar(dict(schema), owner, ("uniqueItems",) if "uniqueItems" in schema else ()))
+            future.set_result(FakeGrammar(shape, owner, ("uniqueItems",) if "uniqueItems" in schema else ()))
         return future
 
     def call_grammar(self, calls: CallGrammar, *, owner: str = "") -> Future[FakeGrammar]:

@@ -51,9 +51,11 @@ from atlas_jax.engine.api.requests import (
 )
 from atlas_jax.engine.memory_options import CacheStrategy
 from atlas_jax.grammar.calls import CallGrammar, CallShape
+from atlas_jax.grammar.shape import AnswerShape
 
 __all__ = [
     "MAX_LOGIT_BIAS",
+    "AnswerShape",
     "CacheStrategy",
     "CallGrammar",
     "CallShape",
