@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ def gemma_path() -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Any]]:
-    return lambda name: json.loads((GOLDEN / f"{name}.json").read_text())
+    return lambda name: json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
 
 
 def _as_metadata(values: Mapping[str, Any]) -> dict[str, Any]:
