@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atlas_jax.gguf._header import GGUFError, quote
-from atlas_jax.gguf._unicode import HAN, SPACE, classify, is_han
+from atlas_jax.gguf._unicode import HAN, SPACE, classify, is_han, with_cases
 
 # Contents of character classes over classified bytes; see `_unicode` for the values from 0x80.
 _L = r"A-Za-z\x80"
@@ -28,6 +28,12 @@ _SYMBOLS = r"$+<=>^`|~\x85"
 # Letters that are not lower-case ASCII, and not upper-case ASCII: all that "upper" and "lower" mean to these models.
 _UPPER = r"A-Z\x80"
 _LOWER = r"a-z\x80"
+
+# Capital and small letters beyond ASCII, in the patterns that tell them from others; in all others they are letters.
+_CAPITAL, _SMALL = r"\x88", r"\x89"
+_ANY_LETTER = rf"{_L}{_CAPITAL}{_SMALL}"
+_CAPITALS = rf"[A-Z\x80{_CAPITAL}{_M}]"
+_SMALLS = rf"[a-z\x80{_SMALL}{_M}]"
 
 _SUFFIX = r"'(?:[sStTmMdD]|[rR][eE]|[vV][eE]|[lL][lL])"
 _BLANKS = rf"[{_S}]+(?![^{_S}])|[{_S}]+"
@@ -83,6 +89,15 @@ class _Family:
     patterns: tuple[str, ...]
     ignore_merges: bool = False
     add_bos: bool = False
+
+
+def _exact_cases(suffix: str, digits: str) -> str:
+    """Words that end where a small letter is followed by a capital one."""
+    before = rf"[^\r\n{_ANY_LETTER}{_N}]?"
+    return (
+        rf"{before}{_CAPITALS}*{_SMALLS}+{suffix}|{before}{_CAPITALS}+{_SMALLS}*{suffix}|{digits}"
+        rf"| ?[^{_S}{_ANY_LETTER}{_N}]+[\r\n/]*|{_LINES}"
+    )
 
 
 _FAMILIES = (
@@ -185,6 +200,10 @@ _FAMILIES = (
     _Family("afmoe", (_DIGIT_GROUPS, _AFMOE_SCRIPTS, _DEEPSEEK3)),
     _Family("bloom gpt3-finnish poro-chat", (_BLOOM,)),
     _Family("viking", (_BLOOM, rf"[{_N}]")),
+    # The same as their namesakes, but as the description of their makers has it, not llama.cpp, to which all letters beyond
+    # ASCII are both capital and small: no file names these, folders of safetensors do.
+    _Family("atlas-tekken", (_exact_cases("", rf"[{_N}]"),), ignore_merges=True, add_bos=True),
+    _Family("atlas-gpt-4o", (_exact_cases(rf"(?:{_SUFFIX})?", rf"[{_N}]{{1,3}}"),)),
     # a cut before each group of three digits, counted from the end of the number
     _Family("superbpe", (rf"[{_N}]+", "(?=(?:[0-9]{3})+(?![0-9]))")),
     _Family("falcon", (rf"[{_P}$+<=>^~|`]+", _GPT2, "[0-9][0-9][0-9]")),
@@ -200,10 +219,11 @@ class PreTokenizer:
       ignore_merges, add_bos: what the name says about the model beside the patterns.
     """
 
-    __slots__ = ("_han", "_patterns", "add_bos", "ignore_merges")
+    __slots__ = ("_cases", "_han", "_patterns", "add_bos", "ignore_merges")
 
     def __init__(self, family: _Family) -> None:
         self._patterns = tuple(map(_compiled, family.patterns))
+        self._cases = any(_CAPITAL in pattern for pattern in family.patterns)
         self._han = any(_HAN in pattern for pattern in family.patterns)
         self.ignore_merges = family.ignore_merges
         self.add_bos = family.add_bos
@@ -216,6 +236,8 @@ class PreTokenizer:
             folded = "".join("\v" if kind == SPACE else char for char, kind in zip(text, classes, strict=True))
         if self._han and not text.isascii():
             classes = bytes(HAN if is_han(char) else kind for char, kind in zip(text, classes, strict=True))
+        if self._cases and not text.isascii():
+            classes = with_cases(text)
         ends = [len(text)]
         for pattern in self._patterns:
             subject: Any = folded if isinstance(pattern.pattern, str) else classes

@@ -86,12 +86,15 @@ def pre_tokenizers(golden: Golden) -> dict[str, Any]:
     return golden("pretokenizers")
 
 
-@pytest.mark.parametrize("pre", sorted(_BY_NAME))
+NAMES = sorted(name for name in _BY_NAME if not name.startswith("atlas-"))
+
+
+@pytest.mark.parametrize("pre", NAMES)
 def test_pre_tokenizers_agree_with_llama_cpp(
     pre: str, pre_tokenizers: dict[str, Any], byte_level: dict[str, Any]
 ) -> None:
     by_name, texts = pre_tokenizers["plain"], pre_tokenizers["strings"]
-    assert by_name.keys() == _BY_NAME.keys()
+    assert sorted(by_name) == NAMES
     assert len(texts) >= 300
     expected = by_name[pre]
     expected = by_name[expected] if isinstance(expected, str) else expected
