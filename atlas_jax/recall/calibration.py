@@ -255,7 +255,7 @@ def _leading(covariance: np.ndarray, components: int) -> tuple[np.ndarray, np.nd
     from scipy.sparse.linalg import eigsh  # beside jax anyway; takes a while to import
 
     start = np.random.default_rng(0).standard_normal(len(covariance)).astype(covariance.dtype)
-    values, vectors = eigsh(covariance, components, v0=start)
+    values, vectors = eigsh(covariance, components, v0=start)  # type: ignore[no-untyped-call]
     return values, vectors
 
 

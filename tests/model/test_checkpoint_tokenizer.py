@@ -162,6 +162,22 @@ def test_a_text_is_composed_first_where_the_file_says_so(tmp_path: Path) -> None
         folder_metadata(tmp_path, file | {"normalizer": {"type": "NFKC"}})
 
 
+def test_tokens_that_swallow_white_space_do(tmp_path: Path) -> None:
+    tokens, types, merges = tiny_model.byte_level_vocabulary()
+    file = checkpoint_writer.byte_level(tokens, types, merges, checkpoint_writer.SMOLLM)
+    for one in file["added_tokens"]:
+        one["rstrip"] = one["content"] == "<|im_end|>"
+    made = Tokenizer.from_metadata(folder_metadata(tmp_path, file))
+    library = tokenizers.Tokenizer.from_str(json.dumps(file))
+    for text in (
+        "a<|im_end|> \n b",
+        "<|im_end|>",
+        "<|im_end|>  <|im_start|>  x",
+        " <|im_start|> <|im_end|>\t<|im_end|> y",
+    ):
+        assert made.encode(text, add_special=False, parse_special=True) == library.encode(text).ids, text
+
+
 def sentencepiece_vocabulary() -> tuple[list[str], list[int], list[float]]:
     """A vocabulary as SentencePiece trains one: control tokens, bytes, pieces by score, characters."""
     words = ("the", "memory", "tokens", "page", "session", "window", "again", "never", "reads", "and", "in", "that")

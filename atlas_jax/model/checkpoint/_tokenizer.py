@@ -19,7 +19,7 @@ from atlas_jax.gguf._header import MAX_STRINGS, quote
 from atlas_jax.gguf._pretokenizers import pretokenizer
 from atlas_jax.gguf._spm import SPACE
 from atlas_jax.gguf._tokenizer import NORMALIZER
-from atlas_jax.gguf._vocab import END_TEXTS
+from atlas_jax.gguf._vocab import END_TEXTS, RSTRIP
 from atlas_jax.model.checkpoint._files import CheckpointError, decode, read_bytes, read_json
 
 _FILE = "tokenizer.json"
@@ -78,6 +78,7 @@ class _Added(msgspec.Struct, frozen=True):
     content: str
     special: bool = False
     single_word: bool = False
+    rstrip: bool = False
 
 
 class _Model(msgspec.Struct, frozen=True):
@@ -186,6 +187,8 @@ def tokenizer_metadata(folder: Path, settings: Settings, rows: int) -> dict[str,
         }
         if _composes(file):
             found[NORMALIZER] = "nfc"
+    if swallowing := [one.id for one in added if one.rstrip]:
+        found[RSTRIP] = np.array(swallowing, np.int32)
     found |= _special(file, settings, {text: token for token, text in enumerate(tokens)})
     if settings.template is not None:
         found[_Key.CHAT_TEMPLATE] = settings.template

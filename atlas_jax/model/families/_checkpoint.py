@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -168,6 +169,7 @@ LAYER: Mapping[str, str] = {
 """What all families call alike; the norms around the MLP differ."""
 
 
+_NONE: Mapping[str, int] = MappingProxyType({})
 EXPERTS: Mapping[str, str] = {
     "mlp.gate": "ffn_gate_inp",
     "mlp.experts.*.gate_proj": "ffn_gate_exps",
@@ -177,13 +179,15 @@ EXPERTS: Mapping[str, str] = {
 """A mixture of experts as Qwen's models have it."""
 
 
-def decoder(config: Config, *, layer_norm: str | None = None, partial: bool = False, **defaults: int) -> Metadata:
+def decoder(
+    config: Config, defaults: Mapping[str, int] = _NONE, *, layer_norm: str | None = None, partial: bool = False
+) -> Metadata:
     """The sizes that every configuration has.
 
     Args:
+      defaults: of the class, by their names in config.json.
       layer_norm: the key of a LayerNorm's epsilon; None is a model with RMSNorm.
       partial: whether only a part of a head may rotate.
-      defaults: of the class, by their names in config.json.
     """
     heads = config.integer("num_attention_heads", defaults.get("num_attention_heads"))
     found: Metadata = {

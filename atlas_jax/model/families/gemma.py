@@ -18,7 +18,7 @@ def _describe(config: Config) -> Described:
     # the first files say "gelu", and were trained with its approximation all the same
     config.same("hidden_act", "gelu", "gelu_pytorch_tanh")
     config.same("hidden_activation", "gelu_pytorch_tanh")
-    found = decoder(config, head_dim=256)
+    found = decoder(config, {"head_dim": 256})
     base, scaling = config_rope(config, 10_000.0)
     found |= {"rope.freq_base": base} | scaled(scaling, found["context_length"])
     return Described(found, tied=config.get("tie_word_embeddings") is not False)

@@ -37,7 +37,7 @@ def _cap(fields: Fields, key: str, default: float) -> float | None:
 def _describe(config: Config) -> Described:
     config.same("hidden_act", "gelu_pytorch_tanh")
     config.same("hidden_activation", "gelu_pytorch_tanh")
-    found = decoder(config, head_dim=256)
+    found = decoder(config, {"head_dim": 256})
     layers, heads = found["block_count"], found["attention.head_count"]
     usual = found["embedding_length"] / max(1, heads) if layers == 46 else found["attention.key_length"]
     config.same("query_pre_attn_scalar", usual)

@@ -50,7 +50,7 @@ def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
 def _describe(config: Config) -> Described:
     config.same("hidden_activation", "gelu_pytorch_tanh")
     config.same("hidden_act", "gelu_pytorch_tanh")
-    found = decoder(config, **_DEFAULTS)
+    found = decoder(config, _DEFAULTS)
     base, scaling = config_rope(config, 1_000_000.0, "full_attention", ("linear",))
     local = config.number("rope_local_base_freq", _LOCAL_ROPE_BASE)
     parameters = config.get("rope_parameters")

@@ -12,10 +12,10 @@ def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
     return fields.model(vocabulary)
 
 
-def describe(config: Config, default_base: float = 10_000.0, **defaults: int) -> Described:
-    """What the configurations of Qwen's models say alike."""
+def describe(config: Config, default_base: float = 10_000.0, *, head_dim: int | None = None) -> Described:
+    """What the configurations of Qwen's models say alike; the defaults are of the class."""
     config.same("hidden_act", "silu")
-    found = decoder(config, **defaults)
+    found = decoder(config, {} if head_dim is None else {"head_dim": head_dim})
     whole_attention(config, found["context_length"] if config.get("use_sliding_window") else 0)
     base, scaling = config_rope(config, default_base)
     found |= {"rope.freq_base": base} | scaled(scaling, found["context_length"])
