@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,13 +41,11 @@ from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.fitting import BackgroundFit
 from atlas_jax.engine.host_memory import resident_bytes
 from atlas_jax.engine.loader import Opened, open_model
-from atlas_jax.engine.runner.base import ModelRunner
-from atlas_jax.engine.runner.warmup import WarmUp
 from atlas_jax.engine.scheduler.metrics import Counters, together
 from atlas_jax.engine.scheduler.request_state import RequestState, new_request_state
 from atlas_jax.engine.scheduler.scheduler import Scheduler
 from atlas_jax.engine.scheduler.structured_output import Grammar, Grammars
-from atlas_jax.engine.sessions.budgets import Budgets
+from atlas_jax.engine.serving import Serving
 from atlas_jax.engine.sessions.documents import Documents
 from atlas_jax.engine.sessions.storage import open_storage
 from atlas_jax.engine.sessions.store import Storage
@@ -60,21 +57,6 @@ log = logging.getLogger("atlas.engine")
 
 _EXIT_SECONDS = 120.0
 _LOOK_SECONDS = 0.05
-
-
-@dataclass(frozen=True)
-class _Serving:
-    """What serves requests: the model with its memory, or without."""
-
-    info: ModelInfo
-    runner: ModelRunner
-    table: SessionTable | None
-    scheduler: Scheduler
-    warm_up: WarmUp
-
-    @property
-    def busy(self) -> bool:
-        return bool(self.scheduler.running or self.scheduler.waiting)
 
 
 class Engine:
@@ -96,36 +78,13 @@ class Engine:
         keeps = opened.layout is not None or opened.fit is not None
         self._documents = Documents(storage.store(opened.info.fingerprint) if storage is not None and keeps else None)
         self._serving = self._new_serving(opened)
-        self._leaving: tuple[_Serving, ...] = ()
+        self._leaving: tuple[Serving, ...] = ()
         """What served before there was a memory, until its last request has ended."""
         self._earlier: tuple[Counters, ...] = ()
         self._fit = None if opened.fit is None else BackgroundFit(self._fitted(opened.fit), self._busy)
 
-    def _new_serving(self, opened: Opened) -> _Serving:
-        config, info, runner, layout = self.config, opened.info, opened.runner, opened.layout
-        table = (
-            None
-            if layout is None
-            else SessionTable(
-                layout,
-                storage=self._storage,
-                documents=self._documents,
-                default_file=config.memory_file or f"{info.name}_memory.atlas",
-                budgets=Budgets(config.l1_cache_size, config.l2_cache_size, config.l3_cache_size, config.owner_quota),
-                on_idle=self._wake,
-                sync_seconds=config.journal_sync,
-            )
-        )
-        scheduler = Scheduler(
-            runner,
-            opened.tokenizer,
-            None if table is None else table.tiers,
-            max_rows=config.max_concurrent,
-            context=opened.longest_prompt,
-            answer=info.context_length,
-            prefix_bytes=config.prefix_cache_size,
-        )
-        return _Serving(info, runner, table, scheduler, WarmUp(runner))
+    def _new_serving(self, opened: Opened) -> Serving:
+        return Serving.of(self.config, opened, self._storage, self._documents, self._wake)
 
     @classmethod
     def open(cls, config: EngineConfig | None = None, **fields: Any) -> Engine:
@@ -163,8 +122,7 @@ class Engine:
             if storage is not None:
                 storage.close()
             raise
-        engine._serving.warm_up.start(first_pages=opened.runner.buckets.pages[0])
-        engine._serving.scheduler.start()
+        engine._serving.start()
         if engine._fit is not None:
             engine._fit.start()
         # threads still in XLA when the interpreter goes away crash the process
@@ -354,7 +312,7 @@ class Engine:
             progress.finished()
             while before.busy:  # its requests go on as they began
                 progress.pause(_LOOK_SECONDS)
-            self._ended(before, _EXIT_SECONDS)
+            before.end(_EXIT_SECONDS)
             self._leaving = ()
 
         return work
@@ -366,27 +324,19 @@ class Engine:
         before.warm_up.stop(_EXIT_SECONDS)
         serving = self._new_serving(opened)
         try:
-            serving.warm_up.start(first_pages=opened.runner.buckets.pages[0])
-            serving.scheduler.start()
+            serving.start()
             assert serving.table is not None
             for prepare in self._prepare:
                 prepare(serving.table)
             progress.between()
+            with self._submit_lock:
+                if self._draining:  # `close` ends what serves now
+                    raise FittingStopped
+                self._leaving, self._earlier = (before,), (before.scheduler.counters,)
+                self._serving = serving
         except BaseException:
-            self._ended(serving, _EXIT_SECONDS)
+            serving.end(_EXIT_SECONDS)
             raise
-        with self._submit_lock:
-            self._leaving, self._earlier = (before,), (before.scheduler.counters,)
-            self._serving = serving
-
-    def _ended(self, serving: _Serving, timeout: float) -> None:
-        """Ends what one form of the model is served by."""
-        until = time.monotonic() + timeout
-        if not serving.scheduler.stop(timeout):
-            log.error("The engine's thread did not end within %.0f s", timeout)
-        if serving.table is not None:
-            serving.table.close(max(until - time.monotonic(), 0.0))
-        serving.warm_up.stop(max(until - time.monotonic(), 0.0))
 
     def drain(self) -> None:
         """Refuses new requests from now on; running ones go on."""
@@ -399,8 +349,10 @@ class Engine:
         with self._close_lock:
             if self._fit is not None:
                 self._fit.stop(timeout / 2)
-            for serving in (*self._leaving, self._serving):
-                self._ended(serving, max(until - time.monotonic(), 0.0))
+            with self._submit_lock:
+                everything = (*self._leaving, self._serving)
+            for serving in everything:
+                serving.end(max(until - time.monotonic(), 0.0))
             if self._serving.table is None and self._storage is not None:
                 self._storage.close()
             self._grammars.close()
