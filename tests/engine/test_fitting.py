@@ -102,6 +102,7 @@ def test_a_model_is_served_without_its_memory_until_that_is_fitted(
         assert engine.documents.read("owner", "note") == b"said before"
 
 
+@pytest.mark.slow
 def test_one_that_fails_leaves_the_model_served(opened: Callable[..., Any], gate: Gate, own: Path) -> None:
     gate.failure = MemoryError("12345678 bytes")
     with opened(adapter_path=None, cache_path=own, calibrate_in_background=True) as engine:
