@@ -1,9 +1,9 @@
 """Writes tests/golden/tokenizer: what llama.cpp makes of many strings, for our tokenizers to be compared with.
 
     python benchmarks/peer/tokenizer_golden.py --smollm data/models/SmolLM2-135M-Instruct.Q4_1.gguf \
-        --gemma data/models/gemma-3-270m-q4_k_m.gguf
+        --gemma data/models/gemma-3-270m-q4_k_m.gguf --qwen data/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
-needs llama-cpp-python, gguf and tokenizers. Besides the two models it asks about small vocabularies made here, so that
+needs llama-cpp-python, gguf and tokenizers. Besides the three models it asks about small vocabularies made here, so that
 every pre-tokenizer, and SentencePiece with its options, can be checked without a model.
 """
 
@@ -427,13 +427,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smollm", type=Path, required=True)
     parser.add_argument("--gemma", type=Path, required=True)
+    parser.add_argument("--qwen", type=Path, required=True)
     arguments = parser.parse_args()
     lib.llama_log_set(_silent, ctypes.c_void_p(0))
     lib.llama_backend_init()
 
     texts = strings()
     save("strings", {"strings": texts})
-    for name, path in (("smollm2", arguments.smollm), ("gemma3", arguments.gemma)):
+    for name, path in (("smollm2", arguments.smollm), ("gemma3", arguments.gemma), ("qwen2", arguments.qwen)):
         save(name, PeerTokenizer(path).facts(texts))
 
     longer = [text for text in texts if len(text) > 1]

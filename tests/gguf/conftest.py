@@ -34,6 +34,11 @@ def gemma_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_path() -> Path:
+    return _model("ATLAS_TEST_QWEN", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "run `make qwen`; it is optional")
+
+
+@pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Any]]:
     return lambda name: json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
 

@@ -39,6 +39,11 @@ def gemma(gemma_path: Path) -> Tokenizer:
     return load(gemma_path)
 
 
+@pytest.fixture(scope="module")
+def qwen(qwen_path: Path) -> Tokenizer:
+    return load(qwen_path)
+
+
 @pytest.fixture
 def small(byte_level: dict[str, Any]) -> Tokenizer:
     return Tokenizer.from_metadata({**byte_level, "tokenizer.ggml.pre": "gpt-2"})
@@ -65,9 +70,12 @@ def changed(metadata: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
-def test_agrees_with_llama_cpp(name: str, golden: Golden, request: pytest.FixtureRequest) -> None:
-    tokenizer = request.getfixturevalue("smollm" if name == "smollm2" else "gemma")
+@pytest.mark.parametrize(
+    ("name", "fixture"),
+    [("smollm2", "smollm"), ("gemma3", "gemma"), pytest.param("qwen2", "qwen", marks=pytest.mark.slow)],
+)
+def test_agrees_with_llama_cpp(name: str, fixture: str, golden: Golden, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(fixture)
     assert_agrees(tokenizer, golden("strings")["strings"], golden(name))
 
 
