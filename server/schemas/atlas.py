@@ -269,6 +269,14 @@ class SetAside(Struct, kw_only=True, frozen=True):
     reason: str
 
 
+class FittingProgress(Struct, kw_only=True, frozen=True):
+    """How far the fitting of a memory to the model is."""
+
+    stage: str
+    progress: Annotated[float, Meta(description="Share of the stage that is done")]
+    seconds: Annotated[float, Meta(description="Since it began")]
+
+
 class StatusData(StateFields, kw_only=True, frozen=True):
     """The memory subsystem at a glance; the bytes are those of a session that is begun with the engine's own defaults."""
 
@@ -287,6 +295,9 @@ class StatusData(StateFields, kw_only=True, frozen=True):
     adapter: str | None
     set_aside: list[SetAside]
     memory_unavailable: str | None
+    fitting: Annotated[
+        FittingProgress | None, Meta(description="How far the memory is that the model does not have yet, but will")
+    ]
 
 
 class StatusResponse(Struct, kw_only=True, frozen=True):

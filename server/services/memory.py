@@ -18,7 +18,7 @@ from server.prometheus import Metrics
 from server.schemas import atlas as schema
 from server.schemas.atlas import state_fields
 from server.services.engine_supervisor import EngineSupervisor
-from server.services.memory_options import check_name
+from server.services.memory_options import check_name, no_memory
 from server.services.runtime_config import RuntimeConfig
 from server.services.thread_pools import ThreadPools
 from server.validation import invalid
@@ -229,7 +229,7 @@ class MemoryService:
         """
         engine = self._supervisor.engine
         if engine.model.memory_unavailable is not None:
-            raise NotEnabled(engine.model.memory_unavailable)
+            raise no_memory(engine.model.memory_unavailable, engine.fitting())
         store = engine.sessions
         try:
             for pause in _RETRY_SECONDS:
