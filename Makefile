@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= data/models/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA  := data/models/gemma-3-270m-q4_k_m.gguf
+QWEN   := data/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 ARGS   ?=
 RUN    := $(VENV)/bin/python
 # portable flags: a native build of llama.cpp crashes on some virtual machines
@@ -14,8 +15,8 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psutil_reference.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours schemathesis \
-  clients overhead bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
+.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench endless load crash attack neighbours \
+  clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,10 @@ model: $(VENV)/base ## download the default model (SmolLM2-135M-Instruct, Q4_1)
 
 gemma: $(VENV)/base ## download Gemma 3 270M, for tests and benchmarks
 	@$(RUN) tools/fetch_model.py gemma
+
+qwen: $(VENV)/dev ## download Qwen2.5-Coder 0.5B and compare its greedy text with llama.cpp's: a real model of another family
+	@$(RUN) tools/fetch_model.py qwen
+	$(RUN) -m benchmarks.quality --model $(QWEN) --golden $(GOLDEN)/qwen2.5-coder-0.5b-instruct-q4_k_m --parts continuations
 
 fit: $(VENV)/dev model ## fit the memory and make the bigram table that are shipped for the default model
 	$(RUN) -m atlas_jax.evaluation.corpora --out data/texts --group calibration

@@ -6,16 +6,17 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from server.schemas.atlas import AtlasStats
+from server.schemas.atlas import AtlasStats, FittingProgress
 from server.schemas.chat import Messages, Tool
 from server.schemas.shape import ShapedFields
 from server.schemas.usage import Timings
 
 
 class Health(Struct, kw_only=True, frozen=True):
-    """Answer of the health checks."""
+    """Answer of the health checks; `/ready` has `fitting` while the model is served without the memory it will have."""
 
     status: str
+    fitting: FittingProgress | UnsetType = UNSET
 
 
 class TokenizeRequest(Struct, kw_only=True, frozen=True):

@@ -294,6 +294,7 @@ class Inference:
             else "ATLAS not enabled",
             max_window=self._config.max_window,
             memory_dim=self._supervisor.engine.model.memory_dim,
+            fitting=self._supervisor.engine.fitting(),
         )
         if plan.session_id is not None and plan.session_id.isascii():
             context.response_headers.append((b"x-session-id", plan.session_id.encode()))

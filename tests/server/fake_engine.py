@@ -28,6 +28,7 @@ from atlas_jax.engine.api import (
     EngineStats,
     Failed,
     Finished,
+    Fitting,
     GenerationRequest,
     InvalidRequest,
     Listener,
@@ -270,6 +271,8 @@ class FakeEngine:
         )
         self.tokenizer = ByteTokenizer()
         self.sessions = FakeSessions(root, name)
+        self.fitting_now: Fitting | None = None
+        self.prepare: list[Callable[[Any], None]] = []
         self.documents = FakeDocuments() if documents is None else documents
         self.delay, self.slot_count = delay, slots
         self.submit_errors: list[Exception] = []
@@ -316,6 +319,12 @@ class FakeEngine:
         variables: Mapping[str, Any] | None = None,
     ) -> ChatFrame:
         return ChatFrame(preamble=(), closing=(END,), answers=any(one["role"] == "assistant" for one in messages))
+
+    def fitting(self) -> Fitting | None:
+        return self.fitting_now
+
+    def before_memory(self, prepare: Callable[[Any], None]) -> None:
+        self.prepare.append(prepare)
 
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         return self.tokenizer.decode(self.render_chat(messages, tools=kwargs.get("tools")))

@@ -29,6 +29,7 @@ from atlas_jax.engine.api.events import (
 )
 from atlas_jax.engine.api.info import (
     EngineStats,
+    Fitting,
     LayerMemoryInfo,
     MemoryInfo,
     ModelInfo,
@@ -70,6 +71,7 @@ __all__ = [
     "Failed",
     "FinishReason",
     "Finished",
+    "Fitting",
     "GenerationRequest",
     "Handle",
     "HistoryEffect",

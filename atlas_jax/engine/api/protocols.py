@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 from atlas_jax.engine.api.events import Listener
 from atlas_jax.engine.api.info import (
     EngineStats,
+    Fitting,
     MemoryInfo,
     ModelInfo,
     SaveResult,
@@ -187,6 +188,12 @@ class EngineProtocol(Protocol):
 
     def check_memory(self, memory: MemoryParams) -> None:
         """Raises InvalidRequest for settings of the memory that every request with them would be refused for."""
+
+    def fitting(self) -> Fitting | None:
+        """How far a memory is that is being fitted to the model, which is served without until then; else None."""
+
+    def before_memory(self, prepare: Callable[[SessionStore], None]) -> None:
+        """Has `prepare` called with the sessions once a memory has been fitted, on a thread, before any request has it."""
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
         """Queues a request; `listener` is called from the engine's thread and must not block.
