@@ -80,7 +80,7 @@ class OllamaService:
     async def embed_one(self, raw: Any, context: RequestContext) -> bytes:
         """The answer of `POST /api/embeddings`."""
         body = parse(schema.OllamaEmbeddingsRequest, raw)
-        refuse_unsupported(_mapping(raw), schema.OllamaEmbeddingsRequest)
+        refuse_unsupported(raw, schema.OllamaEmbeddingsRequest)
         _, vectors, _ = await self._embeddings.vectors(
             body.prompt, "prompt", context, model=api.plain_name(body.model), dimensions=None
         )
