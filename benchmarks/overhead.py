@@ -121,11 +121,11 @@ def serve(kind: str, port: int) -> None:
     """Runs one of the servers in this process, for ever."""
     engine = StampEngine()
     if kind == "atlas-jax":
-        from server.config.settings import AtlasSection, ServerSection, Settings
+        from server.config.settings import ServerSection, Settings
         from server.serve import serve as serve_atlas
 
         sys.exit(
-            serve_atlas(Settings(server=ServerSection(port=port), atlas=AtlasSection(max_concurrent=_MOST)), engine)
+            serve_atlas(Settings(server=ServerSection(port=port, max_concurrent=_MOST)), engine)
         )
     import uvicorn
 
