@@ -40,6 +40,12 @@ class _SessionFields(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
             description="true: a prompt the session has answered before is answered anew, and what followed is forgotten"
         ),
     ] = None
+    token_gates: Annotated[
+        bool | None,
+        Meta(
+            description="true: every choice says for each token of its answer what weight the memory had (chats, completions)"
+        ),
+    ] = None
 
 
 if TYPE_CHECKING:
@@ -54,6 +60,17 @@ else:
         module=__name__,
         doc="How one request uses the memory; null and absent mean the server's default.",
     )
+
+
+class TokenGate(Struct, kw_only=True, frozen=True):
+    """A token of an answer and the weight g of the memory's distribution in (1 - g) p_model + g p_memory, where it was drawn.
+
+    Tokens are in order, and those of a stream's chunk are those whose text it completes; control tokens are left out.
+    """
+
+    token: str
+    bytes: Annotated[list[int], Meta(description="Its own bytes: a token may be part of a character")]
+    gate: Annotated[float, Meta(ge=0, le=1)]
 
 
 _KEPT = "Keys and values kept of what has left the window, per KV head and on average per layer"
@@ -148,6 +165,20 @@ class ResetRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     all: Annotated[bool, Meta(description="true resets every session of the caller")] | None = None
 
 
+class RenameRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/atlas/memory/rename`."""
+
+    session_id: SessionId
+    new_session_id: SessionId
+
+
+class BranchRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/atlas/memory/branch`: the session to go on from, and the name of the new one."""
+
+    session_id: SessionId
+    new_session_id: SessionId
+
+
 class SaveResponse(Struct, kw_only=True, frozen=True):
     """What a save wrote; `context_id` is null when it was not a single session."""
 
@@ -209,6 +240,23 @@ class DeleteResponse(Struct, kw_only=True, frozen=True):
     success: bool
     context_id: str | UnsetType = UNSET
     filename: str | UnsetType = UNSET
+
+
+class RenameResponse(Struct, kw_only=True, frozen=True):
+    """Answer to a rename: what the session is called now."""
+
+    success: bool
+    session_id: str
+    timestamp: int
+
+
+class BranchResponse(Struct, kw_only=True, frozen=True):
+    """Answer to a branch: the new session, and the one it goes on from."""
+
+    success: bool
+    session_id: str
+    branched_from: str
+    timestamp: int
 
 
 class ResetResponse(Struct, kw_only=True, frozen=True):

@@ -192,6 +192,24 @@ class MemoryService:
         self._tell("[ATLAS] Memory state deleted for session: %s", name)
         return schema.DeleteResponse(success=True, context_id=name)
 
+    async def rename(self, owner: str, wanted: schema.RenameRequest) -> schema.RenameResponse:
+        """Gives a session another name."""
+        source, target = self._names(wanted)
+        await self._call(lambda store: store.rename(owner, source, target))
+        self._tell("[ATLAS] Memory state of session %s renamed: %s", source, target)
+        return schema.RenameResponse(success=True, session_id=target, timestamp=int(time.time()))
+
+    async def branch(self, owner: str, wanted: schema.BranchRequest) -> schema.BranchResponse:
+        """Begins a session that goes on from another's last turn."""
+        source, target = self._names(wanted)
+        await self._call(lambda store: store.branch(owner, source, target))
+        self._tell("[ATLAS] Memory state of session %s branched: %s", source, target)
+        return schema.BranchResponse(success=True, session_id=target, branched_from=source, timestamp=int(time.time()))
+
+    def _names(self, wanted: schema.RenameRequest | schema.BranchRequest) -> tuple[str, str]:
+        self.require(endpoints=True)
+        return check_name(wanted.session_id, "session_id"), check_name(wanted.new_session_id, "new_session_id")
+
     async def reset(self, owner: str, session_id: str | None) -> schema.ResetResponse:
         """Empties one session's memory, or all of the owner's."""
         self.require(endpoints=True)

@@ -14,6 +14,7 @@ from atlas_jax.engine.api import (
     LayerMemoryInfo,
     MemoryInfo,
     SaveResult,
+    SessionExists,
     SessionInfo,
     SessionNotFound,
     SetAside,
@@ -219,6 +220,17 @@ class FakeSessions:
         if found is not None:
             self.live[owner, target] = Session(tokens=list(found.tokens))
         return found is not None
+
+    def branch(self, owner: str, source: str, target: str) -> None:
+        self._check()
+        found = self._get(owner, source)
+        if (owner, target) in self.live:
+            raise SessionExists("A session of that name exists already")
+        self.live[owner, target] = Session(tokens=list(found.tokens), state=found.state, has_state=found.has_state)
+
+    def rename(self, owner: str, source: str, target: str) -> None:
+        self.branch(owner, source, target)
+        self.live[owner, target] = self.live.pop((owner, source))
 
     def delete(self, owner: str, session_id: str) -> None:
         self._check()

@@ -239,23 +239,42 @@ class SessionTable:
             session = session or self._persistence.read(entry)
         except (SnapshotInvalid, SessionNotFound):
             return False
-        copy = replace(
-            session,
-            key=key,
-            history=session.history.copy(),
-            checkpoints=list(session.checkpoints),
-            stats=replace(session.stats),
-            appended=None,
-            state=None,
-            created=time.time(),
-            last_used=time.time(),
-            generation=self._index.next_generation(),
-        )
+        copy = _copy(session, key, state=None)
+        copy.generation = self._index.next_generation()
         with self._index.lock:
             if self._index.get(key) is not None:
                 return False
             self._index.put(self._index.add(key), copy)
         return True
+
+    def branch(self, owner: str, source: str, target: str) -> None:
+        """Begins a session that goes on from another's last turn, on disk too; raises as `api.SessionStore`.
+
+        It has the caller's JSON of the other one, and no save point.
+        """
+        key = SessionKey(owner, target)
+        with self.tiers.held(SessionKey(owner, source)) as entry, self.tiers.begun(key) as place:
+            session = entry.session or self._persistence.read(entry)
+            self._replace(place, _copy(session, key, state=session.state))
+
+    def rename(self, owner: str, source: str, target: str) -> None:
+        """Gives a session another name; raises as `api.SessionStore`.
+
+        A request that names it as it was called waits, and then begins a new session.
+        """
+        key = SessionKey(owner, target)
+        with self.tiers.held(SessionKey(owner, source)) as entry, self.tiers.begun(key) as place:
+            session = entry.session or self._persistence.read(entry)
+            renamed = replace(session, key=key, generation=self._index.next_generation())
+            if self._store is not None:
+                self._persistence.move(entry, place, renamed)
+            with self._index.lock:
+                if entry.session is None:
+                    self._index.put_stored(place, renamed)
+                else:
+                    self._index.put(place, renamed, entry.tier)
+                if self._index.holds(entry):  # else it was deleted meanwhile
+                    self._index.forget(entry)
 
     def _replace(self, entry: Entry, session: Session) -> None:
         """Makes a session what it is from now on: first on disk, then in memory."""
@@ -308,6 +327,21 @@ class SessionTable:
         self.tiers.close(timeout)
         if self._store is not None:
             self._store.close()
+
+
+def _copy(session: Session, key: SessionKey, *, state: bytes | None) -> Session:
+    """A session of another name that goes on from this one; states are immutable, so the two share them."""
+    return replace(
+        session,
+        key=key,
+        history=session.history.copy(),
+        checkpoints=list(session.checkpoints),
+        stats=replace(session.stats),
+        appended=None,
+        state=state,
+        created=time.time(),
+        last_used=time.time(),
+    )
 
 
 def _row(layout: Layout, entry: Entry) -> SessionInfo:
