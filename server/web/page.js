@@ -441,6 +441,7 @@ async function answer(more = {}) {
   } finally {
     drawing.stop();
     state.writing = null;
+    drawLast();
     busy(false);
     log.setAttribute("aria-busy", "false");
     message.counting = undefined;

@@ -53,7 +53,7 @@ def test_it_is_small_and_fetches_nothing_from_elsewhere() -> None:
         text = file.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")  # a name, not an address
         assert not re.findall(r"(?:https?:)?//[a-z0-9.-]+\.[a-z]{2,}", text), file.name
         assert "@import" not in text
-        for address in re.findall(r"""(?:\bfrom\s+|import\(|url\()["']([^"']+)""" , text):
+        for address in re.findall(r"""(?:\bfrom\s+|import\(|url\()["']([^"']+)""", text):
             assert (WEB / address.removeprefix("/web/")).is_file(), address
 
 

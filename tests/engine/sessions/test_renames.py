@@ -169,9 +169,8 @@ def test_a_session_has_one_name_wherever_its_renaming_is_cut_off(tmp_path: Path)
     ends = []
     for step in range(100):
         store = folder(tmp_path / str(step))
-        with killed_before(step) as done:
-            with suppress(Killed):
-                store.session(OLD).move(store.session(NEW), 3, RENAMED, SAVED_NEW)
+        with killed_before(step) as done, suppress(Killed):
+            store.session(OLD).move(store.session(NEW), 3, RENAMED, SAVED_NEW)
         store.close()
         ends.append(found(tmp_path / str(step)))
         assert ends[-1] in (before, after), step
