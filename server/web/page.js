@@ -131,7 +131,11 @@ function drawSessions() {
 }
 
 function choose(name) {
-  if (state.writing) state.writing.abort();
+  if (state.writing) {
+    state.writing.abort(); // what there is of the answer is kept with its own conversation
+    state.writing = null;
+    busy(false);
+  }
   state.name = name;
   state.messages = (name && store.read(name)?.messages) || [];
   state.info = null;
@@ -144,11 +148,10 @@ function choose(name) {
   if (matchMedia("(min-width: 64rem)").matches) prompt.focus();
 }
 
-/** Keeps the conversation in this browser. */
-function keep() {
-  if (!state.name) return;
-  const chat = { updated: Date.now(), messages: state.messages };
-  if (!store.write(state.name, chat)) show(problem, new Error("This browser has no more room for conversations; delete some"));
+/** Keeps a conversation, the current one unless another is named, in this browser. */
+function keep(name = state.name, messages = state.messages) {
+  if (!name) return;
+  if (!store.write(name, { updated: Date.now(), messages })) show(problem, new Error("This browser has no more room for conversations; delete some"));
   store.current = state.name;
 }
 
@@ -398,10 +401,11 @@ function request(more) {
 async function answer(more = {}) {
   const control = (state.writing = new AbortController());
   const message = { role: "assistant", content: "", thought: "", gates: [], figures: {}, end: null };
+  const { name, messages } = state;
   const body = request(more);
-  state.messages.push(message);
+  messages.push(message);
   log.querySelector(".empty")?.remove();
-  let node = article(message);
+  const node = article(message);
   log.append(node);
   node.classList.add("writing");
   log.setAttribute("aria-busy", "true");
@@ -427,6 +431,7 @@ async function answer(more = {}) {
     show(problem, null);
   } catch (error) {
     if (error.name === "AbortError") message.end = "stopped";
+    else if (state.writing !== control) message.end = "failed";
     else if (error.status === 0) {
       message.end = "the connection was lost here";
       show(problem, new Error(`${error.message}. Regenerate asks again; the session goes on.`));
@@ -437,15 +442,16 @@ async function answer(more = {}) {
       const setting = settings.settingOf(error);
       if (setting) problem.append(" ", button("Open settings", () => openSettings(setting)));
     }
-    if (!message.content && !message.thought) state.messages = state.messages.filter((one) => one !== message);
-  } finally {
-    drawing.stop();
+    if (!message.content && !message.thought) messages.splice(messages.indexOf(message), 1);
+  }
+  drawing.stop();
+  log.setAttribute("aria-busy", "false");
+  message.counting = undefined;
+  keep(name, messages);
+  if (state.writing === control) {
     state.writing = null;
     drawLast();
     busy(false);
-    log.setAttribute("aria-busy", "false");
-    message.counting = undefined;
-    keep();
     const focused = log.contains(document.activeElement) || document.activeElement === document.body;
     if (state.messages.includes(message)) {
       const drawn = article(message);
@@ -457,9 +463,8 @@ async function answer(more = {}) {
       say(message.content ? `Answer: ${message.content.slice(0, 600)}` : "There is no answer");
     } else node.remove();
     if (focused) prompt.focus();
-    await refresh();
-    drawLast();
   }
+  await refresh();
 }
 
 function take(chunk, message) {
