@@ -55,7 +55,9 @@ export function open(id, work, focus) {
     };
   }
   for (const close of dialog.querySelectorAll("[data-close]")) close.onclick = () => dialog.close();
-  dialog.onclick = (event) => event.target === dialog && dialog.close();
+  dialog.onclick = (event) => {
+    if (event.target === dialog) dialog.close(); // beside the sheet
+  };
   dialog.showModal();
   focus?.focus();
 }

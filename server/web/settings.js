@@ -58,7 +58,7 @@ function field(name, group, schema, defaults, values) {
   }
   const least = shape.minimum ?? shape.exclusiveMinimum;
   const most = shape.maximum ?? shape.exclusiveMaximum;
-  const bounds = least === undefined ? "" : most !== undefined && most < 2 ** 31 - 1 ? `${least} to ${most}. ` : `At least ${least}. `;
+  const bounds = least === undefined || least < -(2 ** 31) ? "" : most !== undefined && most < 2 ** 31 - 1 ? `${least} to ${most}. ` : `At least ${least}. `;
   const help = bounds + (schema.description ?? shape.description ?? "");
   return el("p", {}, el("label", { for: id }, el("code", {}, name)), control, el("span", { class: "note", id: `${id}-help` }, help));
 }
