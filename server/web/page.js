@@ -55,8 +55,10 @@ async function arrived() {
     if (error.status === 401 || error.status === 403) askKey();
     return;
   }
-  const status = await call("/v1/atlas/status").catch(() => null);
-  state.memory = status === null || (status.data.enabled && !status.data.memory_unavailable);
+  state.memory = await call("/v1/atlas/status").then(
+    ({ data }) => data.enabled && !data.memory_unavailable,
+    (error) => error.status !== 503, // not enabled
+  );
   const config = state.memory ? await call("/v1/atlas/config").catch(() => null) : null;
   state.window = config?.data.window_size ?? 0;
   await refresh();
@@ -158,7 +160,7 @@ function keep(name = state.name, messages = state.messages) {
 function newName() {
   const now = new Date();
   const two = (value) => String(value).padStart(2, "0");
-  const base = `Chat ${now.getFullYear()}-${two(now.getMonth() + 1)}-${two(now.getDate())} ${two(now.getHours())}.${two(now.getMinutes())}`;
+  const base = `Chat ${now.getFullYear()}-${two(now.getMonth() + 1)}-${two(now.getDate())} ${two(now.getHours())}.${two(now.getMinutes())}.${two(now.getSeconds())}`;
   return unused(base);
 }
 
