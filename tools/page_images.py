@@ -29,6 +29,7 @@ def ask(page: Page, text: str) -> None:
     page.wait_for_selector("#send", state="hidden")
     page.wait_for_selector("#send", timeout=PATIENCE)
     page.get_by_text("History").wait_for(timeout=PATIENCE)
+    page.wait_for_timeout(1000)  # what the server says of the session afterwards
 
 
 def main() -> None:

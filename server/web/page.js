@@ -160,7 +160,7 @@ function keep(name = state.name, messages = state.messages) {
 function newName() {
   const now = new Date();
   const two = (value) => String(value).padStart(2, "0");
-  const base = `Chat ${now.getFullYear()}-${two(now.getMonth() + 1)}-${two(now.getDate())} ${two(now.getHours())}.${two(now.getMinutes())}.${two(now.getSeconds())}`;
+  const base = `${now.getFullYear()}-${two(now.getMonth() + 1)}-${two(now.getDate())} ${two(now.getHours())}.${two(now.getMinutes())}.${two(now.getSeconds())}`;
   return unused(base);
 }
 

@@ -83,6 +83,7 @@ def test_a_rename_waits_for_the_answer_that_is_being_written(engine: Engine) -> 
     engine.sessions.delete("owner", "no-longer-busy")
 
 
+@pytest.mark.slow  # an engine of its own
 def test_where_there_is_no_room_nothing_is_left_of_the_other_name(
     opened: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
