@@ -124,17 +124,6 @@ class MemoryController(Controller):
         wanted = parse(schema.RenameRequest, data)
         return json_response(await memory.rename(context_of(request).identity.owner, wanted))
 
-    @post("/branch", status_code=200, responses=atlas_responses(schema.BranchResponse, 404, 409, 507, body=True))
-    async def branch(
-        self,
-        request: HttpRequest,
-        data: SkipValidation[JSONBody[schema.BranchRequest]],
-        memory: NamedDependency[MemoryService],
-    ) -> Response[Any]:
-        """Begins a session that goes on from another's last turn and leaves that one alone."""
-        wanted = parse(schema.BranchRequest, data)
-        return json_response(await memory.branch(context_of(request).identity.owner, wanted))
-
     @post("/delete", status_code=200, responses=atlas_responses(schema.DeleteResponse, 404, body=True))
     async def delete(
         self,
@@ -145,6 +134,16 @@ class MemoryController(Controller):
         """Removes one context and its files."""
         wanted = parse(schema.DeleteRequest, data)
         return json_response(await memory.delete(context_of(request).identity.owner, wanted))
+
+    @post("/fork", status_code=200, responses=atlas_responses(schema.ForkResponse, 404, 507, body=True))
+    async def fork(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[schema.ForkRequest]],
+        memory: NamedDependency[MemoryService],
+    ) -> Response[Any]:
+        """Begins a session where another is; the two go on apart."""
+        return json_response(await memory.fork(context_of(request).identity.owner, parse(schema.ForkRequest, data)))
 
     @post("/reset", status_code=200, responses=atlas_responses(schema.ResetResponse, 404, 507, body=True))
     async def reset(

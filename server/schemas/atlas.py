@@ -165,18 +165,18 @@ class ResetRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     all: Annotated[bool, Meta(description="true resets every session of the caller")] | None = None
 
 
+class ForkRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/atlas/memory/fork`: a session, and the name of the one that begins where it is."""
+
+    session_id: SessionId
+    target: SessionId
+
+
 class RenameRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/atlas/memory/rename`."""
+    """Body of `POST /v1/atlas/memory/rename`: a session, and the name it gets."""
 
     session_id: SessionId
-    new_session_id: SessionId
-
-
-class BranchRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Body of `POST /v1/atlas/memory/branch`: the session to go on from, and the name of the new one."""
-
-    session_id: SessionId
-    new_session_id: SessionId
+    target: SessionId
 
 
 class SaveResponse(Struct, kw_only=True, frozen=True):
@@ -242,21 +242,20 @@ class DeleteResponse(Struct, kw_only=True, frozen=True):
     filename: str | UnsetType = UNSET
 
 
+class ForkResponse(Struct, kw_only=True, frozen=True):
+    """Answer to a fork."""
+
+    success: bool
+    session_id: str
+    target: str
+
+
 class RenameResponse(Struct, kw_only=True, frozen=True):
-    """Answer to a rename: what the session is called now."""
+    """Answer to a rename."""
 
     success: bool
     session_id: str
-    timestamp: int
-
-
-class BranchResponse(Struct, kw_only=True, frozen=True):
-    """Answer to a branch: the new session, and the one it goes on from."""
-
-    success: bool
-    session_id: str
-    branched_from: str
-    timestamp: int
+    target: str
 
 
 class ResetResponse(Struct, kw_only=True, frozen=True):
@@ -302,6 +301,14 @@ class SetAside(Struct, kw_only=True, frozen=True):
     reason: str
 
 
+class FittingProgress(Struct, kw_only=True, frozen=True):
+    """How far the fitting of a memory to the model is."""
+
+    stage: str
+    progress: Annotated[float, Meta(description="Share of the stage that is done")]
+    seconds: Annotated[float, Meta(description="Since it began")]
+
+
 class StatusData(StateFields, kw_only=True, frozen=True):
     """The memory subsystem at a glance; the bytes are those of a session that is begun with the engine's own defaults."""
 
@@ -320,6 +327,9 @@ class StatusData(StateFields, kw_only=True, frozen=True):
     adapter: str | None
     set_aside: list[SetAside]
     memory_unavailable: str | None
+    fitting: Annotated[
+        FittingProgress | None, Meta(description="How far the memory is that the model does not have yet, but will")
+    ]
 
 
 class StatusResponse(Struct, kw_only=True, frozen=True):

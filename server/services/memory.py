@@ -18,7 +18,7 @@ from server.prometheus import Metrics
 from server.schemas import atlas as schema
 from server.schemas.atlas import state_fields
 from server.services.engine_supervisor import EngineSupervisor
-from server.services.memory_options import check_name
+from server.services.memory_options import check_name, no_memory
 from server.services.runtime_config import RuntimeConfig
 from server.services.thread_pools import ThreadPools
 from server.validation import invalid
@@ -194,21 +194,28 @@ class MemoryService:
 
     async def rename(self, owner: str, wanted: schema.RenameRequest) -> schema.RenameResponse:
         """Gives a session another name."""
-        source, target = self._names(wanted)
-        await self._call(lambda store: store.rename(owner, source, target))
-        self._tell("[ATLAS] Memory state of session %s renamed: %s", source, target)
-        return schema.RenameResponse(success=True, session_id=target, timestamp=int(time.time()))
-
-    async def branch(self, owner: str, wanted: schema.BranchRequest) -> schema.BranchResponse:
-        """Begins a session that goes on from another's last turn."""
-        source, target = self._names(wanted)
-        await self._call(lambda store: store.branch(owner, source, target))
-        self._tell("[ATLAS] Memory state of session %s branched: %s", source, target)
-        return schema.BranchResponse(success=True, session_id=target, branched_from=source, timestamp=int(time.time()))
-
-    def _names(self, wanted: schema.RenameRequest | schema.BranchRequest) -> tuple[str, str]:
         self.require(endpoints=True)
-        return check_name(wanted.session_id, "session_id"), check_name(wanted.new_session_id, "new_session_id")
+        source, target = check_name(wanted.session_id, "session_id"), check_name(wanted.target, "target")
+        await self._call(lambda store: store.rename(owner, source, target))
+        self._tell("[ATLAS] Session %s is called %s", source, target)
+        return schema.RenameResponse(success=True, session_id=source, target=target)
+
+    async def fork(self, owner: str, wanted: schema.ForkRequest) -> schema.ForkResponse:
+        """Begins a session where another of the owner's is; it is stored before this returns, if sessions are."""
+        self.require(endpoints=True)
+        source, target = check_name(wanted.session_id, "session_id"), check_name(wanted.target, "target")
+
+        def fork(store: SessionStore) -> None:
+            if store.fork(owner, source, target):
+                if self._settings.memory_persist:
+                    store.save_session(owner, target)
+                return
+            store.info(owner, source)  # raises where it is the source that cannot be had
+            raise invalid("target", "a session of this name is there already")
+
+        await self._call(fork)
+        self._tell("[ATLAS] Session %s goes on from %s", target, source)
+        return schema.ForkResponse(success=True, session_id=source, target=target)
 
     async def reset(self, owner: str, session_id: str | None) -> schema.ResetResponse:
         """Empties one session's memory, or all of the owner's."""
@@ -230,7 +237,7 @@ class MemoryService:
         """
         engine = self._supervisor.engine
         if engine.model.memory_unavailable is not None:
-            raise NotEnabled(engine.model.memory_unavailable)
+            raise no_memory(engine.model.memory_unavailable, engine.fitting())
         store = engine.sessions
         try:
             for pause in _RETRY_SECONDS:

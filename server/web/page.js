@@ -205,7 +205,7 @@ $("new-session").onclick = () => {
 $("rename").onclick = () =>
   askName("Rename the session", "Rename", state.name, async (name) => {
     taken(name);
-    await ifKnown("rename", { session_id: state.name, new_session_id: name });
+    await ifKnown("rename", { session_id: state.name, target: name });
     store.remove(state.name);
     state.name = name;
     keep();
@@ -216,7 +216,7 @@ $("branch").onclick = () => branch(state.messages.length);
 function branch(count) {
   askName("Branch off a session", "Branch", unused(`${state.name} – branch`), async (name) => {
     taken(name);
-    await ifKnown("branch", { session_id: state.name, new_session_id: name });
+    await ifKnown("fork", { session_id: state.name, target: name });
     state.messages = structuredClone(state.messages.slice(0, count));
     state.name = name;
     keep();

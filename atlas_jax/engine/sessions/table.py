@@ -45,7 +45,6 @@ class SessionTable:
 
     Attributes:
       tiers: leases of the same sessions, for the scheduler.
-      documents: what else is kept for their owners.
     """
 
     def __init__(
@@ -53,6 +52,7 @@ class SessionTable:
         layout: Layout,
         *,
         storage: Storage | None,
+        documents: Documents,
         default_file: str,
         budgets: Budgets,
         on_idle: Callable[[], None],
@@ -62,6 +62,7 @@ class SessionTable:
 
         Args:
           storage: where sessions are kept; None keeps nothing but in memory.
+          documents: what else is kept for their owners, in the same place.
           default_file: name of the export that is read at start.
           on_idle, sync_seconds: as `SessionTiers`.
         """
@@ -70,7 +71,7 @@ class SessionTable:
         self._index = SessionIndex(layout, self._store, budgets)
         self._persistence = Persistence(layout, self._index, self._store)
         self.tiers = SessionTiers(layout, self._index, self._persistence, on_idle=on_idle, sync_seconds=sync_seconds)
-        self.documents = Documents(self._store, self._index)
+        documents.count_in(self._index)
         self._exports = Exports(layout, self._index, self._persistence, self.tiers, default_file)
         if self._store is not None and (others := self._store.others()):
             log.warning("[ATLAS] The memory folder holds %d sessions of other models, which are left alone", others)
@@ -239,23 +240,23 @@ class SessionTable:
             session = session or self._persistence.read(entry)
         except (SnapshotInvalid, SessionNotFound):
             return False
-        copy = _copy(session, key, state=None)
-        copy.generation = self._index.next_generation()
+        copy = replace(
+            session,
+            key=key,
+            history=session.history.copy(),
+            checkpoints=list(session.checkpoints),
+            stats=replace(session.stats),
+            appended=None,
+            state=None,
+            created=time.time(),
+            last_used=time.time(),
+            generation=self._index.next_generation(),
+        )
         with self._index.lock:
             if self._index.get(key) is not None:
                 return False
             self._index.put(self._index.add(key), copy)
         return True
-
-    def branch(self, owner: str, source: str, target: str) -> None:
-        """Begins a session that goes on from another's last turn, on disk too; raises as `api.SessionStore`.
-
-        It has the caller's JSON of the other one, and no save point.
-        """
-        key = SessionKey(owner, target)
-        with self.tiers.held(SessionKey(owner, source)) as entry, self.tiers.begun(key) as place:
-            session = entry.session or self._persistence.read(entry)
-            self._replace(place, _copy(session, key, state=session.state))
 
     def rename(self, owner: str, source: str, target: str) -> None:
         """Gives a session another name; raises as `api.SessionStore`.
@@ -327,21 +328,6 @@ class SessionTable:
         self.tiers.close(timeout)
         if self._store is not None:
             self._store.close()
-
-
-def _copy(session: Session, key: SessionKey, *, state: bytes | None) -> Session:
-    """A session of another name that goes on from this one; states are immutable, so the two share them."""
-    return replace(
-        session,
-        key=key,
-        history=session.history.copy(),
-        checkpoints=list(session.checkpoints),
-        stats=replace(session.stats),
-        appended=None,
-        state=state,
-        created=time.time(),
-        last_used=time.time(),
-    )
 
 
 def _row(layout: Layout, entry: Entry) -> SessionInfo:

@@ -1,4 +1,4 @@
-"""Sessions that are given another name, and sessions that branch off: nothing of them is lost, nobody's name is taken."""
+"""Sessions that are given another name: nothing of them is lost, nobody's name is taken."""
 
 from __future__ import annotations
 
@@ -39,20 +39,20 @@ def test_a_renamed_session_goes_on_with_its_save_point_and_a_branch_by_itself(
         turn(first, "old", LONG)
         sessions.save_context("owner", "old", {"kept": [1, 2]})
         sessions.save_all("owner", None)
-        sessions.branch("owner", "old", "branch")
+        assert sessions.fork("owner", "old", "branch")
+        sessions.save_session("owner", "branch")
         assert turn(first, "old", NEXT) == wanted
         sessions.rename("owner", "old", "new")
         assert listed(first).keys() == {"new", "branch"}
         with pytest.raises(SessionNotFound):
             sessions.info("owner", "old")
         turn(first, "old", words(13, 9))  # a session of its own
-        for name, call in (("rename", sessions.rename), ("branch", sessions.branch)):
-            for source, target in (("old", "new"), ("new", "old"), ("new", "new")):
-                with pytest.raises(SessionExists):
-                    call("owner", source, target)
-            for owner, source in (("owner", "nobody"), ("stranger", "new")):
-                with pytest.raises(SessionNotFound):
-                    call(owner, source, name)
+        for source, target in (("old", "new"), ("new", "old"), ("new", "new")):
+            with pytest.raises(SessionExists):
+                sessions.rename("owner", source, target)
+        for owner, source in (("owner", "nobody"), ("stranger", "new")):
+            with pytest.raises(SessionNotFound):
+                sessions.rename(owner, source, "free")
         sessions.delete("owner", "old")
         texts = listed(first)
     with opened(memory_path=tmp_path) as second:
@@ -97,10 +97,9 @@ def test_where_there_is_no_room_nothing_is_left_of_the_other_name(
 
         with monkeypatch.context() as patch:
             patch.setattr("atlas_jax.engine.sessions.folder_session.FolderSession.write", full)
-            for call in (engine.sessions.rename, engine.sessions.branch):
-                with pytest.raises(StorageFull):
-                    call("owner", "old", "new")
-                assert listed(engine) == before
+            with pytest.raises(StorageFull):
+                engine.sessions.rename("owner", "old", "new")
+            assert listed(engine) == before
         assert engine.sessions.load_context("owner", "old") == "state"
         engine.sessions.rename("owner", "old", "new")
         assert engine.sessions.load_context("owner", "new") == "state"
