@@ -4,8 +4,8 @@ Each head has a memory W. A token multiplies it by its decay α, then corrects w
 
     W_t = α_t W_{t−1} + β_t (v_t − α_t W_{t−1} k_t) k_tᵀ,   y_t = W_t q_t
 
-which is `memory.presets.gated_deltanet` with β = 2η. One token is a step; of several the chunkwise form of `kernels.omega` is
-taken, in GEMMs, which never forms W_t. Both leave W bit for bit where a token is not real: its α is 1 and its β 0.
+which is `memory.presets.gated_deltanet` with β = 2η. One token is a step; several are a chunk, in GEMMs that never form W_t
+(the WY form). Both leave W bit for bit where a token is not real: its ln α and its β are 0.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from atlas_jax.kernels import omega
-from atlas_jax.kernels.omega import Coefficients
+from atlas_jax.kernels.cholesky import solve_lower
 from atlas_jax.kernels.reductions import row_sum
 from atlas_jax.typing import Array, Bool, Float
 
@@ -73,22 +72,20 @@ def gated_delta(
     """What every token reads after it has written, and the memory after the last.
 
     Args:
-      decay: α, 1 of a token that is not real.
+      decay: ln α, 0 of a token that is not real.
       share: β, 0 of a token that is not real.
     """
     if q.shape[1] == 1:
         read, memory = _step(memory, *(x[:, 0] for x in (q, k, v, decay, share)))
         return read[:, None], memory
-    by_head = (jnp.moveaxis(x, 1, 2) for x in (q, k, v, decay, share))
-    read, memory = jax.vmap(jax.vmap(_chunk))(memory, *by_head)
-    return jnp.moveaxis(read, 1, 2), memory
+    return _chunk(memory, q, k, v, decay, share)
 
 
 def _step(
     memory: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, share: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """One token of every row; the memory is read once for both of its products, and once to be written."""
-    both = jnp.stack([k, q], axis=-2)
+    both, decay = jnp.stack([k, q], axis=-2), jnp.exp(decay)
     found = jnp.einsum("bvti,bvoi->bvto", both, memory, precision=jax.lax.Precision.HIGHEST) * decay[..., None, None]
     change = (v - found[..., 0, :]) * share[..., None]
     memory = memory * decay[..., None, None] + change[..., None] * k[..., None, :]
@@ -98,19 +95,22 @@ def _step(
 def _chunk(
     memory: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, decay: jax.Array, share: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """The tokens of one row and head."""
-    alpha, none = decay[:, None], jnp.zeros_like(decay)[:, None]
-    products = omega.decay_products(alpha)
-    coefficients = Coefficients(
-        weights=omega.kept_from_start(alpha, products),
-        momentum=none,
-        tokens=products * (0.5 * share)[None, :, None],
-        momentum_left=none,
-        momentum_tokens=jnp.zeros_like(products),
-    )
-    error = 2.0 * omega.sequential_errors(k, v, memory, None, coefficients, alpha)
-    read = omega.dual_product(q, memory, None, error, k, coefficients)
-    return read, omega.chunk_end(memory, None, error, k, coefficients)[0]
+    """Several tokens: what each changes is linear in what those before it change, one triangular system for each head."""
+    q, k, v, decay, share = (jnp.moveaxis(x, 1, 2) for x in (q, k, v, decay, share))
+    place = jnp.arange(q.shape[2])
+    upto, after = (place[:, None] >= place).astype(q.dtype), (place[:, None] > place).astype(q.dtype)
+    # sums of logarithms from every token on, not differences of sums from the first: those lose what they have in common
+    since = jnp.exp(jnp.einsum("ts,bvs,sn->bvtn", upto, decay, after)) * upto
+    left = jnp.exp(jnp.einsum("ts,bvs->bvt", upto, decay))[..., None]
+    found = left * jnp.einsum("bvti,bvoi->bvto", k, memory)
+    alike = share[..., None] * since * jnp.einsum("bvti,bvni->bvtn", k, k)
+    system = alike * after + jnp.eye(place.size, dtype=q.dtype)
+    change = solve_lower(system, share[..., None] * (v - found))
+    asked = since * jnp.einsum("bvti,bvni->bvtn", q, k)
+    read = left * jnp.einsum("bvti,bvoi->bvto", q, memory) + jnp.einsum("bvtn,bvno->bvto", asked, change)
+    ended = since[:, :, -1, :, None] * change
+    memory = left[:, :, -1:] * memory + jnp.einsum("bvno,bvni->bvoi", ended, k)
+    return jnp.moveaxis(read, 2, 1), memory
 
 
 def ref_gated_delta(
@@ -125,7 +125,7 @@ def ref_gated_delta(
 
     def token(memory: jax.Array, now: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
         q, k, v, decay, share = now
-        memory = memory * decay[..., None, None]
+        memory = memory * jnp.exp(decay)[..., None, None]
         change = (v - jnp.einsum("bvoi,bvi->bvo", memory, k)) * share[..., None]
         memory = memory + jnp.einsum("bvo,bvi->bvoi", change, k)
         return memory, jnp.einsum("bvoi,bvi->bvo", memory, q)

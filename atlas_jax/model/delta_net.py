@@ -46,7 +46,7 @@ def mix_tokens(
     q, k = (_for_each_value(config, _unit(x, eps)) for x in (q, k))
     share, time = jnp.split(gates, 2, axis=-1)
     real = valid[..., None]
-    decay = jnp.exp(jnp.where(real, params.decay * jax.nn.softplus(time + params.decay_bias), 0.0))
+    decay = jnp.where(real, params.decay * jax.nn.softplus(time + params.decay_bias), 0.0)
     share = jnp.where(real, jax.nn.sigmoid(share), 0.0)
     read, memory = gated_delta(state.memory, q * config.dim**-0.5, k, v, decay, share)
     out = rms_norm(read, params.norm, eps) * jax.nn.silu(z.reshape(read.shape))

@@ -30,7 +30,7 @@ class KeptDivision:
         """That of a model.
 
         Args:
-          weights: of all layers; empty divides equally. A layer with a window of its own, or without attention, keeps nothing.
+          weights: of all layers; empty divides equally. A layer with a window of its own or without attention keeps none.
         """
         each = weights or (1.0,) * len(model.layers)
 

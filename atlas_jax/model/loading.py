@@ -330,9 +330,7 @@ def _attention(
         "qkv_bias": reader.vector(stacked("bias"), by_kv_head) if config.qkv_bias else None,
         "q_norm": gain("attn_q_norm", config.heads),
         "k_norm": gain("attn_k_norm", config.kv_heads),
-        "out": reader.matrix(
-            {f"{prefix}attn_output.weight": config.embed}, config.heads * dim, factor=factor
-        ),
+        "out": reader.matrix({f"{prefix}attn_output.weight": config.embed}, config.heads * dim, factor=factor),
     }
 
 
@@ -347,9 +345,7 @@ def _delta_net(
     if reader.has(joined):
         project = reader.matrix({joined: of.channels + inner}, embed, _by_part(of, (1, 1, None, None), of.dim))
     else:
-        project = reader.matrix(
-            {f"{prefix}attn_qkv.weight": of.channels, f"{prefix}attn_gate.weight": inner}, embed
-        )
+        project = reader.matrix({f"{prefix}attn_qkv.weight": of.channels, f"{prefix}attn_gate.weight": inner}, embed)
     if reader.has(together):
         gates = reader.array(together, (2 * of.heads, embed))[_by_part(of, (None, None), 1)]
     else:

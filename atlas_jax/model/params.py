@@ -37,7 +37,7 @@ class DeltaParams:
 
     Attributes:
       project: queries, keys and values, then the gates of the output, one matrix [C + V·D, E].
-      gates: shares β of all heads, then what their decay follows from. In float32: an error in a decay grows with every token.
+      gates: shares β of all heads, then what their decay follows from. In float32: errors of a decay add up.
       conv: weights of the convolution, the token's own input last.
       decay, decay_bias: ln α is decay · softplus(gate + decay_bias).
       norm: gain of the norm of each head.
@@ -57,9 +57,9 @@ class LayerParams:
     """One transformer layer; fields a family does not have are None.
 
     Attributes:
-      qkv: query, key and value projections, one matrix [(H + 2K)·D, E]; for each KV head its queries, then key and value, then
-        the gates of its queries' outputs if there are any (`ModelConfig.qkv_heads`). Heads of queries and keys are in the
-        order that rotates (i, i + dims/2), and so are their norms. None in layers without attention.
+      qkv: query, key and value projections, one matrix [(H + 2K)·D, E]; for each KV head its queries, then key and value,
+        then the gates of its queries' outputs if there are any (`ModelConfig.qkv_heads`). Heads of queries and keys are in
+        the order that rotates (i, i + dims/2), and so are their norms. None in layers without attention.
       delta: in layers that have this in place of attention; `out` is the output projection of either.
       q_norm, k_norm: gains, [D] for all heads or [H, D] and [K, D] for each (`ModelConfig.qk_norm`).
       out, down: with their biases, times `ModelConfig.residual_scale`, unless the norms after them have it.

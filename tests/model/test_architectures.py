@@ -27,8 +27,9 @@ from tests.reference import transformer_reference
 from tests.tiny_families import SAMPLES, TEXT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peer"
-EXACT, OF_A_TABLE = 2e-5, 1e-3
-"""How far logits may be off, of the largest; llama.cpp looks GELU up in a table of half-precision values."""
+EXACT, OF_A_STATE, OF_A_TABLE = 2e-5, 1e-4, 1e-3
+"""How far logits may be off, of the largest. llama.cpp looks GELU up in a table of half-precision values; its rounding of states
+is 2e-5 from the definition."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,10 +101,11 @@ def test_logits_are_those_of_the_definition_and_of_llama_cpp(folder: Path, name:
     assert relative_error(found, wanted) < EXACT
     if SAMPLES[name].peer:
         peer = np.load(GOLDEN / f"{name}.logits.npy")
-        assert relative_error(found, peer) < (EXACT if tiny.config.activation == "silu" else OF_A_TABLE)
+        of_state = OF_A_STATE if tiny.config.recurrent else EXACT
+        assert relative_error(found, peer) < (of_state if tiny.config.activation == "silu" else OF_A_TABLE)
 
 
-@pytest.mark.parametrize("name", ["qwen2moe", "stablelm-parallel"])
+@pytest.mark.parametrize("name", ["qwen2moe", "stablelm-parallel", pytest.param("qwen35", marks=pytest.mark.slow)])
 def test_parts_of_a_text_and_rows_of_a_batch_are_the_text(folder: Path, name: str) -> None:
     tiny = opened(folder, name)
     texts = np.stack([np.asarray(TEXT), np.asarray(TEXT[::-1])])
@@ -113,7 +115,7 @@ def test_parts_of_a_text_and_rows_of_a_batch_are_the_text(folder: Path, name: st
     np.testing.assert_allclose(np.concatenate(found, axis=1), whole, atol=EXACT * np.abs(whole).max())
 
 
-@pytest.mark.parametrize("name", ["gemma2", "qwen2moe", "granite"])
+@pytest.mark.parametrize("name", ["gemma2", "qwen2moe", "granite", "qwen3next"])
 def test_logits_in_8_bits_are_near(folder: Path, name: str) -> None:
     tiny = opened(folder, name, "int8")
     found = scores_of(tiny, "int8")
