@@ -109,6 +109,13 @@ _QWEN35_TENSORS = {
     **_DELTA_TENSORS,
     **{"ssm_beta.weight": (_DELTA_HEADS, EMBED), "ssm_alpha.weight": (_DELTA_HEADS, EMBED)},
 }
+_DRAFTING_TENSORS = {
+    **{"attn_norm.weight": (EMBED,), **_HYBRID, "attn_output.weight": (EMBED, HEADS * DIM)},
+    **{f"attn_{name}.weight": (KV_HEADS * DIM, EMBED) for name in ("k", "v")},
+    **{f"ffn_{name}.weight": (FF, EMBED) for name in ("gate", "up")},
+    **{"ffn_down.weight": (EMBED, FF), "nextn.eh_proj.weight": (EMBED, 2 * EMBED)},
+    **{"nextn.enorm.weight": (EMBED,), "nextn.hnorm.weight": (EMBED,)},
+}
 _SECTIONS = {"rope.dimension_sections": [2, 1, 1, 0]}
 
 
@@ -178,6 +185,15 @@ SAMPLES: Mapping[str, Sample] = {
         without=("ffn_norm.weight",),
         recurrent=_QWEN35_TENSORS,
         tied=True,
+    ),
+    "qwen35-drafting": Sample(
+        "qwen35",
+        layers=4,
+        metadata={**_DELTA_KEYS, **_SECTIONS, "block_count": 5, "nextn_predict_layers": 1},
+        layer=_HYBRID,
+        without=("ffn_norm.weight",),
+        recurrent=_QWEN35_TENSORS,
+        whole={f"blk.4.{name}": shape for name, shape in _DRAFTING_TENSORS.items()},
     ),
     "qwen35moe": Sample(
         "qwen35moe",

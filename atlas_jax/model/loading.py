@@ -256,7 +256,7 @@ def parameter_count(params: ModelParams) -> int:
 def _packed(file: ModelFile, config: ModelConfig) -> frozenset[str]:
     """Names of the matrices that can stay in 5 bits: as every layer has them, so that layers share their programs."""
     by_role: dict[str, list[str]] = {}
-    for name in file.tensors:
+    for name in file.tensors.keys() - left_out(file):
         by_role.setdefault(name.split(".", 2)[-1] if name.startswith("blk.") else name, []).append(name)
 
     def taken(name: str) -> bool:

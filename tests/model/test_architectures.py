@@ -28,8 +28,8 @@ from tests.tiny_families import SAMPLES, TEXT
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peer"
 EXACT, OF_A_STATE, OF_A_TABLE = 2e-5, 1e-4, 1e-3
-"""How far logits may be off, of the largest. llama.cpp looks GELU up in a table of half-precision values, and rounds the states
-of layers to 2e-5 of the definition."""
+"""How far logits may be off, of the largest. llama.cpp looks GELU up in a table of half-precision values, and rounds states
+of layers to 2e-5 of their definition."""
 
 
 @dataclasses.dataclass(frozen=True)
