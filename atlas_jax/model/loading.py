@@ -113,7 +113,7 @@ def left_out(file: ModelFile) -> list[str]:
     """Names of the tensors of a file that are no part of its text model: that read images, or only draft what comes next."""
     prefix = f"{file.metadata.get('general.architecture')}."
     layers, drafting = (file.metadata.get(prefix + key) for key in ("block_count", "nextn_predict_layers"))
-    others = _OTHER_PARTS
+    others: tuple[str, ...] = _OTHER_PARTS
     if isinstance(layers, int) and isinstance(drafting, int):
         others += tuple(f"blk.{index}." for index in range(layers - drafting, layers))
     return [name for name in file.tensors if name.startswith(others)]

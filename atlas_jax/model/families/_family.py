@@ -104,6 +104,13 @@ class Fields:
             raise self._refused(key, f"is {value}, not between {low} and {high}")
         return value
 
+    def divisor(self, key: str, whole: int) -> int:
+        """A whole number that divides another; otherwise as `integer`."""
+        value = self.integer(key, 1, whole)
+        if whole % value:
+            raise self._refused(key, f"is {value}, which does not divide {whole}")
+        return value
+
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
         """A finite number from `low` to `high`; otherwise as `integer`."""
         value = self._scalar(key)

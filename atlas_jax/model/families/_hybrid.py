@@ -28,9 +28,9 @@ def hybrid(
         layers=[LayerConfig(kind="delta_net" if one else "attention") for one in fields.recurrent(_PERIOD)],
         delta_net=DeltaNetConfig(
             heads=heads,
-            key_heads=fields.integer("ssm.group_count", 1, _MAX_HEADS),
+            key_heads=fields.divisor("ssm.group_count", heads),
             dim=dim,
-            conv=fields.integer("ssm.conv_kernel", 1, _MAX_CONV),
+            conv=fields.integer("ssm.conv_kernel", 2, _MAX_CONV),
             tiled=tiled,
         ),
         attention_gate=True,
