@@ -15,6 +15,7 @@ import pytest
 from atlas_jax.config import PAGE
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import ChatFrame, Finished, SessionKey
+from atlas_jax.engine.scheduler.decode_batch import DecodeBatch
 from atlas_jax.engine.scheduler.prefill import PrefillQueue
 from atlas_jax.engine.scheduler.request_state import RequestState
 from tests.engine.offline import Answer, ask, ask_all, memory, request, words
@@ -90,11 +91,14 @@ def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
         shutil.copytree(tmp_path / "one", tmp_path / "killed")
         (tmp_path / "killed" / ".lock").unlink()
         saved = before.sessions.save_all("owner", None)
-    with opened(memory_path=tmp_path / "one", **HOW) as after:
-        assert_same(ask(after, request(NEXT, 12, memory=memory("s"))), straight)
-        assert after.sessions.load_default("owner") == 1, "the export, which is older"
-        assert_same(ask(after, request(NEXT, 12, memory=memory("s"))), straight)
-    assert saved.bytes > 0
+        (file,) = (tmp_path / "one").rglob(saved.filename)
+        copy = tmp_path / "other" / file.relative_to(tmp_path / "one")
+        copy.parent.mkdir(parents=True)
+        shutil.copy(file, copy)
+    for folder, exported in (("one", 0), ("other", 1)):
+        with opened(memory_path=tmp_path / folder, **HOW) as after:
+            assert not exported or after.sessions.load_default("owner") == exported
+            assert_same(ask(after, request(NEXT, 12, memory=memory("s"))), straight)
     with opened(memory_path=tmp_path / "killed", **HOW) as replayed:
         answer = ask(replayed, request(NEXT, 12, memory=memory("s")))
     assert answer.end.memory is not None
@@ -132,6 +136,29 @@ def test_a_prompt_left_half_read_leaves_the_session_in_order(
     assert left.end.reason == "cancelled"
     monkeypatch.setattr(PrefillQueue, "step", step)
     assert_same(ask(hybrid, request(LONG, 6, memory=memory(name))), wanted)
+
+
+def test_a_step_waits_for_the_one_before_where_a_session_keeps_what_is_read(
+    hybrid: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And only there; a neighbour whose row nobody keeps changes nothing of it."""
+    waits, synchronise = 0, DecodeBatch.synchronise
+
+    def count(self: DecodeBatch) -> list[Any]:
+        nonlocal waits
+        waits += 1
+        return synchronise(self)
+
+    monkeypatch.setattr(DecodeBatch, "synchronise", count)
+    plain, first, then = words(3, 20), words(4, 40), words(5, 10)
+    ask(hybrid, request(plain, 30))
+    assert waits < 10
+    alone, beside = next(names), next(names)
+    turn = ask(hybrid, request(first, 30, memory=memory(alone)))
+    assert waits >= 30
+    other, _ = ask_all(hybrid, [request(first, 30, memory=memory(beside)), request(plain, 12)])
+    assert_same(other, turn)
+    assert_same(*(ask(hybrid, request(then, 12, memory=memory(name))) for name in (alone, beside)))
 
 
 @pytest.mark.slow
