@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,6 +19,7 @@ from atlas_jax.engine.api import ChatFrame, Finished, SessionKey
 from atlas_jax.engine.scheduler.decode_batch import DecodeBatch
 from atlas_jax.engine.scheduler.prefill import PrefillQueue
 from atlas_jax.engine.scheduler.request_state import RequestState
+from atlas_jax.kernels.gated_delta import DeltaState
 from tests.engine.offline import Answer, ask, ask_all, memory, request, words
 from tests.engine.test_invariants import assert_same, copied
 from tests.patience import PATIENCE
@@ -84,10 +86,10 @@ def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
 ) -> None:
     """From its snapshot bit for bit; from its journal alone, it is read again."""
     name = next(names)
-    ask(hybrid, request(LONG, 12, memory=memory(name)))
+    first = ask(hybrid, request(LONG, 12, memory=memory(name)))
     straight = ask(hybrid, request(NEXT, 12, memory=memory(name)))
     with opened(memory_path=tmp_path / "one", **HOW) as before:
-        ask(before, request(LONG, 12, memory=memory("s")))
+        assert_same(ask(before, request(LONG, 12, memory=memory("s"))), first)
         shutil.copytree(tmp_path / "one", tmp_path / "killed")
         (tmp_path / "killed" / ".lock").unlink()
         saved = before.sessions.save_all("owner", None)
@@ -163,7 +165,7 @@ def test_a_step_waits_for_the_one_before_where_a_session_keeps_what_is_read(
 
 @pytest.mark.slow
 def test_a_session_has_one_size(hybrid: Engine) -> None:
-    """However long its text; its bytes are those that the budget counts."""
+    """However long its text; the states are part of the bytes that a session is said to take."""
     name = next(names)
     sizes = []
     for turn in range(4):
@@ -174,7 +176,10 @@ def test_a_session_has_one_size(hybrid: Engine) -> None:
         sizes.append(entry.session.checkpoints[-1].bytes)
     assert sizes[2] == sizes[3]
     assert answer.end.memory is not None
-    assert answer.end.memory.state.total >= 0.9 * sizes[3]
+    row = entry.session.checkpoints[-1].row
+    states = [layer for layer in row.cache.kv if isinstance(layer, DeltaState)]
+    assert len(states) == 6
+    assert answer.end.memory.state.memory == sum(leaf.nbytes for leaf in jax.tree.leaves((row.memory, states)))
 
 
 @pytest.mark.slow
