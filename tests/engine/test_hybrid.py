@@ -92,6 +92,7 @@ def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
         assert_same(ask(before, request(LONG, 12, memory=memory("s"))), first)
         shutil.copytree(tmp_path / "one", tmp_path / "killed")
         (tmp_path / "killed" / ".lock").unlink()
+        assert before.sessions.save_changed() == 0
         saved = before.sessions.save_all("owner", None)
         (file,) = (tmp_path / "one").rglob(saved.filename)
         copy = tmp_path / "other" / file.relative_to(tmp_path / "one")
