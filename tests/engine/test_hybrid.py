@@ -24,6 +24,7 @@ from tests.engine.offline import Answer, ask, ask_all, memory, request, words
 from tests.engine.test_invariants import assert_same, copied
 from tests.patience import PATIENCE
 
+pytestmark = pytest.mark.slow  # an engine of its own: 18 s of processor time to open
 names = (f"hybrid-{number}" for number in itertools.count())
 HOW = {"name": "hybrid", "max_concurrent": 2}
 LONG, NEXT = words(31, 3 * PAGE + 37), words(32, 20)
@@ -47,7 +48,6 @@ def test_answers_depend_on_nothing_but_the_text(hybrid: Engine) -> None:
     assert (again.end.drafted_tokens, again.end.cached_tokens) == (0, 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 40, PAGE, PAGE + 1, 2 * PAGE + 70])
 def test_how_a_text_is_cut_into_turns_changes_little(engines: Callable[[str], Engine], cut: int) -> None:
     engine = engines("hybrid float32")
@@ -61,7 +61,6 @@ def test_how_a_text_is_cut_into_turns_changes_little(engines: Callable[[str], En
     assert parts.end.memory.cache_hit
 
 
-@pytest.mark.slow
 def test_a_turn_asked_again_is_answered_as_the_first_time(hybrid: Engine) -> None:
     """Edits go back to the end of a turn before them, or to the beginning, and leave nothing of what is gone."""
     name = next(names)
@@ -80,7 +79,6 @@ def test_a_turn_asked_again_is_answered_as_the_first_time(hybrid: Engine) -> Non
     assert_same(ask(hybrid, request(NEXT, 12, memory=memory(name))), second)
 
 
-@pytest.mark.slow
 def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
     opened: Callable[..., Any], hybrid: Engine, tmp_path: Path
 ) -> None:
@@ -110,7 +108,6 @@ def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
     assert answer.infos[0].top[0][0] in likely
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 6])
 def test_a_prompt_left_half_read_leaves_the_session_in_order(
     hybrid: Engine, monkeypatch: pytest.MonkeyPatch, steps: int
@@ -164,7 +161,6 @@ def test_a_step_waits_for_the_one_before_where_a_session_keeps_what_is_read(
     assert_same(*(ask(hybrid, request(then, 12, memory=memory(name))) for name in (alone, beside)))
 
 
-@pytest.mark.slow
 def test_a_session_has_one_size(hybrid: Engine) -> None:
     """However long its text; the states are part of the bytes that a session is said to take."""
     name = next(names)
@@ -183,7 +179,6 @@ def test_a_session_has_one_size(hybrid: Engine) -> None:
     assert answer.end.memory.state.memory == sum(leaf.nbytes for leaf in jax.tree.leaves((row.memory, states)))
 
 
-@pytest.mark.slow
 def test_nothing_compiles_once_warm(opened: Callable[..., Any], compiled: list[str]) -> None:
     with opened(warm=True, **HOW) as engine:
         assert engine.warm_up(timeout=PATIENCE)
