@@ -124,6 +124,16 @@ class MemoryController(Controller):
         wanted = parse(schema.DeleteRequest, data)
         return json_response(await memory.delete(context_of(request).identity.owner, wanted))
 
+    @post("/fork", status_code=200, responses=atlas_responses(schema.ForkResponse, 404, 507, body=True))
+    async def fork(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[schema.ForkRequest]],
+        memory: NamedDependency[MemoryService],
+    ) -> Response[Any]:
+        """Begins a session where another is; the two go on apart."""
+        return json_response(await memory.fork(context_of(request).identity.owner, parse(schema.ForkRequest, data)))
+
     @post("/reset", status_code=200, responses=atlas_responses(schema.ResetResponse, 404, 507, body=True))
     async def reset(
         self,

@@ -148,6 +148,13 @@ class ResetRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     all: Annotated[bool, Meta(description="true resets every session of the caller")] | None = None
 
 
+class ForkRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/atlas/memory/fork`: a session, and the name of the one that begins where it is."""
+
+    session_id: SessionId
+    target: SessionId
+
+
 class SaveResponse(Struct, kw_only=True, frozen=True):
     """What a save wrote; `context_id` is null when it was not a single session."""
 
@@ -211,6 +218,14 @@ class DeleteResponse(Struct, kw_only=True, frozen=True):
     filename: str | UnsetType = UNSET
 
 
+class ForkResponse(Struct, kw_only=True, frozen=True):
+    """Answer to a fork."""
+
+    success: bool
+    session_id: str
+    target: str
+
+
 class ResetResponse(Struct, kw_only=True, frozen=True):
     """Answer to a reset: how many sessions were emptied."""
 
@@ -254,6 +269,14 @@ class SetAside(Struct, kw_only=True, frozen=True):
     reason: str
 
 
+class FittingProgress(Struct, kw_only=True, frozen=True):
+    """How far the fitting of a memory to the model is."""
+
+    stage: str
+    progress: Annotated[float, Meta(description="Share of the stage that is done")]
+    seconds: Annotated[float, Meta(description="Since it began")]
+
+
 class StatusData(StateFields, kw_only=True, frozen=True):
     """The memory subsystem at a glance; the bytes are those of a session that is begun with the engine's own defaults."""
 
@@ -272,6 +295,9 @@ class StatusData(StateFields, kw_only=True, frozen=True):
     adapter: str | None
     set_aside: list[SetAside]
     memory_unavailable: str | None
+    fitting: Annotated[
+        FittingProgress | None, Meta(description="How far the memory is that the model does not have yet, but will")
+    ]
 
 
 class StatusResponse(Struct, kw_only=True, frozen=True):

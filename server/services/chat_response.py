@@ -88,7 +88,7 @@ class ChatResponseBuilder:
         for index, outcome in enumerate(outcomes):
             assert outcome.finished is not None
             reader = self._reader()
-            pieces = [*reader.push("".join(outcome.text)), *reader.finish()]
+            pieces = [*reader.push(outcome.text), *reader.finish()]
             choices.append(
                 ChatChoice(
                     index=index,

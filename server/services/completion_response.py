@@ -133,7 +133,7 @@ class CompletionResponseBuilder:
             choices.append(
                 CompletionChoice(
                     index=index,
-                    text=self._echo(index) + "".join(outcome.text),
+                    text=self._echo(index) + outcome.text,
                     logprobs=logprobs,
                     finish_reason=finish_reason(outcome.finished),
                 )

@@ -45,11 +45,20 @@ def new_id(prefix: str) -> str:
 class Outcome:
     """What one sequence has produced."""
 
-    text: list[str] = field(default_factory=list)
-    tokens: list[TokenInfo] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
     prompt: tuple[TokenInfo, ...] = ()
     finished: Finished | None = None
     embedding: np.ndarray | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def tokens(self) -> list[TokenInfo]:
+        """All of its tokens."""
+        return [token for delta in self.deltas for token in delta.tokens]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -216,9 +216,10 @@ class FakeSessions:
     def fork(self, owner: str, source: str, target: str) -> bool:
         self.forks.append((owner, source, target))
         found = self.live.get((owner, source))
-        if found is not None:
-            self.live[owner, target] = Session(tokens=list(found.tokens))
-        return found is not None
+        if found is None or (owner, target) in self.live:
+            return False
+        self.live[owner, target] = Session(tokens=list(found.tokens))
+        return True
 
     def delete(self, owner: str, session_id: str) -> None:
         self._check()

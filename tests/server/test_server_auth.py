@@ -224,6 +224,11 @@ def test_owners_do_not_see_each_other(guarded: Live) -> None:
         ("memory/delete", {"context_id": "shared-name"}, {"context_id": "another-name"}),
         ("memory/reset", {"session_id": "shared-name"}, {"session_id": "another-name"}),
         ("memory/save", {"session_id": "shared-name"}, {"session_id": "another-name"}),
+        (
+            "memory/fork",
+            {"session_id": "shared-name", "target": "x"},
+            {"session_id": "another-name", "target": "x"},
+        ),
     ):
         one = call(guarded, "beta-key", f"/v1/atlas/{path}", there)
         two = call(guarded, "beta-key", f"/v1/atlas/{path}", nowhere)

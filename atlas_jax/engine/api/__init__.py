@@ -29,6 +29,7 @@ from atlas_jax.engine.api.events import (
 )
 from atlas_jax.engine.api.info import (
     EngineStats,
+    Fitting,
     LayerMemoryInfo,
     MemoryInfo,
     ModelInfo,
@@ -51,9 +52,11 @@ from atlas_jax.engine.api.requests import (
 )
 from atlas_jax.engine.memory_options import CacheStrategy
 from atlas_jax.grammar.calls import CallGrammar, CallShape
+from atlas_jax.grammar.shape import AnswerShape
 
 __all__ = [
     "MAX_LOGIT_BIAS",
+    "AnswerShape",
     "CacheStrategy",
     "CallGrammar",
     "CallShape",
@@ -68,6 +71,7 @@ __all__ = [
     "Failed",
     "FinishReason",
     "Finished",
+    "Fitting",
     "GenerationRequest",
     "Handle",
     "HistoryEffect",

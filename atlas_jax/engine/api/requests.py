@@ -95,7 +95,7 @@ class GenerationRequest:
       choice: only choice 0 of a session's request goes on as that session; the others see it and leave no trace.
       owner: whose share of the engine this request uses (fairness, prefix reuse never crosses owners).
       reuse: take what another prompt of this owner that begins the same has left, and leave what this one reads.
-      grammar: what the answer must match (`EngineProtocol.json_grammar`, `EngineProtocol.call_grammar`), or None.
+      grammar: what the answer must match (`EngineProtocol.answer_grammar`, `EngineProtocol.call_grammar`), or None.
       shown: names of control tokens that are part of the answer's text; others are not.
       chat: what is known of a prompt that is a chat (`EngineProtocol.chat_frame`); a session then knows its parts.
       memory: None = the plain model.

@@ -22,10 +22,11 @@ DELETED = "deleted"
 """The file that marks a deletion."""
 TEMPORARY = ".tmp"
 """How the name of a file that is not finished ends; it begins with a dot."""
-_JOURNAL = "journal"
-_SAVED = "saved.atlas"
-_SNAPSHOT = ".snapshot.atlas"
-_LONGEST_JOURNAL = 1 << 30
+JOURNAL, SAVED = "journal", "saved.atlas"
+"""Names of the journal and of a save point."""
+SNAPSHOT = ".snapshot.atlas"
+"""How the name of a snapshot ends, after its generation."""
+LONGEST_JOURNAL = 1 << 30
 
 
 class FolderSession:
@@ -40,21 +41,21 @@ class FolderSession:
         self._snapshot = self._journal_bytes = self._saved_bytes = 0
         self._last_turn = self._floor = 0
         self._unsynced = self._new = self._shared = False
-        snapshots = sorted(folder.glob(f"*{_SNAPSHOT}")) if folder.is_dir() else []
+        snapshots = sorted(folder.glob(f"*{SNAPSHOT}")) if folder.is_dir() else []
         self._generation = 0
         for path in snapshots:
-            number = path.name.removesuffix(_SNAPSHOT)
+            number = path.name.removesuffix(SNAPSHOT)
             if number.isdecimal():
                 self._generation, self._snapshot = int(number), path.stat().st_size
         for path in snapshots:  # a write was cut short after the newer one was whole
             if path != self._path(self._generation):
                 path.unlink(missing_ok=True)
-        if (saved := folder / _SAVED).is_file():
+        if (saved := folder / SAVED).is_file():
             self._shared = self._generation > 0 and saved.samefile(self._path(self._generation))
             self._saved_bytes = 0 if self._shared else saved.stat().st_size
 
     def _path(self, generation: int) -> Path:
-        return self.folder / f"{generation:020d}{_SNAPSHOT}"
+        return self.folder / f"{generation:020d}{SNAPSHOT}"
 
     @property
     def size(self) -> int:
@@ -87,9 +88,9 @@ class FolderSession:
 
     def read_journal(self) -> Journal | None:
         """Its journal, None without one; what a crash cut off at its end is removed. Raises as `read`."""
-        path = self.folder / _JOURNAL
+        path = self.folder / JOURNAL
         try:
-            data = files.read_file(path, _LONGEST_JOURNAL)
+            data = files.read_file(path, LONGEST_JOURNAL)
         except FileNotFoundError:
             return None
         found, end = journal.decode(data)
@@ -132,7 +133,7 @@ class FolderSession:
         with self._guard:
             if self._gone or generation <= self._generation:
                 return
-            saved = self.folder / _SAVED
+            saved = self.folder / SAVED
             head, _ = snapshot.read_head(files.read_file(saved, None, first=snapshot.HEAD_BYTES))
             os.link(saved, self._path(generation))
             files.sync_folder(self.folder)
@@ -146,7 +147,7 @@ class FolderSession:
         old, self._generation, self._snapshot, self._floor = self._generation, generation, size, floor
         if old:
             self._path(old).unlink(missing_ok=True)
-        (self.folder / _JOURNAL).unlink(missing_ok=True)
+        (self.folder / JOURNAL).unlink(missing_ok=True)
         self._journal_bytes = 0
 
     def append(self, origin: Origin, turn: Turn) -> bool:
@@ -172,7 +173,7 @@ class FolderSession:
 
     def _append(self, record: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self.folder / _JOURNAL, flags, 0o600)
+        descriptor = os.open(self.folder / JOURNAL, flags, 0o600)
         try:
             written = os.pwrite(descriptor, record, self._journal_bytes)
             if written < len(record):
@@ -192,7 +193,7 @@ class FolderSession:
                 return
             new, self._unsynced, self._new = self._new, False, False
             try:
-                descriptor = os.open(self.folder / _JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                descriptor = os.open(self.folder / JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:  # a snapshot has taken its place
                 return
         try:
@@ -206,7 +207,7 @@ class FolderSession:
     def keep(self) -> int:
         """Makes the present snapshot the save point; see `StoredSession.keep`."""
         with self._guard:
-            present, saved = self._path(self._generation), self.folder / _SAVED
+            present, saved = self._path(self._generation), self.folder / SAVED
             if not self._shared:
                 temporary = self.folder / f".saved{TEMPORARY}"
                 temporary.unlink(missing_ok=True)
@@ -219,7 +220,7 @@ class FolderSession:
     def read_saved(self, limit: int) -> bytes | None:
         """The save point, or None; raises as `read`."""
         try:
-            return files.read_file(self.folder / _SAVED, limit)
+            return files.read_file(self.folder / SAVED, limit)
         except FileNotFoundError:
             return None
 

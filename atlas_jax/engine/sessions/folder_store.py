@@ -183,14 +183,14 @@ class FolderStore:
         except FileNotFoundError:
             return None
         content = data[len(_DOCUMENT) + hashlib.sha256().digest_size :]
-        if data != _document(owner, name, content):
+        if data != _document(digest(owner), name, content):
             raise SnapshotInvalid("document is damaged, or belongs elsewhere")
         return content
 
     def write_document(self, owner: str, name: str, data: bytes) -> None:
         """Replaces a document; see `Store.write_document`."""
         with files.atomic_file(self._documents(owner) / name) as file:
-            file.write(_document(owner, name, data))
+            file.write(_document(digest(owner), name, data))
 
     def delete_document(self, owner: str, name: str) -> None:
         """Removes a document, if it is there."""
@@ -238,9 +238,14 @@ class FolderStore:
         self._folder.close()
 
 
+def document_is_whole(owner: str, name: str, data: bytes) -> bool:
+    """Whether the file of a document is as it was written; `owner` is the digest of whose it is."""
+    return data == _document(owner, name, data[len(_DOCUMENT) + hashlib.sha256().digest_size :])
+
+
 def _document(owner: str, name: str, content: bytes) -> bytes:
     """The file of a document; its checksum covers whose it is, so that no file stands for another."""
-    whose = f"{digest(owner)}/{name}\n".encode()
+    whose = f"{owner}/{name}\n".encode()
     return _DOCUMENT + hashlib.sha256(whose + content).digest() + content
 
 

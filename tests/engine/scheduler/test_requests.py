@@ -222,7 +222,7 @@ mixed = st.lists(
 
 def test_an_idle_engine_gives_back_what_many_requests_needed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atlas_jax.engine.scheduler.scheduler._REST_AFTER", 0.05)
-    runner = engine._scheduler._runner
+    runner = engine._serving.scheduler._runner
     sizes, resize = [], runner.resize
 
     def spy(rows: int, pages: int, moves: dict[int, int]) -> None:
