@@ -99,7 +99,7 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
     mesh_layout = on_mesh(model, config.mesh_data, config.mesh_model)
     params = load_params(file, model, dtype=config.weight_dtype, mesh_layout=mesh_layout)
     if others := left_out(file):
-        names = ", ".join(sorted({f"{name.split('.', 1)[0]}.*" for name in others}))
+        names = ", ".join(sorted({name[: name.index(".", 4 * name.startswith("blk."))] + ".*" for name in others}))
         log.info("Left out of %s: %d tensors that are no part of its text model (%s)", file.name, len(others), names)
     log.info("Loaded %s in %.1f s", file.name, time.monotonic() - started)
     context = min(config.max_context, model.context_length)
