@@ -16,7 +16,7 @@ CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psu
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench endless load crash attack neighbours \
-  schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
+  clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -97,6 +97,12 @@ crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowle
 	$(RUN) -m benchmarks.crash rounds --model $(MODEL) --kills 50 --stops 4 --sessions 24 --disk-mb 20
 	$(RUN) -m benchmarks.crash many
 	$(RUN) -m benchmarks.crash cost --model $(MODEL)
+
+clients: $(VENV)/dev model ## the flows of twenty client libraries and agents against a server (installs them: 4 GB in data/clients)
+	$(RUN) -m benchmarks.clients $(MODEL) --output docs/benchmarks/clients.md $(ARGS)
+
+overhead: $(VENV)/dev ## what the server adds to the engine's time, beside uvicorn alone (ARGS="--peer-python PYTHON": and llama_cpp.server)
+	$(RUN) -m benchmarks.overhead --output docs/benchmarks/overhead.md $(ARGS)
 
 neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
 	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/benchmarks/neighbours.md

@@ -21,7 +21,6 @@ _FAMILIES = (
         f"nothing can be uploaded; {_GENERATION}",
     ),
     (r"/v1/complete|/generate(_stream)?|/v1beta", _GENERATION),
-    (r"/api/embeddings", "texts are embedded at POST /api/embed and POST /v1/embeddings"),
     (r"/api/(create|pull|push|copy|delete|blobs)", "one model is served, and GET /api/tags lists it"),
     (r"/docs|/redoc|/openapi\.json|/swagger", "the API is described at GET /schema/openapi.json"),
 )

@@ -109,7 +109,6 @@ class TextBlock(Struct, kw_only=True, frozen=True, tag_field="type", tag="text")
     """Text of an answer."""
 
     text: str
-    citations: None = None
 
 
 class ThinkingBlock(Struct, kw_only=True, frozen=True, tag_field="type", tag="thinking"):

@@ -106,6 +106,15 @@ class OllamaEmbedRequest(Struct, kw_only=True, frozen=True):
     keep_alive: str | float | None = None
 
 
+class OllamaEmbeddingsRequest(Struct, kw_only=True, frozen=True):
+    """One text to embed, as clients asked before there was `/api/embed`."""
+
+    model: ModelName
+    prompt: str
+    options: dict[str, Any] | None = None
+    keep_alive: str | float | None = None
+
+
 class OllamaShowRequest(Struct, kw_only=True, frozen=True):
     """Which model to describe."""
 
@@ -175,6 +184,12 @@ class OllamaEmbedded(Struct, kw_only=True, frozen=True):
     total_duration: int
     load_duration: int
     prompt_eval_count: int
+
+
+class OllamaEmbedding(Struct, kw_only=True, frozen=True):
+    """The embedding of one text."""
+
+    embedding: list[float]
 
 
 class OllamaDetails(Struct, kw_only=True, frozen=True):

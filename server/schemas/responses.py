@@ -47,10 +47,21 @@ class TextConfig(Struct, kw_only=True, frozen=True):
     verbosity: str | None = None
 
 
-class FunctionTool(Struct, kw_only=True, frozen=True):
-    """A function the model may call; the fields are those of a function in chat completions."""
+class NamespacedTool(Struct, kw_only=True, frozen=True):
+    """A function in a namespace."""
 
     type: str
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(Struct, kw_only=True, frozen=True):
+    """A function the model may call, or a namespace of some; the fields are those of a function in chat completions."""
+
+    type: str
+    tools: Annotated[list[NamespacedTool], Meta(max_length=128)] | UnsetType | None = UNSET
     name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")] | None = None
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -155,6 +166,7 @@ class FunctionCallItem(Struct, kw_only=True, frozen=True, tag_field="type", tag=
     call_id: str
     name: str
     arguments: str
+    namespace: str | UnsetType = UNSET
     status: ItemStatus = "completed"
 
 

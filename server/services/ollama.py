@@ -77,6 +77,15 @@ class OllamaService:
             ),
         )
 
+    async def embed_one(self, raw: Any, context: RequestContext) -> bytes:
+        """The answer of `POST /api/embeddings`."""
+        body = parse(schema.OllamaEmbeddingsRequest, raw)
+        refuse_unsupported(raw, schema.OllamaEmbeddingsRequest)
+        _, vectors, _ = await self._embeddings.vectors(
+            body.prompt, "prompt", context, model=api.plain_name(body.model), dimensions=None
+        )
+        return await self._embeddings.written(vectors, lambda rows: schema.OllamaEmbedding(embedding=rows[0]))
+
     def tags(self) -> schema.OllamaModels:
         """Every name of the model."""
         model = self._supervisor.engine.model

@@ -103,6 +103,7 @@ class ResponsesService:
                 logprobs=bool(chat.logprobs),
                 summaries=response.reasoning.summary is not None,
                 reader=asked.reader,
+                namespaces=api.namespaces(body),
             )
 
             async def keep() -> None:

@@ -24,6 +24,9 @@ _INCLUDED = (
     *("reasoning.encrypted_content", LOGPROBS),
 )
 _ROLES = ("user", "assistant", "system", "developer")
+# A tool of the server's own that agents offer with every request (Codex does unless it is told not to). The model may use it
+# and never does, as if it saw no reason to; a choice that asks for it is refused.
+_SEARCH = "web_search"
 _TEXTS = ("text", "input_text", "output_text")
 # What a request may share with a chat completion, as it is.
 _SHARED = (
@@ -74,20 +77,38 @@ def functions_told(body: schema.ResponsesRequest) -> tuple[Function, ...]:
     """The functions the model is told of; raises BadRequest for other tools, unless none may be called."""
     given = []
     for index, one in enumerate(body.tools or ()):
-        field = f"tools[{index}]"
-        if one.type != "function":
-            if body.tool_choice == "none":
-                continue
-            raise BadRequest(
-                f"Tools of type '{one.type[:64]}' are not supported", param=f"{field}.type", code="unsupported_tool"
+        for tool, field in _in_namespace(one, f"tools[{index}]"):
+            if tool.type != "function":
+                free = body.tool_choice in (None, "auto")
+                if body.tool_choice == "none" or (free and tool.type.startswith(_SEARCH)):
+                    continue
+                raise BadRequest(
+                    f"Tools of type '{tool.type[:64]}' are not supported",
+                    param=f"{field}.type",
+                    code="unsupported_tool",
+                )
+            if tool.name is None:
+                raise invalid(f"{field}.name", "required field is missing")
+            definition = FunctionDefinition(
+                name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
             )
-        if one.name is None:
-            raise invalid(f"{field}.name", "required field is missing")
-        definition = FunctionDefinition(
-            name=one.name, description=one.description, parameters=one.parameters, strict=one.strict
-        )
-        given.append((definition, field, f"{field}.parameters"))
+            given.append((definition, field, f"{field}.parameters"))
     return functions_of(given)
+
+
+def _in_namespace(
+    tool: schema.FunctionTool, field: str
+) -> list[tuple[schema.FunctionTool | schema.NamespacedTool, str]]:
+    """The tools of a namespace, or the tool itself, and where they stand."""
+    if tool.type != "namespace":
+        return [(tool, field)]
+    return [(one, f"{field}.tools[{at}]") for at, one in enumerate(tool.tools or ())]
+
+
+def namespaces(body: schema.ResponsesRequest) -> dict[str, str]:
+    """Whose namespace functions are in, by their names."""
+    spaces = [tool for tool in body.tools or () if tool.type == "namespace"]
+    return {one.name: space.name for space in spaces if space.name is not None for one in space.tools or ()}
 
 
 def answer_shape(body: schema.ResponsesRequest) -> AnswerShape | None:

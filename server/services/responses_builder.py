@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import msgspec
@@ -31,6 +31,7 @@ class ResponsesBuilder:
       logprobs: whether the request asked for them.
       summaries: whether reasoning is given as a summary, which is all of it.
       reader: makes what tells reasoning and calls from the rest.
+      namespaces: whose namespace functions are in, by their names.
 
     Attributes:
       response: as it is now; complete once `end` or `whole` has been called.
@@ -43,9 +44,11 @@ class ResponsesBuilder:
         logprobs: bool,
         summaries: bool = False,
         reader: Callable[[], AnswerReader] = AnswerReader,
+        namespaces: Mapping[str, str] | None = None,
     ) -> None:
         self.response = response
         self._wants, self._summaries = logprobs, summaries
+        self._namespaces = namespaces or {}
         self._parts = Parts(reader())
         self._ids: list[str] = []
         self._tokens: list[TokenInfo] = []  # whose text has not come out yet
@@ -106,7 +109,14 @@ class ResponsesBuilder:
         id_ = self._ids[part.index]
         if part.kind == "call":
             arguments = "" if empty else part.text
-            return schema.FunctionCallItem(id=id_, call_id=part.id, name=part.name, arguments=arguments, status=status)
+            return schema.FunctionCallItem(
+                id=id_,
+                call_id=part.id,
+                name=part.name,
+                arguments=arguments,
+                namespace=self._namespaces.get(part.name, msgspec.UNSET),
+                status=status,
+            )
         if part.kind == "reasoning":
             return schema.ReasoningItem(
                 id=id_,
@@ -239,7 +249,7 @@ def begun(
         ),
         safety_identifier=body.safety_identifier,
         tool_choice="auto" if body.tool_choice is None else body.tool_choice,
-        tools=[one for one in body.tools or () if one.type == "function"],
+        tools=[one for one in body.tools or () if one.type in ("function", "namespace")],
         top_logprobs=body.top_logprobs or 0,
         truncation=body.truncation or "disabled",
         user=body.user,

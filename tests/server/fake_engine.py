@@ -131,10 +131,10 @@ class Running:
         if self.request.pooling is not None:
             self.listener(Embedded(embedding_of(self.request.prompt)))
             return self.end("length")
-        limit = self.request.max_tokens
-        unlimited = limit is None or limit > CONTEXT  # a server has a limit of its own, longer than our context
+        limit, context = self.request.max_tokens, self.engine.model.context_length
+        unlimited = limit is None or limit > context  # a server has a limit of its own, longer than our context
         if limit is None or (unlimited and not self.request.ignore_eos):
-            limit = RUNAWAY if self.request.ignore_eos else CONTEXT
+            limit = RUNAWAY if self.request.ignore_eos else context
         if self.engine.fail_after is not None and self.sent >= self.engine.fail_after:
             self.listener(Failed(self.engine.failure))
             return True
@@ -251,6 +251,7 @@ class FakeEngine:
         slots: int = 64,
         root: Path | None = None,
         documents: FakeDocuments | None = None,
+        context: int = CONTEXT,
     ) -> None:
         self.model = ModelInfo(
             name=name,
@@ -258,7 +259,7 @@ class FakeEngine:
             fingerprint="0123456789abcdef",
             parameters=7,
             size_bytes=8,
-            context_length=CONTEXT,
+            context_length=context,
             vocab_size=ByteTokenizer.vocab_size,
             layers=2,
             embedding_size=4,
@@ -360,9 +361,10 @@ class FakeEngine:
             raise self.submit_errors.pop(0)
         if self.draining or not self._alive:
             raise Overloaded("The engine is draining")
-        if len(request.prompt) > CONTEXT:
+        if len(request.prompt) > self.model.context_length:
             raise InvalidRequest(
-                f"The prompt has {len(request.prompt)} tokens, the context holds {CONTEXT}",
+                f"This model's maximum context length is {self.model.context_length} tokens, and the prompt has "
+                f"{len(request.prompt)}",
                 param="prompt",
                 code="context_length_exceeded",
             )

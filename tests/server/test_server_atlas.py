@@ -181,6 +181,7 @@ def test_session_header(live: Live) -> None:
     response = live.post(CHAT, HELLO, X_Session_ID="from-header")
     assert response.headers["x-session-id"] == "from-header"
     assert response.json()["atlas_stats"]["session_id"] == "from-header"
+    assert live.post(CHAT, HELLO, X_LiteLLM_Session_ID="of-litellm").headers["x-session-id"] == "of-litellm"
     response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "body"}})
     assert response.headers["x-session-id"] == "body"
     response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "same"}}, X_Session_ID="same")

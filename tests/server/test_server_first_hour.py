@@ -130,7 +130,6 @@ def test_while_the_model_loads_the_page_says_so_and_looks_again(start: Start) ->
         ("/generate", COMPLETIONS),
         ("/v1/messages/batches", "uploaded"),
         ("/api/pull", "/api/tags"),
-        ("/api/embeddings", "/api/embed"),
         ("/v1/files", "uploaded"),
         ("/docs", "/schema/openapi.json"),
         ("/v1/chat/completion", "did you mean /v1/chat/completions?"),

@@ -112,6 +112,25 @@ def test_embeddings(live: Live) -> None:
     assert answer["prompt_eval_count"] == 9
 
 
+def test_one_embedding_in_the_older_form(live: Live) -> None:
+    answer = live.post("/api/embeddings", {"model": "fake-7b", "prompt": "alpha"}).json()
+    np.testing.assert_allclose(answer["embedding"], embedding_of(b"alpha"), rtol=1e-6)
+    refused = live.post("/api/embeddings", {"model": "fake-7b", "prompt": ["alpha"]})
+    assert refused.status_code == 400
+    assert "prompt" in refused.json()["error"]
+
+
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_bodies_need_not_say_that_they_are_json_unless_a_web_page_sends_them(live: Live, kind: str | None) -> None:
+    """`curl -d` as Ollama's documentation has it."""
+    headers = {} if kind is None else {"Content-Type": kind}
+    whole = json.dumps({**CHAT, "stream": False}).encode()
+    answer = live.http.post("/api/chat", content=whole, headers=headers)
+    assert (answer.status_code, answer.json()["message"]["content"]) == (200, "user\nHello")
+    for browser in ({"Origin": live.url}, {"Sec-Fetch-Site": "same-origin"}):
+        assert live.http.post("/api/chat", content=whole, headers={**headers, **browser}).status_code == 415
+
+
 @pytest.mark.parametrize(
     ("path", "body", "named"),
     [

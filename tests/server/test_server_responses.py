@@ -330,7 +330,12 @@ def test_a_format_is_a_grammar(client: openai.OpenAI, live: Live) -> None:
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
         ({"input": "x" * 5000}, "input"),
-        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "file_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tools[0].type"),
+        (
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "f"}]}]},
+            "tools[0].tools[0].type",
+        ),
         ({"tools": [{"type": "function"}]}, "tools[0].name"),
         ({"include": ["message.text"]}, "include[0]"),
         ({"tool_choice": "required"}, "tool_choice"),

@@ -101,6 +101,24 @@ def test_responses_without_a_choice_of_tools(live: Live) -> None:
         assert (error.status_code, error.json()["error"]["param"]) == (400, param)
 
 
+def test_functions_in_a_namespace_are_called_with_it(live: Live) -> None:
+    """Codex offers its agents so, and `web_search` beside them, which nothing here can run."""
+    spaced = [{"type": "namespace", "name": "sky", "description": "The sky", "tools": FLAT}, {"type": "web_search"}]
+    told(live, HERMES, CALL, "Yes.")
+    first = live.post("/v1/responses", {"input": ASK, "tools": spaced}).json()
+    (call,) = (item for item in first["output"] if item["type"] == "function_call")
+    assert (call["name"], call["namespace"]) == ("get_weather", "sky")
+    assert [call.field for call in held(live).calls] == ["tools[0].tools[0].parameters", "tools[0].tools[1].parameters"]
+    assert [tool["type"] for tool in first["tools"]] == ["namespace"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "24"}
+    items = [{"role": "user", "content": ASK}, call, result]
+    second = live.post("/v1/responses", {"input": items, "tools": spaced, "store": False}).json()
+    assert second["output"][-1]["content"][0]["text"] == "Yes."
+    told(live, HERMES, CALL)
+    plain = live.post("/v1/responses", {"input": ASK, "tools": FLAT}).json()
+    assert "namespace" not in next(item for item in plain["output"] if item["type"] == "function_call")
+
+
 def test_reasoning_as_a_summary(live: Live, client: openai.OpenAI) -> None:
     told(live, THINKING, THOUGHT)
     with client.responses.stream(model="any", input=ASK, tools=FLAT, reasoning={"summary": "auto"}) as stream:
@@ -144,7 +162,7 @@ def test_messages_use_tools_think_and_take_results(live: Live) -> None:
     use = message["content"][2]
     assert message["content"] == [
         {"type": "thinking", "thinking": "Hm, Paris.", "signature": ""},
-        {"type": "text", "text": "I look.", "citations": None},
+        {"type": "text", "text": "I look."},
         {"type": "tool_use", "id": use["id"], "name": "get_weather", "input": {"city": "Paris"}},
     ]
     assert message["stop_reason"] == "tool_use"
