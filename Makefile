@@ -16,7 +16,7 @@ CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psu
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench endless load crash attack neighbours \
-  clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
+  clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -133,6 +133,9 @@ docs: $(VENV)/docs ## build the documentation site into build/site, with warning
 
 diagrams: ## write docs/images/*.svg, the diagrams of README and DESIGN
 	$(PYTHON) tools/draw_diagrams.py
+
+page-images: $(VENV)/dev ## take the pictures of the page at / from a running server (ARGS=http://…; needs a Chromium)
+	$(RUN) -m tools.page_images $(ARGS)
 
 openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
 	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml

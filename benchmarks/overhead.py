@@ -124,9 +124,7 @@ def serve(kind: str, port: int) -> None:
         from server.config.settings import ServerSection, Settings
         from server.serve import serve as serve_atlas
 
-        sys.exit(
-            serve_atlas(Settings(server=ServerSection(port=port, max_concurrent=_MOST)), engine)
-        )
+        sys.exit(serve_atlas(Settings(server=ServerSection(port=port, max_concurrent=_MOST)), engine))
     import uvicorn
 
     uvicorn.run(minimal(engine), port=port, log_level="error", access_log=False)

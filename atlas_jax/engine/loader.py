@@ -99,7 +99,7 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
     mesh_layout = on_mesh(model, config.mesh_data, config.mesh_model)
     params = load_params(file, model, dtype=config.weight_dtype, mesh_layout=mesh_layout)
     if others := left_out(file):
-        names = ", ".join(sorted({f"{name.split('.', 1)[0]}.*" for name in others}))
+        names = ", ".join(sorted({name[: name.index(".", 4 * name.startswith("blk."))] + ".*" for name in others}))
         log.info("Left out of %s: %d tensors that are no part of its text model (%s)", file.name, len(others), names)
     log.info("Loaded %s in %.1f s", file.name, time.monotonic() - started)
     context = min(config.max_context, model.context_length)
@@ -115,7 +115,8 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
             budget = _budget(config, sizes)
             memory = dataclasses.replace(memory, max_kept=sizes.kept(budget, _default_window(config)))
         step_config = StepConfig(model, memory, kernel_choice.chosen(), turns)
-        buckets = _buckets(config, context, memory)
+        # what a model has read into states of its own cannot be taken back, so it is fed no drafts
+        buckets = _buckets(config, context, memory, speculate=config.speculate and not model.recurrent)
         runner = PretrainedRunner(
             step_config, Weights(params, adapter, bigrams), config.kv_dtype, buckets, mesh_layout, budget
         )
@@ -222,15 +223,15 @@ def _turn_tokens(file: ModelFile, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(token for text, token in tokenizer.special_tokens.items() if text in template))
 
 
-def _buckets(config: EngineConfig, context: int, memory: MemoryConfig | None) -> Buckets:
+def _buckets(config: EngineConfig, context: int, memory: MemoryConfig | None, *, speculate: bool) -> Buckets:
     """The sizes that steps are compiled for."""
     pages = max(context // PAGE, 1, 0 if memory is None else (config.max_window + memory.max_omega_window) // PAGE)
     # attention over float pages is never of a single row of a single token: it would round differently
-    alone = 1 if config.speculate or config.kv_dtype == "int8" else 2
+    alone = 1 if speculate or config.kv_dtype == "int8" else 2
     return Buckets(
         _powers(max(alone, config.mesh_data), config.max_concurrent),
         _powers(4, pages),
-        max_draft_rows=MAX_DRAFT_ROWS if config.speculate else 0,
+        max_draft_rows=MAX_DRAFT_ROWS if speculate else 0,
     )
 
 

@@ -93,7 +93,7 @@ def keep_pairs(
     # a query meets kept pairs from where attention has it meet them: by its own way past the context, not by the page's
     too_far = jnp.maximum(asked - (config.context_length - 1), 0)
     turns = [_Turns(rotations(table, beyond), rotations(table, too_far)) for table in ropes]
-    sinks = jnp.where(labels[page.slot] == 0, cache.kv[0].sink_k.shape[2], 0)
+    sinks = jnp.where(labels[page.slot] == 0, SINKS, 0)
     event = _Event(
         labels=labels,
         first_page=first_page,
@@ -109,7 +109,7 @@ def keep_pairs(
         for index, (spec, layer, first) in enumerate(
             zip(config.layers, cache.kv, first_pages(cache.kept_pages), strict=True)
         )
-        if layer.choice is not None
+        if isinstance(layer, LayerKV) and layer.choice is not None
     ]
 
     def counted() -> tuple[list[jax.Array], jax.Array]:

@@ -38,6 +38,10 @@ class TensorReader:
         info = self._file.tensors.get(whole)
         return parts if info is None or info.shape[0] != outputs else {whole: outputs}
 
+    def has(self, name: str) -> bool:
+        """Whether the file has a tensor of this name."""
+        return name in self._file.tensors
+
     def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor as float32."""
         self._take(name, shape)

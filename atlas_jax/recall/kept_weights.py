@@ -12,6 +12,7 @@ import numpy as np
 
 from atlas_jax.aot import AotProgram
 from atlas_jax.config import PAGE, ModelConfig
+from atlas_jax.kernels.kv_pages import LayerKV
 from atlas_jax.kernels.received_attention import received_attention
 from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache, page_start, start_page
@@ -103,6 +104,7 @@ class FullReader:
         found = []
         for index in self.layers:
             layer = cache.kv[index]
+            assert isinstance(layer, LayerKV)
             assert layer.choice is not None
             q = layer.choice.queries[0] * layer.choice.query_scale[0][..., None]
             where = none, seen, jnp.zeros((), bool), none, none, 1

@@ -40,6 +40,12 @@ class _SessionFields(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
             description="true: a prompt the session has answered before is answered anew, and what followed is forgotten"
         ),
     ] = None
+    token_gates: Annotated[
+        bool | None,
+        Meta(
+            description="true: every choice says for each token of its answer what weight the memory had (chats, completions)"
+        ),
+    ] = None
 
 
 if TYPE_CHECKING:
@@ -54,6 +60,17 @@ else:
         module=__name__,
         doc="How one request uses the memory; null and absent mean the server's default.",
     )
+
+
+class TokenGate(Struct, kw_only=True, frozen=True):
+    """A token of an answer and the weight g of the memory's distribution in (1 - g) p_model + g p_memory, where it was drawn.
+
+    Tokens are in order, and those of a stream's chunk are those whose text it completes; control tokens are left out.
+    """
+
+    token: str
+    bytes: Annotated[list[int], Meta(description="Its own bytes: a token may be part of a character")]
+    gate: Annotated[float, Meta(ge=0, le=1)]
 
 
 _KEPT = "Keys and values kept of what has left the window, per KV head and on average per layer"
@@ -155,6 +172,13 @@ class ForkRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     target: SessionId
 
 
+class RenameRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/atlas/memory/rename`: a session, and the name it gets."""
+
+    session_id: SessionId
+    target: SessionId
+
+
 class SaveResponse(Struct, kw_only=True, frozen=True):
     """What a save wrote; `context_id` is null when it was not a single session."""
 
@@ -220,6 +244,14 @@ class DeleteResponse(Struct, kw_only=True, frozen=True):
 
 class ForkResponse(Struct, kw_only=True, frozen=True):
     """Answer to a fork."""
+
+    success: bool
+    session_id: str
+    target: str
+
+
+class RenameResponse(Struct, kw_only=True, frozen=True):
+    """Answer to a rename."""
 
     success: bool
     session_id: str

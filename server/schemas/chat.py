@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from server.schemas.atlas import AtlasStats
+from server.schemas.atlas import AtlasStats, TokenGate
 from server.schemas.sampling import TokenCount
 from server.schemas.shape import ShapedFields
 from server.schemas.usage import Timings, Usage
@@ -174,6 +174,7 @@ class ChatChoice(Struct, kw_only=True, frozen=True):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    token_gates: list[TokenGate] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, kw_only=True, frozen=True):
@@ -223,6 +224,7 @@ class ChatChunkChoice(Struct, kw_only=True, frozen=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_gates: list[TokenGate] | UnsetType = UNSET
 
 
 class ChatChunk(Struct, kw_only=True, frozen=True):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from server.schemas.atlas import AtlasStats
+from server.schemas.atlas import AtlasStats, TokenGate
 from server.schemas.shape import ShapedFields
 from server.schemas.usage import Timings, Usage
 
@@ -38,6 +38,7 @@ class CompletionChoice(Struct, kw_only=True, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    token_gates: list[TokenGate] | UnsetType = UNSET
 
 
 class Completion(Struct, kw_only=True, frozen=True):

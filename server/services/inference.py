@@ -20,7 +20,7 @@ from server.services.chat_response import ChatResponseBuilder
 from server.services.completion_response import CompletionResponseBuilder
 from server.services.generation import Generation, Generator
 from server.services.generation_plan import GenerationPlan
-from server.services.memory_options import MemoryPlan, plan_memory
+from server.services.memory_options import MemoryPlan, check_token_gates, plan_memory
 from server.services.models import Models
 from server.services.response_builder import Identification, ResponseBuilder
 from server.services.runtime_config import RuntimeConfig
@@ -93,6 +93,8 @@ class Inference:
         """Starts the continuation of a text; `answering` as for `converse`, None is OpenAI's."""
         if body.best_of is not None and body.best_of != (body.n or 1):
             raise invalid("best_of", "must be equal to n", code="unsupported_parameter")
+        if answering is not None:
+            check_token_gates(body.atlas)
         model = self._admitted(body)
         memory, shape = self._memory(body, context), shape_of(body)
         prompts, echoes = await self._prompts(body)
@@ -137,22 +139,13 @@ class Inference:
         """Starts a chat completion."""
         body = parse(ChatRequest, raw)
         refuse_unsupported(raw, ChatRequest)
-        usage = _wants_usage(body)
-
-        def answering(asked: Asked) -> Answering:
-            named = Identification.new("chatcmpl", model=asked.model, fingerprint=asked.fingerprint)
-            builder = ChatResponseBuilder(
-                named, logprobs=bool(body.logprobs), with_usage=usage, reader=asked.reader, legacy=asked.legacy
-            )
-            return Answering(builder=builder)
-
-        return await self.converse(body, context, answering, tools=chosen_tools(body), shape=shape_of(body))
+        return await self.converse(body, context, tools=chosen_tools(body), shape=shape_of(body))
 
     async def converse(
         self,
         body: ChatRequest,
         context: RequestContext,
-        answering: Callable[[Asked], Answering],
+        answering: Callable[[Asked], Answering] | None = None,
         *,
         tools: Tools | None = None,
         shape: AnswerShape | None = None,
@@ -162,7 +155,7 @@ class Inference:
 
         Args:
           body: what is asked for, in whatever API, as a chat completion; its tools and formats are not read.
-          answering: says how the answer is written.
+          answering: says how the answer is written; None is as OpenAI's API does.
           tools: those it may call, or None.
           shape: what an answer that calls none must match, or None where any text will do.
           whole: whether its session holds these messages and no others.
@@ -170,6 +163,8 @@ class Inference:
         refuse_unsupported_chat(body)
         if body.top_logprobs and not body.logprobs:
             raise invalid("top_logprobs", "needs logprobs to be true")
+        if answering is not None:
+            check_token_gates(body.atlas)
         model = self._admitted(body)
         memory = self._memory(body, context)
         if whole and memory.params is not None:
@@ -183,15 +178,14 @@ class Inference:
         thinking = engine.template.thinking
         begun = thinking is not None and self._tokenization.ends_with(prompt, thinking[0])
         grammar = await self._grammar(tools, shape, context, thinking[1] if thinking and begun else None)
-        how = answering(
-            Asked(
-                model=model,
-                fingerprint=engine.model.fingerprint,
-                prompt_tokens=len(prompt),
-                reader=functools.partial(self._reader, tools, thinking, begun=begun, exact=grammar is not None),
-                legacy=tools is not None and tools.legacy,
-            )
+        asked = Asked(
+            model=model,
+            fingerprint=engine.model.fingerprint,
+            prompt_tokens=len(prompt),
+            reader=functools.partial(self._reader, tools, thinking, begun=begun, exact=grammar is not None),
+            legacy=tools is not None and tools.legacy,
         )
+        how = _openai_chat(body, asked) if answering is None else answering(asked)
         logprobs = body.top_logprobs or 0 if body.logprobs else None
         plan = GenerationPlan(
             prompts=[prompt],
@@ -299,6 +293,18 @@ class Inference:
         if plan.session_id is not None and plan.session_id.isascii():
             context.response_headers.append((b"x-session-id", plan.session_id.encode()))
         return plan
+
+
+def _openai_chat(body: ChatRequest, asked: Asked) -> Answering:
+    return Answering(
+        builder=ChatResponseBuilder(
+            Identification.new("chatcmpl", model=asked.model, fingerprint=asked.fingerprint),
+            logprobs=bool(body.logprobs),
+            with_usage=_wants_usage(body),
+            reader=asked.reader,
+            legacy=asked.legacy,
+        )
+    )
 
 
 def _wants_usage(body: SamplingFields) -> bool:

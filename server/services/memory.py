@@ -192,6 +192,14 @@ class MemoryService:
         self._tell("[ATLAS] Memory state deleted for session: %s", name)
         return schema.DeleteResponse(success=True, context_id=name)
 
+    async def rename(self, owner: str, wanted: schema.RenameRequest) -> schema.RenameResponse:
+        """Gives a session another name."""
+        self.require(endpoints=True)
+        source, target = check_name(wanted.session_id, "session_id"), check_name(wanted.target, "target")
+        await self._call(lambda store: store.rename(owner, source, target))
+        self._tell("[ATLAS] Session %s is called %s", source, target)
+        return schema.RenameResponse(success=True, session_id=source, target=target)
+
     async def fork(self, owner: str, wanted: schema.ForkRequest) -> schema.ForkResponse:
         """Begins a session where another of the owner's is; it is stored before this returns, if sessions are."""
         self.require(endpoints=True)

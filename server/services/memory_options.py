@@ -79,6 +79,7 @@ def plan_memory(
             session=None if session_id is None else SessionKey(owner, session_id),
             **{name: getattr(merged, name) for name in MemoryOptions.__struct_fields__},
             regenerate=atlas is not None and bool(atlas.regenerate),
+            token_gates=atlas is not None and bool(atlas.token_gates),
             given=frozenset(
                 name for name in AtlasOptions.__struct_fields__ if getattr(atlas or _EMPTY, name) is not None
             ),
@@ -145,6 +146,12 @@ def check_name(name: str, field: str) -> str:
     if name != name.strip():
         raise invalid(field, "must not begin or end with a space")
     return name
+
+
+def check_token_gates(atlas: AtlasOptions | None) -> None:
+    """Raises BadRequest where gates are asked of an API whose answers have no place for them."""
+    if atlas is not None and atlas.token_gates:
+        raise invalid("atlas.token_gates", "is for /v1/chat/completions and /v1/completions")
 
 
 def _session(atlas: AtlasOptions | None, header: str | None) -> str | None:

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 
 from atlas_jax.engine.api import Delta, Finished, MemoryStats, Prompt, TokenInfo
-from server.schemas.atlas import AtlasStats, state_fields
+from server.schemas.atlas import AtlasStats, TokenGate, state_fields
 from server.schemas.usage import PromptTokensDetails, Timings, Usage
 
 FinishReason = Literal["stop", "length"]
@@ -95,6 +95,18 @@ def finish_reason(finished: Finished) -> FinishReason:
 def finite(logprob: float) -> float:
     """A log-probability JSON can hold; OpenAI writes −9999 for a token that cannot occur."""
     return logprob if math.isfinite(logprob) else -9999.0
+
+
+def token_gates(tokens: Sequence[TokenInfo]) -> list[TokenGate] | UnsetType:
+    """The gates of an answer's tokens that are part of its text; nothing where none were asked for."""
+    found = [
+        TokenGate(
+            token=one.data.decode(errors="replace"), bytes=list(one.data), gate=round(min(max(one.gate, 0.0), 1.0), 4)
+        )
+        for one in tokens
+        if one.gate is not None and not one.hidden
+    ]
+    return found or UNSET
 
 
 def usage_of(finished: Mapping[int, Finished], choices: int) -> Usage:

@@ -114,7 +114,8 @@ class Running:
     def info(self, token: int, count: int, *, logprob: float | None = -0.5) -> TokenInfo:
         data = self.engine.tokenizer.token_bytes
         top = tuple((((token + i) % 256), data((token + i) % 256), -0.5 - i) for i in range(count))
-        return TokenInfo(token=token, data=data(token), logprob=logprob, top=() if logprob is None else top)
+        gate = token % 10 / 10 if self.request.gated else None
+        return TokenInfo(token=token, data=data(token), logprob=logprob, top=() if logprob is None else top, gate=gate)
 
     def begin(self) -> None:
         count = self.request.prompt_logprobs
@@ -145,8 +146,8 @@ class Running:
         self.sent += 1
         self.buffer += bytes([token])
         logprobs = self.request.sampling.logprobs
-        if logprobs is not None:
-            self.held.append(self.info(token, logprobs))
+        if self.request.with_tokens:
+            self.held.append(self.info(token, logprobs or 0))
         try:
             piece = self.buffer.decode()
         except UnicodeDecodeError:

@@ -14,6 +14,7 @@ from atlas_jax.engine.api import (
     LayerMemoryInfo,
     MemoryInfo,
     SaveResult,
+    SessionExists,
     SessionInfo,
     SessionNotFound,
     SetAside,
@@ -220,6 +221,14 @@ class FakeSessions:
             return False
         self.live[owner, target] = Session(tokens=list(found.tokens))
         return True
+
+    def rename(self, owner: str, source: str, target: str) -> None:
+        self._check()
+        found = self._get(owner, source)
+        if (owner, target) in self.live:
+            raise SessionExists("A session of that name exists already")
+        self.live[owner, target] = found
+        del self.live[owner, source]
 
     def delete(self, owner: str, session_id: str) -> None:
         self._check()

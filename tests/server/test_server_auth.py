@@ -16,7 +16,10 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import Live, Start, make_settings
 
 KEYS = "# comment\n\nalpha-key:team-a\nbeta-key:team-b\nroot-key:ops:admin\nbare-key\nadmin-only::admin\n"
-PUBLIC = {"/", "/health", "/v1/health", "/ready", "/schema", "/schema/openapi.json"}
+PAGE = {
+    f"/web/{file.name}" for file in (Path(__file__).parents[2] / "server" / "web").iterdir() if file.suffix != ".html"
+}
+PUBLIC = PAGE | {"/", "/health", "/v1/health", "/ready", "/schema", "/schema/openapi.json"}
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"
 
 
 def tokenizer(name: str, **changes: Any) -> Tokenizer:
-    values = {**json.loads((GOLDEN / f"{name}.json").read_text())["metadata"], **changes}
+    values = {**json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))["metadata"], **changes}
     arrays = {"tokenizer.ggml.token_type": np.int32, "tokenizer.ggml.scores": np.float32}
     return Tokenizer.from_metadata(
         {key: np.array(value, arrays[key]) if key in arrays else value for key, value in values.items()}

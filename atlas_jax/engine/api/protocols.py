@@ -73,6 +73,14 @@ class SessionStore(Protocol):
     def fork(self, owner: str, source: str, target: str) -> bool:
         """Begins a session that goes on from another's last turn, and leaves that one alone; False where it is not there."""
 
+    def rename(self, owner: str, source: str, target: str) -> None:
+        """Gives a session, its save point and the caller's JSON another name; it never has both names or neither.
+
+        Raises:
+          SessionNotFound: there is no `source`.
+          SessionExists: there is a `target`.
+        """
+
     def reset(self, owner: str, session_id: str | None) -> int:
         """Empties one session's memory, or all of the owner's; returns how many."""
 

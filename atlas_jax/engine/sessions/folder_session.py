@@ -3,25 +3,32 @@
 * `<generation>.snapshot.atlas`, its state, written beside its place and renamed;
 * `journal`, the turns since then, appended;
 * `saved.atlas`, a save point: the snapshot as it was when a client asked for it, a second name (hard link) of its file;
+* `moved`, while it is given another name, the generation of its snapshot under that name and the folder of that;
 * `deleted`, in the place of all of these, the generation of its deletion.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from pathlib import Path
 
+from atlas_jax.engine.api import StorageFull
 from atlas_jax.engine.sessions import files, journal, snapshot
 from atlas_jax.engine.sessions.journal import Journal, Origin, Turn
 from atlas_jax.engine.sessions.snapshot import Head
-from atlas_jax.engine.sessions.store import Place
+from atlas_jax.engine.sessions.store import Place, StoredSession
+
+log = logging.getLogger("atlas.engine")
 
 DELETED = "deleted"
 """The file that marks a deletion."""
 TEMPORARY = ".tmp"
 """How the name of a file that is not finished ends; it begins with a dot."""
+MOVED = "moved"
+"""The file that marks a session that is being given another name."""
 JOURNAL, SAVED = "journal", "saved.atlas"
 """Names of the journal and of a save point."""
 SNAPSHOT = ".snapshot.atlas"
@@ -75,6 +82,23 @@ class FolderSession:
         except (OSError, ValueError):
             return 0
 
+    @property
+    def moved(self) -> tuple[int, str] | None:
+        """The generation and the digest of the name that it is being given, or None."""
+        try:
+            generation, name = (self.folder / MOVED).read_text().split()
+            return int(generation), name
+        except (OSError, ValueError):
+            return None
+
+    def stay(self) -> None:
+        """Forgets that it was to be given another name."""
+        (self.folder / MOVED).unlink(missing_ok=True)
+
+    def drop_orphan(self) -> None:
+        """Removes a save point without a session: what was to be given this name has kept its own."""
+        (self.folder / SAVED).unlink(missing_ok=True)
+
     def read_head(self) -> Head | None:
         """The head of its snapshot, None without one; raises as `read`."""
         if not self._generation:
@@ -127,6 +151,37 @@ class FolderSession:
                 file.write(data)
             self._replaced(generation, len(data), floor)
             return True
+
+    def move(self, target: StoredSession, generation: int, data: bytes, saved: bytes | None) -> None:
+        """Makes it the session of another name; see `StoredSession.move`.
+
+        The mark decides for a scan which of the two folders is the session; it is durable before the other one is written.
+        """
+        assert isinstance(target, FolderSession)
+        with self._guard, files.atomic_file(self.folder / MOVED) as file:
+            file.write(f"{generation} {target.place.session}".encode())
+        try:
+            target.receive(generation, data, saved)
+        except BaseException:
+            self.stay()
+            raise
+        try:
+            self.delete(generation)
+        except (StorageFull, OSError) as error:
+            log.error("[ATLAS] A renamed session is removed under its old name at the next start: %s", error)
+            self._gone = True
+
+    def receive(self, generation: int, data: bytes, saved: bytes | None) -> None:
+        """Becomes a session that had another name; raises StorageFull, OSError."""
+        if saved is not None:
+            with files.atomic_file(self.folder / SAVED) as file:
+                file.write(saved)
+        try:
+            self.write(generation, data)
+        except BaseException:
+            self.drop_orphan()
+            raise
+        self._saved_bytes = len(saved or b"")
 
     def restore(self, generation: int) -> None:
         """Makes the save point the present snapshot, without copying it."""

@@ -216,6 +216,11 @@ class FolderStore:
         newest = max(
             0 if head is None else head.listing.generation, turns.turns[-1].generation if turns and turns.turns else 0
         )
+        if stored.moved is not None:
+            if self._has_moved(stored, newest):
+                deleted = max(deleted, stored.moved[0])
+            else:
+                stored.stay()
         if deleted and newest <= deleted:  # a damaged file of a deleted session is nobody's
             stored.delete(deleted)
             return None
@@ -224,6 +229,7 @@ class FolderStore:
         elif turns is not None:
             key = SessionKey(turns.origin.owner, turns.origin.session_id)
         elif problem is None:  # a folder that was made and not used
+            stored.drop_orphan()
             with contextlib.suppress(OSError):
                 stored.folder.rmdir()
             return None
@@ -232,6 +238,13 @@ class FolderStore:
         if Place.of(key) != stored.place:
             return Found(None, stored, None, None, "its files belong to another session")
         return Found(key, stored, head, turns, problem)
+
+    def _has_moved(self, stored: FolderSession, newest: int) -> bool:
+        """Whether a session is whole under the name it was to be given; one that was begun anew since is another."""
+        assert stored.moved is not None
+        generation, name = stored.moved
+        place = Place(stored.place.owner, name)
+        return newest < generation == FolderSession(place, self._folder_of(place)).generation
 
     def close(self) -> None:
         """Lets another server have the folder."""

@@ -258,6 +258,25 @@ class SessionTable:
             self._index.put(self._index.add(key), copy)
         return True
 
+    def rename(self, owner: str, source: str, target: str) -> None:
+        """Gives a session another name; raises as `api.SessionStore`.
+
+        A request that names it as it was called waits, and then begins a new session.
+        """
+        key = SessionKey(owner, target)
+        with self.tiers.held(SessionKey(owner, source)) as entry, self.tiers.begun(key) as place:
+            session = entry.session or self._persistence.read(entry)
+            renamed = replace(session, key=key, generation=self._index.next_generation())
+            if self._store is not None:
+                self._persistence.move(entry, place, renamed)
+            with self._index.lock:
+                if entry.session is None:
+                    self._index.put_stored(place, renamed)
+                else:
+                    self._index.put(place, renamed, entry.tier)
+                if self._index.holds(entry):  # else it was deleted meanwhile
+                    self._index.forget(entry)
+
     def _replace(self, entry: Entry, session: Session) -> None:
         """Makes a session what it is from now on: first on disk, then in memory."""
         session.generation = self._index.next_generation()

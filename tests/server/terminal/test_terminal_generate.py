@@ -63,7 +63,7 @@ def test_a_schema_is_followed_and_an_answer_that_was_cut_off_is_an_error(
     live.engine.script = ['{"a": 1}']
     assert generate(live, "x", "--schema", str(schema)) == 0
     assert json.loads(capsys.readouterr().out) == {"a": 1}
-    assert live.engine.requests[-1].grammar.schema["properties"] == {"a": {"type": "integer"}}
+    assert live.engine.requests[-1].grammar.schema.schema["properties"] == {"a": {"type": "integer"}}
     live.engine.script = ['{"a": 1}']
     assert generate(live, "x", "--schema", str(schema), "--max-tokens", "3") == 1
     assert capsys.readouterr().err == (
