@@ -93,5 +93,6 @@ class WarmUp:
             for j, pages in enumerate(buckets.pages):
                 add(i + j, runner.compile_decode, rows, pages)
                 add(i + j, runner.compile_row_moves, rows, pages)
+                add(i + j + 0.5, runner.compile_plain_decode, rows, pages)
                 add(i + j + 1.5, runner.compile_monolithic_step, rows, pages)
         return [task for _, task in sorted(ranked, key=lambda entry: entry[0])]

@@ -139,8 +139,7 @@ class CheckpointFolder:
             raise GGUFError(f"{self.path.name} has no tensor {quote(name)}")
         one = self._stored[name]
         info = one.info
-        raw = np.frombuffer(self._shards[one.shard].file.view(), np.uint8, info.nbytes, info.offset)
-        packed = raw.reshape(info.shape[0], -1)
+        packed = self.raw(name).reshape(info.shape[0], -1)
         out = np.empty((info.shape[0], int(np.prod(info.shape[1:], dtype=np.int64))), np.float32)
         for start in range(0, len(out), _ROWS):
             out[start : start + _ROWS] = _floats(info.ggml_type, packed[start : start + _ROWS])
@@ -150,6 +149,18 @@ class CheckpointFolder:
         if one.plus_one:
             out = out + np.float32(1.0)
         return out.reshape(info.shape).astype(dtype, copy=False)
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes as they lie in the file; raises GGUFError where there is none, or a file has changed."""
+        if name not in self._stored:
+            raise GGUFError(f"{self.name} has no tensor {quote(name)}")
+        one = self._stored[name]
+        return np.frombuffer(self._shards[one.shard].file.view(), np.uint8, one.info.nbytes, one.info.offset)
+
+    def release(self, name: str) -> None:
+        """Takes a tensor out of this process's memory until it is looked at again."""
+        one = self._stored[name]
+        self._shards[one.shard].file.release(one.info.offset, one.info.nbytes)
 
     def has_nibbles(self, name: str) -> bool:
         """No tensor is a matrix of 4-bit codes."""
