@@ -92,7 +92,7 @@ class Engine:
             answer=info.context_length,
             prefix_bytes=config.prefix_cache_size,
         )
-        self._warm_up = WarmUp(runner)
+        self._warm_up = WarmUp(runner, lambda: self._scheduler.busy)
 
     @classmethod
     def open(cls, config: EngineConfig | None = None, **fields: Any) -> Engine:

@@ -13,8 +13,8 @@ import statistics
 from collections import deque
 from collections.abc import Hashable, Sequence
 
-_START = 0.3
-"""Right drafts a step that a row is taken for at first: not worth a step with drafts, until they have been right."""
+_START = 0.45
+"""Right drafts a step that a row is taken for at first: worth a few steps with drafts, and no more if they are wrong."""
 _WEIGHT = 0.125
 """Of the latest step in a row's estimate."""
 _RATIO = 1.4
