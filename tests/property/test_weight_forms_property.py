@@ -148,13 +148,13 @@ def test_parts_in_turns_are_one_matrix(rows: int) -> None:
     whole = QuantArray(jnp.asarray(values), jnp.asarray(scale))
     assert weight.shape == whole.shape
     x, added, gain = (jnp.asarray(rng.normal(size=(rows, 256)).astype(np.float32)) for _ in range(3))
-    np.testing.assert_array_equal(linear(weight, x), linear(whole, x))
-    np.testing.assert_array_equal(
-        jax.jit(normed_linear)(weight, x, gain[0], 1e-5), jax.jit(normed_linear)(whole, x, gain[0], 1e-5)
-    )
-    found, wanted = (summed_linear(one, x, added, None, gain[0], 1e-5) for one in (weight, whole))
-    np.testing.assert_array_equal(found[0], wanted[0])
-    np.testing.assert_array_equal(found[1], wanted[1])
+
+    def products(weight: Weight) -> list[jax.Array]:
+        normed = normed_linear(weight, x, gain[0], 1e-5)
+        return [linear(weight, x), normed, *summed_linear(weight, x, added, None, gain[0], 1e-5)]
+
+    for found, wanted in zip(jax.jit(products)(weight), jax.jit(products)(whole), strict=True):
+        np.testing.assert_array_equal(found, wanted)
 
 
 def _arrays(weight: PackedArray) -> tuple[np.ndarray, np.ndarray]:
