@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from io import FileIO
-from mmap import ACCESS_READ, MADV_DONTNEED, PAGESIZE, mmap
+from mmap import ACCESS_READ, PAGESIZE, mmap
 from pathlib import Path
 
 from atlas_jax.gguf._header import GGUFError
+
+if sys.platform == "linux":
+    from mmap import MADV_DONTNEED
 
 
 class MappedFile:
@@ -42,7 +46,7 @@ class MappedFile:
         """Lets pages of the map go that have been read; who looks at them again reads them again."""
         first = -(-offset // PAGESIZE) * PAGESIZE
         length = (offset + size) // PAGESIZE * PAGESIZE - first
-        if self._map is not None and length > 0 and hasattr(self._map, "madvise"):
+        if self._map is not None and length > 0 and sys.platform == "linux":
             self._map.madvise(MADV_DONTNEED, first, length)
 
     def close(self) -> None:

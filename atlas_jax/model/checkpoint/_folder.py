@@ -153,14 +153,15 @@ class CheckpointFolder:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """A tensor's bytes as they lie in the file; raises GGUFError where there is none, or a file has changed."""
         if name not in self._stored:
-            raise GGUFError(f"{self.name} has no tensor {quote(name)}")
+            raise GGUFError(f"{self.path.name} has no tensor {quote(name)}")
         one = self._stored[name]
         return np.frombuffer(self._shards[one.shard].file.view(), np.uint8, one.info.nbytes, one.info.offset)
 
     def release(self, name: str) -> None:
         """Takes a tensor out of this process's memory until it is looked at again."""
-        one = self._stored[name]
-        self._shards[one.shard].file.release(one.info.offset, one.info.nbytes)
+        if name in self._stored:
+            one = self._stored[name]
+            self._shards[one.shard].file.release(one.info.offset, one.info.nbytes)
 
     def has_nibbles(self, name: str) -> bool:
         """No tensor is a matrix of 4-bit codes."""
