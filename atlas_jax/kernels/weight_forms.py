@@ -167,7 +167,7 @@ def cores() -> int:
 
 
 def aligned(shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """An array that has not been filled, aligned to cache lines: JAX takes such a one without a copy."""
+    """An array that has not been filled, aligned to cache lines: `jax.device_put` takes such a one without a copy."""
     kind = np.dtype(dtype)
     size = int(np.prod(shape)) * kind.itemsize
     room = np.empty(size + 64, np.uint8)

@@ -75,7 +75,8 @@ class TensorReader:
             except NotFinite:
                 raise _not_finite(", ".join(tensors)) from None
             self._release(tensors)
-            return PackedArray(jnp.asarray(records), jnp.asarray(scale), form)
+            # not jnp.asarray, which copies
+            return PackedArray(jax.device_put(records), jax.device_put(scale), form)
         if form is Form.PAIRS:
             packed = [self._pack(name, shape) for name, shape in shapes.items()]
             blocks, scale = (np.concatenate(arrays) for arrays in zip(*packed, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from gguf import GGMLQuantizationType
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.cpu import library
 from atlas_jax.kernels.linear import InterleavedArray, PackedArray, QuantArray, Weight, unpack
-from atlas_jax.kernels.weight_forms import Form
+from atlas_jax.kernels.weight_forms import Form, pack_rows
+from atlas_jax.model import tensor_reader
 from atlas_jax.model.loading import load_params, model_config, parameter_count
 from benchmarks.sized_models import Size, matrices, write_sized_model
 from tests import tiny_model
@@ -61,6 +63,23 @@ def test_weights_stay_in_the_bits_of_the_file(model: Path) -> None:
         parts = weight.parts if isinstance(weight, InterleavedArray) else (weight,)
         stored += sum(part.blocks.nbytes for part in parts if isinstance(part, PackedArray))
     assert stored == size
+
+
+def test_what_was_packed_is_not_copied(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large model is in memory once while it is loaded."""
+    made: list[int] = []
+
+    def noted(*args: Any) -> tuple[np.ndarray, np.ndarray]:
+        records, scale = pack_rows(*args)
+        made.append(records.ctypes.data)
+        return records, scale
+
+    monkeypatch.setattr(tensor_reader, "pack_rows", noted)
+    with GGUFFile.open(model) as file:
+        params = load_params(file, model_config(file))
+    for layer in params.layers:
+        assert isinstance(layer.down, PackedArray)
+        assert layer.down.blocks.unsafe_buffer_pointer() in made
 
 
 def test_layers_that_differ_take_the_wider_form(model: Path, tmp_path: Path) -> None:
