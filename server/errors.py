@@ -126,6 +126,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (api.MemoryUnavailable, 503, "unavailable_error", "memory_unavailable"),
     (api.Overloaded, 503, "unavailable_error", "overloaded"),
     (api.SessionNotFound, 404, "not_found_error", "session_not_found"),
+    (api.SessionExists, 409, "conflict_error", "session_exists"),
     (api.SnapshotInvalid, 400, "invalid_request_error", "snapshot_invalid"),
     (api.StorageFull, 507, "insufficient_storage_error", "storage_full"),
     (api.EngineError, 500, "server_error", "engine_error"),

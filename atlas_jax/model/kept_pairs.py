@@ -124,7 +124,8 @@ def keep_pairs(
     ring_scores, score = jax.lax.cond(
         page.first, counted, lambda: ([choice.ring_score[row] for _, _, choice, *_ in layers], pool.score[row])
     )
-    pairs = dataclasses.replace(pool, score=jax.lax.dynamic_update_index_in_dim(pool.score, score, row, 0))
+    stored = jax.lax.dynamic_update_index_in_dim(pool.stored_score, pool.as_stored(score), row, 0)
+    pairs = dataclasses.replace(pool, stored_score=stored)
     gone = []
     for (index, layer, choice, turn, _), ring_score in zip(layers, ring_scores, strict=True):
         left, choice = _leave_layer(layer, choice, ring_score, page, event, turn.keys)

@@ -115,6 +115,7 @@ def load_params(
     dtype: WeightDtype = "int8",
     mesh_layout: MeshLayout = ONE_DEVICE,
     progress: _Progress | None = None,
+    read: type[TensorReader] = TensorReader,
 ) -> ModelParams:
     """Reads the weights.
 
@@ -123,12 +124,13 @@ def load_params(
         fewer and the CPU kernels take them; "float32" is the reference mode.
       mesh_layout: where they go, layer by layer.
       progress: called with layers done and in all.
+      read: what takes the tensors; `tensor_shapes` has one that reads none of them.
 
     Raises:
       UnsupportedModel: a tensor is missing, unknown or misshapen; the message names it.
     """
     forms = weight_forms(file, config) if dtype == "int8" and mesh_layout.mesh is None else {}
-    reader = TensorReader(file, dtype, forms, left_out(file))
+    reader = read(file, dtype, forms, left_out(file))
     if FAMILIES[config.family].frequency_factors:
         for name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
             reader.take(name)

@@ -15,7 +15,7 @@ _KEPT = (
 # Families of other APIs that clients try, the longer ones first: the path's beginning, and what serves instead.
 _FAMILIES = (
     (r"/v1/(images|audio|moderations|realtime)", _TEXT_ONLY),
-    (r"/(v1/)?responses/.*|/v1/(threads|assistants|conversations)", _KEPT),
+    (r"/(v1/)?(responses|conversations)/.*|/v1/(threads|assistants)", _KEPT),
     (
         r"/v1/messages/batches|/v1/(files|batches|fine_tuning|uploads|vector_stores)",
         f"nothing can be uploaded; {_GENERATION}",

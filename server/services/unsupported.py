@@ -33,6 +33,7 @@ _HINTS = frozenset(
         ),
         *("prediction", "parallel_tool_calls", "priority", "request_id", "cache_salt", "keep_alive", "provider"),
         *("id_slot", "slot_id", "n_keep", "n_discard", "timings_per_token", "return_progress"),
+        *("n_cache_reuse", "sse_ping_interval", "speculative.n_max", "speculative.n_min", "speculative.p_min"),
         *("reasoning_effort", "verbosity", "include_reasoning", "separate_reasoning", "stream_interval"),
         *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "xtc_threshold", "guided_decoding_backend"),
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "guided_whitespace_pattern"),
@@ -61,11 +62,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         (
             *("min_tokens", "min_new_tokens", "min_length", "min_keep", "mirostat", "mirostat_mode", "dry_multiplier"),
             *("dynatemp_range", "xtc_probability", "no_repeat_ngram_size", "top_a", "epsilon_cutoff", "eta_cutoff"),
-            *("penalty_alpha", "smoothing_factor", "n_probs", "top_logprobs"),
+            *("penalty_alpha", "smoothing_factor", "n_probs", "top_logprobs", "n_indent"),
         ),
         (0,),
     ),
-    **dict.fromkeys(("length_penalty", "repetition_penalty", "tfs_z", "typical", "guidance_scale", "num_beams"), (1,)),
+    **dict.fromkeys(
+        ("length_penalty", "repetition_penalty", "tfs_z", "typical", "guidance_scale", "num_beams", "n_cmpl"), (1,)
+    ),
     **dict.fromkeys(
         (
             *("continue_final_message", "include_stop_str_in_output", "use_beam_search", "early_stopping", "echo"),
@@ -90,22 +93,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "best_of": (1,),
 }
-# Fields of a request's struct that are read only to be refused.
-_UNUSED = frozenset({"suffix"})
 _TEMPLATE_VARIABLES = frozenset({"enable_thinking", "reasoning_effort", "thinking"})
 
 
-def refuse_unsupported(raw: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
+def refuse_unsupported(raw: Any, kind: type[msgspec.Struct]) -> None:
     """Refuses the first field of a body that would have to be ignored although it might matter.
 
     Args:
-      kind: what the body is read as; its fields are known, except those that are there to be refused.
+      kind: what the body is read as; its fields are known.
 
     Raises:
       BadRequest: names the field.
     """
-    for name, value in raw.items():
-        if value is None or name in _HINTS or (name in kind.__struct_fields__ and name not in _UNUSED):
+    for name, value in raw.items() if isinstance(raw, Mapping) else ():
+        if value is None or name in _HINTS or name in kind.__struct_fields__:
             continue
         neutral = _NEUTRAL.get(name)
         if neutral is None:
@@ -138,3 +139,10 @@ def template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
         if name not in _TEMPLATE_VARIABLES or not isinstance(value, bool | str | int | None):
             raise unsupported(f"chat_template_kwargs.{name[:64]}")
     return dict(given or {})
+
+
+def effort_variables(effort: str | None) -> dict[str, Any] | None:
+    """How much the model shall think, as chat templates take it that know of such a thing."""
+    if effort is None:
+        return None
+    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}

@@ -78,7 +78,7 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
         defaults["cache_path"] = cache
         with pytest.MonkeyPatch.context() as patch:
             if not warm:
-                patch.setattr("atlas_jax.engine.engine.WarmUp", _FirstPrograms)
+                patch.setattr("atlas_jax.engine.serving.WarmUp", _FirstPrograms)
             engine = Engine.open(
                 model_path=model,
                 weight_dtype=dtype,  # type: ignore[arg-type]

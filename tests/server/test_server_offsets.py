@@ -64,7 +64,7 @@ def completion(spoken: Tokenizer, echo: str, prompt: Sequence[int], answer: Sequ
     offsets = [at for chunk in chunks if (found := chunk.choices[0].logprobs) for at in found.text_offset]
 
     ended = Finished(reason="length", prompt_tokens=len(prompt), completion_tokens=len(answer), cached_tokens=0, seed=0)
-    outcome = Outcome([delta.text for delta in deltas], [one for d in deltas for one in d.tokens], read.tokens, ended)
+    outcome = Outcome(deltas, read.tokens, ended)
     usage = usage_of({0: ended}, 1)
     whole = writer().whole([outcome], usage, Ending(timings=timings_of([ended]), usage=usage))
     assert whole.choices[0].text == text

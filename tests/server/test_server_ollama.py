@@ -81,7 +81,7 @@ def test_options_become_sampling_and_unknown_ones_pass(live: Live) -> None:
 @pytest.mark.parametrize("form", ["json", {"type": "object", "properties": {"a": {"type": "integer"}}}])
 def test_a_format_is_a_grammar(live: Live, form: Any) -> None:
     live.post("/api/chat", {**CHAT, "format": form, "stream": False})
-    assert live.engine.requests[-1].grammar.schema == (form if isinstance(form, dict) else {"type": "object"})
+    assert live.engine.requests[-1].grammar.schema.wanted == (form if isinstance(form, dict) else {"type": "object"})
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/api/chat", "message"), ("/api/generate", "response")])
@@ -101,7 +101,7 @@ def test_the_models(live: Live) -> None:
     assert running["name"] == model["name"]
     shown = live.post("/api/show", {"model": "fake-7b:latest"}).json()
     assert shown["model_info"]["llama.context_length"] == 4096
-    assert shown["capabilities"] == ["completion", "embedding"]
+    assert shown["capabilities"] == ["completion", "tools", "embedding"]
     assert live.http.get("/api/version").json()["version"]
 
 

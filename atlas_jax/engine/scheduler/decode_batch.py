@@ -307,16 +307,17 @@ class DecodeBatch:
             req.answered = time.monotonic()
         decode.generated.append(token)
         self._counters.generated_tokens += 1
+        gate = float(numbers[1])
         if req.memory is not None:
-            req.memory.gate(float(numbers[1]))
+            req.memory.gate(gate)
         if token in self._tokenizer.eog_ids and not request.ignore_eos:
             req.send(req.detokenizer.finish())
             return "stop"
-        wanted = request.sampling.logprobs
         info = None
-        if wanted is not None:
+        if request.with_tokens:
+            wanted = request.sampling.logprobs or 0
             top = integers[1 : 1 + wanted], numbers[2 : 2 + wanted]
-            info = token_info(self._tokenizer, token, float(numbers[0]), *top)
+            info = token_info(self._tokenizer, token, float(numbers[0]), *top, gate=gate if request.gated else None)
         req.send(req.detokenizer.push(token, info))
         if req.detokenizer.matched is not None:
             return "stop"

@@ -80,11 +80,6 @@ class Scheduler:
         """Whether the thread runs."""
         return self._thread.is_alive()
 
-    @property
-    def busy(self) -> bool:
-        """Whether requests run."""
-        return len(self._prefilling) > 0 or not self._batch.idle
-
     def submit(self, req: RequestState) -> None:
         """Hands a request over."""
         with self._signal:

@@ -1,0 +1,75 @@
+"""What would be made of a model's tensors, without reading one: the same names, shapes and refusals as `loading` has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from gguf import quants
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from atlas_jax.aot import shape as described
+from atlas_jax.config import ModelConfig, WeightDtype
+from atlas_jax.gguf import ModelFile
+from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight
+from atlas_jax.model.families._family import UnsupportedModel
+from atlas_jax.model.loading import load_params
+from atlas_jax.model.params import ModelParams
+from atlas_jax.model.tensor_reader import Outputs, TensorReader
+
+
+def loaded_shapes(file: ModelFile, config: ModelConfig, *, dtype: WeightDtype = "int8") -> ModelParams:
+    """Shapes and types of the parameters that `load_params` would make of a file.
+
+    Values are not looked at, so one that is not finite is found by loading alone.
+
+    Raises:
+      UnsupportedModel: a tensor is missing, unknown, misshapen or of a type that cannot be unpacked; the message names it.
+    """
+    return load_params(file, config, dtype=dtype, read=_ShapeReader)
+
+
+class _ShapeReader(TensorReader):
+    """Takes tensors as `TensorReader` does; small ones are zeros, matrices are shapes."""
+
+    def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        self._take(name, shape)
+        _check_type(name, self._file.tensors[name].ggml_type)
+        return np.broadcast_to(np.zeros((), np.float32), shape)  # one number, however large the tensor is
+
+    def matrix(self, tensors: Outputs, inner: int, order: np.ndarray | None = None, factor: float = 1.0) -> Weight:
+        outputs = sum(tensors.values()) if order is None else len(order)
+        form = self.form(tensors)
+        for name, size in tensors.items():
+            (self.array if form is None else self._take)(name, (size, inner))
+        if form is not None:
+            records = described((outputs, inner // form.span, form.value), np.uint8)
+            return PackedArray(records, described((outputs,), np.float32), form)
+        return self._weight((), outputs, inner)
+
+    def matrices(
+        self, tensors: Outputs, count: int, inner: int, order: np.ndarray | None = None, factor: float = 1.0
+    ) -> QuantArray | jax.Array:
+        for name, size in tensors.items():
+            self.array(name, (count, size, inner))
+        outputs = sum(tensors.values()) if order is None else len(order)
+        weight: Any = self._weight((count,), outputs, inner)
+        return weight
+
+    def _weight(self, leading: tuple[int, ...], outputs: int, inner: int) -> Any:
+        if self._dtype == "float32":
+            return described((*leading, outputs, inner), np.float32)
+        values = described((*leading, outputs, inner), np.int8)
+        return QuantArray(values, described((*leading, outputs), np.float32))
+
+
+def _check_type(name: str, kind: GGMLQuantizationType) -> None:
+    """Raises UnsupportedModel for a tensor type whose blocks cannot be unpacked."""
+    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        return
+    _, size = GGML_QUANT_SIZES[kind]
+    try:
+        quants.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+        raise UnsupportedModel(f"tensor '{name}' is of type {kind.name}, which cannot be dequantised") from None
