@@ -12,7 +12,7 @@ from typing import Literal, TypeGuard
 import jax
 
 from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, linear, uses_cpu_kernel
+from atlas_jax.kernels.linear import InterleavedArray, PackedArray, QuantArray, Weight, linear, uses_cpu_kernel
 from atlas_jax.kernels.reductions import row_sum
 from atlas_jax.typing import Array, Float
 
@@ -57,6 +57,8 @@ def normed_linear(
     weight: Weight, x: Float[Array, "*rows inp"], gain: Float[Array, inp], eps: float
 ) -> Float[Array, "*rows out"]:
     """`linear(weight, rms_norm(x, gain, eps))`; the C kernel's sum of squares rounds otherwise than XLA's."""
+    if isinstance(weight, InterleavedArray):
+        return weight.interleaved([normed_linear(part, x, gain, eps) for part in weight.parts])
     if not _uses_cpu_kernel(weight):
         return linear(weight, rms_norm(x, gain, eps))
     rows = x.reshape(-1, x.shape[-1])
@@ -72,6 +74,10 @@ def summed_linear(
     eps: float,
 ) -> tuple[Float[Array, "*rows out"], Float[Array, "*rows inp"]]:
     """`residual_sum` and `normed_linear` of it: the output, and the sum."""
+    if isinstance(weight, InterleavedArray):
+        first, total = summed_linear(weight.parts[0], x, added, added_gain, gain, eps)
+        rest = [normed_linear(part, total, gain, eps) for part in weight.parts[1:]]
+        return weight.interleaved([first, *rest]), total
     if not _uses_cpu_kernel(weight):
         total = residual_sum(x, added, added_gain, eps)
         return linear(weight, rms_norm(total, gain, eps)), total

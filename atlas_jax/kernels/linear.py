@@ -4,12 +4,13 @@ On CPU, XLA sends int8 × int8 → int32 GEMMs of at least two rows to AMX / VNN
 and 600–800 GOP/s for many; a GEMV, or a float × int8 GEMM, is a slow loop. So weights stay int8 with one scale per
 output, stored [out, in], and activations are quantised per row just before the GEMM. For few rows a GEMM takes as
 long as its weights take to come from memory; where the processor multiplies faster than it reads, weights that a file
-has in 4 bits stay in 5 (`PackedArray`).
+has in 4 to 6 bits stay in about as many (`PackedArray`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 
 from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.reductions import row_max
+from atlas_jax.kernels.weight_forms import Form, unpack_records
 from atlas_jax.typing import Array, Float, Int8, Int32, UInt8
 
 
@@ -42,27 +44,49 @@ class QuantArray:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedArray:
-    """A weight matrix in 8 bits whose blocks of 32 inputs hold at most 16 values each, stored in 5 bits a weight.
-
-    A weight is `((code * step + base) >> 8) * scale`, in 16-bit arithmetic that wraps: 4-bit code, step and base of its
-    block, scale of its output.
+    """A weight matrix in 8 bits that is stored in fewer: a weight is what its record decodes to, times `scale`.
 
     Attributes:
-      blocks: uint8 [out, in / 64, 40], two blocks a record: step and base of the first and of the second, int16 in
-        little-endian order, then 64 codes, two to a byte, the even one in its lower half.
+      blocks: uint8 [out, records, bytes of one].
       scale: float32 [out].
+      form: what the records are.
     """
 
-    blocks: UInt8[Array, "out records 40"]
+    blocks: UInt8[Array, "out records bytes"]
     scale: Float[Array, out]
+    form: Form = field(default=Form.PAIRS, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix it stands for."""
-        return (self.blocks.shape[0], 64 * self.blocks.shape[1])
+        return (self.blocks.shape[0], self.form.span * self.blocks.shape[1])
 
 
-Weight = QuantArray | PackedArray | jax.Array
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class InterleavedArray:
+    """A weight matrix whose outputs are those of several in turns, which lie in forms of their own.
+
+    Attributes:
+      parts: the matrices.
+      lengths: how many outputs of each lie together.
+    """
+
+    parts: tuple[QuantArray | PackedArray, ...]
+    lengths: tuple[int, ...] = field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix it stands for."""
+        return (sum(part.shape[0] for part in self.parts), self.parts[0].shape[1])
+
+    def interleaved(self, outputs: Sequence[Float[Array, "*rows part"]]) -> Float[Array, "*rows out"]:
+        """What the parts give, as one."""
+        turns = [out.reshape(*out.shape[:-1], -1, n) for out, n in zip(outputs, self.lengths, strict=True)]
+        return jnp.concatenate(turns, axis=-1).reshape(*turns[0].shape[:-2], -1)
+
+
+Weight = QuantArray | PackedArray | InterleavedArray | jax.Array
 """A matrix [out, in]: quantised, or plain float32 (reference mode)."""
 
 
@@ -82,7 +106,7 @@ def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_weight(codes: np.ndarray, step: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays of the `PackedArray` of a matrix of 4-bit codes: its weights quantised to 8 bits like `quantize_weight`'s.
+    """Arrays of the `PackedArray` of a matrix of 4-bit codes, in `Form.PAIRS`: quantised to 8 bits like `quantize_weight`'s.
 
     Args:
       codes: uint8 [out, in], 0 … 15; in a multiple of 64.
@@ -108,12 +132,7 @@ def pack_weight(codes: np.ndarray, step: np.ndarray, base: np.ndarray) -> tuple[
 
 def unpack(weight: PackedArray) -> QuantArray:
     """The same weights in 8 bits each."""
-    blocks = weight.blocks.astype(jnp.int16)
-    halves = blocks[..., 0:8:2] | blocks[..., 1:8:2] << 8
-    codes = jnp.stack([blocks[..., 8:] & 15, blocks[..., 8:] >> 4], axis=-1)  # [..., in / 64, 32, 2]
-    by_block = codes.reshape(*codes.shape[:-2], 2, 32)
-    values = by_block * halves[..., 0::2, None] + halves[..., 1::2, None] >> 8
-    return QuantArray(values.astype(jnp.int8).reshape(*blocks.shape[:-2], -1), weight.scale)
+    return QuantArray(unpack_records(weight.blocks, weight.form), weight.scale)
 
 
 def quantize_rows(x: Float[Array, "*rows inp"]) -> tuple[Int8[Array, "*rows inp"], Float[Array, "*rows 1"]]:
@@ -136,6 +155,8 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows 
         are.
       x: any leading axes.
     """
+    if isinstance(weight, InterleavedArray):
+        return weight.interleaved([linear(part, x) for part in weight.parts])
     rows, inner = x.shape[:-1], x.shape[-1]
     flat = x.reshape(-1, inner)
     count = flat.shape[0]
@@ -214,8 +235,8 @@ def from_terms(high: Int32[Array, "*shape"], low: Int32[Array, "*shape"]) -> Flo
 def rows_of(weight: Weight, index: Int32[Array, "*rows"]) -> Float[Array, "*rows inp"]:
     """Looks up rows of a matrix as float32: the embedding of token ids `index`."""
     if isinstance(weight, PackedArray):
-        rows = unpack(PackedArray(weight.blocks[index], weight.scale[index]))
-        return rows.values.astype(jnp.float32) * rows.scale[..., None]
+        return unpack_records(weight.blocks[index], weight.form).astype(jnp.float32) * weight.scale[index][..., None]
+    assert not isinstance(weight, InterleavedArray)
     if isinstance(weight, QuantArray):
         return weight.values[index].astype(jnp.float32) * weight.scale[index][..., None]
     return weight[index]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ import numpy as np
 from atlas_jax.config import ModelConfig, WeightDtype
 from atlas_jax.gguf import ModelFile
 from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight
+from atlas_jax.kernels.weight_forms import Form, NotFinite, pack_rows
 from atlas_jax.model.families._family import UnsupportedModel
 
 Outputs = Mapping[str, int]
@@ -20,16 +21,18 @@ Outputs = Mapping[str, int]
 class TensorReader:
     """Takes tensors by name, checks shapes, and remembers what was taken."""
 
-    def __init__(self, file: ModelFile, dtype: WeightDtype, packed: frozenset[str], left_out: Collection[str]) -> None:
+    def __init__(
+        self, file: ModelFile, dtype: WeightDtype, forms: Mapping[str, Form], left_out: Collection[str]
+    ) -> None:
         """Reads nothing yet.
 
         Args:
-          packed: names of the matrices that stay in 5 bits.
+          forms: of the matrices that stay in fewer bits than 8, by name.
           left_out: names of tensors that nobody needs to take.
         """
         self._file = file
         self._dtype = dtype
-        self._packed = packed
+        self._forms = forms
         self._taken = set(left_out)
 
     def stacked(self, whole: str, parts: Outputs) -> Outputs:
@@ -46,6 +49,7 @@ class TensorReader:
         """A tensor as float32."""
         self._take(name, shape)
         values = self._file.dequantize(name)
+        self._release([name])
         _check_finite(name, values)
         return values
 
@@ -67,11 +71,21 @@ class TensorReader:
         They are quantised row by row, so neither the order nor the factor changes a number in 8 bits.
         """
         shapes = {name: (size, inner) for name, size in tensors.items()}
-        if self._packed.issuperset(shapes):
+        form = self.form(tensors)
+        if form is not None and form is not Form.PAIRS:
+            rows = [(self._file.tensors[name].ggml_type, self._rows(name, shape)) for name, shape in shapes.items()]
+            try:
+                records, scale = pack_rows(form, rows, inner, order, factor)
+            except NotFinite:
+                raise _not_finite(", ".join(tensors)) from None
+            self._release(tensors)
+            # not jnp.asarray, which copies
+            return PackedArray(jax.device_put(records), jax.device_put(scale), form)
+        if form is Form.PAIRS:
             packed = [self._pack(name, shape) for name, shape in shapes.items()]
             blocks, scale = (np.concatenate(arrays) for arrays in zip(*packed, strict=True))
-            rows = slice(None) if order is None else order
-            return PackedArray(jnp.asarray(blocks[rows]), jnp.asarray(scale[rows] * np.float32(factor)))
+            chosen = slice(None) if order is None else order
+            return PackedArray(jnp.asarray(blocks[chosen]), jnp.asarray(scale[chosen] * np.float32(factor)))
         parts = [self.array(name, shape) for name, shape in shapes.items()]
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if order is not None:
@@ -80,6 +94,13 @@ class TensorReader:
             return jnp.asarray(whole if factor == 1.0 else whole * np.float32(factor))
         values, scale = quantize_weight(whole)
         return QuantArray(jnp.asarray(values), jnp.asarray(scale * np.float32(factor)))
+
+    def form(self, tensors: Outputs) -> Form | None:
+        """What `matrix` makes of tensors: a form that all have, or of those with records of 256 weights the widest."""
+        forms = {self._forms.get(name) for name in tensors}
+        if len(forms) == 1 or None in forms or Form.PAIRS in forms:
+            return forms.pop() if len(forms) == 1 else None
+        return max((form for form in forms if form is not None), key=lambda form: form.value)
 
     def matrices(
         self, tensors: Outputs, count: int, inner: int, order: np.ndarray | None = None, factor: float = 1.0
@@ -106,8 +127,18 @@ class TensorReader:
     def _pack(self, name: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         self._take(name, shape)
         nibbles = self._file.nibbles(name)
+        self._release([name])
         _check_finite(name, nibbles.step, nibbles.base)
         return pack_weight(nibbles.codes, nibbles.step, nibbles.base)
+
+    def _rows(self, name: str, shape: tuple[int, int]) -> np.ndarray:
+        self._take(name, shape)
+        return self._file.raw(name).reshape(shape[0], -1)
+
+    def _release(self, names: Iterable[str]) -> None:
+        """Lets go of what has been read of the file: while a model is loaded, its file would be in memory a second time."""
+        for name in names:
+            self._file.release(name)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
         info = self._file.tensors.get(name)
@@ -120,4 +151,8 @@ class TensorReader:
 
 def _check_finite(name: str, *arrays: np.ndarray) -> None:
     if not all(np.isfinite(array).all() for array in arrays):
-        raise UnsupportedModel(f"tensor '{name}' holds values that are not finite")
+        raise _not_finite(name)
+
+
+def _not_finite(name: str) -> UnsupportedModel:
+    return UnsupportedModel(f"tensor '{name}' holds values that are not finite")

@@ -18,10 +18,6 @@ from atlas_jax.model.loading import load_params
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.tensor_reader import Outputs, TensorReader
 
-_BLOCK = 64
-"""Inputs of a record of a packed matrix, and its bytes."""
-_RECORD = 40
-
 
 def loaded_shapes(file: ModelFile, config: ModelConfig, *, dtype: WeightDtype = "int8") -> ModelParams:
     """Shapes and types of the parameters that `load_params` would make of a file.
@@ -44,12 +40,12 @@ class _ShapeReader(TensorReader):
 
     def matrix(self, tensors: Outputs, inner: int, order: np.ndarray | None = None, factor: float = 1.0) -> Weight:
         outputs = sum(tensors.values()) if order is None else len(order)
-        packed = self._packed.issuperset(tensors)
+        form = self.form(tensors)
         for name, size in tensors.items():
-            (self._take if packed else self.array)(name, (size, inner))
-        if packed:
-            blocks = described((outputs, inner // _BLOCK, _RECORD), np.uint8)
-            return PackedArray(blocks, described((outputs,), np.float32))
+            (self.array if form is None else self._take)(name, (size, inner))
+        if form is not None:
+            records = described((outputs, inner // form.span, form.value), np.uint8)
+            return PackedArray(records, described((outputs,), np.float32), form)
         return self._weight((), outputs, inner)
 
     def matrices(

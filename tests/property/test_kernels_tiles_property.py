@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from atlas_jax.kernels.cpu import library
 from atlas_jax.kernels.linear import pack_weight, split_rows
+from atlas_jax.kernels.weight_forms import Form, unpack_records
 from tests.patience import PATIENCE
 
 HERE = Path(__file__).parent / "tiles"
@@ -50,7 +51,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(product: Path, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, *, tiles: bool) -> np.ndarray:
-    numbers = (int(tiles), *x.shape, weight.shape[0], int(weight.dtype == np.uint8))
+    numbers = (int(tiles), *x.shape, weight.shape[0], weight.shape[2] if weight.dtype == np.uint8 else 64)
     given = b"".join(array.tobytes() for array in (x, weight, scale))
     words = [str(product), *(str(number) for number in numbers)]
     done = subprocess.run(words, input=given, capture_output=True, check=True, timeout=PATIENCE)
@@ -86,6 +87,26 @@ def test_tiles_give_the_bits_of_vnni(
     half = np.asarray(split_rows(x)[2]) / 2
     bound = (half * 1.001 + 1e-6 * np.abs(x).max(axis=1, keepdims=True)) * np.abs(exact).sum(axis=1)
     assert np.all(np.abs(found - x.astype(np.float64) @ exact.T) <= bound)
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 40),
+    records=st.integers(1, 3),
+    outputs=st.integers(1, 5).map(lambda n: 16 * n),
+    form=st.sampled_from(Form),
+)
+def test_records_are_multiplied_as_the_bytes_they_stand_for(
+    product: Path, seed: int, rows: int, records: int, outputs: int, form: Form
+) -> None:
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (outputs, records, form.value), np.uint8)
+    scale = rng.uniform(0.1, 1.0, outputs).astype(np.float32)
+    x = rng.normal(size=(rows, records * form.span)).astype(np.float32)
+    wanted = call(product, x, unpack_records(blocks, form), scale, tiles=False)
+    for tiles in (True, False):
+        np.testing.assert_array_equal(call(product, x, blocks, scale, tiles=tiles), wanted)
 
 
 def unpacked(blocks: np.ndarray) -> np.ndarray:

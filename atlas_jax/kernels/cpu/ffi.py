@@ -25,7 +25,7 @@ _RECEIVED_QUERIES = 32
 
 def linear(
     x: Float[Array, "*matrices rows inp"],
-    weight: Int8[Array, "*matrices out inp"] | UInt8[Array, "out groups record"],
+    weight: Int8[Array, "*matrices out inp"] | UInt8[Array, "out records bytes"],
     weight_scale: Float[Array, "*matrices out"],
 ) -> Float[Array, "*matrices rows out"]:
     """x·Wᵀ of activations quantised to the two terms of `linear.split_rows`, for one matrix or a batch of them.
@@ -40,7 +40,7 @@ def normed_linear(
     x: Float[Array, "rows inp"],
     gain: Float[Array, inp],
     eps: float,
-    weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
+    weight: Int8[Array, "out inp"] | UInt8[Array, "out records bytes"],
     weight_scale: Float[Array, out],
 ) -> Float[Array, "rows out"]:
     """`fused_linear.rms_norm` and `linear`."""
@@ -54,7 +54,7 @@ def summed_linear(
     added_gain: Float[Array, inp] | None,
     gain: Float[Array, inp],
     eps: float,
-    weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
+    weight: Int8[Array, "out inp"] | UInt8[Array, "out records bytes"],
     weight_scale: Float[Array, out],
 ) -> tuple[Float[Array, "rows out"], Float[Array, "rows inp"]]:
     """The sum of x and `added`, which is normed first if it has a gain, and `normed_linear` of it: the output, the sum."""
@@ -67,7 +67,7 @@ def gated_linear(
     x: Float[Array, "rows 2*inp"],
     block: int,
     gelu: bool,
-    weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
+    weight: Int8[Array, "out inp"] | UInt8[Array, "out records bytes"],
     weight_scale: Float[Array, out],
 ) -> Float[Array, "rows out"]:
     """`fused_linear.gated` and `linear`; `block` a multiple of 16."""

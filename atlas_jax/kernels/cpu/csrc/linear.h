@@ -4,19 +4,20 @@
 #define ATLAS_LINEAR_H
 
 #include "common.h"
-#include "vectors.h"
+#include "forms.h"
 
 #include <stdatomic.h>
 
-/* Outputs, or terms, of one tile; rows of one call; bytes of a record; rows of a block where there are many (VNNI). */
-enum { TILE = 16, MAX_ROWS = 128, RECORD = 40, BLOCK = 8 };
+/* Outputs, or terms, of one tile; rows of one call; rows of a block where there are many (VNNI). */
+enum { TILE = 16, MAX_ROWS = 128, BLOCK = 8 };
 /* Bytes ahead of the reader that are prefetched, as far as the second cache (65 536 outputs of 640 weights in 8 bits, two rows,
    one core: 1.5 ms; 2.2 with 4096 bytes, 3.3 with 8192 as far as the first cache, 3.7 without). */
 enum { AHEAD = 32768 };
 
 typedef struct {
   const float *x;       /* [matrices, rows, inner]; gated: [rows, inner / block, 2, block] */
-  const int8_t *weight; /* [matrices, outputs, inner], or coded: [outputs, inner / 64, RECORD] */
+  const int8_t *weight; /* [matrices, outputs, inner], or coded: [outputs, records, bytes of one] */
+  Form form;
   const float *weight_scale;
   float *out; /* [matrices, rows, outputs] */
   const float *gain; /* [inner], if rows are normed first */
@@ -85,22 +86,6 @@ int8_t *room_for(const Linear *task, int64_t outputs);
 
 /* Parts of a call: quantising rows and multiplying them, few and many (VNNI), and with AMX. */
 Part quantize_few, quantize_many, multiply_few, multiply_many, pack_terms, multiply_tiles;
-
-/* 64 weights of one output from their record: step and base of either half in 16 bits, then a byte for every two codes. A
-   weight is the upper byte of code · step + base. */
-static inline __attribute__((always_inline)) __m512i decode(const uint8_t *record) {
-  int64_t halves;
-  memcpy(&halves, record, sizeof halves);
-  const __m512i both = _mm512_set1_epi64(halves);
-  const __m512i of_step = _mm512_inserti64x4(_mm512_set1_epi16(0x0504), _mm256_set1_epi16(0x0100), 0);
-  const __m512i of_base = _mm512_add_epi8(of_step, _mm512_set1_epi8(2));
-  __m512i step = _mm512_shuffle_epi8(both, of_step), base = _mm512_shuffle_epi8(both, of_base);
-  __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(record + sizeof halves)));
-  __m512i even = _mm512_and_si512(codes, _mm512_set1_epi16(15)), odd = _mm512_srli_epi16(codes, 4);
-  even = _mm512_add_epi16(_mm512_mullo_epi16(even, step), base);
-  odd = _mm512_add_epi16(_mm512_mullo_epi16(odd, step), base);
-  return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, _mm512_srli_epi16(even, 8), odd);
-}
 
 /* Results of 16 outputs of a row, from their sums. */
 static inline __attribute__((always_inline)) void finish(const Linear *task, const Gemm *p, int64_t row, int64_t o,
