@@ -26,6 +26,7 @@ S = TypeVar("S")
 _WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "qkv": (MODEL,),
     "qkv_bias": (MODEL,),
+    "key_balance": (MODEL,),
     "gate_up": (MODEL,),
     "gate_up_bias": (MODEL,),
     "out": (None, MODEL),
@@ -42,7 +43,7 @@ _ROWS: dict[str, tuple[str | None, ...]] = {
     "v": (DATA, None, MODEL),
     "sink_k": (DATA, MODEL),
     "sink_v": (DATA, MODEL),
-    "score": (DATA, None, MODEL),
+    "stored_score": (DATA, None, MODEL),
     "ring_score": (DATA, None, MODEL),
     "queries": (DATA, None, MODEL),
     "query_scale": (DATA, None, MODEL),

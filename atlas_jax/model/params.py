@@ -61,6 +61,7 @@ class LayerParams:
         then the gates of its queries' outputs if there are any (`ModelConfig.qkv_heads`). Heads of queries and keys are in
         the order that rotates (i, i + dims/2), and so are their norms. None in layers without attention.
       delta: in layers that have this in place of attention; `out` is the output projection of either.
+      key_balance: factors of queries, keys and values after the biases (`model.key_balance`); None where keys have none.
       q_norm, k_norm: gains, [D] for all heads or [H, D] and [K, D] for each (`ModelConfig.qk_norm`).
       out, down: with their biases, times `ModelConfig.residual_scale`, unless the norms after them have it.
       gate_up: gate and up projections of the MLP, one matrix [2F, E]; a block of gates, then the same block of ups, …
@@ -86,6 +87,7 @@ class LayerParams:
     ff_post_norm: Float[Array, E] | None
     experts: ExpertParams | None
     delta: DeltaParams | None = None
+    key_balance: Float[Array, "K G+2 D"] | None = None
 
 
 @jax.tree_util.register_dataclass
