@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from atlas_jax.engine.api import AnswerShape, InvalidRequest, Overloaded
-from atlas_jax.engine.scheduler import structured_output
+from atlas_jax.engine.scheduler import grammar_processes, structured_output
 from atlas_jax.engine.scheduler.structured_output import Constraint, Grammar, Grammars
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from tests import tiny_model
@@ -32,6 +32,12 @@ PERSON = {
     "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"type": "integer"}},
     "required": ["name", "age"],
 }
+
+
+@pytest.fixture(autouse=True)
+def as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling is bounded by processor time here: on a busy machine a process that others go before gets that late."""
+    monkeypatch.setattr(grammar_processes, "_COMPILE_WALL_SECONDS", PATIENCE)
 
 
 def json_of(grammars: Grammars, schema: dict[str, Any], *, owner: str = "") -> Future[Grammar]:
