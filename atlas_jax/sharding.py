@@ -26,6 +26,7 @@ S = TypeVar("S")
 _WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "qkv": (MODEL,),
     "qkv_bias": (MODEL,),
+    "null_logit": (MODEL,),
     "gate_up": (MODEL,),
     "gate_up_bias": (MODEL,),
     "out": (None, MODEL),
@@ -48,6 +49,7 @@ _ROWS: dict[str, tuple[str | None, ...]] = {
     "query_scale": (DATA, None, MODEL),
     "capacity": (),
     "weights": (DATA, None, MODEL),
+    "null_logit": (MODEL,),
 }
 """Axes of what has a leading axis of rows; every other such array is divided by rows alone."""
 
@@ -178,6 +180,7 @@ def _specs(
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        names += [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         wanted = next((axes[name] for name in reversed(names) if name in axes), default)
         shape = np.shape(leaf)
         return PartitionSpec(

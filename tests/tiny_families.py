@@ -77,6 +77,15 @@ def _expert_tensors(ff: int) -> dict[str, tuple[int, ...]]:
     }
 
 
+def _expert_biases(ff: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "ffn_gate_inp.bias": (_EXPERTS,),
+        "ffn_gate_exps.bias": (_EXPERTS, ff),
+        "ffn_up_exps.bias": (_EXPERTS, ff),
+        "ffn_down_exps.bias": (_EXPERTS, EMBED),
+    }
+
+
 _NO_MLP = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
 _PARTIAL_LONG_ROPE = dict.fromkeys(_LONG_ROPE, (DIM // 2 - 2,))
 
@@ -206,6 +215,22 @@ SAMPLES: Mapping[str, Sample] = {
         whole=_biases(output_norm=EMBED),
         without=("ffn_gate.weight",),
         tied=True,
+    ),
+    "gpt-oss": Sample(
+        "gpt-oss",
+        layers=4,
+        metadata={
+            **{"rope.freq_base": 150_000.0, **_KEY_LENGTHS, **_YARN, "attention.sliding_window": WINDOW},
+            **{**_EXPERT_KEYS, "expert_feed_forward_length": _EXPERT_FF},
+        },
+        layer={
+            **_QKV_BIASES,
+            **_biases(attn_output=EMBED),
+            **{"attn_sinks.weight": (HEADS,), "post_attention_norm.weight": (EMBED,)},
+            **_expert_tensors(_EXPERT_FF),
+            **_expert_biases(_EXPERT_FF),
+        },
+        without=(*_NO_MLP, "ffn_norm.weight"),
     ),
     "command-r": Sample(
         "command-r",

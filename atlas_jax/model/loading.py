@@ -176,6 +176,9 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
             shared_gate=vector(embed, bool(of.shared_ff)),
             shared_gate_up=matrix(2 * of.shared_ff, embed) if of.shared_ff else None,
             shared_down=matrix(embed, of.shared_ff) if of.shared_ff else None,
+            router_bias=vector(of.count, of.biases),
+            expert_gate_up_bias=shape((of.count, 2 * of.ff), np.float32) if of.biases else None,
+            expert_down_bias=shape((of.count, embed), np.float32) if of.biases else None,
         )
 
     embed, dim = config.embed, config.head_dim
@@ -188,6 +191,7 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
         qkv_bias=vector(qkv, config.qkv_bias),
         q_norm=gain(config.heads),
         k_norm=gain(config.kv_heads),
+        null_logit=vector(config.heads, config.null_logits),
         out=matrix(embed, config.heads * dim),
         out_bias=vector(embed, config.out_bias),
         attn_post_norm=vector(embed, config.post_norms),
@@ -272,10 +276,11 @@ def _layer(reader: TensorReader, config: ModelConfig, index: int) -> LayerParams
         qkv_bias=reader.vector(attention("bias"), by_kv_head) if config.qkv_bias else None,
         q_norm=gain("attn_q_norm", config.heads),
         k_norm=gain("attn_k_norm", config.kv_heads),
+        null_logit=reader.vector({f"{prefix}attn_sinks.weight": config.heads}) if config.null_logits else None,
         out=reader.matrix({f"{prefix}attn_output.weight": embed}, q_size, factor=of_matrices),
         out_bias=vector("attn_output.bias", config.out_bias, of_matrices),
         attn_post_norm=vector("post_attention_norm.weight", config.post_norms, of_norms),
-        ff_norm=vector("ffn_norm.weight", ff_norm),
+        ff_norm=vector(reader.first(prefix, "ffn_norm.weight", "post_attention_norm.weight"), ff_norm),
         ff_norm_bias=vector("ffn_norm.bias", ff_norm and config.norm_bias),
         gate_up=None if config.experts else reader.matrix(mlp("weight"), embed, by_block),
         gate_up_bias=reader.vector(mlp("bias"), by_block) if config.gate_up_bias else None,
@@ -291,8 +296,11 @@ def _experts(
 ) -> ExpertParams:
     embed, shared = config.embed, experts.shared_ff
 
-    def gate_up(kind: str, ff: int) -> Outputs:
-        return {f"{prefix}ffn_gate_{kind}.weight": ff, f"{prefix}ffn_up_{kind}.weight": ff}
+    def gate_up(kind: str, ff: int, of: str = "weight") -> Outputs:
+        return {f"{prefix}ffn_gate_{kind}.{of}": ff, f"{prefix}ffn_up_{kind}.{of}": ff}
+
+    def biases(tensors: Outputs, order: np.ndarray | None = None, factor: float = 1.0) -> jax.Array | None:
+        return reader.vectors(tensors, experts.count, order, factor) if experts.biases else None
 
     return ExpertParams(
         router=jnp.asarray(reader.array(f"{prefix}ffn_gate_inp.weight", (experts.count, embed))),
@@ -301,6 +309,9 @@ def _experts(
         shared_gate=reader.vector({f"{prefix}ffn_gate_inp_shexp.weight": embed}) if shared else None,
         shared_gate_up=reader.matrix(gate_up("shexp", shared), embed, _blocked(shared)) if shared else None,
         shared_down=reader.matrix({f"{prefix}ffn_down_shexp.weight": embed}, shared, factor=factor) if shared else None,
+        router_bias=reader.vector({f"{prefix}ffn_gate_inp.bias": experts.count}) if experts.biases else None,
+        expert_gate_up_bias=biases(gate_up("exps", experts.ff, "bias"), _blocked(experts.ff)),
+        expert_down_bias=biases({f"{prefix}ffn_down_exps.bias": embed}, factor=factor),
     )
 
 

@@ -38,6 +38,10 @@ class TensorReader:
         info = self._file.tensors.get(whole)
         return parts if info is None or info.shape[0] != outputs else {whole: outputs}
 
+    def first(self, prefix: str, *names: str) -> str:
+        """The first of some names, for one tensor, that the file has with this prefix."""
+        return next((name for name in names if prefix + name in self._file.tensors), names[0])
+
     def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor as float32."""
         self._take(name, shape)
@@ -49,6 +53,13 @@ class TensorReader:
         """Tensors one after the other, their numbers then put in `order` and multiplied."""
         values = np.concatenate([self.array(name, (size,)) for name, size in tensors.items()])
         return jnp.asarray((values if order is None else values[order]) * np.float32(factor))
+
+    def vectors(
+        self, tensors: Outputs, count: int, order: np.ndarray | None = None, factor: float = 1.0
+    ) -> jax.Array:
+        """As `vector`, of tensors that have a leading axis of `count` vectors."""
+        values = np.concatenate([self.array(name, (count, size)) for name, size in tensors.items()], axis=1)
+        return jnp.asarray((values if order is None else values[:, order]) * np.float32(factor))
 
     def vocabulary(self, name: str, config: ModelConfig) -> Weight:
         """A matrix with a row for every token; rows past the last token, which can mean nothing, are not read."""

@@ -16,7 +16,7 @@ from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.page_schedule import PageSchedule
-from atlas_jax.model.params import ModelParams
+from atlas_jax.model.params import ModelParams, PairParams
 from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
 from atlas_jax.sharding import MeshLayout
 
@@ -90,7 +90,7 @@ class _Reader:
         self._trunk, self._next_page = Trunk(model, program), program(start_page, donate=(0,))
         self._received = jax.jit(self._received_of)
 
-    def _received_of(self, cache: KVCache) -> jax.Array:
+    def _received_of(self, params: PairParams, cache: KVCache) -> jax.Array:
         """What the latest page's queries attend: [layers, pages, K, P]."""
         assert cache.pairs is not None
         asked = cache.position[0] - PAGE + (jnp.arange(QUERY_SAMPLES) + 1) * (PAGE // QUERY_SAMPLES) - 1
@@ -103,7 +103,8 @@ class _Reader:
             assert layer.choice is not None
             q = layer.choice.queries[0] * layer.choice.query_scale[0][..., None]
             where = none, seen, jnp.zeros((), bool), none, none, 1
-            found.append(received_attention(q, q, layer, cache.pairs, *where, self._model.scale)[0])
+            scores = self._model.scale, self._model.attention_softcap, params.null_logits[index]
+            found.append(received_attention(q, q, layer, cache.pairs, *where, *scores)[0])
         return jnp.stack(found)
 
     def read(self, text: Sequence[int]) -> Sequence[np.ndarray]:
@@ -116,5 +117,5 @@ class _Reader:
             cache = self._next_page((), cache, page_start(0, plan.next_page(page)))
             part = tokens[None, page * PAGE : (page + 1) * PAGE]
             cache, *_ = self._trunk((1, _PAGES, PAGE), self._params, cache, part, count)
-            found.append(np.asarray(self._received(cache)))
+            found.append(np.asarray(self._received(self._params.pairs, cache)))
         return found
