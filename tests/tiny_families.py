@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 VOCAB, EMBED, HEADS, KV_HEADS, DIM, FF, CONTEXT = 32, 64, 4, 2, 16, 48, 4096
 WINDOW = 24
@@ -221,14 +221,14 @@ SAMPLES: Mapping[str, Sample] = {
         layers=4,
         metadata={
             **{"rope.freq_base": 150_000.0, **_KEY_LENGTHS, **_YARN, "attention.sliding_window": WINDOW},
-            **{**_EXPERT_KEYS, "expert_feed_forward_length": _EXPERT_FF},
+            **{**_EXPERT_KEYS, "expert_feed_forward_length": 64},
         },
         layer={
             **_QKV_BIASES,
             **_biases(attn_output=EMBED),
             **{"attn_sinks.weight": (HEADS,), "post_attention_norm.weight": (EMBED,)},
-            **_expert_tensors(_EXPERT_FF),
-            **_expert_biases(_EXPERT_FF),
+            **_expert_tensors(64),
+            **_expert_biases(64),
         },
         without=(*_NO_MLP, "ffn_norm.weight"),
     ),
@@ -282,8 +282,10 @@ def shapes(sample: Sample) -> dict[str, tuple[int, ...]]:
     }
 
 
-def write_sample(path: Path, sample: Sample, *, seed: int = 0) -> Path:
-    """Writes a model; the same arguments give the same bytes."""
+def write_sample(
+    path: Path, sample: Sample, *, seed: int = 0, experts: GGMLQuantizationType = GGMLQuantizationType.F32
+) -> Path:
+    """Writes a model, its experts in a type; the same arguments give the same bytes."""
     random = np.random.default_rng(seed)
     writer = GGUFWriter(path, sample.architecture)
     for key, value in metadata(sample).items():
@@ -299,7 +301,8 @@ def write_sample(path: Path, sample: Sample, *, seed: int = 0) -> Path:
             values = 1.0 + 0.2 * numbers
         else:  # attention that is neither flat nor a copy
             values = numbers * ((1.5 if ".attn" in name else 1.0) / np.sqrt(shape[-1]))
-        writer.add_tensor(name, values.astype(np.float32))
+        kind = experts if name.endswith("exps.weight") else GGMLQuantizationType.F32
+        writer.add_tensor(name, quants.quantize(values.astype(np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas_jax.gguf._header import TensorInfo
-from atlas_jax.gguf._nibbles import Nibbles
+from atlas_jax.gguf._nibbles import Floats4, Nibbles
 
 
 class ModelFile(Protocol):
@@ -40,10 +40,10 @@ class ModelFile(Protocol):
         """A tensor as floats; raises GGUFError where there is none, or a file has changed."""
 
     def has_nibbles(self, name: str) -> bool:
-        """Whether a tensor is a matrix of 4-bit codes."""
+        """Whether a tensor is a matrix of 4-bit codes, or several."""
 
-    def nibbles(self, name: str) -> Nibbles:
-        """The codes of one; raises GGUFError."""
+    def nibbles(self, name: str) -> Nibbles | Floats4:
+        """The codes of one, several matrices as the rows of one; raises GGUFError."""
 
     def fingerprint(self) -> str:
         """SHA-256 of what makes the model; raises GGUFError where a file has changed."""

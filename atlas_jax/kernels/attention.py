@@ -116,7 +116,9 @@ def window_attention(
     taken = softcap is None and uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2])
     if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
-        return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(pairs), null_logit)
+        return ffi.attention(
+            q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(pairs), null_logit
+        )
     groups = heads // kv_heads
     score = capped(page_scores(group_queries(q, kv_heads), kv.k) * scale, softcap)  # [B, N, K, G·T, P]
     by_token = score.reshape(*score.shape[:3], groups, tokens, PAGE)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, linear, uses_cpu_kernel
+from atlas_jax.kernels.linear import QuantisedArray, Weight, linear, stored, uses_cpu_kernel
 from atlas_jax.kernels.reductions import row_sum
 from atlas_jax.typing import Array, Float
 
@@ -71,7 +71,7 @@ def normed_linear(
     if not _uses_cpu_kernel(weight):
         return linear(weight, rms_norm(x, gain, eps))
     rows = x.reshape(-1, x.shape[-1])
-    return ffi.normed_linear(rows, gain, eps, _stored(weight), weight.scale).reshape(*x.shape[:-1], -1)
+    return ffi.normed_linear(rows, gain, eps, stored(weight), weight.scale).reshape(*x.shape[:-1], -1)
 
 
 def summed_linear(
@@ -87,7 +87,7 @@ def summed_linear(
         total = residual_sum(x, added, added_gain, eps)
         return linear(weight, rms_norm(total, gain, eps)), total
     rows, more = (array.reshape(-1, x.shape[-1]) for array in (x, added))
-    out, total = ffi.summed_linear(rows, more, added_gain, gain, eps, _stored(weight), weight.scale)
+    out, total = ffi.summed_linear(rows, more, added_gain, gain, eps, stored(weight), weight.scale)
     return out.reshape(*x.shape[:-1], -1), total.reshape(x.shape)
 
 
@@ -98,13 +98,9 @@ def gated_linear(
     if not _uses_cpu_kernel(weight) or block % 16:
         return linear(weight, gated(x, block, activation))
     rows = x.reshape(-1, x.shape[-1])
-    out = ffi.gated_linear(rows, block, activation, _stored(weight), weight.scale)
+    out = ffi.gated_linear(rows, block, activation, stored(weight), weight.scale)
     return out.reshape(*x.shape[:-1], -1)
 
 
-def _uses_cpu_kernel(weight: Weight) -> TypeGuard[QuantArray | PackedArray]:
-    return isinstance(weight, QuantArray | PackedArray) and uses_cpu_kernel(weight.shape[1], weight.shape[0])
-
-
-def _stored(weight: QuantArray | PackedArray) -> jax.Array:
-    return weight.values if isinstance(weight, QuantArray) else weight.blocks
+def _uses_cpu_kernel(weight: Weight) -> TypeGuard[QuantisedArray]:
+    return isinstance(weight, QuantisedArray) and uses_cpu_kernel(weight.shape[1], weight.shape[0])

@@ -4,11 +4,12 @@ On CPU, XLA sends int8 × int8 → int32 GEMMs of at least two rows to AMX / VNN
 and 600–800 GOP/s for many; a GEMV, or a float × int8 GEMM, is a slow loop. So weights stay int8 with one scale per
 output, stored [out, in], and activations are quantised per row just before the GEMM. For few rows a GEMM takes as
 long as its weights take to come from memory; where the processor multiplies faster than it reads, weights that a file
-has in 4 bits stay in 5 (`PackedArray`).
+has in 4 bits stay in 5 (`PackedArray`), and floats of 4 bits as they are (`Fp4Array`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -59,10 +60,40 @@ class PackedArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix it stands for."""
-        return (self.blocks.shape[0], 64 * self.blocks.shape[1])
+        return (*self.blocks.shape[:-2], 64 * self.blocks.shape[-2])
 
 
-Weight = QuantArray | PackedArray | jax.Array
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fp4Array:
+    """A weight matrix in 8 bits that stands for floats of 4 bits, stored in 4.25 bits a weight, as MXFP4 has them.
+
+    A weight is `FP4_VALUES[code] * 2**(FP4_SHIFT - shift) * scale`, the number before the scale rounded to a whole one: 4-bit
+    code, shift of its block of 32 inputs, scale of its output. Codes of a block that is at most 2**FP4_SHIFT times smaller
+    than the largest of its output are exact.
+
+    Attributes:
+      blocks: uint8 [out, in / 64, 34], two blocks a record: shift of the first and of the second, then 64 codes, two to a
+        byte, the even one in its lower half.
+      scale: float32 [out].
+    """
+
+    blocks: UInt8[Array, "out records 34"]
+    scale: Float[Array, out]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the matrix it stands for."""
+        return (*self.blocks.shape[:-2], 64 * self.blocks.shape[-2])
+
+
+FP4_VALUES = 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
+"""What each code of 4 bits stands for, times two: sign, two bits of exponent, one of mantissa."""
+FP4_SHIFT, FP4_SMALLEST = 3, 8
+"""How far the values can be shifted to the left in 8 bits, and from which shift to the right on all of them are 0."""
+CodedArray = PackedArray | Fp4Array
+QuantisedArray = QuantArray | CodedArray
+Weight = QuantisedArray | jax.Array
 """A matrix [out, in]: quantised, or plain float32 (reference mode)."""
 
 
@@ -106,8 +137,42 @@ def pack_weight(codes: np.ndarray, step: np.ndarray, base: np.ndarray) -> tuple[
     return records, peak / np.float32(127.0)
 
 
-def unpack(weight: PackedArray) -> QuantArray:
+def pack_fp4(codes: np.ndarray, exponent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of the `Fp4Array` of a matrix of 4-bit floats.
+
+    Args:
+      codes: uint8 [out, in]; in a multiple of 64.
+      exponent: uint8 [out, in / 32]; a weight is `FP4_VALUES[code] * 2**(exponent - 128)`, with that of its block.
+
+    Returns:
+      blocks uint8 [out, in / 64, 34] and scale float32 [out]; a row of zeros has scale 0.
+    """
+    outputs, inner = codes.shape
+    used = (codes & 7).reshape(outputs, -1, 32).any(axis=-1)
+    largest = np.where(used, exponent, 0).max(axis=1, initial=0).astype(np.int32)
+    records = np.empty((outputs, inner // 64, 34), np.uint8)
+    # a block of zeros has any exponent
+    records[..., :2] = np.clip(largest[:, None] - exponent, 0, FP4_SMALLEST).reshape(outputs, -1, 2)
+    pairs = codes.reshape(outputs, -1, 32, 2)
+    records[..., 2:] = pairs[..., 0] | pairs[..., 1] << 4
+    scale = np.ldexp(used.any(axis=1).astype(np.float32), largest - 128 - FP4_SHIFT)
+    return records, scale.astype(np.float32)
+
+
+def _fp4_table() -> np.ndarray:
+    """The number in 8 bits of every shift and code, int8 [FP4_SMALLEST + 1, 16]."""
+    shifts = 2.0 ** (FP4_SHIFT - np.arange(FP4_SMALLEST + 1))
+    return np.rint(shifts[:, None] * np.asarray(FP4_VALUES)).astype(np.int8)
+
+
+def unpack(weight: CodedArray) -> QuantArray:
     """The same weights in 8 bits each."""
+    if isinstance(weight, Fp4Array):
+        shift, halves = weight.blocks[..., :2], weight.blocks[..., 2:]
+        codes = jnp.stack([halves & 15, halves >> 4], axis=-1)
+        of_shift = jnp.asarray(_fp4_table().reshape(-1))
+        values = of_shift[shift[..., None].astype(jnp.int32) * 16 + codes.reshape(*codes.shape[:-2], 2, 32)]
+        return QuantArray(values.reshape(*weight.blocks.shape[:-2], -1), weight.scale)
     blocks = weight.blocks.astype(jnp.int16)
     halves = blocks[..., 0:8:2] | blocks[..., 1:8:2] << 8
     codes = jnp.stack([blocks[..., 8:] & 15, blocks[..., 8:] >> 4], axis=-1)  # [..., in / 64, 32, 2]
@@ -139,15 +204,14 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows 
     rows, inner = x.shape[:-1], x.shape[-1]
     flat = x.reshape(-1, inner)
     count = flat.shape[0]
-    if not isinstance(weight, QuantArray | PackedArray):
+    if not isinstance(weight, QuantisedArray):
         # a GEMV rounds differently from the same row of a GEMM
         pair = jnp.concatenate([flat, flat]) if count == 1 else flat
         out = jnp.einsum("ri,oi->ro", pair, weight, precision=jax.lax.Precision.HIGHEST)
         return out[:count].reshape(*rows, -1)
     if uses_cpu_kernel(inner, weight.shape[0]):
-        stored = weight.values if isinstance(weight, QuantArray) else weight.blocks
-        return ffi.linear(flat, stored, weight.scale).reshape(*rows, -1)
-    if isinstance(weight, PackedArray):
+        return ffi.linear(flat, stored(weight), weight.scale).reshape(*rows, -1)
+    if isinstance(weight, CodedArray):
         weight = unpack(weight)
     high, low, unit = split_rows(flat)
     terms = jnp.stack([high, low], axis=1).reshape(
@@ -155,6 +219,11 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows 
     )  # a row's two side by side: they stay on one device of a mesh
     sums = jnp.einsum("ri,oi->ro", terms, weight.values, preferred_element_type=jnp.int32).reshape(count, 2, -1)
     return (from_terms(sums[:, 0], sums[:, 1]) * (unit * weight.scale)).reshape(*rows, -1)
+
+
+def stored(weight: QuantisedArray) -> jax.Array:
+    """The array that the C kernels read a weight from."""
+    return weight.values if isinstance(weight, QuantArray) else weight.blocks
 
 
 def linear_each(weight: QuantArray, x: Float[Array, "B T inp"]) -> Float[Array, "B T out"]:
@@ -213,8 +282,8 @@ def from_terms(high: Int32[Array, "*shape"], low: Int32[Array, "*shape"]) -> Flo
 
 def rows_of(weight: Weight, index: Int32[Array, "*rows"]) -> Float[Array, "*rows inp"]:
     """Looks up rows of a matrix as float32: the embedding of token ids `index`."""
-    if isinstance(weight, PackedArray):
-        rows = unpack(PackedArray(weight.blocks[index], weight.scale[index]))
+    if isinstance(weight, CodedArray):
+        rows = unpack(dataclasses.replace(weight, blocks=weight.blocks[index], scale=weight.scale[index]))
         return rows.values.astype(jnp.float32) * rows.scale[..., None]
     if isinstance(weight, QuantArray):
         return weight.values[index].astype(jnp.float32) * weight.scale[index][..., None]

@@ -15,12 +15,12 @@ from atlas_jax.aot import shape, shapes
 from atlas_jax.config import ConfigError, ExpertsConfig, ModelConfig, RopeConfig, columns_together
 from atlas_jax.config import WeightDtype as WeightDtype
 from atlas_jax.gguf import ModelFile, get
-from atlas_jax.kernels.linear import PackedArray, QuantArray, uses_cpu_kernel
+from atlas_jax.kernels.linear import CodedArray, QuantArray, QuantisedArray, uses_cpu_kernel
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
 from atlas_jax.model.params import ExpertParams, LayerParams, ModelParams
-from atlas_jax.model.tensor_reader import Outputs, TensorReader
+from atlas_jax.model.tensor_reader import Outputs, TensorReader, coded_form
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 _EMBED, _HEAD = "token_embd.weight", "output.weight"
@@ -117,8 +117,8 @@ def load_params(
     """Reads the weights.
 
     Args:
-      dtype: "int8" keeps every matrix in 8 bits with a scale per row, or in 5 where the file has 4-bit codes and the
-        CPU kernels take them; "float32" is the reference mode.
+      dtype: "int8" keeps every matrix in 8 bits with a scale per row, or in 5 where the file has 4-bit codes, in 4.25
+        where these are floats, and the CPU kernels take them; "float32" is the reference mode.
       mesh_layout: where they go, layer by layer.
       progress: called with layers done and in all.
 
@@ -218,7 +218,7 @@ def parameter_count(params: ModelParams) -> int:
     """Number of weights, scales and rotary tables not counted."""
 
     def sizes() -> Iterator[int]:
-        is_weight = lambda leaf: isinstance(leaf, QuantArray | PackedArray)  # noqa: E731
+        is_weight = lambda leaf: isinstance(leaf, QuantisedArray)  # noqa: E731
         without_tables = (params.embed, params.layers, params.final_norm, params.final_norm_bias, params.head)
         for leaf in jax.tree.leaves(without_tables, is_leaf=is_weight):
             yield int(np.prod(leaf.shape))
@@ -227,17 +227,21 @@ def parameter_count(params: ModelParams) -> int:
 
 
 def _packed(file: ModelFile, config: ModelConfig) -> frozenset[str]:
-    """Names of the matrices that can stay in 5 bits: as every layer has them, so that layers share their programs."""
+    """Names of the matrices that can stay coded: as every layer has them, so that layers share their programs."""
     by_role: dict[str, list[str]] = {}
     for name in file.tensors:
         by_role.setdefault(name.split(".", 2)[-1] if name.startswith("blk.") else name, []).append(name)
 
-    def taken(name: str) -> bool:
-        shape = file.tensors[name].shape
-        outputs = config.vocab if name in (_EMBED, _HEAD) else shape[0]
-        return file.has_nibbles(name) and uses_cpu_kernel(shape[1], outputs)
+    def form(name: str) -> type[CodedArray] | None:
+        """None where it holds no codes that can stay."""
+        info = file.tensors[name]
+        if not file.has_nibbles(name):
+            return None
+        outputs = config.vocab if name in (_EMBED, _HEAD) else info.shape[-2]
+        return coded_form(info.ggml_type) if uses_cpu_kernel(info.shape[-1], outputs) else None
 
-    return frozenset(name for names in by_role.values() if all(map(taken, names)) for name in names)
+    forms = [({form(name) for name in names}, names) for names in by_role.values()]
+    return frozenset(name for found, names in forms if len(found) == 1 and None not in found for name in names)
 
 
 def _layer(reader: TensorReader, config: ModelConfig, index: int) -> LayerParams:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
-from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight
+from atlas_jax.kernels.linear import Weight
 from atlas_jax.kernels.rope import RopeTable
 from atlas_jax.typing import Array, Float
 
@@ -20,12 +20,13 @@ class ExpertParams:
       router: scores of the experts.
       expert_gate_up, expert_down: each expert's matrices as `LayerParams` has them, on a leading axis of experts.
       shared_gate, shared_gate_up, shared_down: of the expert that all tokens use, if there is one.
-      router_bias, expert_gate_up_bias, expert_down_bias: on the outputs of the router and of each expert's matrices, if they have them.
+      router_bias, expert_gate_up_bias, expert_down_bias: on the outputs of the router and of each expert's matrices, if
+        they have them.
     """
 
     router: Float[Array, "X E"]
-    expert_gate_up: QuantArray | PackedArray | Float[Array, "X 2*F E"]
-    expert_down: QuantArray | PackedArray | Float[Array, "X E F"]
+    expert_gate_up: Weight
+    expert_down: Weight
     shared_gate: Float[Array, E] | None
     shared_gate_up: Weight | None
     shared_down: Weight | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 
 import jax
@@ -9,8 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import ModelConfig, WeightDtype
-from atlas_jax.gguf import ModelFile
-from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight
+from atlas_jax.gguf import Floats4, ModelFile, TensorType
+from atlas_jax.kernels.linear import (
+    CodedArray,
+    Fp4Array,
+    PackedArray,
+    QuantArray,
+    Weight,
+    pack_fp4,
+    pack_weight,
+    quantize_weight,
+)
 from atlas_jax.model.families._family import UnsupportedModel
 
 Outputs = Mapping[str, int]
@@ -24,7 +34,7 @@ class TensorReader:
         """Reads nothing yet.
 
         Args:
-          packed: names of the matrices that stay in 5 bits.
+          packed: names of the matrices that stay coded.
           left_out: names of tensors that nobody needs to take.
         """
         self._file = file
@@ -54,9 +64,7 @@ class TensorReader:
         values = np.concatenate([self.array(name, (size,)) for name, size in tensors.items()])
         return jnp.asarray((values if order is None else values[order]) * np.float32(factor))
 
-    def vectors(
-        self, tensors: Outputs, count: int, order: np.ndarray | None = None, factor: float = 1.0
-    ) -> jax.Array:
+    def vectors(self, tensors: Outputs, count: int, order: np.ndarray | None = None, factor: float = 1.0) -> jax.Array:
         """As `vector`, of tensors that have a leading axis of `count` vectors."""
         values = np.concatenate([self.array(name, (count, size)) for name, size in tensors.items()], axis=1)
         return jnp.asarray((values if order is None else values[:, order]) * np.float32(factor))
@@ -74,11 +82,11 @@ class TensorReader:
         They are quantised row by row, so neither the order nor the factor changes a number in 8 bits.
         """
         shapes = {name: (size, inner) for name, size in tensors.items()}
-        if self._packed.issuperset(shapes):
-            packed = [self._pack(name, shape) for name, shape in shapes.items()]
-            blocks, scale = (np.concatenate(arrays) for arrays in zip(*packed, strict=True))
+        if self._one_form(shapes):
+            packed = self._coded(shapes, axis=0)
             rows = slice(None) if order is None else order
-            return PackedArray(jnp.asarray(blocks[rows]), jnp.asarray(scale[rows] * np.float32(factor)))
+            blocks, scale = packed.blocks[rows], packed.scale[rows] * np.float32(factor)
+            return dataclasses.replace(packed, blocks=jnp.asarray(blocks), scale=jnp.asarray(scale))
         parts = [self.array(name, shape) for name, shape in shapes.items()]
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if order is not None:
@@ -90,9 +98,15 @@ class TensorReader:
 
     def matrices(
         self, tensors: Outputs, count: int, inner: int, order: np.ndarray | None = None, factor: float = 1.0
-    ) -> QuantArray | jax.Array:
+    ) -> Weight:
         """As `matrix`, of tensors that have a leading axis of `count` matrices."""
-        whole = np.concatenate([self.array(name, (count, size, inner)) for name, size in tensors.items()], axis=1)
+        shapes = {name: (count, size, inner) for name, size in tensors.items()}
+        if self._one_form(shapes):
+            packed = self._coded(shapes, axis=1)
+            outputs = slice(None) if order is None else order
+            blocks, scale = packed.blocks[:, outputs], packed.scale[:, outputs] * np.float32(factor)
+            return dataclasses.replace(packed, blocks=jnp.asarray(blocks), scale=jnp.asarray(scale))
+        whole = np.concatenate([self.array(name, shape) for name, shape in shapes.items()], axis=1)
         whole = whole if order is None else whole[:, order]
         if self._dtype == "float32":
             return jnp.asarray(whole * np.float32(factor))
@@ -110,11 +124,28 @@ class TensorReader:
         if left:
             raise UnsupportedModel(f"tensor '{left[0]}' is not understood")
 
-    def _pack(self, name: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def _one_form(self, names: Collection[str]) -> bool:
+        """Whether tensors stay coded, all in the same form."""
+        return self._packed.issuperset(names) and len({self._form(name) for name in names}) == 1
+
+    def _form(self, name: str) -> type[CodedArray]:
+        return coded_form(self._file.tensors[name].ggml_type)
+
+    def _coded(self, shapes: Mapping[str, tuple[int, ...]], axis: int) -> CodedArray:
+        """Tensors one after the other along an axis, on the host."""
+        packed = [self._pack(name, shape) for name, shape in shapes.items()]
+        blocks, scale = (np.concatenate(arrays, axis) for arrays in zip(*packed, strict=True))
+        return self._form(next(iter(shapes)))(blocks, scale)
+
+    def _pack(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         self._take(name, shape)
         nibbles = self._file.nibbles(name)
-        _check_finite(name, nibbles.step, nibbles.base)
-        return pack_weight(nibbles.codes, nibbles.step, nibbles.base)
+        if isinstance(nibbles, Floats4):
+            blocks, scale = pack_fp4(nibbles.codes, nibbles.exponent)
+        else:
+            _check_finite(name, nibbles.step, nibbles.base)
+            blocks, scale = pack_weight(nibbles.codes, nibbles.step, nibbles.base)
+        return blocks.reshape(*shape[:-1], *blocks.shape[1:]), scale.reshape(shape[:-1])
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
         info = self._file.tensors.get(name)
@@ -123,6 +154,11 @@ class TensorReader:
         if tuple(info.shape) != shape:
             raise UnsupportedModel(f"tensor '{name}' has shape {tuple(info.shape)}, expected {shape}")
         self._taken.add(name)
+
+
+def coded_form(kind: TensorType) -> type[CodedArray]:
+    """What a matrix of 4-bit codes becomes that stay as they are."""
+    return Fp4Array if kind == TensorType.MXFP4 else PackedArray
 
 
 def _check_finite(name: str, *arrays: np.ndarray) -> None:

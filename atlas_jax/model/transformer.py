@@ -189,7 +189,8 @@ def _run_layer(
     if gains is not None and (config.qk_norm != "head" or config.norm != "rms"):
         by_head, gains = _normed_heads(config, by_head, *gains), None
     rotary, near = view.rotary[spec.rope], view.rotary_sink[spec.rope]
-    rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)], pairs, {"null_logit": layer.null_logit}
+    mask, of_heads = view.masks[config.windows.index(spec.sliding_window)], {"null_logit": layer.null_logit}
+    rows = view.ring, rotary, near, mask, pairs, of_heads
 
     def attend(by_head: jax.Array, kv: LayerKV, rows: Any, gains: Any) -> tuple[jax.Array, LayerKV]:
         ring, rotary, near, masks, pairs, of_heads = rows

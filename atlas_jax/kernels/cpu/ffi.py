@@ -32,7 +32,7 @@ def linear(
 ) -> Float[Array, "*matrices rows out"]:
     """x·Wᵀ of activations quantised to the two terms of `linear.split_rows`, for one matrix or a batch of them.
 
-    The weight may be that of a `linear.PackedArray`.
+    The weight may be that of a `linear.PackedArray` or `linear.Fp4Array`.
     """
     (out,) = _matmuls("linear", (x,), weight, weight_scale)
     return out

@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGMLQuantizationType
 
 from atlas_jax.gguf._header import GGUFError, TensorInfo, quote
 from atlas_jax.gguf._nibbles import Nibbles
+from atlas_jax.gguf._types import TensorType
 from atlas_jax.model.checkpoint._files import CheckpointError, Shard, open_shards, read_bytes, read_json
 from atlas_jax.model.checkpoint._tokenizer import Settings, tokenizer_metadata
 from atlas_jax.model.families import FAMILIES, Family
@@ -100,7 +100,7 @@ class CheckpointFolder:
             raise
         tensors = {name: one.info for name, one in stored.items()}
         for name, values in described.tensors.items():
-            tensors[name] = TensorInfo(name, values.shape, GGMLQuantizationType.F32, 0, values.nbytes)
+            tensors[name] = TensorInfo(name, values.shape, TensorType.F32, 0, values.nbytes)
         return cls(
             path,
             sum(shard.file.size for shard in shards),
@@ -259,15 +259,15 @@ def _target(name: str, form: Checkpoint) -> tuple[str, str | None]:
     return part, f"blk.{int(match['layer'])}.{part}.{match['kind']}" if part else None
 
 
-def _rest(info: TensorInfo) -> tuple[tuple[int, ...], GGMLQuantizationType, int, int]:
+def _rest(info: TensorInfo) -> tuple[tuple[int, ...], TensorType, int, int]:
     return info.shape, info.ggml_type, info.offset, info.nbytes
 
 
-def _floats(kind: GGMLQuantizationType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def _floats(kind: TensorType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Rows of bytes as rows of float32."""
     match kind:
-        case GGMLQuantizationType.F32:
+        case TensorType.F32:
             return packed.view("<f4")
-        case GGMLQuantizationType.F16:
+        case TensorType.F16:
             return packed.view("<f2").astype(np.float32)
     return (packed.view("<u2").astype(np.uint32) << 16).view(np.float32)

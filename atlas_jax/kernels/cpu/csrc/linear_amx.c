@@ -64,14 +64,13 @@ void pack_terms(const void *data, int64_t part) {
 
 /* The weights of `outputs` outputs as bytes: as they lie, or decoded; NULL if there is no room. */
 static const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t outputs) {
-  if (task->width == task->inner) return weight;
+  if (task->record == PLAIN) return weight;
   int64_t needed = outputs * task->inner;
   int8_t *room = room_for(task, outputs);
   if (!room) return NULL;
-  const uint8_t *record = (const uint8_t *)weight;
-  for (int64_t i = 0; i < needed; i += 64, record += RECORD) {
-    _mm_prefetch((const char *)record + outputs * task->width, _MM_HINT_T1); /* those of the next call */
-    _mm512_store_si512(room + i, decode(record));
+  for (int64_t i = 0; i < needed; i += 64, weight += task->record) {
+    _mm_prefetch((const char *)weight + outputs * task->width, _MM_HINT_T1); /* those of the next call */
+    _mm512_store_si512(room + i, weights_at(weight, task->record));
   }
   return room;
 }
@@ -85,7 +84,7 @@ void multiply_tiles(const void *data, int64_t part) {
   _tile_loadconfig(&shapes);
   int32_t found[4][TILE][TILE] __attribute__((aligned(64)));
   const int64_t group = inner / 4 * TILE;
-  const bool ahead = task->width == inner; /* decoding looks ahead by itself */
+  const bool ahead = task->record == PLAIN; /* decoding looks ahead by itself */
   for (int64_t o = p.first; o < p.last; o += 2 * TILE) {
     int width = p.last - o > TILE ? 2 : 1;
     const int8_t *weight = as_bytes(task, p.weight + o * task->width, width * TILE);
