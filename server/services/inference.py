@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from atlas_jax.engine.api import CallGrammar, InvalidRequest, Overloaded, SamplingParams
+from atlas_jax.engine.api import InvalidRequest, Overloaded, SamplingParams
 from server.config.settings import SamplingSection
 from server.middleware.request_context import PARTY, RequestContext
 from server.schemas.chat import ChatRequest
@@ -29,7 +29,8 @@ from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported, refuse_unsupported_chat
 from server.services.wire import OPENAI, Wire
 from server.tool_calls.answer import AnswerReader
-from server.tool_calls.choice import Tools, chosen_tools
+from server.tool_calls.channels import ChannelReader
+from server.tool_calls.choice import Tools, chosen_tools, schema_grammar
 from server.tool_calls.reader import CallReader
 from server.tool_calls.reasoning import ReasoningReader
 from server.validation import invalid, parse
@@ -229,12 +230,16 @@ class Inference:
         engine, owner = self._supervisor.engine, context.identity.owner
         if tools is None and schema is None:
             return None
-        if tools is None and thinking is None:
-            return await compiled(engine.json_grammar(schema or {}, owner=owner), context)
+        style = self._tokenization.form.style
         if tools is None:
-            calls = CallGrammar(answer=schema, thinking=thinking)
-            return await compiled(engine.call_grammar(calls, owner=owner), context)
-        calls = tools.grammar(self._tokenization.form.style, thinking=thinking, answer=schema)
+            written = schema_grammar(style, schema or {}, thinking)
+            made = (
+                engine.json_grammar(schema or {}, owner=owner)
+                if written is None
+                else engine.call_grammar(written, owner=owner)
+            )
+            return await compiled(made, context)
+        calls = tools.grammar(style, thinking=thinking, answer=schema)
         try:
             return await compiled(engine.call_grammar(calls, owner=owner), context)
         except (InvalidRequest, Overloaded):
@@ -247,6 +252,9 @@ class Inference:
     ) -> AnswerReader:
         """What tells the parts of one answer apart."""
         style = self._tokenization.form.style
+        if style.channels is not None:
+            names, most = (frozenset[str](), None) if tools is None else (tools.names, tools.most)
+            return AnswerReader(ChannelReader(style, names, exact=exact, most=most, new_id=style.new_id))
         return AnswerReader(
             None if thinking is None else ReasoningReader(*thinking, begun=begun),
             None

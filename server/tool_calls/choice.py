@@ -81,6 +81,7 @@ class Tools:
           answer: the schema of an answer that calls nothing, or None.
         """
         free = not self.forced and answer is None
+        marks = _channel_marks(style)
         return CallGrammar(
             calls=tuple(
                 CallShape(
@@ -96,8 +97,28 @@ class Tools:
             text=free,
             bare=free and style.alone,
             answer=None if self.forced else answer,
-            thinking=None if free else thinking,
+            **{**marks, "thinking": None if free else marks.get("thinking", thinking)},
         )
+
+
+def schema_grammar(style: Style, answer: Mapping[str, Any], thinking: str | None) -> CallGrammar | None:
+    """What answers must match that call nothing and follow a schema; None where that is the schema alone.
+
+    Args:
+      thinking: as for `Tools.grammar`.
+    """
+    marks = _channel_marks(style)
+    if not marks and thinking is None:
+        return None
+    return CallGrammar(answer=answer, **{"thinking": thinking, **marks})
+
+
+def _channel_marks(style: Style) -> dict[str, Any]:
+    """Of a grammar, what is written around the parts of an answer in channels; nothing of other answers."""
+    if style.channels is None:
+        return {}
+    begin, end = style.channels.thinking
+    return {"thinks": begin, "thinking": end, "before": style.channels.final}
 
 
 def chosen_tools(body: ChatRequest) -> Tools | None:

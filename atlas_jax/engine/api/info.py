@@ -88,11 +88,13 @@ class TemplateFacts:
         gives it their results.
       system: whether it takes a system message.
       thinking: the marks around what the model thinks before its answer, or None.
+      channels: whether answers are messages in channels, as gpt-oss has them (OpenAI's Harmony).
     """
 
     call: str = ""
     system: bool = True
     thinking: tuple[str, str] | None = None
+    channels: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
