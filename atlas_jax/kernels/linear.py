@@ -90,7 +90,9 @@ class Fp4Array:
 FP4_VALUES = 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
 """What each code of 4 bits stands for, times two: sign, two bits of exponent, one of mantissa."""
 FP4_SHIFT, FP4_SMALLEST = 3, 8
-"""How far the values can be shifted to the left in 8 bits, and from which shift to the right on all of them are 0."""
+FP4_LARGEST = max(FP4_VALUES) << FP4_SHIFT
+"""How far the values can be shifted to the left in 8 bits; the shift, of a block, from which on all of them are 0; and the
+largest number in 8 bits."""
 CodedArray = PackedArray | Fp4Array
 QuantisedArray = QuantArray | CodedArray
 Weight = QuantisedArray | jax.Array
@@ -148,7 +150,7 @@ def pack_fp4(codes: np.ndarray, exponent: np.ndarray) -> tuple[np.ndarray, np.nd
       blocks uint8 [out, in / 64, 34] and scale float32 [out]; a row of zeros has scale 0.
     """
     outputs, inner = codes.shape
-    used = (codes & 7).reshape(outputs, -1, 32).any(axis=-1)
+    used = (codes & 7).reshape(outputs, -1, 32).max(axis=-1) > 0
     largest = np.where(used, exponent, 0).max(axis=1, initial=0).astype(np.int32)
     records = np.empty((outputs, inner // 64, 34), np.uint8)
     # a block of zeros has any exponent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from atlas_jax.config import ModelConfig, WeightDtype
 from atlas_jax.gguf import Floats4, ModelFile, TensorType
 from atlas_jax.kernels.linear import (
+    FP4_LARGEST,
     CodedArray,
     Fp4Array,
     PackedArray,
@@ -83,10 +83,7 @@ class TensorReader:
         """
         shapes = {name: (size, inner) for name, size in tensors.items()}
         if self._one_form(shapes):
-            packed = self._coded(shapes, axis=0)
-            rows = slice(None) if order is None else order
-            blocks, scale = packed.blocks[rows], packed.scale[rows] * np.float32(factor)
-            return dataclasses.replace(packed, blocks=jnp.asarray(blocks), scale=jnp.asarray(scale))
+            return self._coded(shapes, order, factor)
         parts = [self.array(name, shape) for name, shape in shapes.items()]
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if order is not None:
@@ -102,10 +99,7 @@ class TensorReader:
         """As `matrix`, of tensors that have a leading axis of `count` matrices."""
         shapes = {name: (count, size, inner) for name, size in tensors.items()}
         if self._one_form(shapes):
-            packed = self._coded(shapes, axis=1)
-            outputs = slice(None) if order is None else order
-            blocks, scale = packed.blocks[:, outputs], packed.scale[:, outputs] * np.float32(factor)
-            return dataclasses.replace(packed, blocks=jnp.asarray(blocks), scale=jnp.asarray(scale))
+            return self._coded(shapes, order, factor)
         whole = np.concatenate([self.array(name, shape) for name, shape in shapes.items()], axis=1)
         whole = whole if order is None else whole[:, order]
         if self._dtype == "float32":
@@ -131,17 +125,23 @@ class TensorReader:
     def _form(self, name: str) -> type[CodedArray]:
         return coded_form(self._file.tensors[name].ggml_type)
 
-    def _coded(self, shapes: Mapping[str, tuple[int, ...]], axis: int) -> CodedArray:
-        """Tensors one after the other along an axis, on the host."""
+    def _coded(self, shapes: Mapping[str, tuple[int, ...]], order: np.ndarray | None, factor: float) -> CodedArray:
+        """Tensors of one form, stacked along their outputs, as `matrix` does it."""
+        first = next(iter(shapes))
         packed = [self._pack(name, shape) for name, shape in shapes.items()]
+        axis = len(shapes[first]) - 2
         blocks, scale = (np.concatenate(arrays, axis) for arrays in zip(*packed, strict=True))
-        return self._form(next(iter(shapes)))(blocks, scale)
+        if order is not None:
+            blocks, scale = (np.take(array, order, axis) for array in (blocks, scale))
+        return self._form(first)(jnp.asarray(blocks), jnp.asarray(scale * np.float32(factor)))
 
     def _pack(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
         self._take(name, shape)
         nibbles = self._file.nibbles(name)
         if isinstance(nibbles, Floats4):
             blocks, scale = pack_fp4(nibbles.codes, nibbles.exponent)
+            with np.errstate(over="ignore"):
+                _check_finite(name, scale * np.float32(FP4_LARGEST))
         else:
             _check_finite(name, nibbles.step, nibbles.base)
             blocks, scale = pack_weight(nibbles.codes, nibbles.step, nibbles.base)

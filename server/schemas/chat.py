@@ -108,6 +108,7 @@ class ChatRequest(SamplingFields, kw_only=True, frozen=True):
     functions: Annotated[list[FunctionDefinition], Meta(max_length=128)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
     response_format: dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None

@@ -36,6 +36,8 @@ from server.tool_calls.reasoning import ReasoningReader
 from server.validation import invalid, parse
 
 _COMPLETION_TOKENS = 16
+_EFFORTS = {"none": "low", "minimal": "low", "low": "low", "medium": "medium", "high": "high", "xhigh": "high"}
+"""`reasoning_effort` as Harmony's templates know it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,7 +174,7 @@ class Inference:
         if whole and memory.params is not None:
             memory = replace(memory, params=msgspec.structs.replace(memory.params, whole=True))
         schema, tools = answer_schema(body.response_format), chosen_tools(body)
-        written = body.messages, body.chat_template_kwargs, () if tools is None else tools.told
+        written = body.messages, self._variables(body), () if tools is None else tools.told
         prompt = await self._tokenization.chat(*written)
         session = memory.params is not None and memory.params.session is not None
         frame = await self._tokenization.chat_frame(*written) if session else None
@@ -261,6 +263,13 @@ class Inference:
             if tools is None
             else CallReader(style, tools.names, exact=exact, most=tools.most, new_id=style.new_id),
         )
+
+    def _variables(self, body: ChatRequest) -> Mapping[str, Any] | None:
+        """The template's variables: those of the request, and how much is to be thought where the template is told."""
+        effort = _EFFORTS.get(body.reasoning_effort or "")
+        if effort is None or not self._supervisor.engine.template.channels:
+            return body.chat_template_kwargs
+        return {"reasoning_effort": effort, **(body.chat_template_kwargs or {})}
 
     def _admitted(self, body: SamplingFields) -> str:
         """The model's name, once it is sure that admission does not refuse the request at once."""
