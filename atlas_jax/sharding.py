@@ -142,7 +142,7 @@ def check_mesh(config: ModelConfig, data: int, model: int) -> None:
             f"mesh_model ({model}) must divide the model's {config.kv_heads} KV heads; mesh_data has no such limit"
         )
     blocks = config.ff // config.ff_block
-    if blocks % model:
+    if config.experts is None and blocks % model:  # every device has all experts
         raise ConfigError(
             f"mesh_model ({model}) must divide the MLP's {blocks} blocks of {config.ff_block} columns; mesh_data has no "
             "such limit"

@@ -223,7 +223,7 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows 
     return (from_terms(sums[:, 0], sums[:, 1]) * (unit * weight.scale)).reshape(*rows, -1)
 
 
-def stored(weight: QuantisedArray) -> jax.Array:
+def stored(weight: QuantisedArray) -> Int8[Array, "out inp"] | UInt8[Array, "out records record"]:
     """The array that the C kernels read a weight from."""
     return weight.values if isinstance(weight, QuantArray) else weight.blocks
 
