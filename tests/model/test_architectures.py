@@ -101,7 +101,7 @@ def test_logits_are_those_of_the_definition_and_of_llama_cpp(folder: Path, name:
     assert relative_error(found, peer) < (EXACT if tiny.config.activation == "silu" else OF_A_TABLE)
 
 
-@pytest.mark.parametrize("name", ["qwen2moe", "stablelm-parallel"])
+@pytest.mark.parametrize("name", ["qwen2moe", "stablelm-parallel", pytest.param("gpt-oss", marks=pytest.mark.slow)])
 def test_parts_of_a_text_and_rows_of_a_batch_are_the_text(folder: Path, name: str) -> None:
     tiny = opened(folder, name)
     texts = np.stack([np.asarray(TEXT), np.asarray(TEXT[::-1])])

@@ -125,7 +125,7 @@ GEMMA_BEYOND = replace(tiny_model.GEMMA, context=300)
     ("shape", "window", "update", "capacity", "decay", "weights", "scores"),
     [
         (WITHIN, 1, 1, 100, 0.9, (), {}),
-        (WITHIN, 1, 1, 100, 0.9, (), {"nulls": True}),
+        pytest.param(WITHIN, 1, 1, 100, 0.9, (), {"nulls": True}, marks=pytest.mark.slow),
         (WITHIN, 2, 2, 200, 1.0, (), {}),
         (replace(WITHIN, layers=3), 1, 1, 3 * PAGE + 40, 0.9, (3.0, 0.5, 8.0), {}),
         (BEYOND, 1, 1, 100, 0.9, (), {"capped": True}),
