@@ -31,6 +31,7 @@ class Sample:
       metadata: keys without the architecture in front, beside those that all of them have; None leaves one out.
       layer, whole: shapes of tensors of each layer, and of the model, beside those that all of them have.
       without: tensors of a layer that all others have.
+      peer: llama.cpp knows the architecture, and what it makes of the file lies in `tests/golden/peer`.
     """
 
     architecture: str
@@ -40,6 +41,7 @@ class Sample:
     whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
     tied: bool = False
+    peer: bool = True
 
 
 def _biases(**sizes: int) -> dict[str, tuple[int, ...]]:

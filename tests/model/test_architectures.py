@@ -88,7 +88,8 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
 
 def test_every_architecture_has_a_sample_and_a_golden_file() -> None:
     assert {sample.architecture for sample in SAMPLES.values()} == set(FAMILIES)
-    assert {f"{name}.logits.npy" for name in SAMPLES} == {path.name for path in GOLDEN.glob("*.logits.npy")}
+    of_peer = {f"{name}.logits.npy" for name, sample in SAMPLES.items() if sample.peer}
+    assert of_peer == {path.name for path in GOLDEN.glob("*.logits.npy")}
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -96,9 +97,10 @@ def test_logits_are_those_of_the_definition_and_of_llama_cpp(folder: Path, name:
     tiny = opened(folder, name)
     found = scores_of(tiny, "float32")
     wanted = transformer_reference.logits(tiny.config, transformer_reference.tensors(tiny.path), TEXT)
-    peer = np.load(GOLDEN / f"{name}.logits.npy")
     assert relative_error(found, wanted) < EXACT
-    assert relative_error(found, peer) < (EXACT if tiny.config.activation == "silu" else OF_A_TABLE)
+    if SAMPLES[name].peer:
+        peer = np.load(GOLDEN / f"{name}.logits.npy")
+        assert relative_error(found, peer) < (EXACT if tiny.config.activation == "silu" else OF_A_TABLE)
 
 
 @pytest.mark.parametrize("name", ["qwen2moe", "stablelm-parallel", pytest.param("gpt-oss", marks=pytest.mark.slow)])
