@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 MODEL  ?= data/models/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA  := data/models/gemma-3-270m-q4_k_m.gguf
+QWEN   := data/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 ARGS   ?=
 RUN    := $(VENV)/bin/python
 # portable flags: a native build of llama.cpp crashes on some virtual machines
@@ -14,8 +15,8 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psutil_reference.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check lint readme-check first-start model gemma fit quality bench endless load crash attack neighbours \
-  bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams openapi config lock clean
+.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench endless load crash attack neighbours \
+  clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +48,10 @@ model: $(VENV)/base ## download the default model (SmolLM2-135M-Instruct, Q4_1)
 
 gemma: $(VENV)/base ## download Gemma 3 270M, for tests and benchmarks
 	@$(RUN) tools/fetch_model.py gemma
+
+qwen: $(VENV)/dev ## download Qwen2.5-Coder 0.5B and compare its greedy text with llama.cpp's: a real model of another family
+	@$(RUN) tools/fetch_model.py qwen
+	$(RUN) -m benchmarks.quality --model $(QWEN) --golden $(GOLDEN)/qwen2.5-coder-0.5b-instruct-q4_k_m --parts continuations
 
 fit: $(VENV)/dev model ## fit the memory and make the bigram table that are shipped for the default model
 	$(RUN) -m atlas_jax.evaluation.corpora --out data/texts --group calibration
@@ -93,11 +98,21 @@ crash: $(VENV)/bench model ## kill and stop servers under load: nothing acknowle
 	$(RUN) -m benchmarks.crash many
 	$(RUN) -m benchmarks.crash cost --model $(MODEL)
 
+clients: $(VENV)/dev model ## the flows of twenty client libraries and agents against a server (installs them: 4 GB in data/clients)
+	$(RUN) -m benchmarks.clients $(MODEL) --output docs/benchmarks/clients.md $(ARGS)
+
+overhead: $(VENV)/dev ## what the server adds to the engine's time, beside uvicorn alone (ARGS="--peer-python PYTHON": and llama_cpp.server)
+	$(RUN) -m benchmarks.overhead --output docs/benchmarks/overhead.md $(ARGS)
+
 neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
 	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/benchmarks/neighbours.md
 
 attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
 	$(RUN) -m benchmarks.attack $(MODEL) --output docs/benchmarks/attack.md $(ARGS)
+
+schemathesis: $(VENV)/dev ## 500 generated requests and more for every operation of the OpenAPI document (ARGS="--examples 20")
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[fuzz]'
+	$(RUN) -m tests.server.fuzz_openapi $(ARGS)
 
 bench-memory: $(VENV)/bench ## speed of every memory beside titans-pytorch
 	test -x data/titans/bin/python || ($(PYTHON) -m venv data/titans && data/titans/bin/pip install --quiet \
@@ -119,6 +134,9 @@ docs: $(VENV)/docs ## build the documentation site into build/site, with warning
 diagrams: ## write docs/images/*.svg, the diagrams of README and DESIGN
 	$(PYTHON) tools/draw_diagrams.py
 
+page-images: $(VENV)/dev ## take the pictures of the page at / from a running server (ARGS=http://…; needs a Chromium)
+	$(RUN) -m tools.page_images $(ARGS)
+
 openapi: $(VENV)/dev ## write docs/atlas-openapi.yaml, the HTTP API as the server describes it
 	$(RUN) -m server.openapi --output docs/atlas-openapi.yaml
 
@@ -126,7 +144,7 @@ config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, 
 	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --universal --no-emit-index-url \
+	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --extra fuzz --universal --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what make has installed and built, not the models

@@ -60,12 +60,47 @@ class LayerConfig:
     """What differs from layer to layer.
 
     Attributes:
+      kind: how it mixes tokens: by attention, or by `ModelConfig.delta_net`, whose state has one size.
       sliding_window: tokens this layer attends (itself included), or None for all.
       rope: which of the model's rotary embeddings it uses.
     """
 
+    kind: Literal["attention", "delta_net"] = "attention"
     sliding_window: int | None = None
     rope: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeltaNetConfig:
+    """Gated DeltaNet layers (arXiv 2412.06464): a linear memory per head, corrected and forgotten with every token.
+
+    Attributes:
+      heads, key_heads: heads of values, each with a memory of its own, and those of queries and keys, which they share.
+      dim: numbers in a head of either.
+      conv: latest inputs that the convolution before them sees, a token's own included.
+      tiled: value head h reads key head h mod key_heads, as files of `qwen35` have it; otherwise heads that share one
+        lie side by side.
+    """
+
+    heads: int
+    key_heads: int
+    dim: int
+    conv: int
+    tiled: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("heads", "key_heads", "dim"):
+            _require(getattr(self, name) > 0, f"delta_net {name} must be positive, got {getattr(self, name)}")
+        _require(self.conv > 1, f"delta_net conv must be at least 2, got {self.conv}")
+        _require(
+            self.heads % self.key_heads == 0,
+            f"delta_net heads ({self.heads}) must be a multiple of key_heads ({self.key_heads})",
+        )
+
+    @property
+    def channels(self) -> int:
+        """Numbers that go through the convolution: queries, keys and values."""
+        return (2 * self.key_heads + self.heads) * self.dim
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +146,8 @@ class ModelConfig:
       pre_norms: whether a sublayer reads the normed residual stream.
       post_norms: RMSNorm on each sublayer's output before the residual add.
       experts: the mixture of experts that is its MLP, if it is one.
+      delta_net: what layers of that kind are, if there are any.
+      attention_gate: whether attention's output is multiplied by the sigmoid of a further projection, number by number.
       parallel: the MLP reads what attention reads, and both are added to the residual stream together.
       qk_norm: norm on queries and keys before RoPE: of each "head" with a gain that all share, of each of the "heads" with
         a gain of its own, or over the whole "width"; None for no norm.
@@ -143,6 +180,8 @@ class ModelConfig:
     pre_norms: bool = True
     post_norms: bool = False
     experts: ExpertsConfig | None = None
+    delta_net: DeltaNetConfig | None = None
+    attention_gate: bool = False
     parallel: bool = False
     qk_norm: Literal["head", "heads", "width"] | None = None
     qkv_bias: bool = False
@@ -170,7 +209,15 @@ class ModelConfig:
             self.experts is None or (self.gated and not self.parallel), "experts have a gate, and come after attention"
         )
         _require(self.gated or self.activation != "swiglu_oai", "activation swiglu_oai needs a gate")
+        _require(
+            self.delta_net is None or (self.pre_norms and not self.parallel and not self.post_norms),
+            "delta_net layers have norms before their parts, which follow one another",
+        )
         for index, layer in enumerate(self.layers):
+            _require(
+                layer.kind == "attention" or self.delta_net is not None,
+                f"layer {index} is of kind {layer.kind}, which is not described",
+            )
             _require(0 <= layer.rope < len(self.ropes), f"layer {index} names rope {layer.rope}, which does not exist")
             _require(
                 layer.sliding_window is None or layer.sliding_window > 0,
@@ -190,6 +237,16 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     @property
+    def recurrent(self) -> bool:
+        """Whether some layers keep a state in place of what was read: it cannot be set back to an earlier token."""
+        return any(layer.kind != "attention" for layer in self.layers)
+
+    @property
+    def qkv_heads(self) -> int:
+        """Heads that attention projects to: queries, keys, values, and gates of its output."""
+        return (2 if self.attention_gate else 1) * self.heads + 2 * self.kv_heads
+
+    @property
     def ff_block(self) -> int:
         """Columns of the MLP that lie together in `LayerParams.gate_up`."""
         return columns_together(self.ff)
@@ -197,7 +254,8 @@ class ModelConfig:
     @property
     def windows(self) -> tuple[int | None, ...]:
         """The different attention windows of its layers."""
-        return tuple(dict.fromkeys(layer.sliding_window for layer in self.layers))
+        attending = (layer for layer in self.layers if layer.kind == "attention")
+        return tuple(dict.fromkeys(layer.sliding_window for layer in attending))
 
     def replace(self, **changes: object) -> ModelConfig:
         """A copy with some fields changed; validated again."""

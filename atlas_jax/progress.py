@@ -1,17 +1,32 @@
-"""Lines in the log while something takes long: how far it is, and about how long it will take."""
+"""What long work tells of itself while it runs, and lines in the log: how far it is, and about how long it will take."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Callable
+from typing import Any
 
 _LOG = logging.getLogger("atlas.engine")
 _EVERY_SECONDS = 10.0
 
 
-class ProgressLog:
-    """Tells of the stages of one piece of work, at most once in ten seconds; call it as a `collect_states.Progress`.
+class Progress:
+    """Is told how far long work is, and asked between its parts whether it may go on; this one does not care."""
+
+    def __call__(self, stage: str, share: float) -> None:
+        """A stage is done to this share."""
+
+    def between(self, result: Any = None) -> None:
+        """Called after every part of the work: may wait, and may raise to end the work.
+
+        Args:
+          result: arrays that the part computes, perhaps still on their way.
+        """
+
+
+class ProgressLog(Progress):
+    """Tells of the stages of one piece of work, at most once in ten seconds.
 
     Args:
       what: begins every line.

@@ -141,6 +141,11 @@ def check_mesh(config: ModelConfig, data: int, model: int) -> None:
         raise ConfigError(
             f"mesh_model ({model}) must divide the model's {config.kv_heads} KV heads; mesh_data has no such limit"
         )
+    if model > 1 and config.recurrent:
+        raise ConfigError(
+            f"mesh_model ({model}) must be 1: layers that keep a state in place of attention are not divided; mesh_data has "
+            "no such limit"
+        )
     blocks = config.ff // config.ff_block
     if config.experts is None and blocks % model:  # every device has all experts
         raise ConfigError(

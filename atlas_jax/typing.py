@@ -9,6 +9,6 @@ W tokens of an Omega window    A tapped layers                Z components of a 
 
 from __future__ import annotations
 
-from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8, UInt32
+from jaxtyping import Array, Bool, Float, Int, Int8, Int32, UInt8, UInt16, UInt32
 
-__all__ = ["Array", "Bool", "Float", "Int", "Int8", "Int32", "UInt8", "UInt32"]
+__all__ = ["Array", "Bool", "Float", "Int", "Int8", "Int32", "UInt8", "UInt16", "UInt32"]

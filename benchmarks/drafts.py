@@ -14,12 +14,13 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
-from speed import prompts, request
+from speed import prompts
 
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished
 from atlas_jax.engine.offline import ask
 from atlas_jax.engine.runner import bigram_table
+from atlas_jax.engine.speed import greedy
 from atlas_jax.kernels.speculative_drafter import NONE
 
 QUESTIONS = (
@@ -83,7 +84,7 @@ def tokens_per_step(engine: Engine, asked: Sequence[Sequence[int]]) -> float:
     """Of all answers together. Every step draws one token and those of the drafts that were right."""
     drawn = accepted = 0
     for prompt in asked:
-        end = ask(engine, [request(prompt, _ANSWER, None)])[0][-1]
+        end = ask(engine, [greedy(prompt, _ANSWER)])[0][-1]
         assert isinstance(end, Finished)
         drawn += end.completion_tokens
         accepted += end.accepted_tokens

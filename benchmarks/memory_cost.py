@@ -20,6 +20,7 @@ import speed
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Finished, MemoryParams
 from atlas_jax.engine.offline import ask
+from atlas_jax.engine.speed import greedy
 
 TESTS = ("prompt:1024", "prompt:4096", "decode:1x1024", "decode:4x1024", "decode:16x1024", "decode:32x1024")
 WINDOW = 512
@@ -35,7 +36,7 @@ def measure(engine: Engine, test: str, column: str, seed: int) -> float:
     asked = speed.prompts(engine, test, seed)
     reading = test.startswith("prompt:")
     steps = 1 if reading else _STEPS
-    events = ask(engine, [speed.request(prompt, steps, COLUMNS[column]) for prompt in asked])
+    events = ask(engine, [greedy(prompt, steps, COLUMNS[column]) for prompt in asked])
     ends = [one[-1] for one in events]
     done = [end for end in ends if isinstance(end, Finished)]
     if any((end.memory is None or not end.memory.tokens_absorbed) for end in done) and column == "with":

@@ -23,12 +23,12 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from functools import partial
-from importlib import resources
 from pathlib import Path
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import Finished, GenerationRequest, MemoryParams, SamplingParams
+from atlas_jax.engine.api import Finished
 from atlas_jax.engine.offline import ask
+from atlas_jax.engine.speed import greedy, prose
 
 TESTS = (
     *("prompt:512", "prompt:4096", "decode:1x256", "decode:4x256", "decode:16x256", "decode:32x256", "decode:1x8000"),
@@ -58,21 +58,10 @@ def prompts(engine: Engine, test: str, seed: int) -> list[list[int]]:
     if kind in ("chat", "repetitive"):
         asked = QUESTIONS if kind == "chat" else COPIES
         return [engine.render_chat([{"role": "user", "content": text}]) for text in asked]
-    text = (resources.files("atlas_jax.recall") / "texts" / "prose.txt").read_text(encoding="utf-8")
-    tokens = engine.tokenizer.encode(text, add_special=False, parse_special=False)
     if kind == "prose":
         size = f"{len(QUESTIONS)}x256"
     streams, length = (int(n) for n in size.split("x")) if "x" in size else (1, int(size))
-    starts = [(seed * 7919 + stream * 997) % len(tokens) for stream in range(streams)]
-    return [(tokens[start:] + tokens * (length // len(tokens) + 1))[:length] for start in starts]
-
-
-def request(prompt: Sequence[int], steps: int, memory: MemoryParams | None = None) -> GenerationRequest:
-    """A greedy request of fixed length that takes nothing from earlier ones."""
-    greedy = SamplingParams(temperature=0.0)
-    return GenerationRequest(
-        prompt=prompt, max_tokens=steps, sampling=greedy, ignore_eos=True, reuse=False, memory=memory
-    )
+    return list(prose(engine, streams, length, seed))
 
 
 def ours(engine: Engine, test: str, seed: int) -> float:
@@ -80,7 +69,7 @@ def ours(engine: Engine, test: str, seed: int) -> float:
     kind = test.partition(":")[0]
     asked = prompts(engine, test, seed)
     steps = 1 if kind == "prompt" else _STEPS if kind == "decode" else _ANSWER
-    together = [[request(prompt, steps) for prompt in asked]]
+    together = [[greedy(prompt, steps) for prompt in asked]]
     if kind not in ("prompt", "decode"):
         together = [[one] for one in together[0]]  # one after the other: a single stream
     # the peer's process warms up like this too

@@ -19,6 +19,7 @@ from atlas_jax.engine.api import EngineProtocol
 from server.admission import Admission
 from server.config.settings import ServerSection, Settings
 from server.controllers.atlas import AtlasController, MemoryController
+from server.controllers.conversations import ConversationsController
 from server.controllers.health import HealthController
 from server.controllers.llamacpp import LlamaCppController
 from server.controllers.messages import MessagesController
@@ -37,6 +38,8 @@ from server.middleware.hosts import HostCheck
 from server.middleware.rate_limits import FailureBudget, KeyLimits
 from server.openapi import openapi_config
 from server.prometheus import Metrics
+from server.services.conversation_store import ConversationStore
+from server.services.conversations import ConversationsService
 from server.services.embeddings import EmbeddingService
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.front_page import FrontPage
@@ -49,6 +52,7 @@ from server.services.models import Models
 from server.services.monitoring import Monitoring
 from server.services.ollama import OllamaService
 from server.services.persistence import Persistence
+from server.services.response_sessions import ResponseSessions
 from server.services.response_store import ResponseStore
 from server.services.responses import ResponsesService
 from server.services.runtime_config import RuntimeConfig
@@ -60,6 +64,7 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _CONTROLLERS = (
     OpenAIController,
     ResponsesController,
+    ConversationsController,
     MessagesController,
     OllamaController,
     AtlasController,
@@ -151,6 +156,7 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
     embeddings = EmbeddingService(
         generator=generator, tokenization=tokenization, models=models, config=config, pools=pools
     )
+    conversations, sessions = ConversationStore(responses), ResponseSessions(supervisor, pools, settings)
     app = Litestar(
         route_handlers=_CONTROLLERS,
         dependencies=_dependencies(
@@ -160,9 +166,11 @@ def create_app(settings: Settings, engine: EngineSource) -> tuple[Litestar, Asgi
                 supervisor=supervisor,
                 tokenization=tokenization,
                 store=responses,
-                pools=pools,
+                conversations=conversations,
+                sessions=sessions,
                 settings=settings,
             ),
+            conversations=ConversationsService(conversations=conversations, responses=responses, sessions=sessions),
             embeddings=embeddings,
             models=models,
             memory=memory,

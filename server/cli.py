@@ -1,4 +1,4 @@
-"""The command line: `atlas-jax [serve] [flags]`, and `atlas-jax eval MODEL.gguf`."""
+"""The command line: `atlas-jax [serve] [flags]`, and the commands of `server.terminal`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import stat
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import msgspec
 
@@ -18,10 +18,10 @@ from server.config.settings import Settings, SettingsError
 from server.config.sources import CONFIG_ENV, add_flags, load, suggestion
 from server.engine_factory import check_files, engine_factory
 from server.middleware.auth import KeyFileError
+from server.terminal.arguments import DONE, FAILED, USAGE_ERROR, Parser, UsageError
+from server.terminal.commands import COMMANDS, SERVE
 
 log = logging.getLogger("atlas.server")
-_FAILED, _USAGE_ERROR = 1, 2
-_COMMANDS = ("serve", "eval")
 # What the short help shows.
 _FIRST = (
     *("model", "hf_repo", "host", "port", "api_keys_file", "temperature", "threads", "memory_path", "log_level"),
@@ -29,95 +29,80 @@ _FIRST = (
 )
 
 
-class _UsageError(Exception):
-    """A command line that cannot be understood; the message is one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """A parser that raises instead of printing its whole usage, and knows what a mistyped flag was meant to be."""
-
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(message.removeprefix("argument "))
-
-    def parse(self, arguments: Sequence[str]) -> dict[str, Any]:
-        """The values of the flags; raises _UsageError."""
-        given, rest = self.parse_known_args(list(arguments))
-        for flag in (one.partition("=")[0] for one in rest if one.startswith("-")):
-            raise _UsageError(f"unknown flag {flag}{suggestion(flag.replace('_', '-'), self._option_string_actions)}")
-        if rest:
-            raise _UsageError(f"unexpected argument '{rest[0]}'")
-        return vars(given)
-
+class _Parser(Parser):
     def overview(self) -> str:
-        """The help of the flags that are needed first."""
+        """The help of the commands, and of the flags of `serve` that are needed first."""
         formatter = self._get_formatter()
         first = [action for action in self._actions if action.dest.rpartition(".")[2] in _FIRST]
-        formatter.add_usage("atlas-jax [serve] [flags]", [], [])
-        formatter.add_text(self.description)
-        formatter.start_section("flags that are needed first")
+        formatter.add_usage("atlas-jax [COMMAND] [flags]", [], [])
+        formatter.add_text("Language models with a test-time memory: serves them, and talks with them at the terminal.")
+        formatter.start_section("commands")
+        formatter.add_arguments(
+            argparse.Action([], name, nargs=0, metavar=name, help=about)
+            for name, about in (
+                (SERVE, "serve a model over HTTP (the default)"),
+                *((one.name, one.about) for one in COMMANDS.values()),
+            )
+        )
+        formatter.end_section()
+        formatter.start_section("flags of serve that are needed first")
         formatter.add_arguments(sorted(first, key=lambda action: _FIRST.index(action.dest.rpartition(".")[2])))
         formatter.end_section()
-        formatter.add_text(
-            "Every flag, in groups: atlas-jax serve --help. What a model's memory is worth: atlas-jax eval --help"
-        )
+        formatter.add_text("Every flag of a command: atlas-jax serve --help, and so on")
         return formatter.format_help()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    command = COMMANDS.get(arguments[0]) if arguments else None
     try:
-        return _run(arguments)
+        return _run(arguments) if command is None else command.main(arguments[1:])
     except ModuleNotFoundError as error:
-        extra, missing = "eval" if arguments[:1] == ["eval"] else "serve", str(error.name)
-        if missing.partition(".")[0] in ("atlas_jax", "server"):
+        extra, missing = "serve" if command is None else command.extra, str(error.name).partition(".")[0]
+        if missing in ("atlas_jax", "server"):
             raise
         _complain(f"{missing} is not installed; it comes with the extra '{extra}': pip install 'atlas-jax[{extra}]'")
-        return _FAILED
+        return FAILED
 
 
 def _run(arguments: list[str]) -> int:
-    if arguments[:1] == ["eval"]:
-        from atlas_jax.evaluation import command
-
-        return command.main(arguments[1:])
-    parser = _parser()
+    parser = serve_parser()
     try:
         if arguments in (["-h"], ["--help"]):
             print(parser.overview(), end="")
-            return 0
-        given = parser.parse(_after_command(arguments))
+            return DONE
+        given = vars(parser.parse(_after_command(arguments)))
         config, show = given.pop("config"), given.pop("print_config")
         settings = load(config=config, flags=given)
         if show:
             print(msgspec.json.format(msgspec.json.encode(settings.public()), indent=2).decode())
-            return 0
+            return DONE
         _serve(settings)
-    except (_UsageError, SettingsError, KeyFileError) as error:
+    except (UsageError, SettingsError, KeyFileError) as error:
         _complain(error)
-        return _USAGE_ERROR
+        return USAGE_ERROR
 
 
 def _after_command(arguments: Sequence[str]) -> Sequence[str]:
     if not arguments or arguments[0].startswith("-"):
         return arguments
     command, *rest = arguments
-    if command not in _COMMANDS:
-        raise _UsageError(
-            f"unknown command '{command}'{suggestion(command, _COMMANDS) or '; there are serve and eval'}"
-        )
+    if command != SERVE:
+        known = (SERVE, *COMMANDS)
+        near = suggestion(command, known) or f"; there are {', '.join(known[:-1])} and {known[-1]}"
+        raise UsageError(f"unknown command '{command}'{near}")
     return rest
 
 
-def _parser() -> _Parser:
+def serve_parser() -> _Parser:
+    """The flags of `serve`, which are the settings."""
     parser = _Parser(
         prog="atlas-jax",
         usage="atlas-jax [serve] [flags]",
         description="Serves a GGUF or safetensors model with ATLAS memory sessions behind an OpenAI-compatible API.",
         epilog="Settings come from the defaults, the configuration file, the environment and the flags, in this order. "
         "Brackets hold a setting's environment variable.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"atlas-jax {__version__}", help="print the version")
     parser.add_argument("--config", metavar="FILE", help=f"JSON configuration file [{CONFIG_ENV}]")
@@ -139,13 +124,13 @@ def _serve(settings: Settings) -> NoReturn:
         code = serve(settings, factory)
     except StartError as error:
         _complain(error)
-        code = _FAILED
+        code = FAILED
     except KeyFileError:
         raise
     except Exception as error:
         log.debug("%s", traceback.format_exc())
         _complain(f"{type(error).__name__}: {error} (--log-level debug shows where)")
-        code = _FAILED
+        code = FAILED
     logging.shutdown()
     sys.stderr.flush()
     os._exit(code)  # a thread may be compiling, and the interpreter's own way out would abort in it

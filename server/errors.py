@@ -13,6 +13,7 @@ from atlas_jax.engine import api
 from server.schemas.errors import (
     AnthropicError,
     AnthropicErrorBody,
+    AnthropicErrorDetails,
     AtlasError,
     AtlasErrorBody,
     OllamaError,
@@ -88,7 +89,11 @@ class NotSupported(ServerError):
 
 
 class ContextExceeded(BadRequest):
-    """A prompt longer than the context; carries both lengths."""
+    """A prompt longer than the context; carries both lengths.
+
+    Clients know this error by its words as much as by its code, and cut or compact what they send: LangChain, LiteLLM and
+    agents look for "maximum context length", Anthropic's for "prompt is too long".
+    """
 
     def __init__(self, message: str, *, param: str | None, prompt_tokens: int, context: int) -> None:
         super().__init__(message, param=param, code="context_length_exceeded")
@@ -126,6 +131,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (api.MemoryUnavailable, 503, "unavailable_error", "memory_unavailable"),
     (api.Overloaded, 503, "unavailable_error", "overloaded"),
     (api.SessionNotFound, 404, "not_found_error", "session_not_found"),
+    (api.SessionExists, 409, "conflict_error", "session_exists"),
     (api.SnapshotInvalid, 400, "invalid_request_error", "snapshot_invalid"),
     (api.StorageFull, 507, "insufficient_storage_error", "storage_full"),
     (api.EngineError, 500, "server_error", "engine_error"),
@@ -205,7 +211,17 @@ _ANTHROPIC_TYPES = {
 def anthropic_error(found: Problem) -> AnthropicError:
     """The error object of Anthropic's API, whose message names the field."""
     kind = _ANTHROPIC_TYPES.get(found.status, "api_error" if found.status > 500 else "invalid_request_error")
-    return AnthropicError(error=AnthropicErrorBody(type=kind, message=_with_field(found)))
+    message = _with_field(found)
+    if found.code == "context_length_exceeded":
+        tokens, most = found.extra["n_prompt_tokens"], found.extra["n_ctx"]
+        why = f"{tokens} tokens > {most} maximum" if tokens > most else found.message
+        message = f"{found.param}: prompt is too long: {why}"
+    threads = found.param == "thread" and found.code == "unsupported_parameter"
+    return AnthropicError(
+        error=AnthropicErrorBody(
+            type=kind, message=message, details=AnthropicErrorDetails() if threads else msgspec.UNSET
+        )
+    )
 
 
 def ollama_error(found: Problem) -> OllamaError:

@@ -31,6 +31,7 @@ _MEANINGS = {
     404: "No such model, session or file",
     405: "Another method than this path has; Allow names those",
     408: "The body stopped coming, or comes too slowly",
+    409: "A session of the new name exists already; nothing was changed",
     413: "The body is too large, or holds too much",
     415: "The body is not JSON",
     429: "Over a limit; see Retry-After",

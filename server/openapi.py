@@ -26,28 +26,50 @@ from server.schemas import (
     atlas,
     chat,
     completions,
+    conversations,
     embeddings,
     errors,
     llamacpp,
     messages,
     models,
     ollama,
+    response_events,
     responses,
     root,
     runtime_config,
+    shape,
 )
 
 _MODULES = (
-    *(atlas, chat, completions, embeddings, errors, llamacpp, messages, models, ollama, responses, root),
+    *(
+        atlas,
+        chat,
+        completions,
+        conversations,
+        embeddings,
+        errors,
+        llamacpp,
+        messages,
+        models,
+        ollama,
+        response_events,
+        responses,
+        root,
+    ),
     runtime_config,
+    shape,
 )
 _SSE = "text/event-stream"
-_NDJSON = "application/x-ndjson"
+_NDJSON, _OPENAPI = "application/x-ndjson", "application/vnd.oai.openapi+json"
 _MESSAGE_EVENTS = (
     *("MessageStart", "ContentBlockStart", "ContentBlockDelta", "ContentBlockStop", "MessageDelta", "MessageStop"),
     "AnthropicError",
 )
-_RESPONSE_EVENTS = ("ResponseEvent", "OutputItemEvent", "ContentPartEvent", "TextDeltaEvent", "TextDoneEvent")
+_RESPONSE_EVENTS = (
+    *("ResponseEvent", "OutputItemEvent", "ContentPartEvent", "TextDeltaEvent", "TextDoneEvent"),
+    *("ReasoningDeltaEvent", "ReasoningDoneEvent", "SummaryPartEvent", "SummaryDeltaEvent", "SummaryDoneEvent"),
+    *("ArgumentsDeltaEvent", "ArgumentsDoneEvent"),
+)
 # Path to what a stream is made of.
 _STREAMS: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("/v1/completions", "/completions"), (_SSE, ("Completion",))),
@@ -62,7 +84,13 @@ _STREAMS: dict[str, tuple[str, tuple[str, ...]]] = {
 # Paths whose sessions are named by what came before, and not by a header.
 _OWN_SESSIONS = ("/v1/responses", "/responses")
 _METRICS_STREAM = "/v1/atlas/metrics/stream"
-_BODY_MAY_BE_EMPTY = ("/v1/atlas/memory/save", "/v1/atlas/memory/list")
+# Answers that are no structs.
+_NO_STRUCTS = {
+    "/metrics": ("text/plain", "string"),
+    "/schema": (_OPENAPI, "object"),
+    "/schema/openapi.json": (_OPENAPI, "object"),
+}
+_BODY_MAY_BE_EMPTY = ("/v1/atlas/memory/save", "/v1/atlas/memory/list", "/v1/conversations", "/conversations")
 _RETRIED = ("429", "503", "507")
 _HIDDEN = "/schema/{path}"  # Litestar's own answer to what it does not have
 _HEADER = "# Written by `make openapi`; a running server has the same at /schema/openapi.json.\n"
@@ -74,6 +102,17 @@ _SESSION_HEADER = {
     "description": "Name of the memory session, as `atlas.session_id`; if both are there, they must be the same",
     "schema": {"type": "string", "minLength": 1, "maxLength": 128},
 }
+
+# Paths of lists of items.
+_PAGED = "items"
+_PAGE = [
+    {"name": name, "in": "query", "required": False, "description": text, "schema": schema}
+    for name, text, schema in (
+        ("limit", "Items a page", {"type": "integer", "minimum": 1, "maximum": 100, "default": 20}),
+        ("order", "The oldest or the latest first", {"type": "string", "enum": ["asc", "desc"], "default": "desc"}),
+        ("after", "The item before the page", {"type": "string"}),
+    )
+]
 
 
 class LocalJson(JsonRenderPlugin):
@@ -118,6 +157,9 @@ def corrected(document: dict[str, Any]) -> dict[str, Any]:
         }
     stream = paths[_METRICS_STREAM]["get"]["responses"]["200"]
     stream["content"] = {_SSE: {"schema": {"$ref": "#/components/schemas/MetricsEvent"}}}
+    for path, (media, kind) in _NO_STRUCTS.items():
+        if path in paths:
+            paths[path]["get"]["responses"]["200"]["content"] = {media: {"schema": {"type": kind}}}
     corrected_document: dict[str, Any] = _clean(
         {
             "openapi": document["openapi"],
@@ -141,6 +183,8 @@ def corrected(document: dict[str, Any]) -> dict[str, Any]:
 def _correct(path: str, operation: dict[str, Any], refusals: dict[str, Any]) -> None:
     """Corrects one operation in place; what it may refuse with goes to `refusals`, once for every envelope."""
     responses = operation["responses"]
+    if path.endswith(_PAGED) and "requestBody" not in operation:
+        operation["parameters"] = [*operation.get("parameters", ()), *_PAGE]
     if "401" not in responses:
         operation["security"] = []
     envelope = envelope_of(path)

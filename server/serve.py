@@ -153,7 +153,7 @@ def serve(settings: Settings, engine: EngineSource) -> int:
     except KeyboardInterrupt:
         return 130
     if (error := server.lifecycle.supervisor.error) is not None:
-        raise StartError(_reason(error)) from error
+        raise StartError(reason_of(error, hint=" (--log-level debug shows where)")) from error
     return 1 if server.lifecycle.supervisor.dead or not server.started else 0
 
 
@@ -186,11 +186,15 @@ def reachable(listening: socket.socket) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _reason(error: BaseException) -> str:
-    """Why the engine could not be opened. What the library refuses, it refuses in words for people."""
+def reason_of(error: BaseException, *, hint: str = "") -> str:
+    """Why the engine could not be opened. What the library refuses, it refuses in words for people.
+
+    Args:
+      hint: how to find out more about an error that nobody has foreseen.
+    """
     if isinstance(error, OSError) and error.strerror:
         where = "" if error.filename is None else f"{error.filename}: "
         return f"the model cannot be served: {where}{error.strerror}"
     if isinstance(error, ValueError) and str(error):
         return f"the model cannot be served: {error}"
-    return f"the model cannot be served: {type(error).__name__}: {error} (--log-level debug shows where)"
+    return f"the model cannot be served: {type(error).__name__}: {error}{hint}"

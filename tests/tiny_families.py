@@ -31,6 +31,7 @@ class Sample:
       metadata: keys without the architecture in front, beside those that all of them have; None leaves one out.
       layer, whole: shapes of tensors of each layer, and of the model, beside those that all of them have.
       without: tensors of a layer that all others have.
+      recurrent: shapes of tensors that three of four layers have in place of attention's.
       peer: llama.cpp knows the architecture, and what it makes of the file lies in `tests/golden/peer`.
     """
 
@@ -40,6 +41,7 @@ class Sample:
     layer: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     without: tuple[str, ...] = ()
+    recurrent: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tied: bool = False
     peer: bool = True
 
@@ -68,6 +70,7 @@ _PHI = Sample(
 )
 _EXPERTS, _USED, _EXPERT_FF, _SHARED_FF = 8, 3, 32, 40
 _EXPERT_KEYS = {"expert_count": _EXPERTS, "expert_used_count": _USED}
+_EXPERT_LENGTHS = {"expert_feed_forward_length": _EXPERT_FF, "expert_shared_feed_forward_length": _SHARED_FF}
 
 
 def _expert_tensors(ff: int) -> dict[str, tuple[int, ...]]:
@@ -86,6 +89,43 @@ def _expert_biases(ff: int) -> dict[str, tuple[int, ...]]:
         "ffn_up_exps.bias": (_EXPERTS, ff),
         "ffn_down_exps.bias": (_EXPERTS, EMBED),
     }
+
+
+_SHARED_TENSORS = {
+    "ffn_gate_inp_shexp.weight": (EMBED,),
+    "ffn_gate_shexp.weight": (_SHARED_FF, EMBED),
+    "ffn_up_shexp.weight": (_SHARED_FF, EMBED),
+    "ffn_down_shexp.weight": (EMBED, _SHARED_FF),
+}
+_DELTA_KEY_HEADS, _DELTA_HEADS, _DELTA_DIM, _CONV = 2, 6, 16, 4
+_DELTA_QKV, _DELTA_V = (2 * _DELTA_KEY_HEADS + _DELTA_HEADS) * _DELTA_DIM, _DELTA_HEADS * _DELTA_DIM
+_DELTA_KEYS = {
+    **{"ssm.conv_kernel": _CONV, "ssm.state_size": _DELTA_DIM, "ssm.group_count": _DELTA_KEY_HEADS},
+    **{"ssm.time_step_rank": _DELTA_HEADS, "ssm.inner_size": _DELTA_V},
+    **{"rope.freq_base": 1e6, "rope.dimension_count": DIM // 2, **_KEY_LENGTHS},
+}
+_DELTA_TENSORS = {
+    "attn_qkv.weight": (_DELTA_QKV, EMBED),
+    "attn_gate.weight": (_DELTA_V, EMBED),
+    "ssm_conv1d.weight": (_DELTA_QKV, _CONV),
+    "ssm_dt.bias": (_DELTA_HEADS,),
+    "ssm_a": (_DELTA_HEADS,),
+    "ssm_norm.weight": (_DELTA_DIM,),
+    "ssm_out.weight": (EMBED, _DELTA_V),
+}
+_HYBRID = {"attn_q.weight": (2 * HEADS * DIM, EMBED), **_HEAD_NORMS, "post_attention_norm.weight": (EMBED,)}
+_QWEN35_TENSORS = {
+    **_DELTA_TENSORS,
+    **{"ssm_beta.weight": (_DELTA_HEADS, EMBED), "ssm_alpha.weight": (_DELTA_HEADS, EMBED)},
+}
+_DRAFTING_TENSORS = {
+    **{"attn_norm.weight": (EMBED,), **_HYBRID, "attn_output.weight": (EMBED, HEADS * DIM)},
+    **{f"attn_{name}.weight": (KV_HEADS * DIM, EMBED) for name in ("k", "v")},
+    **{f"ffn_{name}.weight": (FF, EMBED) for name in ("gate", "up")},
+    **{"ffn_down.weight": (EMBED, FF), "nextn.eh_proj.weight": (EMBED, 2 * EMBED)},
+    **{"nextn.enorm.weight": (EMBED,), "nextn.hnorm.weight": (EMBED,)},
+}
+_SECTIONS = {"rope.dimension_sections": [2, 1, 1, 0]}
 
 
 _NO_MLP = ("ffn_gate.weight", "ffn_up.weight", "ffn_down.weight")
@@ -111,17 +151,11 @@ SAMPLES: Mapping[str, Sample] = {
     "llama-experts": Sample("llama", metadata=_EXPERT_KEYS, layer=_expert_tensors(FF), without=_NO_MLP),
     "qwen2moe": Sample(
         "qwen2moe",
-        metadata={
-            **_EXPERT_KEYS,
-            **{"expert_feed_forward_length": _EXPERT_FF, "expert_shared_feed_forward_length": _SHARED_FF},
-        },
+        metadata={**_EXPERT_KEYS, **_EXPERT_LENGTHS},
         layer={
             **_QKV_BIASES,
             **_expert_tensors(_EXPERT_FF),
-            "ffn_gate_inp_shexp.weight": (EMBED,),
-            "ffn_gate_shexp.weight": (_SHARED_FF, EMBED),
-            "ffn_up_shexp.weight": (_SHARED_FF, EMBED),
-            "ffn_down_shexp.weight": (EMBED, _SHARED_FF),
+            **_SHARED_TENSORS,
         },
         without=_NO_MLP,
     ),
@@ -133,6 +167,51 @@ SAMPLES: Mapping[str, Sample] = {
     ),
     "qwen2": Sample("qwen2", metadata={"rope.freq_base": 1e6, **_YARN}, layer=_QKV_BIASES, tied=True),
     "qwen3": Sample("qwen3", metadata={"rope.freq_base": 1e6, **_KEY_LENGTHS}, layer=_HEAD_NORMS, tied=True),
+    "qwen3next": Sample(
+        "qwen3next",
+        layers=4,
+        metadata={**_DELTA_KEYS, **_EXPERT_KEYS, **_EXPERT_LENGTHS},
+        layer={**_HYBRID, **_expert_tensors(_EXPERT_FF), **_SHARED_TENSORS},
+        without=(*_NO_MLP, "ffn_norm.weight"),
+        recurrent={**_DELTA_TENSORS, "ssm_ba.weight": (2 * _DELTA_HEADS, EMBED)},
+    ),
+    "qwen3next-joined": Sample(
+        "qwen3next",
+        layers=4,
+        metadata={**_DELTA_KEYS, **_EXPERT_KEYS, **_EXPERT_LENGTHS},
+        layer={**_HYBRID, **_expert_tensors(_EXPERT_FF), **_SHARED_TENSORS},
+        without=(*_NO_MLP, "ffn_norm.weight"),
+        recurrent={
+            **{name: shape for name, shape in _DELTA_TENSORS.items() if name[:5] != "attn_"},
+            **{"ssm_in.weight": (_DELTA_QKV + _DELTA_V, EMBED), "ssm_ba.weight": (2 * _DELTA_HEADS, EMBED)},
+        },
+    ),
+    "qwen35": Sample(
+        "qwen35",
+        layers=5,
+        metadata={**_DELTA_KEYS, **_SECTIONS, "full_attention_interval": 4},
+        layer=_HYBRID,
+        without=("ffn_norm.weight",),
+        recurrent=_QWEN35_TENSORS,
+        tied=True,
+    ),
+    "qwen35-drafting": Sample(
+        "qwen35",
+        layers=4,
+        metadata={**_DELTA_KEYS, **_SECTIONS, "block_count": 5, "nextn_predict_layers": 1},
+        layer=_HYBRID,
+        without=("ffn_norm.weight",),
+        recurrent=_QWEN35_TENSORS,
+        whole={f"blk.4.{name}": shape for name, shape in _DRAFTING_TENSORS.items()},
+    ),
+    "qwen35moe": Sample(
+        "qwen35moe",
+        layers=4,
+        metadata={"feed_forward_length": None, **_DELTA_KEYS, **_SECTIONS, **_EXPERT_KEYS, **_EXPERT_LENGTHS},
+        layer={**_HYBRID, **_expert_tensors(_EXPERT_FF), **_SHARED_TENSORS},
+        without=(*_NO_MLP, "ffn_norm.weight"),
+        recurrent=_QWEN35_TENSORS,
+    ),
     "gemma": Sample("gemma", metadata={"rope.freq_base": None, **_KEY_LENGTHS}, tied=True),
     "gemma2": Sample(
         "gemma2",
@@ -275,13 +354,21 @@ def shapes(sample: Sample) -> dict[str, tuple[int, ...]]:
         "ffn_down.weight": (EMBED, FF),
     }
     layer = {name: shape for name, shape in {**common, **sample.layer}.items() if name not in sample.without}
+    without_attention = {name: shape for name, shape in layer.items() if name not in _ATTENTION} | sample.recurrent
+
+    def of_layer(index: int) -> Mapping[str, tuple[int, ...]]:
+        return without_attention if sample.recurrent and (index + 1) % 4 else layer
+
     return {
         "token_embd.weight": (VOCAB, EMBED),
-        **{f"blk.{index}.{name}": shape for index in range(sample.layers) for name, shape in layer.items()},
+        **{f"blk.{index}.{name}": shape for index in range(sample.layers) for name, shape in of_layer(index).items()},
         "output_norm.weight": (EMBED,),
         **({} if sample.tied else {"output.weight": (VOCAB, EMBED)}),
         **sample.whole,
     }
+
+
+_ATTENTION = {f"attn_{name}.weight" for name in ("q", "k", "v", "output", "q_norm", "k_norm")}
 
 
 def write_sample(
@@ -299,6 +386,8 @@ def write_sample(
             values = 1.0 + np.abs(numbers)
         elif name.endswith(".bias"):
             values = 0.3 * numbers
+        elif name.endswith("ssm_a"):  # what is left after a token is between a tenth and nearly all
+            values = -np.exp(numbers)
         elif "norm" in name:
             values = 1.0 + 0.2 * numbers
         else:  # attention that is neither flat nor a copy

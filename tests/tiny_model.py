@@ -42,12 +42,16 @@ class Shape:
     ff: int = 96
     context: int = 4096
     sliding_window: int | None = None
+    delta_heads: tuple[int, int] | None = (
+        None  # of keys and of values, in layers without attention: all but every fourth
+    )
     nibbles: bool = False  # matrices in Q4_1 where their width allows
 
 
 LLAMA = Shape()
 NIBBLES = Shape(ff=128, nibbles=True)
 GEMMA = Shape(architecture="gemma3", layers=6, embed=48, heads=4, kv_heads=1, head_dim=16, ff=64, sliding_window=96)
+HYBRID = Shape(architecture="qwen35", layers=8, delta_heads=(2, 4))
 
 
 def byte_level_vocabulary() -> tuple[list[str], list[int], list[str]]:
@@ -105,6 +109,12 @@ def write_model(
     writer.add_rope_freq_base(10_000.0)
     if shape.sliding_window is not None:
         writer.add_sliding_window(shape.sliding_window)
+    if shape.delta_heads is not None:
+        writer.add_ssm_conv_kernel(4)
+        writer.add_ssm_state_size(shape.head_dim)
+        writer.add_ssm_group_count(shape.delta_heads[0])
+        writer.add_ssm_time_step_rank(shape.delta_heads[1])
+        writer.add_ssm_inner_size(shape.delta_heads[1] * shape.head_dim)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("smollm")
     writer.add_token_list(tokens)
@@ -137,11 +147,28 @@ def write_model(
     for layer in range(shape.layers):
         prefix = f"blk.{layer}."
         vector(f"{prefix}attn_norm", embed)
-        matrix(f"{prefix}attn_q", shape.heads * dim, embed, gain=1.5)
-        matrix(f"{prefix}attn_k", shape.kv_heads * dim, embed, gain=1.5)
-        matrix(f"{prefix}attn_v", shape.kv_heads * dim, embed, gain=2.0)
-        matrix(f"{prefix}attn_output", embed, shape.heads * dim, gain=2.0)
-        vector(f"{prefix}ffn_norm", embed)
+        if shape.delta_heads is not None and (layer + 1) % 4:
+            keys, values = shape.delta_heads
+            channels = (2 * keys + values) * dim
+            matrix(f"{prefix}attn_qkv", channels, embed, gain=1.5)
+            matrix(f"{prefix}attn_gate", values * dim, embed, gain=2.0)
+            matrix(f"{prefix}ssm_conv1d", channels, 4, gain=2.0)
+            matrix(f"{prefix}ssm_beta", values, embed)
+            matrix(f"{prefix}ssm_alpha", values, embed)
+            vector(f"{prefix}ssm_norm", dim)
+            matrix(f"{prefix}ssm_out", embed, values * dim, gain=2.0)
+            # tokens are forgotten after ten to two thousand
+            writer.add_tensor(f"{prefix}ssm_a", -np.geomspace(0.1, 5e-4, values, dtype=np.float32))
+            writer.add_tensor(f"{prefix}ssm_dt.bias", random.standard_normal(values).astype(np.float32))
+        else:
+            matrix(f"{prefix}attn_q", shape.heads * dim * (1 if shape.delta_heads is None else 2), embed, gain=1.5)
+            matrix(f"{prefix}attn_k", shape.kv_heads * dim, embed, gain=1.5)
+            matrix(f"{prefix}attn_v", shape.kv_heads * dim, embed, gain=2.0)
+            matrix(f"{prefix}attn_output", embed, shape.heads * dim, gain=2.0)
+            if shape.delta_heads is not None:
+                vector(f"{prefix}attn_q_norm", dim)
+                vector(f"{prefix}attn_k_norm", dim)
+        vector(f"{prefix}{'ffn_norm' if shape.delta_heads is None else 'post_attention_norm'}", embed)
         matrix(f"{prefix}ffn_gate", shape.ff, embed)
         matrix(f"{prefix}ffn_up", shape.ff, embed)
         matrix(f"{prefix}ffn_down", embed, shape.ff, gain=2.0)

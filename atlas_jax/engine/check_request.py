@@ -44,7 +44,7 @@ def check_request(request: GenerationRequest, *, vocab: int, longest: int) -> In
     if request.memory is None and (left < 0 or (left == 0 and request.max_tokens != 0)):
         more = "" if request.pooling is not None else "; a session with memory has no such limit"
         raise InvalidRequest(
-            f"The prompt has {len(prompt)} tokens, but this model's context is {longest}{more}",
+            f"This model's maximum context length is {longest} tokens, and the prompt has {len(prompt)}{more}",
             param="prompt",
             code="context_length_exceeded",
         )

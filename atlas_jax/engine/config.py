@@ -107,6 +107,23 @@ MeshModel = Annotated[
     Meta(ge=1, le=4096, description="Tensor-parallel size: devices each layer's heads and columns are divided over"),
 ]
 
+CalibrationSeconds = Annotated[
+    float,
+    Meta(
+        ge=0,
+        le=1e6,
+        description="Seconds a model may read to have a memory fitted to it, once; a slow one reads less, down to the least "
+        "that is needed (about 6 300 tokens)",
+    ),
+]
+CalibrateInBackground = Annotated[
+    bool,
+    Meta(
+        description="Fit the memory while the model is served without one: requests that ask for it are answered by the "
+        "plain model, those with a session 503, until it is there; else the server is ready once it has been fitted"
+    ),
+]
+
 PoolingName = Annotated[
     Literal["mean", "last"],
     Meta(
@@ -134,6 +151,7 @@ class EngineConfig:
       threads: takes effect only if JAX has not run anything yet.
       memory_dim: numbers of a hidden state that the memory's keys keep; its matrix has the square of it in features. One
         that no adapter is there for is fitted.
+      calibrate_in_background: `Engine.open` then returns before there is a memory; `Engine.fitting` tells how far it is.
       max_waiting: sequences that may wait beyond `max_concurrent`.
       owner_quota: None is all of `l3_cache_size`.
       native_kernels: C kernels are never used on a mesh.
@@ -157,6 +175,8 @@ class EngineConfig:
     max_context: MaxContext = 8192
     max_window: MaxWindow = 2048
     memory_dim: MemoryDim | None = None
+    calibration_seconds: CalibrationSeconds = 60.0
+    calibrate_in_background: CalibrateInBackground = False
     memory_budget: MemoryBudget | None = None
     l1_cache_size: L1CacheSize = 0
     l2_cache_size: L2CacheSize = 1 << 30

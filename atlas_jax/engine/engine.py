@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -16,17 +16,22 @@ import numpy as np
 
 from atlas_jax import _platform
 from atlas_jax.engine import cache_folder
+from atlas_jax.engine.adapter_finder import NOT_FITTED, FittingStopped
 from atlas_jax.engine.api import (
+    AnswerShape,
     CallGrammar,
     ChatFrame,
     EngineStats,
+    Fitting,
     GenerationRequest,
     Handle,
     InvalidRequest,
     Listener,
     MemoryParams,
     MemoryUnavailable,
+    ModelInfo,
     Overloaded,
+    SessionStore,
     SlotInfo,
     TemplateFacts,
 )
@@ -34,22 +39,25 @@ from atlas_jax.engine.chat import Chat
 from atlas_jax.engine.check_request import check_request
 from atlas_jax.engine.compile_cache import CompileCounter, use_cache
 from atlas_jax.engine.config import EngineConfig
+from atlas_jax.engine.fitting import BackgroundFit
 from atlas_jax.engine.host_memory import resident_bytes
 from atlas_jax.engine.loader import Opened, open_model
-from atlas_jax.engine.runner.warmup import WarmUp
+from atlas_jax.engine.scheduler.metrics import Counters, together
 from atlas_jax.engine.scheduler.request_state import RequestState, new_request_state
 from atlas_jax.engine.scheduler.scheduler import Scheduler
 from atlas_jax.engine.scheduler.structured_output import Grammar, Grammars
-from atlas_jax.engine.sessions.budgets import Budgets
+from atlas_jax.engine.serving import Serving
 from atlas_jax.engine.sessions.documents import Documents
 from atlas_jax.engine.sessions.storage import open_storage
 from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.table import SessionTable
 from atlas_jax.kernels.kernel_choice import KernelChoice
+from atlas_jax.progress import Progress
 
 log = logging.getLogger("atlas.engine")
 
 _EXIT_SECONDS = 120.0
+_LOOK_SECONDS = 0.05
 
 
 class Engine:
@@ -59,46 +67,32 @@ class Engine:
         self, config: EngineConfig, opened: Opened, storage: Storage | None, compilations: CompileCounter
     ) -> None:
         """Use `Engine.open`."""
-        info, runner, layout = opened.info, opened.runner, opened.layout
         self.config = config
-        self.model = info
         self.tokenizer = opened.tokenizer
-        self._compilations = compilations
+        self._storage, self._compilations, self._kernels = storage, compilations, _kernels(config)
         self._chat = Chat(opened.tokenizer, opened.template)
-        self._runner = runner
         self._longest_prompt = opened.longest_prompt
         self._grammars = Grammars(opened.tokenizer)
         self._draining = False
-        self._close_lock = threading.Lock()
-        self._table = (
-            None
-            if layout is None
-            else SessionTable(
-                layout,
-                storage=storage,
-                default_file=config.memory_file or f"{info.name}_memory.atlas",
-                budgets=Budgets(config.l1_cache_size, config.l2_cache_size, config.l3_cache_size, config.owner_quota),
-                on_idle=self._wake,
-                sync_seconds=config.journal_sync,
-            )
-        )
-        self._documents = Documents() if self._table is None else self._table.documents
-        self._scheduler = Scheduler(
-            runner,
-            opened.tokenizer,
-            None if self._table is None else self._table.tiers,
-            max_rows=config.max_concurrent,
-            context=opened.longest_prompt,
-            answer=info.context_length,
-            prefix_bytes=config.prefix_cache_size,
-        )
-        self._warm_up = WarmUp(runner)
+        self._close_lock, self._submit_lock = threading.Lock(), threading.Lock()
+        self._prepare: list[Callable[[SessionStore], None]] = []
+        keeps = opened.layout is not None or opened.fit is not None
+        self._documents = Documents(storage.store(opened.info.fingerprint) if storage is not None and keeps else None)
+        self._serving = self._new_serving(opened)
+        self._leaving: tuple[Serving, ...] = ()
+        """What served before there was a memory, until its last request has ended."""
+        self._earlier: tuple[Counters, ...] = ()
+        self._fit = None if opened.fit is None else BackgroundFit(self._fitted(opened.fit), self._busy)
+
+    def _new_serving(self, opened: Opened) -> Serving:
+        return Serving.of(self.config, opened, self._storage, self._documents, self._wake)
 
     @classmethod
     def open(cls, config: EngineConfig | None = None, **fields: Any) -> Engine:
         """Loads a model, fits or finds its memory, compiles, and starts serving.
 
-        A model that no memory can be fitted to is served without: `model.memory_unavailable` says so.
+        A model that no memory can be fitted to is served without: `model.memory_unavailable` says so. With
+        `calibrate_in_background` so is one until its memory has been fitted; `fitting` tells how far that is.
 
         Args:
           config: what to open; None takes the fields alone.
@@ -113,7 +107,6 @@ class Engine:
         config = EngineConfig(**fields) if config is None else dataclasses.replace(config, **fields)
         _limit_threads(config.threads)
         _platform.limit_lapack()
-        kernels = KernelChoice(cpu=config.native_kernels and config.devices == 1, tpu=config.native_kernels)
         cache = cache_folder.usable(config.cache_folder)
         if cache is not None:
             use_cache(cache / "compiled")
@@ -122,7 +115,7 @@ class Engine:
         kept = config.memory_path if config.memory_enabled else None
         storage = None if kept is None else open_storage(kept)
         try:
-            with kernels.scope():
+            with _kernels(config).scope():
                 opened = open_model(config, cache)
             _platform.self_test()
             engine = cls(config, opened, storage, compilations)
@@ -130,8 +123,9 @@ class Engine:
             if storage is not None:
                 storage.close()
             raise
-        engine._warm_up.start(first_pages=opened.runner.buckets.pages[0])
-        engine._scheduler.start()
+        engine._serving.start()
+        if engine._fit is not None:
+            engine._fit.start()
         # threads still in XLA when the interpreter goes away crash the process
         atexit.register(engine.close, timeout=_EXIT_SECONDS)
         return engine
@@ -171,9 +165,9 @@ class Engine:
         """A conversation as the template writes it, for people to read; raises InvalidRequest."""
         return self._chat.text(messages, **kwargs)
 
-    def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[Grammar]:
-        """A grammar of the JSON texts a schema allows; see `api.EngineProtocol.json_grammar`."""
-        return self._grammars.json(schema, owner=owner)
+    def answer_grammar(self, shape: AnswerShape, *, owner: str = "") -> Future[Grammar]:
+        """A grammar of answers of a shape; see `api.EngineProtocol.answer_grammar`."""
+        return self._grammars.answers(shape, owner=owner)
 
     def call_grammar(self, calls: CallGrammar, *, owner: str = "") -> Future[Grammar]:
         """A grammar of answers with tool calls; see `api.EngineProtocol.call_grammar`."""
@@ -181,21 +175,24 @@ class Engine:
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
         """Queues a request; what it takes and raises is said at `api.EngineProtocol.submit`."""
-        if self._draining or not self._scheduler.alive:
+        scheduler = self._serving.scheduler
+        if self._draining or not scheduler.alive:
             raise Overloaded("The engine is not accepting requests", retry_after=5.0)
-        free = self.config.max_concurrent - self._scheduler.running
-        if self._scheduler.waiting >= self.config.max_waiting + free:
+        free = self.config.max_concurrent - scheduler.running
+        if scheduler.waiting >= self.config.max_waiting + free:
             raise Overloaded("Too many requests are waiting", retry_after=1.0)
         tokens = self._check(request)
         state = new_request_state(request, tokens, listener, self.tokenizer)
-        self._scheduler.submit(state)
-        return _Submitted(state, self._scheduler)
+        with self._submit_lock:  # once another serves, this one gets no more
+            scheduler = self._serving.scheduler
+            scheduler.submit(state)
+        return _Submitted(state, scheduler)
 
     def check_memory(self, memory: MemoryParams) -> None:
         """Raises InvalidRequest for settings of the memory that every request with them would be refused for."""
-        if self._table is None:
+        if self._serving.table is None:
             raise self._no_memory()
-        self._runner.check(memory)
+        self._serving.runner.check(memory)
 
     def _check(self, request: GenerationRequest) -> np.ndarray:
         """Refuses what can never succeed, or would crash a compiled step; the prompt as an array."""
@@ -208,11 +205,17 @@ class Engine:
 
     # --- what an embedding program can ask -------------------------------------------------------------------------
     @property
+    def model(self) -> ModelInfo:
+        """Facts of the model."""
+        return self._serving.info
+
+    @property
     def sessions(self) -> SessionTable:
         """The sessions; raises MemoryUnavailable in an engine without memory."""
-        if self._table is None:
+        table = self._serving.table
+        if table is None:
             raise self._no_memory()
-        return self._table
+        return table
 
     @property
     def documents(self) -> Documents:
@@ -224,12 +227,14 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counters since start, and gauges of this moment."""
-        counters, table = self._scheduler.counters, None if self._table is None else self._table.tiers
-        running = self._scheduler.running
+        serving, leaving = self._serving, self._leaving
+        counters = together([*self._earlier, serving.scheduler.counters])
+        table = None if serving.table is None else serving.table.tiers
+        running = sum(one.scheduler.running for one in (*leaving, serving))
         return EngineStats(
             requests_total=counters.requests,
             requests_running=running + (0 if table is None else table.pending),
-            requests_waiting=self._scheduler.waiting,
+            requests_waiting=sum(one.scheduler.waiting for one in (*leaving, serving)),
             requests_completed=counters.completed,
             requests_failed=counters.failed,
             requests_cancelled=counters.cancelled,
@@ -265,15 +270,74 @@ class Engine:
 
     def slots(self) -> tuple[SlotInfo, ...]:
         """The decode slots."""
-        return self._scheduler.slots()
+        slots = self._serving.scheduler.slots()
+        leaving = [slot for one in self._leaving for slot in one.scheduler.slots() if slot.busy]
+        return (*slots, *(dataclasses.replace(slot, id=len(slots) + index) for index, slot in enumerate(leaving)))
 
     def alive(self) -> bool:
         """False once the engine's thread has died."""
-        return self._scheduler.alive
+        return self._serving.scheduler.alive and all(one.scheduler.failure is None for one in self._leaving)
 
     def warm_up(self, timeout: float | None = None) -> bool:
         """Waits until every program is compiled, from when on nothing compiles; tells whether it is so."""
-        return self._warm_up.wait(timeout)
+        return self._serving.warm_up.wait(timeout)
+
+    # --- a memory that is fitted later -----------------------------------------------------------------------------
+    def fitting(self) -> Fitting | None:
+        """How far a memory is that is being fitted to the model, which is served without until then; else None."""
+        return None if self._fit is None else self._fit.state()
+
+    def before_memory(self, prepare: Callable[[SessionStore], None]) -> None:
+        """Has `prepare` called with the sessions once a memory has been fitted, on a thread, before any request has it."""
+        self._prepare.append(prepare)
+
+    def _busy(self) -> bool:
+        return self._serving.busy or any(one.busy for one in self._leaving)
+
+    def _fitted(self, fit: Callable[[Progress], Opened]) -> Callable[[BackgroundFit], None]:
+        def work(progress: BackgroundFit) -> None:
+            before = self._serving
+            try:
+                with self._kernels.scope():
+                    opened = fit(progress)
+                if opened.layout is None:
+                    self._serving = dataclasses.replace(before, info=opened.info)
+                    return
+                self._go_on_with(opened, progress)
+            except Exception as error:
+                if not isinstance(error, FittingStopped):
+                    info = dataclasses.replace(before.info, memory_unavailable=NOT_FITTED)
+                    self._serving = dataclasses.replace(before, info=info)
+                raise
+            log.info("[ATLAS] The memory has been fitted; requests can use it from now on")
+            progress.finished()
+            while before.busy:  # its requests go on as they began
+                progress.pause(_LOOK_SECONDS)
+            before.end(_EXIT_SECONDS)
+            self._leaving = ()
+
+        return work
+
+    def _go_on_with(self, opened: Opened, progress: BackgroundFit) -> None:
+        """Has new requests be served by the model with its memory, once the first programs are compiled."""
+        before = self._serving
+        progress("compiling", 0.0)
+        before.warm_up.stop(_EXIT_SECONDS)
+        serving = self._new_serving(opened)
+        try:
+            serving.start()
+            assert serving.table is not None
+            for prepare in self._prepare:
+                prepare(serving.table)
+            progress.between()
+            with self._submit_lock:
+                if self._draining:  # `close` ends what serves now
+                    raise FittingStopped
+                self._leaving, self._earlier = (before,), (before.scheduler.counters,)
+                self._serving = serving
+        except BaseException:
+            serving.end(_EXIT_SECONDS)
+            raise
 
     def drain(self) -> None:
         """Refuses new requests from now on; running ones go on."""
@@ -284,16 +348,19 @@ class Engine:
         self.drain()
         until = time.monotonic() + timeout
         with self._close_lock:
-            if not self._scheduler.stop(timeout):
-                log.error("The engine's thread did not end within %.0f s", timeout)
-            if self._table is not None:
-                self._table.close(max(until - time.monotonic(), 0.0))
+            if self._fit is not None:
+                self._fit.stop(timeout / 2)
+            with self._submit_lock:
+                everything = (*self._leaving, self._serving)
+            for serving in everything:
+                serving.end(max(until - time.monotonic(), 0.0))
+            if self._serving.table is None and self._storage is not None:
+                self._storage.close()
             self._grammars.close()
-        self._warm_up.stop(max(until - time.monotonic(), 0.0))
         atexit.unregister(self.close)
 
     def _wake(self) -> None:
-        self._scheduler.wake()
+        self._serving.scheduler.wake()
 
 
 class _Submitted:
@@ -308,6 +375,10 @@ class _Submitted:
         if not self._state.done:
             self._state.cancelled.set()
             self._scheduler.wake()
+
+
+def _kernels(config: EngineConfig) -> KernelChoice:
+    return KernelChoice(cpu=config.native_kernels and config.devices == 1, tpu=config.native_kernels)
 
 
 def _limit_threads(threads: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig
-from atlas_jax.engine.adapter_finder import NOT_FITTED, AdapterFinder, Fitted
+from atlas_jax.engine.adapter_finder import FITTING, NOT_FITTED, AdapterFinder, Fitted
 from atlas_jax.engine.api import ModelInfo, Pooling, StateBytes
 from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.memory_budget import SessionBytes, default_budget, session_bytes
@@ -44,6 +45,7 @@ from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.lm.export import read_gguf
 from atlas_jax.model.loading import left_out, load_params, model_config, parameter_count
+from atlas_jax.progress import Progress
 from atlas_jax.sharding import on_mesh
 
 log = logging.getLogger("atlas.engine")
@@ -64,6 +66,8 @@ class Opened:
       template: or why the model's own cannot be used, which costs conversations and nothing else.
       layout: of its sessions' snapshots; None keeps no sessions.
       longest_prompt: tokens of the longest plain request.
+      fit: fits the memory that the model is still without, and opens the model with it: with another runner, and the same
+        weights. None where there is nothing to fit.
     """
 
     info: ModelInfo
@@ -72,6 +76,7 @@ class Opened:
     runner: ModelRunner
     layout: Layout | None
     longest_prompt: int
+    fit: Callable[[Progress], Opened] | None = None
 
 
 def open_model(config: EngineConfig, cache: Path | None) -> Opened:
@@ -94,58 +99,78 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
     mesh_layout = on_mesh(model, config.mesh_data, config.mesh_model)
     params = load_params(file, model, dtype=config.weight_dtype, mesh_layout=mesh_layout)
     if others := left_out(file):
-        names = ", ".join(sorted({f"{name.split('.', 1)[0]}.*" for name in others}))
+        names = ", ".join(sorted({name[: name.index(".", 4 * name.startswith("blk."))] + ".*" for name in others}))
         log.info("Left out of %s: %d tensors that are no part of its text model (%s)", file.name, len(others), names)
     log.info("Loaded %s in %.1f s", file.name, time.monotonic() - started)
     context = min(config.max_context, model.context_length)
-    fitted: Fitted | None = None
-    if config.memory_enabled:
-        adapter_path = None if config.adapter_path is None else Path(config.adapter_path)
-        finder = AdapterFinder(
-            file,
-            model,
-            tokenizer,
-            params,
-            max_window=config.max_window,
-            memory_dim=config.memory_dim,
-            mesh_layout=mesh_layout,
+    turns, infill, pooling = _turn_tokens(file, tokenizer), _infill(file, tokenizer), _pooling(file, config)
+    bigrams = jnp.asarray(bigram_table.find(cache, fingerprint, model.vocab))
+    created, parameters = int(file.path.stat().st_mtime), parameter_count(params)
+
+    def opened(fitted: Fitted | None, unavailable: str | None = None) -> Opened:
+        memory, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
+        budget = 0
+        if memory is not None:
+            sizes = session_bytes(model, memory, config.kv_dtype)
+            budget = _budget(config, sizes)
+            memory = dataclasses.replace(memory, max_kept=sizes.kept(budget, _default_window(config)))
+        step_config = StepConfig(model, memory, kernel_choice.chosen(), turns)
+        # what a model has read into states of its own cannot be taken back, so it is fed no drafts
+        buckets = _buckets(config, context, memory, speculate=config.speculate and not model.recurrent)
+        runner = PretrainedRunner(
+            step_config, Weights(params, adapter, bigrams), config.kv_dtype, buckets, mesh_layout, budget
         )
-        fitted = finder.find(adapter_path, cache)
-    memory, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
-    budget = 0
-    if memory is not None:
-        sizes = session_bytes(model, memory, config.kv_dtype)
-        budget = _budget(config, sizes)
-        memory = dataclasses.replace(memory, max_kept=sizes.kept(budget, _default_window(config)))
-    weights = Weights(params, adapter, jnp.asarray(bigram_table.find(cache, fingerprint, model.vocab)))
-    buckets = _buckets(config, context, memory)
-    step_config = StepConfig(model, memory, kernel_choice.chosen(), _turn_tokens(file, tokenizer))
-    runner = PretrainedRunner(step_config, weights, config.kv_dtype, buckets, mesh_layout, budget)
-    info = _info(
+        info = _info(
+            file,
+            runner,
+            StateBytes(window=_row_bytes(runner))
+            if memory is None
+            else sizes.parts(_default_window(config), memory.max_kept, budget),
+            created=created,
+            architecture=model.family,
+            parameters=parameters,
+            context_length=context,
+            layers=len(model.layers),
+            embedding_size=model.embed,
+            memory_layers=() if memory is None else memory.layers,
+            kept_pairs_capacity=0 if memory is None else memory.max_kept,
+            memory_dim=None if memory is None else memory.components,
+            adapter=None if fitted is None else fitted.source,
+            pooling=pooling,
+            infill=infill,
+            memory_unavailable=unavailable,
+        )
+        layout = (
+            None
+            if fitted is None or memory is None
+            else RecallLayout(model, memory, config.kv_dtype, fingerprint, fitted.digest)
+        )
+        return Opened(info, tokenizer, template, runner, layout, context)
+
+    if not config.memory_enabled:
+        return opened(None)
+    finder = AdapterFinder(
         file,
-        runner,
-        StateBytes(window=_row_bytes(runner))
-        if memory is None
-        else sizes.parts(_default_window(config), memory.max_kept, budget),
-        architecture=model.family,
-        parameters=parameter_count(params),
-        context_length=context,
-        layers=len(model.layers),
-        embedding_size=model.embed,
-        memory_layers=() if memory is None else memory.layers,
-        kept_pairs_capacity=0 if memory is None else memory.max_kept,
-        memory_dim=None if memory is None else memory.components,
-        adapter=None if fitted is None else fitted.source,
-        pooling=_pooling(file, config),
-        infill=_infill(file, tokenizer),
-        memory_unavailable=NOT_FITTED if config.memory_enabled and fitted is None else None,
+        model,
+        tokenizer,
+        params,
+        max_window=config.max_window,
+        memory_dim=config.memory_dim,
+        mesh_layout=mesh_layout,
+        seconds=config.calibration_seconds,
     )
-    layout = (
-        None
-        if fitted is None or memory is None
-        else RecallLayout(model, memory, config.kv_dtype, fingerprint, fitted.digest)
-    )
-    return Opened(info, tokenizer, template, runner, layout, context)
+    fitted = finder.there(None if config.adapter_path is None else Path(config.adapter_path), cache)
+    if fitted is not None:
+        return opened(fitted)
+    _budget(config, session_bytes(model, finder.unfitted, config.kv_dtype))  # one that is wrong is said now
+
+    def fit(progress: Progress | None = None) -> Opened:
+        made = finder.calibrated(cache, progress)
+        return opened(made, None if made is not None else NOT_FITTED)
+
+    if config.calibrate_in_background:
+        return dataclasses.replace(opened(None, FITTING), fit=fit)
+    return fit()
 
 
 def _default_window(config: EngineConfig) -> int:
@@ -198,15 +223,15 @@ def _turn_tokens(file: ModelFile, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(token for text, token in tokenizer.special_tokens.items() if text in template))
 
 
-def _buckets(config: EngineConfig, context: int, memory: MemoryConfig | None) -> Buckets:
+def _buckets(config: EngineConfig, context: int, memory: MemoryConfig | None, *, speculate: bool) -> Buckets:
     """The sizes that steps are compiled for."""
     pages = max(context // PAGE, 1, 0 if memory is None else (config.max_window + memory.max_omega_window) // PAGE)
     # attention over float pages is never of a single row of a single token: it would round differently
-    alone = 1 if config.speculate or config.kv_dtype == "int8" else 2
+    alone = 1 if speculate or config.kv_dtype == "int8" else 2
     return Buckets(
         _powers(max(alone, config.mesh_data), config.max_concurrent),
         _powers(4, pages),
-        max_draft_rows=MAX_DRAFT_ROWS if config.speculate else 0,
+        max_draft_rows=MAX_DRAFT_ROWS if speculate else 0,
     )
 
 
@@ -239,6 +264,7 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
         file,
         runner,
         StateBytes(memory=_row_bytes(runner)),
+        created=int(file.path.stat().st_mtime),
         architecture=TRAINED,
         parameters=sum(int(leaf.size) for leaf in jax.tree.leaves(params)),
         context_length=context,
@@ -266,7 +292,6 @@ def _info(file: ModelFile, runner: ModelRunner, state: StateBytes, **facts: Any)
         size_bytes=file.size,
         vocab_size=runner.vocab,
         state=state,
-        created=int(file.path.stat().st_mtime),
         sampling=recommended_sampling(file.metadata),
         **facts,
     )

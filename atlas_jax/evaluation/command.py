@@ -7,14 +7,18 @@ import hashlib
 import logging
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from atlas_jax.config import PAGE, ConfigError
 
 if TYPE_CHECKING:
+    from atlas_jax.engine import Engine
     from atlas_jax.engine.api import ModelInfo
+    from atlas_jax.evaluation.arms import Arm
+    from atlas_jax.evaluation.results import Row, Unit
 
 _USAGE_ERROR, _FAILED, _STOPPED = 2, 1, 130
 _CONTEXT = {"quick": 6144, "standard": 8192, "long": 131072 + 1024}
@@ -105,10 +109,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from atlas_jax.engine import Engine
     from atlas_jax.engine.config import default_cache
     from atlas_jax.evaluation import evaluate, report, texts
-    from atlas_jax.evaluation.arms import NEAREST, chosen_arms
+    from atlas_jax.evaluation.arms import FULL, NEAREST, chosen_arms
     from atlas_jax.evaluation.bench import Bench
     from atlas_jax.evaluation.measures import Setup
     from atlas_jax.evaluation.results import ResultsFile
@@ -139,55 +142,48 @@ def _run(args: argparse.Namespace) -> int:
     found = texts.load(args.texts or cache / "texts", groups, fetch=True)
     results = ResultsFile(args.out / "results.jsonl")
     longest = min(_CONTEXT[scale], model.context_length) // PAGE * PAGE
-    largest = max([longest + 4 * PAGE, *(-(-arm.options.window_size // PAGE) * PAGE for arm in arms)])
-    folder = tempfile.TemporaryDirectory()  # of sessions, so that they have files whose size can be told
-    engine = Engine.open(
-        model_path=path,
-        memory_path=folder.name,
-        speculate=False,  # how many drafts are right depends on the text, and would hide what a step costs
-        adapter_path=args.adapter,
-        cache_path=args.cache,
-        max_concurrent=1,
-        max_context=longest,
-        max_window=largest,
-        threads=args.threads,
+    rows: list[Row] = []
+    planned: list[Unit] = []
+    sized: list[Arm] = []
+    info, stopped = None, False
+    # arms that see all of a text need a larger largest window, which would take from the memory's own share of its budget
+    for group in filter(None, ([arm for arm in arms if arm.kind != FULL], [arm for arm in arms if arm.kind == FULL])):
+        if stopped:
+            break
+        with _opened(args, path, longest, group) as engine:
+            info = info or engine.model
+            bench = Bench(engine, evaluate.token_bytes(model))
+            setup = Setup(engine.tokenizer, found, engine.model.context_length, scale, args.seeds)
+            evaluate.check(group, bench)
+            group = evaluate.sized(group, bench)
+            identity = {
+                "model": info.fingerprint,
+                "adapter": _digest(_adapter_file(args.adapter, cache, info)),
+                "memory_dim": info.memory_dim,
+            }
+            units = evaluate.plan(tasks, group, setup, identity)
+            try:
+                rows += evaluate.measure(units, bench, results)
+            except KeyboardInterrupt:
+                stopped = True
+                rows += evaluate.rows_of(units, results)
+            planned += units
+            sized += group
+    assert info is not None
+    done = report.Evaluated(
+        model=info.name,
+        command=_command(args),
+        arms=sized,
+        tasks=tasks,
+        rows=rows,
+        planned=len(planned),
+        facts={
+            "bytes of a token's keys and values (int8)": evaluate.token_bytes(model),
+            "longest text of full attention": info.context_length,
+            "adapter of the memory": info.adapter,
+            "seeds": args.seeds,
+        },
     )
-    stopped = False
-    try:
-        if engine.model.memory_unavailable:
-            raise _UsageError(f"the model has no memory to evaluate: {engine.model.memory_unavailable}")
-        bench = Bench(engine, evaluate.token_bytes(model))
-        evaluate.check(arms, bench)
-        sized = evaluate.sized(arms, bench)
-        setup = Setup(engine.tokenizer, found, engine.model.context_length, scale, args.seeds)
-        identity = {
-            "model": engine.model.fingerprint,
-            "adapter": _digest(_adapter_file(args.adapter, cache, engine.model)),
-            "memory_dim": engine.model.memory_dim,
-        }
-        units = evaluate.plan(tasks, sized, setup, identity)
-        try:
-            rows = evaluate.measure(units, bench, results)
-        except KeyboardInterrupt:
-            stopped = True
-            rows = evaluate.rows_of(units, results)
-        done = report.Evaluated(
-            model=engine.model.name,
-            command=_command(args),
-            arms=sized,
-            tasks=tasks,
-            rows=rows,
-            planned=len(units),
-            facts={
-                "bytes of a token's keys and values (int8)": bench.token_bytes,
-                "longest text of full attention": engine.model.context_length,
-                "adapter of the memory": engine.model.adapter,
-                "seeds": args.seeds,
-            },
-        )
-    finally:
-        engine.close(timeout=30)
-        folder.cleanup()
     for line in report.write(done, args.out):
         print(line, file=sys.stderr)
     if args.write_docs is not None:
@@ -197,6 +193,33 @@ def _run(args: argparse.Namespace) -> int:
         print(f"stopped; the same command goes on from {results.path}", file=sys.stderr)
         return _STOPPED
     return 0
+
+
+@contextmanager
+def _opened(args: argparse.Namespace, model: Path, longest: int, arms: Sequence[Arm]) -> Iterator[Engine]:
+    """An engine with room for the windows of these arms, as a server has it where they need no more."""
+    from atlas_jax.engine import Engine, EngineConfig
+
+    windows = [longest + 4 * PAGE if arm.kind == "full" else -(-arm.options.window_size // PAGE) * PAGE for arm in arms]
+    folder = tempfile.TemporaryDirectory()  # of sessions, so that they have files whose size can be told
+    engine = Engine.open(
+        model_path=model,
+        memory_path=folder.name,
+        speculate=False,  # how many drafts are right depends on the text, and would hide what a step costs
+        adapter_path=args.adapter,
+        cache_path=args.cache,
+        max_concurrent=1,
+        max_context=longest,
+        max_window=max(EngineConfig.max_window, *windows),
+        threads=args.threads,
+    )
+    try:
+        if engine.model.memory_unavailable:
+            raise _UsageError(f"the model has no memory to evaluate: {engine.model.memory_unavailable}")
+        yield engine
+    finally:
+        engine.close(timeout=30)
+        folder.cleanup()
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -18,7 +18,8 @@ from atlas_jax.evaluation.results import ResultsFile, Row, Unit, row_of, unit_ke
 
 def token_bytes(model: ModelConfig) -> int:
     """Bytes of a token's keys and values in int8, a float32 scale with each vector of a head."""
-    return len(model.layers) * model.kv_heads * 2 * (model.head_dim + 4)
+    attending = sum(layer.kind == "attention" for layer in model.layers)
+    return attending * model.kv_heads * 2 * (model.head_dim + 4)
 
 
 def sized(arms: Sequence[Arm], bench: Bench) -> list[Arm]:

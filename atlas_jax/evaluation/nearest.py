@@ -20,6 +20,7 @@ import numpy.typing as npt
 from atlas_jax.config import PAGE
 from atlas_jax.model.checkpoint import open_model_file
 from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.progress import Progress
 from atlas_jax.recall import adapter_store
 from atlas_jax.recall.calibration import candidates
 from atlas_jax.recall.collect_states import Reading, read_texts
@@ -81,7 +82,7 @@ class NearestNeighbours:
     def _read(self, texts: Sequence[Sequence[int]]) -> list[Reading]:
         """Texts padded to whole pages and one token: what comes later changes nothing before."""
         padded = [[*text, *[text[0]] * (-len(text) % PAGE + 1)] for text in texts]
-        return read_texts(self._model, self._params, self._memory, padded, lambda stage, share: None, ONE_DEVICE)
+        return read_texts(self._model, self._params, self._memory, padded, Progress(), ONE_DEVICE)
 
     def _fitted(self, texts: Sequence[Sequence[int]], start: int) -> Fit:
         chances = [np.exp(-self._window(text))[start:] for text in texts]

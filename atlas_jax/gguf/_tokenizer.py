@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+import unicodedata
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from types import MappingProxyType
@@ -22,6 +23,8 @@ from atlas_jax.gguf._spm import SentencePieceModel
 from atlas_jax.gguf._vocab import Vocabulary, load_vocabulary
 
 _Key = Keys.Tokenizer
+NORMALIZER = "tokenizer.atlas.normalizer"
+"""What is done to a text before it is cut, where a folder's description says so; GGUF has no key for it. Known is `nfc`."""
 
 _BYTE_TEXT = re.compile("<0x[0-9A-Fa-f]{2}>")
 # Role markers that older files call user-defined, which would let any text write them.
@@ -49,7 +52,14 @@ class ByteLevelModel:
       merge: ids of each of some words.
     """
 
-    def __init__(self, vocab: Vocabulary, words: PreTokenizer, merges: Sequence[str]) -> None:
+    def __init__(
+        self, vocab: Vocabulary, words: PreTokenizer, merges: Sequence[str], *, composed: bool = False
+    ) -> None:
+        """Builds the merges.
+
+        Args:
+          composed: a text is put into Unicode's normal form C first.
+        """
         ids = vocab.visible()
         merger = BytePairMerger(
             ids,
@@ -59,7 +69,7 @@ class ByteLevelModel:
             ignore_merges=words.ignore_merges,
             spell=to_byte_level,
         )
-        self.words = words.split
+        self.words = (lambda text: words.split(unicodedata.normalize("NFC", text))) if composed else words.split
         self.merge = merger.merge
 
     def spell(self, token: str) -> bytes:
@@ -113,6 +123,7 @@ class Tokenizer:
         """
         name = require(metadata, _Key.MODEL, str)
         pre = get(metadata, _Key.PRE, str) or ""
+        composed = get(metadata, NORMALIZER, str) == "nfc"
         merges: list[str] = []
         model: _TextModel
         if name == "llama":
@@ -122,13 +133,13 @@ class Tokenizer:
             words = pretokenizer(pre)
             vocab = load_vocabulary(metadata, sentencepiece=False, add_bos=words.add_bos)
             merges = require(metadata, _Key.MERGES, list)
-            model = ByteLevelModel(vocab, words, merges)
+            model = ByteLevelModel(vocab, words, merges, composed=composed)
         else:
             raise GGUFError(f"tokenizer model {quote(name)} ({_Key.MODEL}) is not known; known are gpt2, llama")
         for token in vocab.of_type(TokenType.BYTE):
             if not _BYTE_TEXT.fullmatch(vocab.tokens[token]):
                 raise GGUFError(f"token {token} is of type byte and spelled {quote(vocab.tokens[token])}")
-        return cls(vocab, model, _fingerprint(name, pre, vocab, merges))
+        return cls(vocab, model, _fingerprint(name, f"{pre} nfc" if composed else pre, vocab, merges))
 
     def encode(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
         """Token ids of a text.

@@ -12,7 +12,8 @@ import unicodedata
 import numpy as np
 import numpy.typing as npt
 
-LETTER, NUMBER, SPACE, PUNCTUATION, MARK, SYMBOL, OTHER = range(0x80, 0x87)
+LETTER, NUMBER, SPACE, PUNCTUATION, MARK, SYMBOL, OTHER, HAN, CAPITAL, SMALL = range(0x80, 0x8A)
+"""The last three are no classes of `classify`: to most pre-tokenizers these characters are letters like others."""
 
 _CLASS_OF_CATEGORY = {"L": LETTER, "N": NUMBER, "P": PUNCTUATION, "M": MARK, "S": SYMBOL}
 _SPACES = (0x85, 0xA0, 0x1680, *range(0x2000, 0x200B), 0x2028, 0x2029, 0x202F, 0x205F, 0x3000)
@@ -43,6 +44,15 @@ _SINCE_UNICODE_14 = {
     ),
 }
 
+_HAN_RANGES = (
+    ("\u3400", "\u4dbf"),
+    ("\u4e00", "\u9fff"),
+    ("\uf900", "\ufaff"),
+    ("\U00020000", "\U0002a6df"),
+    ("\U0002a700", "\U0002ebef"),
+    ("\U0002f800", "\U0002fa1f"),
+)
+
 
 @functools.cache
 def _class_table() -> npt.NDArray[np.uint8]:
@@ -62,3 +72,22 @@ def classify(text: str) -> bytes:
     """One byte for each character of a text without surrogates."""
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
     return bytes(_class_table()[codes])
+
+
+@functools.cache
+def _cased_table() -> npt.NDArray[np.uint8]:
+    table = _class_table().copy()
+    letters = 0x80 + np.flatnonzero(table[0x80:] == LETTER)
+    kinds = {"Lu": CAPITAL, "Lt": CAPITAL, "Ll": SMALL}
+    table[letters] = [kinds.get(unicodedata.category(chr(code)), LETTER) for code in letters.tolist()]
+    return table
+
+
+def with_cases(text: str) -> bytes:
+    """As `classify`, with capital (and title) and small letters apart from others."""
+    return bytes(_cased_table()[np.frombuffer(text.encode("utf-32-le"), "<u4")])
+
+
+def is_han(char: str) -> bool:
+    """Whether a character is a Chinese one, to those pre-tokenizers that ask."""
+    return char >= "\u3400" and any(first <= char <= last for first, last in _HAN_RANGES)

@@ -19,6 +19,9 @@ from atlas_jax.gguf._metadata import get, require
 
 _Key = Keys.Tokenizer
 
+RSTRIP = "tokenizer.atlas.rstrip_token_ids"
+"""Tokens that swallow the white space after them, where a folder's description says so; GGUF has no key for it."""
+
 # Far above what is found in vocabularies; the work on a token grows with the square of its length.
 _MAX_TOKEN_LENGTH = 1024
 _MAX_SPECIAL = 1 << 15
@@ -166,6 +169,9 @@ def _drop_false_ends(end_ids: set[int], index: Mapping[str, int], types: npt.NDA
 
 def _rstrip_ids(metadata: Mapping[str, Any], vocab_index: Mapping[str, int], special: Iterable[int]) -> frozenset[int]:
     """Phi-3 was trained without white space after its special tokens; the file does not say so, its name does."""
+    named = get(metadata, RSTRIP, np.ndarray)
+    if named is not None:
+        return frozenset(named.tolist())
     name = (get(metadata, Keys.General.NAME, str) or "").lower()
     if "phi-3" not in name and "phi3" not in name:
         return frozenset()

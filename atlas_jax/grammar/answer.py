@@ -82,16 +82,25 @@ class Answer:
       error: after a verdict of `FAILED`, why.
     """
 
-    def __init__(self, start: LLMatcher, tokens: Tokens, opens: Sequence[str] = (), *, canonical: bool = False) -> None:
+    def __init__(
+        self,
+        start: LLMatcher,
+        tokens: Tokens,
+        opens: Sequence[str] = (),
+        *,
+        canonical: bool = False,
+        numbers: bool = True,
+    ) -> None:
         """Begins one; `start` stays as it is.
 
         Args:
           opens: texts that end the part of the answer that is free, in which numbers may have any length.
           canonical: where the grammar leaves no choice, take the tokens that the tokenizer makes of the text.
+          numbers: whether numbers, those of JSON, end after some digits where the grammar lets them.
         """
         self._matcher = start.deep_copy()
         self._tokens = tokens
-        self._numbers = _Numbers()
+        self._numbers = _Numbers() if numbers else None
         self._opens = [text.encode() for text in opens]
         self._opening = {tokens.controls.get(text, -1) for text in opens}
         self._free = b""
@@ -117,13 +126,15 @@ class Answer:
             if self.mask[byte] & (1 << bit):
                 self.mask[:] = 0
                 self.mask[byte] = 1 << bit
-        elif self._numbers.long:
+        elif self._numbers is not None and self._numbers.long:
             shorter = self.mask & ~self._tokens.digits
             if shorter.any():
                 self.mask = shorter
         return MAY_GO_ON
 
     def _read(self, token: int) -> None:
+        if self._numbers is None:
+            return
         text = self._tokens.texts[token]
         if self._opens:
             self._free += text

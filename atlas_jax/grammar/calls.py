@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from atlas_jax.grammar.shape import AnswerShape
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CallShape:
@@ -36,7 +38,7 @@ class CallGrammar:
       most: how many there may be.
       text: whether the answer may be any text, or begin with one; what follows the first `lead` in it are calls.
       bare: whether a text that begins as `first` and a call do is calls too.
-      answer: a JSON schema that the answer must follow if it calls nothing and `text` is false, or None: it must call.
+      answer: what the answer must match if it calls nothing and `text` is false, or None: it must call.
       before: what stands before `answer`.
       thinking: what ends the reasoning that the answer begins with, or None.
       thinks: what begins that reasoning, where the answer itself does so; it then may have none.
@@ -50,7 +52,7 @@ class CallGrammar:
     most: int = 1
     text: bool = False
     bare: bool = False
-    answer: Mapping[str, Any] | None = None
+    answer: AnswerShape | None = None
     before: str = ""
     thinking: str | None = None
     thinks: str = ""
@@ -70,8 +72,8 @@ def lark(grammar: CallGrammar, args: list[str], answer: str | None, controls: Ma
     """The grammar in llguidance's dialect of Lark.
 
     Args:
-      args: the schemas of `grammar.calls` in the same order, as JSON.
-      answer: that of `grammar.answer`.
+      args: what the arguments of `grammar.calls` are in a rule, in the same order.
+      answer: what `grammar.answer` is in a rule.
       controls: the model's control tokens.
     """
     splits = (
@@ -104,8 +106,7 @@ def lark(grammar: CallGrammar, args: list[str], answer: str | None, controls: Ma
         lines.append("TEXT: ANY")
     if answer is not None:
         ways.append("answer")
-        lines.append(f"answer: {literal(grammar.before)} written" if grammar.before else "answer: written")
-        lines.append(f"written: %json {answer}")
+        lines.append(f"answer: {literal(grammar.before)} {answer}" if grammar.before else f"answer: {answer}")
     begin = ""
     if grammar.thinking is not None and grammar.thinks:
         begin = "reasoning? "
@@ -123,6 +124,6 @@ def lark(grammar: CallGrammar, args: list[str], answer: str | None, controls: Ma
     for index, (call, schema) in enumerate(zip(grammar.calls, args, strict=True)):
         lines += [
             f"call_{index}: {literal(call.begin)} args_{index} {literal(call.end)}",
-            f"args_{index}: %json {schema}",
+            f"args_{index}: {schema}",
         ]
     return "\n".join(lines) + "\n"

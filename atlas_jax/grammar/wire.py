@@ -1,7 +1,7 @@
 """What the engine and its grammar processes say to each other over socket pairs.
 
-The engine orders a process (`ORDER` with `SPAWN`, and the process's end of a new socket pair), hands it a schema, or
-the grammar of tool calls, as a frame, and gets a `Compiled` as a frame. Then it sends one end of another pair for
+The engine orders a process (`ORDER` with `SPAWN`, and the process's end of a new socket pair), hands it what
+answers must match as a frame, and gets a `Compiled` as a frame. Then it sends one end of another pair for
 every answer. On that one it sends the token that was drawn (`TOKEN`, `BEGIN` before the first), and gets a `VERDICT`
 with one bit for every token of the tokenizer.
 """
@@ -20,8 +20,8 @@ TOKEN = struct.Struct("<i")
 BEGIN = -1
 VERDICT = struct.Struct("<i")
 MAY_GO_ON, COMPLETE, FAILED = range(3)
-SCHEMA, CALLS = b"s", b"c"
-"""What a frame holds after this first byte: a JSON schema, or a `calls.CallGrammar` as JSON."""
+ANSWER, CALLS = b"a", b"c"
+"""What a frame holds after this first byte: a `shape.AnswerShape`, or a `calls.CallGrammar`, as JSON."""
 _REASON = 256
 
 

@@ -1,4 +1,4 @@
-"""The program that compiles JSON schemas and says which tokens may come next, away from the server's memory and threads.
+"""The program that compiles grammars and says which tokens may come next, away from the server's memory and threads.
 
 It learns the tokenizer and then only waits: every schema is compiled in a fork of it, which afterwards serves the answers
 under that schema, and whose memory and time the system limits. A schema that wants more ends its own process, at most.
@@ -19,7 +19,7 @@ import socket
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 import numpy as np
@@ -27,6 +27,7 @@ import numpy as np
 from atlas_jax.grammar.answer import Answer, Tokens
 from atlas_jax.grammar.calls import CallGrammar, lark
 from atlas_jax.grammar.schema import adapt, explained, not_enforced
+from atlas_jax.grammar.shape import AnswerShape, lark_of
 from atlas_jax.grammar.wire import (
     BEGIN,
     BEGUN,
@@ -171,64 +172,76 @@ class Grammar:
 
     Attributes:
       start: the matcher at the beginning of every answer.
-      opens, canonical: the arguments of `Answer`.
+      opens, canonical, numbers: the arguments of `Answer`.
     """
 
     start: LLMatcher
     tokens: Tokens
     opens: tuple[str, ...] = ()
     canonical: bool = False
+    numbers: bool = True
 
     def answer(self) -> Answer:
         """A new answer."""
-        return Answer(self.start, self.tokens, self.opens, canonical=self.canonical)
+        return Answer(self.start, self.tokens, self.opens, canonical=self.canonical, numbers=self.numbers)
 
 
 def _compile(wanted: bytes, tokens: Tokens) -> tuple[Grammar | None, Compiled]:
     """The grammar of a frame, or None and why there is none."""
     if wanted[:1] == CALLS:
         return _compile_calls(msgspec.json.decode(wanted[1:], type=CallGrammar), tokens)
-    return _compile_schema(msgspec.json.decode(wanted[1:]), tokens)
+    return _compile_answer(msgspec.json.decode(wanted[1:], type=AnswerShape), tokens)
 
 
-def _compile_schema(schema: dict[str, Any], tokens: Tokens) -> tuple[Grammar | None, Compiled]:
+def _compile_answer(shape: AnswerShape, tokens: Tokens) -> tuple[Grammar | None, Compiled]:
     from llguidance import LLMatcher
 
-    dropped = adapt(schema)
-    options: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": True}
+    dropped = list[str]()
     try:
-        text = LLMatcher.grammar_from_json_schema(msgspec.json.encode(schema).decode(), overrides=options)
+        if shape.kind == "json":
+            dropped = adapt(shape.wanted)
+            options: JsonCompileOptions = {"whitespace_pattern": _WHITESPACE, "lenient": True}
+            text = LLMatcher.grammar_from_json_schema(msgspec.json.encode(shape.wanted).decode(), overrides=options)
+        else:
+            text = LLMatcher.grammar_from_lark(lark_of(shape))
     except ValueError as error:
         return None, Compiled(error=explained(str(error)))
-    return _begin(text, dropped, tokens)
+    return _begin(text, dropped, tokens, numbers=shape.kind == "json")
 
 
 def _compile_calls(calls: CallGrammar, tokens: Tokens) -> tuple[Grammar | None, Compiled]:
-    from llguidance import LLMatcher
-
-    schemas = [(dict(call.schema), call.field) for call in calls.calls]
-    if calls.answer is not None:
-        schemas.append((dict(calls.answer), "response_format"))
+    shapes = [AnswerShape(wanted=dict(call.schema), field=call.field) for call in calls.calls]
     dropped, texts = list[str](), list[str]()
-    for schema, _ in schemas:
-        dropped += adapt(schema)
-        texts.append(msgspec.json.encode({**schema, "x-guidance": _COMPACT}).decode())
-    answer = texts.pop() if calls.answer is not None else None
+    own: str | None = None  # the grammar of an answer that is no JSON
+    if calls.answer is not None:
+        shapes.append(calls.answer)
+    numbers = calls.answer is None or calls.answer.kind == "json"
     try:
-        text = LLMatcher.grammar_from_lark(lark(calls, texts, answer, tokens.controls))
-        grammar, compiled = _begin(text, dropped, tokens, calls)
+        for shape in shapes:
+            if shape.kind == "json":
+                dropped += adapt(shape.wanted)
+                texts.append("%json " + msgspec.json.encode({**shape.wanted, "x-guidance": _COMPACT}).decode())
+            else:
+                own = lark_of(shape)
+                texts.append("@answer")
+        answer = texts.pop() if calls.answer is not None else None
+        grammars = [{"lark_grammar": lark(calls, texts, answer, tokens.controls)}]
+        if own is not None:
+            grammars.append({"name": "answer", "lark_grammar": own})
+        text = msgspec.json.encode({"grammars": grammars}).decode()
+        grammar, compiled = _begin(text, dropped, tokens, calls, numbers=numbers)
     except ValueError as error:
         grammar, compiled = None, Compiled(error=explained(str(error)))
     if compiled.error:
-        for schema, field in schemas:  # which of them it is
-            alone = _compile_schema(schema, tokens)[1]
+        for shape in shapes:  # which of them it is
+            alone = _compile_answer(shape, tokens)[1]
             if alone.error:
-                return None, Compiled(error=alone.error, field=field)
+                return None, Compiled(error=alone.error, field=shape.field)
     return grammar, compiled
 
 
 def _begin(
-    grammar: str, dropped: list[str], tokens: Tokens, calls: CallGrammar | None = None
+    grammar: str, dropped: list[str], tokens: Tokens, calls: CallGrammar | None = None, *, numbers: bool
 ) -> tuple[Grammar | None, Compiled]:
     from llguidance import LLMatcher, LLParserLimits
 
@@ -238,7 +251,8 @@ def _begin(
     except ValueError as error:
         return None, Compiled(error=explained(str(error)))
     # A call that comes back in the conversation is then the tokens that were drawn, as far as the grammar spelled it.
-    made = Grammar(start, tokens) if calls is None else Grammar(start, tokens, calls.opens, canonical=True)
+    opens = () if calls is None else calls.opens
+    made = Grammar(start, tokens, opens, canonical=calls is not None, numbers=numbers)
     complaint = start.get_error() or _try(made)
     if complaint:
         return None, Compiled(error=explained(complaint))

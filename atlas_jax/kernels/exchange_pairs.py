@@ -41,7 +41,9 @@ def exchange_pairs(
         assert isinstance(k, QuantPages)
         assert isinstance(v, QuantPages)
         page = k.values, k.scale, v.values, v.scale
-        score, keys, values = ffi.exchange_pairs(row, first, kept, capacity, own, page, pairs.score, pairs.k, pairs.v)
+        score, keys, values = ffi.exchange_pairs(
+            row, first, kept, capacity, own, page, pairs.stored_score, pairs.k, pairs.v
+        )
         return KeptPairs(keys, values, score)
     for layer in range(own.shape[0]):
         of_layer = jax.tree.map(lambda part, layer=layer: part[layer], (first, own, k, v, kept, capacity))
@@ -62,22 +64,27 @@ def _exchange(
     pages: int,
 ) -> KeptPairs:
     """`exchange_pairs` of one layer by XLA."""
-    score = stretch_of(pairs.score, first, pages, row)[0]
+    score = stretch_of(pairs, first, pages, row).score[0]
     place, source = choose(score, own, kept, capacity)
     heads = jnp.arange(own.shape[0])[:, None]
     # a place that does not exist is no other layer's either
-    where = row, jnp.where(place < pages * PAGE, first + place // PAGE, pairs.score.shape[1]), heads, place % PAGE
+    where = (
+        row,
+        jnp.where(place < pages * PAGE, first + place // PAGE, pairs.stored_score.shape[1]),
+        heads,
+        place % PAGE,
+    )
 
     def put(old: PackedPages | jax.Array, page: Pages) -> PackedPages | jax.Array:
         new = jax.tree.map(lambda leaf: leaf[heads, source], page)
-        packed = pack(new.values, new.scale) if isinstance(new, QuantPages) else new
+        packed = pack(new.values, new.scale, old.bits) if isinstance(old, PackedPages) else new
         return jax.tree.map(lambda leaf, one: leaf.at[where].set(one, mode="drop"), old, packed)
 
     return dataclasses.replace(
         pairs,
         k=put(pairs.k, k),
         v=put(pairs.v, v),
-        score=pairs.score.at[where].set(own[heads, source], mode="drop"),
+        stored_score=pairs.stored_score.at[where].set(pairs.as_stored(own[heads, source]), mode="drop"),
     )
 
 

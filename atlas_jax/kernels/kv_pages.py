@@ -17,8 +17,17 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.linear import quantize_rows
-from atlas_jax.kernels.packed_pages import PackedPages, init_packed, unpack
-from atlas_jax.typing import Array, Bool, Float, Int8, Int32
+from atlas_jax.kernels.packed_pages import (
+    KEY_BITS,
+    VALUE_BITS,
+    Bits,
+    PackedPages,
+    init_packed,
+    unpack,
+    upper_half,
+    whole,
+)
+from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt16
 
 KVDtype = Literal["int8", "float32"]
 T = TypeVar("T")
@@ -50,13 +59,22 @@ class KeptPairs:
     for so layers may keep different numbers and still be the same program.
 
     Attributes:
-      k, v: the pairs, in 4 bits where the ring is in 8.
-      score: attention that each of them has received, see `model.kept_pairs`.
+      k, v: the pairs, in 4 and 2 bits where the ring is in 8.
+      stored_score: attention that each has received, see `model.kept_pairs`; of packed ones the upper half of a float32.
     """
 
     k: PackedPages | jax.Array
     v: PackedPages | jax.Array
-    score: Float[Array, "B pool K P"]
+    stored_score: Float[Array, "B pool K P"] | UInt16[Array, "B pool K P"]
+
+    @property
+    def score(self) -> Float[Array, "B pool K P"]:
+        """Attention that each of them has received."""
+        return self.stored_score if self.stored_score.dtype == jnp.float32 else whole(self.stored_score)
+
+    def as_stored(self, score: Float[Array, "*shape"]) -> Float[Array, "*shape"] | UInt16[Array, "*shape"]:
+        """Scores as they are kept here."""
+        return score if self.stored_score.dtype == jnp.float32 else upper_half(score)
 
 
 @jax.tree_util.register_dataclass
@@ -161,10 +179,11 @@ def init_kept_pairs(batch: int, pages: int, kv_heads: int, head_dim: int, dtype:
     """Nothing kept yet, in `pages` pages of all layers."""
     rows = (batch, pages, kv_heads, PAGE)
 
-    def pairs() -> PackedPages | jax.Array:
-        return jnp.zeros((*rows, head_dim), jnp.float32) if dtype == "float32" else init_packed(rows, head_dim)
+    def pairs(bits: Bits) -> PackedPages | jax.Array:
+        return jnp.zeros((*rows, head_dim), jnp.float32) if dtype == "float32" else init_packed(rows, head_dim, bits)
 
-    return KeptPairs(k=pairs(), v=pairs(), score=jnp.zeros(rows, jnp.float32))
+    score = jnp.zeros(rows, jnp.float32 if dtype == "float32" else jnp.uint16)
+    return KeptPairs(k=pairs(KEY_BITS), v=pairs(VALUE_BITS), stored_score=score)
 
 
 def init_pair_choice(batch: int, pages: int, heads: int, kv_heads: int, head_dim: int, samples: int) -> PairChoice:

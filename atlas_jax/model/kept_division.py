@@ -12,7 +12,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from atlas_jax.config import PAGE, ModelConfig
+from atlas_jax.config import PAGE, LayerConfig, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,15 @@ class KeptDivision:
         """That of a model.
 
         Args:
-          weights: of all layers; empty divides equally. A layer with a window of its own keeps nothing.
+          weights: of all layers; empty divides equally. A layer with a window of its own or without attention keeps none.
         """
         each = weights or (1.0,) * len(model.layers)
+
+        def keeps(layer: LayerConfig) -> bool:
+            return layer.kind == "attention" and layer.sliding_window is None
+
         kept = zip(each, model.layers, strict=True)
-        return cls(tuple(0.0 if layer.sliding_window is not None else float(weight) for weight, layer in kept))
+        return cls(tuple(float(weight) if keeps(layer) else 0.0 for weight, layer in kept))
 
     @property
     def layers(self) -> int:

@@ -94,7 +94,7 @@ def keep_pairs(
     # a query meets kept pairs from where attention has it meet them: by its own way past the context, not by the page's
     too_far = jnp.maximum(asked - (config.context_length - 1), 0)
     turns = [_Turns(rotations(table, beyond), rotations(table, too_far)) for table in params.ropes]
-    sinks = jnp.where(labels[page.slot] == 0, cache.kv[0].sink_k.shape[2], 0)
+    sinks = jnp.where(labels[page.slot] == 0, SINKS, 0)
     event = _Event(
         labels=labels,
         first_page=first_page,
@@ -110,7 +110,7 @@ def keep_pairs(
         for index, (spec, layer, first) in enumerate(
             zip(config.layers, cache.kv, first_pages(cache.kept_pages), strict=True)
         )
-        if layer.choice is not None
+        if isinstance(layer, LayerKV) and layer.choice is not None
     ]
 
     def counted() -> tuple[list[jax.Array], jax.Array]:
@@ -125,7 +125,8 @@ def keep_pairs(
     ring_scores, score = jax.lax.cond(
         page.first, counted, lambda: ([choice.ring_score[row] for _, _, choice, *_ in layers], pool.score[row])
     )
-    pairs = dataclasses.replace(pool, score=jax.lax.dynamic_update_index_in_dim(pool.score, score, row, 0))
+    stored = jax.lax.dynamic_update_index_in_dim(pool.stored_score, pool.as_stored(score), row, 0)
+    pairs = dataclasses.replace(pool, stored_score=stored)
     gone = []
     for (index, layer, choice, turn, _), ring_score in zip(layers, ring_scores, strict=True):
         left, choice = _leave_layer(layer, choice, ring_score, page, event, turn.keys)

@@ -15,7 +15,7 @@ from atlas_jax.config import ModelConfig
 from atlas_jax.kernels import kv_pages
 from atlas_jax.kernels.kv_pages import KeptPairs, KVDtype, LayerKV, RingView
 from atlas_jax.model.page_schedule import NextPage
-from atlas_jax.model.transformer import init_kv
+from atlas_jax.model.transformer import LayerState, init_kv
 from atlas_jax.typing import Array, Int32
 
 
@@ -25,6 +25,7 @@ class KVCache:
     """Keys and values of a batch of rows, and what they have read.
 
     Attributes:
+      kv: what each layer keeps; of a layer without attention a state, which no page, window or position divides.
       page: page of the text in each ring slot, −1 where there is none.
       slot: ring slot of the page being filled.
       first_page: pages before it have left the window.
@@ -34,7 +35,7 @@ class KVCache:
       kept_pages: pages of each layer among them.
     """
 
-    kv: tuple[LayerKV, ...]
+    kv: tuple[LayerState, ...]
     page: Int32[Array, "B N"]
     slot: Int32[Array, B]
     first_page: Int32[Array, B]
@@ -112,15 +113,19 @@ def start_page(cache: KVCache, start: PageStart) -> KVCache:
     here = jnp.arange(rows) == start.row
     keep = here & (start.sink_slot >= 0)
     slot = jnp.full((rows,), jnp.maximum(start.sink_slot, 0), jnp.int32)
-    kv = jax.lax.cond(
+    attending = {index: layer for index, layer in enumerate(cache.kv) if isinstance(layer, LayerKV)}
+    sinks = jax.lax.cond(
         start.sink_slot >= 0,
-        lambda sinks: [kv_pages.first_tokens(layer, slot, keep) for layer in cache.kv],
+        lambda sinks: [kv_pages.first_tokens(layer, slot, keep) for layer in attending.values()],
         lambda sinks: sinks,
-        [(layer.sink_k, layer.sink_v) for layer in cache.kv],
+        [(layer.sink_k, layer.sink_v) for layer in attending.values()],
     )
+    kv = list(cache.kv)
+    for (index, layer), (k, v) in zip(attending.items(), sinks, strict=True):
+        kv[index] = dataclasses.replace(layer, sink_k=k, sink_v=v)
     return dataclasses.replace(
         cache,
-        kv=tuple(dataclasses.replace(layer, sink_k=k, sink_v=v) for layer, (k, v) in zip(cache.kv, kv, strict=True)),
+        kv=tuple(kv),
         page=cache.page.at[start.row, start.slot].set(start.page),
         slot=cache.slot.at[start.row].set(start.slot),
         first_page=cache.first_page.at[start.row].set(start.first_page),

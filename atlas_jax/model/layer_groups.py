@@ -83,10 +83,22 @@ class Trunk:
             self._groups.append((alike[specs], part))
 
     def __call__(
-        self, key: Hashable, params: ModelParams, cache: KVCache, tokens: Any, count: Any
+        self,
+        key: Hashable,
+        params: ModelParams,
+        cache: KVCache,
+        tokens: Any,
+        count: Any,
+        *,
+        between: Callable[[jax.Array], object] = lambda outputs: None,
     ) -> tuple[KVCache, StepView, list[jax.Array]]:
-        """Runs a step; the KV cache is donated. Arguments and results as for `parts`, of which this is the last."""
-        *_, whole = self.parts(RUN, key, params, cache, tokens, count)
+        """Runs a step; the KV cache is donated. Arguments and results as for `parts`, of which this is the last.
+
+        Args:
+          between: is called after every group of layers with its outputs, perhaps before they are there.
+        """
+        for whole in self.parts(RUN, key, params, cache, tokens, count):
+            between(whole[2][-1])
         return whole
 
     def parts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -12,14 +12,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.aot import shape, shapes
-from atlas_jax.config import ConfigError, ExpertsConfig, ModelConfig, RopeConfig, columns_together
+from atlas_jax.config import (
+    ConfigError,
+    DeltaNetConfig,
+    ExpertsConfig,
+    LayerConfig,
+    ModelConfig,
+    RopeConfig,
+    columns_together,
+)
 from atlas_jax.config import WeightDtype as WeightDtype
 from atlas_jax.gguf import ModelFile, get
 from atlas_jax.kernels.linear import CodedArray, QuantArray, QuantisedArray, uses_cpu_kernel
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
-from atlas_jax.model.params import ExpertParams, LayerParams, ModelParams
+from atlas_jax.model.params import DeltaParams, ExpertParams, LayerParams, ModelParams
 from atlas_jax.model.tensor_reader import Outputs, TensorReader, coded_form
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
@@ -102,8 +110,13 @@ def _frequency_factors(file: ModelFile, tensor: str, pairs: int) -> tuple[float,
 
 
 def left_out(file: ModelFile) -> list[str]:
-    """Names of the tensors of a file that are no part of its text model, such as those that read images."""
-    return [name for name in file.tensors if name.startswith(_OTHER_PARTS)]
+    """Names of the tensors of a file that are no part of its text model: that read images, or only draft what comes next."""
+    prefix = f"{file.metadata.get('general.architecture')}."
+    layers, drafting = (file.metadata.get(prefix + key) for key in ("block_count", "nextn_predict_layers"))
+    others: tuple[str, ...] = _OTHER_PARTS
+    if isinstance(layers, int) and isinstance(drafting, int):
+        others += tuple(f"blk.{index}." for index in range(layers - drafting, layers))
+    return [name for name in file.tensors if name.startswith(others)]
 
 
 def load_params(
@@ -113,6 +126,7 @@ def load_params(
     dtype: WeightDtype = "int8",
     mesh_layout: MeshLayout = ONE_DEVICE,
     progress: _Progress | None = None,
+    read: type[TensorReader] = TensorReader,
 ) -> ModelParams:
     """Reads the weights.
 
@@ -121,12 +135,13 @@ def load_params(
         where these are floats, and the CPU kernels take them; "float32" is the reference mode.
       mesh_layout: where they go, layer by layer.
       progress: called with layers done and in all.
+      read: what takes the tensors; `tensor_shapes` has one that reads none of them.
 
     Raises:
       UnsupportedModel: a tensor is missing, unknown or misshapen; the message names it.
     """
     packed = _packed(file, config) if dtype == "int8" and mesh_layout.mesh is None else frozenset()
-    reader = TensorReader(file, dtype, packed, left_out(file))
+    reader = read(file, dtype, packed, left_out(file))
     if FAMILIES[config.family].frequency_factors:
         for name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
             reader.take(name)
@@ -181,10 +196,20 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
             expert_down_bias=shape((of.count, embed), np.float32) if of.biases else None,
         )
 
+    def delta_net(of: DeltaNetConfig) -> DeltaParams:
+        return DeltaParams(
+            project=matrix(of.channels + of.heads * of.dim, embed),
+            gates=shape((2 * of.heads, embed), np.float32),
+            conv=shape((of.channels, of.conv), np.float32),
+            decay=vector(of.heads),
+            decay_bias=vector(of.heads),
+            norm=vector(of.dim),
+        )
+
     embed, dim = config.embed, config.head_dim
-    qkv, wide = (config.heads + 2 * config.kv_heads) * dim, config.ff * (2 if config.gated else 1)
+    qkv, wide = config.qkv_heads * dim, config.ff * (2 if config.gated else 1)
     ff_norm = config.pre_norms and not config.parallel
-    layer = LayerParams(
+    attending = LayerParams(
         attn_norm=vector(embed, config.pre_norms),
         attn_norm_bias=vector(embed, config.pre_norms and config.norm_bias),
         qkv=matrix(qkv, embed),
@@ -204,9 +229,17 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
         ff_post_norm=vector(embed, config.post_norms),
         experts=None if config.experts is None else experts(config.experts),
     )
+
+    def layer(spec: LayerConfig) -> LayerParams:
+        of = config.delta_net
+        if spec.kind == "attention" or of is None:
+            return attending
+        none: dict[str, Any] = dict.fromkeys(("qkv", "qkv_bias", "q_norm", "k_norm", "null_logit"))
+        return dataclasses.replace(attending, **none, out=matrix(embed, of.heads * of.dim), delta=delta_net(of))
+
     return ModelParams(
         embed=matrix(config.vocab, embed),
-        layers=(layer,) * len(config.layers),
+        layers=tuple(map(layer, config.layers)),
         final_norm=vector(embed),
         final_norm_bias=vector(embed, config.norm_bias),
         head=None if config.tied_head else matrix(config.vocab, embed),
@@ -229,7 +262,7 @@ def parameter_count(params: ModelParams) -> int:
 def _packed(file: ModelFile, config: ModelConfig) -> frozenset[str]:
     """Names of the matrices that can stay coded: as every layer has them, so that layers share their programs."""
     by_role: dict[str, list[str]] = {}
-    for name in file.tensors:
+    for name in file.tensors.keys() - left_out(file):
         by_role.setdefault(name.split(".", 2)[-1] if name.startswith("blk.") else name, []).append(name)
 
     def form(name: str) -> type[CodedArray] | None:
@@ -246,18 +279,10 @@ def _packed(file: ModelFile, config: ModelConfig) -> frozenset[str]:
 
 def _layer(reader: TensorReader, config: ModelConfig, index: int) -> LayerParams:
     prefix = f"blk.{index}."
-    embed, dim, ff = config.embed, config.head_dim, config.ff
-    q_size, kv_size = config.heads * dim, config.kv_heads * dim
-    order = _head_order(config, config.ropes[config.layers[index].rope])
-    by_kv_head, by_block = _by_kv_head(config, order), _by_block(config)
+    embed, ff, spec = config.embed, config.ff, config.layers[index]
+    by_block = _by_block(config)
     of_matrices, of_norms = (1.0, config.residual_scale) if config.post_norms else (config.residual_scale, 1.0)
     ff_norm = config.pre_norms and not config.parallel
-
-    def attention(kind: str) -> Outputs:
-        parts = {
-            f"{prefix}attn_{part}.{kind}": size for part, size in zip("qkv", (q_size, kv_size, kv_size), strict=True)
-        }
-        return reader.stacked(f"{prefix}attn_qkv.{kind}", parts)
 
     def mlp(kind: str) -> Outputs:
         gate = {f"{prefix}ffn_gate.{kind}": ff} if config.gated else {}
@@ -266,25 +291,19 @@ def _layer(reader: TensorReader, config: ModelConfig, index: int) -> LayerParams
     def vector(name: str, wanted: bool, factor: float = 1.0) -> jax.Array | None:
         return reader.vector({prefix + name: embed}, factor=factor) if wanted else None
 
-    def gain(name: str, heads: int) -> jax.Array | None:
-        if config.qk_norm is None:
-            return None
-        stored = {"head": (dim,), "heads": (heads, dim), "width": (heads * dim,)}[config.qk_norm]
-        shape = (dim,) if config.qk_norm == "head" else (heads, dim)
-        return jnp.asarray(reader.array(f"{prefix}{name}.weight", stored).reshape(shape)[..., order])
-
     return LayerParams(
+        **(_attention if spec.kind == "attention" else _delta_net)(reader, config, spec, prefix, of_matrices),
         attn_norm=vector("attn_norm.weight", config.pre_norms),
         attn_norm_bias=vector("attn_norm.bias", config.pre_norms and config.norm_bias),
-        qkv=reader.matrix(attention("weight"), embed, by_kv_head),
-        qkv_bias=reader.vector(attention("bias"), by_kv_head) if config.qkv_bias else None,
-        q_norm=gain("attn_q_norm", config.heads),
-        k_norm=gain("attn_k_norm", config.kv_heads),
-        null_logit=reader.vector({f"{prefix}attn_sinks.weight": config.heads}) if config.null_logits else None,
-        out=reader.matrix({f"{prefix}attn_output.weight": embed}, q_size, factor=of_matrices),
         out_bias=vector("attn_output.bias", config.out_bias, of_matrices),
         attn_post_norm=vector("post_attention_norm.weight", config.post_norms, of_norms),
-        ff_norm=vector(reader.first(prefix, "ffn_norm.weight", "post_attention_norm.weight"), ff_norm),
+        # between attention and MLP without a norm after attention, files call it by either name
+        ff_norm=vector(
+            "post_attention_norm.weight"
+            if not config.post_norms and reader.has(f"{prefix}post_attention_norm.weight")
+            else "ffn_norm.weight",
+            ff_norm,
+        ),
         ff_norm_bias=vector("ffn_norm.bias", ff_norm and config.norm_bias),
         gate_up=None if config.experts else reader.matrix(mlp("weight"), embed, by_block),
         gate_up_bias=reader.vector(mlp("bias"), by_block) if config.gate_up_bias else None,
@@ -293,6 +312,80 @@ def _layer(reader: TensorReader, config: ModelConfig, index: int) -> LayerParams
         ff_post_norm=vector("post_ffw_norm.weight", config.post_norms, of_norms),
         experts=None if config.experts is None else _experts(reader, config, config.experts, prefix, of_matrices),
     )
+
+
+def _attention(
+    reader: TensorReader, config: ModelConfig, spec: LayerConfig, prefix: str, factor: float
+) -> dict[str, Any]:
+    """The fields of a layer's parameters that are attention's."""
+    dim = config.head_dim
+    gated = 2 if config.attention_gate else 1
+    order = _head_order(config, config.ropes[spec.rope])
+    by_kv_head = _by_kv_head(config, order)
+    sizes = gated * config.heads * dim, config.kv_heads * dim, config.kv_heads * dim
+
+    def stacked(kind: str) -> Outputs:
+        parts = {f"{prefix}attn_{part}.{kind}": size for part, size in zip("qkv", sizes, strict=True)}
+        return reader.stacked(f"{prefix}attn_qkv.{kind}", parts)
+
+    def gain(name: str, heads: int) -> jax.Array | None:
+        if config.qk_norm is None:
+            return None
+        stored = {"head": (dim,), "heads": (heads, dim), "width": (heads * dim,)}[config.qk_norm]
+        shape = (dim,) if config.qk_norm == "head" else (heads, dim)
+        return jnp.asarray(reader.array(f"{prefix}{name}.weight", stored).reshape(shape)[..., order])
+
+    return {
+        "qkv": reader.matrix(stacked("weight"), config.embed, by_kv_head),
+        "qkv_bias": reader.vector(stacked("bias"), by_kv_head) if config.qkv_bias else None,
+        "q_norm": gain("attn_q_norm", config.heads),
+        "k_norm": gain("attn_k_norm", config.kv_heads),
+        "null_logit": reader.vector({f"{prefix}attn_sinks.weight": config.heads}) if config.null_logits else None,
+        "out": reader.matrix({f"{prefix}attn_output.weight": config.embed}, config.heads * dim, factor=factor),
+    }
+
+
+def _delta_net(
+    reader: TensorReader, config: ModelConfig, spec: LayerConfig, prefix: str, factor: float
+) -> dict[str, Any]:
+    """The fields of a layer's parameters that are those of a Gated DeltaNet in place of attention's."""
+    of, embed = config.delta_net, config.embed
+    assert of is not None
+    inner = of.heads * of.dim
+    joined, together = f"{prefix}ssm_in.weight", f"{prefix}ssm_ba.weight"
+    if reader.has(joined):
+        project = reader.matrix({joined: of.channels + inner}, embed, _by_part(of, (1, 1, None, None), of.dim))
+    else:
+        project = reader.matrix({f"{prefix}attn_qkv.weight": of.channels, f"{prefix}attn_gate.weight": inner}, embed)
+    if reader.has(together):
+        gates = reader.array(together, (2 * of.heads, embed))[_by_part(of, (None, None), 1)]
+    else:
+        parts = [reader.array(f"{prefix}ssm_{name}.weight", (of.heads, embed)) for name in ("beta", "alpha")]
+        gates = np.concatenate(parts)
+    delta = DeltaParams(
+        project=project,
+        gates=jnp.asarray(gates),
+        conv=jnp.asarray(reader.array(f"{prefix}ssm_conv1d.weight", (of.channels, of.conv))),
+        decay=reader.vector({f"{prefix}ssm_a": of.heads}),
+        decay_bias=reader.vector({f"{prefix}ssm_dt.bias": of.heads}),
+        norm=reader.vector({f"{prefix}ssm_norm.weight": of.dim}),
+    )
+    out = reader.matrix({f"{prefix}ssm_out.weight": embed}, inner, factor=factor)
+    none = dict.fromkeys(("qkv", "qkv_bias", "q_norm", "k_norm", "null_logit"))
+    return {**none, "out": out, "delta": delta}
+
+
+def _by_part(of: DeltaNetConfig, heads: Sequence[int | None], dim: int) -> np.ndarray:
+    """Order in which rows that a file has by key head, each with all its parts, are part after part.
+
+    Args:
+      heads: of each part, for a key head; None for as many as value heads share it.
+      dim: rows of a head.
+    """
+    each = [dim * (of.heads // of.key_heads if one is None else one) for one in heads]
+    rows = np.arange(of.key_heads * sum(each)).reshape(of.key_heads, -1)
+    parts = np.split(rows, np.cumsum(each)[:-1], axis=1)
+    return np.concatenate([part.reshape(-1) for part in parts])
 
 
 def _experts(
@@ -320,11 +413,13 @@ def _experts(
 
 
 def _by_kv_head(config: ModelConfig, head_order: np.ndarray) -> np.ndarray:
-    """Order of the outputs of q, k and v that `LayerParams.qkv` has."""
+    """Order of the outputs of q, k and v that `LayerParams.qkv` has; files have a head's gate behind its query."""
     heads, kv_heads, dim = config.heads, config.kv_heads, config.head_dim
-    rows = np.arange((heads + 2 * kv_heads) * dim).reshape(-1, dim)
-    q, k, v = np.split(rows, [heads, heads + kv_heads])
-    return np.concatenate([q[:, head_order].reshape(kv_heads, -1), k[:, head_order], v], axis=1).reshape(-1)
+    rows = np.arange(config.qkv_heads * dim).reshape(-1, dim)
+    q, k, v = np.split(rows, [config.qkv_heads - 2 * kv_heads, config.qkv_heads - kv_heads])
+    q, *gate = np.swapaxes(q.reshape(heads, -1, dim), 0, 1)
+    parts = [q[:, head_order], k[:, head_order], v, *gate]
+    return np.concatenate([part.reshape(kv_heads, -1) for part in parts], axis=1).reshape(-1)
 
 
 def _by_block(config: ModelConfig) -> np.ndarray | None:

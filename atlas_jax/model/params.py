@@ -37,13 +37,36 @@ class ExpertParams:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class DeltaParams:
+    """What a Gated DeltaNet layer has in place of attention, as `config.DeltaNetConfig` says.
+
+    Attributes:
+      project: queries, keys and values, then the gates of the output, one matrix [C + V·D, E].
+      gates: shares β of all heads, then what their decay follows from. In float32: errors of a decay add up.
+      conv: weights of the convolution, the token's own input last.
+      decay, decay_bias: ln α is decay · softplus(gate + decay_bias).
+      norm: gain of the norm of each head.
+    """
+
+    project: Weight
+    gates: Float[Array, "2*V E"]
+    conv: Float[Array, "C width"]
+    decay: Float[Array, V]
+    decay_bias: Float[Array, V]
+    norm: Float[Array, D]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LayerParams:
     """One transformer layer; fields a family does not have are None.
 
     Attributes:
-      qkv: query, key and value projections, one matrix [(H + 2K)·D, E]; for each KV head its queries, then key and value.
-        Heads of queries and keys are in the order that rotates (i, i + dims/2), and so are their norms.
+      qkv: query, key and value projections, one matrix [(H + 2K)·D, E]; for each KV head its queries, then key and value,
+        then the gates of its queries' outputs if there are any (`ModelConfig.qkv_heads`). Heads of queries and keys are in
+        the order that rotates (i, i + dims/2), and so are their norms. None in layers without attention.
       null_logit: a score of every head of a key without a value (`ModelConfig.null_logits`).
+      delta: in layers that have this in place of attention; `out` is the output projection of either.
       q_norm, k_norm: gains, [D] for all heads or [H, D] and [K, D] for each (`ModelConfig.qk_norm`).
       out, down: with their biases, times `ModelConfig.residual_scale`, unless the norms after them have it.
       gate_up: gate and up projections of the MLP, one matrix [2F, E]; a block of gates, then the same block of ups, …
@@ -53,7 +76,7 @@ class LayerParams:
 
     attn_norm: Float[Array, E] | None
     attn_norm_bias: Float[Array, E] | None
-    qkv: Weight
+    qkv: Weight | None
     qkv_bias: Float[Array, QKV] | None
     q_norm: Float[Array, "*heads D"] | None
     k_norm: Float[Array, "*heads D"] | None
@@ -69,6 +92,7 @@ class LayerParams:
     down_bias: Float[Array, E] | None
     ff_post_norm: Float[Array, E] | None
     experts: ExpertParams | None
+    delta: DeltaParams | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -48,9 +48,9 @@ class TensorReader:
         info = self._file.tensors.get(whole)
         return parts if info is None or info.shape[0] != outputs else {whole: outputs}
 
-    def first(self, prefix: str, *names: str) -> str:
-        """The first of some names, for one tensor, that the file has with this prefix."""
-        return next((name for name in names if prefix + name in self._file.tensors), names[0])
+    def has(self, name: str) -> bool:
+        """Whether the file has a tensor of this name."""
+        return name in self._file.tensors
 
     def array(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         """A tensor as float32."""

@@ -22,10 +22,12 @@ from atlas_jax.kernels.fused_linear import (
     rms_norm,
     summed_linear,
 )
+from atlas_jax.kernels.gated_delta import DeltaState
 from atlas_jax.kernels.kv_pages import KeptPairs, KVDtype, LayerKV, LayerPairs, RingView
 from atlas_jax.kernels.linear import Weight, linear, rows_of
 from atlas_jax.kernels.qkv_rope_cache import qkv_rope_cache
 from atlas_jax.kernels.rope import RopeTable, rotations
+from atlas_jax.model import delta_net
 from atlas_jax.model.experts import mixture
 from atlas_jax.model.params import LayerParams, ModelParams
 from atlas_jax.sharding import on_each_device
@@ -40,23 +42,31 @@ QUERY_SAMPLES = 32
 and 0.69 of the gap between a window of 512 tokens and full attention (SmolLM2-135M, 4 608 tokens of five documents)."""
 
 
+LayerState = LayerKV | DeltaState
+"""What a layer keeps of the text: keys and values of its pages, or a state of one size."""
+
+
 def init_kv(
     config: ModelConfig, batch: int, pages: int, dtype: KVDtype, kept_pages: Sequence[int] = ()
-) -> tuple[LayerKV, ...]:
+) -> tuple[LayerState, ...]:
     """An empty cache of `pages` pages for each of `batch` rows.
 
     Args:
       kept_pages: pages of pairs that each layer keeps; empty where none does.
     """
 
-    def layer(keeps: int) -> LayerKV:
+    def layer(spec: LayerConfig, keeps: int) -> LayerState:
+        if spec.kind == "delta_net":
+            assert config.delta_net is not None
+            return delta_net.init_state(config.delta_net, batch)
         kv = kv_pages.init_layer_kv(batch, pages, config.kv_heads, config.head_dim, SINKS, dtype)
         if not keeps:
             return kv
         sizes = batch, pages, config.heads, config.kv_heads, config.head_dim
         return dataclasses.replace(kv, choice=kv_pages.init_pair_choice(*sizes, QUERY_SAMPLES))
 
-    return tuple(layer(keeps) for keeps in kept_pages or (0,) * len(config.layers))
+    kept_pages = kept_pages or (0,) * len(config.layers)
+    return tuple(layer(spec, keeps) for spec, keeps in zip(config.layers, kept_pages, strict=True))
 
 
 @jax.tree_util.register_dataclass
@@ -144,11 +154,11 @@ def run_layers(
     config: ModelConfig,
     specs: Sequence[LayerConfig],
     layers: Sequence[LayerParams],
-    kv: Sequence[LayerKV],
+    kv: Sequence[LayerState],
     x: Float[Array, "B T E"],
     view: StepView,
     pairs: GroupPairs | None = None,
-) -> tuple[tuple[Float[Array, "B T E"], ...], tuple[LayerKV, ...]]:
+) -> tuple[tuple[Float[Array, "B T E"], ...], tuple[LayerState, ...]]:
     """Runs consecutive layers over a step's tokens.
 
     Args:
@@ -160,7 +170,7 @@ def run_layers(
       Each layer's output (the residual stream before the final norm), and the updated cache.
     """
     states: list[jax.Array] = []
-    cache: list[LayerKV] = []
+    cache: list[LayerState] = []
     residual = Residual(x)
     for index, (spec, layer, layer_kv) in enumerate(zip(specs, layers, kv, strict=True)):
         own = None if pairs is None else pairs.of_layer(index)
@@ -176,15 +186,51 @@ def _run_layer(
     config: ModelConfig,
     spec: LayerConfig,
     layer: LayerParams,
+    state: LayerState,
+    residual: Residual,
+    view: StepView,
+    pairs: LayerPairs | None,
+) -> tuple[jax.Array, Residual, LayerState]:
+    """What the layer reads, what it leaves, and its state."""
+    if isinstance(state, DeltaState):
+        mixed, x, state = _mix_recurrently(config, layer, state, residual, view)
+    else:
+        mixed, x, state = _mix_by_attention(config, spec, layer, state, residual, view, pairs)
+    after_attention = Residual(x, _biased(linear(layer.out, mixed), layer.out_bias), layer.attn_post_norm)
+    ff_norm = layer.ff_norm, layer.ff_norm_bias
+    if layer.experts is not None and config.experts is not None:
+        between = _summed(config, after_attention)
+        made = mixture(config, config.experts, layer.experts, _normed(config, between, *ff_norm))
+        return x, Residual(between, made, layer.ff_post_norm), state
+    assert layer.gate_up is not None
+    assert layer.down is not None
+    if config.parallel:
+        attn_norm = layer.attn_norm, layer.attn_norm_bias
+        gate_up, _ = _normed_linear(config, layer.gate_up, layer.gate_up_bias, Residual(x), attn_norm)
+        between = _summed(config, after_attention)
+    else:
+        gate_up, between = _normed_linear(config, layer.gate_up, layer.gate_up_bias, after_attention, ff_norm)
+    if config.gated:
+        made = gated_linear(layer.down, gate_up, config.ff_block, config.activation)
+    else:
+        made = linear(layer.down, activated(gate_up, config.activation))
+    return x, Residual(between, _biased(made, layer.down_bias), layer.ff_post_norm), state
+
+
+def _mix_by_attention(
+    config: ModelConfig,
+    spec: LayerConfig,
+    layer: LayerParams,
     kv: LayerKV,
     residual: Residual,
     view: StepView,
     pairs: LayerPairs | None,
-) -> tuple[jax.Array, Residual, LayerKV]:
-    """What the layer reads, what it leaves, and its cache."""
-    attn_norm = layer.attn_norm, layer.attn_norm_bias
-    qkv, x = _normed_linear(config, layer.qkv, layer.qkv_bias, residual, attn_norm)
-    by_head = qkv.reshape(*x.shape[:-1], config.kv_heads, config.groups + 2, config.head_dim)
+) -> tuple[jax.Array, jax.Array, LayerKV]:
+    """What the output projection reads, the residual stream as the layer has found it, and the cache."""
+    assert layer.qkv is not None
+    qkv, x = _normed_linear(config, layer.qkv, layer.qkv_bias, residual, (layer.attn_norm, layer.attn_norm_bias))
+    by_head = qkv.reshape(*x.shape[:-1], config.kv_heads, -1, config.head_dim)
+    by_head, gate = by_head[..., : config.groups + 2, :], by_head[..., config.groups + 2 :, :]
     gains = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
     if gains is not None and (config.qk_norm != "head" or config.norm != "rms"):
         by_head, gains = _normed_heads(config, by_head, *gains), None
@@ -199,25 +245,23 @@ def _run_layer(
         return attention.attend(q, q_sink, kv, ring, spec.sliding_window, masks, *rest), kv
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)
-    attended = _biased(linear(layer.out, mixed.reshape(*x.shape[:2], -1)), layer.out_bias)
-    after_attention = Residual(x, attended, layer.attn_post_norm)
-    ff_norm = layer.ff_norm, layer.ff_norm_bias
-    if layer.experts is not None and config.experts is not None:
-        between = _summed(config, after_attention)
-        made = mixture(config, config.experts, layer.experts, _normed(config, between, *ff_norm))
-        return x, Residual(between, made, layer.ff_post_norm), kv
-    assert layer.gate_up is not None
-    assert layer.down is not None
-    if config.parallel:
-        gate_up, _ = _normed_linear(config, layer.gate_up, layer.gate_up_bias, Residual(x), attn_norm)
-        between = _summed(config, after_attention)
-    else:
-        gate_up, between = _normed_linear(config, layer.gate_up, layer.gate_up_bias, after_attention, ff_norm)
-    if config.gated:
-        made = gated_linear(layer.down, gate_up, config.ff_block, config.activation)
-    else:
-        made = linear(layer.down, activated(gate_up, config.activation))
-    return x, Residual(between, _biased(made, layer.down_bias), layer.ff_post_norm), kv
+    mixed = mixed.reshape(*x.shape[:2], -1)
+    return (mixed * jax.nn.sigmoid(gate.reshape(mixed.shape)) if config.attention_gate else mixed), x, kv
+
+
+def _mix_recurrently(
+    config: ModelConfig, layer: LayerParams, state: DeltaState, residual: Residual, view: StepView
+) -> tuple[jax.Array, jax.Array, DeltaState]:
+    """The same of a layer whose state has one size."""
+    own, norm = layer.delta, (layer.attn_norm, layer.attn_norm_bias)
+    assert own is not None
+    assert config.delta_net is not None
+    projected, x = _normed_linear(config, own.project, None, residual, norm)
+    gates = linear(own.gates, _normed(config, x, *norm))
+    mixed, state = delta_net.mix_tokens(
+        config.delta_net, config.norm_eps, own, state, projected, gates, view.ring.valid
+    )
+    return mixed, x, state
 
 
 _Norm = tuple[jax.Array | None, jax.Array | None]

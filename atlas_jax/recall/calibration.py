@@ -1,4 +1,4 @@
-"""Fits a memory to a model in under a minute, without training: key map, ranking of layers, and gate.
+"""Fits a memory to a model in minutes, without training: key map, ranking of layers, and gate.
 
 The model reads a little ordinary text through its attention window. Means and principal components of the residual
 stream give the key map. How often a token's nearest key among those that have left the window is followed by the same
@@ -21,11 +21,12 @@ import numpy as np
 from atlas_jax.config import MAX_MEMORY_LAYERS, PAGE, ConfigError, MemoryConfig, ModelConfig
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
+from atlas_jax.progress import Progress
 from atlas_jax.recall import recall_memory, recall_state
 from atlas_jax.recall.adapter import CONTEXT_LENGTH, GATE_FEATURES, Adapter, make_adapter, token_weights, value_codes
-from atlas_jax.recall.collect_states import WINDOW, Progress, Reading, read_texts, whole_pages
+from atlas_jax.recall.collect_states import WINDOW, Reading, read_texts, whole_pages
 from atlas_jax.recall.conversation import Conversation
-from atlas_jax.recall.kept_weights import kept_weights
+from atlas_jax.recall.kept_weights import LEAST_PAGES, FullReader, kept_weights, pages_read
 from atlas_jax.recall.probe import Probe
 from atlas_jax.recall.recall_state import WriteSettings
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
@@ -46,6 +47,37 @@ _SHRINK = 1e-4
 """Weight of the squares of the gate's weights."""
 _OUTLIER = 4.0
 """Tokens whose residual is this many times the median norm are attention sinks, not text."""
+
+
+_LARGE = 1024
+"""Size of states from which only the components that are kept are computed: all 4096 would take half a minute a layer."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much a model reads to have a memory fitted to it.
+
+    Attributes:
+      pages: of each text.
+      divided: texts that say how the layers share kept pairs; of none, they share them equally.
+      conversations: that the gate is fitted to.
+    """
+
+    pages: int
+    divided: int
+    conversations: int
+
+    def pages_read(self, texts: Sequence[int], probe: int, conversations: Sequence[int]) -> int:
+        """Pages that are read in all, where the parts have so many."""
+        texts = [min(pages, self.pages) for pages in texts]
+        return (
+            sum(map(pages_read, texts[: self.divided])) + sum(texts) + probe + sum(conversations[: self.conversations])
+        )
+
+
+EFFORTS = (Effort(32, 2, 2), Effort(LEAST_PAGES, 2, 2), Effort(LEAST_PAGES, 1, 1), Effort(10, 0, 1), Effort(6, 0, 1))
+"""From what is worth reading to the least that a memory can be fitted to. Texts of 10 pages have 768 tokens each past the
+window; the probe, which ranks the layers, is always read whole."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +125,12 @@ def calibrate(
     texts: Sequence[Sequence[int]],
     probe: Probe,
     config: MemoryConfig | None = None,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress | None = None,
     mesh_layout: MeshLayout = ONE_DEVICE,
     markup: Collection[int] = (),
     conversations: Sequence[Conversation] = (),
     gate_texts: Sequence[Sequence[int]] = (),
+    seconds: float | None = None,
 ) -> Calibration:
     """Fits a memory to a model.
 
@@ -105,35 +138,43 @@ def calibrate(
       texts: token sequences, each well longer than the window (4 pages); about 12 000 tokens in all are enough.
       probe: facts that left the window, asked for again; ranks the layers together with the texts.
       config: sizes of the memory; its `layers` are the candidates. Default: `candidates`.
-      progress: called with a stage's name and the share of it that is done.
+      progress: called with a stage's name and the share of it that is done, and between the parts of all of them.
       mesh_layout: where the parameters lie.
       markup: tokens that say nothing of what is being talked of, as those that begin and end a message.
       conversations: answers to questions, to which the gate is fitted as well.
       gate_texts: further texts for the gate alone, which has more to learn from them than keys have.
+      seconds: that reading may take: of `EFFORTS` the first is made that the model is fast enough for, the last in any case.
+        None reads everything.
 
     Raises:
       ValueError: no text reaches past the window.
     """
-    config = config or candidates(model)
+    config, progress = config or candidates(model), progress or Progress()
     usable = [whole_pages(text) for text in texts if len(text) // PAGE > WINDOW]
     if not usable:
         raise ValueError(f"calibration needs a text of more than {WINDOW * PAGE} tokens")
     further = [whole_pages(text) for text in gate_texts if len(text) // PAGE > WINDOW]
-    weights = kept_weights(model, params, usable, progress, mesh_layout)
+    reader, divided = FullReader(model, params, mesh_layout), len(usable)
+    if seconds is not None:
+        effort = _affordable(seconds, reader.page_seconds(usable[0]), usable, probe, conversations)
+        usable = [text[: effort.pages * PAGE + 1] for text in usable]
+        divided, conversations = effort.divided, conversations[: effort.conversations]
+    weights = kept_weights(reader, usable[:divided], progress)
+    del reader
     config = dataclasses.replace(config, kept_weights=weights)
     asking = [probe.tokens, *(conversation.tokens for conversation in conversations)]
     read = [*usable, *map(whole_pages, asking), *further]
     readings = read_texts(model, params, config, read, progress, mesh_layout)
     texts_read, probe_read = readings[: len(usable)], readings[len(usable)]
-    mean, projection = _key_maps(texts_read, config.components)
+    mean, projection = _key_maps(texts_read, config.components, progress)
     maps = [_StateMap(*numbers) for numbers in zip(mean, projection, strict=True)]
     weight = token_weights(model.vocab, [reading.tokens for reading in texts_read], markup)
     no_gate = np.zeros(GATE_FEATURES, np.float32), np.zeros(config.components + 1, np.float32)
     *contexts, probe_context = _contexts(
         make_adapter(config, model.vocab, mean, projection, weight, *no_gate), [*texts_read, probe_read]
     )
-    hit_rate = _hit_rates(texts_read, contexts, maps)
-    found_rate = _found_rates(config, probe_read, probe_context, maps, np.asarray(probe.asked))
+    hit_rate = _hit_rates(texts_read, contexts, maps, progress)
+    found_rate = _found_rates(config, probe_read, probe_context, maps, np.asarray(probe.asked), progress)
     facts = found_rate**_FACT  # all of a fact's tokens must be right
     order = np.argsort(-(hit_rate / max(hit_rate.max(), 1e-9) + facts / max(facts.max(), 1e-9)), kind="stable")
     config = dataclasses.replace(config, layers=tuple(config.layers[i] for i in order))
@@ -166,7 +207,24 @@ def calibrate(
     )
 
 
-def _key_maps(readings: list[Reading], components: int) -> tuple[np.ndarray, np.ndarray]:
+def _affordable(
+    seconds: float,
+    page_seconds: float,
+    texts: Sequence[Sequence[int]],
+    probe: Probe,
+    conversations: Sequence[Conversation],
+) -> Effort:
+    """The most that a model which takes `page_seconds` for a page can read in this time; the least where that is too much."""
+    parts = (
+        [len(text) // PAGE for text in texts],
+        len(probe.tokens) // PAGE,
+        [len(conversation.tokens) // PAGE for conversation in conversations],
+    )
+    fits = (effort for effort in EFFORTS if effort.pages_read(*parts) * page_seconds <= seconds)
+    return next(fits, EFFORTS[-1])
+
+
+def _key_maps(readings: list[Reading], components: int, progress: Progress) -> tuple[np.ndarray, np.ndarray]:
     """Per layer: the mean, and the leading components over their standard deviation: whitened.
 
     Dividing by the square root of the deviation instead found 0.75 of a fact's digits where this found 0.82, and closed as
@@ -179,13 +237,26 @@ def _key_maps(readings: list[Reading], components: int) -> tuple[np.ndarray, np.
         states = states[norm < _OUTLIER * np.median(norm)]
         mean = states.mean(axis=0)
         centred = states - mean
-        variance, basis = np.linalg.eigh(centred.T @ centred / len(centred))
+        variance, basis = _leading(centred.T @ centred / len(centred), components)
         keep = np.argsort(variance)[::-1][:components]
         projection = np.zeros((mean.size, components), np.float32)
         projection[:, : keep.size] = basis[:, keep] / np.sqrt(np.maximum(variance[keep], 1e-12))
         means.append(mean)
         projections.append(projection)
+        progress.between()
     return np.stack(means), np.stack(projections)
+
+
+def _leading(covariance: np.ndarray, components: int) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues and vectors, at least the `components` largest."""
+    if len(covariance) <= _LARGE:
+        found: tuple[np.ndarray, np.ndarray] = np.linalg.eigh(covariance)
+        return found
+    from scipy.sparse.linalg import eigsh  # beside jax anyway; takes a while to import
+
+    start = np.random.default_rng(0).standard_normal(len(covariance)).astype(covariance.dtype)
+    values, vectors = eigsh(covariance, components, v0=start)  # type: ignore[no-untyped-call]
+    return values, vectors
 
 
 @dataclass(frozen=True)
@@ -215,7 +286,9 @@ def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return product
 
 
-def _hit_rates(readings: list[Reading], contexts: list[np.ndarray], maps: list[_StateMap]) -> np.ndarray:
+def _hit_rates(
+    readings: list[Reading], contexts: list[np.ndarray], maps: list[_StateMap], progress: Progress
+) -> np.ndarray:
     """Per layer, how often the nearest key that has left the window is followed by the token that follows here."""
     rates = []
     for layer, state_map in enumerate(maps):
@@ -227,11 +300,17 @@ def _hit_rates(readings: list[Reading], contexts: list[np.ndarray], maps: list[_
                 nearest = _kernel(key[now], key[: start - (WINDOW - 1) * PAGE]).argmax(axis=1)
                 hits.append(following[nearest] == following[now])
         rates.append(float(np.concatenate(hits).mean()))
+        progress.between()
     return np.asarray(rates)
 
 
 def _found_rates(
-    config: MemoryConfig, reading: Reading, context: np.ndarray, maps: list[_StateMap], asked: np.ndarray
+    config: MemoryConfig,
+    reading: Reading,
+    context: np.ndarray,
+    maps: list[_StateMap],
+    asked: np.ndarray,
+    progress: Progress,
 ) -> np.ndarray:
     """Per layer, how often a memory of degree 2, written as the text is read, names the token that follows `asked`.
 
@@ -256,6 +335,7 @@ def _found_rates(
         score = _kernel(key[asked], key[:end]) @ dual @ codes.T
         score[:, ~np.isin(known, following[:end])] = -np.inf
         rates.append(float((known[score.argmax(axis=1)] == following[asked]).mean()))
+        progress.between()
     return np.asarray(rates)
 
 
@@ -351,6 +431,7 @@ def _collect(
                 samples.append([positions[0], *(np.asarray(x, np.float64) for x in judged), reading.chance[part]])
             done += 1
             progress("fitting the gate", done / total)
+            progress.between(state)
     position, features, p_memory, p_model = (np.concatenate(parts) for parts in zip(*samples, strict=True))
     return _Samples(position, features, np.maximum(p_model, _LEAST), p_memory, np.ones(len(position)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -22,6 +22,7 @@ from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.page_schedule import PageSchedule
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import logits
+from atlas_jax.progress import Progress
 from atlas_jax.sharding import MeshLayout
 
 WINDOW = 4
@@ -33,8 +34,6 @@ alone 0.87)."""
 _DECAY = 0.9
 _BLOCK = 1 << 12
 """Tokens of the vocabulary whose scores are looked at together: of few enough, they stay in the cache."""
-
-Progress = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +96,8 @@ def read_texts(
                 cache = keep((), params.pairs, cache, leaves, np.zeros(PAGE, bool))
             cache = next_page((), cache, page_start(0, place))
             part = slice(page * PAGE, (page + 1) * PAGE)
-            cache, _, states = trunk((1, WINDOW, PAGE), params, cache, tokens[None, part], count)
+            step = (1, WINDOW, PAGE), params, cache, tokens[None, part], count
+            cache, _, states = trunk(*step, between=progress.between)
             if page >= WINDOW:
                 chance[part], entropy[part] = judge(states[-1][0], tokens[1:][part])
             streams = np.stack([np.asarray(states[layer][0]) for layer in config.layers])

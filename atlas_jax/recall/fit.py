@@ -20,9 +20,10 @@ from atlas_jax.gguf import ChatTemplate, GGUFError, ModelFile, TemplateError, To
 from atlas_jax.model.checkpoint import open_model_file
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.params import ModelParams
+from atlas_jax.progress import Progress
 from atlas_jax.recall import adapter_store
 from atlas_jax.recall.calibration import DEFAULT_DIM, Calibration, calibrate, candidates
-from atlas_jax.recall.collect_states import WINDOW, Progress
+from atlas_jax.recall.collect_states import WINDOW
 from atlas_jax.recall.conversation import PARTS, Conversation, Render, make_conversation
 from atlas_jax.recall.probe import make_probe
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
@@ -92,10 +93,11 @@ def calibrate_with(
     texts: list[str],
     max_tokens: int | None = None,
     mesh_layout: MeshLayout = ONE_DEVICE,
-    progress: Progress = lambda stage, share: None,
+    progress: Progress | None = None,
     memory: MemoryConfig | None = None,
     template: ChatTemplate | None = None,
     gate_texts: Sequence[str] = (),
+    seconds: float | None = None,
 ) -> Calibration:
     """Calibrates with texts that are still text; see `calibrate`."""
 
@@ -109,7 +111,7 @@ def calibrate_with(
     markup = {*tokenizer.special_tokens.values(), *(token for role in _ROLES for token in encode(role))}
     conversations = _conversations(tokenizer, template, encode)
     rest = memory, progress, mesh_layout, markup, conversations, whole(gate_texts)
-    return calibrate(config, params, whole(texts), probe, *rest)
+    return calibrate(config, params, whole(texts), probe, *rest, seconds=seconds)
 
 
 def _conversations(

@@ -277,6 +277,9 @@ def no_cache(scene: Scene) -> None:
     scene.must("Traceback" not in target.log, "a traceback is in the log")
 
 
+_FITTING_SECONDS = 300.0
+
+
 @attack(
     "a memory that cannot be fitted",
     does="serves a model that no memory can be fitted to, twice with one cache",
@@ -301,7 +304,11 @@ def unfitted(scene: Scene) -> None:
             continue
         scene.check(target.say(VICTIM, None, "Hello"), f"a chat after the {start} start")
         with target.client(VICTIM) as http:
-            said = http.get("/v1/atlas/status").json()["data"]["memory_unavailable"]
+            until = time.monotonic() + _FITTING_SECONDS
+            while (data := http.get("/v1/atlas/status").json()["data"])["fitting"] and time.monotonic() < until:
+                time.sleep(0.5)
+        scene.must(data["fitting"] is None, f"a memory is still being fitted {_FITTING_SECONDS:.0f} s after the start")
+        said = data["memory_unavailable"]
         scene.must(said, f"the status says nothing of a memory that is not there after the {start} start")
         scene.must("Traceback" not in target.log, f"a traceback is in the log of the {start} start")
         scene.note(f"{start} start: {target.seconds:.0f} s, {said}")

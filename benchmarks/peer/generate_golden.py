@@ -1,11 +1,12 @@
 """What llama.cpp says: greedy continuations, first-token probabilities and perplexity, as golden files.
 
     PEER_PYTHON benchmarks/peer/generate_golden.py NAME MODEL.gguf MODEL.f32.gguf PERPLEXITY.txt --out tests/golden/peer
+    PEER_PYTHON benchmarks/peer/generate_golden.py NAME MODEL.gguf --prompts 8 --parts continuations --out tests/golden/peer
 
 writes NAME.continuations.json and NAME.perplexity.json. PEER_PYTHON has llama-cpp-python. MODEL.f32.gguf comes from
 dequantize.py; PERPLEXITY.txt is DIR/perplexity.txt of `python atlas_jax/evaluation/corpora.py --out DIR --group perplexity`.
 
-Every measurement is made twice:
+Every measurement is made twice, or once where there is no MODEL.f32.gguf:
   quantised  the file as it is, KV cache f16: what a user of llama.cpp gets. Its CPU code rounds activations to 8 bits.
   float32    the same weights as float32, KV cache float32, float32 products. Use this one to judge another engine. (Not
              quite exact for Gemma: llama.cpp looks GELU up in a table of half-precision values.)
@@ -102,8 +103,11 @@ def chunk_nll(peer: Peer, chunk: list[int]) -> float:
     return math.fsum(losses) / len(losses)
 
 
-def measure_continuations(peers: dict[str, Peer]) -> list[Json]:
+def measure_continuations(peers: dict[str, Peer], count: int | None) -> list[Json]:
     entries = encode_prompts(peers["quantised"])
+    if count is not None:
+        chats = [entry for entry in entries if "messages" in entry][: count // 2]
+        entries = chats + [entry for entry in entries if "text" in entry][: count - len(chats)]
     for variant, peer in peers.items():
         for entry in entries:
             entry[variant] = continuation(peer, entry["prompt"])
@@ -142,8 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name")
     parser.add_argument("model", type=Path)
-    parser.add_argument("float32", type=Path)
-    parser.add_argument("text", type=Path)
+    parser.add_argument("float32", type=Path, nargs="?", help="without it only the file as it is is measured")
+    parser.add_argument("text", type=Path, nargs="?", help="of the perplexity")
+    parser.add_argument("--prompts", type=int, help="continue so many of the prompts, half of them conversations")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -157,14 +162,16 @@ def main() -> None:
         "system_info": system_info(),
         "settings": settings,
     }
-    variants = (("quantised", args.model, F16), ("float32", args.float32, F32))
+    variants = [("quantised", args.model, F16)]
+    if args.float32 is not None:
+        variants.append(("float32", args.float32, F32))
     peers = {
         variant: Peer(path, context=2 * CHUNK, threads=args.threads, cache_type=cache)
         for variant, path, cache in variants
     }
     args.out.mkdir(parents=True, exist_ok=True)
     if "continuations" in args.parts:
-        prompts = measure_continuations(peers)
+        prompts = measure_continuations(peers, args.prompts)
         dump(args.out / f"{args.name}.continuations.json", header | {"steps": STEPS}, prompts=prompts)
     if "perplexity" in args.parts:
         figures, ids = measure_perplexity(peers, args.text.read_text())

@@ -1,9 +1,9 @@
 """Writes tests/golden/tokenizer: what llama.cpp makes of many strings, for our tokenizers to be compared with.
 
     python benchmarks/peer/tokenizer_golden.py --smollm data/models/SmolLM2-135M-Instruct.Q4_1.gguf \
-        --gemma data/models/gemma-3-270m-q4_k_m.gguf
+        --gemma data/models/gemma-3-270m-q4_k_m.gguf --qwen data/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 
-needs llama-cpp-python, gguf and tokenizers. Besides the two models it asks about small vocabularies made here, so that
+needs llama-cpp-python, gguf and tokenizers. Besides the three models it asks about small vocabularies made here, so that
 every pre-tokenizer, and SentencePiece with its options, can be checked without a model.
 """
 
@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import collections
 import ctypes
+import gzip
 import hashlib
+import itertools
 import json
 import random
 import tempfile
@@ -26,10 +28,16 @@ from llama_cpp import llama_cpp as lib
 
 OUT = Path(__file__).parents[2] / "tests" / "golden" / "tokenizer"
 
-PRE_TOKENIZERS = (
-    *("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "qwen35", "tekken", "gpt-4o", "bailingmoe", "seed-coder"),
-    *("falcon", "default"),
+_NAMES = (
+    "gpt-2 phi-2 gigachat a.x-4.0 mellum modern-bert mpt olmo jais trillion granite-docling exaone4 jina-es jina-de "
+    "jina-v2-es jina-v2-de jina-v1-en jina-v2-code roberta-bpe smollm starcoder refact command-r codeshell exaone "
+    "minerva-7b mellum2 llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 jina-v5-nano dbrx smaug-bpe "
+    "glm4 chatglm-bpe jais-2 minicpm5 qwen2 deepseek-r1-qwen kormo f2llmv2 stablelm2 megrez hunyuan solar-open grok-2 "
+    "qwen35 tekken gpt-4o llama4 kanana2 talkie minimax-m2 granite-embed-multi-97m tiny_aya cohere2moe youtu kimi-k2 "
+    "exaone-moe ufakzeka laguna chameleon bailingmoe bailingmoe2 llada-moe seed-coder deepseek-llm deepseek-coder "
+    "deepseek-v3 hunyuan-dense joyai-llm hy_v4 afmoe bloom gpt3-finnish poro-chat viking superbpe falcon default"
 )
+PRE_TOKENIZERS = tuple(_NAMES.split())
 
 TEXTS = [
     "",
@@ -162,6 +170,105 @@ def strings() -> list[str]:
     return list(dict.fromkeys(result))
 
 
+def further_strings() -> list[str]:
+    """What pre-tokenizers differ in: runs of digits and blanks of every length, scripts side by side, marks, long texts."""
+    rng = random.Random(20261130)
+    han = [chr(code) for code in (0x3400, 0x4DBF, 0x4E00, 0x9FA5, 0x9FFF, 0xF900, 0x20000, 0x2A6DF, 0x2B740, 0x2F800)]
+    parts = (
+        *(
+            "Word",
+            "words",
+            "WORD",
+            "ΑΒΓ",
+            "αβγ",
+            "Жук",
+            "שלום",
+            "مرحبا",
+            "हिन्दी",
+            "क्ष",
+            "ไทย",
+            "한국어",
+            "ㄱㄴ",
+            "日本",
+            "カナ",
+        ),
+        *(
+            "かな",
+            "ㄅㄆ",
+            "ﾊﾝ",
+            "e\u0301",
+            "n\u0303o",
+            "\u0301",
+            "👩‍👩‍👧",
+            "🏳️‍🌈",
+            "1️⃣",
+            "'s",
+            "'LL",
+            "’s",
+            "I'm",
+            "d'été",
+            "'\u017f",
+        ),
+        *(
+            " ",
+            "  ",
+            "\t",
+            "\n",
+            "\r\n",
+            "\n\n",
+            " \n ",
+            "\u00a0",
+            "\u3000",
+            ".",
+            ",",
+            "...",
+            "!?",
+            "(",
+            ")",
+            "/",
+            "//",
+            "<|im_end|>",
+        ),
+        *(
+            "12",
+            "123",
+            "1234",
+            "٣٤٥",
+            "१२३",
+            "½",
+            "Ⅷ",
+            "！",
+            "，",
+            "。",
+            "…",
+            "“",
+            "”",
+            "~~",
+            "$€",
+            "|",
+            "`",
+            "_",
+            "-",
+            "–",
+            "\x07",
+        ),
+        *("<sentinel:12>", "IMGIMGABZ", "IMGIMGABCDEZ", "\ue000", "\U0010fffd", *han),
+    )
+    result = [
+        before + "7" * count + after for count in range(1, 14) for before, after in (("", ""), ("a", " b"), (" ", "."))
+    ]
+    result += [
+        before + " " * count + after
+        for count in (3, 5, 9, 17, 33, 70, 140, 300, 600)
+        for before, after in ("ab", ("", "\n"))
+    ]
+    result += ["\n" * count + "x" for count in (2, 3, 9)] + ["\r" * 5, "\r\n" * 4 + "y", "\t\t\tz"]
+    result += [left + right for left, right in itertools.pairwise(parts)]
+    result += ["".join(rng.choices(parts, k=rng.randint(3, 14))) for _ in range(150)]
+    result += ["".join(rng.choices(parts, k=400)), "字" * 600, "9" * 601, "ab1 " * 300, "fooBarBAZ " * 40, " " * 700]
+    return list(dict.fromkeys(result))
+
+
 @lib.llama_log_callback
 def _silent(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
     pass
@@ -265,7 +372,8 @@ def trained_merges(texts: list[str], count: int, *, byte_level: bool) -> list[tu
 
 def byte_level_metadata(texts: list[str]) -> dict[str, Any]:
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    merges = trained_merges(texts, 600, byte_level=True)
+    crossing = ["WordwordsWORDwordsWord", "fooBarBAZfooBAR", " " * 64, "a" + " " * 8 + "b", "\n" * 8, "\t" * 8]
+    merges = trained_merges([*texts, *further_strings(), *crossing * 20], 1200, byte_level=True)
     tokens = list(dict.fromkeys([*sorted(alphabet), *("".join(pair) for pair in merges), "<|endoftext|>", "<ud>"]))
     types = [gguf.TokenType.NORMAL] * (len(tokens) - 2) + [gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED]
     return {
@@ -309,8 +417,9 @@ def sentencepiece_metadata(texts: list[str]) -> dict[str, Any]:
 def save(name: str, data: dict[str, Any]) -> None:
     data = {"peer": f"llama-cpp-python {llama_cpp.__version__}", **data}
     OUT.mkdir(parents=True, exist_ok=True)
-    path = OUT / f"{name}.json"
-    path.write_text(json.dumps(data, ensure_ascii=True, separators=(",", ":")) + "\n")
+    path = OUT / f"{name}.json.gz"
+    text = json.dumps(data, ensure_ascii=True, separators=(",", ":")) + "\n"
+    path.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
     print(f"{path.name}: {path.stat().st_size} bytes")
 
 
@@ -318,23 +427,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smollm", type=Path, required=True)
     parser.add_argument("--gemma", type=Path, required=True)
+    parser.add_argument("--qwen", type=Path, required=True)
     arguments = parser.parse_args()
     lib.llama_log_set(_silent, ctypes.c_void_p(0))
     lib.llama_backend_init()
 
     texts = strings()
     save("strings", {"strings": texts})
-    for name, path in (("smollm2", arguments.smollm), ("gemma3", arguments.gemma)):
+    for name, path in (("smollm2", arguments.smollm), ("gemma3", arguments.gemma), ("qwen2", arguments.qwen)):
         save(name, PeerTokenizer(path).facts(texts))
 
     longer = [text for text in texts if len(text) > 1]
     metadata = byte_level_metadata(longer)
-    indexes = [index for index, text in enumerate(texts) if len(text) > 1 and (index < len(TEXTS) or index % 2)]
+    asked = [text for text in [*texts, *further_strings()] if len(text) > 1]
     by_name: dict[str, Any] = {}
     for pre in PRE_TOKENIZERS:
-        ids = ask({**metadata, "tokenizer.ggml.pre": pre}, [texts[index] for index in indexes])["plain"]
+        ids = ask({**metadata, "tokenizer.ggml.pre": pre}, asked)["plain"]
         by_name[pre] = next((name for name, other in by_name.items() if other == ids), ids)
-    save("pretokenizers", {"metadata": metadata, "indexes": indexes, "plain": by_name})
+    save("pretokenizers", {"metadata": metadata, "strings": asked, "plain": by_name})
 
     metadata = sentencepiece_metadata(longer)
     tied = [score if score == -1e4 else score // 3 for score in metadata["tokenizer.ggml.scores"]]

@@ -178,6 +178,8 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     ] = None
     max_window: engine.MaxWindow = EngineConfig.max_window
     memory_dim: engine.MemoryDim | None = EngineConfig.memory_dim
+    calibration_seconds: engine.CalibrationSeconds = EngineConfig.calibration_seconds
+    calibrate_in_background: engine.CalibrateInBackground = True
     memory_budget: engine.MemoryBudget | None = EngineConfig.memory_budget
     l1_cache_size: engine.L1CacheSize = EngineConfig.l1_cache_size
     l2_cache_size: engine.L2CacheSize = EngineConfig.l2_cache_size

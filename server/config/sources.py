@@ -25,6 +25,8 @@ from server.services.memory_options import check_windows
 from server.validation import explain
 
 CONFIG_ENV = "ATLAS_CONFIG"
+KEY_ENV = "ATLAS_API_KEY"
+"""What the commands that talk to a server send it as their key."""
 _MAX_FILE_BYTES = 1 << 20
 _ENV = {
     "atlas.memory_save_interval": "ATLAS_AUTO_SAVE_INTERVAL",
@@ -290,7 +292,7 @@ def _put(tree: dict[str, Any], path: Sequence[str], value: Any) -> None:
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
-    known = {option.env for option in options()} | {CONFIG_ENV}
+    known = {option.env for option in options()} | {CONFIG_ENV, KEY_ENV}
     for name in environ:
         if name.startswith("ATLAS_") and name not in known and not _SERVICE_LINK.fullmatch(name):
             raise SettingsError(f"unknown environment variable {name}{suggestion(name, known)}")

@@ -113,6 +113,17 @@ class MemoryController(Controller):
         """Lists the caller's contexts, a page at a time."""
         return json_response(await memory.page(context_of(request).identity.owner, parse(schema.ListRequest, data)))
 
+    @post("/rename", status_code=200, responses=atlas_responses(schema.RenameResponse, 404, 409, 507, body=True))
+    async def rename(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[schema.RenameRequest]],
+        memory: NamedDependency[MemoryService],
+    ) -> Response[Any]:
+        """Gives a session another name, with its save point; a name that is taken is refused."""
+        wanted = parse(schema.RenameRequest, data)
+        return json_response(await memory.rename(context_of(request).identity.owner, wanted))
+
     @post("/delete", status_code=200, responses=atlas_responses(schema.DeleteResponse, 404, body=True))
     async def delete(
         self,
@@ -123,6 +134,16 @@ class MemoryController(Controller):
         """Removes one context and its files."""
         wanted = parse(schema.DeleteRequest, data)
         return json_response(await memory.delete(context_of(request).identity.owner, wanted))
+
+    @post("/fork", status_code=200, responses=atlas_responses(schema.ForkResponse, 404, 507, body=True))
+    async def fork(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[schema.ForkRequest]],
+        memory: NamedDependency[MemoryService],
+    ) -> Response[Any]:
+        """Begins a session where another is; the two go on apart."""
+        return json_response(await memory.fork(context_of(request).identity.owner, parse(schema.ForkRequest, data)))
 
     @post("/reset", status_code=200, responses=atlas_responses(schema.ResetResponse, 404, 507, body=True))
     async def reset(

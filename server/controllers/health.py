@@ -6,13 +6,14 @@ from typing import Any
 
 from litestar import Controller, Response, get, head
 from litestar.di import NamedDependency
+from msgspec import UNSET
 
 from server.errors import Unavailable
 from server.http import json_response, openai_responses
 from server.prometheus import CONTENT_TYPE, Metrics
 from server.schemas.llamacpp import Health
 from server.services.engine_supervisor import EngineSupervisor
-from server.services.monitoring import Monitoring
+from server.services.monitoring import Monitoring, fitting_progress
 
 _PUBLIC = {"public": True}
 _UNMETERED = {"unmetered": True}
@@ -35,9 +36,9 @@ class HealthController(Controller):
 
     @get("/ready", opt=_PUBLIC, responses=openai_responses(Health, public=True))
     async def ready(self, supervisor: NamedDependency[EngineSupervisor]) -> Response[Any]:
-        """200 while new requests are accepted, 503 while loading, draining or broken."""
+        """200 while new requests are accepted, 503 while loading, draining or broken. Tells of a memory being fitted."""
         if supervisor.ready:
-            return json_response(Health(status="ready"))
+            return json_response(Health(status="ready", fitting=fitting_progress(supervisor.engine.fitting()) or UNSET))
         if supervisor.state == "loading":
             raise Unavailable("The model is still loading", code="loading", retry_after=2.0)
         raise Unavailable("The server does not accept requests", code="draining", retry_after=5.0)

@@ -45,7 +45,7 @@ class LlamaCppController(Controller):
     @post(
         ["/v1/rerank", "/v1/reranking", "/rerank", "/reranking"],
         status_code=200,
-        responses=openai_responses(schema.RerankRequest, 501, body=True),
+        responses=openai_responses(schema.Reranked, 501, body=True),
     )
     async def rerank(
         self, data: SkipValidation[JSONBody[schema.RerankRequest]], llamacpp: NamedDependency[LlamaCppService]

@@ -50,6 +50,18 @@ class OllamaController(Controller):
         """Embeds texts."""
         return await answer(request, data, ollama.embed)
 
+    @post(
+        "/api/embeddings", status_code=200, responses=ollama_responses(schema.OllamaEmbedding, 404, 500, 501, body=True)
+    )
+    async def embed_one(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[schema.OllamaEmbeddingsRequest]],
+        ollama: NamedDependency[OllamaService],
+    ) -> Response[Any]:
+        """Embeds one text; the older form of `/api/embed`."""
+        return await answer(request, data, ollama.embed_one)
+
     @post("/api/show", status_code=200, responses=ollama_responses(schema.OllamaShown, 404, body=True))
     async def show(
         self, data: SkipValidation[JSONBody[schema.OllamaShowRequest]], ollama: NamedDependency[OllamaService]

@@ -12,10 +12,13 @@ from server.http import HttpRequest, answer, generate, generation_responses, jso
 from server.schemas.chat import ChatCompletion, ChatRequest
 from server.schemas.completions import Completion, CompletionRequest
 from server.schemas.embeddings import Embeddings, EmbeddingsRequest
-from server.schemas.models import Model, ModelList
+from server.schemas.models import AnthropicModel, AnthropicModels, Model, ModelList
 from server.services.embeddings import EmbeddingService
 from server.services.inference import Inference
 from server.services.models import Models
+
+_ANTHROPIC = "anthropic-version"
+"""A header that all clients of Anthropic's API send; two of its paths are OpenAI's as well."""
 
 
 class OpenAIController(Controller):
@@ -61,12 +64,21 @@ class OpenAIController(Controller):
         """Embeds texts."""
         return await answer(request, data, embeddings.openai)
 
-    @get(["/v1/models", "/models"], responses=openai_responses(ModelList))
-    async def list_models(self, models: NamedDependency[Models]) -> Response[Any]:
-        """Lists the models."""
+    @get(["/v1/models", "/models"], responses=openai_responses(ModelList | AnthropicModels))
+    async def list_models(self, request: HttpRequest, models: NamedDependency[Models]) -> Response[Any]:
+        """Lists the models; to Anthropic's clients, which send `anthropic-version`, in the words of its API."""
+        if _ANTHROPIC in request.headers:
+            listed = [models.describe_to_anthropic(name) for name in models.names]
+            return json_response(AnthropicModels(data=listed, first_id=listed[0].id, last_id=listed[-1].id))
         return json_response(ModelList(data=[models.describe(name) for name in models.names]))
 
-    @get(["/v1/models/{model_id:path}", "/models/{model_id:path}"], responses=openai_responses(Model, 404))
-    async def get_model(self, model_id: FromPath[str], models: NamedDependency[Models]) -> Response[Any]:
+    @get(
+        ["/v1/models/{model_id:path}", "/models/{model_id:path}"],
+        responses=openai_responses(Model | AnthropicModel, 404),
+    )
+    async def get_model(
+        self, request: HttpRequest, model_id: FromPath[str], models: NamedDependency[Models]
+    ) -> Response[Any]:
         """Describes one model; the id may contain slashes."""
-        return json_response(models.describe(model_id.removeprefix("/")))
+        describe = models.describe_to_anthropic if _ANTHROPIC in request.headers else models.describe
+        return json_response(describe(model_id.removeprefix("/")))

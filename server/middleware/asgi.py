@@ -22,6 +22,7 @@ from server.errors import (
     Unauthorized,
     UnsupportedMedia,
     body,
+    envelope_of,
     headers,
     problem,
 )
@@ -45,6 +46,8 @@ _CHANGING = (*_WITH_BODY, "DELETE")
 # Below this, on the average over a body, a client that sends is taken for one that has stopped.
 _BODY_BYTES_PER_SECOND = 4096
 _OVERLOADED = "overloaded"
+# The second is what LiteLLM calls it.
+_SESSION_HEADERS = ((b"x-session-id", "X-Session-ID"), (b"x-litellm-session-id", "x-litellm-session-id"))
 _METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
 
@@ -94,12 +97,14 @@ class AsgiMiddleware:
         if scope["path"] not in self._public:
             self._authenticate(given, context, metered=scope["path"] not in self._unmetered)
         if scope["method"] in _WITH_BODY:
-            self._check_body(given)
-        session = given.get(b"x-session-id")
-        if session is not None:
-            if not session.isascii():
-                raise BadRequest("X-Session-ID must be ASCII", param="X-Session-ID")
-            context.session = session.decode("ascii")
+            self._check_body(scope["path"], given)
+        for header, name in _SESSION_HEADERS:
+            session = given.get(header)
+            if session is not None:
+                if not session.isascii():
+                    raise BadRequest(f"{name} must be ASCII", param=name)
+                context.session = session.decode("ascii")
+                break
 
     def _authenticate(self, given: dict[bytes, bytes], context: RequestContext, *, metered: bool) -> None:
         try:
@@ -121,19 +126,23 @@ class AsgiMiddleware:
                     (f"x-ratelimit-reset-{kind}".encode(), f"{quota.reset_seconds:.3f}s".encode()),
                 ]
 
-    def _check_body(self, given: dict[bytes, bytes]) -> None:
+    def _check_body(self, path: str, given: dict[bytes, bytes]) -> None:
         length = given.get(b"content-length", b"")
         if length and b"transfer-encoding" in given:
             raise BadRequest("Content-Length and Transfer-Encoding exclude each other")
         if length.isdigit() and int(length[:20]) > self._max_body_bytes:
             raise TooLarge(f"The request body is larger than {self._max_body_bytes} bytes")
         kind = given.get(b"content-type", b"").partition(b";")[0].strip().lower()
+        if kind == b"application/json":
+            return
         # `curl -X POST` sends neither a body nor a type, and is understood. What has a body, or comes out of a browser,
-        # must say that it is JSON, which a web page cannot do across origins without asking first.
-        empty = length == b"0" or (not length and b"transfer-encoding" not in given)
-        empty = empty and b"origin" not in given and b"sec-fetch-site" not in given
-        if kind != b"application/json" and not (empty and not kind):
-            raise UnsupportedMedia("Content-Type must be application/json")
+        # must say that it is JSON, which a web page cannot do across origins without asking first. Clients of Ollama
+        # rely on its reading any type as JSON: the `curl -d` of its documentation, LiteLLM.
+        if b"origin" not in given and b"sec-fetch-site" not in given:
+            empty = length == b"0" or (not length and b"transfer-encoding" not in given)
+            if (empty and not kind) or envelope_of(path) == "Ollama":
+                return
+        raise UnsupportedMedia("Content-Type must be application/json")
 
 
 class _Exchange:

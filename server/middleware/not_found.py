@@ -15,13 +15,12 @@ _KEPT = (
 # Families of other APIs that clients try, the longer ones first: the path's beginning, and what serves instead.
 _FAMILIES = (
     (r"/v1/(images|audio|moderations|realtime)", _TEXT_ONLY),
-    (r"/(v1/)?responses/.*|/v1/(threads|assistants|conversations)", _KEPT),
+    (r"/(v1/)?(responses|conversations)/.*|/v1/(threads|assistants)", _KEPT),
     (
         r"/v1/messages/batches|/v1/(files|batches|fine_tuning|uploads|vector_stores)",
         f"nothing can be uploaded; {_GENERATION}",
     ),
     (r"/v1/complete|/generate(_stream)?|/v1beta", _GENERATION),
-    (r"/api/embeddings", "texts are embedded at POST /api/embed and POST /v1/embeddings"),
     (r"/api/(create|pull|push|copy|delete|blobs)", "one model is served, and GET /api/tags lists it"),
     (r"/docs|/redoc|/openapi\.json|/swagger", "the API is described at GET /schema/openapi.json"),
 )

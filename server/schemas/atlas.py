@@ -40,6 +40,12 @@ class _SessionFields(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
             description="true: a prompt the session has answered before is answered anew, and what followed is forgotten"
         ),
     ] = None
+    token_gates: Annotated[
+        bool | None,
+        Meta(
+            description="true: every choice says for each token of its answer what weight the memory had (chats, completions)"
+        ),
+    ] = None
 
 
 if TYPE_CHECKING:
@@ -54,6 +60,17 @@ else:
         module=__name__,
         doc="How one request uses the memory; null and absent mean the server's default.",
     )
+
+
+class TokenGate(Struct, kw_only=True, frozen=True):
+    """A token of an answer and the weight g of the memory's distribution in (1 - g) p_model + g p_memory, where it was drawn.
+
+    Tokens are in order, and those of a stream's chunk are those whose text it completes; control tokens are left out.
+    """
+
+    token: str
+    bytes: Annotated[list[int], Meta(description="Its own bytes: a token may be part of a character")]
+    gate: Annotated[float, Meta(ge=0, le=1)]
 
 
 _KEPT = "Keys and values kept of what has left the window, per KV head and on average per layer"
@@ -148,6 +165,20 @@ class ResetRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     all: Annotated[bool, Meta(description="true resets every session of the caller")] | None = None
 
 
+class ForkRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/atlas/memory/fork`: a session, and the name of the one that begins where it is."""
+
+    session_id: SessionId
+    target: SessionId
+
+
+class RenameRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Body of `POST /v1/atlas/memory/rename`: a session, and the name it gets."""
+
+    session_id: SessionId
+    target: SessionId
+
+
 class SaveResponse(Struct, kw_only=True, frozen=True):
     """What a save wrote; `context_id` is null when it was not a single session."""
 
@@ -211,6 +242,22 @@ class DeleteResponse(Struct, kw_only=True, frozen=True):
     filename: str | UnsetType = UNSET
 
 
+class ForkResponse(Struct, kw_only=True, frozen=True):
+    """Answer to a fork."""
+
+    success: bool
+    session_id: str
+    target: str
+
+
+class RenameResponse(Struct, kw_only=True, frozen=True):
+    """Answer to a rename."""
+
+    success: bool
+    session_id: str
+    target: str
+
+
 class ResetResponse(Struct, kw_only=True, frozen=True):
     """Answer to a reset: how many sessions were emptied."""
 
@@ -254,6 +301,14 @@ class SetAside(Struct, kw_only=True, frozen=True):
     reason: str
 
 
+class FittingProgress(Struct, kw_only=True, frozen=True):
+    """How far the fitting of a memory to the model is."""
+
+    stage: str
+    progress: Annotated[float, Meta(description="Share of the stage that is done")]
+    seconds: Annotated[float, Meta(description="Since it began")]
+
+
 class StatusData(StateFields, kw_only=True, frozen=True):
     """The memory subsystem at a glance; the bytes are those of a session that is begun with the engine's own defaults."""
 
@@ -272,6 +327,9 @@ class StatusData(StateFields, kw_only=True, frozen=True):
     adapter: str | None
     set_aside: list[SetAside]
     memory_unavailable: str | None
+    fitting: Annotated[
+        FittingProgress | None, Meta(description="How far the memory is that the model does not have yet, but will")
+    ]
 
 
 class StatusResponse(Struct, kw_only=True, frozen=True):

@@ -6,8 +6,9 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from server.schemas.atlas import AtlasStats
-from server.schemas.sampling import SamplingFields, TokenCount
+from server.schemas.atlas import AtlasStats, TokenGate
+from server.schemas.sampling import TokenCount
+from server.schemas.shape import ShapedFields
 from server.schemas.usage import Timings, Usage
 
 
@@ -95,7 +96,7 @@ class ChatMessage(Struct, kw_only=True, frozen=True):
 Messages = Annotated[list[ChatMessage], Meta(min_length=1, max_length=8192)]
 
 
-class ChatRequest(SamplingFields, kw_only=True, frozen=True):
+class ChatRequest(ShapedFields, kw_only=True, frozen=True):
     """A conversation to continue."""
 
     messages: Messages
@@ -107,11 +108,10 @@ class ChatRequest(SamplingFields, kw_only=True, frozen=True):
     parallel_tool_calls: bool | None = None
     functions: Annotated[list[FunctionDefinition], Meta(max_length=128)] | None = None
     function_call: Literal["none", "auto"] | FunctionName | None = None
-    response_format: dict[str, Any] | None = None
-    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Annotated[str, Meta(max_length=64)] | None = None
 
 
 class TopLogprob(Struct, kw_only=True, frozen=True):
@@ -174,6 +174,7 @@ class ChatChoice(Struct, kw_only=True, frozen=True):
     message: AnswerMessage
     logprobs: ChatLogprobs | None
     finish_reason: FinishReason
+    token_gates: list[TokenGate] | UnsetType = UNSET
 
 
 class ChatCompletion(Struct, kw_only=True, frozen=True):
@@ -223,6 +224,7 @@ class ChatChunkChoice(Struct, kw_only=True, frozen=True):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: FinishReason | None = None
+    token_gates: list[TokenGate] | UnsetType = UNSET
 
 
 class ChatChunk(Struct, kw_only=True, frozen=True):

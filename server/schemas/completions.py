@@ -6,12 +6,12 @@ from typing import Annotated, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from server.schemas.atlas import AtlasStats
-from server.schemas.sampling import SamplingFields
+from server.schemas.atlas import AtlasStats, TokenGate
+from server.schemas.shape import ShapedFields
 from server.schemas.usage import Timings, Usage
 
 
-class CompletionRequest(SamplingFields, kw_only=True, frozen=True):
+class CompletionRequest(ShapedFields, kw_only=True, frozen=True):
     """Text to continue: a string, token ids, or a list of either."""
 
     # One array member only: msgspec cannot tell list[str] from list[int] before it has looked inside.
@@ -38,6 +38,7 @@ class CompletionChoice(Struct, kw_only=True, frozen=True):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    token_gates: list[TokenGate] | UnsetType = UNSET
 
 
 class Completion(Struct, kw_only=True, frozen=True):

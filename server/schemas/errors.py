@@ -40,11 +40,19 @@ class AtlasError(Struct, kw_only=True, frozen=True):
     error: AtlasErrorBody
 
 
+class AnthropicErrorDetails(Struct, kw_only=True, frozen=True):
+    """Why a conversation cannot be kept for a client; one that was told this sends all of it each time."""
+
+    error_code: Literal["thread_unsupported_request"] = "thread_unsupported_request"
+    unsupported: tuple[Literal["thread"]] = ("thread",)
+
+
 class AnthropicErrorBody(Struct, kw_only=True, frozen=True):
     """What went wrong; the message names the field."""
 
     type: str
     message: str
+    details: AnthropicErrorDetails | UnsetType = UNSET
 
 
 class AnthropicError(Struct, kw_only=True, frozen=True):

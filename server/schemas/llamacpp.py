@@ -6,16 +6,17 @@ from typing import Annotated, Any, Literal
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from server.schemas.atlas import AtlasStats
+from server.schemas.atlas import AtlasStats, FittingProgress
 from server.schemas.chat import Messages, Tool
-from server.schemas.sampling import SamplingFields
+from server.schemas.shape import ShapedFields
 from server.schemas.usage import Timings
 
 
 class Health(Struct, kw_only=True, frozen=True):
-    """Answer of the health checks."""
+    """Answer of the health checks; `/ready` has `fitting` while the model is served without the memory it will have."""
 
     status: str
+    fitting: FittingProgress | UnsetType = UNSET
 
 
 class TokenizeRequest(Struct, kw_only=True, frozen=True):
@@ -66,19 +67,63 @@ class ApplyTemplateResponse(Struct, kw_only=True, frozen=True):
     prompt: str
 
 
-class LlamaCompletionRequest(SamplingFields, kw_only=True, frozen=True):
+Probabilities = Annotated[int, Meta(ge=0, le=20, description="Most likely tokens to tell of at every position")]
+
+
+class LlamaCompletionRequest(ShapedFields, kw_only=True, frozen=True):
     """A text to continue: a string or token ids; without a limit as long as the model goes on."""
 
     # One array member only: msgspec cannot tell list[str] from list[int] before it has looked inside.
     prompt: str | Annotated[list[int | str | list[int]], Meta(max_length=1 << 21)] | None = None
+    n_probs: Probabilities | None = None
+    return_tokens: bool | None = None
 
 
-class InfillRequest(SamplingFields, kw_only=True, frozen=True):
+class InfillRequest(ShapedFields, kw_only=True, frozen=True):
     """A gap to fill: what comes before it, what follows, and what the answer begins with."""
 
     input_prefix: str = ""
     input_suffix: str = ""
     prompt: str | None = None
+    n_probs: Probabilities | None = None
+    return_tokens: bool | None = None
+
+
+class LlamaSettings(Struct, kw_only=True, frozen=True):
+    """What an answer was generated with."""
+
+    n_ctx: int
+    model: str
+    n_predict: int
+    seed: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    typical_p: float
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    stop: list[str]
+    ignore_eos: bool
+    stream: bool
+    n_probs: int
+    grammar: str
+
+
+class LlamaTopToken(Struct, kw_only=True, frozen=True):
+    """One alternative at one position."""
+
+    id: int
+    token: str
+    bytes: list[int]
+    logprob: float
+
+
+class LlamaToken(LlamaTopToken, kw_only=True, frozen=True):
+    """One generated token and its alternatives."""
+
+    top_logprobs: list[LlamaTopToken]
 
 
 class LlamaCompletion(Struct, kw_only=True, frozen=True):
@@ -89,7 +134,10 @@ class LlamaCompletion(Struct, kw_only=True, frozen=True):
     index: int = 0
     id_slot: int = -1
     tokens: list[int] = []
+    completion_probabilities: list[LlamaToken] | UnsetType = UNSET
     model: str | UnsetType = UNSET
+    prompt: str | UnsetType = UNSET
+    generation_settings: LlamaSettings | UnsetType = UNSET
     tokens_predicted: int | UnsetType = UNSET
     tokens_evaluated: int | UnsetType = UNSET
     tokens_cached: int | UnsetType = UNSET
@@ -108,6 +156,19 @@ class RerankRequest(Struct, kw_only=True, frozen=True):
     documents: Annotated[list[str], Meta(min_length=1, max_length=2048)]
     model: Annotated[str, Meta(max_length=512)] | None = None
     top_n: Annotated[int, Meta(ge=1)] | None = None
+
+
+class RerankedText(Struct, kw_only=True, frozen=True):
+    """How well a text answers the question."""
+
+    index: int
+    relevance_score: float
+
+
+class Reranked(Struct, kw_only=True, frozen=True):
+    """Texts in the order of a question, as a model that ranks them would have it."""
+
+    results: list[RerankedText]
 
 
 class Slot(Struct, kw_only=True, frozen=True):

@@ -10,14 +10,28 @@ from server.schemas.atlas import AtlasOptions, AtlasStats
 from server.schemas.sampling import Fraction, TopK
 from server.schemas.usage import Timings
 
-StopReason = Literal["end_turn", "max_tokens", "stop_sequence"]
+StopReason = Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
 
 
-class Block(Struct, kw_only=True, frozen=True):
-    """One part of a message; `text` parts are understood, and `thinking` is left out."""
+class ResultBlock(Struct, kw_only=True, frozen=True):
+    """One part of a tool's result; `text` parts are understood."""
 
     type: str
     text: str | None = None
+
+
+class Block(Struct, kw_only=True, frozen=True):
+    """One part of a message: text, thinking, the use of a tool or its result; which fields there are depends on the type."""
+
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: Annotated[str, Meta(max_length=256)] | None = None
+    name: Annotated[str, Meta(max_length=256)] | None = None
+    input: dict[str, Any] | None = None
+    tool_use_id: Annotated[str, Meta(max_length=256)] | None = None
+    content: str | list[ResultBlock] | None = None
+    is_error: bool | None = None
 
 
 class InputMessage(Struct, kw_only=True, frozen=True):
@@ -27,15 +41,49 @@ class InputMessage(Struct, kw_only=True, frozen=True):
     content: str | list[Block]
 
 
+class AnthropicTool(Struct, kw_only=True, frozen=True):
+    """A tool the model may use; those that run at Anthropic have other types and are refused."""
+
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: str | None = None
+    input_schema: dict[str, Any] | None = None
+    strict: bool | None = None
+    type: str | None = None
+
+
+class AnthropicToolChoice(Struct, kw_only=True, frozen=True):
+    """Whether a tool must be used, and which."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class ThinkingOptions(Struct, kw_only=True, frozen=True):
+    """Whether the model shall think before it answers, where its template knows of that; the budget is a hint."""
+
+    type: Literal["enabled", "disabled", "adaptive", "between_tools"]
+    budget_tokens: Annotated[int, Meta(ge=1)] | None = None
+
+
+class OutputConfig(Struct, kw_only=True, frozen=True):
+    """What the answer must look like; `effort` is a hint."""
+
+    format: dict[str, Any] | None = None
+    effort: Annotated[str, Meta(max_length=64)] | None = None
+
+
 class CountRequest(Struct, kw_only=True, frozen=True):
     """A conversation whose tokens are counted."""
 
     messages: Annotated[list[InputMessage], Meta(min_length=1, max_length=8192)]
     model: Annotated[str, Meta(max_length=512)] | None = None
     system: str | list[Block] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
+    tools: Annotated[list[AnthropicTool], Meta(max_length=128)] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: ThinkingOptions | None = None
+    output_config: OutputConfig | None = None
+    output_format: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest, kw_only=True, frozen=True):
@@ -57,12 +105,28 @@ class TokenCount(Struct, kw_only=True, frozen=True):
     input_tokens: int
 
 
-class TextBlock(Struct, kw_only=True, frozen=True):
+class TextBlock(Struct, kw_only=True, frozen=True, tag_field="type", tag="text"):
     """Text of an answer."""
 
     text: str
-    type: Literal["text"] = "text"
-    citations: None = None
+
+
+class ThinkingBlock(Struct, kw_only=True, frozen=True, tag_field="type", tag="thinking"):
+    """What the model has thought; there is nothing to sign."""
+
+    thinking: str
+    signature: str = ""
+
+
+class ToolUseBlock(Struct, kw_only=True, frozen=True, tag_field="type", tag="tool_use"):
+    """The use of a tool; without input where the answer was cut short in it."""
+
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
+AnswerBlock = TextBlock | ThinkingBlock | ToolUseBlock
 
 
 class MessageUsage(Struct, kw_only=True, frozen=True):
@@ -79,7 +143,7 @@ class Message(Struct, kw_only=True, frozen=True):
 
     id: str
     model: str
-    content: list[TextBlock]
+    content: list[AnswerBlock]
     stop_reason: StopReason | None
     stop_sequence: str | None
     usage: MessageUsage
@@ -98,30 +162,41 @@ class MessageStart(Struct, kw_only=True, frozen=True):
 
 
 class ContentBlockStart(Struct, kw_only=True, frozen=True):
-    """Its text begins."""
+    """A block of it begins."""
 
     index: int
-    content_block: TextBlock
+    content_block: AnswerBlock
     type: Literal["content_block_start"] = "content_block_start"
 
 
-class TextDelta(Struct, kw_only=True, frozen=True):
+class TextDelta(Struct, kw_only=True, frozen=True, tag_field="type", tag="text_delta"):
     """New text."""
 
     text: str
-    type: Literal["text_delta"] = "text_delta"
+
+
+class ThinkingDelta(Struct, kw_only=True, frozen=True, tag_field="type", tag="thinking_delta"):
+    """More of what the model thinks."""
+
+    thinking: str
+
+
+class InputJsonDelta(Struct, kw_only=True, frozen=True, tag_field="type", tag="input_json_delta"):
+    """More of a tool's input, as JSON."""
+
+    partial_json: str
 
 
 class ContentBlockDelta(Struct, kw_only=True, frozen=True):
-    """New text of a block."""
+    """A block goes on."""
 
     index: int
-    delta: TextDelta
+    delta: TextDelta | ThinkingDelta | InputJsonDelta
     type: Literal["content_block_delta"] = "content_block_delta"
 
 
 class ContentBlockStop(Struct, kw_only=True, frozen=True):
-    """Its text has come to its end."""
+    """A block has come to its end."""
 
     index: int
     type: Literal["content_block_stop"] = "content_block_stop"

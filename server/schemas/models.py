@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Literal
 
 from msgspec import Struct
@@ -27,6 +28,27 @@ class Model(Struct, kw_only=True, frozen=True):
     created: int
     meta: ModelMeta
     owned_by: str = "atlas-jax"
+
+
+class AnthropicModel(Struct, kw_only=True, frozen=True):
+    """The same model as Anthropic's clients know models."""
+
+    id: str
+    type: Literal["model"] = "model"
+    display_name: str
+    created_at: datetime
+    lifecycle: Literal["active"] = "active"
+    max_input_tokens: int
+    max_tokens: int
+
+
+class AnthropicModels(Struct, kw_only=True, frozen=True):
+    """Every model of this server, in one page."""
+
+    data: list[AnthropicModel]
+    has_more: Literal[False] = False
+    first_id: str
+    last_id: str
 
 
 class ModelList(Struct, kw_only=True, frozen=True):

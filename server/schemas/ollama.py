@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from server.schemas.atlas import AtlasOptions, AtlasStats
+from server.schemas.chat import Tool
 from server.schemas.embeddings import Texts
 from server.schemas.sampling import Fraction, Penalty, RepeatPenalty, Temperature, TopK
 
@@ -36,13 +37,29 @@ class OllamaOptions(Struct, kw_only=True, frozen=True):
     )
 
 
+class OllamaFunction(Struct, kw_only=True, frozen=True):
+    """The function of a call, with its arguments as an object."""
+
+    name: Annotated[str, Meta(max_length=256)]
+    arguments: dict[str, Any] = {}
+
+
+class OllamaToolCall(Struct, kw_only=True, frozen=True):
+    """A call of a tool."""
+
+    function: OllamaFunction
+    id: Annotated[str, Meta(max_length=256)] | None = None
+
+
 class OllamaMessage(Struct, kw_only=True, frozen=True):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
-    content: str = ""
+    content: str | None = None
     images: list[str] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: Annotated[list[OllamaToolCall], Meta(max_length=128)] | None = None
+    tool_name: Annotated[str, Meta(max_length=256)] | None = None
+    tool_call_id: Annotated[str, Meta(max_length=256)] | None = None
     thinking: str | None = None
 
 
@@ -63,7 +80,7 @@ class OllamaChatRequest(_Asked, kw_only=True, frozen=True):
     """A conversation to continue."""
 
     messages: Annotated[list[OllamaMessage], Meta(max_length=8192)] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
+    tools: Annotated[list[Tool], Meta(max_length=128)] | None = None
 
 
 class OllamaGenerateRequest(_Asked, kw_only=True, frozen=True):
@@ -85,6 +102,15 @@ class OllamaEmbedRequest(Struct, kw_only=True, frozen=True):
     input: Texts
     truncate: bool | None = None
     dimensions: Annotated[int, Meta(ge=1, le=1 << 20)] | None = None
+    options: dict[str, Any] | None = None
+    keep_alive: str | float | None = None
+
+
+class OllamaEmbeddingsRequest(Struct, kw_only=True, frozen=True):
+    """One text to embed, as clients asked before there was `/api/embed`."""
+
+    model: ModelName
+    prompt: str
     options: dict[str, Any] | None = None
     keep_alive: str | float | None = None
 
@@ -113,11 +139,28 @@ class _Line(Struct, kw_only=True, frozen=True):
     atlas_stats: AtlasStats | UnsetType = UNSET
 
 
+class OllamaCalledFunction(Struct, kw_only=True, frozen=True):
+    """The function of a call, with its arguments as an object."""
+
+    index: int
+    name: str
+    arguments: dict[str, Any]
+
+
+class OllamaCalled(Struct, kw_only=True, frozen=True):
+    """A call of a tool."""
+
+    id: str
+    function: OllamaCalledFunction
+
+
 class OllamaAnswer(Struct, kw_only=True, frozen=True):
     """The assistant's message, or the next piece of it."""
 
     content: str
     role: Literal["assistant"] = "assistant"
+    thinking: str | UnsetType = UNSET
+    tool_calls: list[OllamaCalled] | UnsetType = UNSET
 
 
 class OllamaChat(_Line, kw_only=True, frozen=True):
@@ -130,6 +173,7 @@ class OllamaGenerated(_Line, kw_only=True, frozen=True):
     """One line of an answer, or all of it."""
 
     response: str
+    thinking: str | UnsetType = UNSET
 
 
 class OllamaEmbedded(Struct, kw_only=True, frozen=True):
@@ -140,6 +184,12 @@ class OllamaEmbedded(Struct, kw_only=True, frozen=True):
     total_duration: int
     load_duration: int
     prompt_eval_count: int
+
+
+class OllamaEmbedding(Struct, kw_only=True, frozen=True):
+    """The embedding of one text."""
+
+    embedding: list[float]
 
 
 class OllamaDetails(Struct, kw_only=True, frozen=True):

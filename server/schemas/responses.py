@@ -1,10 +1,9 @@
-"""`/v1/responses`: request, response, the events of a stream, and the lists and deletions around them."""
+"""`/v1/responses`: request, items, response, and the lists and deletions around them."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from server.schemas.atlas import AtlasStats
@@ -16,12 +15,23 @@ Name = Annotated[str, Meta(min_length=1, max_length=128)]
 
 
 class InputItem(Struct, kw_only=True, frozen=True):
-    """One item of the input: a message."""
+    """One item of the input: a message, a call of a function and what it returned, or reasoning.
+
+    Which of the fields there are depends on the type.
+    """
 
     type: str = "message"
     role: str | None = None
     content: str | list[ContentPart] | None = None
     id: str | None = None
+    call_id: Annotated[str, Meta(max_length=256)] | None = None
+    name: Annotated[str, Meta(max_length=256)] | None = None
+    arguments: str | None = None
+    output: str | list[ContentPart] | None = None
+    summary: list[ContentPart] | None = None
+
+
+InputItems = Annotated[list[InputItem], Meta(max_length=8192)]
 
 
 class ConversationRef(Struct, kw_only=True, frozen=True):
@@ -37,53 +47,152 @@ class TextConfig(Struct, kw_only=True, frozen=True):
     verbosity: str | None = None
 
 
+class NamespacedTool(Struct, kw_only=True, frozen=True):
+    """A function in a namespace."""
+
+    type: str
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class FunctionTool(Struct, kw_only=True, frozen=True):
+    """A function the model may call, or a namespace of some; the fields are those of a function in chat completions."""
+
+    type: str
+    tools: Annotated[list[NamespacedTool], Meta(max_length=128)] | UnsetType | None = UNSET
+    name: Annotated[str, Meta(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")] | None = None
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class NamedFunction(Struct, kw_only=True, frozen=True, tag_field="type", tag="function"):
+    """The function that must be called."""
+
+    name: str
+
+
+class AllowedFunctions(Struct, kw_only=True, frozen=True, tag_field="type", tag="allowed_tools"):
+    """The functions that may be called; `required` means that one of them must be."""
+
+    tools: Annotated[list[NamedFunction], Meta(min_length=1, max_length=128)]
+    mode: Literal["auto", "required"] = "auto"
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedFunction | AllowedFunctions
+Metadata = Annotated[
+    dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)
+]
+
+
+class ReasoningOptions(Struct, kw_only=True, frozen=True):
+    """Hints for the model's template, and whether its reasoning is wanted as a summary."""
+
+    effort: Annotated[str, Meta(max_length=64)] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
 class ResponsesRequest(SamplingFields, kw_only=True, frozen=True):
     """What is new, and which response or conversation it follows."""
 
-    input: str | Annotated[list[InputItem], Meta(max_length=8192)] | None = None
+    input: str | InputItems | None = None
     instructions: str | None = None
     previous_response_id: Name | None = None
     conversation: Name | ConversationRef | None = None
     max_output_tokens: Annotated[int, Meta(ge=1, le=1 << 31)] | None = None
-    metadata: (
-        Annotated[dict[Annotated[str, Meta(max_length=64)], Annotated[str, Meta(max_length=512)]], Meta(max_length=16)]
-        | None
-    ) = None
+    metadata: Metadata | None = None
     text: TextConfig | None = None
     include: Annotated[list[str], Meta(max_length=32)] | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
     store: bool | None = None
     background: bool | None = None
     truncation: Literal["auto", "disabled"] | None = None
-    tools: Annotated[list[dict[str, Any]], Meta(max_length=1024)] | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tools: Annotated[list[FunctionTool], Meta(max_length=128)] | None = None
+    tool_choice: ToolChoice | None = None
+    max_tool_calls: Annotated[int, Meta(ge=1)] | None = None
     parallel_tool_calls: bool | None = None
-    reasoning: dict[str, Any] | None = None
+    reasoning: ReasoningOptions | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
 
 
-# --- the response -----------------------------------------------------------------------------------------------------
-class OutputText(Struct, kw_only=True, frozen=True):
+# --- items -------------------------------------------------------------------------------------------------------------
+ItemStatus = Literal["in_progress", "completed", "incomplete"]
+
+
+class InputText(Struct, kw_only=True, frozen=True, tag_field="type", tag="input_text"):
+    """A part of a message to the model."""
+
+    text: str
+
+
+class OutputText(Struct, kw_only=True, frozen=True, tag_field="type", tag="output_text"):
     """A part of an answer."""
 
     text: str
-    type: Literal["output_text"] = "output_text"
     annotations: list[Any] = []
     logprobs: list[TokenLogprob] = []
 
 
-class OutputMessage(Struct, kw_only=True, frozen=True):
-    """An answer."""
+class ReasoningText(Struct, kw_only=True, frozen=True, tag_field="type", tag="reasoning_text"):
+    """What the model has thought."""
+
+    text: str
+
+
+class SummaryText(Struct, kw_only=True, frozen=True, tag_field="type", tag="summary_text"):
+    """The same, where a summary was asked for."""
+
+    text: str
+
+
+class MessageItem(Struct, kw_only=True, frozen=True, tag_field="type", tag="message"):
+    """A message to the model, or its answer."""
 
     id: str
-    status: Literal["in_progress", "completed", "incomplete"]
-    content: list[OutputText]
-    type: Literal["message"] = "message"
-    role: Literal["assistant"] = "assistant"
+    role: Literal["user", "assistant", "system", "developer"]
+    content: list[InputText | OutputText]
+    status: ItemStatus = "completed"
 
 
+class FunctionCallItem(Struct, kw_only=True, frozen=True, tag_field="type", tag="function_call"):
+    """A call of a function; the arguments are JSON, cut short where the answer was."""
+
+    id: str
+    call_id: str
+    name: str
+    arguments: str
+    namespace: str | UnsetType = UNSET
+    status: ItemStatus = "completed"
+
+
+class FunctionOutputItem(Struct, kw_only=True, frozen=True, tag_field="type", tag="function_call_output"):
+    """What a function has returned."""
+
+    id: str
+    call_id: str
+    output: str | list[InputText]
+    status: ItemStatus = "completed"
+
+
+class ReasoningItem(Struct, kw_only=True, frozen=True, tag_field="type", tag="reasoning"):
+    """What the model has thought before an answer."""
+
+    id: str
+    summary: list[SummaryText]
+    content: list[ReasoningText]
+    status: ItemStatus = "completed"
+
+
+Item = MessageItem | FunctionCallItem | FunctionOutputItem | ReasoningItem
+OutputItem = MessageItem | FunctionCallItem | ReasoningItem
+
+
+# --- the response -----------------------------------------------------------------------------------------------------
 class InputTokensDetails(Struct, kw_only=True, frozen=True):
     """`cached_tokens` did not have to be processed again."""
 
@@ -120,6 +229,13 @@ class IncompleteDetails(Struct, kw_only=True, frozen=True):
     reason: Literal["max_output_tokens"]
 
 
+class ReasoningEcho(Struct, kw_only=True, frozen=True):
+    """What was said of reasoning."""
+
+    effort: str | None = None
+    summary: str | None = None
+
+
 class ResponseObject(Struct, kw_only=True, frozen=True):
     """A response; `output` is empty until it is complete."""
 
@@ -127,7 +243,7 @@ class ResponseObject(Struct, kw_only=True, frozen=True):
     created_at: float
     status: Literal["in_progress", "completed", "incomplete", "failed"]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputItem]
     temperature: float | None
     top_p: float | None
     text: dict[str, Any]
@@ -144,11 +260,12 @@ class ResponseObject(Struct, kw_only=True, frozen=True):
     parallel_tool_calls: bool = True
     previous_response_id: str | None = None
     prompt_cache_key: str | None = None
-    reasoning: dict[str, Any] = msgspec.field(default_factory=lambda: {"effort": None, "summary": None})
+    max_tool_calls: int | None = None
+    reasoning: ReasoningEcho = ReasoningEcho()
     safety_identifier: str | None = None
     service_tier: Literal["default"] = "default"
-    tool_choice: Literal["auto", "none"] = "auto"
-    tools: list[Any] = []
+    tool_choice: ToolChoice = "auto"
+    tools: list[FunctionTool] = []
     top_logprobs: int = 0
     truncation: Literal["auto", "disabled"] = "disabled"
     usage: ResponseUsage | None = None
@@ -157,86 +274,11 @@ class ResponseObject(Struct, kw_only=True, frozen=True):
     atlas_stats: AtlasStats | UnsetType = UNSET
 
 
-# --- events -----------------------------------------------------------------------------------------------------------
-class ResponseEvent(Struct, kw_only=True, frozen=True):
-    """The response begins, or has come to its end."""
-
-    type: Literal[
-        "response.created", "response.in_progress", "response.completed", "response.incomplete", "response.failed"
-    ]
-    sequence_number: int
-    response: ResponseObject
-
-
-class OutputItemEvent(Struct, kw_only=True, frozen=True):
-    """The answer begins, or has come to its end."""
-
-    type: Literal["response.output_item.added", "response.output_item.done"]
-    sequence_number: int
-    output_index: int
-    item: OutputMessage
-
-
-class ContentPartEvent(Struct, kw_only=True, frozen=True):
-    """The answer's text begins, or has come to its end."""
-
-    type: Literal["response.content_part.added", "response.content_part.done"]
-    sequence_number: int
-    item_id: str
-    output_index: int
-    content_index: int
-    part: OutputText
-
-
-class TextDeltaEvent(Struct, kw_only=True, frozen=True):
-    """New text."""
-
-    sequence_number: int
-    item_id: str
-    output_index: int
-    content_index: int
-    delta: str
-    logprobs: list[TokenLogprob]
-    type: Literal["response.output_text.delta"] = "response.output_text.delta"
-
-
-class TextDoneEvent(Struct, kw_only=True, frozen=True):
-    """All the text."""
-
-    sequence_number: int
-    item_id: str
-    output_index: int
-    content_index: int
-    text: str
-    logprobs: list[TokenLogprob]
-    type: Literal["response.output_text.done"] = "response.output_text.done"
-
-
-ResponseStreamEvent = ResponseEvent | OutputItemEvent | ContentPartEvent | TextDeltaEvent | TextDoneEvent
-
-
 # --- what is kept -----------------------------------------------------------------------------------------------------
-class StoredPart(Struct, kw_only=True, frozen=True):
-    """Text of an item."""
-
-    type: Literal["input_text", "output_text"]
-    text: str
-
-
-class StoredItem(Struct, kw_only=True, frozen=True):
-    """An item of a response's input."""
-
-    id: str
-    role: Literal["user", "assistant", "system", "developer"]
-    content: list[StoredPart]
-    type: Literal["message"] = "message"
-    status: Literal["completed"] = "completed"
-
-
 class ItemList(Struct, kw_only=True, frozen=True):
     """One page of items."""
 
-    data: list[StoredItem]
+    data: list[Item]
     first_id: str | None
     last_id: str | None
     has_more: bool

@@ -24,7 +24,15 @@ from server.schemas.chat import (
 )
 from server.schemas.chat import FinishReason as AnswerReason
 from server.schemas.usage import Usage
-from server.services.response_builder import Ending, FinishReason, Identification, Outcome, finish_reason, finite
+from server.services.response_builder import (
+    Ending,
+    FinishReason,
+    Identification,
+    Outcome,
+    finish_reason,
+    finite,
+    token_gates,
+)
 from server.tool_calls.answer import AnswerReader
 from server.tool_calls.pieces import CallArguments, CallBegun, Content, Piece, Reasoning
 
@@ -35,8 +43,8 @@ _EMPTY = ChatDelta()
 class ChatResponseBuilder:
     """Response and chunks of `/v1/chat/completions`.
 
-    Log-probabilities are those of all tokens of an answer, in order, whatever part of it they are. They come with the next
-    part that comes out.
+    Log-probabilities and gates are those of all tokens of an answer, in order, whatever part of it they are. They come with
+    the next part that comes out.
 
     Args:
       logprobs: whether the request asked for them.
@@ -88,13 +96,14 @@ class ChatResponseBuilder:
         for index, outcome in enumerate(outcomes):
             assert outcome.finished is not None
             reader = self._reader()
-            pieces = [*reader.push("".join(outcome.text)), *reader.finish()]
+            pieces = [*reader.push(outcome.text), *reader.finish()]
             choices.append(
                 ChatChoice(
                     index=index,
                     message=self._message(pieces),
                     logprobs=self._token_logprobs(outcome.tokens),
                     finish_reason=self._reason(finish_reason(outcome.finished), reader),
+                    token_gates=token_gates(outcome.tokens),
                 )
             )
         return ChatCompletion(
@@ -143,7 +152,12 @@ class ChatResponseBuilder:
             deltas = [ChatDelta(content="")]
         out = []
         for delta in deltas:
-            choice = ChatChunkChoice(index=index, delta=delta, logprobs=self._token_logprobs(tokens or ()))
+            choice = ChatChunkChoice(
+                index=index,
+                delta=delta,
+                logprobs=self._token_logprobs(tokens or ()),
+                token_gates=token_gates(tokens or ()),
+            )
             out.append(self._chunk([choice], self._usage, None))
             if tokens:
                 tokens.clear()

@@ -7,9 +7,18 @@ from collections.abc import Sequence
 from msgspec import UNSET, UnsetType
 
 from atlas_jax.engine.api import Delta, Prompt, TokenInfo
+from server.schemas.atlas import TokenGate
 from server.schemas.completions import Completion, CompletionChoice, CompletionLogprobs
 from server.schemas.usage import Usage
-from server.services.response_builder import Ending, FinishReason, Identification, Outcome, finish_reason, finite
+from server.services.response_builder import (
+    Ending,
+    FinishReason,
+    Identification,
+    Outcome,
+    finish_reason,
+    finite,
+    token_gates,
+)
 
 
 class _Offsets:
@@ -112,7 +121,8 @@ class CompletionResponseBuilder:
             return [self._chunk(index, self._echo(index), self._prompt_logprobs(index, event.tokens))]
         out = self._pending_echo(index)
         if event.text or event.tokens:
-            out.append(self._chunk(index, event.text, self._token_logprobs(index, event.tokens)))
+            logprobs = self._token_logprobs(index, event.tokens)
+            out.append(self._chunk(index, event.text, logprobs, gates=token_gates(event.tokens)))
         return out
 
     def end(self, index: int, reason: FinishReason, ending: Ending | None) -> list[Completion]:
@@ -133,9 +143,10 @@ class CompletionResponseBuilder:
             choices.append(
                 CompletionChoice(
                     index=index,
-                    text=self._echo(index) + "".join(outcome.text),
+                    text=self._echo(index) + outcome.text,
                     logprobs=logprobs,
                     finish_reason=finish_reason(outcome.finished),
+                    token_gates=token_gates(outcome.tokens),
                 )
             )
         return self._response(choices, usage, ending)
@@ -147,8 +158,9 @@ class CompletionResponseBuilder:
         logprobs: CompletionLogprobs | None,
         reason: FinishReason | None = None,
         ending: Ending | None = None,
+        gates: list[TokenGate] | UnsetType = UNSET,
     ) -> Completion:
-        choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason)
+        choice = CompletionChoice(index=index, text=text, logprobs=logprobs, finish_reason=reason, token_gates=gates)
         return self._response([choice], self._usage, ending)
 
     def _response(

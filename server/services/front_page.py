@@ -56,6 +56,7 @@ class FrontPage:
 
     def ready(self, address: str) -> str:
         """The line in the log once requests are answered."""
-        memory = "on" if self._memory else "off"
-        model = self._supervisor.engine.model.name
+        engine = self._supervisor.engine
+        memory = "being fitted" if engine.fitting() is not None else "on" if self._memory else "off"
+        model = engine.model.name
         return f"Ready: http://{address} (model {model}, memory {memory}). Try: {self.example(address)}"

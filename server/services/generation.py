@@ -173,8 +173,7 @@ class Generation:
                     outcome = outcomes[index]
                     if isinstance(event, Delta):
                         self._note_delta()
-                        outcome.text.append(event.text)
-                        outcome.tokens.extend(event.tokens)
+                        outcome.deltas.append(event)
                     elif isinstance(event, Prompt):
                         outcome.prompt = event.tokens
                     elif isinstance(event, Embedded):

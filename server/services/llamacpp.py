@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from atlas_jax import __version__
@@ -13,13 +12,13 @@ from server.schemas import llamacpp as schema
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.generation import Generation
 from server.services.inference import Answering, Asked, Inference
-from server.services.llamacpp_api import LlamaBuilder, completion_request
+from server.services.llamacpp_api import Asking, LlamaBuilder, completion_request, settings_of, with_pairs
 from server.services.models import Models
 from server.services.sampling import default_sampling
 from server.services.tokenization import Tokenization
 from server.services.unsupported import refuse_unsupported
 from server.services.wire import Wire
-from server.tool_calls.choice import functions_of
+from server.tool_calls.choice import functions_of_tools
 from server.validation import invalid, parse
 
 
@@ -40,30 +39,38 @@ class LlamaCppService:
 
     async def completion(self, raw: Any, context: RequestContext) -> Generation:
         """Starts the answer of `POST /completion`."""
-        body = parse(schema.LlamaCompletionRequest, raw)
-        refuse_unsupported(_mapping(raw), schema.LlamaCompletionRequest)
+        body = parse(schema.LlamaCompletionRequest, with_pairs(raw))
+        refuse_unsupported(raw, schema.LlamaCompletionRequest)
         if (
             not isinstance(body.prompt, str | None)
             and body.prompt
             and not all(isinstance(one, int) for one in body.prompt)
         ):
             raise invalid("prompt", "must be a string or token ids")
-        return await self._inference.complete(completion_request(body, body.prompt), context, _answering("prompt"))
+        return await self._complete(body, body.prompt or "", context, "prompt")
 
     async def infill(self, raw: Any, context: RequestContext) -> Generation:
         """Starts the answer of `POST /infill`; raises NotSupported for a model that was not taught to."""
-        body = parse(schema.InfillRequest, raw)
-        refuse_unsupported(_mapping(raw), schema.InfillRequest)
+        body = parse(schema.InfillRequest, with_pairs(raw))
+        refuse_unsupported(raw, schema.InfillRequest)
         marks = self._supervisor.engine.model.infill
         if marks is None:
             raise NotSupported("This model cannot fill gaps: its vocabulary has no tokens that mark them")
-        parts = [
-            await self._tokenization.encode(text, add_special=False, parse_special=False)
-            for text in (body.input_prefix, body.input_suffix, body.prompt or "")
-        ]
-        prefix, suffix, middle = marks
-        prompt = [*prefix, *parts[0], *suffix, *parts[1], *middle, *parts[2]]
-        return await self._inference.complete(completion_request(body, prompt), context, _answering("input_prefix"))
+        prompt = await self._tokenization.gap(marks, body.input_prefix, body.input_suffix, body.prompt or "")
+        return await self._complete(body, prompt, context, "input_prefix")
+
+    async def _complete(self, body: Asking, prompt: Any, context: RequestContext, field: str) -> Generation:
+        shown = prompt if isinstance(prompt, str) else await self._tokenization.decode(prompt, field)
+
+        def answering(asked: Asked) -> Answering:
+            model = self._supervisor.engine.model
+            default = default_sampling(self._sampling, model.sampling)
+            settings = settings_of(body, default, model=asked.model, context=model.context_length)
+            return Answering(
+                builder=LlamaBuilder(shown, settings, tokens=bool(body.return_tokens)), wire=Wire(), field=field
+            )
+
+        return await self._inference.complete(completion_request(body, prompt), context, answering)
 
     def rerank(self, raw: Any) -> NoReturn:
         """Raises NotSupported: no model that is served ranks texts."""
@@ -92,7 +99,7 @@ class LlamaCppService:
         """A conversation as text."""
         return schema.ApplyTemplateResponse(
             prompt=await self._tokenization.template(
-                wanted.messages, wanted.chat_template_kwargs, functions_of(wanted.tools or ())
+                wanted.messages, wanted.chat_template_kwargs, functions_of_tools(wanted.tools or ())
             )
         )
 
@@ -137,17 +144,6 @@ class LlamaCppService:
             )
             for slot in engine.slots()
         ]
-
-
-def _answering(field: str) -> Any:
-    def answering(asked: Asked) -> Answering:
-        return Answering(builder=LlamaBuilder(asked.model), wire=Wire(), field=field)
-
-    return answering
-
-
-def _mapping(raw: Any) -> Mapping[str, Any]:
-    return raw if isinstance(raw, dict) else {}
 
 
 def _piece(data: bytes) -> str | list[int]:

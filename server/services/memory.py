@@ -18,7 +18,7 @@ from server.prometheus import Metrics
 from server.schemas import atlas as schema
 from server.schemas.atlas import state_fields
 from server.services.engine_supervisor import EngineSupervisor
-from server.services.memory_options import check_name
+from server.services.memory_options import check_name, no_memory
 from server.services.runtime_config import RuntimeConfig
 from server.services.thread_pools import ThreadPools
 from server.validation import invalid
@@ -192,6 +192,31 @@ class MemoryService:
         self._tell("[ATLAS] Memory state deleted for session: %s", name)
         return schema.DeleteResponse(success=True, context_id=name)
 
+    async def rename(self, owner: str, wanted: schema.RenameRequest) -> schema.RenameResponse:
+        """Gives a session another name."""
+        self.require(endpoints=True)
+        source, target = check_name(wanted.session_id, "session_id"), check_name(wanted.target, "target")
+        await self._call(lambda store: store.rename(owner, source, target))
+        self._tell("[ATLAS] Session %s is called %s", source, target)
+        return schema.RenameResponse(success=True, session_id=source, target=target)
+
+    async def fork(self, owner: str, wanted: schema.ForkRequest) -> schema.ForkResponse:
+        """Begins a session where another of the owner's is; it is stored before this returns, if sessions are."""
+        self.require(endpoints=True)
+        source, target = check_name(wanted.session_id, "session_id"), check_name(wanted.target, "target")
+
+        def fork(store: SessionStore) -> None:
+            if store.fork(owner, source, target):
+                if self._settings.memory_persist:
+                    store.save_session(owner, target)
+                return
+            store.info(owner, source)  # raises where it is the source that cannot be had
+            raise invalid("target", "a session of this name is there already")
+
+        await self._call(fork)
+        self._tell("[ATLAS] Session %s goes on from %s", target, source)
+        return schema.ForkResponse(success=True, session_id=source, target=target)
+
     async def reset(self, owner: str, session_id: str | None) -> schema.ResetResponse:
         """Empties one session's memory, or all of the owner's."""
         self.require(endpoints=True)
@@ -212,7 +237,7 @@ class MemoryService:
         """
         engine = self._supervisor.engine
         if engine.model.memory_unavailable is not None:
-            raise NotEnabled(engine.model.memory_unavailable)
+            raise no_memory(engine.model.memory_unavailable, engine.fitting())
         store = engine.sessions
         try:
             for pause in _RETRY_SECONDS:

@@ -6,15 +6,16 @@ import unicodedata
 from dataclasses import dataclass
 
 from atlas_jax.config import PAGE
-from atlas_jax.engine.api import EngineProtocol, InvalidRequest, MemoryParams, SessionKey
+from atlas_jax.engine.api import EngineProtocol, Fitting, InvalidRequest, MemoryParams, SessionKey
 from atlas_jax.engine.config import MIN_WINDOW
 from atlas_jax.engine.memory_options import MemoryOptions
-from server.errors import BadRequest, NotEnabled
+from server.errors import BadRequest, NotEnabled, Unavailable
 from server.schemas.atlas import AtlasDefaults, AtlasOptions
 from server.validation import invalid
 
 _EMPTY = AtlasOptions()
 _NAME_CHARS = 128
+_RETRY_SECONDS = 10.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +44,7 @@ def plan_memory(
     unavailable: str | None,
     max_window: int,
     memory_dim: int | None,
+    fitting: Fitting | None = None,
 ) -> MemoryPlan:
     """Resolves one request.
 
@@ -52,10 +54,12 @@ def plan_memory(
       header: the value of `X-Session-ID`, or None.
       unavailable: why this server has no memory, or None.
       memory_dim: of the memory that is served; None where it has no such dimension.
+      fitting: how far the memory is that will be there soon, or None.
 
     Raises:
       BadRequest: a value out of range, or two different sessions.
       NotEnabled: a session was named and there is no memory that could keep it.
+      Unavailable: there will be one soon.
     """
     if atlas is None and header is None:
         return MemoryPlan(params=None, batch_size=defaults.batch_size)
@@ -68,13 +72,14 @@ def plan_memory(
         return MemoryPlan(params=None, batch_size=merged.batch_size)
     if unavailable is not None:
         if session_id is not None:
-            raise NotEnabled(unavailable)
+            raise no_memory(unavailable, fitting)
         return MemoryPlan(params=None, batch_size=merged.batch_size, degraded=unavailable)
     return MemoryPlan(
         params=MemoryParams(
             session=None if session_id is None else SessionKey(owner, session_id),
             **{name: getattr(merged, name) for name in MemoryOptions.__struct_fields__},
             regenerate=atlas is not None and bool(atlas.regenerate),
+            token_gates=atlas is not None and bool(atlas.token_gates),
             given=frozenset(
                 name for name in AtlasOptions.__struct_fields__ if getattr(atlas or _EMPTY, name) is not None
             ),
@@ -82,6 +87,14 @@ def plan_memory(
         batch_size=merged.batch_size,
         session_id=session_id,
     )
+
+
+def no_memory(unavailable: str, fitting: Fitting | None) -> NotEnabled | Unavailable:
+    """The error of a request that needs a memory: it says how far one is that is being fitted."""
+    if fitting is None:
+        return NotEnabled(unavailable)
+    told = f"{unavailable}: {fitting.stage}, {fitting.share:.0%}, for {fitting.seconds:.0f} s by now"
+    return Unavailable(told, code="memory_fitting", retry_after=_RETRY_SECONDS)
 
 
 def check_windows(values: AtlasDefaults, *, max_window: int, prefix: str) -> None:
@@ -133,6 +146,12 @@ def check_name(name: str, field: str) -> str:
     if name != name.strip():
         raise invalid(field, "must not begin or end with a space")
     return name
+
+
+def check_token_gates(atlas: AtlasOptions | None) -> None:
+    """Raises BadRequest where gates are asked of an API whose answers have no place for them."""
+    if atlas is not None and atlas.token_gates:
+        raise invalid("atlas.token_gates", "is for /v1/chat/completions and /v1/completions")
 
 
 def _session(atlas: AtlasOptions | None, header: str | None) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import msgspec
@@ -39,26 +38,32 @@ class MessagesService:
         body = _parse(schema.MessagesRequest, raw)
 
         def answering(asked: Asked) -> Answering:
-            builder = api.MessageBuilder(new_id("msg"), model=asked.model, prompt_tokens=asked.prompt_tokens)
+            builder = api.MessageBuilder(
+                new_id("msg"), model=asked.model, prompt_tokens=asked.prompt_tokens, reader=asked.reader
+            )
             return Answering(
                 builder=builder,
                 wire=Wire(frame=named_event, error=anthropic_error, opening=builder.opening, ping=_PING),
                 field="messages",
             )
 
-        return await self._inference.converse(api.chat_request(body), context, answering)
+        tools, shape = api.chosen_tools(body), api.answer_shape(body)
+        return await self._inference.converse(api.chat_request(body), context, answering, tools=tools, shape=shape)
 
     async def count(self, raw: Any, context: RequestContext) -> bytes:
         """The answer of `POST /v1/messages/count_tokens`."""
         body = _parse(schema.CountRequest, raw)
         _ = self._supervisor.accepting
         self._models.resolve(body.model)
-        ids = await self._tokenization.chat(api.conversation(body), None)
+        tools = api.chosen_tools(body)
+        ids = await self._tokenization.chat(
+            api.conversation(body), api.template_variables(body), () if tools is None else tools.told
+        )
         return msgspec.json.encode(schema.TokenCount(input_tokens=len(ids)))
 
 
 def _parse(kind: type[C], raw: Any) -> C:
     body = parse(kind, raw)
-    refuse_unsupported(raw if isinstance(raw, Mapping) else {}, kind)
+    refuse_unsupported(raw, kind)
     api.refuse(body)
     return body

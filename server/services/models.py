@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 
 from server.errors import NotFound
-from server.schemas.models import Model, ModelMeta
+from server.schemas.models import AnthropicModel, Model, ModelMeta
 from server.services.engine_supervisor import EngineSupervisor
 
 
@@ -53,6 +54,19 @@ class Models:
                 n_embd=model.embedding_size,
                 n_layer=model.layers,
             ),
+        )
+
+    def describe_to_anthropic(self, name: str) -> AnthropicModel:
+        """One model as Anthropic's API lists it; raises NotFound for any other name."""
+        if name not in self.names:
+            raise _unknown(name)
+        model = self._supervisor.engine.model
+        return AnthropicModel(
+            id=name,
+            display_name=name,
+            created_at=datetime.fromtimestamp(model.created, UTC),
+            max_input_tokens=model.context_length,
+            max_tokens=model.context_length,
         )
 
 

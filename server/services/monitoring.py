@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 import msgspec
 
-from atlas_jax.engine.api import EngineStats
+from atlas_jax.engine.api import EngineStats, Fitting
 from server.admission import Admission
 from server.config.settings import Settings
 from server.errors import NotEnabled, ServerError, TooManyRequests
@@ -23,6 +23,15 @@ from server.services.stats import ServerStats
 log = logging.getLogger("atlas.server")
 _BACKLOG = 16
 _SUBSCRIBERS, _SUBSCRIBERS_PER_PARTY = 256, 64
+
+
+def fitting_progress(fitting: Fitting | None) -> schema.FittingProgress | None:
+    """How far a memory is that is being fitted, as it is shown."""
+    if fitting is None:
+        return None
+    return schema.FittingProgress(
+        stage=fitting.stage, progress=round(fitting.share, 3), seconds=round(fitting.seconds, 1)
+    )
 
 
 class Subscriber:
@@ -181,6 +190,7 @@ class Monitoring:
                 **schema.state_fields(model.state),
                 adapter=model.adapter,
                 memory_unavailable=model.memory_unavailable,
+                fitting=fitting_progress(engine.fitting()),
                 set_aside=[]
                 if model.memory_unavailable is not None
                 else [

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -41,23 +40,29 @@ class OllamaService:
         self._check(raw, body)
         if not body.messages:
             return self._loaded("chat", body.model)
-        return await self._inference.converse(api.chat_request(body), context, _answering("chat", "messages"))
+        return await self._inference.converse(
+            api.chat_request(body),
+            context,
+            _answering("chat", "messages"),
+            tools=api.chosen_tools(body),
+            shape=api.answer_shape(body),
+        )
 
     async def generate(self, raw: Any, context: RequestContext) -> Generation | bytes:
-        """Starts the answer to a question, or with `raw` the continuation of a text."""
+        """Starts the answer to a question, with `raw` the continuation of a text, with `suffix` what fills a gap."""
         body = parse(schema.OllamaGenerateRequest, raw)
         self._check(raw, body)
         if not body.prompt:
             return self._loaded("generate", body.model)
         answering = _answering("generate", "prompt")
-        if body.raw:
+        if body.raw or body.suffix:
             return await self._inference.complete(api.completion_request(body), context, answering)
-        return await self._inference.converse(api.chat_request(body), context, answering)
+        return await self._inference.converse(api.chat_request(body), context, answering, shape=api.answer_shape(body))
 
     async def embed(self, raw: Any, context: RequestContext) -> bytes:
         """The answer of `POST /api/embed`."""
         began, body = time.perf_counter(), parse(schema.OllamaEmbedRequest, raw)
-        refuse_unsupported(_mapping(raw), schema.OllamaEmbedRequest)
+        refuse_unsupported(raw, schema.OllamaEmbedRequest)
         model, vectors, tokens = await self._embeddings.vectors(
             body.input, "input", context, model=api.plain_name(body.model), dimensions=body.dimensions
         )
@@ -71,6 +76,15 @@ class OllamaService:
                 prompt_eval_count=tokens,
             ),
         )
+
+    async def embed_one(self, raw: Any, context: RequestContext) -> bytes:
+        """The answer of `POST /api/embeddings`."""
+        body = parse(schema.OllamaEmbeddingsRequest, raw)
+        refuse_unsupported(raw, schema.OllamaEmbeddingsRequest)
+        _, vectors, _ = await self._embeddings.vectors(
+            body.prompt, "prompt", context, model=api.plain_name(body.model), dimensions=None
+        )
+        return await self._embeddings.written(vectors, lambda rows: schema.OllamaEmbedding(embedding=rows[0]))
 
     def tags(self) -> schema.OllamaModels:
         """Every name of the model."""
@@ -92,27 +106,25 @@ class OllamaService:
         if not name:
             raise invalid("model", "required field is missing")
         self._models.resolve(api.plain_name(name))
-        return api.shown(self._supervisor.engine.model)
+        engine = self._supervisor.engine
+        return api.shown(engine.model, thinks=engine.template.thinks)
 
     def version(self) -> schema.OllamaVersion:
         """The server's version."""
         return schema.OllamaVersion(version=__version__)
 
     def _check(self, raw: Any, body: schema.OllamaChatRequest | schema.OllamaGenerateRequest) -> None:
-        refuse_unsupported(_mapping(raw), type(body))
+        refuse_unsupported(raw, type(body))
         api.refuse(body)
+        api.check_thinking(body, thinks=self._supervisor.engine.template.thinks)
 
-    def _loaded(self, kind: str, name: str) -> bytes:
+    def _loaded(self, kind: Literal["chat", "generate"], name: str) -> bytes:
         _ = self._supervisor.accepting
         return msgspec.json.encode(api.OllamaBuilder(kind, self._models.resolve(api.plain_name(name))).loaded())
 
 
-def _answering(kind: str, field: str) -> Any:
+def _answering(kind: Literal["chat", "generate"], field: str) -> Any:
     def answering(asked: Asked) -> Answering:
-        return Answering(builder=api.OllamaBuilder(kind, asked.model), wire=_WIRE, field=field)
+        return Answering(builder=api.OllamaBuilder(kind, asked.model, reader=asked.reader), wire=_WIRE, field=field)
 
     return answering
-
-
-def _mapping(raw: Any) -> Mapping[str, Any]:
-    return raw if isinstance(raw, dict) else {}

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from atlas_jax.engine.api import EngineError, EngineProtocol
+from atlas_jax.engine.api import EngineError, EngineProtocol, SessionStore
 from server.config.settings import Settings
 from server.errors import ServerError
 from server.prometheus import Metrics
@@ -41,16 +41,21 @@ class Persistence:
         self._saved_at = time.monotonic()
 
     def load(self, engine: EngineProtocol) -> None:
-        """Brings in what every owner's memory file has that is newer than the sessions stored; damage is set aside."""
+        """Has the memory files read, now or as soon as the engine has a memory."""
         if not (self._settings.enabled and self._settings.memory_persist and self._settings.auto_load_memory):
             return
-        if engine.model.memory_unavailable is not None:
-            return
+        file = self._file(engine)
+        engine.before_memory(lambda sessions: self._load(sessions, file))
+        if engine.model.memory_unavailable is None:
+            self._load(engine.sessions, file)
+
+    def _load(self, sessions: SessionStore, file: str) -> None:
+        """Brings in what every owner's memory file has that is newer than the sessions stored; damage is set aside."""
         counts: list[int] = []
         for owner in self._owners:
             try:
                 with self._metrics.load_seconds.time():
-                    count = engine.sessions.load_default(owner)
+                    count = sessions.load_default(owner)
             except EngineError as error:
                 log.error("ATLAS memory could not be loaded: %s", error)
             except Exception:
@@ -59,7 +64,6 @@ class Persistence:
                 if count is not None:
                     counts.append(count)
         if counts:  # one line, however many owners there are
-            file = self._file(engine)
             log.info("Loaded ATLAS memory from %s (%d sessions newer than those stored)", file, sum(counts))
 
     @property

@@ -14,7 +14,7 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 
 from atlas_jax.engine.api import Delta, Finished, MemoryStats, Prompt, TokenInfo
-from server.schemas.atlas import AtlasStats, state_fields
+from server.schemas.atlas import AtlasStats, TokenGate, state_fields
 from server.schemas.usage import PromptTokensDetails, Timings, Usage
 
 FinishReason = Literal["stop", "length"]
@@ -45,11 +45,20 @@ def new_id(prefix: str) -> str:
 class Outcome:
     """What one sequence has produced."""
 
-    text: list[str] = field(default_factory=list)
-    tokens: list[TokenInfo] = field(default_factory=list)
+    deltas: list[Delta] = field(default_factory=list)
     prompt: tuple[TokenInfo, ...] = ()
     finished: Finished | None = None
     embedding: np.ndarray | None = None
+
+    @property
+    def text(self) -> str:
+        """All of it."""
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def tokens(self) -> list[TokenInfo]:
+        """All of its tokens."""
+        return [token for delta in self.deltas for token in delta.tokens]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,6 +95,18 @@ def finish_reason(finished: Finished) -> FinishReason:
 def finite(logprob: float) -> float:
     """A log-probability JSON can hold; OpenAI writes −9999 for a token that cannot occur."""
     return logprob if math.isfinite(logprob) else -9999.0
+
+
+def token_gates(tokens: Sequence[TokenInfo]) -> list[TokenGate] | UnsetType:
+    """The gates of an answer's tokens that are part of its text; nothing where none were asked for."""
+    found = [
+        TokenGate(
+            token=one.data.decode(errors="replace"), bytes=list(one.data), gate=round(min(max(one.gate, 0.0), 1.0), 4)
+        )
+        for one in tokens
+        if one.gate is not None and not one.hidden
+    ]
+    return found or UNSET
 
 
 def usage_of(finished: Mapping[int, Finished], choices: int) -> Usage:

@@ -1,4 +1,4 @@
-"""Responses that are kept: a tree of them for every owner, each a document that never changes.
+"""Responses that are kept: a tree of them for every owner, each a document.
 
 A document holds what one response was asked and what it answered; what came before is found by following its parent. Its
 name says where in the tree it is, so that the tree is known from a listing: `<id>.<parent>.<lane>`, and `.deleted` where the
@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from atlas_jax.engine.api import DocumentStore, SnapshotInvalid
 from server.errors import NotFound, Unavailable
-from server.schemas.responses import StoredItem
+from server.schemas.responses import Item, OutputItem
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.thread_pools import ThreadPools
 
@@ -30,30 +30,37 @@ T = TypeVar("T")
 _CACHED = 32 << 20
 """Bytes of records that are kept in memory as well, the latest ones."""
 _NONE, _DELETED = "-", "deleted"
+RESPONSE, TURN, CONVERSATION = "resp", "turn", "conversation."
+"""How the names of documents begin: responses, items that were added to a conversation, and conversations."""
+NO_RESPONSE = msgspec.Raw(b"null")
 
 
 class Record(Struct, kw_only=True, frozen=True):
-    """One response as it is kept.
+    """One response as it is kept, or items that were added to a conversation.
 
     Attributes:
       session: the name of its lane's session.
       input: what it was asked.
-      answer: what it answered.
+      output: what it answered.
       response: the response object as it was sent.
     """
 
     id: str
     parent: str | None
     session: str
-    input: list[StoredItem]
-    answer: str
+    input: list[Item]
+    output: list[OutputItem]
     response: msgspec.Raw
+
+    @property
+    def items(self) -> list[Item]:
+        """All of it."""
+        return [*self.input, *self.output]
 
     @property
     def size(self) -> int:
         """About how many bytes it takes."""
-        texts = (part.text for item in self.input for part in item.content)
-        return len(bytes(self.response)) + len(self.answer) + sum(map(len, texts))
+        return 2 * len(bytes(self.response)) + len(msgspec.json.encode(self.input))
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,7 @@ class Node:
     def parse(cls, name: str) -> Node | None:
         """The place that a document's name says; None for other documents."""
         parts = name.split(".")
-        if not parts[0].startswith("resp_") or len(parts) not in (3, 4):
+        if not parts[0].startswith((f"{RESPONSE}_", f"{TURN}_")) or len(parts) not in (3, 4):
             return None
         return cls(parts[0], None if parts[1] == _NONE else parts[1], parts[2], parts[3:] == [_DELETED])
 
@@ -109,10 +116,16 @@ class _Tree:
             self.children[node.parent].discard(node.id)
 
     def heads(self, lane: str) -> list[Node]:
-        """The last responses of a lane: one, or none where there is no such lane."""
-        own = [self.nodes[one] for one in self.lanes.get(lane, ())]
-        parents = {node.parent for node in own}
-        return [node for node in own if node.id not in parents]
+        """The last of a lane that are there: one, or none where there is no such lane, or nothing left of it."""
+        own = [node for one in self.lanes.get(lane, ()) if not (node := self.nodes[one]).deleted]
+        followed = {self._living(node.parent) for node in own}
+        return [node for node in own if node.id not in followed]
+
+    def _living(self, node_id: str | None) -> str | None:
+        """The nearest response that is there, from this one to the beginning."""
+        while node_id is not None and (node := self.nodes.get(node_id)) is not None and node.deleted:
+            node_id = node.parent
+        return node_id
 
 
 class ResponseStore:
@@ -127,7 +140,7 @@ class ResponseStore:
     async def find(self, owner: str, response_id: str) -> Node | None:
         """A response's place; None where there is none, or not any more."""
         node = (await self._tree(owner)).nodes.get(response_id)
-        return None if node is None or node.deleted else node
+        return None if node is None or node.deleted or not node.id.startswith(f"{RESPONSE}_") else node
 
     async def last_of(self, owner: str, session: str) -> Node | None:
         """The last response of a session, None for a session that has none."""
@@ -155,7 +168,7 @@ class ResponseStore:
         tree = await self._tree(owner)
         node = Node(record.id, record.parent, lane_of(record.session))
         data = msgspec.json.encode(record)
-        await self._run(lambda documents: documents.write(owner, node.name, data))
+        await self.run(lambda documents: documents.write(owner, node.name, data))
         tree.add(node)
         self._remember(owner, record)
 
@@ -170,30 +183,43 @@ class ResponseStore:
         tree, record = await self._tree(owner), await self.read(owner, node)
         if tree.children.get(node.id):
             mark = Node(node.id, node.parent, node.lane, deleted=True)
-            data = msgspec.json.encode(msgspec.structs.replace(record, response=msgspec.Raw(b"null")))
+            data = msgspec.json.encode(msgspec.structs.replace(record, response=NO_RESPONSE))
 
             def hide(documents: DocumentStore) -> None:
                 documents.write(owner, mark.name, data)
                 documents.delete(owner, node.name)
 
-            await self._run(hide)
+            await self.run(hide)
             tree.nodes[node.id] = mark
             self._forget(owner, node.id)
-            return None
+            return None if tree.heads(node.lane) else record.session
         gone: Node | None = node
         while gone is not None:
             name = gone.name
-            await self._run(lambda documents, name=name: documents.delete(owner, name))  # type: ignore[misc]
+            await self.run(lambda documents, name=name: documents.delete(owner, name))  # type: ignore[misc]
             tree.remove(gone)
             self._forget(owner, gone.id)
             before = tree.nodes.get(gone.parent or "")
             gone = before if before is not None and before.deleted and not tree.children.get(before.id) else None
         return None if tree.heads(node.lane) else record.session
 
+    async def delete_lane(self, owner: str, session: str) -> None:
+        """Removes all that was said in a session."""
+        tree = await self._tree(owner)
+        while heads := tree.heads(lane_of(session)):
+            await self.delete(owner, heads[0])
+
+    async def rewrite(self, owner: str, record: Record) -> None:
+        """Keeps a record in the place of what it was; raises StorageFull, Unavailable."""
+        node, data = (await self._tree(owner)).nodes[record.id], msgspec.json.encode(record)
+        await self.run(lambda documents: documents.write(owner, node.name, data))
+        self._forget(owner, record.id)
+        self._remember(owner, record)
+
     async def expire(self, owner: str, idle: float) -> int:
         """Deletes the trees that nothing was added to for `idle` seconds; returns how many responses that were."""
         tree, limit = await self._tree(owner), time.time() - idle
-        files = await self._run(lambda documents: documents.list(owner))
+        files = await self.run(lambda documents: documents.list(owner))
         modified = {file.filename: file.modified for file in files}
         newest: dict[str, float] = {}
         roots: dict[str, list[Node]] = {}
@@ -206,9 +232,13 @@ class ResponseStore:
         old = [node for root, nodes in roots.items() if newest[root] < limit for node in nodes]
         for node in old:
             name = node.name
-            await self._run(lambda documents, name=name: documents.delete(owner, name))  # type: ignore[misc]
+            await self.run(lambda documents, name=name: documents.delete(owner, name))  # type: ignore[misc]
             tree.remove(node)
             self._forget(owner, node.id)
+        lanes = {CONVERSATION + lane for lane, nodes in tree.lanes.items() if nodes}
+        for name, written in modified.items():
+            if name.startswith(CONVERSATION) and name not in lanes and written < limit:
+                await self.run(lambda documents, name=name: documents.delete(owner, name))  # type: ignore[misc]
         return len(old)
 
     async def _read(self, owner: str, path: list[Node]) -> list[Record]:
@@ -224,7 +254,7 @@ class ResponseStore:
                 found.append(msgspec.json.decode(data, type=Record))
             return found
 
-        known |= {record.id: record for record in (await self._run(read) if missing else ())}
+        known |= {record.id: record for record in (await self.run(read) if missing else ())}
         out = [known[node.id] for node in path]
         for record in out:
             self._remember(owner, record)
@@ -246,7 +276,7 @@ class ResponseStore:
 
     async def _tree(self, owner: str) -> _Tree:
         if owner not in self._trees:
-            files = await self._run(lambda documents: documents.list(owner))
+            files = await self.run(lambda documents: documents.list(owner))
             if owner not in self._trees:  # another request may have been as fast
                 tree = _Tree()
                 for node in filter(None, (Node.parse(file.filename) for file in files)):
@@ -256,7 +286,8 @@ class ResponseStore:
                 self._trees[owner] = tree
         return self._trees[owner]
 
-    async def _run(self, work: Callable[[DocumentStore], T]) -> T:
+    async def run(self, work: Callable[[DocumentStore], T]) -> T:
+        """Does something with the documents on a thread; raises Unavailable where they cannot be read or written."""
         documents = self._supervisor.engine.documents
         try:
             return await self._pools.run("sessions", lambda: work(documents))

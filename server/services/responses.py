@@ -6,36 +6,33 @@ window; where one is lost, the text is read anew. So a request brings the whole 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakValueDictionary
 
 import msgspec
 
-from atlas_jax.engine.api import EngineError, SessionNotFound
 from server.config.settings import SamplingSection, Settings
-from server.errors import BadRequest, ServerError, Unavailable
+from server.errors import BadRequest
 from server.middleware.request_context import RequestContext
 from server.schemas import responses as schema
 from server.schemas.atlas import AtlasOptions
 from server.services import responses_api as api
+from server.services.conversation_store import ConversationStore, conversation_not_found
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.generation import Generation
 from server.services.inference import Answering, Asked, Inference
+from server.services.item_pages import ItemPage
 from server.services.memory_options import check_name
 from server.services.response_builder import new_id
+from server.services.response_sessions import ResponseSessions
 from server.services.response_store import Node, Record, ResponseStore, response_not_found
+from server.services.responses_builder import ResponsesBuilder, begun
 from server.services.sampling import default_sampling
-from server.services.thread_pools import ThreadPools
 from server.services.tokenization import Tokenization
-from server.services.unsupported import refuse_unsupported
+from server.services.unsupported import effort_variables, refuse_unsupported
 from server.services.wire import Wire, named_event
 from server.validation import invalid, parse, unsupported
-
-_LIST_LIMIT, _LIST_MOST = 20, 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,34 +64,33 @@ class ResponsesService:
         supervisor: EngineSupervisor,
         tokenization: Tokenization,
         store: ResponseStore,
-        pools: ThreadPools,
+        conversations: ConversationStore,
+        sessions: ResponseSessions,
         settings: Settings,
     ) -> None:
         self._inference, self._supervisor, self._tokenization = inference, supervisor, tokenization
-        self._store, self._pools = store, pools
+        self._store, self._conversations, self._sessions = store, conversations, sessions
         self._sampling: SamplingSection = settings.sampling
-        self._memory_enabled, self._patience = settings.atlas.enabled, settings.server.queue_timeout
         # responses that another one is going on from just now in their lane
         self._claimed: set[tuple[str, str]] = set()
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._locks: WeakValueDictionary[tuple[str, str], asyncio.Lock] = WeakValueDictionary()
 
     # --- creating -------------------------------------------------------------------------------------------------
     async def create(self, raw: Any, context: RequestContext) -> Generation:
         """Starts a response."""
         body = self._parse(raw, context)
-        items = api.input_items(body.input)
+        items, tools, shape = api.input_items(body.input), api.chosen_tools(body), api.answer_shape(body)
         owner, store, response_id = context.identity.owner, body.store is not False, new_id(api.RESPONSE)
         kept: list[str] = []
-        context.cleanup.append(lambda: None if kept else self._abandon(owner, response_id))
+        context.cleanup.append(lambda: None if kept else self._sessions.abandon(owner, response_id))
         place = await self._place(body, response_id, context)
-        chat = api.chat_request(
-            body, api.messages(body.instructions, place.before, items), self._atlas(body, place, store=store)
-        )
+        said = [item for record in place.before for item in record.items]
+        api.check_outputs(said, items)
+        conversation = api.messages(body.instructions, (*said, *items))
+        chat = api.chat_request(body, conversation, self._atlas(body, place, store=store))
 
         def answering(asked: Asked) -> Answering:
             default = default_sampling(self._sampling, self._supervisor.engine.model.sampling)
-            response = api.begun(
+            response = begun(
                 body,
                 response_id=response_id,
                 model=asked.model,
@@ -102,7 +98,13 @@ class ResponsesService:
                 top_p=default.top_p if body.top_p is None else body.top_p,
                 store=store,
             )
-            builder = api.ResponsesBuilder(response, logprobs=bool(chat.logprobs))
+            builder = ResponsesBuilder(
+                response,
+                logprobs=bool(chat.logprobs),
+                summaries=response.reasoning.summary is not None,
+                reader=asked.reader,
+                namespaces=api.namespaces(body),
+            )
 
             async def keep() -> None:
                 record = Record(
@@ -110,9 +112,11 @@ class ResponsesService:
                     parent=place.parent,
                     session=place.session,
                     input=items,
-                    answer=builder.text,
+                    output=builder.response.output,
                     response=msgspec.Raw(msgspec.json.encode(builder.response)),
                 )
+                if response.conversation is not None:
+                    await self._conversations.begin(owner, response.conversation.id)
                 await self._store.add(owner, record)
                 kept.append(response_id)
 
@@ -123,7 +127,7 @@ class ResponsesService:
                 field="input",
             )
 
-        return await self._inference.converse(chat, context, answering, whole=True)
+        return await self._inference.converse(chat, context, answering, tools=tools, shape=shape, whole=True)
 
     async def count(self, raw: Any, context: RequestContext) -> bytes:
         """The answer of `POST /v1/responses/input_tokens`."""
@@ -131,12 +135,17 @@ class ResponsesService:
         items = api.input_items(body.input)
         node = await self._before(body, context.identity.owner)
         before = [] if node is None else await self._store.chain(context.identity.owner, node)
-        ids = await self._tokenization.chat(api.messages(body.instructions, before, items), None)
+        said = [item for record in before for item in record.items]
+        api.check_outputs(said, items)
+        conversation = api.messages(body.instructions, (*said, *items))
+        tools = api.chosen_tools(body)
+        variables = None if body.reasoning is None else effort_variables(body.reasoning.effort)
+        ids = await self._tokenization.chat(conversation, variables, () if tools is None else tools.told)
         return msgspec.json.encode(schema.InputTokens(input_tokens=len(ids)))
 
     def _parse(self, raw: Any, context: RequestContext) -> schema.ResponsesRequest:
         body = parse(schema.ResponsesRequest, raw)
-        refuse_unsupported(raw if isinstance(raw, Mapping) else {}, schema.ResponsesRequest)
+        refuse_unsupported(raw, schema.ResponsesRequest)
         api.refuse(body)
         named = "X-Session-ID" if context.session is not None else None
         if body.atlas is not None and body.atlas.session_id is not None:
@@ -149,7 +158,7 @@ class ResponsesService:
         owner, store = context.identity.owner, body.store is not False
         conversation = _conversation(body)
         if conversation is not None and store:
-            await self._lock((owner, conversation), context)
+            await self._sessions.lock(owner, conversation, context)
         node = await self._before(body, owner)
         before = [] if node is None else await self._store.chain(owner, node)
         if conversation is not None:
@@ -170,15 +179,15 @@ class ResponsesService:
             self._claimed.add(claim)
             context.cleanup.append(lambda: self._claimed.discard(claim))
             return _Place(before=before, session=session, uses_session=True)
-        if self._has_memory:
-            sessions = self._supervisor.engine.sessions
-            await self._pools.run("sessions", lambda: sessions.fork(owner, session, response_id))
+        await self._sessions.fork(owner, session, response_id)
         return _Place(before=before, session=response_id, uses_session=True)
 
     async def _before(self, body: schema.ResponsesRequest, owner: str) -> Node | None:
         """The response that a request follows, None where it begins."""
         conversation = _conversation(body)
         if conversation is not None:
+            if conversation.startswith("conv_") and await self._conversations.find(owner, conversation) is None:
+                raise conversation_not_found(conversation, param="conversation")
             return await self._store.last_of(owner, conversation)
         if body.previous_response_id is None:
             return None
@@ -191,50 +200,15 @@ class ResponsesService:
             )
         return node
 
-    async def _lock(self, key: tuple[str, str], context: RequestContext) -> None:
-        """Waits for whoever is adding to a conversation; it is ours until the request ends."""
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        try:
-            async with asyncio.timeout(self._patience):
-                await lock.acquire()
-        except TimeoutError:
-            raise Unavailable("The conversation is in use", code="overloaded", retry_after=5.0) from None
-        context.cleanup.append(lock.release)
-
-    @property
-    def _has_memory(self) -> bool:
-        return self._memory_enabled and self._supervisor.engine.model.memory_unavailable is None
-
     def _atlas(self, body: schema.ResponsesRequest, place: _Place, *, store: bool) -> AtlasOptions | None:
         """What the request does with its session; the plain model where it has none."""
         given = body.atlas
-        if not (place.uses_session and self._has_memory) or getattr(given, "enabled", None) is False:
+        if not (place.uses_session and self._sessions.there) or getattr(given, "enabled", None) is False:
             return given
         more: dict[str, Any] = {"session_id": place.session}
         if not store:
             more["write"] = False
         return msgspec.structs.replace(given or AtlasOptions(), **more)
-
-    def _abandon(self, owner: str, response_id: str) -> None:
-        """Deletes the session that a response would have had which did not come to its end."""
-
-        async def delete() -> None:
-            with contextlib.suppress(ServerError, EngineError):  # it is there no longer, or expires with the others
-                await self._delete_session(owner, response_id)
-
-        task = asyncio.get_running_loop().create_task(delete())
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-
-    async def _delete_session(self, owner: str, session: str) -> None:
-        if not self._has_memory:
-            return
-        sessions = self._supervisor.engine.sessions
-        try:
-            with contextlib.suppress(SessionNotFound):
-                await self._pools.run("sessions", lambda: sessions.delete(owner, session))
-        except OSError as error:
-            raise Unavailable("The session cannot be deleted now", code="storage_failed", retry_after=30.0) from error
 
     # --- what is kept ---------------------------------------------------------------------------------------------
     async def retrieve(self, owner: str, response_id: str, query: Mapping[str, str]) -> bytes:
@@ -247,7 +221,7 @@ class ResponsesService:
         """Removes a response, and its session where no other response is in it."""
         session = await self._store.delete(owner, await self._node(owner, response_id))
         if session is not None:
-            await self._delete_session(owner, session)
+            await self._sessions.delete(owner, session)
         return msgspec.json.encode(schema.DeletedResponse(id=response_id))
 
     async def cancel(self, owner: str, response_id: str) -> bytes:
@@ -261,23 +235,9 @@ class ResponsesService:
 
     async def items(self, owner: str, response_id: str, query: Mapping[str, str]) -> bytes:
         """One page of what a response was asked."""
-        limit, order, after = _page(query)
+        page = ItemPage.parse(query)
         record = await self._store.read(owner, await self._node(owner, response_id))
-        found = record.input if order == "asc" else record.input[::-1]
-        if after is not None:
-            at = next((index for index, item in enumerate(found) if item.id == after), None)
-            if at is None:
-                raise invalid("after", "no such item")
-            found = found[at + 1 :]
-        shown = found[:limit]
-        return msgspec.json.encode(
-            schema.ItemList(
-                data=shown,
-                first_id=shown[0].id if shown else None,
-                last_id=shown[-1].id if shown else None,
-                has_more=len(found) > limit,
-            )
-        )
+        return page.of(record.input)
 
     async def _node(self, owner: str, response_id: str) -> Node:
         node = await self._store.find(owner, response_id)
@@ -294,14 +254,3 @@ def _conversation(body: schema.ResponsesRequest) -> str | None:
     if name.startswith(f"{api.RESPONSE}_"):
         raise invalid("conversation", f"must not begin with '{api.RESPONSE}_', as responses do")
     return name
-
-
-def _page(query: Mapping[str, str]) -> tuple[int, str, str | None]:
-    given = query.get("limit", str(_LIST_LIMIT))
-    limit = int(given) if given.isascii() and given.isdecimal() and len(given) < 4 else 0
-    if not 1 <= limit <= _LIST_MOST:
-        raise invalid("limit", f"value must be between 1 and {_LIST_MOST}")
-    order = query.get("order", "desc")
-    if order not in ("asc", "desc"):
-        raise invalid("order", "value must be one of asc, desc")
-    return limit, order, query.get("after")

@@ -1,29 +1,33 @@
-"""OpenAI's Responses API in words of chat completions, and answers back: pure functions and the events of a stream."""
+"""OpenAI's Responses API in words of chat completions: requests, the items of a conversation, and what is refused."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-import msgspec
-
-from atlas_jax.engine.api import Delta, Prompt, TokenInfo
-from server.errors import BadRequest, Problem
+from atlas_jax.engine.api import AnswerShape
+from server.errors import BadRequest
 from server.schemas import responses as schema
-from server.schemas.chat import ChatMessage, ChatRequest, ContentPart
-from server.schemas.usage import Usage
-from server.services.chat_response import token_logprobs
-from server.services.response_builder import Ending, FinishReason, Outcome, finish_reason, new_id
-from server.services.response_store import Record
+from server.schemas.chat import ChatMessage, ChatRequest, ContentPart, FunctionCall, FunctionDefinition, ToolCall
+from server.services.answer_shape import format_shape
+from server.services.response_builder import new_id
+from server.tool_calls.choice import CHOICES, Choice, Function, Tools, choose, functions_of
 from server.validation import invalid, unsupported
 
 RESPONSE = "resp"
 """How ids of responses begin, and the sessions that belong to them."""
 LOGPROBS = "message.output_text.logprobs"
+# What may be included besides; the server has none of it, or (the last two) leaves nothing out.
+_INCLUDED = (
+    *("file_search_call.results", "web_search_call.results", "web_search_call.action.sources"),
+    *("message.input_image.image_url", "computer_call_output.output.image_url", "code_interpreter_call.outputs"),
+    *("reasoning.encrypted_content", LOGPROBS),
+)
 _ROLES = ("user", "assistant", "system", "developer")
+# A tool of the server's own that agents offer with every request (Codex does unless it is told not to). The model may use it
+# and never does, as if it saw no reason to; a choice that asks for it is refused.
+_SEARCH = "web_search"
 _TEXTS = ("text", "input_text", "output_text")
-_FORMATS = ("text", "json_object", "json_schema")
 # What a request may share with a chat completion, as it is.
 _SHARED = (
     *("model", "temperature", "top_p", "top_k", "min_p", "typical_p", "repeat_penalty", "presence_penalty"),
@@ -34,10 +38,6 @@ _SHARED = (
 # --- requests ---------------------------------------------------------------------------------------------------------
 def refuse(body: schema.ResponsesRequest) -> None:
     """Refuses what would change the answer and is not there; raises BadRequest by name."""
-    if body.tools and body.tool_choice != "none":
-        raise unsupported("tools")
-    if body.tool_choice not in (None, "none", "auto"):
-        raise unsupported("tool_choice")
     if body.background:
         raise unsupported("background")
     for name in ("max_tokens", "n_predict"):
@@ -47,41 +47,152 @@ def refuse(body: schema.ResponsesRequest) -> None:
         raise unsupported("n")
     if body.previous_response_id is not None and body.conversation is not None:
         raise invalid("previous_response_id", "cannot be combined with conversation")
+    check_included(body.include or ())
     if body.top_logprobs and LOGPROBS not in (body.include or ()):
         raise invalid("top_logprobs", f"needs '{LOGPROBS}' in include")
 
 
-def input_items(given: str | Sequence[schema.InputItem] | None) -> list[schema.StoredItem]:
+def check_included(names: Iterable[str]) -> None:
+    """Raises BadRequest for what nothing can be included of."""
+    for index, name in enumerate(names):
+        if name not in _INCLUDED:
+            raise invalid(f"include[{index}]", f"value must be one of {', '.join(_INCLUDED)}")
+
+
+def chosen_tools(body: schema.ResponsesRequest) -> Tools | None:
+    """The functions of a request, as `choose`; raises BadRequest."""
+    functions, choice = functions_told(body), body.tool_choice
+    match choice:
+        case schema.NamedFunction(name=name):
+            chosen = Choice(names=[(name, "tool_choice.name")], forced=True, single=True)
+        case schema.AllowedFunctions(tools=some, mode=mode):
+            names = [(one.name, f"tool_choice.tools[{at}].name") for at, one in enumerate(some)]
+            chosen = Choice(names=names, forced=mode == "required")
+        case _:
+            chosen = CHOICES[choice]
+    return choose(functions, chosen, field="tools", parallel=body.parallel_tool_calls is not False)
+
+
+def functions_told(body: schema.ResponsesRequest) -> tuple[Function, ...]:
+    """The functions the model is told of; raises BadRequest for other tools, unless none may be called."""
+    given = []
+    for index, one in enumerate(body.tools or ()):
+        for tool, field in _in_namespace(one, f"tools[{index}]"):
+            if tool.type != "function":
+                free = body.tool_choice in (None, "auto")
+                if body.tool_choice == "none" or (free and tool.type.startswith(_SEARCH)):
+                    continue
+                raise BadRequest(
+                    f"Tools of type '{tool.type[:64]}' are not supported",
+                    param=f"{field}.type",
+                    code="unsupported_tool",
+                )
+            if tool.name is None:
+                raise invalid(f"{field}.name", "required field is missing")
+            definition = FunctionDefinition(
+                name=tool.name, description=tool.description, parameters=tool.parameters, strict=tool.strict
+            )
+            given.append((definition, field, f"{field}.parameters"))
+    return functions_of(given)
+
+
+def _in_namespace(
+    tool: schema.FunctionTool, field: str
+) -> list[tuple[schema.FunctionTool | schema.NamespacedTool, str]]:
+    """The tools of a namespace, or the tool itself, and where they stand."""
+    if tool.type != "namespace":
+        return [(tool, field)]
+    return [(one, f"{field}.tools[{at}]") for at, one in enumerate(tool.tools or ())]
+
+
+def namespaces(body: schema.ResponsesRequest) -> dict[str, str]:
+    """Whose namespace functions are in, by their names."""
+    spaces = [tool for tool in body.tools or () if tool.type == "namespace"]
+    return {one.name: space.name for space in spaces if space.name is not None for one in space.tools or ()}
+
+
+def answer_shape(body: schema.ResponsesRequest) -> AnswerShape | None:
+    """What `text.format` demands; raises BadRequest."""
+    given = None if body.text is None else body.text.format
+    if given and given.get("type") == "json_schema" and not isinstance(given.get("schema"), dict):
+        raise invalid("text.format.schema", "must be an object")
+    return format_shape(given, "text.format")
+
+
+def chat_request(body: schema.ResponsesRequest, conversation: list[ChatMessage], atlas: Any) -> ChatRequest:
+    """The same request as a chat completion."""
+    wants = LOGPROBS in (body.include or ())
+    return ChatRequest(
+        messages=conversation,
+        max_completion_tokens=body.max_output_tokens,
+        logprobs=wants,
+        top_logprobs=body.top_logprobs if wants else None,
+        reasoning_effort=None if body.reasoning is None else body.reasoning.effort,
+        atlas=atlas,
+        **{name: getattr(body, name) for name in _SHARED},
+    )
+
+
+# --- items ------------------------------------------------------------------------------------------------------------
+def input_items(given: str | Sequence[schema.InputItem] | None, field: str = "input") -> list[schema.Item]:
     """The items of a request's input as they are kept; raises BadRequest."""
     if given is None:
-        raise invalid("input", "required field is missing")
+        raise invalid(field, "required field is missing")
     if isinstance(given, str):
         given = [schema.InputItem(role="user", content=given)]
-    out = []
-    for index, item in enumerate(given):
-        field = f"input[{index}]"
-        if item.type == "reasoning":  # a hint, of models that think aloud
-            continue
-        if item.type != "message":
-            raise BadRequest(
-                f"Items of type '{item.type[:64]}' are not supported", param=f"{field}.type", code="unsupported_item"
-            )
-        if item.role not in _ROLES:
-            raise invalid(f"{field}.role", f"value must be one of {', '.join(_ROLES)}")
-        if item.content is None:
-            raise invalid(f"{field}.content", "required field is missing")
-        kind: Literal["input_text", "output_text"] = "output_text" if item.role == "assistant" else "input_text"
-        parts = [item.content] if isinstance(item.content, str) else _texts(item.content, f"{field}.content")
-        out.append(
-            schema.StoredItem(
-                id=new_id("msg"),
-                role=item.role,  # type: ignore[arg-type]
-                content=[schema.StoredPart(type=kind, text=text) for text in parts],
-            )
-        )
+    out = [made for index, item in enumerate(given) if (made := _item(item, f"{field}[{index}]")) is not None]
     if not out:
-        raise invalid("input", "must have at least one message")
+        raise invalid(field, "must have at least one message")
     return out
+
+
+def _item(item: schema.InputItem, field: str) -> schema.Item | None:
+    match item.type:
+        case "message":
+            return _message_item(item, field)
+        case "function_call":
+            return schema.FunctionCallItem(
+                id=new_id("fc"),
+                call_id=_given(item.call_id, f"{field}.call_id"),
+                name=_given(item.name, f"{field}.name"),
+                arguments=_given(item.arguments, f"{field}.arguments"),
+            )
+        case "function_call_output":
+            output = _given(item.output, f"{field}.output")
+            if not isinstance(output, str):
+                output = [schema.InputText(text=text) for text in _texts(output, f"{field}.output")]
+            return schema.FunctionOutputItem(
+                id=new_id("fco"), call_id=_given(item.call_id, f"{field}.call_id"), output=output
+            )
+        case "reasoning":
+            said = "".join(part.text or "" for part in (item.content if isinstance(item.content, list) else ()))
+            summary = [schema.SummaryText(text=part.text or "") for part in item.summary or ()]
+            if not (said or any(part.text for part in summary)):  # sealed, by a model elsewhere
+                return None
+            content = [schema.ReasoningText(text=said)] if said else []
+            return schema.ReasoningItem(id=new_id("rs"), summary=summary, content=content)
+    raise BadRequest(
+        f"Items of type '{item.type[:64]}' are not supported", param=f"{field}.type", code="unsupported_item"
+    )
+
+
+def _given(value: Any, field: str) -> Any:
+    if value is None:
+        raise invalid(field, "required field is missing")
+    return value
+
+
+def _message_item(item: schema.InputItem, field: str) -> schema.MessageItem:
+    if item.role not in _ROLES:
+        raise invalid(f"{field}.role", f"value must be one of {', '.join(_ROLES)}")
+    content = _given(item.content, f"{field}.content")
+    texts = [content] if isinstance(content, str) else _texts(content, f"{field}.content")
+    part = schema.OutputText if item.role == "assistant" else schema.InputText
+    return schema.MessageItem(
+        id=new_id("msg"),
+        role=item.role,  # type: ignore[arg-type]
+        content=[part(text=text) for text in texts],
+    )
 
 
 def _texts(parts: Sequence[ContentPart], field: str) -> list[str]:
@@ -102,216 +213,66 @@ def _texts(parts: Sequence[ContentPart], field: str) -> list[str]:
     return out
 
 
-def messages(
-    instructions: str | None, before: Sequence[Record], items: Sequence[schema.StoredItem]
-) -> list[ChatMessage]:
-    """The whole conversation: what came before, question by answer, and what is new; instructions are of this request."""
-    out = [] if instructions is None else [ChatMessage(role="system", content=instructions)]
-    for record in before:
-        out += map(_message, record.input)
-        out.append(ChatMessage(role="assistant", content=record.answer))
-    return [*out, *map(_message, items)]
+def check_outputs(before: Iterable[schema.Item], items: Sequence[schema.Item], field: str = "input") -> None:
+    """Raises BadRequest for the output of a function that was not called."""
+    calls = {item.call_id for item in (*before, *items) if isinstance(item, schema.FunctionCallItem)}
+    for index, item in enumerate(items):
+        if isinstance(item, schema.FunctionOutputItem) and item.call_id not in calls:
+            raise invalid(f"{field}[{index}].call_id", f"no call has the id '{item.call_id[:64]}'")
 
 
-def _message(item: schema.StoredItem) -> ChatMessage:
-    return ChatMessage(role=item.role, content="\n".join(part.text for part in item.content))
+def messages(instructions: str | None, items: Iterable[schema.Item]) -> list[ChatMessage]:
+    """A conversation; the instructions are of this request. What the model wrote at once is one message."""
+    turns = _Turns()
+    if instructions is not None:
+        turns.out.append(ChatMessage(role="system", content=instructions))
+    for item in items:
+        turns.add(item)
+    turns.flush()
+    return turns.out
 
 
-def chat_request(body: schema.ResponsesRequest, conversation: list[ChatMessage], atlas: Any) -> ChatRequest:
-    """The same request as a chat completion."""
-    wants = LOGPROBS in (body.include or ())
-    return ChatRequest(
-        messages=conversation,
-        max_completion_tokens=body.max_output_tokens,
-        logprobs=wants,
-        top_logprobs=body.top_logprobs if wants else None,
-        response_format=_response_format(None if body.text is None else body.text.format),
-        atlas=atlas,
-        **{name: getattr(body, name) for name in _SHARED},
-    )
+class _Turns:
+    """Joins the items of one answer: reasoning, text and calls."""
 
+    def __init__(self) -> None:
+        self.out: list[ChatMessage] = []
+        self._reasoning, self._content = "", list[str]()
+        self._calls: list[ToolCall] = []
 
-def _response_format(given: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    if not given:
-        return None
-    kind = given.get("type")
-    if kind not in _FORMATS:
-        raise invalid("text.format.type", f"must be one of {', '.join(_FORMATS)}")
-    if kind != "json_schema":
-        return {"type": kind}
-    if not isinstance(given.get("schema"), dict):
-        raise invalid("text.format.schema", "must be an object")
-    return {"type": kind, "json_schema": {"name": given.get("name", ""), "schema": given["schema"]}}
+    def add(self, item: schema.Item) -> None:
+        match item:
+            case schema.MessageItem(role="assistant"):
+                if self._content and not self._calls:
+                    self.flush()
+                self._content.append("\n".join(part.text for part in item.content))
+            case schema.FunctionCallItem():
+                function = FunctionCall(name=item.name, arguments=item.arguments)
+                self._calls.append(ToolCall(function=function, id=item.call_id))
+            case schema.ReasoningItem():
+                if self._content or self._calls:
+                    self.flush()
+                self._reasoning += "".join(part.text for part in item.content or item.summary)
+            case schema.MessageItem():
+                self.flush()
+                text = "\n".join(part.text for part in item.content)
+                self.out.append(ChatMessage(role=item.role, content=text))
+            case schema.FunctionOutputItem():
+                self.flush()
+                text = item.output if isinstance(item.output, str) else "\n".join(part.text for part in item.output)
+                self.out.append(ChatMessage(role="tool", content=text, tool_call_id=item.call_id))
 
-
-# --- answers ----------------------------------------------------------------------------------------------------------
-class ResponsesBuilder:
-    """The response object and the events of its stream.
-
-    Attributes:
-      response: as it is now; complete once `end` or `whole` has been called.
-      text: of the answer so far.
-    """
-
-    def __init__(self, response: schema.ResponseObject, *, logprobs: bool) -> None:
-        self.response = response
-        self._item = new_id("msg")
-        self._wants = logprobs
-        self._text: list[str] = []
-        self._logprobs: list[Any] = []
-        self._sequence = -1
-
-    @property
-    def text(self) -> str:
-        """The answer so far."""
-        return "".join(self._text)
-
-    def opening(self) -> Sequence[msgspec.Struct]:
-        """What a stream begins with."""
-        return [
-            schema.ResponseEvent(type="response.created", sequence_number=self._next(), response=self.response),
-            schema.ResponseEvent(type="response.in_progress", sequence_number=self._next(), response=self.response),
-            schema.OutputItemEvent(
-                type="response.output_item.added",
-                sequence_number=self._next(),
-                output_index=0,
-                item=schema.OutputMessage(id=self._item, status="in_progress", content=[]),
-            ),
-            self._part("response.content_part.added", schema.OutputText(text="")),
-        ]
-
-    def chunks(self, index: int, event: Delta | Prompt) -> Sequence[msgspec.Struct]:
-        """Events for new text."""
-        if not isinstance(event, Delta) or not (event.text or event.tokens):
-            return ()
-        logprobs = self._add(event.text, event.tokens)
-        return [
-            schema.TextDeltaEvent(
-                sequence_number=self._next(),
-                item_id=self._item,
-                output_index=0,
-                content_index=0,
-                delta=event.text,
-                logprobs=logprobs,
+    def flush(self) -> None:
+        """Ends the answer that is being put together."""
+        if not (self._content or self._calls):  # reasoning that came to no answer is nothing that was said
+            self._reasoning = ""
+            return
+        self.out.append(
+            ChatMessage(
+                role="assistant",
+                content="".join(self._content),
+                tool_calls=self._calls or None,
+                reasoning_content=self._reasoning or None,
             )
-        ]
-
-    def end(self, index: int, reason: FinishReason, ending: Ending | None) -> Sequence[msgspec.Struct]:
-        """Events that finish the answer."""
-        assert ending is not None
-        self._finish(reason, ending)
-        (item,) = self.response.output
-        (part,) = item.content
-        return [
-            schema.TextDoneEvent(
-                sequence_number=self._next(),
-                item_id=self._item,
-                output_index=0,
-                content_index=0,
-                text=part.text,
-                logprobs=part.logprobs,
-            ),
-            self._part("response.content_part.done", part),
-            schema.OutputItemEvent(
-                type="response.output_item.done", sequence_number=self._next(), output_index=0, item=item
-            ),
-            schema.ResponseEvent(
-                type="response.incomplete" if self.response.status == "incomplete" else "response.completed",
-                sequence_number=self._next(),
-                response=self.response,
-            ),
-        ]
-
-    def usage(self, usage: Usage) -> msgspec.Struct:
-        """Never asked for: counts are in the response."""
-        raise AssertionError("responses have no chunk of usage")
-
-    def whole(self, outcomes: Sequence[Outcome], usage: Usage, ending: Ending) -> msgspec.Struct:
-        """The response."""
-        (outcome,) = outcomes
-        assert outcome.finished is not None
-        self._add("".join(outcome.text), outcome.tokens)
-        self._finish(finish_reason(outcome.finished), ending)
-        return self.response
-
-    def failed(self, found: Problem) -> msgspec.Struct:
-        """The event a stream ends with that has failed."""
-        code = "rate_limit_exceeded" if found.status == 429 else "server_error"
-        failed = msgspec.structs.replace(
-            self.response, status="failed", output=[], error=schema.ResponseError(code=code, message=found.message)
         )
-        return schema.ResponseEvent(type="response.failed", sequence_number=self._next(), response=failed)
-
-    def _next(self) -> int:
-        self._sequence += 1
-        return self._sequence
-
-    def _part(
-        self, kind: Literal["response.content_part.added", "response.content_part.done"], part: schema.OutputText
-    ) -> msgspec.Struct:
-        return schema.ContentPartEvent(
-            type=kind,
-            sequence_number=self._next(),
-            item_id=self._item,
-            output_index=0,
-            content_index=0,
-            part=part,
-        )
-
-    def _add(self, text: str, tokens: Sequence[TokenInfo]) -> list[Any]:
-        self._text.append(text)
-        found = token_logprobs(tokens) if self._wants else []
-        self._logprobs += found
-        return found
-
-    def _finish(self, reason: FinishReason, ending: Ending) -> None:
-        cut = reason == "length"
-        usage = ending.usage
-        part = schema.OutputText(text=self.text, logprobs=self._logprobs)
-        status: Literal["incomplete", "completed"] = "incomplete" if cut else "completed"
-        self.response = msgspec.structs.replace(
-            self.response,
-            status=status,
-            completed_at=None if cut else time.time(),
-            incomplete_details=schema.IncompleteDetails(reason="max_output_tokens") if cut else None,
-            output=[schema.OutputMessage(id=self._item, status=status, content=[part])],
-            usage=schema.ResponseUsage(
-                input_tokens=usage.prompt_tokens,
-                input_tokens_details=schema.InputTokensDetails(cached_tokens=usage.prompt_tokens_details.cached_tokens),
-                output_tokens=usage.completion_tokens,
-                output_tokens_details=schema.OutputTokensDetails(),
-                total_tokens=usage.total_tokens,
-            ),
-            timings=ending.timings,
-            atlas_stats=ending.atlas_stats,
-        )
-
-
-def begun(
-    body: schema.ResponsesRequest, *, response_id: str, model: str, temperature: float, top_p: float, store: bool
-) -> schema.ResponseObject:
-    """The response of a request that has just been accepted."""
-    conversation = body.conversation
-    return schema.ResponseObject(
-        id=response_id,
-        created_at=float(int(time.time())),
-        status="in_progress",
-        model=model,
-        output=[],
-        temperature=temperature,
-        top_p=top_p,
-        text={"format": (body.text.format if body.text is not None else None) or {"type": "text"}},
-        store=store,
-        conversation=schema.ConversationRef(id=conversation) if isinstance(conversation, str) else conversation,
-        instructions=body.instructions,
-        max_output_tokens=body.max_output_tokens,
-        metadata=body.metadata or {},
-        parallel_tool_calls=body.parallel_tool_calls is not False,
-        previous_response_id=body.previous_response_id,
-        prompt_cache_key=body.prompt_cache_key,
-        safety_identifier=body.safety_identifier,
-        tool_choice="none" if body.tool_choice == "none" else "auto",
-        top_logprobs=body.top_logprobs or 0,
-        truncation=body.truncation or "disabled",
-        user=body.user,
-    )
+        self._reasoning, self._content, self._calls = "", [], []

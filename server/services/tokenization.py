@@ -107,6 +107,11 @@ class Tokenization:
             out.append(ids)
         return out
 
+    async def gap(self, marks: Sequence[Sequence[int]], before: str, after: str, begun: str = "") -> list[int]:
+        """A prompt for the text of a gap, which may have begun; `marks` are those of `ModelInfo.infill`."""
+        texts = [await self.encode(text, add_special=False, parse_special=False) for text in (before, after, begun)]
+        return [token for mark, text in zip(marks, texts, strict=True) for token in (*mark, *text)]
+
     @property
     def form(self) -> ChatForm:
         """How the model's template has conversations with tools."""
@@ -147,7 +152,8 @@ class Tokenization:
         variables: Mapping[str, Any] | None,
         functions: Sequence[Function],
     ) -> T:
-        allowed, form = template_variables(variables), self.form
+        form = self.form
+        allowed = template_variables(variables, channels=form.facts.channels)
 
         def work() -> T:
             given, tools = form.write(plain_messages(messages), functions)

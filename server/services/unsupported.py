@@ -29,10 +29,19 @@ _HINTS = frozenset(
             "prompt_cache_options",
             "background_options",
             "access_programs",
+            "client_metadata",
             "max_tool_calls",
+            "cache_control",
+            "inference_geo",
+            "diagnostics",
+            "billing_policy",
+            "speed",
+            "user_profile_id",
+            "workspace_id",
         ),
         *("prediction", "parallel_tool_calls", "priority", "request_id", "cache_salt", "keep_alive", "provider"),
         *("id_slot", "slot_id", "n_keep", "n_discard", "timings_per_token", "return_progress"),
+        *("n_cache_reuse", "sse_ping_interval", "speculative.n_max", "speculative.n_min", "speculative.p_min"),
         *("reasoning_effort", "verbosity", "include_reasoning", "separate_reasoning", "stream_interval"),
         *("mirostat_tau", "mirostat_eta", "dynatemp_exponent", "xtc_threshold", "guided_decoding_backend"),
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_sequence_breakers", "guided_whitespace_pattern"),
@@ -52,7 +61,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
             *("documents", "prefix", "suffix", "web_search_options", "negative_prompt", "custom_params"),
             *("lora", "lora_path", "lora_request", "truncate_prompt_tokens", "input_ids", "input_embeds"),
             *("max_new_tokens", "max_length", "num_predict", "random_seed", "t_max_predict_ms", "thinking"),
-            *("moderation", "context_management", "mcp_servers", "container"),
+            *("moderation", "context_management", "mcp_servers", "container", "thread", "compaction"),
             *("enable_thinking", "thinking_budget", "chat_template_kwargs", "logits_bias", "prompt_logprobs"),
         ),
         (),
@@ -61,11 +70,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
         (
             *("min_tokens", "min_new_tokens", "min_length", "min_keep", "mirostat", "mirostat_mode", "dry_multiplier"),
             *("dynatemp_range", "xtc_probability", "no_repeat_ngram_size", "top_a", "epsilon_cutoff", "eta_cutoff"),
-            *("penalty_alpha", "smoothing_factor", "n_probs", "top_logprobs"),
+            *("penalty_alpha", "smoothing_factor", "n_probs", "top_logprobs", "n_indent"),
         ),
         (0,),
     ),
-    **dict.fromkeys(("length_penalty", "repetition_penalty", "tfs_z", "typical", "guidance_scale", "num_beams"), (1,)),
+    **dict.fromkeys(
+        ("length_penalty", "repetition_penalty", "tfs_z", "typical", "guidance_scale", "num_beams", "n_cmpl"), (1,)
+    ),
     **dict.fromkeys(
         (
             *("continue_final_message", "include_stop_str_in_output", "use_beam_search", "early_stopping", "echo"),
@@ -87,25 +98,27 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("prompt", "messages", "tools", "functions", "audio", "max_completion_tokens"), ()),
     **dict.fromkeys(("tool_choice", "function_call"), ("none", "auto")),
     "response_format": ({"type": "text"},),
+    # What Claude Code says: nothing of what was thought is dropped.
+    "context_management": ({"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     "modalities": (["text"],),
     "best_of": (1,),
 }
-# Fields of a request's struct that are read only to be refused.
-_UNUSED = frozenset({"suffix"})
+_CHANNEL_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
+"""Efforts that Harmony's templates do not know, as those they do."""
 _TEMPLATE_VARIABLES = frozenset({"enable_thinking", "reasoning_effort", "thinking"})
 
 
-def refuse_unsupported(raw: Mapping[str, Any], kind: type[msgspec.Struct]) -> None:
+def refuse_unsupported(raw: Any, kind: type[msgspec.Struct]) -> None:
     """Refuses the first field of a body that would have to be ignored although it might matter.
 
     Args:
-      kind: what the body is read as; its fields are known, except those that are there to be refused.
+      kind: what the body is read as; its fields are known.
 
     Raises:
       BadRequest: names the field.
     """
-    for name, value in raw.items():
-        if value is None or name in _HINTS or (name in kind.__struct_fields__ and name not in _UNUSED):
+    for name, value in raw.items() if isinstance(raw, Mapping) else ():
+        if value is None or name in _HINTS or name in kind.__struct_fields__:
             continue
         neutral = _NEUTRAL.get(name)
         if neutral is None:
@@ -132,9 +145,26 @@ def refuse_unsupported_chat(body: ChatRequest) -> None:
         raise unsupported("modalities")
 
 
-def template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The chat template variables a client may set; anything else could take over the template's own."""
+def template_variables(given: Mapping[str, Any] | None, *, channels: bool = False) -> dict[str, Any]:
+    """The chat template variables a client may set; anything else could take over the template's own.
+
+    Args:
+      channels: whether the template is Harmony's: its models always think, more or less.
+    """
     for name, value in (given or {}).items():
         if name not in _TEMPLATE_VARIABLES or not isinstance(value, bool | str | int | None):
             raise unsupported(f"chat_template_kwargs.{name[:64]}")
-    return dict(given or {})
+    variables = dict(given or {})
+    if channels:
+        if variables.get("enable_thinking") is False:
+            variables.setdefault("reasoning_effort", "none")
+        if (effort := variables.get("reasoning_effort")) is not None:
+            variables["reasoning_effort"] = _CHANNEL_EFFORTS.get(effort, effort)
+    return variables
+
+
+def effort_variables(effort: str | None) -> dict[str, Any] | None:
+    """How much the model shall think, as chat templates take it that know of such a thing."""
+    if effort is None:
+        return None
+    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from atlas_jax.engine.api import CallGrammar, CallShape
+from atlas_jax.engine.api import AnswerShape, CallGrammar, CallShape
 from server.schemas.chat import AllowedTools, ChatRequest, FunctionDefinition, NamedTool, Tool
 from server.tool_calls.style import Style
 from server.validation import invalid
@@ -23,12 +23,13 @@ class Function:
     """A tool.
 
     Attributes:
-      field: where in the request it stands.
+      field, schema_field: where in the request it stands, and the schema of its arguments.
       schema: of its arguments.
     """
 
     name: str
     field: str
+    schema_field: str
     schema: Mapping[str, Any]
     definition: FunctionDefinition
 
@@ -73,20 +74,18 @@ class Tools:
         """Whether one of them must be called by its schema and not otherwise."""
         return any(one.definition.strict for one in self.allowed)
 
-    def grammar(self, style: Style, *, thinking: str | None, answer: Mapping[str, Any] | None) -> CallGrammar:
+    def grammar(self, style: Style, *, thinking: str | None, answer: AnswerShape | None) -> CallGrammar:
         """What answers must match.
 
         Args:
           thinking: what ends the reasoning that the template has begun, or None.
-          answer: the schema of an answer that calls nothing, or None.
+          answer: what an answer that calls nothing must match, or None.
         """
         free = not self.forced and answer is None
         marks = _channel_marks(style)
         return CallGrammar(
             calls=tuple(
-                CallShape(
-                    begin=style.begin(one.name), schema=one.schema, end=style.close, field=f"{one.field}.parameters"
-                )
+                CallShape(begin=style.begin(one.name), schema=one.schema, end=style.close, field=one.schema_field)
                 for one in self.allowed
             ),
             lead=style.lead if free or not style.alone else "",
@@ -101,8 +100,8 @@ class Tools:
         )
 
 
-def schema_grammar(style: Style, answer: Mapping[str, Any], thinking: str | None) -> CallGrammar | None:
-    """What answers must match that call nothing and follow a schema; None where that is the schema alone.
+def schema_grammar(style: Style, answer: AnswerShape, thinking: str | None) -> CallGrammar | None:
+    """What answers must match that call nothing and have a shape; None where that is the shape alone.
 
     Args:
       thinking: as for `Tools.grammar`.
@@ -121,73 +120,124 @@ def _channel_marks(style: Style) -> dict[str, Any]:
     return {"thinks": begin, "thinking": end, "before": style.channels.final}
 
 
-def chosen_tools(body: ChatRequest) -> Tools | None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What a request asks of its tools.
+
+    Attributes:
+      names: those that may be called with where in the request they are named, none for all.
+      forced: whether one must be called.
+      single: whether only one call is wanted.
+      none: whether none may be called.
+    """
+
+    names: Sequence[tuple[str, str]] = ()
+    forced: bool = False
+    single: bool = False
+    none: bool = False
+
+
+CHOICES = {
+    None: Choice(),
+    "auto": Choice(),
+    "none": Choice(none=True),
+    "required": Choice(forced=True),
+    "any": Choice(forced=True),
+}
+"""What a choice by a word means, in any API."""
+
+
+def choose(
+    functions: Sequence[Function],
+    choice: Choice,
+    *,
+    field: str,
+    choice_field: str = "tool_choice",
+    parallel: bool = True,
+    legacy: bool = False,
+) -> Tools | None:
     """The tools of a request; None where it has none, or wants none called.
 
+    Args:
+      field, choice_field: what the API calls them.
+      parallel: whether an answer may have several calls.
+
     Raises:
-      BadRequest: a tool is wrong or named twice, or the choice is of none that there is.
+      BadRequest: the choice is of none that there is.
     """
-    if body.tools and body.functions:
-        raise invalid("functions", "cannot be given together with tools")
-    legacy = not body.tools and (bool(body.functions) or body.function_call not in (None, "none", "auto"))
-    if legacy:
-        field, choice_field = "functions", "function_call"
-        given = [(one, f"functions[{index}]") for index, one in enumerate(body.functions or ())]
-    else:
-        field, choice_field = "tools", "tool_choice"
-        given = [(one.function, f"tools[{index}].function") for index, one in enumerate(body.tools or ())]
-    choice = body.function_call if legacy else body.tool_choice
-    functions = _functions(given)
-    known = {one.name: one for one in functions}
-    if not functions and choice not in (None, "none", "auto"):
+    if not functions and (choice.forced or choice.names):
         raise invalid(choice_field, f"needs {field}")
-    if not functions or choice == "none":
+    if not functions or choice.none:
         return None
-    names, forced, single = _choice(choice, choice_field)
-    for name, place in names:
+    known = {one.name: one for one in functions}
+    for name, place in choice.names:
         if name not in known:
             raise invalid(place, f"'{name[:128]}' is none of the {field}")
-    most = 1 if legacy or single or body.parallel_tool_calls is False else _MOST_CALLS
-    allowed = tuple(known[name] for name in dict.fromkeys(name for name, _ in names)) or functions
-    return Tools(told=functions, allowed=allowed, forced=forced, most=most, legacy=legacy)
+    most = 1 if legacy or choice.single or not parallel else _MOST_CALLS
+    allowed = tuple(known[name] for name in dict.fromkeys(name for name, _ in choice.names)) or tuple(functions)
+    return Tools(told=tuple(functions), allowed=allowed, forced=choice.forced, most=most, legacy=legacy)
 
 
-def functions_of(tools: Sequence[Tool]) -> tuple[Function, ...]:
-    """Tools without a choice; raises BadRequest as `chosen_tools`."""
-    return _functions([(one.function, f"tools[{index}].function") for index, one in enumerate(tools)])
+def chosen_tools(body: ChatRequest) -> Tools | None:
+    """The tools of a chat completion, as `choose`; raises BadRequest also for a tool that is wrong or named twice."""
+    if body.tools and body.functions:
+        raise invalid("functions", "cannot be given together with tools")
+    if not body.tools and (body.functions or body.function_call not in (None, "none", "auto")):
+        functions = functions_of(
+            (one, f"functions[{index}]", f"functions[{index}].parameters")
+            for index, one in enumerate(body.functions or ())
+        )
+        choice = _choice(body.function_call, "function_call")
+        return choose(functions, choice, field="functions", choice_field="function_call", legacy=True)
+    choice = _choice(body.tool_choice, "tool_choice")
+    parallel = body.parallel_tool_calls is not False
+    return choose(functions_of_tools(body.tools or ()), choice, field="tools", parallel=parallel)
 
 
-def _functions(given: Sequence[tuple[FunctionDefinition, str]]) -> tuple[Function, ...]:
+def functions_of_tools(tools: Sequence[Tool]) -> tuple[Function, ...]:
+    """Tools as chat completions have them; raises BadRequest as `functions_of`."""
+    places = (f"tools[{index}].function" for index in range(len(tools)))
+    return functions_of((one.function, place, f"{place}.parameters") for one, place in zip(tools, places, strict=True))
+
+
+def functions_of(given: Iterable[tuple[FunctionDefinition, str, str]]) -> tuple[Function, ...]:
+    """The functions of a request, checked.
+
+    Args:
+      given: each with where it stands in the request, and where the schema of its arguments does.
+
+    Raises:
+      BadRequest: one is wrong, or has another's name.
+    """
     known: dict[str, Function] = {}
-    for definition, field in given:
+    for definition, field, schema_field in given:
         if (other := known.get(definition.name)) is not None:
             raise invalid(f"{field}.name", f"'{definition.name}' is the name of {other.field} already")
-        known[definition.name] = _function(definition, field)
+        known[definition.name] = _function(definition, field, schema_field)
     return tuple(known.values())
 
 
-def _choice(choice: Any, field: str) -> tuple[Sequence[tuple[str, str]], bool, bool]:
-    """The names that may be called with where they stand, none for all; whether one must be; whether it is only one."""
+def _choice(choice: Any, field: str) -> Choice:
     if isinstance(choice, AllowedTools):
         place = f"{field}.allowed_tools.tools"
         names = [
             (one.function.name, f"{place}[{at}].function.name") for at, one in enumerate(choice.allowed_tools.tools)
         ]
-        return names, choice.allowed_tools.mode == "required", False
+        return Choice(names=names, forced=choice.allowed_tools.mode == "required")
     if isinstance(choice, NamedTool):
-        return [(choice.function.name, f"{field}.function.name")], True, True
+        return Choice(names=[(choice.function.name, f"{field}.function.name")], forced=True, single=True)
     if choice is None or isinstance(choice, str):
-        return (), choice == "required", False
-    return [(choice.name, f"{field}.name")], True, True
+        return CHOICES[choice]
+    return Choice(names=[(choice.name, f"{field}.name")], forced=True, single=True)
 
 
-def _function(given: FunctionDefinition, field: str) -> Function:
+def _function(given: FunctionDefinition, field: str, schema_field: str) -> Function:
     schema = given.parameters
     if schema is None:
-        return Function(given.name, field, _NO_ARGUMENTS, given)
+        return Function(given.name, field, schema_field, _NO_ARGUMENTS, given)
     if schema.get("type", "object") != "object":
-        raise invalid(f"{field}.parameters.type", "must be object: a tool's arguments are one")
+        raise invalid(f"{schema_field}.type", "must be object: a tool's arguments are one")
     schema = {"type": "object", **schema}
     if "properties" in schema and not any(keyword in schema for keyword in _OPEN):
         schema["additionalProperties"] = False  # a model that may make up arguments does
-    return Function(given.name, field, schema, given)
+    return Function(given.name, field, schema_field, schema, given)

@@ -39,7 +39,8 @@ def models(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Model and adapter files by name."""
     out = {}
     begun = dataclasses.replace(tiny_model.LLAMA, add_bos=True)
-    for name, shape in (("llama", tiny_model.LLAMA), ("gemma", tiny_model.GEMMA), ("begun", begun)):
+    shapes = {"llama": tiny_model.LLAMA, "gemma": tiny_model.GEMMA, "hybrid": tiny_model.HYBRID, "begun": begun}
+    for name, shape in shapes.items():
         model = tiny_model.write_model(folder / f"{name}.gguf", shape)
         out[name] = model, tiny_model.write_adapter(folder / f"{name}.safetensors", model)
     return out
@@ -77,7 +78,7 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
         defaults["cache_path"] = cache
         with pytest.MonkeyPatch.context() as patch:
             if not warm:
-                patch.setattr("atlas_jax.engine.engine.WarmUp", _FirstPrograms)
+                patch.setattr("atlas_jax.engine.serving.WarmUp", _FirstPrograms)
             engine = Engine.open(
                 model_path=model,
                 weight_dtype=dtype,  # type: ignore[arg-type]
@@ -95,11 +96,13 @@ def opened(models: dict[str, tuple[Path, Path]], cache: Path) -> Callable[..., A
 
 @pytest.fixture(scope="session")
 def engines(opened: Callable[..., Any]) -> Iterator[Callable[[str], Engine]]:
-    """Engines by name, each opened when it is first asked for: `int8`, `float32`, `gemma`, and each `… undrafted`."""
+    """Engines by name, each opened when it is first asked for; and each `… undrafted`."""
     known: dict[str, dict[str, Any]] = {
         "int8": {"warm": True},
         "float32": {"dtype": "float32", "max_concurrent": 2},
         "gemma": {"name": "gemma", "max_concurrent": 2},
+        "hybrid": {"name": "hybrid", "max_concurrent": 2},
+        "hybrid float32": {"name": "hybrid", "dtype": "float32", "max_concurrent": 2},
         "begun": {"name": "begun", "dtype": "float32", "max_concurrent": 2},
     }
     undrafted = {"max_concurrent": 2, "speculate": False, "warm": False}

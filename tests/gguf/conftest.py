@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -33,8 +34,13 @@ def gemma_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def qwen_path() -> Path:
+    return _model("ATLAS_TEST_QWEN", "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf", "run `make qwen`; it is optional")
+
+
+@pytest.fixture(scope="session")
 def golden() -> Callable[[str], dict[str, Any]]:
-    return lambda name: json.loads((GOLDEN / f"{name}.json").read_text())
+    return lambda name: json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
 
 
 def _as_metadata(values: Mapping[str, Any]) -> dict[str, Any]:

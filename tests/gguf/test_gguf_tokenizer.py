@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from atlas_jax.engine.api import Tokenizer as TokenizerProtocol
 from atlas_jax.gguf import GGUFError, GGUFFile, StreamDecoder, Tokenizer
 from atlas_jax.gguf._bpe import BYTE_ALPHABET
+from atlas_jax.gguf._pretokenizers import _FAMILIES
 from atlas_jax.gguf._spm import ScoreMerger
 
 Golden = Callable[[str], dict[str, Any]]
@@ -35,6 +37,11 @@ def smollm(smollm_path: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def gemma(gemma_path: Path) -> Tokenizer:
     return load(gemma_path)
+
+
+@pytest.fixture(scope="module")
+def qwen(qwen_path: Path) -> Tokenizer:
+    return load(qwen_path)
 
 
 @pytest.fixture
@@ -63,9 +70,12 @@ def changed(metadata: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
-def test_agrees_with_llama_cpp(name: str, golden: Golden, request: pytest.FixtureRequest) -> None:
-    tokenizer = request.getfixturevalue("smollm" if name == "smollm2" else "gemma")
+@pytest.mark.parametrize(
+    ("name", "fixture"),
+    [("smollm2", "smollm"), ("gemma3", "gemma"), pytest.param("qwen2", "qwen", marks=pytest.mark.slow)],
+)
+def test_agrees_with_llama_cpp(name: str, fixture: str, golden: Golden, request: pytest.FixtureRequest) -> None:
+    tokenizer = request.getfixturevalue(fixture)
     assert_agrees(tokenizer, golden("strings")["strings"], golden(name))
 
 
@@ -80,23 +90,30 @@ def test_sentencepiece_options_agree_with_llama_cpp(case: str, golden: Golden, a
     assert isinstance(tokenizer._model.merge.__self__, ScoreMerger) == (case == "ties")  # type: ignore[attr-defined]
 
 
-PRE_TOKENIZERS = (
-    *("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "qwen35", "tekken", "gpt-4o", "bailingmoe", "seed-coder"),
-    *("falcon", "default"),
-)
+@pytest.fixture(scope="module")
+def pre_tokenizers(golden: Golden) -> dict[str, Any]:
+    return golden("pretokenizers")
 
 
-@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
-def test_pre_tokenizers_agree_with_llama_cpp(pre: str, golden: Golden, byte_level: dict[str, Any]) -> None:
-    data = golden("pretokenizers")
-    by_name = data["plain"]
-    assert tuple(by_name) == PRE_TOKENIZERS
-    expected = by_name[pre]
-    expected = by_name[expected] if isinstance(expected, str) else expected
-    tokenizer = Tokenizer.from_metadata({**byte_level, "tokenizer.ggml.pre": pre})
-    strings = golden("strings")["strings"]
-    texts = [strings[index] for index in data["indexes"]]
-    assert [tokenizer.encode(text, add_special=False, parse_special=False) for text in texts] == expected
+OURS = [family.names.split() for family in _FAMILIES if not family.names.startswith("atlas-")]
+
+
+@pytest.mark.parametrize("names", OURS, ids=[names[0] for names in OURS])
+def test_pre_tokenizers_agree_with_llama_cpp(
+    names: list[str], pre_tokenizers: dict[str, Any], byte_level: dict[str, Any]
+) -> None:
+    by_name, texts = pre_tokenizers["plain"], pre_tokenizers["strings"]
+    assert len(texts) >= 300
+    found = [by_name[name] for name in names]
+    found = [by_name[one] if isinstance(one, str) else one for one in found]
+    assert all(one == found[0] for one in found), "names that cut alike"
+    tokenizer = Tokenizer.from_metadata({**byte_level, "tokenizer.ggml.pre": names[0]})
+    for text, ids in zip(texts, found[0], strict=True):
+        assert tokenizer.encode(text, add_special=False, parse_special=False) == ids, text[:200]
+
+
+def test_no_name_goes_unchecked(pre_tokenizers: dict[str, Any]) -> None:
+    assert sorted(pre_tokenizers["plain"]) == sorted(chain.from_iterable(OURS))
 
 
 @pytest.mark.parametrize(
@@ -123,7 +140,7 @@ def test_pre_tokenizers_agree_with_llama_cpp(pre: str, golden: Golden, byte_leve
         (
             "deepseek-v3",
             "I've 12345 {x} ~~日本語カナx\n\n",
-            ["I", "'ve", " ", "123", "45", " {", "x", "}", " ", "~~"] + ["日本語カナ", "x", "\n\n"],
+            ["I", "'ve", " ", "123", "45", " {", "x", "}", " ~~"] + ["日本語カナ", "x", "\n\n"],
         ),
         (
             "bloom",
@@ -139,6 +156,18 @@ def test_pre_tokenizers_agree_with_llama_cpp(pre: str, golden: Golden, byte_leve
 def test_words(pre: str, text: str, words: list[str], byte_level: dict[str, Any]) -> None:
     tokenizer = Tokenizer.from_metadata({**byte_level, "tokenizer.ggml.pre": pre})
     assert tokenizer._model.words(text) == words  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "rwkv", "plamo2", "gemma4", "none", ""])
+def test_other_kinds_of_tokenizers_are_refused_by_their_name(name: str, byte_level: dict[str, Any]) -> None:
+    with pytest.raises(GGUFError, match=rf"tokenizer model '{name}' .* is not known; known are gpt2, llama"):
+        Tokenizer.from_metadata({**byte_level, "tokenizer.ggml.model": name})
+
+
+@pytest.mark.parametrize("name", ["gemma4", "whitespace", "sarvam-moe", "something-new"])
+def test_pre_tokenizers_that_are_not_there_are_refused_by_their_name(name: str, byte_level: dict[str, Any]) -> None:
+    with pytest.raises(GGUFError, match=f"pre-tokenizer '{name}' .* is not known; known are a.x-4.0"):
+        Tokenizer.from_metadata({**byte_level, "tokenizer.ggml.pre": name})
 
 
 def test_without_a_pre_tokenizer_the_default_is_used(byte_level: dict[str, Any]) -> None:

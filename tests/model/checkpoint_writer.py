@@ -133,12 +133,15 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "
 SMOLLM = {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTES]}
 
 
-def split(regex: str) -> dict[str, Any]:
-    """A pre-tokenizer of one pattern, as Llama 3's and Qwen 2's."""
+def split(*regexes: str) -> dict[str, Any]:
+    """A pre-tokenizer of patterns, mostly one, as Llama 3's and Qwen 2's."""
     return {
         "type": "Sequence",
         "pretokenizers": [
-            {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False},
+            *(
+                {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
+                for regex in regexes
+            ),
             {**BYTES, "use_regex": False},
         ],
     }

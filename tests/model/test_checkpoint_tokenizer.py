@@ -24,12 +24,47 @@ LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 QWEN2 = LLAMA3.replace("{1,3}", "")
+CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+SUFFIX"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*SUFFIX"
+    r"|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 CUTS = {
     "gpt-2": (checkpoint_writer.BYTES, False),
     "smollm": (checkpoint_writer.SMOLLM, False),
     "llama-bpe": (checkpoint_writer.split(LLAMA3), True),
     "dbrx": (checkpoint_writer.split(LLAMA3), False),
     "qwen2": (checkpoint_writer.split(QWEN2), False),
+    "dbrx, as cl100k has it": (
+        checkpoint_writer.split(
+            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]"
+            r"|\s+(?!\S)|\s+"
+        ),
+        False,
+    ),
+    "qwen35": (
+        checkpoint_writer.split(
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        ),
+        False,
+    ),
+    "tekken": (checkpoint_writer.split(CASED.replace("SUFFIX", "").replace("DIGITS", r"\p{N}")), True),
+    "gpt-4o": (
+        checkpoint_writer.split(
+            CASED.replace("SUFFIX", r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?").replace("DIGITS", r"\p{N}{1,3}")
+        ),
+        False,
+    ),
+    "deepseek-v3": (
+        checkpoint_writer.split(
+            r"\p{N}{1,3}",
+            "[一-龥\u3040-ゟ゠-ヿ]+",
+            r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"
+            r"| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        False,
+    ),
 }
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>", "</s>", "<unk>", "<tool>", "  ")
 
@@ -92,11 +127,14 @@ def test_byte_level_tokens_are_those_of_the_gguf_file_and_the_library(tmp_path: 
     tokens, types, merges = tiny_model.byte_level_vocabulary()
     cut, whole = CUTS[name]
     file = checkpoint_writer.byte_level(tokens, types, merges, cut, pairs=pairs, ignore_merges=whole)
-    made = Tokenizer.from_metadata(folder_metadata(tmp_path, file))
+    metadata = folder_metadata(tmp_path, file)
+    pre = metadata["tokenizer.ggml.pre"]
+    assert pre.removeprefix("atlas-") == name.partition(",")[0]
+    made = Tokenizer.from_metadata(metadata)
     gguf = Tokenizer.from_metadata(
         {
             "tokenizer.ggml.model": "gpt2",
-            "tokenizer.ggml.pre": name,
+            "tokenizer.ggml.pre": pre,
             "tokenizer.ggml.tokens": tokens,
             "tokenizer.ggml.token_type": np.array(types),
             "tokenizer.ggml.merges": merges,
@@ -104,6 +142,40 @@ def test_byte_level_tokens_are_those_of_the_gguf_file_and_the_library(tmp_path: 
         }
     )
     assert_same(gguf, made, tokenizers.Tokenizer.from_str(json.dumps(file)))
+
+
+def test_a_text_is_composed_first_where_the_file_says_so(tmp_path: Path) -> None:
+    tokens, types, merges = tiny_model.byte_level_vocabulary()
+    cut = checkpoint_writer.split(QWEN2)
+    file = {**checkpoint_writer.byte_level(tokens, types, merges, cut), "normalizer": {"type": "NFC"}}
+    made = Tokenizer.from_metadata(folder_metadata(tmp_path, file))
+    library = tokenizers.Tokenizer.from_str(json.dumps(file))
+    apart = ["e\u0301te\u0301", "\u1100\u1161\u11a8", "\u212b \u2126", "q\u0323\u0307", "<|im_end|>\u0301", "\u0958"]
+    for text in [*texts(), *apart]:
+        assert made.encode(text, add_special=False, parse_special=True) == library.encode(text).ids, text
+    one, other = (made.encode(text, add_special=False, parse_special=False) for text in ("\u00e9", "e\u0301"))
+    assert one == other
+    assert (
+        made.fingerprint != Tokenizer.from_metadata(folder_metadata(tmp_path, file | {"normalizer": None})).fingerprint
+    )
+    with pytest.raises(CheckpointError, match="normalizer has a step 'NFKC' that is not supported"):
+        folder_metadata(tmp_path, file | {"normalizer": {"type": "NFKC"}})
+
+
+def test_tokens_that_swallow_white_space_do(tmp_path: Path) -> None:
+    tokens, types, merges = tiny_model.byte_level_vocabulary()
+    file = checkpoint_writer.byte_level(tokens, types, merges, checkpoint_writer.SMOLLM)
+    for one in file["added_tokens"]:
+        one["rstrip"] = one["content"] == "<|im_end|>"
+    made = Tokenizer.from_metadata(folder_metadata(tmp_path, file))
+    library = tokenizers.Tokenizer.from_str(json.dumps(file))
+    for text in (
+        "a<|im_end|> \n b",
+        "<|im_end|>",
+        "<|im_end|>  <|im_start|>  x",
+        " <|im_start|> <|im_end|>\t<|im_end|> y",
+    ):
+        assert made.encode(text, add_special=False, parse_special=True) == library.encode(text).ids, text
 
 
 def sentencepiece_vocabulary() -> tuple[list[str], list[int], list[float]]:
@@ -220,7 +292,7 @@ def changed(file: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
     return dict(copy)
 
 
-NFC, ISOLATED = {"type": "NFC"}, {"type": "Split", "pattern": {"Regex": r"\d"}, "behavior": "Isolated"}
+NFKC, ISOLATED = {"type": "NFKC"}, {"type": "Split", "pattern": {"Regex": r"\d"}, "behavior": "Isolated"}
 
 
 @pytest.mark.parametrize(
@@ -241,11 +313,11 @@ NFC, ISOLATED = {"type": "NFC"}, {"type": "Split", "pattern": {"Regex": r"\d"}, 
             True,
             "pre_tokenizer cuts a text in a way that is not known: 'Digits' then 'ByteLevel'",
         ),
-        ("normalizer", NFC, "normalizer has a step 'NFC' that is not supported"),
+        ("normalizer", NFKC, "normalizer has a step 'NFKC' that is not supported"),
         (
             "normalizer",
-            {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [NFC]}]},
-            "a step 'NFC'",
+            {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [NFKC]}]},
+            "a step 'NFKC'",
         ),
         ("normalizer", {"type": "Sequence"}, "normalizer is a sequence without normalizers"),
         ("pre_tokenizer", None, "pre_tokenizer cuts a text in a way that is not known"),

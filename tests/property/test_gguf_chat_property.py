@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ CONTROL = ["<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
 
 def tokenizer_of(name: str) -> Tokenizer:
     """A golden vocabulary with the control tokens of the templates."""
-    metadata = json.loads((GOLDEN / f"{name}.json").read_text())["metadata"]
+    metadata = json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))["metadata"]
     count = len(CONTROL)
     metadata["tokenizer.ggml.tokens"] += CONTROL
     metadata["tokenizer.ggml.token_type"] = np.array(metadata["tokenizer.ggml.token_type"] + [3] * count, np.int32)

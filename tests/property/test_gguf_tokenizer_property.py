@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"
 
 
 def metadata_of(name: str, **changes: Any) -> dict[str, Any]:
-    values = {**json.loads((GOLDEN / f"{name}.json").read_text())["metadata"], **changes}
+    values = {**json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))["metadata"], **changes}
     arrays = {"tokenizer.ggml.token_type": np.int32, "tokenizer.ggml.scores": np.float32}
     return {key: np.array(value, arrays[key]) if key in arrays else value for key, value in values.items()}
 

@@ -104,12 +104,14 @@ def test_pairs_receive_the_probabilities_of_one_softmax(form: Form, seed: int, s
 def test_received_attention_depends_on_the_row_alone(form: Form, seed: int, shape: Shape) -> None:
     """Neither on other rows, nor on other layers' pairs, nor on what lies in places that are not filled."""
     q, q_near, kv, pool, row, *rest = some_queries(seed, shape, form)
-    first, kept, pages = int(rest[2]), int(rest[3]), pool.score.shape[1]
+    first, kept, pages = int(rest[2]), int(rest[3]), pool.stored_score.shape[1]
     index = np.arange(pages * PAGE).reshape(1, pages, 1, PAGE) - first * PAGE
     own = (np.arange(shape.rows) == int(row)).reshape(-1, 1, 1, 1) & (index >= 0) & (index < kept)
 
     def disturbed(leaf: jax.Array) -> jax.Array:
-        noise = 77 if leaf.dtype.itemsize == 1 else np.nan
+        noise = np.asarray(
+            {1: 77, 2: 0x7FC0, 4: np.nan}[leaf.dtype.itemsize], leaf.dtype
+        )  # two bytes: the upper half of a NaN
         return jnp.where(own.reshape(*own.shape, *(1,) * (leaf.ndim - 4)), leaf, noise)
 
     other = dataclasses.replace(pool, k=jax.tree.map(disturbed, pool.k))

@@ -20,7 +20,7 @@ from atlas_jax.kernels import attention, recall_features
 from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, LayerPairs, QuantPages, RingView, init_layer_kv, unpacked
 from atlas_jax.kernels.linear import split_rows
-from atlas_jax.kernels.packed_pages import pack
+from atlas_jax.kernels.packed_pages import KEY_BITS, VALUE_BITS, pack
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.kernels.tpu import recall_features as mosaic_recall_features
 from atlas_jax.kernels.tpu import window_attention
@@ -101,7 +101,10 @@ def some_step(shape: Shape, seed: int) -> tuple[jax.Array, jax.Array, LayerKV, R
     pairs = None
     if shape.kept_pages:
         pool, first = shape.kept_pages + 2, random.integers(3)  # of other layers before it and behind
-        packed = [pack(whole.values, whole.scale) for whole in (pages(pool), pages(pool))]
+        packed = [
+            pack(whole.values, whole.scale, bits)
+            for whole, bits in ((pages(pool), KEY_BITS), (pages(pool), VALUE_BITS))
+        ]
         both = KeptPairs(packed[0], packed[1], jnp.zeros((batch, pool, shape.kv_heads, PAGE)))
         most = shape.kept_pages * PAGE
         kept = random.choice([0, 1, PAGE, most, *random.integers(0, most + 1, 4)], batch)

@@ -9,15 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from atlas_jax.config import MemoryConfig
+from atlas_jax.config import PAGE, MemoryConfig
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.kernels.linear import QuantArray
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.transformer import logits
 from atlas_jax.recall import adapter_store, collect_states
-from atlas_jax.recall.calibration import calibrate
+from atlas_jax.recall.calibration import EFFORTS, _affordable, _leading, calibrate
+from atlas_jax.recall.conversation import Conversation
 from atlas_jax.recall.fit import _conversations
-from atlas_jax.recall.probe import make_probe
+from atlas_jax.recall.probe import Probe, make_probe
 
 PHRASE = "The quick brown fox jumps over the lazy dog while seven wizards make toxic brew for the evil queen. "
 
@@ -76,3 +77,29 @@ def test_a_vocabulary_in_blocks_says_what_it_says_whole(
     p /= p.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(chance, p[np.arange(40), target], rtol=1e-4)
     np.testing.assert_allclose(entropy, -(p * np.log(p)).sum(axis=1), rtol=1e-4)
+
+
+@pytest.mark.parametrize(("page_seconds", "effort"), [(0.1, 0), (0.35, 1), (0.6, 2), (0.9, 3), (1.2, 4), (60.0, 4)])
+def test_a_slow_model_reads_less(page_seconds: float, effort: int) -> None:
+    texts = [range(40 * PAGE), range(33 * PAGE)]
+    probe, conversations = Probe(list(range(15 * PAGE)), []), [Conversation(list(range(22 * PAGE)), [])] * 2
+    chosen = _affordable(60.0, page_seconds, texts, probe, conversations)
+    assert chosen == EFFORTS[effort]
+    pages = chosen.pages_read([40, 33], 15, [22, 22])
+    if chosen != EFFORTS[-1]:
+        assert pages * page_seconds <= 60.0
+
+
+def test_what_reading_takes_in_all() -> None:
+    """A billion parameters read a page of 128 tokens in about half a second on two cores, eight billion in four."""
+    assert [effort.pages_read([40, 33], 15, [22, 22]) for effort in EFFORTS] == [187, 135, 94, 57, 49]
+
+
+def test_the_largest_components_are_those_of_all() -> None:
+    rng = np.random.default_rng(0)
+    states = rng.standard_normal((3000, 1200)) * (1 / np.arange(1, 1201)) ** 0.5
+    covariance = states.T @ states / len(states)
+    values, vectors = _leading(covariance, 24)
+    every, basis = np.linalg.eigh(covariance)
+    np.testing.assert_allclose(np.sort(values), every[-24:], rtol=1e-9)
+    np.testing.assert_allclose(abs(vectors.T @ basis[:, -24:]).max(axis=0), 1.0, atol=1e-6)

@@ -14,6 +14,7 @@ from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.transformer import SINKS
+from atlas_jax.progress import Progress
 from atlas_jax.recall import kept_weights
 from atlas_jax.sharding import ONE_DEVICE
 from tests.reference import transformer_reference
@@ -32,7 +33,7 @@ def model(models: dict[str, tuple[Path, Path]]) -> tuple[ModelConfig, Any]:
 
 
 def weights_of(model: tuple[ModelConfig, Any], texts: Sequence[Sequence[int]]) -> tuple[float, ...]:
-    return kept_weights.kept_weights(*model, texts, lambda stage, share: None, ONE_DEVICE)
+    return kept_weights.kept_weights(kept_weights.FullReader(*model, ONE_DEVICE), texts, Progress())
 
 
 def test_attention_is_measured_as_it_is_defined(
@@ -63,9 +64,9 @@ def test_attention_is_measured_as_it_is_defined(
         return out
 
     transformer_reference.logits(config, transformer_reference.tensors(models["gemma"][0]), text, attend)
-    reader = kept_weights._Reader(config, params, ONE_DEVICE)
+    reader = kept_weights.FullReader(config, params, ONE_DEVICE)
     assert reader.layers == [index for index, layer in enumerate(config.layers) if layer.sliding_window is None]
-    pages = list(reader.read(text))
+    pages = list(reader.read(text, Progress()))
     assert len(pages) == 5
     for page, received in enumerate(pages):
         for index, found in zip(reader.layers, received, strict=True):
@@ -89,9 +90,9 @@ def test_layers_that_attend_more_of_what_has_left_keep_more(
 
     class Reader:
         def __init__(self, config: ModelConfig, *rest: Any) -> None:
-            self.layers = list(spread)
+            self.layers, self.depth = list(spread), len(config.layers)
 
-        def read(self, text: Sequence[int]) -> list[np.ndarray]:
+        def read(self, text: Sequence[int], progress: Progress) -> list[np.ndarray]:
             assert len(text) >= PAGES * PAGE
             place = np.random.default_rng(0).permutation(np.arange(SINKS, PAGES * PAGE))
             found = []
@@ -103,7 +104,7 @@ def test_layers_that_attend_more_of_what_has_left_keep_more(
                 found.append(mass.reshape(len(spread), PAGES, PAGE, 2).swapaxes(2, 3))
             return found
 
-    monkeypatch.setattr(kept_weights, "_Reader", Reader)
+    monkeypatch.setattr(kept_weights, "FullReader", Reader)
     found = weights_of(model, [range(PAGES * PAGE)])
     assert found[4:] == (1.0, 1.0), "layers that keep none"
     wide, narrow, faint, least = found[:4]

@@ -72,7 +72,8 @@ def logits(
         }
         before, ff_norm = x, "ffn_norm" if "ffn_norm" in part else "post_attention_norm"
         h = _pre_norm(config, x, part, "attn_norm")
-        mixed = _attention(config, index, part, h, attend)
+        recurrent = config.layers[index].kind == "delta_net"
+        mixed = _delta_net(config, part, h) if recurrent else _attention(config, index, part, h, attend)
         x = x + config.residual_scale * (
             _rms_norm(config, mixed, part["post_attention_norm"]) if config.post_norms else mixed
         )
@@ -160,6 +161,9 @@ def _attention(
     else:
         q, k, v = (_linear(part, f"attn_{name}", h) for name in "qkv")
     q, k, v = (x.reshape(count, -1, config.head_dim) for x in (q, k, v))
+    gate = np.inf  # of every head of the output, behind its query
+    if config.attention_gate:
+        q, gate = q[:, 0::2], q[:, 1::2]
     if config.qk_norm is not None:
         q, k = (
             _norm(config, x.reshape(count, 1, -1) if config.qk_norm == "width" else x, part[name]).reshape(x.shape)
@@ -174,7 +178,44 @@ def _attention(
         return np.concatenate([magnitude * turned[..., : rope.dims], turned[..., rope.dims :]], axis=-1)
 
     rest = (part["attn_sinks"],) if config.null_logits else ()
-    return _linear(part, "attn_output", attend(config, index, q, k, v, rotate, *rest).reshape(count, -1))
+    mixed = attend(config, index, q, k, v, rotate, *rest) / (1 + np.exp(-gate))
+    return _linear(part, "attn_output", mixed.reshape(count, -1))
+
+
+def _delta_net(config: ModelConfig, part: dict[str, np.ndarray], h: np.ndarray) -> np.ndarray:
+    """A Gated DeltaNet layer, one token and one head after the other."""
+    of = config.delta_net
+    assert of is not None
+    count, shared, dim = len(h), of.heads // of.key_heads, of.dim
+    if "ssm_in" in part:  # by key head: query, key, values, gates
+        by_head = (h @ part["ssm_in"].T).reshape(count, of.key_heads, -1)
+        parts = np.split(by_head, [dim, 2 * dim, (2 + shared) * dim], axis=2)
+        *qkv, z = (one.reshape(count, -1) for one in parts)
+        mixed = np.concatenate(qkv, axis=1)
+    else:
+        mixed, z = h @ part["attn_qkv"].T, h @ part["attn_gate"].T
+    if "ssm_ba" in part:
+        both = (h @ part["ssm_ba"].T).reshape(count, of.key_heads, 2, shared)
+        share, time = (both[:, :, place].reshape(count, -1) for place in (0, 1))
+    else:
+        share, time = h @ part["ssm_beta"].T, h @ part["ssm_alpha"].T
+    decay = np.exp(part["ssm_a"] * np.log1p(np.exp(time + part["ssm_dt.bias"])))
+    share = 1 / (1 + np.exp(-share))
+    padded = np.concatenate([np.zeros((of.conv - 1, mixed.shape[1])), mixed])
+    mixed = sum(padded[place : place + count] * part["ssm_conv1d"][:, place] for place in range(of.conv))
+    heads = (mixed / (1 + np.exp(-mixed))).reshape(count, -1, dim)
+    out = np.zeros((count, of.heads, dim))
+    for head in range(of.heads):
+        own = head % of.key_heads if of.tiled else head // shared
+        memory = np.zeros((dim, dim))
+        for token in range(count):
+            q, k = (x / np.linalg.norm(x) for x in (heads[token, own], heads[token, of.key_heads + own]))
+            v = heads[token, 2 * of.key_heads + head]
+            memory *= decay[token, head]
+            memory += share[token, head] * np.outer(v - memory @ k, k)
+            out[token, head] = memory @ q / np.sqrt(dim)
+    out = _rms_norm(config, out, part["ssm_norm"]).reshape(count, -1)
+    return out * (z / (1 + np.exp(-z))) @ part["ssm_out"].T
 
 
 def _rotate(x: np.ndarray, angle: np.ndarray, dims: int, interleaved: bool) -> np.ndarray:

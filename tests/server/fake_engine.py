@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from atlas_jax.engine.api import (
+    AnswerShape,
     CallGrammar,
     ChatFrame,
     Delta,
@@ -27,6 +28,7 @@ from atlas_jax.engine.api import (
     EngineStats,
     Failed,
     Finished,
+    Fitting,
     GenerationRequest,
     InvalidRequest,
     Listener,
@@ -54,7 +56,7 @@ STATE = StateBytes(window=500, kept=400, memory=124, budget=1 << 24)
 
 @dataclass(frozen=True)
 class FakeGrammar:
-    schema: dict[str, Any] | CallGrammar
+    schema: AnswerShape | CallGrammar
     owner: str
     ignored: tuple[str, ...] = ()
 
@@ -112,7 +114,8 @@ class Running:
     def info(self, token: int, count: int, *, logprob: float | None = -0.5) -> TokenInfo:
         data = self.engine.tokenizer.token_bytes
         top = tuple((((token + i) % 256), data((token + i) % 256), -0.5 - i) for i in range(count))
-        return TokenInfo(token=token, data=data(token), logprob=logprob, top=() if logprob is None else top)
+        gate = token % 10 / 10 if self.request.gated else None
+        return TokenInfo(token=token, data=data(token), logprob=logprob, top=() if logprob is None else top, gate=gate)
 
     def begin(self) -> None:
         count = self.request.prompt_logprobs
@@ -128,10 +131,10 @@ class Running:
         if self.request.pooling is not None:
             self.listener(Embedded(embedding_of(self.request.prompt)))
             return self.end("length")
-        limit = self.request.max_tokens
-        unlimited = limit is None or limit > CONTEXT  # a server has a limit of its own, longer than our context
+        limit, context = self.request.max_tokens, self.engine.model.context_length
+        unlimited = limit is None or limit > context  # a server has a limit of its own, longer than our context
         if limit is None or (unlimited and not self.request.ignore_eos):
-            limit = RUNAWAY if self.request.ignore_eos else CONTEXT
+            limit = RUNAWAY if self.request.ignore_eos else context
         if self.engine.fail_after is not None and self.sent >= self.engine.fail_after:
             self.listener(Failed(self.engine.failure))
             return True
@@ -143,8 +146,8 @@ class Running:
         self.sent += 1
         self.buffer += bytes([token])
         logprobs = self.request.sampling.logprobs
-        if logprobs is not None:
-            self.held.append(self.info(token, logprobs))
+        if self.request.with_tokens:
+            self.held.append(self.info(token, logprobs or 0))
         try:
             piece = self.buffer.decode()
         except UnicodeDecodeError:
@@ -236,7 +239,7 @@ class FakeEngine:
       requests: every request that was submitted.
       script: what the next requests are answered, one text each.
       template: what its chat template can do.
-      written: the last conversation that was rendered, and the tools.
+      written, variables: the last conversation that was rendered, the tools, and the template's variables.
       grammar_fault: what the next grammar of calls fails with.
     """
 
@@ -248,6 +251,7 @@ class FakeEngine:
         slots: int = 64,
         root: Path | None = None,
         documents: FakeDocuments | None = None,
+        context: int = CONTEXT,
     ) -> None:
         self.model = ModelInfo(
             name=name,
@@ -255,7 +259,7 @@ class FakeEngine:
             fingerprint="0123456789abcdef",
             parameters=7,
             size_bytes=8,
-            context_length=CONTEXT,
+            context_length=context,
             vocab_size=ByteTokenizer.vocab_size,
             layers=2,
             embedding_size=4,
@@ -268,6 +272,8 @@ class FakeEngine:
         )
         self.tokenizer = ByteTokenizer()
         self.sessions = FakeSessions(root, name)
+        self.fitting_now: Fitting | None = None
+        self.prepare: list[Callable[[Any], None]] = []
         self.documents = FakeDocuments() if documents is None else documents
         self.delay, self.slot_count = delay, slots
         self.submit_errors: list[Exception] = []
@@ -277,6 +283,7 @@ class FakeEngine:
         self.script: list[str] = []
         self.template = TemplateFacts()
         self.written: tuple[list[dict[str, Any]], Any] = [], None
+        self.variables: dict[str, Any] = {}
         self.grammar_fault: Exception | None = None
         self.grammars: list[Future[FakeGrammar]] = []
         self.cancels = self.completed = 0
@@ -299,6 +306,7 @@ class FakeEngine:
     ) -> list[int]:
         out: list[int] = []
         self.written = [dict(message) for message in messages], tools
+        self.variables = dict(variables or {})
         for message in messages:
             text = f"{message['role']}\n{message['content']}"
             out += [START, *self.tokenizer.encode(text, add_special=False, parse_special=False), END]
@@ -313,14 +321,21 @@ class FakeEngine:
     ) -> ChatFrame:
         return ChatFrame(preamble=(), closing=(END,), answers=any(one["role"] == "assistant" for one in messages))
 
+    def fitting(self) -> Fitting | None:
+        return self.fitting_now
+
+    def before_memory(self, prepare: Callable[[Any], None]) -> None:
+        self.prepare.append(prepare)
+
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         return self.tokenizer.decode(self.render_chat(messages, tools=kwargs.get("tools")))
 
-    def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[FakeGrammar]:
+    def answer_grammar(self, shape: AnswerShape, *, owner: str = "") -> Future[FakeGrammar]:
         future: Future[FakeGrammar] = Future()
         self.grammars.append(future)
+        schema = shape.schema or {}
         if schema.get("title") != "never compiled":
-            future.set_result(FakeGrammar(dict(schema), owner, ("uniqueItems",) if "uniqueItems" in schema else ()))
+            future.set_result(FakeGrammar(shape, owner, ("uniqueItems",) if "uniqueItems" in schema else ()))
         return future
 
     def call_grammar(self, calls: CallGrammar, *, owner: str = "") -> Future[FakeGrammar]:
@@ -346,9 +361,10 @@ class FakeEngine:
             raise self.submit_errors.pop(0)
         if self.draining or not self._alive:
             raise Overloaded("The engine is draining")
-        if len(request.prompt) > CONTEXT:
+        if len(request.prompt) > self.model.context_length:
             raise InvalidRequest(
-                f"The prompt has {len(request.prompt)} tokens, the context holds {CONTEXT}",
+                f"This model's maximum context length is {self.model.context_length} tokens, and the prompt has "
+                f"{len(request.prompt)}",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -14,6 +14,7 @@ from atlas_jax.engine.api import (
     LayerMemoryInfo,
     MemoryInfo,
     SaveResult,
+    SessionExists,
     SessionInfo,
     SessionNotFound,
     SetAside,
@@ -216,9 +217,18 @@ class FakeSessions:
     def fork(self, owner: str, source: str, target: str) -> bool:
         self.forks.append((owner, source, target))
         found = self.live.get((owner, source))
-        if found is not None:
-            self.live[owner, target] = Session(tokens=list(found.tokens))
-        return found is not None
+        if found is None or (owner, target) in self.live:
+            return False
+        self.live[owner, target] = Session(tokens=list(found.tokens))
+        return True
+
+    def rename(self, owner: str, source: str, target: str) -> None:
+        self._check()
+        found = self._get(owner, source)
+        if (owner, target) in self.live:
+            raise SessionExists("A session of that name exists already")
+        self.live[owner, target] = found
+        del self.live[owner, source]
 
     def delete(self, owner: str, session_id: str) -> None:
         self._check()

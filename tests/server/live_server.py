@@ -23,12 +23,13 @@ QUIET = {"auto_load_memory": False, "auto_save_memory": False}
 class Live:
     """A running server."""
 
-    def __init__(self, settings: Settings, engine: EngineSource) -> None:
+    def __init__(self, settings: Settings, engine: EngineSource, *, port: int = 0) -> None:
         self.settings = settings
         self.engine: Any = engine
         self.server = build(settings, engine)
         self.socket = socket.socket()
-        self.socket.bind(("127.0.0.1", 0))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self.socket.bind(("127.0.0.1", port))
         self.port: int = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         self._thread = threading.Thread(target=self.server.run, args=([self.socket],), daemon=True)

@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
-from atlas_jax.engine.api import MemoryUnavailable, Overloaded, SessionKey, SnapshotInvalid
+from atlas_jax.engine.api import Fitting, MemoryUnavailable, Overloaded, SessionKey, SnapshotInvalid
 from tests.server.live_server import Live, Start
 
 CHAT = "/v1/chat/completions"
@@ -181,6 +181,7 @@ def test_session_header(live: Live) -> None:
     response = live.post(CHAT, HELLO, X_Session_ID="from-header")
     assert response.headers["x-session-id"] == "from-header"
     assert response.json()["atlas_stats"]["session_id"] == "from-header"
+    assert live.post(CHAT, HELLO, X_LiteLLM_Session_ID="of-litellm").headers["x-session-id"] == "of-litellm"
     response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "body"}})
     assert response.headers["x-session-id"] == "body"
     response = live.post(CHAT, {**HELLO, "atlas": {"session_id": "same"}}, X_Session_ID="same")
@@ -356,3 +357,29 @@ def test_with_the_memory_off_everything_else_works(start: Start) -> None:
     refused = live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}})
     assert (refused.status_code, error(refused)["message"]) == (503, "ATLAS not enabled")
     assert live.post(CHAT, {**HELLO, "atlas": {"enabled": False, "session_id": "s"}}).status_code == 200
+
+
+def test_while_a_memory_is_fitted_the_model_is_served_and_says_how_far_it_is(start: Start) -> None:
+    live = start()
+    served = live.engine.model
+    live.engine.model = dataclasses.replace(served, memory_unavailable="The memory is still being fitted to this model")
+    live.engine.fitting_now = Fitting(stage="reading", share=0.4242, seconds=12.34)
+    plain = live.post(CHAT, {**HELLO, "atlas": {}})
+    assert plain.json()["atlas_stats"]["degraded"] == "The memory is still being fitted to this model"
+    for response in (
+        live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}}),
+        live.http.post(CHAT, json=HELLO, headers={"X-Session-ID": "s"}),
+        live.http.get("/v1/atlas/memory"),
+        live.post("/v1/atlas/memory/list", {}),
+    ):
+        assert response.status_code == 503
+        assert "reading, 42%, for 12 s" in error(response)["message"]
+        assert int(response.headers["retry-after"]) >= 1
+        assert response.headers.get("x-should-retry") != "false"
+    told = {"stage": "reading", "progress": 0.424, "seconds": 12.3}
+    assert live.http.get("/ready").json() == {"status": "ready", "fitting": told}
+    assert live.http.get("/v1/atlas/status").json()["data"]["fitting"] == told
+    live.engine.model, live.engine.fitting_now = served, None
+    assert live.post(CHAT, {**HELLO, "atlas": {"session_id": "s"}}).status_code == 200
+    assert live.http.get("/ready").json() == {"status": "ready"}
+    assert live.http.get("/v1/atlas/status").json()["data"]["fitting"] is None

@@ -47,7 +47,7 @@ def bounds() -> list[tuple[str, Any, Any]]:
 
 def test_all_forms_have_the_same_fields() -> None:
     fields = set(AtlasDefaults.__struct_fields__)
-    assert set(AtlasOptions.__struct_fields__) == fields | {"session_id", "regenerate", "memory_dim"}
+    assert set(AtlasOptions.__struct_fields__) == fields | {"session_id", "regenerate", "token_gates", "memory_dim"}
     assert (
         set(ConfigChange.__struct_fields__)
         == set(RuntimeValues.__struct_fields__)

@@ -16,7 +16,10 @@ from tests.server.fake_engine import FakeEngine
 from tests.server.live_server import Live, Start, make_settings
 
 KEYS = "# comment\n\nalpha-key:team-a\nbeta-key:team-b\nroot-key:ops:admin\nbare-key\nadmin-only::admin\n"
-PUBLIC = {"/", "/health", "/v1/health", "/ready", "/schema", "/schema/openapi.json"}
+PAGE = {
+    f"/web/{file.name}" for file in (Path(__file__).parents[2] / "server" / "web").iterdir() if file.suffix != ".html"
+}
+PUBLIC = PAGE | {"/", "/health", "/v1/health", "/ready", "/schema", "/schema/openapi.json"}
 
 
 @pytest.fixture
@@ -224,6 +227,11 @@ def test_owners_do_not_see_each_other(guarded: Live) -> None:
         ("memory/delete", {"context_id": "shared-name"}, {"context_id": "another-name"}),
         ("memory/reset", {"session_id": "shared-name"}, {"session_id": "another-name"}),
         ("memory/save", {"session_id": "shared-name"}, {"session_id": "another-name"}),
+        (
+            "memory/fork",
+            {"session_id": "shared-name", "target": "x"},
+            {"session_id": "another-name", "target": "x"},
+        ),
     ):
         one = call(guarded, "beta-key", f"/v1/atlas/{path}", there)
         two = call(guarded, "beta-key", f"/v1/atlas/{path}", nowhere)

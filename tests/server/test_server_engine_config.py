@@ -34,6 +34,8 @@ OTHERS: dict[str, Any] = {
     "max_window": 1024,
     "memory_dim": 64,
     "memory_budget": 20_000_000,
+    "calibration_seconds": 12.5,
+    "calibrate_in_background": False,
     "l1_cache_size": 11,
     "l2_cache_size": 13,
     "l3_cache_size": 17,
@@ -51,7 +53,8 @@ OTHERS: dict[str, Any] = {
 
 def test_the_defaults_are_the_engines_own() -> None:
     config = engine_config(load(environ={"ATLAS_MODEL": "m.gguf"}))
-    assert config == EngineConfig(model_path="m.gguf", memory_path="./atlas_memory")
+    # a program that opens an engine wants its memory; clients of a server want answers
+    assert config == EngineConfig(model_path="m.gguf", memory_path="./atlas_memory", calibrate_in_background=True)
 
 
 @pytest.mark.parametrize("field", FIELDS)

@@ -81,9 +81,8 @@ def test_the_examples_cover_every_endpoint_and_field(live: Live) -> None:
     # The same under another name, and what is not JSON or no part of the API.
     aliases = {("post", "/completions"), ("post", "/chat/completions"), ("get", "/models"), ("get", "/v1/health")}
     others = {("get", "/"), ("get", "/metrics"), ("get", "/schema"), ("get", "/schema/openapi.json")}
-    aliases |= {
-        ("post", path) for path in ("/responses", "/responses/input_tokens", "/rerank", "/reranking", "/v1/reranking")
-    }
+    aliases |= {("post", path) for path in ("/responses", "/responses/input_tokens", "/conversations")}
+    aliases |= {("post", path) for path in ("/rerank", "/reranking", "/v1/reranking")}
     named = {one for one in served if "{" in one[1]}  # of a model or a response, whose name is made up anew
     assert shown == served - aliases - others - named
     fields = {name for example in examples() for name in example.get("request", {}).get("atlas", {})}

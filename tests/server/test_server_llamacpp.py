@@ -41,6 +41,25 @@ def test_a_completion_whole_and_in_pieces(live: Live, fields: dict[str, Any], te
         assert last[name] == whole[name]
 
 
+def test_tokens_likelihoods_and_settings_are_told(live: Live) -> None:
+    fields = {"n_probs": 2, "return_tokens": True, "seed": 7, "n_predict": 2, "grammar": "root ::= [a-z]+"}
+    biases = [[111, 1.5], [112, False]]
+    whole = live.post(PATH, {"prompt": "one\ntwo", **fields, "logit_bias": biases}).json()
+    assert live.engine.requests[-1].sampling.logit_bias == {111: 1.5, 112: -100}
+    assert (whole["tokens"], whole["prompt"]) == ([*whole["content"].encode()], "one\ntwo")
+    for token, told in zip(whole["tokens"], whole["completion_probabilities"], strict=True):
+        assert (told["id"], told["bytes"], told["logprob"]) == (token, [token], -0.5)
+        assert [one["logprob"] for one in told["top_logprobs"]] == [-0.5, -1.5]
+    settings = whole["generation_settings"]
+    assert {name: settings[name] for name in ("n_predict", "seed", "n_probs", "grammar", "stream")} == {
+        **{name: fields[name] for name in ("n_predict", "seed", "n_probs", "grammar")},
+        "stream": False,
+    }
+    found = pieces(live, **fields)
+    assert [token for piece in found for token in piece["tokens"]] == whole["tokens"]
+    assert len([one for piece in found for one in piece.get("completion_probabilities", ())]) == len(whole["tokens"])
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
@@ -48,8 +67,10 @@ def test_a_completion_whole_and_in_pieces(live: Live, fields: dict[str, Any], te
         ({"prompt": ""}, "prompt"),
         ({"prompt": "x" * 5000}, "prompt"),
         ({"n": 2}, "n"),
-        ({"n_probs": 5}, "n_probs"),
-        ({"grammar": "root ::= 'a'"}, "grammar"),
+        ({"n_probs": 21}, "n_probs"),
+        ({"n_cmpl": 2}, "n_cmpl"),
+        ({"logit_bias": [["word", -1]]}, "logit_bias[0]"),
+        ({"logit_bias": [[1, "x"]]}, "logit_bias"),
         ({"image_data": [{"id": 1}]}, "image_data"),
         ({"never_heard_of": 1}, "never_heard_of"),
     ],

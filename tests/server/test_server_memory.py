@@ -80,6 +80,28 @@ def test_contexts_carry_the_callers_state(live: Live) -> None:
     assert error(missing)["code"] == 404
 
 
+def test_a_session_is_forked_and_the_two_go_on_apart(live: Live) -> None:
+    live.post(CHAT, {**HELLO, "atlas": {"session_id": "a"}})
+    before = list(live.engine.sessions.live["local", "a"].tokens)
+    answer = live.post("/v1/atlas/memory/fork", {"session_id": "a", "target": "b"})
+    assert (answer.status_code, answer.json()) == (200, {"success": True, "session_id": "a", "target": "b"})
+    assert live.engine.sessions.live["local", "b"].tokens == before
+    live.post(CHAT, {"messages": [{"role": "user", "content": "on"}], "atlas": {"session_id": "b"}})
+    assert live.engine.sessions.live["local", "a"].tokens == before
+    for body, status, param in (
+        ({"session_id": "a", "target": "b"}, 400, "target"),
+        ({"session_id": "nobody", "target": "c"}, 404, None),
+        ({"session_id": "a", "target": "x/y"}, 400, "target"),
+        ({"session_id": "a"}, 400, "target"),
+        ({"target": "c"}, 400, "session_id"),
+        ({}, 400, "session_id"),
+        ({"session_id": "a", "target": "c", "to": "d"}, 400, "to"),
+    ):
+        refused = live.post("/v1/atlas/memory/fork", body)
+        assert (refused.status_code, error(refused)["param"]) == (status, param), body
+    assert ("local", "c") not in live.engine.sessions.live
+
+
 def test_list_is_paged(live: Live) -> None:
     for number in range(5):
         live.post("/v1/atlas/memory/save", {"context_id": f"c{number}", "state": number})

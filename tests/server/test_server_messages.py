@@ -35,7 +35,7 @@ def test_a_message(live: Live) -> None:
         "type": "message",
         "role": "assistant",
         "model": "fake-7b",
-        "content": [{"type": "text", "text": text, "citations": None}],
+        "content": [{"type": "text", "text": text}],
         "stop_reason": "end_turn",
         "stop_sequence": None,
         "usage": {
@@ -105,14 +105,18 @@ def test_tokens_are_counted_without_an_answer(live: Live) -> None:
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "messages[0].content[0].type"),
-        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id"),
         ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
         ({"messages": [*BODY["messages"], {"role": "assistant", "content": "I"}]}, "messages[1].role"),
         ({"messages": [{"role": "user", "content": "x" * 5000}]}, "messages"),
         ({"temperature": 1.5}, "temperature"),
-        ({"tools": [{"name": "f", "input_schema": {}}]}, "tools"),
+        ({"tools": [{"name": "web_search", "type": "web_search_20250305"}]}, "tools[0].type"),
+        ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "tools[0].input_schema.type"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
+        ({"thinking": {"type": "sometimes"}}, "thinking.type"),
+        ({"output_config": {"format": {"type": "xml"}}}, "output_config.format.type"),
+        ({"output_format": {"type": "json_schema"}}, "output_format.schema"),
         ({"mcp_servers": [{"name": "x"}]}, "mcp_servers"),
         ({"never_heard_of": 1}, "never_heard_of"),
     ],
@@ -153,3 +157,55 @@ def test_a_failure_in_a_stream_is_an_error_event(live: Live) -> None:
     name, data = stream(live)[-1]
     assert name == "error"
     assert data == {"type": "error", "error": {"type": "api_error", "message": "The engine broke"}}
+
+
+# --- what clients rely on ---------------------------------------------------------------------------------------------
+def test_models_are_listed_in_the_words_of_whoever_asks(live: Live) -> None:
+    """`/v1/models` is a path of both APIs; clients of Anthropic's say so in a header."""
+    headers = {"anthropic-version": "2023-06-01"}
+    page = live.http.get("/v1/models", headers=headers).json()
+    (model,) = page["data"]
+    assert model == {
+        "id": "fake-7b",
+        "type": "model",
+        "display_name": "fake-7b",
+        "created_at": "2023-11-14T22:13:20Z",
+        "lifecycle": "active",
+        "max_input_tokens": 4096,
+        "max_tokens": 4096,
+    }
+    assert (page["has_more"], page["first_id"], page["last_id"]) == (False, "fake-7b", "fake-7b")
+    assert live.http.get("/v1/models/fake-7b", headers=headers).json() == model
+    assert live.http.get("/v1/models/other", headers=headers).status_code == 404
+    assert live.http.get("/v1/models").json()["object"] == "list"
+
+
+def test_a_prompt_over_the_context_is_refused_in_words_that_make_clients_compact_it(live: Live) -> None:
+    long = [{"role": "user", "content": "x" * 5000}]
+    refused = live.post(PATH, {**BODY, "messages": long})
+    tokens = len("<user\n") + 5000 + 1  # control tokens are one each
+    assert refused.status_code == 400
+    assert refused.json()["error"] == {
+        "type": "invalid_request_error",
+        "message": f"messages: prompt is too long: {tokens} tokens > 4096 maximum",
+    }
+    error = live.post("/v1/chat/completions", {"messages": long}).json()["error"]
+    assert error["message"] == f"This model's maximum context length is 4096 tokens, and the prompt has {tokens}"
+
+
+def test_a_client_that_asks_for_a_thread_is_told_to_go_on_without(live: Live) -> None:
+    """Anthropic's tool runner asks for one first, and sends the whole conversation where this is the answer."""
+    for kept in ({"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}):
+        refused = live.post(PATH, {**BODY, "thread": kept})
+        assert refused.status_code == 400
+        details = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+        assert refused.json()["error"]["details"] == details
+    assert live.post(PATH, {**BODY, "thread": None}).status_code == 200
+    assert "details" not in live.post(PATH, {**BODY, "top_p": 7}).json()["error"]
+
+
+def test_hints_pass(live: Live) -> None:
+    kept = {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}  # of Claude Code
+    assert live.post(PATH, {**BODY, "context_management": kept}).status_code == 200
+    hints = {"cache_control": {"type": "ephemeral"}, "service_tier": "auto", "inference_geo": "eu", "speed": "standard"}
+    assert live.post(PATH, {**BODY, **hints, "metadata": {"user_id": "a"}}).status_code == 200

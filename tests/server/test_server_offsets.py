@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "tokenizer"
 
 
 def tokenizer(name: str, **changes: Any) -> Tokenizer:
-    values = {**json.loads((GOLDEN / f"{name}.json").read_text())["metadata"], **changes}
+    values = {**json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))["metadata"], **changes}
     arrays = {"tokenizer.ggml.token_type": np.int32, "tokenizer.ggml.scores": np.float32}
     return Tokenizer.from_metadata(
         {key: np.array(value, arrays[key]) if key in arrays else value for key, value in values.items()}
@@ -64,7 +65,7 @@ def completion(spoken: Tokenizer, echo: str, prompt: Sequence[int], answer: Sequ
     offsets = [at for chunk in chunks if (found := chunk.choices[0].logprobs) for at in found.text_offset]
 
     ended = Finished(reason="length", prompt_tokens=len(prompt), completion_tokens=len(answer), cached_tokens=0, seed=0)
-    outcome = Outcome([delta.text for delta in deltas], [one for d in deltas for one in d.tokens], read.tokens, ended)
+    outcome = Outcome(deltas, read.tokens, ended)
     usage = usage_of({0: ended}, 1)
     whole = writer().whole([outcome], usage, Ending(timings=timings_of([ended]), usage=usage))
     assert whole.choices[0].text == text

@@ -81,7 +81,7 @@ def test_options_become_sampling_and_unknown_ones_pass(live: Live) -> None:
 @pytest.mark.parametrize("form", ["json", {"type": "object", "properties": {"a": {"type": "integer"}}}])
 def test_a_format_is_a_grammar(live: Live, form: Any) -> None:
     live.post("/api/chat", {**CHAT, "format": form, "stream": False})
-    assert live.engine.requests[-1].grammar.schema == (form if isinstance(form, dict) else {"type": "object"})
+    assert live.engine.requests[-1].grammar.schema.wanted == (form if isinstance(form, dict) else {"type": "object"})
 
 
 @pytest.mark.parametrize(("path", "kind"), [("/api/chat", "message"), ("/api/generate", "response")])
@@ -101,7 +101,7 @@ def test_the_models(live: Live) -> None:
     assert running["name"] == model["name"]
     shown = live.post("/api/show", {"model": "fake-7b:latest"}).json()
     assert shown["model_info"]["llama.context_length"] == 4096
-    assert shown["capabilities"] == ["completion", "embedding"]
+    assert shown["capabilities"] == ["completion", "tools", "embedding"]
     assert live.http.get("/api/version").json()["version"]
 
 
@@ -110,6 +110,25 @@ def test_embeddings(live: Live) -> None:
     wanted = [embedding_of(text.encode()) for text in ("alpha", "beta")]
     np.testing.assert_allclose(answer["embeddings"], wanted, rtol=1e-6)
     assert answer["prompt_eval_count"] == 9
+
+
+def test_one_embedding_in_the_older_form(live: Live) -> None:
+    answer = live.post("/api/embeddings", {"model": "fake-7b", "prompt": "alpha"}).json()
+    np.testing.assert_allclose(answer["embedding"], embedding_of(b"alpha"), rtol=1e-6)
+    refused = live.post("/api/embeddings", {"model": "fake-7b", "prompt": ["alpha"]})
+    assert refused.status_code == 400
+    assert "prompt" in refused.json()["error"]
+
+
+@pytest.mark.parametrize("kind", [None, "application/x-www-form-urlencoded", "text/plain"])
+def test_bodies_need_not_say_that_they_are_json_unless_a_web_page_sends_them(live: Live, kind: str | None) -> None:
+    """`curl -d` as Ollama's documentation has it."""
+    headers = {} if kind is None else {"Content-Type": kind}
+    whole = json.dumps({**CHAT, "stream": False}).encode()
+    answer = live.http.post("/api/chat", content=whole, headers=headers)
+    assert (answer.status_code, answer.json()["message"]["content"]) == (200, "user\nHello")
+    for browser in ({"Origin": live.url}, {"Sec-Fetch-Site": "same-origin"}):
+        assert live.http.post("/api/chat", content=whole, headers={**headers, **browser}).status_code == 415
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,7 @@ def test_a_prompt_over_the_context_is_refused_with_both_lengths(live: Live, clie
     [
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "alloy", "format": "wav"}}, "audio"),
-        ({"extra_body": {"grammar": "root ::= x"}}, "grammar"),
+        ({"extra_body": {"structural_tag": "x"}}, "structural_tag"),
         ({"extra_body": {"mirostat": 2}}, "mirostat"),
         ({"extra_body": {"chat_template": "{{ x }}"}}, "chat_template"),
         ({"extra_body": {"chat_template_kwargs": {"tokenize": True}}}, "chat_template_kwargs.tokenize"),

@@ -24,6 +24,7 @@ PATHS = [
     "/v1/atlas/memory/list",
     "/v1/atlas/memory/delete",
     "/v1/atlas/memory/reset",
+    "/v1/atlas/memory/fork",
     "/nothing",
 ]
 FOREIGN = [

@@ -310,7 +310,7 @@ def test_a_format_is_a_grammar(client: openai.OpenAI, live: Live) -> None:
     made = client.responses.create(
         model="any", input="x", text={"format": {"type": "json_schema", "name": "n", "schema": schema}}
     )
-    assert live.engine.requests[-1].grammar.schema == schema
+    assert live.engine.requests[-1].grammar.schema.wanted == schema
     assert made.text is not None
     assert made.text.format is not None
     assert made.text.format.type == "json_schema"
@@ -321,13 +321,23 @@ def test_a_format_is_a_grammar(client: openai.OpenAI, live: Live) -> None:
     [
         ({"input": None}, "input"),
         ({"input": []}, "input"),
-        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].type"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0].type"),
+        ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
+        ({"input": [{"type": "function_call_output", "call_id": "c"}]}, "input[0].output"),
+        ({"input": [{"type": "function_call_output", "call_id": "c", "output": "x"}]}, "input[0].call_id"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role"),
         ({"input": [{"role": "user"}]}, "input[0].content"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text"),
         ({"input": "x" * 5000}, "input"),
-        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),
+        ({"tools": [{"type": "file_search"}]}, "tools[0].type"),
+        ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "tools[0].type"),
+        (
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "f"}]}]},
+            "tools[0].tools[0].type",
+        ),
+        ({"tools": [{"type": "function"}]}, "tools[0].name"),
+        ({"include": ["message.text"]}, "include[0]"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"background": True}, "background"),
         ({"prompt": {"id": "p"}}, "prompt"),

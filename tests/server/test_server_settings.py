@@ -236,7 +236,7 @@ def test_wrong_command_lines_end_with_a_message(capsys: pytest.CaptureFixture[st
         (["--no-speculat"], "unknown flag --no-speculat; did you mean --no-speculate?"),
         (["--zzzzzz"], "unknown flag --zzzzzz"),
         (["sevre"], "unknown command 'sevre'; did you mean serve?"),
-        (["fly"], "unknown command 'fly'; there are serve and eval"),
+        (["fly"], "unknown command 'fly'; there are serve, chat, generate, inspect, sessions, bench, eval and completion"),
         (["--port", "1", "64"], "unexpected argument '64'"),
         (["--port"], "--port: expected one argument"),
         (["--temperature", "hot"], "flag --temperature: expected float, got 'hot'"),

@@ -28,6 +28,7 @@ def test_openapi_document(live: Live) -> None:
         "/v1/atlas/memory/list",
         "/v1/atlas/memory/delete",
         "/v1/atlas/memory/reset",
+        "/v1/atlas/memory/fork",
         "/v1/atlas/stats",
         "/v1/atlas/metrics",
         "/v1/atlas/metrics/stream",

@@ -212,7 +212,7 @@ def test_what_answers_are_held_to(live: Live) -> None:
     assert (allowed.text, [call.field for call in allowed.calls]) == (False, ["tools[0].function.parameters"])
     assert len(live.engine.written[1]) == 2  # the model is told of all
     either = grammar(live, response_format={"type": "json_object"})
-    assert (either.text, either.answer) == (False, {"type": "object"})
+    assert (either.text, either.answer.wanted) == (False, {"type": "object"})
     assert grammar(live, tool_choice="none") is None
     assert live.engine.written[1] is None
     live.engine.template = LLAMA
@@ -331,7 +331,7 @@ def test_a_template_that_begins_the_reasoning(live: Live, client: openai.OpenAI)
     shaped: Any = client.chat.completions.create(model=MODEL, messages=ASK, response_format={"type": "json_object"})
     assert (shaped.choices[0].message.reasoning_content, shaped.choices[0].message.content) == ("Hm.", "{}")
     made = live.engine.requests[-1].grammar.schema
-    assert (made.thinking, made.answer, made.calls) == ("</think>", {"type": "object"}, ())
+    assert (made.thinking, made.answer.wanted, made.calls) == ("</think>", {"type": "object"}, ())
     client.chat.completions.create(model=MODEL, messages=ASK, tools=TOOLS, tool_choice="required")
     assert live.engine.requests[-1].grammar.schema.thinking == "</think>"
 

@@ -10,6 +10,7 @@ from atlas_jax.engine.api.errors import (
     InvalidRequest,
     MemoryUnavailable,
     Overloaded,
+    SessionExists,
     SessionNotFound,
     SnapshotInvalid,
     StorageFull,
@@ -29,6 +30,7 @@ from atlas_jax.engine.api.events import (
 )
 from atlas_jax.engine.api.info import (
     EngineStats,
+    Fitting,
     LayerMemoryInfo,
     MemoryInfo,
     ModelInfo,
@@ -51,9 +53,11 @@ from atlas_jax.engine.api.requests import (
 )
 from atlas_jax.engine.memory_options import CacheStrategy
 from atlas_jax.grammar.calls import CallGrammar, CallShape
+from atlas_jax.grammar.shape import AnswerShape
 
 __all__ = [
     "MAX_LOGIT_BIAS",
+    "AnswerShape",
     "CacheStrategy",
     "CallGrammar",
     "CallShape",
@@ -68,6 +72,7 @@ __all__ = [
     "Failed",
     "FinishReason",
     "Finished",
+    "Fitting",
     "GenerationRequest",
     "Handle",
     "HistoryEffect",
@@ -84,6 +89,7 @@ __all__ = [
     "Prompt",
     "SamplingParams",
     "SaveResult",
+    "SessionExists",
     "SessionInfo",
     "SessionKey",
     "SessionNotFound",

@@ -41,6 +41,10 @@ class SessionNotFound(EngineError):
     """No such session, context or snapshot for this owner."""
 
 
+class SessionExists(EngineError):
+    """A session of that name is there already, and stays as it is."""
+
+
 class SnapshotInvalid(EngineError):
     """A snapshot that is damaged, or was made by another model, tokenizer or memory shape."""
 

@@ -23,6 +23,7 @@ class TokenInfo:
     Attributes:
       data: the token's own bytes (a token may be part of a character).
       hidden: a control token of an answer, which is no part of its text.
+      gate: weight that the memory's distribution had where the token was drawn; None unless `token_gates` was asked for.
       logprob: natural log under the distribution before temperature and filters; None for the first prompt token.
       top: alternatives (token, bytes, logprob), best first.
     """
@@ -32,6 +33,7 @@ class TokenInfo:
     logprob: float | None = None
     top: tuple[tuple[int, bytes, float], ...] = ()
     hidden: bool = False
+    gate: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +52,8 @@ class Embedded:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text, complete characters only, with the tokens that produced it (none unless logprobs were asked for)."""
+    """New text, complete characters only, with the tokens that produced it (none unless log-probabilities
+    or gates were asked for)."""
 
     text: str
     tokens: tuple[TokenInfo, ...] = ()

@@ -80,6 +80,21 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Fitting:
+    """How far the fitting of a memory to the model is.
+
+    Attributes:
+      stage: what is being done.
+      share: of the stage that is done, 0 to 1.
+      seconds: since it began.
+    """
+
+    stage: str
+    share: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TemplateFacts:
     """What the model's chat template does beside writing messages, found out by having it render some.
 
@@ -95,6 +110,11 @@ class TemplateFacts:
     system: bool = True
     thinking: tuple[str, str] | None = None
     channels: bool = False
+
+    @property
+    def thinks(self) -> bool:
+        """Whether what the model thinks is told from its answer."""
+        return self.thinking is not None or self.channels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
 from atlas_jax.engine.api.events import Listener
 from atlas_jax.engine.api.info import (
     EngineStats,
+    Fitting,
     MemoryInfo,
     ModelInfo,
     SaveResult,
@@ -20,6 +21,7 @@ from atlas_jax.engine.api.info import (
 )
 from atlas_jax.engine.api.requests import ChatFrame, GenerationRequest, MemoryParams
 from atlas_jax.grammar.calls import CallGrammar
+from atlas_jax.grammar.shape import AnswerShape
 
 
 class Handle(Protocol):
@@ -70,6 +72,14 @@ class SessionStore(Protocol):
 
     def fork(self, owner: str, source: str, target: str) -> bool:
         """Begins a session that goes on from another's last turn, and leaves that one alone; False where it is not there."""
+
+    def rename(self, owner: str, source: str, target: str) -> None:
+        """Gives a session, its save point and the caller's JSON another name; it never has both names or neither.
+
+        Raises:
+          SessionNotFound: there is no `source`.
+          SessionExists: there is a `target`.
+        """
 
     def reset(self, owner: str, session_id: str | None) -> int:
         """Empties one session's memory, or all of the owner's; returns how many."""
@@ -167,8 +177,8 @@ class EngineProtocol(Protocol):
     def apply_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> str:
         """The same as text, for people to read."""
 
-    def json_grammar(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[Any]:
-        """A grammar of the JSON texts a schema allows, for requests to this engine.
+    def answer_grammar(self, shape: AnswerShape, *, owner: str = "") -> Future[Any]:
+        """A grammar of the answers that a schema, an expression or a grammar allows, for requests to this engine.
 
         The future fails with InvalidRequest or Overloaded; cancelling it ends the work. The result has an attribute
         `ignored`, the names of the keywords that are not enforced.
@@ -177,15 +187,21 @@ class EngineProtocol(Protocol):
           owner: whose share of the compiling it uses; nothing of it is shared with other owners.
 
         Raises:
-          InvalidRequest: the schema is larger than any may be, or the model cannot end an answer.
+          InvalidRequest: the shape is larger than any may be, or the model cannot end an answer.
           Overloaded: the engine is closed.
         """
 
     def call_grammar(self, calls: CallGrammar, *, owner: str = "") -> Future[Any]:
-        """A grammar of answers with tool calls; otherwise as `json_grammar`."""
+        """A grammar of answers with tool calls; otherwise as `answer_grammar`."""
 
     def check_memory(self, memory: MemoryParams) -> None:
         """Raises InvalidRequest for settings of the memory that every request with them would be refused for."""
+
+    def fitting(self) -> Fitting | None:
+        """How far a memory is that is being fitted to the model, which is served without until then; else None."""
+
+    def before_memory(self, prepare: Callable[[SessionStore], None]) -> None:
+        """Has `prepare` called with the sessions once a memory has been fitted, on a thread, before any request has it."""
 
     def submit(self, request: GenerationRequest, listener: Listener) -> Handle:
         """Queues a request; `listener` is called from the engine's thread and must not block.

@@ -53,6 +53,7 @@ class MemoryParams(MemoryOptions, kw_only=True, frozen=True):
       regenerate: a prompt the session has been asked before is answered anew: what followed it there is forgotten.
       whole: the prompt is the whole text: whatever else its session holds is forgotten. For who keeps the text himself;
         else the session finds out what the prompt is a part of.
+      token_gates: the tokens of the answer come with their gates.
       given: fields the client wrote itself; a session keeps the window, update frequency, layers, degree, budget and number
         of kept pairs it was begun with, and refuses a request that names others, but not one whose defaults differ.
     """
@@ -60,6 +61,7 @@ class MemoryParams(MemoryOptions, kw_only=True, frozen=True):
     session: SessionKey | None = None
     regenerate: bool = False
     whole: bool = False
+    token_gates: bool = False
     given: frozenset[str] = frozenset()
 
 
@@ -95,7 +97,7 @@ class GenerationRequest:
       choice: only choice 0 of a session's request goes on as that session; the others see it and leave no trace.
       owner: whose share of the engine this request uses (fairness, prefix reuse never crosses owners).
       reuse: take what another prompt of this owner that begins the same has left, and leave what this one reads.
-      grammar: what the answer must match (`EngineProtocol.json_grammar`, `EngineProtocol.call_grammar`), or None.
+      grammar: what the answer must match (`EngineProtocol.answer_grammar`, `EngineProtocol.call_grammar`), or None.
       shown: names of control tokens that are part of the answer's text; others are not.
       chat: what is known of a prompt that is a chat (`EngineProtocol.chat_frame`); a session then knows its parts.
       memory: None = the plain model.
@@ -115,3 +117,13 @@ class GenerationRequest:
     shown: frozenset[str] = frozenset()
     chat: ChatFrame | None = None
     memory: MemoryParams | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether the answer's tokens come with their gates."""
+        return self.memory is not None and self.memory.token_gates
+
+    @property
+    def with_tokens(self) -> bool:
+        """Whether the answer's text comes with its tokens."""
+        return self.sampling.logprobs is not None or self.gated

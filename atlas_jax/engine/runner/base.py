@@ -53,7 +53,7 @@ class Capabilities:
 
     Attributes:
       rewind: whether a row can be set back to a position that its window still holds. If not, what a row has read stays read:
-        a decode step is launched only when the result of the one before is known, and no prefix is shared.
+        beside a session a decode step is launched only when the result of the one before is known, and no prefix is shared.
       memory_capacity: independent pairs that a session's memory can hold; 0 without a memory.
       window: tokens attended exactly by sessions that have no window of their own; 0 where all have one.
       muon_passes: Newton–Schulz steps of one memory write with momentum.

@@ -76,7 +76,7 @@ class PretrainedRunner(CompiledRunner):
         if memory is not None:
             self._sizes = session_bytes(config.model, memory, kv_dtype)
         capabilities = Capabilities(
-            rewind=True,
+            rewind=not config.model.recurrent,
             memory_capacity=0 if memory is None else memory.features,
             muon_passes=0 if memory is None else memory.passes,
         )
@@ -110,8 +110,9 @@ class PretrainedRunner(CompiledRunner):
         """What the request asks for: the memory of a pretrained model is as large as one likes."""
         kept = self._most_kept(memory) if memory.kept_pairs is None else memory.kept_pairs
         plan, budget = _plan(memory), self._budget(memory)
-        capacities = self._division.capacities(kept)
-        return SessionShape(plan, memory.memory_layers, memory.polynomial_degree, kept, budget, capacities)
+        memories = memory.memory_layers, memory.polynomial_degree
+        capacities, rewinds = self._division.capacities(kept), self.capabilities.rewind
+        return SessionShape(plan, *memories, kept, budget, capacities, rewinds)
 
     def state_bytes(self, shape: SessionShape) -> StateBytes:
         """What the window, the kept pairs and the recall memory of a session of this shape take."""

@@ -12,6 +12,7 @@ import numpy as np
 from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
 from atlas_jax.kernels.kv_pages import LayerKV
 from atlas_jax.model.kv_cache import KVCache
+from atlas_jax.model.transformer import LayerState
 from atlas_jax.recall import recall_state
 from atlas_jax.typing import Array, Int32
 
@@ -39,7 +40,9 @@ def resize_ring(cache: KVCache, empty: KVCache) -> KVCache:
     def cut(leaf: jax.Array, into: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_slice(into, leaf[:, :pages], (0,) * into.ndim)
 
-    def resized(layer: LayerKV, new: LayerKV) -> LayerKV:
+    def resized(layer: LayerState, new: LayerState) -> LayerState:
+        if not (isinstance(layer, LayerKV) and isinstance(new, LayerKV)):
+            return layer
         choice = layer.choice
         if choice is not None and new.choice is not None:
             choice = dataclasses.replace(choice, ring_score=cut(choice.ring_score, new.choice.ring_score))
@@ -87,7 +90,9 @@ def whole_ring(row: Sequences, pages: int) -> Sequences:
 
     cache = row.cache
 
-    def whole(layer: LayerKV) -> LayerKV:
+    def whole(layer: LayerState) -> LayerState:
+        if not isinstance(layer, LayerKV):
+            return layer
         choice = layer.choice
         if choice is not None:
             choice = dataclasses.replace(choice, ring_score=pad(choice.ring_score))

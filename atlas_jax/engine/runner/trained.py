@@ -57,7 +57,7 @@ _WINDOW_KINDS = frozenset("SGL")
 
 def session_shape() -> SessionShape:
     """Shape of every session: the model has decided what its memory is."""
-    return SessionShape(PageSchedule(None), layers=1, degree=1)
+    return SessionShape(PageSchedule(None), layers=1, degree=1, rewinds=False)
 
 
 def capacity(config: LMConfig) -> int:

@@ -138,7 +138,8 @@ class Admission:
         room = context - tokens
         if room < 0 or (room == 0 and limit):
             raise InvalidRequest(
-                f"The session would have {tokens} tokens, but this model attends to all of them and its context is {context}",
+                f"This model's maximum context length is {context} tokens, all of which it attends to, and the session would "
+                f"have {tokens}",
                 param="prompt",
                 code="context_length_exceeded",
             )

@@ -155,13 +155,14 @@ class DecodeBatch:
         """Finds out what the next step depends on; what has ended must leave before it is launched.
 
         What a row may draw, or that it must not read on, can follow from the token before: then the result of the step in
-        flight is waited for.
+        flight is waited for. A row that cannot be rewound may read on where nobody keeps it.
         """
         self._started, self._collected = time.perf_counter(), False
         constrained, ended = [(row, req) for row, req in self.active() if req.constraint is not None], list[Ended]()
         all_constrained = bool(constrained) and len(constrained) == len(self)
         self._awaited = [req for _, req in constrained] if all_constrained else []
-        if not self._runner.capabilities.rewind or all_constrained:
+        kept = any(req.update is not None for _, req in self.active())
+        if all_constrained or (kept and not self._runner.capabilities.rewind):
             self._collected = self._in_flight is not None
             ended = self.synchronise()
         gone = {one.row for one in ended}
@@ -285,16 +286,17 @@ class DecodeBatch:
             req.answered = time.monotonic()
         decode.generated.append(token)
         self._counters.generated_tokens += 1
+        gate = float(numbers[1])
         if req.memory is not None:
-            req.memory.gate(float(numbers[1]))
+            req.memory.gate(gate)
         if token in self._tokenizer.eog_ids and not request.ignore_eos:
             req.send(req.detokenizer.finish())
             return "stop"
-        wanted = request.sampling.logprobs
         info = None
-        if wanted is not None:
+        if request.with_tokens:
+            wanted = request.sampling.logprobs or 0
             top = integers[1 : 1 + wanted], numbers[2 : 2 + wanted]
-            info = token_info(self._tokenizer, token, float(numbers[0]), *top)
+            info = token_info(self._tokenizer, token, float(numbers[0]), *top, gate=gate if request.gated else None)
         req.send(req.detokenizer.push(token, info))
         if req.detokenizer.matched is not None:
             return "stop"

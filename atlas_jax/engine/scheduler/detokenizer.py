@@ -90,8 +90,16 @@ class Detokenizer:
         return longest
 
 
-def token_info(tokenizer: Tokenizer, token: int, logprob: float | None, tokens: object, logprobs: object) -> TokenInfo:
-    """A token, its log-probability, and its alternatives with theirs, best first."""
+def token_info(
+    tokenizer: Tokenizer,
+    token: int,
+    logprob: float | None,
+    tokens: object,
+    logprobs: object,
+    *,
+    gate: float | None = None,
+) -> TokenInfo:
+    """A token, its log-probability, its alternatives with theirs, best first, and its gate if that was asked for."""
     pairs = zip(np.asarray(tokens, np.int64).tolist(), np.asarray(logprobs, np.float64).tolist(), strict=True)
     top = tuple((other, tokenizer.token_bytes(other), value) for other, value in pairs)
-    return TokenInfo(token, tokenizer.token_bytes(token), logprob, top, tokenizer.is_special(token))
+    return TokenInfo(token, tokenizer.token_bytes(token), logprob, top, tokenizer.is_special(token), gate)

@@ -22,7 +22,7 @@ import msgspec
 
 from atlas_jax.engine.api import InvalidRequest, Overloaded
 from atlas_jax.gguf import Tokenizer
-from atlas_jax.grammar.wire import BEGIN, CALLS, KILL, LENGTH, ORDER, SCHEMA, SPAWN, TOKEN, Compiled, frame
+from atlas_jax.grammar.wire import ANSWER, BEGIN, KILL, LENGTH, ORDER, SPAWN, TOKEN, Compiled, frame
 from atlas_jax.grammar.worker import COMPILE_SECONDS, MEMORY
 
 log = logging.getLogger("atlas.engine")
@@ -37,19 +37,33 @@ _COMPILE_WALL_SECONDS = 15.0
 _STOP_SECONDS = 1.0
 _PROGRAM = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from atlas_jax.grammar.worker import main; main()"
 _TOO_LARGE = (
-    f"the JSON schema is too large: compiling it takes more than {COMPILE_SECONDS:.0f} s of processor time or "
-    f"{MEMORY >> 20} MiB of memory"
+    f"too large: compiling it takes more than {COMPILE_SECONDS:.0f} s of processor time or {MEMORY >> 20} MiB of memory"
 )
 
 
-def refused(message: str, wanted: bytes = SCHEMA, field: str = "") -> InvalidRequest:
-    """The error of a schema, or of a grammar of tool calls, that cannot be had.
+class _Named(msgspec.Struct):
+    """What errors say of an `AnswerShape`."""
+
+    kind: str = "json"
+    field: str = "response_format"
+
+
+def refused(message: str, wanted: bytes = b"", field: str = "") -> InvalidRequest:
+    """The error of a grammar that cannot be had.
 
     Args:
-      wanted: the frame that says which of them it is.
-      field: which of its schemas.
+      message: with `{it}` for what it is called.
+      wanted: the frame that says what it is.
+      field: which of a call grammar's schemas.
     """
-    return InvalidRequest(message, param=field or ("tools" if wanted[:1] == CALLS else "response_format"))
+    named = _Named(field="tools")
+    if wanted[:1] == ANSWER:
+        with suppress(msgspec.MsgspecError):
+            named = msgspec.json.decode(wanted[1:], type=_Named)
+    elif not wanted:
+        named = _Named()
+    it = "JSON schema" if named.kind == "json" else {"choice": "list of choices"}.get(named.kind, named.kind)
+    return InvalidRequest(message.replace("{it}", it, 1), param=field or named.field)
 
 
 class Process:
@@ -115,14 +129,14 @@ class Processes:
         """
         line = self._owners.setdefault(owner, _Line())
         if line.waiting >= _WAITING_PER_OWNER:
-            raise Overloaded("Too many JSON schemas are waiting to be compiled", retry_after=1.0)
+            raise Overloaded("Too many grammars are waiting to be compiled", retry_after=1.0)
         line.waiting += 1
         try:
             async with asyncio.timeout(_WAIT_SECONDS) as limit, line.lock, self._places:
                 limit.reschedule(None)
                 yield
         except TimeoutError:
-            raise Overloaded("No JSON schema could be compiled in time", retry_after=5.0) from None
+            raise Overloaded("No grammar could be compiled in time", retry_after=5.0) from None
         finally:
             line.waiting -= 1
             if not line.waiting:
@@ -160,7 +174,7 @@ class Processes:
                 with suppress(OSError):
                     await asyncio.shield(template.order(KILL, number))
                 raise
-        raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0)
+        raise Overloaded("Grammars cannot be compiled now", retry_after=5.0)
 
     async def _running(self) -> _Template:
         async with self._starting:
@@ -168,14 +182,14 @@ class Processes:
                 if (
                     importlib.util.find_spec("llguidance") is None
                 ):  # an extra of its own would be one more thing to know
-                    raise refused("JSON answers need the package llguidance")
+                    raise refused("Answers that are held to a grammar need the package llguidance")
                 self._template = await _Template.start(self._tokenizer)
             return self._template
 
     def _forget(self, template: _Template) -> None:
         if self._template is template:
             self._template = None
-            log.warning("The process that compiles JSON schemas has ended; the next schema starts another")
+            log.warning("The process that compiles grammars has ended; the next grammar starts another")
         template.stop()
 
     def stop(self) -> None:
@@ -220,15 +234,15 @@ class _Template:
                 )
         except OSError as error:
             control.close()
-            log.exception("The process that compiles JSON schemas could not be started")
-            raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0) from error
+            log.exception("The process that compiles grammars could not be started")
+            raise Overloaded("Grammars cannot be compiled now", retry_after=5.0) from error
         template = cls(control, process)
         try:
             async with asyncio.timeout(_START_SECONDS):
                 await asyncio.get_running_loop().sock_sendall(control, frame(_pickled(tokenizer)))
         except (OSError, TimeoutError) as error:
             template.stop()
-            raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0) from error
+            raise Overloaded("Grammars cannot be compiled now", retry_after=5.0) from error
         except BaseException:
             template.stop()
             raise
@@ -263,7 +277,7 @@ def _pair() -> tuple[socket.socket, socket.socket]:
     try:
         ours, theirs = socket.socketpair()
     except OSError as error:
-        raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0) from error
+        raise Overloaded("Grammars cannot be compiled now", retry_after=5.0) from error
     ours.setblocking(False)
     return ours, theirs
 
@@ -273,7 +287,7 @@ async def _begun(orders: socket.socket) -> bool:
         async with asyncio.timeout(_START_SECONDS):
             return bool(await asyncio.get_running_loop().sock_recv(orders, 1))
     except TimeoutError:
-        raise Overloaded("JSON schemas cannot be compiled now", retry_after=5.0) from None
+        raise Overloaded("Grammars cannot be compiled now", retry_after=5.0) from None
 
 
 async def _compiled(orders: socket.socket, schema: bytes) -> Process:
@@ -284,11 +298,11 @@ async def _compiled(orders: socket.socket, schema: bytes) -> Process:
             (length,) = LENGTH.unpack(await _exactly(orders, LENGTH.size))
             compiled = msgspec.json.decode(await _exactly(orders, length), type=Compiled)
     except TimeoutError:
-        raise Overloaded("The machine is too busy to compile this JSON schema", retry_after=10.0) from None
+        raise Overloaded("The machine is too busy to compile this grammar", retry_after=10.0) from None
     except OSError:
-        raise refused(_TOO_LARGE, schema) from None
+        raise refused(f"The {{it}} is {_TOO_LARGE}", schema) from None
     if compiled.error:
-        raise refused(f"JSON schema: {compiled.error}", schema, compiled.field)
+        raise refused(f"{{it}}: {compiled.error}", schema, compiled.field)
     return Process(orders, compiled.ignored)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from atlas_jax.engine.api import StateBytes
@@ -33,3 +35,16 @@ class Counters:
     kept_pairs_capacity: int = 0
     state: StateBytes = field(default_factory=StateBytes)
     tokens_per_second: float = 0.0
+
+
+_OF_THE_LAST = ("omega_loss", "memory_utilization", "window_fill", "kept_pairs", "kept_pairs_capacity", "state")
+"""What is of one request, not a sum."""
+
+
+def together(counters: Sequence[Counters]) -> Counters:
+    """What several schedulers of one engine have done, the latest last."""
+    total = dataclasses.replace(counters[-1])
+    for field_ in dataclasses.fields(Counters):
+        if field_.name not in _OF_THE_LAST:
+            setattr(total, field_.name, sum(getattr(one, field_.name) for one in counters))
+    return total

@@ -105,6 +105,12 @@ class PrefillQueue:
         """Takes a request in, whose row is where its pending tokens go on."""
         self._queue.append(req)
 
+    def settle(self, req: RequestState) -> None:
+        """To be called before a prompt leaves that is not read to its end: a row that cannot be rewound must not have read a
+        part of a chunk."""
+        while req in self._chunks and not self._runner.capabilities.rewind:
+            self.step(req)
+
     def remove(self, req: RequestState) -> None:
         """Forgets a request; its row stays as far as whole chunks have been read."""
         self._queue.remove(req)

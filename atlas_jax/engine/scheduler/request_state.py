@@ -339,7 +339,5 @@ def new_request_state(
         listener=listener,
         seed=secrets.randbits(63) if seed is None else seed & ((1 << 64) - 1),
         constraint=None if request.grammar is None else request.grammar.begin(),
-        detokenizer=Detokenizer(
-            tokenizer, request.stop, with_tokens=request.sampling.logprobs is not None, shown=request.shown
-        ),
+        detokenizer=Detokenizer(tokenizer, request.stop, with_tokens=request.with_tokens, shown=request.shown),
     )

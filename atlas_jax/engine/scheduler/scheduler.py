@@ -186,6 +186,9 @@ class Scheduler:
             self._admission.remove(req)
             self._end(Ended(req, "cancelled"))
         for req in [req for req in self._prefilling if req.cancelled.is_set()]:
+            self._contained(req, self._prefilling.settle)
+            if req not in self._prefilling:  # which has failed
+                continue
             self._end(Ended(req, "cancelled"))  # first: whoever sees it gone may count on its session being back
             self._prefilling.remove(req)
         self._end(*decoding)
@@ -208,6 +211,8 @@ class Scheduler:
             arrived, self._inbox = list(self._inbox), deque()
         if self.failure is None:
             self._end(*self._batch.settle())
+            for req in list(self._prefilling):
+                self._contained(req, self._prefilling.settle)
         outcome: FinishReason | EngineError
         outcome = "cancelled" if self.failure is None else EngineError("The engine has stopped")
         everyone = [Ended(req, outcome) for req in [*arrived, *self._admission, *self._prefilling]]

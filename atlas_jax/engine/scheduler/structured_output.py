@@ -1,8 +1,8 @@
-"""Answers that must be JSON: which tokens may come next, worked out by llguidance in a process of the schema's own.
+"""Answers that must match a grammar: which tokens may come next, worked out by llguidance in a process of the schema's own.
 
-A schema is a stranger's program. Nothing of it runs in this process: `atlas_jax.grammar.worker` compiles it and follows its
-answers, under limits of memory and time that the system keeps. The engine's thread sends the token that was drawn and
-finds the mask of the next one in a socket; a row whose mask is not there yet sits out a step.
+A schema, or another grammar, is a stranger's program. Nothing of it runs in this process: `atlas_jax.grammar.worker`
+compiles it and follows its answers, under limits of memory and time that the system keeps. The engine's thread sends the
+token that was drawn and finds the mask of the next one in a socket; a row whose mask is not there yet sits out a step.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import select
 import socket
 import threading
 from collections import OrderedDict
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import suppress
 from typing import Any, TypeVar
@@ -25,7 +25,8 @@ from atlas_jax.engine.api import InvalidRequest, Overloaded
 from atlas_jax.engine.scheduler.grammar_processes import Process, Processes, refused
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.grammar.calls import CallGrammar
-from atlas_jax.grammar.wire import CALLS, COMPLETE, FAILED, SCHEMA, TOKEN, VERDICT, mask_bytes, verdict_bytes
+from atlas_jax.grammar.shape import AnswerShape
+from atlas_jax.grammar.wire import ANSWER, CALLS, COMPLETE, FAILED, TOKEN, VERDICT, mask_bytes, verdict_bytes
 
 T = TypeVar("T")
 MAX_SCHEMA_BYTES = 1 << 18
@@ -36,8 +37,7 @@ _REST_SECONDS = 300.0
 _REFUSALS = 256
 """Schemas that were refused and are refused again without trying, so that sending one again costs nothing."""
 _GONE = (
-    "The answer could not be held to its JSON schema: the schema is too large, and following it took more time or memory "
-    "than it may"
+    "The answer could not be held to its {it}, which is too large: following it took more time or memory than it may"
 )
 _Key = tuple[str, bytes]
 
@@ -50,7 +50,7 @@ class Grammar:
     """
 
     def __init__(self, home: Grammars, key: _Key, schema: bytes, ignored: tuple[str, ...]) -> None:
-        """Use `Grammars.json`."""
+        """Use `Grammars.answers`."""
         self.ignored = ignored
         self._home, self._key, self._schema = home, key, schema
 
@@ -120,7 +120,7 @@ class Constraint:
         (verdict,) = VERDICT.unpack_from(self._frame)
         if verdict == FAILED:
             reason = bytes(self._frame[VERDICT.size :]).rstrip(b"\0").decode("utf-8", "replace")
-            raise refused(f"The answer could not be held to its JSON schema: {reason}", self._schema)
+            raise refused(f"The answer could not be held to its {{it}}: {reason}", self._schema)
         self.complete = verdict == COMPLETE
         self.ready = not self.complete
 
@@ -176,33 +176,37 @@ class Grammars:
         self._thread: threading.Thread | None = None
         self._closed = False
 
-    def json(self, schema: Mapping[str, Any], *, owner: str = "") -> Future[Grammar]:
-        """JSON texts that a schema allows; milliseconds, and a second once for the tokenizer.
+    def answers(self, shape: AnswerShape, *, owner: str = "") -> Future[Grammar]:
+        """Answers of a shape; milliseconds, and a second once for the tokenizer.
 
-        Cancelling the future ends it. It fails with InvalidRequest where the schema is wrong, too large, or uses
+        Cancelling the future ends it. It fails with InvalidRequest where the shape is wrong, too large, or uses
         what llguidance does not know, and with Overloaded where no process can be had.
 
         Args:
-          owner: whose turn it uses; compiled schemas are never shared between owners.
+          owner: whose turn it uses; compiled grammars are never shared between owners.
 
         Raises:
-          InvalidRequest: the schema is larger than any may be, or the model cannot end an answer.
+          InvalidRequest: the shape is larger than any may be, or the model cannot end an answer.
         """
-        return self._wanted(SCHEMA, schema, owner)
+        return self._wanted(ANSWER, shape, owner)
 
     def calls(self, calls: CallGrammar, *, owner: str = "") -> Future[Grammar]:
-        """Answers with tool calls; otherwise as `json`."""
+        """Answers with tool calls; otherwise as `answers`."""
         return self._wanted(CALLS, calls, owner)
 
-    def _wanted(self, kind: bytes, wanted: Mapping[str, Any] | CallGrammar, owner: str) -> Future[Grammar]:
+    def _wanted(self, kind: bytes, wanted: AnswerShape | CallGrammar, owner: str) -> Future[Grammar]:
+        field = wanted.field if isinstance(wanted, AnswerShape) else "tools"
         if not self._may_end:
-            raise refused("JSON answers need a model with an end-of-generation token, which this one lacks", kind)
+            raise refused(
+                "Answers that are held to a grammar need a model with an end-of-generation token, which this one lacks",
+                field=field,
+            )
         try:
             text = kind + msgspec.json.encode(wanted)
         except (ValueError, RecursionError, TypeError) as error:
-            raise refused("the JSON schema is nested too deep", kind) from error
+            raise refused("the {it} is nested too deep", kind, field) from error
         if len(text) > MAX_SCHEMA_BYTES:
-            raise refused(f"the JSON schema is too large: it has {len(text)} bytes of {MAX_SCHEMA_BYTES}", kind)
+            raise refused(f"the {{it}} is too large: it has {len(text)} bytes of {MAX_SCHEMA_BYTES}", text, field)
         key = owner, hashlib.sha256(text).digest()
         return self._start(self._grammar(key, text))
 
@@ -257,7 +261,7 @@ class Grammars:
                 answer = process.begin()
                 self._trim()
                 return process, answer
-        raise Overloaded("The process of this JSON schema has ended", retry_after=1.0)
+        raise Overloaded("The process of this grammar has ended", retry_after=1.0)
 
     async def _process(self, key: _Key, schema: bytes) -> Process:
         """The process of a schema, which may have to be made first, or again."""

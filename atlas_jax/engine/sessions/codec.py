@@ -123,7 +123,7 @@ def _session(layout: Layout, listing: Listing, header: Mapping[str, Any], arrays
         page = integer(header, "page", (position - 1) // PAGE if position else -1, position // PAGE)
         row = layout.row(shape, position, page, arrays)
         checkpoints.append(Checkpoint(position, page, row, integer(header, "absorbed", 0, position)))
-        if not checkpoints[0].reachable(shape.plan) <= length <= position:
+        if not checkpoints[0].reachable(shape) <= length <= position:
             raise SnapshotInvalid("snapshot's state does not lie at the end of its history")
     elif length:
         raise SnapshotInvalid("snapshot has a history but no state")

@@ -21,17 +21,20 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 class Documents:
     """Implements `api.DocumentStore`; thread-safe."""
 
-    def __init__(self, store: Store | None = None, index: SessionIndex | None = None) -> None:
-        """The documents of a store.
-
-        Args:
-          store: None keeps them in memory.
-          index: whose usage they count in; None counts nowhere.
-        """
-        self._store, self._index = store, index
+    def __init__(self, store: Store | None = None) -> None:
+        """The documents of a store, which count in nobody's usage yet; None keeps them in memory."""
+        self._store = store
+        self._index: SessionIndex | None = None
         self._lock = threading.Lock()
         self._files: dict[str, dict[str, StoredFile]] = {}
         self._kept: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+
+    def count_in(self, index: SessionIndex) -> None:
+        """From now on what is stored counts in the usage of an index."""
+        with self._lock:
+            self._index = index
+            for owner in self._files:
+                self._count(owner)
 
     def list(self, owner: str) -> tuple[StoredFile, ...]:
         """The owner's documents, by name."""

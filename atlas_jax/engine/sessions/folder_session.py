@@ -3,29 +3,37 @@
 * `<generation>.snapshot.atlas`, its state, written beside its place and renamed;
 * `journal`, the turns since then, appended;
 * `saved.atlas`, a save point: the snapshot as it was when a client asked for it, a second name (hard link) of its file;
+* `moved`, while it is given another name, the generation of its snapshot under that name and the folder of that;
 * `deleted`, in the place of all of these, the generation of its deletion.
 """
 
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 from pathlib import Path
 
+from atlas_jax.engine.api import StorageFull
 from atlas_jax.engine.sessions import files, journal, snapshot
 from atlas_jax.engine.sessions.journal import Journal, Origin, Turn
 from atlas_jax.engine.sessions.snapshot import Head
-from atlas_jax.engine.sessions.store import Place
+from atlas_jax.engine.sessions.store import Place, StoredSession
+
+log = logging.getLogger("atlas.engine")
 
 DELETED = "deleted"
 """The file that marks a deletion."""
 TEMPORARY = ".tmp"
 """How the name of a file that is not finished ends; it begins with a dot."""
-_JOURNAL = "journal"
-_SAVED = "saved.atlas"
-_SNAPSHOT = ".snapshot.atlas"
-_LONGEST_JOURNAL = 1 << 30
+MOVED = "moved"
+"""The file that marks a session that is being given another name."""
+JOURNAL, SAVED = "journal", "saved.atlas"
+"""Names of the journal and of a save point."""
+SNAPSHOT = ".snapshot.atlas"
+"""How the name of a snapshot ends, after its generation."""
+LONGEST_JOURNAL = 1 << 30
 
 
 class FolderSession:
@@ -40,21 +48,21 @@ class FolderSession:
         self._snapshot = self._journal_bytes = self._saved_bytes = 0
         self._last_turn = self._floor = 0
         self._unsynced = self._new = self._shared = False
-        snapshots = sorted(folder.glob(f"*{_SNAPSHOT}")) if folder.is_dir() else []
+        snapshots = sorted(folder.glob(f"*{SNAPSHOT}")) if folder.is_dir() else []
         self._generation = 0
         for path in snapshots:
-            number = path.name.removesuffix(_SNAPSHOT)
+            number = path.name.removesuffix(SNAPSHOT)
             if number.isdecimal():
                 self._generation, self._snapshot = int(number), path.stat().st_size
         for path in snapshots:  # a write was cut short after the newer one was whole
             if path != self._path(self._generation):
                 path.unlink(missing_ok=True)
-        if (saved := folder / _SAVED).is_file():
+        if (saved := folder / SAVED).is_file():
             self._shared = self._generation > 0 and saved.samefile(self._path(self._generation))
             self._saved_bytes = 0 if self._shared else saved.stat().st_size
 
     def _path(self, generation: int) -> Path:
-        return self.folder / f"{generation:020d}{_SNAPSHOT}"
+        return self.folder / f"{generation:020d}{SNAPSHOT}"
 
     @property
     def size(self) -> int:
@@ -74,6 +82,23 @@ class FolderSession:
         except (OSError, ValueError):
             return 0
 
+    @property
+    def moved(self) -> tuple[int, str] | None:
+        """The generation and the digest of the name that it is being given, or None."""
+        try:
+            generation, name = (self.folder / MOVED).read_text().split()
+            return int(generation), name
+        except (OSError, ValueError):
+            return None
+
+    def stay(self) -> None:
+        """Forgets that it was to be given another name."""
+        (self.folder / MOVED).unlink(missing_ok=True)
+
+    def drop_orphan(self) -> None:
+        """Removes a save point without a session: what was to be given this name has kept its own."""
+        (self.folder / SAVED).unlink(missing_ok=True)
+
     def read_head(self) -> Head | None:
         """The head of its snapshot, None without one; raises as `read`."""
         if not self._generation:
@@ -87,9 +112,9 @@ class FolderSession:
 
     def read_journal(self) -> Journal | None:
         """Its journal, None without one; what a crash cut off at its end is removed. Raises as `read`."""
-        path = self.folder / _JOURNAL
+        path = self.folder / JOURNAL
         try:
-            data = files.read_file(path, _LONGEST_JOURNAL)
+            data = files.read_file(path, LONGEST_JOURNAL)
         except FileNotFoundError:
             return None
         found, end = journal.decode(data)
@@ -127,12 +152,43 @@ class FolderSession:
             self._replaced(generation, len(data), floor)
             return True
 
+    def move(self, target: StoredSession, generation: int, data: bytes, saved: bytes | None) -> None:
+        """Makes it the session of another name; see `StoredSession.move`.
+
+        The mark decides for a scan which of the two folders is the session; it is durable before the other one is written.
+        """
+        assert isinstance(target, FolderSession)
+        with self._guard, files.atomic_file(self.folder / MOVED) as file:
+            file.write(f"{generation} {target.place.session}".encode())
+        try:
+            target.receive(generation, data, saved)
+        except BaseException:
+            self.stay()
+            raise
+        try:
+            self.delete(generation)
+        except (StorageFull, OSError) as error:
+            log.error("[ATLAS] A renamed session is removed under its old name at the next start: %s", error)
+            self._gone = True
+
+    def receive(self, generation: int, data: bytes, saved: bytes | None) -> None:
+        """Becomes a session that had another name; raises StorageFull, OSError."""
+        if saved is not None:
+            with files.atomic_file(self.folder / SAVED) as file:
+                file.write(saved)
+        try:
+            self.write(generation, data)
+        except BaseException:
+            self.drop_orphan()
+            raise
+        self._saved_bytes = len(saved or b"")
+
     def restore(self, generation: int) -> None:
         """Makes the save point the present snapshot, without copying it."""
         with self._guard:
             if self._gone or generation <= self._generation:
                 return
-            saved = self.folder / _SAVED
+            saved = self.folder / SAVED
             head, _ = snapshot.read_head(files.read_file(saved, None, first=snapshot.HEAD_BYTES))
             os.link(saved, self._path(generation))
             files.sync_folder(self.folder)
@@ -146,7 +202,7 @@ class FolderSession:
         old, self._generation, self._snapshot, self._floor = self._generation, generation, size, floor
         if old:
             self._path(old).unlink(missing_ok=True)
-        (self.folder / _JOURNAL).unlink(missing_ok=True)
+        (self.folder / JOURNAL).unlink(missing_ok=True)
         self._journal_bytes = 0
 
     def append(self, origin: Origin, turn: Turn) -> bool:
@@ -172,7 +228,7 @@ class FolderSession:
 
     def _append(self, record: bytes) -> None:
         flags = os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(self.folder / _JOURNAL, flags, 0o600)
+        descriptor = os.open(self.folder / JOURNAL, flags, 0o600)
         try:
             written = os.pwrite(descriptor, record, self._journal_bytes)
             if written < len(record):
@@ -192,7 +248,7 @@ class FolderSession:
                 return
             new, self._unsynced, self._new = self._new, False, False
             try:
-                descriptor = os.open(self.folder / _JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+                descriptor = os.open(self.folder / JOURNAL, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
             except FileNotFoundError:  # a snapshot has taken its place
                 return
         try:
@@ -206,7 +262,7 @@ class FolderSession:
     def keep(self) -> int:
         """Makes the present snapshot the save point; see `StoredSession.keep`."""
         with self._guard:
-            present, saved = self._path(self._generation), self.folder / _SAVED
+            present, saved = self._path(self._generation), self.folder / SAVED
             if not self._shared:
                 temporary = self.folder / f".saved{TEMPORARY}"
                 temporary.unlink(missing_ok=True)
@@ -219,7 +275,7 @@ class FolderSession:
     def read_saved(self, limit: int) -> bytes | None:
         """The save point, or None; raises as `read`."""
         try:
-            return files.read_file(self.folder / _SAVED, limit)
+            return files.read_file(self.folder / SAVED, limit)
         except FileNotFoundError:
             return None
 

@@ -183,14 +183,14 @@ class FolderStore:
         except FileNotFoundError:
             return None
         content = data[len(_DOCUMENT) + hashlib.sha256().digest_size :]
-        if data != _document(owner, name, content):
+        if data != _document(digest(owner), name, content):
             raise SnapshotInvalid("document is damaged, or belongs elsewhere")
         return content
 
     def write_document(self, owner: str, name: str, data: bytes) -> None:
         """Replaces a document; see `Store.write_document`."""
         with files.atomic_file(self._documents(owner) / name) as file:
-            file.write(_document(owner, name, data))
+            file.write(_document(digest(owner), name, data))
 
     def delete_document(self, owner: str, name: str) -> None:
         """Removes a document, if it is there."""
@@ -216,6 +216,11 @@ class FolderStore:
         newest = max(
             0 if head is None else head.listing.generation, turns.turns[-1].generation if turns and turns.turns else 0
         )
+        if stored.moved is not None:
+            if self._has_moved(stored, newest):
+                deleted = max(deleted, stored.moved[0])
+            else:
+                stored.stay()
         if deleted and newest <= deleted:  # a damaged file of a deleted session is nobody's
             stored.delete(deleted)
             return None
@@ -224,6 +229,7 @@ class FolderStore:
         elif turns is not None:
             key = SessionKey(turns.origin.owner, turns.origin.session_id)
         elif problem is None:  # a folder that was made and not used
+            stored.drop_orphan()
             with contextlib.suppress(OSError):
                 stored.folder.rmdir()
             return None
@@ -233,14 +239,26 @@ class FolderStore:
             return Found(None, stored, None, None, "its files belong to another session")
         return Found(key, stored, head, turns, problem)
 
+    def _has_moved(self, stored: FolderSession, newest: int) -> bool:
+        """Whether a session is whole under the name it was to be given; one that was begun anew since is another."""
+        assert stored.moved is not None
+        generation, name = stored.moved
+        place = Place(stored.place.owner, name)
+        return newest < generation == FolderSession(place, self._folder_of(place)).generation
+
     def close(self) -> None:
         """Lets another server have the folder."""
         self._folder.close()
 
 
+def document_is_whole(owner: str, name: str, data: bytes) -> bool:
+    """Whether the file of a document is as it was written; `owner` is the digest of whose it is."""
+    return data == _document(owner, name, data[len(_DOCUMENT) + hashlib.sha256().digest_size :])
+
+
 def _document(owner: str, name: str, content: bytes) -> bytes:
     """The file of a document; its checksum covers whose it is, so that no file stands for another."""
-    whose = f"{digest(owner)}/{name}\n".encode()
+    whose = f"{owner}/{name}\n".encode()
     return _DOCUMENT + hashlib.sha256(whose + content).digest() + content
 
 

@@ -14,6 +14,7 @@ from atlas_jax.engine.sessions.host_arrays import shared_zeros
 from atlas_jax.engine.sessions.snapshot_arrays import SnapshotArrays
 from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, PairChoice
 from atlas_jax.model.kv_cache import KVCache, first_pages
+from atlas_jax.model.transformer import LayerState
 
 
 def pool_arrays(prefix: str, cache: KVCache) -> dict[str, np.ndarray]:
@@ -95,8 +96,8 @@ def without_kept(cache: KVCache, *, queries: bool) -> KVCache:
     def zeros(leaf: jax.Array) -> np.ndarray:
         return shared_zeros(leaf.shape, leaf.dtype)
 
-    def layer(kv: LayerKV) -> LayerKV:
-        if kv.choice is None:
+    def layer(kv: LayerState) -> LayerState:
+        if not isinstance(kv, LayerKV) or kv.choice is None:
             return kv
         none: PairChoice = jax.tree.map(zeros, kv.choice)
         return replace(kv, choice=none if queries else replace(kv.choice, ring_score=none.ring_score))

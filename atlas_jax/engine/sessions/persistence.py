@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from atlas_jax.engine.api import MemoryUnavailable, SessionNotFound, SnapshotInvalid, StorageFull
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
@@ -95,6 +96,33 @@ class Persistence:
                 self._index.counters.saves += 1
                 self._index.usage.count(entry)
                 self._full_until = 0.0
+
+    def move(self, entry: Entry, place: Entry, session: Session) -> None:
+        """Makes what is stored of a session that of another name.
+
+        Args:
+          place: of the other name, of which nothing is stored.
+          session: as it is from now on, with the other name.
+
+        Raises:
+          StorageFull, OSError: nothing was changed.
+          SnapshotInvalid: its save point is damaged.
+        """
+        old = entry.stored
+        if old is None:
+            self.write(place, session)
+            return
+        saved = old.read_saved(self.largest)
+        if saved is not None:
+            saved = encode_session(self._layout, replace(decode_session(self._layout, saved), key=place.key))
+        data = encode_session(self._layout, session)
+        with self._index.lock:
+            stored = self._stored(place)
+            self._index.usage.check_disk(place.key.owner, len(data) + len(saved or b"") - entry.charged - _SLACK)
+        old.move(stored, session.generation, data, saved)
+        with self._index.lock:
+            place.written = session.generation
+            self._index.counters.saves += 1
 
     def write_turn(self, entry: Entry, session: Session, before: int, text: NewText) -> StoredSession | None:
         """Adds a turn to a session's journal, or writes a snapshot where the journal cannot hold it.

@@ -21,12 +21,13 @@ from atlas_jax.engine.sessions.kept_layout import choice_arrays, kept_pairs, pai
 from atlas_jax.engine.sessions.layout import integer
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
 from atlas_jax.engine.sessions.snapshot_arrays import SnapshotArrays
+from atlas_jax.kernels.gated_delta import DeltaState
 from atlas_jax.kernels.kv_pages import KVDtype, LayerKV, Pages, QuantPages
 from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kept_pairs import kept_count
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache
 from atlas_jax.model.page_schedule import PageSchedule
-from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
+from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS, LayerState
 from atlas_jax.recall.recall_state import RecallState
 
 
@@ -52,7 +53,8 @@ class RecallLayout:
     @property
     def default_shape(self) -> SessionShape:
         """Shape of a session that has read nothing yet; its first request replaces it."""
-        return SessionShape(PageSchedule(window=min(4, self.memory.max_window // PAGE)), layers=1, degree=2)
+        plan = PageSchedule(window=min(4, self.memory.max_window // PAGE))
+        return SessionShape(plan, layers=1, degree=2, rewinds=not self.model.recurrent)
 
     @property
     def capacity(self) -> int:
@@ -96,7 +98,8 @@ class RecallLayout:
         kept, budget = integer(header, "kept", 0, 1 << 20), integer(header, "budget", 0, 1 << 50)
         if kept > self.memory.max_kept:
             raise SnapshotInvalid(f"snapshot's {kept} kept pairs exceed this server's most, {self.memory.max_kept}")
-        return SessionShape(PageSchedule(window, update), layers, degree, kept, budget, self._division.capacities(kept))
+        plan, capacities = PageSchedule(window, update), self._division.capacities(kept)
+        return SessionShape(plan, layers, degree, kept, budget, capacities, rewinds=not self.model.recurrent)
 
     def rest(self, shape: SessionShape, checkpoint: Checkpoint) -> Checkpoint:
         """The same state as it rests in host memory; what was never written takes no room there."""
@@ -177,6 +180,9 @@ def _row_arrays(layout: RecallLayout, shape: SessionShape, checkpoint: Checkpoin
     for name in ("states", "tokens", "told"):
         out[name] = np.asarray(getattr(memory, name))[0, slots]
     for index, layer in enumerate(cache.kv):
+        if isinstance(layer, DeltaState):
+            out[f"{index}.inputs"], out[f"{index}.memory"] = np.asarray(layer.inputs)[0], np.asarray(layer.memory)[0]
+            continue
         for name, pages in (("k", layer.k), ("v", layer.v)):
             if isinstance(pages, QuantPages):
                 out[f"{index}.{name}"] = np.asarray(pages.values)[0, :ring]
@@ -217,11 +223,17 @@ def _cache(layout: RecallLayout, shape: SessionShape, position: int, page: int, 
     def sink(name: str) -> np.ndarray:
         return given.take(name, (model.kv_heads, SINKS, model.head_dim), "f4")[None]
 
+    def state(name: str, own: jax.Array) -> np.ndarray:
+        return given.take(name, own.shape[1:], "f4")[None]
+
     room, saved = kept_pages(model, layout.memory), given if shape.kept else None
     empty = jax.eval_shape(functools.partial(init_kv_cache, model, 1, ring, layout.kv_dtype, room))
 
-    def layer(i: int) -> LayerKV:
-        choice = empty.kv[i].choice
+    def layer(i: int) -> LayerState:
+        own = empty.kv[i]
+        if isinstance(own, DeltaState):
+            return DeltaState(state(f"{i}.inputs", own.inputs), state(f"{i}.memory", own.memory))  # type: ignore[arg-type]
+        choice = own.choice
         if choice is not None:
             choice = pair_choice(f"{i}.choice", choice, ring, int(kept[0, i]), saved)
         return LayerKV(pages(f"{i}.k"), pages(f"{i}.v"), sink(f"{i}.sink_k"), sink(f"{i}.sink_v"), choice)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ class SessionShape:
       kept: the most pairs it keeps per layer and KV head of what has left its window, on average.
       budget: bytes that its parts had to fit into.
       capacities: the most pairs of each layer; empty where all keep as many.
+      rewinds: whether a state can be set back within its window: not where the model itself keeps a state of what it read.
     """
 
     plan: PageSchedule
@@ -38,6 +39,7 @@ class SessionShape:
     kept: int = 0
     budget: int = 0
     capacities: tuple[int, ...] = ()
+    rewinds: bool = True
 
     def held(self, page: int) -> int:
         """Pairs kept per layer and KV head, on average, of a text whose last page is `page`."""
@@ -77,9 +79,10 @@ class Checkpoint:
             return self
         return replace(self, position=position, page=min(self.page, position // PAGE))
 
-    def reachable(self, plan: PageSchedule) -> int:
+    def reachable(self, shape: SessionShape) -> int:
         """The earliest position this state can be rolled back to for nothing: the window still holds what was seen."""
-        if plan.window is None:  # what a model's own memory has read cannot be taken back
+        plan = shape.plan
+        if not shape.rewinds:
             return self.position
         if self.page < 0:
             return 0
@@ -202,7 +205,7 @@ class Session:
         for checkpoint in self.checkpoints:
             if checkpoint.position <= keep:
                 position = checkpoint.position
-            elif checkpoint.reachable(self.shape.plan) <= keep:
+            elif checkpoint.reachable(self.shape) <= keep:
                 position = keep
             else:
                 continue
@@ -212,8 +215,8 @@ class Session:
 
     def state_at(self, position: int) -> Checkpoint | None:
         """A state that has read the text up to exactly this position, or can be rolled back to it; None is the empty one."""
-        plan = self.shape.plan
-        reaching = (one for one in reversed(self.checkpoints) if one.reachable(plan) <= position <= one.position)
+        shape = self.shape
+        reaching = (one for one in reversed(self.checkpoints) if one.reachable(shape) <= position <= one.position)
         return next(reaching, None) if position else None
 
     def roll_back(self, checkpoint: Checkpoint, position: int) -> None:
@@ -224,13 +227,12 @@ class Session:
 
     def advance(self, checkpoint: Checkpoint) -> None:
         """Makes a state the present one, and keeps of the earlier ones the last that it cannot be rolled back to itself."""
-        plan = self.shape.plan
-        start = checkpoint.reachable(plan)
-        earlier = [one for one in self.checkpoints if one.reachable(plan) < start]
+        start = checkpoint.reachable(self.shape)
+        earlier = [one for one in self.checkpoints if one.reachable(self.shape) < start]
         self.checkpoints = [*earlier[-(_CHECKPOINTS - 1) :], checkpoint]
 
     def floor(self) -> int:
         """The earliest position the present state can be rolled back to."""
         if not self.checkpoints:
             return 0
-        return max(self.checkpoints[-1].reachable(self.shape.plan), self.history.tail_start)
+        return max(self.checkpoints[-1].reachable(self.shape), self.history.tail_start)

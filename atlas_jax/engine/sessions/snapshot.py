@@ -20,7 +20,7 @@ from atlas_jax import _tensors
 from atlas_jax.engine.api import SnapshotInvalid
 
 MAGIC = b"ATLASNAP"
-VERSION = 4
+VERSION = 5
 _PREFIX = struct.Struct("<8sII32s")
 _MAX_HEAD = 64 << 10
 _MAX_NORM = 1e8
@@ -80,9 +80,19 @@ def encode(
 ) -> bytes:
     """Serialises one session."""
     payload = _tensors.encode(header, arrays)
-    head = msgspec.json.encode(Head(listing, dict(bound), len(payload), hashlib.sha256(payload).hexdigest()))
-    prefix = _PREFIX.pack(MAGIC, VERSION, len(head), hashlib.sha256(head).digest())
-    return b"".join((prefix, head, payload))
+    return _joined(Head(listing, dict(bound), len(payload), hashlib.sha256(payload).hexdigest()), payload)
+
+
+def with_listing(data: bytes, listing: Listing) -> bytes:
+    """The same snapshot under another listing; raises SnapshotInvalid as `read_head`."""
+    head, start = read_head(data)
+    return _joined(msgspec.structs.replace(head, listing=listing), data[start:])
+
+
+def _joined(head: Head, payload: bytes) -> bytes:
+    encoded = msgspec.json.encode(head)
+    prefix = _PREFIX.pack(MAGIC, VERSION, len(encoded), hashlib.sha256(encoded).digest())
+    return b"".join((prefix, encoded, payload))
 
 
 def read_head(data: bytes) -> tuple[Head, int]:
@@ -144,8 +154,10 @@ def check_array(name: str, array: np.ndarray | None, shape: tuple[int, ...], dty
     if array.shape != shape or array.dtype != dtype:
         found = f"{array.dtype}{list(array.shape)}"
         raise SnapshotInvalid(f"snapshot's '{name}' is {found}, this server needs {dtype}{list(shape)}")
-    if array.dtype.kind == "f" and array.size:
-        peak = float(np.abs(array).max())  # NaN and inf both fail the comparison, which numpy would make in 16 bits
+    # upper halves of float32, as `kernels.packed_pages` keeps scales and scores
+    numbers = (array.astype(np.uint32) << 16).view(np.float32) if array.dtype == np.uint16 else array
+    if numbers.dtype.kind == "f" and numbers.size:
+        peak = float(np.abs(numbers).max())  # NaN and inf both fail the comparison, which numpy would make in 16 bits
         if not peak <= _MAX_NORM:
             raise SnapshotInvalid(f"snapshot's '{name}' holds numbers that are not finite or far too large")
     return array

@@ -92,6 +92,18 @@ class StoredSession(Protocol):
           StorageFull, OSError: nothing was changed.
         """
 
+    def move(self, target: StoredSession, generation: int, data: bytes, saved: bytes | None) -> None:
+        """Makes it the session of another name, of which nothing is stored; like a deletion, for this one.
+
+        Whenever the process is killed, a scan finds the session under one of the two names.
+
+        Args:
+          data, saved: its snapshot, of that generation, and its save point, if it has one, under the other name.
+
+        Raises:
+          StorageFull, OSError: nothing was changed.
+        """
+
     def append(self, origin: Origin, turn: Turn) -> bool:
         """Adds a turn to the journal; it outlives this process when this returns, and this machine after `sync`.
 

@@ -45,7 +45,6 @@ class SessionTable:
 
     Attributes:
       tiers: leases of the same sessions, for the scheduler.
-      documents: what else is kept for their owners.
     """
 
     def __init__(
@@ -53,6 +52,7 @@ class SessionTable:
         layout: Layout,
         *,
         storage: Storage | None,
+        documents: Documents,
         default_file: str,
         budgets: Budgets,
         on_idle: Callable[[], None],
@@ -62,6 +62,7 @@ class SessionTable:
 
         Args:
           storage: where sessions are kept; None keeps nothing but in memory.
+          documents: what else is kept for their owners, in the same place.
           default_file: name of the export that is read at start.
           on_idle, sync_seconds: as `SessionTiers`.
         """
@@ -70,7 +71,7 @@ class SessionTable:
         self._index = SessionIndex(layout, self._store, budgets)
         self._persistence = Persistence(layout, self._index, self._store)
         self.tiers = SessionTiers(layout, self._index, self._persistence, on_idle=on_idle, sync_seconds=sync_seconds)
-        self.documents = Documents(self._store, self._index)
+        documents.count_in(self._index)
         self._exports = Exports(layout, self._index, self._persistence, self.tiers, default_file)
         if self._store is not None and (others := self._store.others()):
             log.warning("[ATLAS] The memory folder holds %d sessions of other models, which are left alone", others)
@@ -256,6 +257,25 @@ class SessionTable:
                 return False
             self._index.put(self._index.add(key), copy)
         return True
+
+    def rename(self, owner: str, source: str, target: str) -> None:
+        """Gives a session another name; raises as `api.SessionStore`.
+
+        A request that names it as it was called waits, and then begins a new session.
+        """
+        key = SessionKey(owner, target)
+        with self.tiers.held(SessionKey(owner, source)) as entry, self.tiers.begun(key) as place:
+            session = entry.session or self._persistence.read(entry)
+            renamed = replace(session, key=key, generation=self._index.next_generation())
+            if self._store is not None:
+                self._persistence.move(entry, place, renamed)
+            with self._index.lock:
+                if entry.session is None:
+                    self._index.put_stored(place, renamed)
+                else:
+                    self._index.put(place, renamed, entry.tier)
+                if self._index.holds(entry):  # else it was deleted meanwhile
+                    self._index.forget(entry)
 
     def _replace(self, entry: Entry, session: Session) -> None:
         """Makes a session what it is from now on: first on disk, then in memory."""

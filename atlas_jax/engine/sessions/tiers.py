@@ -17,6 +17,7 @@ from dataclasses import replace
 from atlas_jax.engine.api import (
     CacheStrategy,
     MemoryUnavailable,
+    SessionExists,
     SessionKey,
     SessionNotFound,
     SnapshotInvalid,
@@ -211,13 +212,37 @@ class SessionTiers:
         try:
             yield entry
         finally:
-            with index.lock:
-                entry.busy = False
-                if not entry.exists and index.holds(entry):
-                    index.forget(entry)
-                self._make_room("adaptive")
-                index.freed.notify_all()
-            self._on_idle()
+            self._give_back(entry)
+
+    @contextmanager
+    def begun(self, key: SessionKey) -> Iterator[Entry]:
+        """Holds the place of a session that an endpoint begins.
+
+        Raises:
+          SessionExists: there is one, or a request is about to begin it.
+          StorageFull: there is no room on disk for another.
+        """
+        with self._index.lock:
+            if self._index.get(key) is not None:
+                raise SessionExists("A session of that name exists already")
+            self._check_disk(key.owner)
+            entry = self._index.add(key, busy=True)
+        try:
+            yield entry
+        finally:
+            self._give_back(entry)
+
+    def _give_back(self, entry: Entry) -> None:
+        """Ends an endpoint's hold; nothing stays of a session that was to be made and was not."""
+        index = self._index
+        with index.lock:
+            entry.busy = False
+            nothing = entry.session is None and not entry.written and entry.problem is None
+            if nothing and index.holds(entry):
+                index.forget(entry)
+            self._make_room("adaptive")
+            index.freed.notify_all()
+        self._on_idle()
 
     @contextmanager
     def leaving(self, key: SessionKey) -> Iterator[StoredSession | None]:

@@ -15,7 +15,7 @@ import numpy as np
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.cpu.library import VERSION
 from atlas_jax.kernels.packed_pages import PackedPages
-from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8
+from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8, UInt16
 
 _ACTIVATIONS = "silu", "gelu_tanh", "swiglu_oai"
 """In the order of linear.h."""
@@ -233,11 +233,11 @@ def exchange_pairs(
     capacity: Int32[Array, layers],
     own: Float[Array, "layers K P"],
     page: tuple[Int8[Array, "layers K P D"] | Float[Array, "layers K P"], ...],
-    score: Float[Array, "B pool K P"],
+    score: UInt16[Array, "B pool K P"],
     k: PackedPages,
     v: PackedPages,
-) -> tuple[Float[Array, "B pool K P"], PackedPages, PackedPages]:
-    """`exchange_pairs.exchange_pairs` of pairs in 4 bits: score, keys and values, changed in place.
+) -> tuple[UInt16[Array, "B pool K P"], PackedPages, PackedPages]:
+    """`exchange_pairs.exchange_pairs` of packed pairs: score, keys and values, changed in place.
 
     Args:
       first: the first page of each layer's.
@@ -289,7 +289,7 @@ def received_attention(
 
 
 def _packed(pages: PackedPages) -> tuple[jax.Array, ...]:
-    return pages.nibbles, pages.step, pages.offset, pages.scale
+    return pages.numbers, pages.step, pages.offset, pages.half_scale
 
 
 def _call(

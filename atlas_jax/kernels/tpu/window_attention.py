@@ -4,7 +4,7 @@ A row's pages pass through VMEM once, all KV heads of some slots at a time, in i
 it. The softmax is accumulated page by page (Milakov & Gimelshein, arXiv 1805.02867; FlashAttention, arXiv 2205.14135),
 beginning with the sinks. Slots that no token of the step sees are neither read nor computed: what is visible follows from
 the pages' labels and the tokens' positions, so there is no mask in memory either. Pages of kept pairs follow the ring's:
-they are read in 4 bits and unpacked in VMEM, as many as a row has filled.
+they are read packed and unpacked in VMEM, as many as a row has filled.
 
 Numbers: int8 values are exact in bfloat16, the MXU's own type. Queries and weighted probabilities are two bfloat16 terms
 each (relative error 2⁻¹⁶) and sums are float32, so the result is the float32 softmax over the stored numbers. XLA's
@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels.kv_pages import LayerKV, LayerPairs, QuantPages, RingView
-from atlas_jax.kernels.packed_pages import PackedPages
+from atlas_jax.kernels.packed_pages import KEY_BITS, VALUE_BITS, Bits, PackedPages
 from atlas_jax.typing import Array, Bool, Float, Int32
 
 _NEGATIVE = -1e30
@@ -260,10 +260,10 @@ def _kernel(
 
     def attend_kept(slot: jax.Array, count: jax.Array) -> None:
         near = _two_terms(q_sink[0])
-        score = _sum_terms(_page_matmul(near, _unpacked(kept_k, slot), 1)) * kept_k[3][0, slot][:, None]
+        score = _sum_terms(_page_matmul(near, _unpacked(kept_k, slot, KEY_BITS), 1)) * kept_k[3][0, slot][:, None]
         # what is not filled may have any scale, and a weight of 0 does not cancel what is not a number
         scale = jnp.where(place[:1] < count, kept_v[3][0, slot][:, None], 0.0)
-        take(score, place < count, _unpacked(kept_v, slot), scale, 2)
+        take(score, place < count, _unpacked(kept_v, slot, VALUE_BITS), scale, 2)
 
     if kept_k:
         kept_slots = kept_k[0].shape[1]
@@ -280,28 +280,29 @@ def _kernel(
         out[0] = total[...] / jnp.maximum(mass[...], 1e-30)
 
 
-def _unpacked(pages: tuple[jax.Array, ...], slot: jax.Array) -> jax.Array:
+def _unpacked(pages: tuple[jax.Array, ...], slot: jax.Array, bits: Bits) -> jax.Array:
     """A page of kept pairs of every KV head, as `packed_pages.unpack` has it, the tokens last: [K, D, P]."""
-    nibbles, step, offset = (part[0, slot].astype(jnp.int32) for part in pages[:3])
-    groups = step.shape[1]
-    size = 2 * nibbles.shape[1] // groups
+    numbers, step, offset = (part[0, slot].astype(jnp.int32) for part in pages[:3])
+    each, groups = 8 // bits, step.shape[1]
+    size = 2 * numbers.shape[1] // groups  # bytes that two groups share
     parts = []
-    for group in range(groups):
-        both = nibbles[:, group // 2 * size : (group // 2 + 1) * size]
-        n = (both >> 4 if group % 2 else both) & 15
+    for part in range(groups // 2 * each):
+        shared = numbers[:, part // each * size : (part // each + 1) * size]
+        n = (shared >> part % each * bits & (2**bits - 1)) * (15 // (2**bits - 1))
+        group = 2 * part // each
         of_group = slice(group, group + 1)
         parts.append(offset[:, of_group] + ((n * (step[:, of_group] & 255) + 4) >> 3))
     return jnp.clip(jnp.concatenate(parts, axis=1), -127, 127)
 
 
 def _kept_pages(pairs: LayerPairs | None) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-    """Nibbles, steps and offsets of kept keys and values with the tokens last, all as int8, and scales; none of none."""
+    """Numbers, steps and offsets of kept keys and values with the tokens last, all as int8, and scales; none of none."""
 
     def parts(pages: PackedPages | jax.Array) -> tuple[jax.Array, ...]:
         if not isinstance(pages, PackedPages):
             raise TypeError("float pages are attended by XLA's program")
-        nibbles, step = (jax.lax.bitcast_convert_type(x, jnp.int8) for x in (pages.nibbles, pages.step))
-        return (*(x.swapaxes(-1, -2) for x in (nibbles, step, pages.offset)), pages.scale)
+        numbers, step = (jax.lax.bitcast_convert_type(x, jnp.int8) for x in (pages.numbers, pages.step))
+        return (*(x.swapaxes(-1, -2) for x in (numbers, step, pages.offset)), pages.scale)
 
     return ((), ()) if pairs is None else (parts(pairs.pool.k), parts(pairs.pool.v))
 

@@ -33,15 +33,22 @@ _NAME = re.compile(
     r"(?:(?:model\.)?language_model\.)?(?:model\.)?"
     r"(?:layers\.(?P<layer>\d{1,4})\.(?P<part>.+)|(?P<root>[a-z_]+))\.(?P<kind>weight|bias)"
 )
+_NUMBER = re.compile(r"\.(\d{1,4})(?=\.|$)")
 _CACHED = re.compile(r"models--.+?--(?P<name>[^/]+)")
 
 
 @dataclass(frozen=True, slots=True)
 class _Stored:
-    """A tensor by its GGUF name: where it lies, and what the converter would do to it."""
+    """A tensor by its GGUF name: where it lies, and what the converter would do to it.
 
-    shard: int
+    Attributes:
+      info: what the GGUF file would say of it.
+      parts: the tensors that it is a stack of, each with its shard; one alone is itself.
+      heads: whose rows are put in another order.
+    """
+
     info: TensorInfo
+    parts: tuple[tuple[int, TensorInfo], ...]
     heads: int = 0
     plus_one: bool = False
 
@@ -139,17 +146,23 @@ class CheckpointFolder:
             raise GGUFError(f"{self.path.name} has no tensor {quote(name)}")
         one = self._stored[name]
         info = one.info
-        raw = np.frombuffer(self._shards[one.shard].file.view(), np.uint8, info.nbytes, info.offset)
-        packed = raw.reshape(info.shape[0], -1)
-        out = np.empty((info.shape[0], int(np.prod(info.shape[1:], dtype=np.int64))), np.float32)
-        for start in range(0, len(out), _ROWS):
-            out[start : start + _ROWS] = _floats(info.ggml_type, packed[start : start + _ROWS])
+        read = [self._read(shard, part) for shard, part in one.parts]
+        out = read[0] if len(read) == 1 else np.concatenate(read)
         if one.heads:
             halves = out.reshape(one.heads, 2, len(out) // one.heads // 2, -1)
             out = halves.swapaxes(1, 2).reshape(out.shape)
         if one.plus_one:
             out = out + np.float32(1.0)
         return out.reshape(info.shape).astype(dtype, copy=False)
+
+    def _read(self, shard: int, info: TensorInfo) -> npt.NDArray[np.float32]:
+        """A stored tensor, as a matrix of rows."""
+        raw = np.frombuffer(self._shards[shard].file.view(), np.uint8, info.nbytes, info.offset)
+        packed = raw.reshape(info.shape[0], -1)
+        out = np.empty((info.shape[0], int(np.prod(info.shape[1:], dtype=np.int64))), np.float32)
+        for start in range(0, len(out), _ROWS):
+            out[start : start + _ROWS] = _floats(info.ggml_type, packed[start : start + _ROWS])
+        return out
 
     def has_nibbles(self, name: str) -> bool:
         """No tensor is a matrix of 4-bit codes."""
@@ -219,20 +232,26 @@ def _stored(shards: list[Shard], form: Checkpoint, described: Described) -> dict
         "attn_k": described.metadata["attention.head_count_kv"],
     }
     has_head = False
+    stacks: dict[str, dict[int, tuple[int, TensorInfo]]] = {}
     for number, shard in enumerate(shards):
         for name, info in shard.tensors.items():
             if name.endswith(".rotary_emb.inv_freq"):  # a table that is made anew
                 continue
             if name.startswith(form.beside):
-                found[f"v.{name}"] = _Stored(number, info)
+                found[f"v.{name}"] = _Stored(info, ((number, info),))
                 continue
-            part, target = _target(name, form)
+            part, target, place = _target(name, form)
             if target is None:
                 raise UnsupportedModel(f"{shard.name}: tensor {quote(name)} is not understood")
             if part == "output":
                 has_head = True
                 if described.tied:  # a copy of the embeddings
                     continue
+            if place is not None:
+                if place in stacks.setdefault(target, {}):
+                    raise CheckpointError(f"{shard.name}: tensor {quote(name)} is there under another name as well")
+                stacks[target][place] = number, info
+                continue
             if target in found:
                 raise CheckpointError(f"{shard.name}: tensor {quote(name)} is there under another name as well")
             rotated = heads[part] if part in form.interleaved else 0
@@ -241,26 +260,41 @@ def _stored(shards: list[Shard], form: Checkpoint, described: Described) -> dict
                     f"{shard.name}: tensor {quote(name)} has {info.shape[0]} rows for {rotated} heads"
                 )
             plus_one = form.norms_plus_one and part.endswith("_norm")
-            found[target] = _Stored(number, TensorInfo(target, *_rest(info)), rotated, plus_one)
+            shape = info.shape[1:] if info.shape[0] == 1 and len(info.shape) == 2 else info.shape
+            told = TensorInfo(target, shape, info.ggml_type, info.offset, info.nbytes)
+            found[target] = _Stored(told, ((number, info),), rotated, plus_one)
+    found |= {target: _stacked(target, parts) for target, parts in stacks.items()}
     if not has_head and not described.tied:
         raise UnsupportedModel("tensor 'lm_head.weight' is missing, and config.json does not say tie_word_embeddings")
     return found
 
 
-def _target(name: str, form: Checkpoint) -> tuple[str, str | None]:
-    """A tensor's part and its whole name in GGUF, or None."""
+def _target(name: str, form: Checkpoint) -> tuple[str, str | None, int | None]:
+    """A tensor's part, its whole name in GGUF or None, and its place where it is one of a stack."""
     match = _NAME.fullmatch(name)
     if match is None:
-        return "", None
+        return "", None, None
     if match["root"] is not None:
         part = "output" if match["root"] == "lm_head" else _ROOT.get(match["root"], "")
-        return part, f"{part}.{match['kind']}" if part else None
-    part = form.layer.get(match["part"], "")
-    return part, f"blk.{int(match['layer'])}.{part}.{match['kind']}" if part else None
+        return part, f"{part}.{match['kind']}" if part else None, None
+    inside, number = match["part"], _NUMBER.search(match["part"])
+    if number is not None:
+        inside = f"{inside[: number.start()]}.*{inside[number.end() :]}"
+    part = form.layer.get(inside, "")
+    place = None if number is None else int(number[1])
+    return part, f"blk.{int(match['layer'])}.{part}.{match['kind']}" if part else None, place
 
 
-def _rest(info: TensorInfo) -> tuple[tuple[int, ...], TensorType, int, int]:
-    return info.shape, info.ggml_type, info.offset, info.nbytes
+def _stacked(target: str, parts: Mapping[int, tuple[int, TensorInfo]]) -> _Stored:
+    """Tensors that GGUF has as one; raises UnsupportedModel where one is missing or unlike the others."""
+    ordered = [parts[place] for place in sorted(parts)]
+    first = ordered[0][1]
+    if sorted(parts) != list(range(len(parts))):
+        raise UnsupportedModel(f"of the tensors that make '{target}' some are missing: there are {sorted(parts)[:8]}")
+    if any(info.shape != first.shape for _, info in ordered):
+        raise UnsupportedModel(f"the tensors that make '{target}' differ in their shapes")
+    size = sum(info.nbytes for _, info in ordered)
+    return _Stored(TensorInfo(target, (len(ordered), *first.shape), first.ggml_type, 0, size), tuple(ordered))
 
 
 def _floats(kind: TensorType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:

@@ -18,7 +18,8 @@ from gguf.constants import Keys, TokenType
 from atlas_jax.gguf._header import MAX_STRINGS, quote
 from atlas_jax.gguf._pretokenizers import pretokenizer
 from atlas_jax.gguf._spm import SPACE
-from atlas_jax.gguf._vocab import END_TEXTS
+from atlas_jax.gguf._tokenizer import NORMALIZER
+from atlas_jax.gguf._vocab import END_TEXTS, RSTRIP
 from atlas_jax.model.checkpoint._files import CheckpointError, decode, read_bytes, read_json
 
 _FILE = "tokenizer.json"
@@ -30,17 +31,43 @@ _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASED = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]"
 _LOWER = r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
 _GPT2 = "ByteLevel"
+_SUFFIX = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+_CL100K = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"
+)
+_DEEPSEEK3 = (
+    r"\p{N}{1,3}",
+    "[一-龥\u3040-ゟ゠-ヿ]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
 # How texts are cut, step by step, and whether a word that is a token is never merged: to names of `_pretokenizers`.
 _CUTS: Mapping[tuple[tuple[str, ...], bool], str] = {
     ((_GPT2,), False): "gpt-2",
     (("Digits", _GPT2), False): "smollm",
     ((_WORDS + r"\p{N}{1,3}" + _REST,), True): "llama-bpe",
     ((_WORDS + r"\p{N}{1,3}" + _REST,), False): "dbrx",
+    ((_CL100K,), False): "dbrx",
     ((_WORDS + r"\p{N}" + _REST,), False): "qwen2",
+    (
+        (
+            r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        False,
+    ): "qwen35",
+    (
+        (
+            rf"{_CASED}*{_LOWER}+{_SUFFIX}|{_CASED}+{_LOWER}*{_SUFFIX}|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+        ),
+        False,
+    ): "atlas-gpt-4o",
+    (_DEEPSEEK3, False): "deepseek-v3",
     (
         (rf"{_CASED}*{_LOWER}+|{_CASED}+{_LOWER}*|\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",),
         True,
-    ): "tekken",
+    ): "atlas-tekken",
 }
 
 
@@ -51,6 +78,7 @@ class _Added(msgspec.Struct, frozen=True):
     content: str
     special: bool = False
     single_word: bool = False
+    rstrip: bool = False
 
 
 class _Model(msgspec.Struct, frozen=True):
@@ -157,6 +185,10 @@ def tokenizer_metadata(folder: Path, settings: Settings, rows: int) -> dict[str,
             _Key.MERGES: [" ".join(rule) for rule in _rules(model)],
             _Key.ADD_PREFIX: False,
         }
+        if _composes(file):
+            found[NORMALIZER] = "nfc"
+    if swallowing := [one.id for one in added if one.rstrip]:
+        found[RSTRIP] = np.array(swallowing, np.int32)
     found |= _special(file, settings, {text: token for token, text in enumerate(tokens)})
     if settings.template is not None:
         found[_Key.CHAT_TEMPLATE] = settings.template
@@ -225,10 +257,17 @@ def _adds_prefix(file: _File) -> bool:
     return prefix
 
 
+def _composes(file: _File) -> bool:
+    """Whether texts are put into normal form C; refuses whatever else would be done to them."""
+    steps = [step.get("type") for step in _steps(file.normalizer, "normalizers", "normalizer")]
+    for kind in steps:
+        if kind != "NFC":
+            raise _refused("normalizer", f"has a step {quote(str(kind))} that is not supported")
+    return bool(steps)
+
+
 def _cut(file: _File, model: _Model) -> str:
     """The name of the pre-tokenizer of a byte-level vocabulary."""
-    for step in _steps(file.normalizer, "normalizers", "normalizer"):
-        raise _refused("normalizer", f"has a step {quote(str(step.get('type')))} that is not supported")
     cuts: list[str] = []
     bytes_last = False
     for step in _steps(file.pre_tokenizer, "pretokenizers", "pre_tokenizer"):

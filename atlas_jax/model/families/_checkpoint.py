@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,7 @@ _SAID_ONLY = frozenset(
         "auto_map",
     }
     | {"is_llama_config", "transformers.js_config", "chunk_size_feed_forward", "is_decoder", "prefix", "language"}
+    | {"router_aux_loss_coef", "router_jitter_noise", "residual_dropout", "embedding_dropout", "output_router_logits"}
     | {"num_labels", "max_window_layers", "unsloth_version", "unsloth_fixed"}
 )
 _SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "num_beams", "max_length")
@@ -135,7 +137,8 @@ class Checkpoint:
     Attributes:
       classes: names in `architectures` of config.json.
       describe: reads a configuration.
-      layer: names of a layer's tensors (`self_attn.q_proj`) to those of GGUF (`attn_q`).
+      layer: names of a layer's tensors (`self_attn.q_proj`) to those of GGUF (`attn_q`). Those with a `*` in the place of a
+        number are stacked (`mlp.experts.*.up_proj`).
       interleaved: of those, whose rows are rotated in pairs (i, i + d/2) here and (2i, 2i + 1) in GGUF.
       norms_plus_one: norms are stored without the 1 that is added to them.
       text: key of config.json under which the text model's part lies, in classes that have others.
@@ -166,8 +169,26 @@ LAYER: Mapping[str, str] = {
 """What all families call alike; the norms around the MLP differ."""
 
 
-def decoder(config: Config, **defaults: int) -> Metadata:
-    """The sizes that every configuration has; `defaults` are those of the class, by their names in config.json."""
+_NONE: Mapping[str, int] = MappingProxyType({})
+EXPERTS: Mapping[str, str] = {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.*.gate_proj": "ffn_gate_exps",
+    "mlp.experts.*.up_proj": "ffn_up_exps",
+    "mlp.experts.*.down_proj": "ffn_down_exps",
+}
+"""A mixture of experts as Qwen's models have it."""
+
+
+def decoder(
+    config: Config, defaults: Mapping[str, int] = _NONE, *, layer_norm: str | None = None, partial: bool = False
+) -> Metadata:
+    """The sizes that every configuration has.
+
+    Args:
+      defaults: of the class, by their names in config.json.
+      layer_norm: the key of a LayerNorm's epsilon; None is a model with RMSNorm.
+      partial: whether only a part of a head may rotate.
+    """
     heads = config.integer("num_attention_heads", defaults.get("num_attention_heads"))
     found: Metadata = {
         "block_count": config.integer("num_hidden_layers", defaults.get("num_hidden_layers")),
@@ -176,20 +197,44 @@ def decoder(config: Config, **defaults: int) -> Metadata:
         "feed_forward_length": config.integer("intermediate_size", defaults.get("intermediate_size")),
         "attention.head_count": heads,
         "attention.head_count_kv": config.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
-        "attention.layer_norm_rms_epsilon": config.number("rms_norm_eps", 1e-6),
     }
-    config.same("partial_rotary_factor", 1)
+    if layer_norm is None:
+        found["attention.layer_norm_rms_epsilon"] = config.number("rms_norm_eps", 1e-6)
+    else:
+        found["attention.layer_norm_epsilon"] = config.number(layer_norm, 1e-5)
     config.get("vocab_size")  # the rows of the embeddings say it
     head_dim = config.get("head_dim") or defaults.get("head_dim")
     if head_dim is not None:
         if type(head_dim) is not int:
             raise refused("head_dim", f"must be a whole number, found {type(head_dim).__name__}")
         found |= {"attention.key_length": head_dim, "attention.value_length": head_dim}
+    if partial:
+        parameters = config.get("rope_parameters")
+        inside = parameters.get("partial_rotary_factor") if isinstance(parameters, dict) else None
+        share = config.number("partial_rotary_factor", 1.0) if inside is None else as_float("rope_parameters", inside)
+        found["rope.dimension_count"] = int(share * (head_dim or found["embedding_length"] // max(1, heads)))
+    else:
+        config.same("partial_rotary_factor", 1)
     return found
 
 
-def rope(config: Config, default_base: float, layer_type: str | None = None) -> tuple[float, Mapping[str, Any]]:
-    """Base of the rotary embedding, and its scaling with a `rope_type`; of one type of layers where they differ."""
+def whole_attention(config: Config, context: int) -> None:
+    """Refuses a configuration whose layers have windows: this architecture's attend to everything."""
+    types, window = config.get("layer_types"), config.get("sliding_window")
+    if isinstance(types, list) and any(one != "full_attention" for one in types):
+        raise refused("layer_types", "has layers with a window, which this architecture has not")
+    if config.get("use_sliding_window") is not False and type(window) is int and window < context:
+        raise refused("sliding_window", f"is {window}, less than the context: not supported here")
+
+
+def rope(
+    config: Config, default_base: float, layer_type: str | None = None, kinds: tuple[str, ...] = ("linear", "yarn")
+) -> tuple[float, Mapping[str, Any]]:
+    """Base of the rotary embedding, and its scaling with a `rope_type`; of one type of layers where they differ.
+
+    Args:
+      kinds: of scaling that the family's files can say.
+    """
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and layer_type is not None and isinstance(parameters.get(layer_type), dict):
         parameters = parameters[layer_type]
@@ -202,19 +247,40 @@ def rope(config: Config, default_base: float, layer_type: str | None = None) -> 
     if isinstance(parameters, dict) and "rope_theta" in parameters:
         base = parameters["rope_theta"]
     kind = scaling.get("rope_type", scaling.get("type")) or "default"
-    if kind not in ("default", "linear", "llama3"):
-        raise refused("rope_scaling", f"is of unsupported type {str(kind)[:40]!r}, not 'linear' or 'llama3'")
+    if kind != "default" and kind not in kinds:
+        known = " or ".join(map(repr, kinds))
+        raise refused("rope_scaling", f"is of unsupported type {str(kind)[:40]!r}, not {known}")
     return as_float("rope_theta", default_base if base is None else base), {**scaling, "rope_type": kind}
 
 
-def linear(scaling: Mapping[str, Any]) -> Metadata:
-    """Linear scaling as metadata; nothing where there is none."""
-    if scaling["rope_type"] != "linear":
+def scaled(scaling: Mapping[str, Any], context: int) -> Metadata:
+    """Linear scaling, or YaRN's, as metadata; nothing where there is neither."""
+    kind = scaling["rope_type"]
+    if kind not in ("linear", "yarn"):
         return {}
-    return {
-        "rope.scaling.type": "linear",
-        "rope.scaling.factor": as_float("rope_scaling.factor", scaling.get("factor")),
-    }
+    factor = as_float("rope_scaling.factor", scaling.get("factor"))
+    found: Metadata = {"rope.scaling.type": kind, "rope.scaling.factor": factor}
+    if kind == "yarn":
+        found["rope.scaling.original_context_length"] = _whole(scaling, "original_max_position_embeddings", context)
+        for name in ("beta_fast", "beta_slow"):
+            if scaling.get(name) is not None:
+                found[f"rope.scaling.yarn_{name}"] = as_float(f"rope_scaling.{name}", scaling[name])
+        usual, magnitude = 0.1 * math.log(max(factor, 1.0)) + 1.0, scaling.get("attention_factor")
+        if magnitude is not None and not math.isclose(as_float("rope_scaling", magnitude), usual, rel_tol=1e-5):
+            raise refused("rope_scaling.attention_factor", f"is {magnitude}, not {usual:g} as usual: not supported")
+        for name in ("mscale", "mscale_all_dim", "truncate"):
+            if scaling.get(name) not in (None, True):
+                raise refused(f"rope_scaling.{name}", f"is {str(scaling[name])[:40]}, which is not supported")
+    return found
+
+
+def _whole(values: Mapping[str, Any], key: str, default: int) -> int:
+    value = values.get(key)
+    if value is None:
+        return default
+    if type(value) is not int:
+        raise refused(f"rope_scaling.{key}", f"must be a whole number, found {type(value).__name__}")
+    return value
 
 
 def llama3_factors(base: float, dims: int, scaling: Mapping[str, Any]) -> np.ndarray:

@@ -104,6 +104,13 @@ class Fields:
             raise self._refused(key, f"is {value}, not between {low} and {high}")
         return value
 
+    def divisor(self, key: str, whole: int) -> int:
+        """A whole number that divides another; otherwise as `integer`."""
+        value = self.integer(key, 1, whole)
+        if whole % value:
+            raise self._refused(key, f"is {value}, which does not divide {whole}")
+        return value
+
     def number(self, key: str, low: float, high: float, default: float | None = None) -> float:
         """A finite number from `low` to `high`; otherwise as `integer`."""
         value = self._scalar(key)
@@ -140,6 +147,35 @@ class Fields:
         period = period if pattern is None else pattern
         return [period == 0 or index % period < period - 1 for index in range(self.layers)]
 
+    def recurrent(self, period: int) -> list[bool]:
+        """Which layers have a state in place of attention: all but every `period`th, or as the file says.
+
+        Layers behind those, which do no more than draft the next tokens, are none of the model's.
+        """
+        layers = self.layers - self.integer("nextn_predict_layers", 0, self.layers - 1, default=0)
+        interval = self.integer("full_attention_interval", 1, _MAX_LAYERS, default=period)
+        given = self.flags("attention.recurrent_layers")
+        if isinstance(given, int) and given is not None:
+            raise self._refused("attention.recurrent_layers", f"must have {self.layers} truth values")
+        return [(index + 1) % interval != 0 for index in range(layers)] if given is None else given[:layers]
+
+    def text_sections(self, dims: int) -> None:
+        """Takes the sections of a rotary embedding that images divide: in text all of the first three have one position.
+
+        A pair of a head that lies in none of them, which text would not rotate, is refused.
+        """
+        key = "rope.dimension_sections"
+        self._taken.add(key)
+        given = self._values.get(key)
+        if given is None:
+            return
+        sizes = given.tolist() if isinstance(given, np.ndarray) else list(given) if isinstance(given, list) else [given]
+        if len(sizes) not in (3, 4) or any(type(size) is not int or not 0 <= size <= _MAX_HEAD_DIM for size in sizes):
+            raise self._refused(key, "must be three or four whole numbers")
+        in_turn = (sum(sizes) and pair % sum(sizes) for pair in range(dims // 2))
+        if any(place >= 3 * sizes[place % 3] for place in in_turn):
+            raise self._refused(key, f"has unsupported value {sizes}: it leaves out a part of {dims} dimensions")
+
     def experts(self, *, normalised: bool, shared: bool = False, biases: bool = False) -> ExpertsConfig | None:
         """The mixture of experts that the layers have, if they have one.
 
@@ -152,7 +188,7 @@ class Fields:
         if not count:
             return None
         used = self.integer("expert_used_count", 1, count)
-        ff = self.integer("feed_forward_length", 1)
+        ff = self._feed_forward_length()
         # 1: softmax over all; 3: over the chosen ones, which is the same where they are made to sum to 1
         self.same("expert_gating_func", 0.0, 1.0, *((3.0,) if normalised else ()))
         for key in ("expert_weights_scale", "expert_group_count", "expert_group_used_count"):
@@ -333,7 +369,7 @@ class Fields:
             heads=heads,
             kv_heads=kv_heads,
             head_dim=head_dim,
-            ff=self.integer("feed_forward_length", 1),
+            ff=self._feed_forward_length(),
             layers=tuple(layers or (LayerConfig(),) * self.layers),
             ropes=tuple(ropes),
             context_length=self.context_length(),
@@ -344,6 +380,11 @@ class Fields:
         )
         self.finish()
         return config
+
+    def _feed_forward_length(self) -> int:
+        """Columns of an MLP; files of some models whose layers have experts alone tell their columns only."""
+        experts = self.integer("expert_feed_forward_length", 0, default=0) if self._plain("expert_count", 0) else 0
+        return self.integer("feed_forward_length", 1, default=experts or None)
 
     def finish(self) -> None:
         """Refuses metadata of this architecture that nothing has taken and that would change the result."""

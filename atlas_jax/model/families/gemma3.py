@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from atlas_jax.config import LayerConfig, ModelConfig
-from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, linear, refused
+from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, refused, scaled
 from atlas_jax.model.families._checkpoint import rope as config_rope
 from atlas_jax.model.families._family import Family, Fields, Vocabulary
 
@@ -50,10 +50,8 @@ def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
 def _describe(config: Config) -> Described:
     config.same("hidden_activation", "gelu_pytorch_tanh")
     config.same("hidden_act", "gelu_pytorch_tanh")
-    found = decoder(config, **_DEFAULTS)
-    base, scaling = config_rope(config, 1_000_000.0, "full_attention")
-    if scaling["rope_type"] == "llama3":
-        raise refused("rope_scaling", "is of unsupported type 'llama3'")
+    found = decoder(config, _DEFAULTS)
+    base, scaling = config_rope(config, 1_000_000.0, "full_attention", ("linear",))
     local = config.number("rope_local_base_freq", _LOCAL_ROPE_BASE)
     parameters = config.get("rope_parameters")
     if isinstance(parameters, dict) and "sliding_attention" in parameters:
@@ -69,7 +67,9 @@ def _describe(config: Config) -> Described:
         "final_logit_softcapping": config.number("final_logit_softcapping", 0.0),
         "attn_logit_softcapping": config.number("attn_logit_softcapping", 0.0),
     }
-    return Described(found | linear(scaling), tied=config.get("tie_word_embeddings") is not False)
+    return Described(
+        found | scaled(scaling, found["context_length"]), tied=config.get("tie_word_embeddings") is not False
+    )
 
 
 def _config_pattern(config: Config, layers: int) -> int | np.ndarray:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from atlas_jax.config import ModelConfig
+from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, scaled
+from atlas_jax.model.families._checkpoint import rope as config_rope
 from atlas_jax.model.families._family import Family, Fields, Vocabulary
 
 _MAX_SCALE = 1e6
@@ -32,4 +34,29 @@ def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
     )
 
 
-FAMILY = Family("granite", "Granite, dense", _config, frequency_factors=True)
+def _describe(config: Config) -> Described:
+    config.same("hidden_act", "silu")
+    found = decoder(config)
+    base, scaling = config_rope(config, 10_000.0)
+    found |= {
+        "rope.freq_base": base,
+        "attention.scale": config.number("attention_multiplier", 1.0),
+        "embedding_scale": config.number("embedding_multiplier", 1.0),
+        "residual_scale": config.number("residual_multiplier", 1.0),
+        "logit_scale": config.number("logits_scaling", 1.0),
+    }
+    return Described(found | scaled(scaling, found["context_length"]), tied=config.get("tie_word_embeddings") is True)
+
+
+FAMILY = Family(
+    "granite",
+    "Granite, dense",
+    _config,
+    frequency_factors=True,
+    checkpoint=Checkpoint(
+        classes=("GraniteForCausalLM",),
+        describe=_describe,
+        layer={**LAYER, "post_attention_layernorm": "ffn_norm"},
+        interleaved=frozenset({"attn_q", "attn_k"}),
+    ),
+)

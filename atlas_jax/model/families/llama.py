@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from atlas_jax.config import ModelConfig
-from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, linear, llama3_factors
+from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, llama3_factors, scaled
 from atlas_jax.model.families._checkpoint import rope as config_rope
 from atlas_jax.model.families._family import Family, Fields, UnsupportedModel, Vocabulary
 
@@ -27,13 +27,26 @@ def _describe(config: Config) -> Described:
     window = config.get("sliding_window")
     if isinstance(window, int) and window < found["context_length"]:
         raise UnsupportedModel(f"config.json: 'sliding_window' is {window}, less than the context: not supported here")
-    base, scaling = config_rope(config, 10_000.0)
+    base, scaling = config_rope(config, 10_000.0, kinds=("linear", "yarn", "llama3"))
     dims = found.get("attention.key_length") or found["embedding_length"] // max(1, found["attention.head_count"])
     tensors = {}
     if scaling["rope_type"] == "llama3":
         tensors["rope_freqs.weight"] = llama3_factors(base, dims, scaling)
     tied = config.get("tie_word_embeddings") is True
-    return Described(found | {"rope.freq_base": base} | linear(scaling), tensors, tied)
+    if config.get("num_local_experts") is not None:
+        found |= {
+            "expert_count": config.integer("num_local_experts"),
+            "expert_used_count": config.integer("num_experts_per_tok"),
+        }
+    return Described(found | {"rope.freq_base": base} | scaled(scaling, found["context_length"]), tensors, tied)
+
+
+_MIXTRAL = {
+    "block_sparse_moe.gate": "ffn_gate_inp",
+    "block_sparse_moe.experts.*.w1": "ffn_gate_exps",
+    "block_sparse_moe.experts.*.w3": "ffn_up_exps",
+    "block_sparse_moe.experts.*.w2": "ffn_down_exps",
+}
 
 
 FAMILY = Family(
@@ -42,9 +55,9 @@ FAMILY = Family(
     _config,
     frequency_factors=True,
     checkpoint=Checkpoint(
-        classes=("LlamaForCausalLM", "MistralForCausalLM"),
+        classes=("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM"),
         describe=_describe,
-        layer={**LAYER, "post_attention_layernorm": "ffn_norm"},
+        layer={**LAYER, **_MIXTRAL, "post_attention_layernorm": "ffn_norm"},
         interleaved=frozenset({"attn_q", "attn_k"}),
     ),
 )

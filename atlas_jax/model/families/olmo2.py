@@ -5,7 +5,11 @@ OLMo 3 adds sliding windows, in three of four layers; those keep the rotary embe
 
 from __future__ import annotations
 
+import numpy as np
+
 from atlas_jax.config import LayerConfig, ModelConfig
+from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, refused, scaled
+from atlas_jax.model.families._checkpoint import rope as config_rope
 from atlas_jax.model.families._family import Family, Fields, Vocabulary
 
 _PERIOD = 4
@@ -32,4 +36,34 @@ def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
     )
 
 
-FAMILY = Family("olmo2", "OLMo 2 and 3", _config)
+def _describe(config: Config) -> Described:
+    config.same("hidden_act", "silu")
+    found = decoder(config)
+    window, types = config.get("sliding_window"), config.get("layer_types")
+    if window is not None:
+        known = ("sliding_attention", "full_attention")
+        if types is None:
+            types = [known[index % _PERIOD == _PERIOD - 1] for index in range(found["block_count"])]
+        if not isinstance(types, list) or len(types) != found["block_count"] or any(one not in known for one in types):
+            raise refused("layer_types", f"must have {found['block_count']} of {' and '.join(known)}")
+        found["attention.sliding_window"] = config.integer("sliding_window")
+        found["attention.sliding_window_pattern"] = np.array([one == known[0] for one in types])
+    base, scaling = config_rope(config, 500_000.0)
+    found |= {"rope.freq_base": base} | scaled(scaling, found["context_length"])
+    return Described(found, tied=config.get("tie_word_embeddings") is True)
+
+
+FAMILY = Family(
+    "olmo2",
+    "OLMo 2 and 3",
+    _config,
+    checkpoint=Checkpoint(
+        classes=("Olmo2ForCausalLM", "Olmo3ForCausalLM"),
+        describe=_describe,
+        layer={
+            **LAYER,
+            "post_attention_layernorm": "post_attention_norm",
+            "post_feedforward_layernorm": "post_ffw_norm",
+        },
+    ),
+)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from atlas_jax.config import ModelConfig
+from atlas_jax.model.families._checkpoint import LAYER, Checkpoint, Config, Described, decoder, scaled
+from atlas_jax.model.families._checkpoint import rope as config_rope
 from atlas_jax.model.families._family import Family, Fields, Vocabulary
 
 
@@ -18,4 +20,29 @@ def _config(fields: Fields, vocabulary: Vocabulary) -> ModelConfig:
     )
 
 
-FAMILY = Family("stablelm", "StableLM 3B and StableLM 2", _config)
+def _describe(config: Config) -> Described:
+    config.same("hidden_act", "silu")
+    for key in ("use_qkv_bias", "qk_layernorm"):  # the tensors say it
+        config.get(key)
+    found = decoder(config, layer_norm="layer_norm_eps", partial=True)
+    found["use_parallel_residual"] = config.get("use_parallel_residual") is True
+    base, scaling = config_rope(config, 10_000.0)
+    found |= {"rope.freq_base": base} | scaled(scaling, found["context_length"])
+    return Described(found, tied=config.get("tie_word_embeddings") is True)
+
+
+FAMILY = Family(
+    "stablelm",
+    "StableLM 3B and StableLM 2",
+    _config,
+    checkpoint=Checkpoint(
+        classes=("StableLmForCausalLM",),
+        describe=_describe,
+        layer={
+            **LAYER,
+            "post_attention_layernorm": "ffn_norm",
+            "self_attn.q_layernorm.norms.*": "attn_q_norm",
+            "self_attn.k_layernorm.norms.*": "attn_k_norm",
+        },
+    ),
+)

@@ -98,6 +98,31 @@ def import_gguf(path: str | os.PathLike[str]) -> tuple[LMConfig, LMParams]:
 
 def read_gguf(file: GGUFFile) -> tuple[LMConfig, LMParams]:
     """`import_gguf` of a file that is open; raises GGUFError."""
+    config, layout, shapes = _planned(file)
+    flat = {}
+    for place, (tensor, stored, transposed) in layout.items():
+        values = file.dequantize(tensor)
+        if values.shape != stored:
+            raise GGUFError(f"tensor {tensor!r} has shape {values.shape}, expected {stored}")
+        flat[place] = jnp.asarray((values.T if transposed else values).reshape(shapes[place]))
+    return config, _unflatten(flat)
+
+
+def check_gguf(file: GGUFFile) -> LMConfig:
+    """What `read_gguf` would read, without reading a tensor; raises GGUFError where it would refuse one."""
+    config, layout, _ = _planned(file)
+    for tensor, stored, _ in layout.values():
+        found = tuple(file.tensor(tensor).shape)
+        if found != stored:
+            raise GGUFError(f"tensor {tensor!r} has shape {found}, expected {stored}")
+    return config
+
+
+def _planned(
+    file: GGUFFile,
+) -> tuple[LMConfig, dict[str, tuple[str, tuple[int, ...], bool]], dict[str, tuple[int, ...]]]:
+    """A file's configuration; by a parameter's place its tensor, the shape that has there, and whether it is ours
+    transposed; and the parameters' own shapes."""
     architecture = file.require("general.architecture", str)
     if architecture not in (ARCHITECTURE, "llama"):
         raise GGUFError(f"architecture {architecture!r} cannot be trained (known: {ARCHITECTURE}, llama)")
@@ -117,13 +142,7 @@ def read_gguf(file: GGUFFile) -> tuple[LMConfig, LMParams]:
     extra = sorted(set(file.tensors) - {tensor for tensor, _, _ in layout.values()})
     if extra:
         raise GGUFError(f"tensor {extra[0]!r} is no part of the model")
-    flat = {}
-    for place, (tensor, stored, transposed) in layout.items():
-        values = file.dequantize(tensor)
-        if values.shape != stored:
-            raise GGUFError(f"tensor {tensor!r} has shape {values.shape}, expected {stored}")
-        flat[place] = jnp.asarray((values.T if transposed else values).reshape(shapes[place]))
-    return config, _unflatten(flat)
+    return config, layout, shapes
 
 
 def _llama_config(file: GGUFFile) -> LMConfig:

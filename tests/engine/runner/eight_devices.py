@@ -64,7 +64,7 @@ def opened(folder: Path, dtype: str, data: int, model: int) -> Iterator[Engine]:
         mesh_data=data,
         mesh_model=model,
     )
-    engine._warm_up.stop(60)  # only what is asked for is compiled
+    engine._serving.warm_up.stop(60)  # only what is asked for is compiled
     try:
         yield engine
     finally:

@@ -31,16 +31,19 @@ from atlas_jax.recall import adapter_store
 from tests import tiny_model
 
 SHAPE = tiny_model.Shape(layers=3, embed=64, heads=2, kv_heads=1, head_dim=64, ff=128, nibbles=True)
+HYBRID = dataclasses.replace(tiny_model.HYBRID, heads=2, kv_heads=1, head_dim=64, delta_heads=(1, 2))
 STEPS = 6
 
 
 @pytest.mark.skipif(not uses_cpu_kernel(1, SHAPE.head_dim, SINKS), reason="no native kernels")
-@pytest.mark.parametrize("max_draft_rows", [0, 1])
+@pytest.mark.parametrize(
+    ("shape", "max_draft_rows"), [(SHAPE, 0), (SHAPE, 1), pytest.param(HYBRID, 0, marks=pytest.mark.slow)]
+)
 def test_one_program_computes_what_the_stages_do(
-    max_draft_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shape: tiny_model.Shape, max_draft_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(layer_groups, "_PREFERRED", (1,))
-    model = tiny_model.write_model(tmp_path / "model.gguf", SHAPE)
+    model = tiny_model.write_model(tmp_path / "model.gguf", shape)
     adapter = tiny_model.write_adapter(tmp_path / "adapter.safetensors", model)
     with GGUFFile.open(model) as file:
         config, params = model_config(file), load_params(file, model_config(file))

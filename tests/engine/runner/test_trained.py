@@ -380,7 +380,7 @@ def test_a_configuration_that_lies_is_refused(tmp_path: Path, changes: dict[str,
 def test_a_damaged_state_is_refused(engines: Callable[[str], Engine]) -> None:
     engine = engines("bounded")
     ask(engine, request(SHORT, 4, memory=memory("damaged")))
-    layout = engine._table._layout  # type: ignore[union-attr]
+    layout = engine._serving.table._layout  # type: ignore[union-attr]
     lease = engine.sessions.tiers.acquire(SessionKey("owner", "damaged"))
     assert lease is not None
     session = lease.session

@@ -130,8 +130,8 @@ def ended(engine: Engine, asked: Any) -> Any:
 FAULTS: dict[str, Callable[[Engine], tuple[Any, str]]] = {
     "taking the session": lambda engine: (engine.sessions.tiers, "acquire"),
     "starting": lambda engine: (admission, "start_session"),
-    "prefill": lambda engine: (engine._scheduler._prefilling, "step"),
-    "joining the batch": lambda engine: (engine._scheduler._batch, "add"),
+    "prefill": lambda engine: (engine._serving.scheduler._prefilling, "step"),
+    "joining the batch": lambda engine: (engine._serving.scheduler._batch, "add"),
     "keeping the session": lambda engine: (endings, "kept_session"),
     "putting the session back": lambda engine: (engine.sessions.tiers, "release"),
 }

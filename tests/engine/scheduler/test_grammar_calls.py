@@ -15,6 +15,7 @@ from atlas_jax.engine.scheduler.detokenizer import Detokenizer
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.grammar.answer import Tokens
 from atlas_jax.grammar.calls import CallGrammar, CallShape
+from atlas_jax.grammar.shape import AnswerShape
 from atlas_jax.grammar.wire import CALLS, COMPLETE, MAY_GO_ON, Compiled
 from atlas_jax.grammar.worker import Grammar, _compile
 from server.tool_calls.choice import _channel_marks
@@ -132,7 +133,9 @@ def test_reasoning_goes_before_a_forced_call(tokenizer: Tokenizer, tokens: Token
 
 
 def test_an_answer_that_calls_nothing_may_have_a_schema(tokenizer: Tokenizer, tokens: Tokens) -> None:
-    grammar, made = compiled(tokens, wanted(HERMES, forced=True, answer={"type": "array", "items": {"enum": [1, 2]}}))
+    grammar, made = compiled(
+        tokens, wanted(HERMES, forced=True, answer=AnswerShape(wanted={"type": "array", "items": {"enum": [1, 2]}}))
+    )
     assert made == Compiled()
     assert allows(tokenizer, grammar, "[1, 2]")
     assert allows(tokenizer, grammar, HERMES.write("get", "{}"))
@@ -140,7 +143,7 @@ def test_an_answer_that_calls_nothing_may_have_a_schema(tokenizer: Tokenizer, to
 
 
 def test_reasoning_goes_before_an_answer_with_a_schema(tokenizer: Tokenizer, tokens: Tokens) -> None:
-    grammar, made = compiled(tokens, CallGrammar(answer={"enum": [1, 2]}, thinking="</think>"))
+    grammar, made = compiled(tokens, CallGrammar(answer=AnswerShape(wanted={"enum": [1, 2]}), thinking="</think>"))
     assert made == Compiled()
     assert allows(tokenizer, grammar, "Hm.</think>\n\n1")
     assert not allows(tokenizer, grammar, "Hm.</think>\n\n3")

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from atlas_jax.engine.api import InvalidRequest, Overloaded
+from atlas_jax.engine.api import AnswerShape, InvalidRequest, Overloaded
 from atlas_jax.engine.scheduler import structured_output
-from atlas_jax.engine.scheduler.structured_output import Constraint, Grammars
+from atlas_jax.engine.scheduler.structured_output import Constraint, Grammar, Grammars
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from tests import tiny_model
 from tests.patience import PATIENCE
@@ -32,6 +32,12 @@ PERSON = {
     "properties": {"name": {"type": "string", "maxLength": 4}, "age": {"type": "integer"}},
     "required": ["name", "age"],
 }
+
+
+def json_of(grammars: Grammars, schema: dict[str, Any], *, owner: str = "") -> Future[Grammar]:
+    return grammars.answers(AnswerShape(wanted=schema), owner=owner)
+
+
 ENDLESS: dict[str, Any] = {"type": "integer", "multipleOf": 99_999_999}
 
 
@@ -143,7 +149,7 @@ def runs(pid: int) -> bool:
 
 def first_tokens(grammars: Grammars, schema: dict[str, Any], owner: str = "") -> np.ndarray:
     """Which tokens may begin an answer, a byte each."""
-    constraint = grammars.json(schema, owner=owner).result(PATIENCE).begin()
+    constraint = json_of(grammars, schema, owner=owner).result(PATIENCE).begin()
     constraint.open()
     try:
         assert constraint.look(PATIENCE)
@@ -157,7 +163,7 @@ def first_tokens(grammars: Grammars, schema: dict[str, Any], owner: str = "") ->
 def outcome(grammars: Grammars, schema: dict[str, Any]) -> InvalidRequest | None:
     """Why a schema was refused, if it was."""
     try:
-        grammars.json(schema).result(PATIENCE)
+        json_of(grammars, schema).result(PATIENCE)
     except InvalidRequest as error:
         return error
     return None
@@ -180,15 +186,15 @@ def test_a_hostile_schema_is_compiled_or_refused_and_the_server_keeps_its_memory
 @pytest.mark.parametrize("name", ["remainders", "patterns together", "a larger one", "2000 optional properties"])
 def test_a_schema_that_is_too_large_is_called_so(grammars: Grammars, name: str) -> None:
     with pytest.raises(InvalidRequest, match="too large"):
-        grammars.json(HOSTILE[name]).result(PATIENCE)
+        json_of(grammars, HOSTILE[name]).result(PATIENCE)
 
 
 def test_a_schema_that_was_refused_costs_nothing_when_it_comes_again(grammars: Grammars) -> None:
     with pytest.raises(InvalidRequest) as first:
-        grammars.json(ENDLESS).result(PATIENCE)
+        json_of(grammars, ENDLESS).result(PATIENCE)
     os.kill(template(), signal.SIGSTOP)  # nothing can be compiled now
     with pytest.raises(InvalidRequest, match="too large") as second:
-        grammars.json(ENDLESS).result(PATIENCE)
+        json_of(grammars, ENDLESS).result(PATIENCE)
     assert str(second.value) == str(first.value)
     os.kill(template(), signal.SIGCONT)
 
@@ -200,7 +206,7 @@ def test_one_schema_twice_is_compiled_once_and_owners_share_nothing(grammars: Gr
 
 
 def test_schemas_nobody_uses_any_more_are_let_go_and_compiled_again_when_needed(grammars: Grammars) -> None:
-    kept = grammars.json(PERSON).result(PATIENCE)
+    kept = json_of(grammars, PERSON).result(PATIENCE)
     for index in range(12):
         first_tokens(grammars, {"const": index})
     wait_for(lambda: len(children(template())) == 8)
@@ -214,7 +220,7 @@ def test_processes_that_nobody_needs_end_and_start_again(tokenizer: Tokenizer, m
     monkeypatch.setattr(structured_output, "_REST_SECONDS", 0.2)
     grammars = Grammars(tokenizer)
     try:
-        constraint = grammars.json(PERSON).result(PATIENCE).begin()
+        constraint = json_of(grammars, PERSON).result(PATIENCE).begin()
         constraint.open()
         assert constraint.look(PATIENCE)
         everyone = [template(), *children(template())]
@@ -229,7 +235,7 @@ def test_processes_that_nobody_needs_end_and_start_again(tokenizer: Tokenizer, m
 
 def test_a_client_that_leaves_ends_the_compilation(grammars: Grammars) -> None:
     first_tokens(grammars, PERSON)
-    running = grammars.json(ENDLESS, owner="gone")
+    running = json_of(grammars, ENDLESS, owner="gone")
     wait_for(lambda: len(children(template())) == 2)
     assert running.cancel()
     with pytest.raises(CancelledError):
@@ -240,7 +246,7 @@ def test_a_client_that_leaves_ends_the_compilation(grammars: Grammars) -> None:
 
 def test_no_owner_keeps_another_from_compiling(grammars: Grammars) -> None:
     first_tokens(grammars, PERSON)
-    theirs = [grammars.json({**ENDLESS, "multipleOf": 99_999_999 - index}, owner="a") for index in range(6)]
+    theirs = [json_of(grammars, {**ENDLESS, "multipleOf": 99_999_999 - index}, owner="a") for index in range(6)]
     assert first_tokens(grammars, {"type": "integer"}, "b").any()
     assert sum(future.done() for future in theirs) < len(theirs) - 2
     for future in theirs:
@@ -263,7 +269,7 @@ def go_on(constraint: Constraint) -> None:
 
 
 def test_an_answer_whose_process_has_ended_says_so(grammars: Grammars) -> None:
-    constraint = grammars.json(PERSON).result(PATIENCE).begin()
+    constraint = json_of(grammars, PERSON).result(PATIENCE).begin()
     constraint.open()
     assert constraint.look(PATIENCE)
     (process,) = children(template())
@@ -290,7 +296,7 @@ def test_processes_hold_nothing_of_the_servers_and_never_load_jax(grammars: Gram
 def test_closing_ends_every_process(tokenizer: Tokenizer) -> None:
     grammars = Grammars(tokenizer)
     first_tokens(grammars, PERSON)
-    running = grammars.json(ENDLESS, owner="other")
+    running = json_of(grammars, ENDLESS, owner="other")
     wait_for(lambda: len(children(template())) == 2)
     everyone = [template(), *children(template())]
     grammars.close()
@@ -298,20 +304,21 @@ def test_closing_ends_every_process(tokenizer: Tokenizer) -> None:
     with pytest.raises((CancelledError, Overloaded)):
         running.result(PATIENCE)
     with pytest.raises(Overloaded):
-        grammars.json(PERSON)
+        json_of(grammars, PERSON)
     grammars.close()
 
 
 _HOST = """
 import sys, time
 from pathlib import Path
-from atlas_jax.engine.scheduler.structured_output import Constraint, Grammars
+from atlas_jax.engine.api import AnswerShape
+from atlas_jax.engine.scheduler.structured_output import Constraint, Grammar, Grammars
 from atlas_jax.gguf import GGUFFile, Tokenizer
 
 with GGUFFile.open(sys.argv[1]) as file:
     grammars = Grammars(Tokenizer.from_metadata(file.metadata))
-grammars.json({"type": "integer"}).result(120)
-busy = grammars.json({"type": "integer", "multipleOf": 99999999}, owner="other")
+grammars.answers(AnswerShape(wanted={"type": "integer"})).result(120)
+busy = grammars.answers(AnswerShape(wanted={"type": "integer", "multipleOf": 99999999}), owner="other")
 print("ready", flush=True)
 time.sleep(600)
 """
@@ -335,5 +342,5 @@ def test_processes_die_with_the_server(tmp_path: Path) -> None:
 def test_a_model_without_an_end_token_is_refused_clearly() -> None:
     tokenizer: Any = SimpleNamespace(vocab_size=256, eog_ids=frozenset())
     with pytest.raises(InvalidRequest, match="end-of-generation") as caught:
-        Grammars(tokenizer).json(PERSON)
+        json_of(Grammars(tokenizer), PERSON)
     assert caught.value.param == "response_format"

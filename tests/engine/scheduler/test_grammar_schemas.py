@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from atlas_jax.gguf import GGUFFile, Tokenizer
 from atlas_jax.grammar.answer import Tokens
 from atlas_jax.grammar.schema import adapt, explained, not_enforced
-from atlas_jax.grammar.wire import COMPLETE, MAY_GO_ON, SCHEMA
+from atlas_jax.grammar.wire import ANSWER, COMPLETE, MAY_GO_ON
 from atlas_jax.grammar.worker import _compile
 from tests import tiny_model
 
@@ -93,14 +93,14 @@ def tokens(tmp_path_factory: pytest.TempPathFactory) -> Tokens:
 
 
 def ignored_by(tokens: Tokens, schema: dict[str, Any]) -> tuple[str, ...]:
-    start, compiled = _compile(SCHEMA + json.dumps(schema).encode(), tokens)
+    start, compiled = _compile(ANSWER + json.dumps({"wanted": schema}).encode(), tokens)
     assert start is not None, compiled.error
     return compiled.ignored
 
 
 def write(tokens: Tokens, schema: dict[str, Any], choose: Choose, limit: int = 400) -> str:
     """An answer whose tokens `choose` picks among those that may come next; it has to end within `limit` of them."""
-    start, compiled = _compile(SCHEMA + json.dumps(schema).encode(), tokens)
+    start, compiled = _compile(ANSWER + json.dumps({"wanted": schema}).encode(), tokens)
     assert start is not None, compiled.error
     answer, text, token = start.answer(), b"", None
     for _ in range(limit):
@@ -269,7 +269,7 @@ def test_names_of_properties_and_data_are_no_keywords() -> None:
     ],
 )
 def test_a_complaint_says_what_is_wrong_in_one_line(tokens: Tokens, schema: dict[str, Any], meaning: str) -> None:
-    start, compiled = _compile(SCHEMA + json.dumps(schema).encode(), tokens)
+    start, compiled = _compile(ANSWER + json.dumps({"wanted": schema}).encode(), tokens)
     assert start is None
     assert meaning in compiled.error
     assert "\n" not in compiled.error

@@ -139,7 +139,8 @@ def test_a_states_bytes_are_those_of_its_arrays(engine: Engine) -> None:
     per_layer = 2 * 2 * 16 * SINKS * 4  # sinks, keys and values in 32 bits
     per_layer += 2 * window * 2 * (16 + 4)
     assert done.state.window == 2 * per_layer
-    page = 2 * PAGE * (2 * (16 // 2 + 2 * (1 + 1) + 4) + 4)  # nibbles, steps and offsets, scales; scores
+    # keys in 4 bits and values in 2, each with steps, offsets and a scale; scores
+    page = 2 * PAGE * (16 // 2 + 16 // 4 + 2 * (2 * (1 + 1) + 2) + 2)
     choice = 2 * window * 4 + QUERY_SAMPLES * 4 * (16 + 4)
     assert done.state.kept == 2 * (kept // PAGE * page + choice)
     assert done.state.total <= done.state.budget

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -39,6 +40,31 @@ def test_one_client_after_many_decodes_in_a_small_batch_at_once(engine: Engine) 
     """Only small batches take drafts, so drafts tell the size."""
     ask_all(engine, [request(words(seed, 20), 4) for seed in range(4)])
     assert ask(engine, request(PROMPT * 3, 6)).end.drafted_tokens > 0
+
+
+def test_the_gates_of_an_answers_tokens_are_what_the_memory_took_of_the_models_distribution(engine: Engine) -> None:
+    """A token the memory has never seen loses the share g of its probability, and no token loses more."""
+    prompt, how = words(3, 100) * 6, {"logprobs": 20}
+    plain = ask(engine, request(prompt, 6, memory=memory(read=False, token_gates=True), **how))
+    answer = ask(engine, request(prompt, 6, memory=memory(blend_ratio=0.95, token_gates=True), **how))
+    assert [one.gate for one in plain.infos] == [0.0] * 6
+    gates = [one.gate or 0.0 for one in answer.infos]
+    assert answer.end.memory is not None
+    assert sum(gates) / 6 == pytest.approx(answer.end.memory.blend_ratio_actual, rel=1e-5)
+    assert 0.001 < gates[0] < 1
+    of_model = {token: logprob for token, _, logprob in plain.infos[0].top}
+    shares = [math.exp(logprob - of_model[token]) for token, _, logprob in answer.infos[0].top if token in of_model]
+    assert min(shares) == pytest.approx(1 - gates[0], abs=2e-3)
+
+
+@pytest.mark.parametrize("wanted", [None, 2])
+def test_gates_come_where_they_are_asked_for_and_change_no_token(engine: Engine, wanted: int | None) -> None:
+    prompt = words(3, 100) * 3
+    before = ask(engine, request(prompt, 6, memory=memory(), logprobs=3))
+    gated = ask(engine, request(prompt, 6, memory=memory(token_gates=True), logprobs=wanted))
+    assert (gated.text, gated.tokens) == (before.text, before.tokens)
+    assert all(one.gate is None for one in before.infos)
+    assert all(one.gate is not None and len(one.top) == (wanted or 0) for one in gated.infos)
 
 
 @settings(max_examples=10, deadline=None, derandomize=True)
@@ -222,7 +248,7 @@ mixed = st.lists(
 
 def test_an_idle_engine_gives_back_what_many_requests_needed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("atlas_jax.engine.scheduler.scheduler._REST_AFTER", 0.05)
-    runner = engine._scheduler._runner
+    runner = engine._serving.scheduler._runner
     sizes, resize = [], runner.resize
 
     def spy(rows: int, pages: int, moves: dict[int, int]) -> None:

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine import Engine
-from atlas_jax.engine.api import Delta, EngineError, Event, Failed, Finished, InvalidRequest
+from atlas_jax.engine.api import AnswerShape, Delta, EngineError, Event, Failed, Finished, InvalidRequest
 from tests.engine.offline import PATIENCE, ask, ask_all, memory, request, words
 
 PERSON = {
@@ -44,7 +44,7 @@ def is_person(value: Any) -> bool:
 
 
 def compiled(engine: Engine, schema: dict[str, Any], owner: str = "") -> Any:
-    return engine.json_grammar(schema, owner=owner).result(PATIENCE)
+    return engine.answer_grammar(AnswerShape(wanted=schema), owner=owner).result(PATIENCE)
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)

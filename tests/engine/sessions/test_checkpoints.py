@@ -33,32 +33,34 @@ def at(text: list[int], plan: PageSchedule) -> Checkpoint:
     return Checkpoint(len(text), page, tuple(text), plan.left(page) * PAGE)  # type: ignore[arg-type]
 
 
-def best(checkpoints: list[Checkpoint], plan: PageSchedule, keep: int) -> int:
+def best(checkpoints: list[Checkpoint], shape: SessionShape, keep: int) -> int:
     """The latest position that one of some states has, or can be rolled back to, after `keep` tokens at most."""
     found = [0]
     for one in checkpoints:
-        found += [one.position] * (one.position <= keep) + [keep] * (one.reachable(plan) <= keep < one.position)
+        found += [one.position] * (one.position <= keep) + [keep] * (one.reachable(shape) <= keep < one.position)
     return max(found)
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(edits, st.integers(1, 4), st.integers(1, 3))
-@example([(0.0, False, 1), *[(0.0, False, PAGE)] * 3, (0.5, True, 1)], 1, 1)
-@example([(0.0, False, 1), (0.0, False, PAGE + 1), (0.984375, True, PAGE + 1), (0.0, False, PAGE)], 1, 1)
+@given(edits, st.integers(1, 4), st.integers(1, 3), st.booleans())
+@example([(0.0, False, 1), *[(0.0, False, PAGE)] * 3, (0.5, True, 1)], 1, 1, True)
+@example([(0.0, False, 1), (0.0, False, PAGE + 1), (0.984375, True, PAGE + 1), (0.0, False, PAGE)], 1, 1, True)
 def test_every_state_is_of_the_sessions_text_and_none_is_missed(
-    several: list[tuple[float, bool, int]], window: int, update: int
+    several: list[tuple[float, bool, int]], window: int, update: int, rewinds: bool
 ) -> None:
     """Of a session that keeps as many states and drops none, no turn would go on from a later one."""
     plan = PageSchedule(window, update)
-    session = Session(SessionKey("owner", "s"), SessionShape(plan, 1, 2))
+    shape = SessionShape(plan, 1, 2, rewinds=rewinds)
+    session = Session(SessionKey("owner", "s"), shape)
     text: list[int] = []
     everything: list[Checkpoint] = []  # at the ends of all turns of this text
     tokens = itertools.count()
     for place, edited, length in several:
         keep = round(place * len(text)) if edited else len(text)
         checkpoint, position = session.resume(keep)
-        assert position >= best(everything[-3:], plan, keep)
+        assert position >= best(everything[-3:], shape, keep)
         if checkpoint is not None:
+            assert rewinds or position == checkpoint.position, "what a model keeps a state of is not taken back"
             assert list(checkpoint.row[:position]) == text[:position]  # type: ignore[index]
             session.roll_back(checkpoint, position)
             session.history.truncate(position)

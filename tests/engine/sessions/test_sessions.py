@@ -198,7 +198,7 @@ def test_a_session_from_a_file_needs_no_program_of_its_own(
 ) -> None:
     """Its file has three pages; there are programs for four."""
     with opened(memory_path=tmp_path, max_concurrent=2) as engine:
-        engine._warm_up.stop(60)  # only what is asked for is compiled
+        engine._serving.warm_up.stop(60)  # only what is asked for is compiled
         how = memory("s", window_size=256, update_frequency=256)
         for _ in range(2):
             ask(engine, request(LONG, 6, memory=how))

@@ -65,6 +65,11 @@ class DictSession:
     def restore(self, generation: int) -> None:
         self.generation, self.data, self.journal = generation, self.saved, None
 
+    def move(self, target: DictSession, generation: int, data: bytes, saved: bytes | None) -> None:
+        target.write(generation, data)
+        target.saved = saved or b""
+        self.delete(generation)
+
     def delete(self, generation: int) -> None:
         self.__init__(self.place)  # type: ignore[misc]
         self.deleted = generation

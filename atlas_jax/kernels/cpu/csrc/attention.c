@@ -1,4 +1,4 @@
-/* Attention over int8 pages, and kept pairs in 4 bits: softmax over a row's pages and sinks, for each row and KV head on its
+/* Attention over int8 pages, and packed kept pairs: softmax over a row's pages and sinks, for each row and KV head on its
    own: one page's scores at a time, then the weighted sum of values, exact for a page. A key that is not seen weighs exactly
    0; a page nobody sees is not read. */
 
@@ -43,13 +43,13 @@ enum { UNIT = PAGE / 2 };
 
 /* 64 columns, from `place` on, of `count` of a page's values as [count / 4, 4, 16] of four bytes each: a vector has what 16
    columns of four tokens multiply with the same four weights. Number 4l + e of vector i is column 16l + 4i + e. */
-static inline __attribute__((always_inline)) void repack_values(const Pairs *values, bool four_bits, int64_t place,
+static inline __attribute__((always_inline)) void repack_values(const Pairs *values, int bits, int64_t place,
                                                                 int64_t count, int64_t dim, __m512i *packed) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
   for (int64_t p = 0; p < count; p += 4, packed += 4) {
     __m512i v[4];
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) v[i] = _mm512_xor_si512(flipped_numbers(values, place + (p + i) * dim, four_bits), flip);
+    for (int i = 0; i < 4; i++) v[i] = _mm512_xor_si512(flipped_numbers(values, place + (p + i) * dim, bits), flip);
     __m512i low = _mm512_unpacklo_epi8(v[0], v[1]), high = _mm512_unpackhi_epi8(v[0], v[1]);
     __m512i low2 = _mm512_unpacklo_epi8(v[2], v[3]), high2 = _mm512_unpackhi_epi8(v[2], v[3]);
     _mm512_store_si512(packed, _mm512_unpacklo_epi16(low, low2));
@@ -95,8 +95,8 @@ static inline __attribute__((always_inline)) void add_values_to(Query *query, in
 static void add_values(Query *query, int count, const Pairs *values, int64_t n, Seen seen, int64_t dim, __m512i *packed) {
   for (int64_t d = 0; d < dim; d += 64) {
     const int64_t place = 16 * seen.first * dim + d;
-    if (values->step) repack_values(values, true, place, 16 * seen.count, dim, packed);
-    else repack_values(values, false, place, 16 * seen.count, dim, packed);
+    if (values->bits == VALUE_BITS) repack_values(values, VALUE_BITS, place, 16 * seen.count, dim, packed);
+    else repack_values(values, RING_BITS, place, 16 * seen.count, dim, packed);
     for (int j = 0; j < count; j += TOGETHER) switch (count - j) {
         case 1: add_values_to(query + j, 1, packed, n, seen, d); break;
         case 2: add_values_to(query + j, 2, packed, n, seen, d); break;
@@ -166,8 +166,7 @@ static void weigh(const Attention *task, Query *query, const Page *page, int64_t
   if (task->null_logit) query->mass += _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(query->null_score - query->peak)));
 }
 
-/* The pages of a row and KV head; `scale` is room for the scales of a page that is not full, where unfilled places may have
-   any. */
+/* The pages of a row and KV head; `scale` is room for the scales of the kept ones' keys and values. */
 static int64_t pages_of(const Attention *task, int64_t b, int64_t kv, Page *page, float *scale) {
   const int64_t first_kept = task->kept ? task->kept[2 * b] : 0;
   const int32_t kept = task->kept ? task->kept[2 * b + 1] : 0;
@@ -177,17 +176,16 @@ static int64_t pages_of(const Attention *task, int64_t b, int64_t kv, Page *page
     page[n] = (Page){.k = pairs_from(&task->k, first, task->dim), .v = pairs_from(&task->v, first, task->dim)};
   }
   page += task->pages;
-  for (int64_t n = 0; n < filled; n++) {
+  for (int64_t n = 0; n < filled; n++, scale += 2 * PAGE) {
     const int64_t first = ((b * task->pool_pages + first_kept + n) * task->kv_heads + kv) * PAGE;
     page[n] = (Page){.k = pairs_from(&task->kept_k, first, task->dim),
                      .v = pairs_from(&task->kept_v, first, task->dim),
                      .filled = filled_places(kept, n)};
     page[n].seen = seen_places(page[n].filled);
-  }
-  if (filled && filled * PAGE > kept) {
-    Page *last = page + filled - 1;
-    for (int64_t p = 0; p < PAGE; p++) scale[p] = last->filled[p] ? last->v.scale[p] : 0.0f;
-    last->v.scale = scale;
+    page_scale(&page[n].k, page[n].filled, scale);
+    page_scale(&page[n].v, page[n].filled, scale + PAGE);
+    page[n].k.scale = scale;
+    page[n].v.scale = scale + PAGE;
   }
   return task->pages + filled;
 }
@@ -201,14 +199,15 @@ static void attention_part(const void *data, int64_t part) {
   int64_t tokens = task->tokens - first < TOKENS ? task->tokens - first : TOKENS;
   int64_t groups = task->heads / task->kv_heads, dim = task->dim, ring = task->pages * PAGE;
   const float *sink_k = task->sink_k + row * task->sinks * dim, *sink_v = task->sink_v + row * task->sinks * dim;
-  Page page[task->pages + task->most_pages];
-  float last_scale[PAGE];
-  const int64_t pages = pages_of(task, b, kv, page, last_scale), keys = pages * PAGE;
-  int64_t each = (keys + dim) * (int64_t)sizeof(float) + 2 * dim;
-  char *memory = grown(&room, PAGE * dim + each * QUERIES);
+  const int64_t most = (task->pages + task->most_pages) * PAGE, scales = 2 * task->most_pages * PAGE * (int64_t)sizeof(float);
+  int64_t each = (most + dim) * (int64_t)sizeof(float) + 2 * dim;
+  char *memory = grown(&room, PAGE * dim + scales + each * QUERIES);
   if (!memory) abort();
   __m512i *packed = (__m512i *)memory;
   memory += PAGE * dim;
+  Page page[task->pages + task->most_pages];
+  const int64_t pages = pages_of(task, b, kv, page, (float *)memory), keys = pages * PAGE;
+  memory += scales;
   for (int64_t i = 0; i < tokens * groups; i += QUERIES) {
     Query query[QUERIES];
     __m512 peak[QUERIES];
@@ -272,8 +271,8 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame, bool keeps) {
   XLA_FFI_Buffer *q = argument(frame, 0), *k = argument(frame, 2), *sink_k = argument(frame, 6);
   Attention task = {.q = q->data,
                     .q_sink = argument(frame, 1)->data,
-                    .k = pairs_argument(frame, 2, false),
-                    .v = pairs_argument(frame, 4, false),
+                    .k = pairs_argument(frame, 2, RING_BITS),
+                    .v = pairs_argument(frame, 4, RING_BITS),
                     .sink_k = sink_k->data,
                     .sink_v = argument(frame, 7)->data,
                     .seen = argument(frame, 8)->data,
@@ -292,8 +291,10 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame, bool keeps) {
     if (argument(frame, (int)given)->dims[0] != task.heads) return failed(frame, "atlas_attention: null logits");
   }
   if (keeps) {
-    task.kept_k = pairs_argument(frame, 11, true);
-    task.kept_v = pairs_argument(frame, 15, true);
+    if (!has_bits(frame, 11, task.dim, KEY_BITS) || !has_bits(frame, 15, task.dim, VALUE_BITS))
+      return failed(frame, "atlas_attention: bits");
+    task.kept_k = pairs_argument(frame, 11, KEY_BITS);
+    task.kept_v = pairs_argument(frame, 15, VALUE_BITS);
     task.kept = argument(frame, 19)->data;
     task.pool_pages = argument(frame, 11)->dims[1];
     for (int64_t b = 0; b < q->dims[0]; b++) {
@@ -314,8 +315,9 @@ EXPORT XLA_FFI_Error *atlas_attention(XLA_FFI_CallFrame *frame) {
   return asked_for_version(frame) ? NULL : attention(frame, false);
 }
 
-/* The same, and (kept k of all layers: nibbles u8 [B, M, K, P, D / 2], step u8 and offset int8 [B, M, K, P, D / 32], scale f32
-   [B, M, K, P]; kept v; the layer's first page and its pairs i32 [B, 2]), before the scores without a value. */
+/* The same, and (kept k of all layers: numbers u8 [B, M, K, P, D / 2], step u8 and offset int8 [B, M, K, P, D / 32], half of the
+   scale u16 [B, M, K, P]; kept v likewise, its numbers [.., D / 4]; the layer's first page and its pairs i32 [B, 2]), before the scores without a
+   value. */
 EXPORT XLA_FFI_Error *atlas_kept_attention(XLA_FFI_CallFrame *frame) {
   return asked_for_version(frame) ? NULL : attention(frame, true);
 }

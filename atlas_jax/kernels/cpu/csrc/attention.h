@@ -1,4 +1,4 @@
-/* What the kernels of attention share: pages of pairs in 8 bits or in 4, and the scores of queries with a page's keys. */
+/* What the kernels of attention share: pages of pairs in 8 bits or packed, and the scores of queries with a page's keys. */
 
 #ifndef ATLAS_ATTENTION_H
 #define ATLAS_ATTENTION_H
@@ -9,31 +9,52 @@
 /* Queries that meet a page while its keys are repacked. */
 enum { PAGE = 128, GROUPS = PAGE / 16, QUERIES = 32, MOST_SINKS = 16 };
 
-/* Keys or values [.., P, D]: in 8 bits, or, with steps, in 4 as `packed_pages.py` says. */
-typedef struct {
-  const uint8_t *numbers; /* [.., D], or [.., D / 2] */
-  const uint8_t *step;    /* NULL, or [.., D / 32] */
-  const int8_t *offset;   /* likewise */
-  const float *scale;     /* [..] */
-} Pairs;
+/* What a number is stored in: the ring's, kept keys and kept values as `packed_pages.py` says. */
+enum { RING_BITS = 8, KEY_BITS = 4, VALUE_BITS = 2 };
 
-static inline int64_t bytes_of(const Pairs *pairs, int64_t numbers) { return pairs->step ? numbers / 2 : numbers; }
+/* Keys or values [.., P, D]. */
+typedef struct {
+  const uint8_t *numbers;     /* [.., D · bits / 8] */
+  const uint8_t *step;        /* of packed ones, [.., D / 32] */
+  const int8_t *offset;       /* likewise */
+  const uint16_t *half_scale; /* likewise, [..] */
+  const float *scale;         /* [..] */
+  int bits;
+} Pairs;
 
 /* The pairs from one of them on. */
 static inline Pairs pairs_from(const Pairs *pairs, int64_t first, int64_t dim) {
   Pairs rest = *pairs;
-  rest.numbers += bytes_of(pairs, first * dim);
-  rest.scale += first;
-  if (pairs->step) rest.step += first * dim / 32, rest.offset += first * dim / 32;
+  rest.numbers += first * dim * pairs->bits / 8;
+  if (pairs->bits == RING_BITS) rest.scale += first;
+  else rest.step += first * dim / 32, rest.offset += first * dim / 32, rest.half_scale += first;
   return rest;
 }
 
-static inline Pairs pairs_argument(const XLA_FFI_CallFrame *frame, int index, bool packed) {
-  if (!packed) return (Pairs){.numbers = argument(frame, index)->data, .scale = argument(frame, index + 1)->data};
-  return (Pairs){.numbers = argument(frame, index)->data,
-                 .step = argument(frame, index + 1)->data,
-                 .offset = argument(frame, index + 2)->data,
-                 .scale = argument(frame, index + 3)->data};
+static inline Pairs pairs_argument(const XLA_FFI_CallFrame *frame, int index, int bits) {
+  Pairs pairs = {.numbers = argument(frame, index)->data, .bits = bits};
+  if (bits == RING_BITS) pairs.scale = argument(frame, index + 1)->data;
+  else {
+    pairs.step = argument(frame, index + 1)->data;
+    pairs.offset = argument(frame, index + 2)->data;
+    pairs.half_scale = argument(frame, index + 3)->data;
+  }
+  return pairs;
+}
+
+/* Whether the numbers of an argument [B, M, K, P, bytes] have so many bits. */
+static inline bool has_bits(const XLA_FFI_CallFrame *frame, int index, int64_t dim, int bits) {
+  return argument(frame, index)->dims[4] * 8 == dim * bits;
+}
+
+/* Scales of a packed page's numbers; unfilled places may have any and get 0. */
+static inline void page_scale(const Pairs *pairs, const uint8_t *filled, float *scale) {
+  for (int p = 0; p < PAGE; p += 16) {
+    const __m128i places = _mm_loadu_si128((const __m128i *)(filled + p));
+    const __m512i half = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(pairs->half_scale + p)));
+    const __m512i whole = _mm512_maskz_slli_epi32(_mm_test_epi8_mask(places, places), half, 16);
+    _mm512_storeu_ps(scale + p, _mm512_castsi512_ps(whole));
+  }
 }
 
 /* What n = 0 … 15 of a group with each step are above its offset. To make that of the step would be nine instructions for two
@@ -46,17 +67,27 @@ static inline Pairs pairs_argument(const XLA_FFI_CallFrame *frame, int index, bo
 #define STEPS_64(step) STEPS_16(step), STEPS_16(step + 16), STEPS_16(step + 32), STEPS_16(step + 48)
 static const uint8_t above[256][16] __attribute__((aligned(64))) = {STEPS_64(0), STEPS_64(64), STEPS_64(128), STEPS_64(192)};
 
-/* 64 numbers of a pair in 8 bits, the top bits flipped: from 1, −127, to 255, 127. */
-static inline __attribute__((always_inline)) __m512i flipped_numbers(const Pairs *pairs, int64_t place, bool packed) {
+/* 64 numbers of a pair as 8 bits, the top bits flipped: from 1, −127, to 255, 127. */
+static inline __attribute__((always_inline)) __m512i flipped_numbers(const Pairs *pairs, int64_t place, int bits) {
   const __m512i flip = _mm512_set1_epi8((char)0x80);
-  if (!packed) return _mm512_xor_si512(_mm512_loadu_si512(pairs->numbers + place), flip);
+  if (bits == RING_BITS) return _mm512_xor_si512(_mm512_loadu_si512(pairs->numbers + place), flip);
   const uint8_t *step = pairs->step + place / 32;
   int16_t both;
   memcpy(&both, pairs->offset + place / 32, sizeof both);
   const __m512i second = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi8(1), 1);
-  const __m512i shift = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-  __m512i n = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)(pairs->numbers + place / 2)));
-  n = _mm512_and_si512(_mm512_srlv_epi16(n, shift), _mm512_set1_epi8(15));
+  const uint8_t *numbers = pairs->numbers + place * bits / 8;
+  __m512i n;
+  if (bits == 4) {
+    const __m512i shift = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+    n = _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *)numbers));
+    n = _mm512_and_si512(_mm512_srlv_epi16(n, shift), _mm512_set1_epi8(15));
+  } else {
+    const __m256i low = _mm256_inserti128_si256(_mm256_setzero_si256(), _mm_set1_epi16(2), 1);
+    const __m512i shift = _mm512_inserti64x4(_mm512_castsi256_si512(low), _mm256_add_epi16(low, _mm256_set1_epi16(4)), 1);
+    n = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)numbers));
+    n = _mm512_and_si512(_mm512_srlv_epi16(n, shift), _mm512_set1_epi8(3));
+    n = _mm512_add_epi8(n, _mm512_slli_epi16(n, 2)); /* 0, 5, 10 or 15 */
+  }
   __m512i table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)above[step[0]]));
   table = _mm512_mask_broadcast_i32x4(table, 0xff00, _mm_load_si128((const __m128i *)above[step[1]]));
   const __m512i offset = _mm512_xor_si512(_mm512_shuffle_epi8(_mm512_set1_epi16(both), second), flip);
@@ -111,7 +142,7 @@ static inline Terms query_terms(const float *q, int64_t dim, float scale, int8_t
 /* A page's keys as [D / 4, P] of four bytes each, the top bits flipped: a vector has what 16 keys multiply with the same four
    numbers of a query, so that sums need not be added up across lanes (128 tokens over 8 pages, one core: 2.3 ms instead of
    3.0). The page's values and the next page's keys are prefetched meanwhile (one token over 64 pages: 335 µs instead of 400). */
-static inline __attribute__((always_inline)) void repack_keys_of(const Pairs *keys, bool four_bits, const uint8_t *values,
+static inline __attribute__((always_inline)) void repack_keys_of(const Pairs *keys, int bits, const uint8_t *values,
                                                                  const uint8_t *next, int64_t dim, Seen seen,
                                                                  __m512i *packed) {
   for (int64_t d = 0; d < dim; d += 64)
@@ -119,10 +150,10 @@ static inline __attribute__((always_inline)) void repack_keys_of(const Pairs *ke
       __m512i v[16];
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) {
-        const int64_t place = (g * 16 + i) * dim + d, byte = four_bits ? place / 2 : place;
-        _mm_prefetch((const char *)values + byte, _MM_HINT_T1);
-        _mm_prefetch((const char *)next + byte, _MM_HINT_T1);
-        v[i] = flipped_numbers(keys, place, four_bits);
+        const int64_t place = (g * 16 + i) * dim + d;
+        _mm_prefetch((const char *)values + place * (bits == RING_BITS ? RING_BITS : VALUE_BITS) / 8, _MM_HINT_T1);
+        _mm_prefetch((const char *)next + place * bits / 8, _MM_HINT_T1);
+        v[i] = flipped_numbers(keys, place, bits);
       }
       transpose(v);
 #pragma GCC unroll 16
@@ -132,8 +163,8 @@ static inline __attribute__((always_inline)) void repack_keys_of(const Pairs *ke
 
 static inline void repack_keys(const Pairs *keys, const uint8_t *values, const uint8_t *next, int64_t dim, Seen seen,
                                __m512i *packed) {
-  if (keys->step) repack_keys_of(keys, true, values, next, dim, seen, packed);
-  else repack_keys_of(keys, false, values, next, dim, seen, packed);
+  if (keys->bits == KEY_BITS) repack_keys_of(keys, KEY_BITS, values, next, dim, seen, packed);
+  else repack_keys_of(keys, RING_BITS, values, next, dim, seen, packed);
 }
 
 /* Scores of `count` groups of a page's keys, the largest of them, and −1e30 for those not seen. */

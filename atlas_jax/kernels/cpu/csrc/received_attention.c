@@ -107,7 +107,7 @@ static void received_attention_part(const void *data, int64_t part) {
   __m512i *packed = (__m512i *)memory;
   memory += PAGE * dim;
   Seen seen[most];
-  float *score[QUERIES];
+  float kept_scale[PAGE], *score[QUERIES];
   const float *near[QUERIES];
   const uint8_t *places[QUERIES];
   Terms far_terms[QUERIES], near_terms[QUERIES];
@@ -142,6 +142,7 @@ static void received_attention_part(const void *data, int64_t part) {
     repack_keys(&keys_of_page, next.numbers, next.numbers, dim, seen[n], packed);
     const Terms *terms = filled ? near_terms : far_terms;
     const float *scale = keys_of_page.scale;
+    if (filled) page_scale(&keys_of_page, filled, kept_scale), scale = kept_scale;
     int64_t j = 0;
     if (seen[n].count == GROUPS)
       for (; j + 2 <= count; j += 2) {
@@ -176,16 +177,17 @@ static void put_together(const Received *task, int64_t first, int64_t count, flo
 }
 
 /* (q, q_near f32 [samples, H, D]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; sink_k f32 [B, K, S, D]; kept k of all
-   layers: nibbles u8 [B, M, K, P, D / 2], step u8 and offset int8 [B, M, K, P, D / 32], scale f32 [B, M, K, P]; row i32 [];
+   layers: numbers u8 [B, M, K, P, D / 2], step u8, offset int8 [B, M, K, P, D / 32], half scale u16 [B, M, K, P]; row i32 [];
    seen bool [samples, N, P]; sinks_seen bool []; the layer's first page and its pairs i32 []; scale f32 []; and f32 [H], if
-   heads have a score without a value) -> f32 [N, K, P], [kept pages, K, P], and a buffer [K, blocks, N + kept pages, P]; D a multiple of 64, P = 128, S ≤ 16, blocks of 32 queries. */
+   heads have a score without a value) -> f32 [N, K, P], [kept pages, K, P], and a buffer [K, blocks, N + kept pages, P]; D a
+   multiple of 64, P = 128, S ≤ 16, blocks of 32 queries. */
 EXPORT XLA_FFI_Error *atlas_received_attention(XLA_FFI_CallFrame *frame) {
   if (asked_for_version(frame)) return NULL;
   XLA_FFI_Buffer *q = argument(frame, 0), *k = argument(frame, 2), *sink_k = argument(frame, 4);
   Received task = {.q = q->data,
                    .q_near = argument(frame, 1)->data,
-                   .k = pairs_argument(frame, 2, false),
-                   .kept_k = pairs_argument(frame, 5, true),
+                   .k = pairs_argument(frame, 2, RING_BITS),
+                   .kept_k = pairs_argument(frame, 5, KEY_BITS),
                    .sink_k = sink_k->data,
                    .seen = argument(frame, 10)->data,
                    .scale = *(const float *)argument(frame, 14)->data,
@@ -205,7 +207,7 @@ EXPORT XLA_FFI_Error *atlas_received_attention(XLA_FFI_CallFrame *frame) {
     task.null_logit = argument(frame, 15)->data;
     if (argument(frame, 15)->dims[0] != task.heads) return failed(frame, "atlas_received_attention: null logits");
   }
-  if (task.dim % 64 || k->dims[3] != PAGE || task.sinks > MOST_SINKS || result(frame, 2)->dims[1] != blocks_of(&task) ||
+  if (task.dim % 64 || !has_bits(frame, 5, task.dim, KEY_BITS) || k->dims[3] != PAGE || task.sinks > MOST_SINKS || result(frame, 2)->dims[1] != blocks_of(&task) ||
       task.row < 0 || task.row >= k->dims[0] || task.first_kept < 0 ||
       task.first_kept + filled_pages(task.kept, task.kept_pages) > task.pool_pages)
     return failed(frame, "atlas_received_attention: shape");

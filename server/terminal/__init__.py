@@ -1,0 +1,1 @@
+"""The commands of a person at a terminal: `chat`, `generate`, `inspect`, `sessions`, `bench`, `completion`; a file each."""
