@@ -15,7 +15,7 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psutil_reference.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench endless load crash attack neighbours \
+.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash attack neighbours \
   clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
 
 help: ## show this list
@@ -85,6 +85,9 @@ bench: $(VENV)/bench model gemma ## speed beside llama.cpp, cost of the memory (
 	$(RUN) -m benchmarks.speed $(MODEL) --peer-python data/peer/bin/python --output docs/benchmarks/speed.md
 	$(RUN) -m benchmarks.speed $(GEMMA) --peer-python data/peer/bin/python --output docs/benchmarks/speed_gemma.md
 	$(RUN) -m benchmarks.memory_cost $(MODEL) --output docs/benchmarks/memory_cost.md
+
+bench-sizes: $(VENV)/bench model ## 1B and 8B in Q4_K_M with random weights beside llama.cpp: speed, start, memory (needs 16 GiB)
+	$(RUN) -m benchmarks.sizes --tokenizer $(MODEL) --peer-python data/peer/bin/python --output docs/benchmarks/sizes.md
 
 endless: $(VENV)/bench model ## what a token costs in a session of 2 000, 32 000 and 128 000 tokens
 	$(RUN) -m benchmarks.endless $(MODEL) --output docs/benchmarks/endless.md

@@ -68,7 +68,8 @@ class Serving:
             answer=opened.info.context_length,
             prefix_bytes=config.prefix_cache_size,
         )
-        return cls(opened.info, opened.runner, table, scheduler, WarmUp(opened.runner))
+        warm_up = WarmUp(opened.runner, lambda: bool(scheduler.running or scheduler.waiting))
+        return cls(opened.info, opened.runner, table, scheduler, warm_up)
 
     def start(self) -> None:
         """Compiles what one client needs, and serves; the rest is compiled in the background."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 from contextlib import suppress
 from io import FileIO
-from mmap import ACCESS_READ, mmap
+from mmap import ACCESS_READ, PAGESIZE, mmap
 from pathlib import Path
 
 from atlas_jax.gguf._header import GGUFError
+
+if sys.platform == "linux":
+    from mmap import MADV_DONTNEED
 
 
 class MappedFile:
@@ -37,6 +41,13 @@ class MappedFile:
         if self._identity() != self._stamp:
             raise GGUFError(f"{self._name} was changed after it was opened")
         return self._map
+
+    def release(self, offset: int, size: int) -> None:
+        """Lets pages of the map go that have been read; who looks at them again reads them again."""
+        first = -(-offset // PAGESIZE) * PAGESIZE
+        length = (offset + size) // PAGESIZE * PAGESIZE - first
+        if self._map is not None and length > 0 and sys.platform == "linux":
+            self._map.madvise(MADV_DONTNEED, first, length)
 
     def close(self) -> None:
         """Lets go of the file."""

@@ -39,6 +39,12 @@ class ModelFile(Protocol):
     def dequantize(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
         """A tensor as floats; raises GGUFError where there is none, or a file has changed."""
 
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """A tensor's bytes as they lie in the file; raises GGUFError where there is none, or a file has changed."""
+
+    def release(self, name: str) -> None:
+        """Takes a tensor out of this process's memory until it is looked at again."""
+
     def has_nibbles(self, name: str) -> bool:
         """Whether a tensor is a matrix of 4-bit codes, or several."""
 

@@ -158,6 +158,15 @@ class GGUFFile:
         info = self.tensor(name)
         return np.frombuffer(self._sources[self._part_of[name]].view(), np.uint8, info.nbytes, info.offset)
 
+    def release(self, name: str) -> None:
+        """Takes a tensor out of this process's memory until it is looked at again.
+
+        Raises:
+          GGUFError: there is no such tensor.
+        """
+        info = self.tensor(name)
+        self._sources[self._part_of[name]].release(info.offset, info.nbytes)
+
     def dequantize(self, name: str, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
         """A tensor as an array of floats, unpacked a few rows at a time so that the only large array is the result.
 
@@ -199,6 +208,7 @@ class GGUFFile:
                 with memoryview(source.view()) as view:
                     for start in range(0, source.size, _CHUNK):
                         digest.update(view[start : start + _CHUNK])
+                        source.release(start, _CHUNK)
                 source.view()
             self._digest.append(digest.hexdigest())
         return self._digest[0]

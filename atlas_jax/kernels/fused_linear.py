@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from atlas_jax.kernels.cpu import ffi
-from atlas_jax.kernels.linear import QuantisedArray, Weight, linear, stored, uses_cpu_kernel
+from atlas_jax.kernels.linear import InterleavedArray, PackedArray, QuantArray, Weight, linear, uses_cpu_kernel
 from atlas_jax.kernels.reductions import row_sum
 from atlas_jax.typing import Array, Float
 
@@ -68,10 +68,12 @@ def normed_linear(
     weight: Weight, x: Float[Array, "*rows inp"], gain: Float[Array, inp], eps: float
 ) -> Float[Array, "*rows out"]:
     """`linear(weight, rms_norm(x, gain, eps))`; the C kernel's sum of squares rounds otherwise than XLA's."""
+    if isinstance(weight, InterleavedArray):
+        return weight.interleaved([normed_linear(part, x, gain, eps) for part in weight.parts])
     if not _uses_cpu_kernel(weight):
         return linear(weight, rms_norm(x, gain, eps))
     rows = x.reshape(-1, x.shape[-1])
-    return ffi.normed_linear(rows, gain, eps, stored(weight), weight.scale).reshape(*x.shape[:-1], -1)
+    return ffi.normed_linear(rows, gain, eps, _stored(weight), weight.scale).reshape(*x.shape[:-1], -1)
 
 
 def summed_linear(
@@ -83,11 +85,15 @@ def summed_linear(
     eps: float,
 ) -> tuple[Float[Array, "*rows out"], Float[Array, "*rows inp"]]:
     """`residual_sum` and `normed_linear` of it: the output, and the sum."""
+    if isinstance(weight, InterleavedArray):
+        first, total = summed_linear(weight.parts[0], x, added, added_gain, gain, eps)
+        rest = [normed_linear(part, total, gain, eps) for part in weight.parts[1:]]
+        return weight.interleaved([first, *rest]), total
     if not _uses_cpu_kernel(weight):
         total = residual_sum(x, added, added_gain, eps)
         return linear(weight, rms_norm(total, gain, eps)), total
     rows, more = (array.reshape(-1, x.shape[-1]) for array in (x, added))
-    out, total = ffi.summed_linear(rows, more, added_gain, gain, eps, stored(weight), weight.scale)
+    out, total = ffi.summed_linear(rows, more, added_gain, gain, eps, _stored(weight), weight.scale)
     return out.reshape(*x.shape[:-1], -1), total.reshape(x.shape)
 
 
@@ -98,9 +104,13 @@ def gated_linear(
     if not _uses_cpu_kernel(weight) or block % 16:
         return linear(weight, gated(x, block, activation))
     rows = x.reshape(-1, x.shape[-1])
-    out = ffi.gated_linear(rows, block, activation, stored(weight), weight.scale)
+    out = ffi.gated_linear(rows, block, activation, _stored(weight), weight.scale)
     return out.reshape(*x.shape[:-1], -1)
 
 
-def _uses_cpu_kernel(weight: Weight) -> TypeGuard[QuantisedArray]:
-    return isinstance(weight, QuantisedArray) and uses_cpu_kernel(weight.shape[1], weight.shape[0])
+def _uses_cpu_kernel(weight: Weight) -> TypeGuard[QuantArray | PackedArray]:
+    return isinstance(weight, QuantArray | PackedArray) and uses_cpu_kernel(weight.shape[1], weight.shape[0])
+
+
+def _stored(weight: QuantArray | PackedArray) -> jax.Array:
+    return weight.values if isinstance(weight, QuantArray) else weight.blocks

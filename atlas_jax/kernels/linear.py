@@ -4,13 +4,13 @@ On CPU, XLA sends int8 × int8 → int32 GEMMs of at least two rows to AMX / VNN
 and 600–800 GOP/s for many; a GEMV, or a float × int8 GEMM, is a slow loop. So weights stay int8 with one scale per
 output, stored [out, in], and activations are quantised per row just before the GEMM. For few rows a GEMM takes as
 long as its weights take to come from memory; where the processor multiplies faster than it reads, weights that a file
-has in 4 bits stay in 5 (`PackedArray`), and floats of 4 bits as they are (`Fp4Array`).
+has in 4 to 6 bits stay in about as many (`PackedArray`).
 """
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ import numpy as np
 
 from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.reductions import row_max
+from atlas_jax.kernels.weight_forms import FLOATS4_SHIFT, FLOATS4_SMALLEST, Form, unpack_records
 from atlas_jax.typing import Array, Float, Int8, Int32, UInt8
 
 
@@ -43,59 +44,49 @@ class QuantArray:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PackedArray:
-    """A weight matrix in 8 bits whose blocks of 32 inputs hold at most 16 values each, stored in 5 bits a weight.
-
-    A weight is `((code * step + base) >> 8) * scale`, in 16-bit arithmetic that wraps: 4-bit code, step and base of its
-    block, scale of its output.
+    """A weight matrix in 8 bits that is stored in fewer: a weight is what its record decodes to, times `scale`.
 
     Attributes:
-      blocks: uint8 [out, in / 64, 40], two blocks a record: step and base of the first and of the second, int16 in
-        little-endian order, then 64 codes, two to a byte, the even one in its lower half.
+      blocks: uint8 [out, records, bytes of one]; of several matrices with a leading axis, like the scale.
       scale: float32 [out].
+      form: what the records are.
     """
 
-    blocks: UInt8[Array, "out records 40"]
+    blocks: UInt8[Array, "out records bytes"]
     scale: Float[Array, out]
+    form: Form = field(default=Form.PAIRS, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix it stands for."""
-        return (*self.blocks.shape[:-2], 64 * self.blocks.shape[-2])
+        return (*self.blocks.shape[:-2], self.form.span * self.blocks.shape[-2])
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Fp4Array:
-    """A weight matrix in 8 bits that stands for floats of 4 bits, stored in 4.25 bits a weight, as MXFP4 has them.
-
-    A weight is `FP4_VALUES[code] * 2**(FP4_SHIFT - shift) * scale`, the number before the scale rounded to a whole one: 4-bit
-    code, shift of its block of 32 inputs, scale of its output. Codes of a block that is at most 2**FP4_SHIFT times smaller
-    than the largest of its output are exact.
+class InterleavedArray:
+    """A weight matrix whose outputs are those of several in turns, which lie in forms of their own.
 
     Attributes:
-      blocks: uint8 [out, in / 64, 34], two blocks a record: shift of the first and of the second, then 64 codes, two to a
-        byte, the even one in its lower half.
-      scale: float32 [out].
+      parts: the matrices.
+      lengths: how many outputs of each lie together.
     """
 
-    blocks: UInt8[Array, "out records 34"]
-    scale: Float[Array, out]
+    parts: tuple[QuantArray | PackedArray, ...]
+    lengths: tuple[int, ...] = field(metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix it stands for."""
-        return (*self.blocks.shape[:-2], 64 * self.blocks.shape[-2])
+        return (sum(part.shape[0] for part in self.parts), self.parts[0].shape[1])
+
+    def interleaved(self, outputs: Sequence[Float[Array, "*rows part"]]) -> Float[Array, "*rows out"]:
+        """What the parts give, as one."""
+        turns = [out.reshape(*out.shape[:-1], -1, n) for out, n in zip(outputs, self.lengths, strict=True)]
+        return jnp.concatenate(turns, axis=-1).reshape(*turns[0].shape[:-2], -1)
 
 
-FP4_VALUES = 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
-"""What each code of 4 bits stands for, times two: sign, two bits of exponent, one of mantissa."""
-FP4_SHIFT, FP4_SMALLEST = 3, 8
-FP4_LARGEST = max(FP4_VALUES) << FP4_SHIFT
-"""How far the values can be shifted to the left in 8 bits; the shift, of a block, from which on all of them are 0; and the
-largest number in 8 bits."""
-CodedArray = PackedArray | Fp4Array
-QuantisedArray = QuantArray | CodedArray
-Weight = QuantisedArray | jax.Array
+Weight = QuantArray | PackedArray | InterleavedArray | jax.Array
 """A matrix [out, in]: quantised, or plain float32 (reference mode)."""
 
 
@@ -115,7 +106,7 @@ def quantize_weight(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pack_weight(codes: np.ndarray, step: np.ndarray, base: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays of the `PackedArray` of a matrix of 4-bit codes: its weights quantised to 8 bits like `quantize_weight`'s.
+    """Arrays of the `PackedArray` of a matrix of 4-bit codes, in `Form.PAIRS`: quantised to 8 bits like `quantize_weight`'s.
 
     Args:
       codes: uint8 [out, in], 0 … 15; in a multiple of 64.
@@ -139,12 +130,12 @@ def pack_weight(codes: np.ndarray, step: np.ndarray, base: np.ndarray) -> tuple[
     return records, peak / np.float32(127.0)
 
 
-def pack_fp4(codes: np.ndarray, exponent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Arrays of the `Fp4Array` of a matrix of 4-bit floats.
+def pack_floats(codes: np.ndarray, exponent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of the `PackedArray` of a matrix of 4-bit floats, in `Form.FLOATS`.
 
     Args:
       codes: uint8 [out, in]; in a multiple of 64.
-      exponent: uint8 [out, in / 32]; a weight is `FP4_VALUES[code] * 2**(exponent - 128)`, with that of its block.
+      exponent: uint8 [out, in / 32]; a weight is `FLOATS4[code] * 2**(exponent - 128)`, with that of its block.
 
     Returns:
       blocks uint8 [out, in / 64, 34] and scale float32 [out]; a row of zeros has scale 0.
@@ -154,33 +145,16 @@ def pack_fp4(codes: np.ndarray, exponent: np.ndarray) -> tuple[np.ndarray, np.nd
     largest = np.where(used, exponent, 0).max(axis=1, initial=0).astype(np.int32)
     records = np.empty((outputs, inner // 64, 34), np.uint8)
     # a block of zeros has any exponent
-    records[..., :2] = np.clip(largest[:, None] - exponent, 0, FP4_SMALLEST).reshape(outputs, -1, 2)
+    records[..., :2] = np.clip(largest[:, None] - exponent, 0, FLOATS4_SMALLEST).reshape(outputs, -1, 2)
     pairs = codes.reshape(outputs, -1, 32, 2)
     records[..., 2:] = pairs[..., 0] | pairs[..., 1] << 4
-    scale = np.ldexp(used.any(axis=1).astype(np.float32), largest - 128 - FP4_SHIFT)
+    scale = np.ldexp(used.any(axis=1).astype(np.float32), largest - 128 - FLOATS4_SHIFT)
     return records, scale.astype(np.float32)
 
 
-def _fp4_table() -> np.ndarray:
-    """The number in 8 bits of every shift and code, int8 [FP4_SMALLEST + 1, 16]."""
-    shifts = 2.0 ** (FP4_SHIFT - np.arange(FP4_SMALLEST + 1))
-    return np.rint(shifts[:, None] * np.asarray(FP4_VALUES)).astype(np.int8)
-
-
-def unpack(weight: CodedArray) -> QuantArray:
+def unpack(weight: PackedArray) -> QuantArray:
     """The same weights in 8 bits each."""
-    if isinstance(weight, Fp4Array):
-        shift, halves = weight.blocks[..., :2], weight.blocks[..., 2:]
-        codes = jnp.stack([halves & 15, halves >> 4], axis=-1)
-        of_shift = jnp.asarray(_fp4_table().reshape(-1))
-        values = of_shift[shift[..., None].astype(jnp.int32) * 16 + codes.reshape(*codes.shape[:-2], 2, 32)]
-        return QuantArray(values.reshape(*weight.blocks.shape[:-2], -1), weight.scale)
-    blocks = weight.blocks.astype(jnp.int16)
-    halves = blocks[..., 0:8:2] | blocks[..., 1:8:2] << 8
-    codes = jnp.stack([blocks[..., 8:] & 15, blocks[..., 8:] >> 4], axis=-1)  # [..., in / 64, 32, 2]
-    by_block = codes.reshape(*codes.shape[:-2], 2, 32)
-    values = by_block * halves[..., 0::2, None] + halves[..., 1::2, None] >> 8
-    return QuantArray(values.astype(jnp.int8).reshape(*blocks.shape[:-2], -1), weight.scale)
+    return QuantArray(unpack_records(weight.blocks, weight.form), weight.scale)
 
 
 def quantize_rows(x: Float[Array, "*rows inp"]) -> tuple[Int8[Array, "*rows inp"], Float[Array, "*rows 1"]]:
@@ -203,17 +177,20 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows 
         are.
       x: any leading axes.
     """
+    if isinstance(weight, InterleavedArray):
+        return weight.interleaved([linear(part, x) for part in weight.parts])
     rows, inner = x.shape[:-1], x.shape[-1]
     flat = x.reshape(-1, inner)
     count = flat.shape[0]
-    if not isinstance(weight, QuantisedArray):
+    if not isinstance(weight, QuantArray | PackedArray):
         # a GEMV rounds differently from the same row of a GEMM
         pair = jnp.concatenate([flat, flat]) if count == 1 else flat
         out = jnp.einsum("ri,oi->ro", pair, weight, precision=jax.lax.Precision.HIGHEST)
         return out[:count].reshape(*rows, -1)
     if uses_cpu_kernel(inner, weight.shape[0]):
-        return ffi.linear(flat, stored(weight), weight.scale).reshape(*rows, -1)
-    if isinstance(weight, CodedArray):
+        stored = weight.values if isinstance(weight, QuantArray) else weight.blocks
+        return ffi.linear(flat, stored, weight.scale).reshape(*rows, -1)
+    if isinstance(weight, PackedArray):
         weight = unpack(weight)
     high, low, unit = split_rows(flat)
     terms = jnp.stack([high, low], axis=1).reshape(
@@ -221,11 +198,6 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows 
     )  # a row's two side by side: they stay on one device of a mesh
     sums = jnp.einsum("ri,oi->ro", terms, weight.values, preferred_element_type=jnp.int32).reshape(count, 2, -1)
     return (from_terms(sums[:, 0], sums[:, 1]) * (unit * weight.scale)).reshape(*rows, -1)
-
-
-def stored(weight: QuantisedArray) -> Int8[Array, "out inp"] | UInt8[Array, "out records record"]:
-    """The array that the C kernels read a weight from."""
-    return weight.values if isinstance(weight, QuantArray) else weight.blocks
 
 
 def linear_each(weight: QuantArray, x: Float[Array, "B T inp"]) -> Float[Array, "B T out"]:
@@ -284,9 +256,9 @@ def from_terms(high: Int32[Array, "*shape"], low: Int32[Array, "*shape"]) -> Flo
 
 def rows_of(weight: Weight, index: Int32[Array, "*rows"]) -> Float[Array, "*rows inp"]:
     """Looks up rows of a matrix as float32: the embedding of token ids `index`."""
-    if isinstance(weight, CodedArray):
-        rows = unpack(dataclasses.replace(weight, blocks=weight.blocks[index], scale=weight.scale[index]))
-        return rows.values.astype(jnp.float32) * rows.scale[..., None]
+    if isinstance(weight, PackedArray):
+        return unpack_records(weight.blocks[index], weight.form).astype(jnp.float32) * weight.scale[index][..., None]
+    assert not isinstance(weight, InterleavedArray)
     if isinstance(weight, QuantArray):
         return weight.values[index].astype(jnp.float32) * weight.scale[index][..., None]
     return weight[index]

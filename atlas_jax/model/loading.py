@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
@@ -22,13 +23,14 @@ from atlas_jax.config import (
     columns_together,
 )
 from atlas_jax.config import WeightDtype as WeightDtype
-from atlas_jax.gguf import ModelFile, get
-from atlas_jax.kernels.linear import CodedArray, QuantArray, QuantisedArray, uses_cpu_kernel
+from atlas_jax.gguf import ModelFile, TensorType, get
+from atlas_jax.kernels.linear import InterleavedArray, PackedArray, QuantArray, Weight, uses_cpu_kernel
 from atlas_jax.kernels.rope import rope_table
+from atlas_jax.kernels.weight_forms import OWN_FORM, Form
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
 from atlas_jax.model.params import DeltaParams, ExpertParams, LayerParams, ModelParams
-from atlas_jax.model.tensor_reader import Outputs, TensorReader, coded_form
+from atlas_jax.model.tensor_reader import Outputs, TensorReader
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
 _EMBED, _HEAD = "token_embd.weight", "output.weight"
@@ -131,8 +133,8 @@ def load_params(
     """Reads the weights.
 
     Args:
-      dtype: "int8" keeps every matrix in 8 bits with a scale per row, or in 5 where the file has 4-bit codes, in 4.25
-        where these are floats, and the CPU kernels take them; "float32" is the reference mode.
+      dtype: "int8" keeps every matrix in 8 bits with a scale per row, or in about as many as the file has where that is
+        fewer and the CPU kernels take them; "float32" is the reference mode.
       mesh_layout: where they go, layer by layer.
       progress: called with layers done and in all.
       read: what takes the tensors; `tensor_shapes` has one that reads none of them.
@@ -140,8 +142,8 @@ def load_params(
     Raises:
       UnsupportedModel: a tensor is missing, unknown or misshapen; the message names it.
     """
-    packed = _packed(file, config) if dtype == "int8" and mesh_layout.mesh is None else frozenset()
-    reader = read(file, dtype, packed, left_out(file))
+    forms = weight_forms(file, config) if dtype == "int8" and mesh_layout.mesh is None else {}
+    reader = read(file, dtype, forms, left_out(file))
     if FAMILIES[config.family].frequency_factors:
         for name in (_ROPE_FACTORS, _LONG_FACTORS, _SHORT_FACTORS):
             reader.take(name)
@@ -251,7 +253,7 @@ def parameter_count(params: ModelParams) -> int:
     """Number of weights, scales and rotary tables not counted."""
 
     def sizes() -> Iterator[int]:
-        is_weight = lambda leaf: isinstance(leaf, QuantisedArray)  # noqa: E731
+        is_weight = lambda leaf: isinstance(leaf, QuantArray | PackedArray)  # noqa: E731
         without_tables = (params.embed, params.layers, params.final_norm, params.final_norm_bias, params.head)
         for leaf in jax.tree.leaves(without_tables, is_leaf=is_weight):
             yield int(np.prod(leaf.shape))
@@ -259,22 +261,32 @@ def parameter_count(params: ModelParams) -> int:
     return sum(sizes())
 
 
-def _packed(file: ModelFile, config: ModelConfig) -> frozenset[str]:
-    """Names of the matrices that can stay coded: as every layer has them, so that layers share their programs."""
+def weight_forms(file: ModelFile, config: ModelConfig) -> dict[str, Form]:
+    """Forms of the matrices that can stay in fewer bits than 8: as every layer has them, so that layers share their programs.
+
+    Where layers differ, as a file has some of them in more bits, it is the widest of their forms.
+    """
     by_role: dict[str, list[str]] = {}
     for name in file.tensors.keys() - left_out(file):
         by_role.setdefault(name.split(".", 2)[-1] if name.startswith("blk.") else name, []).append(name)
 
-    def form(name: str) -> type[CodedArray] | None:
-        """None where it holds no codes that can stay."""
-        info = file.tensors[name]
-        if not file.has_nibbles(name):
+    def form(names: list[str]) -> Form | None:
+        tensors = [file.tensors[name] for name in names]
+        if any(len(one.shape) < 2 for one in tensors):
             return None
-        outputs = config.vocab if name in (_EMBED, _HEAD) else info.shape[-2]
-        return coded_form(info.ggml_type) if uses_cpu_kernel(info.shape[-1], outputs) else None
+        outputs = [config.vocab if one.name in (_EMBED, _HEAD) else one.shape[-2] for one in tensors]
+        if not all(uses_cpu_kernel(one.shape[-1], n) for one, n in zip(tensors, outputs, strict=True)):
+            return None
+        own = [OWN_FORM.get(one.ggml_type) for one in tensors]
+        if all(one is not None and not tensor.shape[-1] % one.span for one, tensor in zip(own, tensors, strict=True)):
+            return max((one for one in own if one is not None), key=lambda one: one.value)
+        if not all(map(file.has_nibbles, names)):
+            return None
+        floats = {one.ggml_type == TensorType.MXFP4 for one in tensors}
+        return None if len(floats) > 1 else Form.FLOATS if True in floats else Form.PAIRS
 
-    forms = [({form(name) for name in names}, names) for names in by_role.values()]
-    return frozenset(name for found, names in forms if len(found) == 1 and None not in found for name in names)
+    found = {name: form(names) for names in by_role.values() for name in names}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 def _layer(reader: TensorReader, config: ModelConfig, index: int) -> LayerParams:
@@ -336,7 +348,9 @@ def _attention(
         return jnp.asarray(reader.array(f"{prefix}{name}.weight", stored).reshape(shape)[..., order])
 
     return {
-        "qkv": reader.matrix(stacked("weight"), config.embed, by_kv_head),
+        "qkv": reader.matrix(stacked("weight"), config.embed, by_kv_head)
+        if config.attention_gate
+        else _qkv(reader, config, stacked("weight"), order),
         "qkv_bias": reader.vector(stacked("bias"), by_kv_head) if config.qkv_bias else None,
         "q_norm": gain("attn_q_norm", config.heads),
         "k_norm": gain("attn_k_norm", config.kv_heads),
@@ -386,6 +400,27 @@ def _by_part(of: DeltaNetConfig, heads: Sequence[int | None], dim: int) -> np.nd
     rows = np.arange(of.key_heads * sum(each)).reshape(of.key_heads, -1)
     parts = np.split(rows, np.cumsum(each)[:-1], axis=1)
     return np.concatenate([part.reshape(-1) for part in parts])
+
+
+def _qkv(reader: TensorReader, config: ModelConfig, tensors: Outputs, head_order: np.ndarray) -> Weight:
+    """`LayerParams.qkv`; in parts where the file has them in records of different forms, as it often has the values."""
+    order = _by_kv_head(config, head_order)
+    forms = [reader.form({name: size}) for name, size in tensors.items()]
+    if len(set(forms)) == 1 or any(form is None or form.span == 64 for form in forms):
+        return reader.matrix(tensors, config.embed, order)
+    by_head = order.reshape(config.kv_heads, config.groups + 2, config.head_dim)
+    heads = dict(zip(tensors, ((0, config.groups), (config.groups, 1), (config.groups + 1, 1)), strict=True))
+    parts, lengths, start = list[QuantArray | PackedArray](), list[int](), 0
+    for form, group in itertools.groupby(tensors, key=lambda name: reader.form({name: tensors[name]})):
+        alike = {name: tensors[name] for name in group}
+        first, count = heads[next(iter(alike))][0], sum(heads[name][1] for name in alike)
+        part = reader.matrix(alike, config.embed, by_head[:, first : first + count].reshape(-1) - start)
+        assert isinstance(part, PackedArray)
+        assert part.form is form
+        parts.append(part)
+        lengths.append(count * config.head_dim)
+        start += sum(alike.values())
+    return InterleavedArray(tuple(parts), tuple(lengths))
 
 
 def _experts(

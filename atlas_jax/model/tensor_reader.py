@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import ModelConfig, WeightDtype
-from atlas_jax.gguf import Floats4, ModelFile, TensorType
-from atlas_jax.kernels.linear import (
-    FP4_LARGEST,
-    CodedArray,
-    Fp4Array,
-    PackedArray,
-    QuantArray,
-    Weight,
-    pack_fp4,
-    pack_weight,
-    quantize_weight,
-)
+from atlas_jax.gguf import Floats4, ModelFile
+from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_floats, pack_weight, quantize_weight
+from atlas_jax.kernels.weight_forms import FLOATS4_LARGEST, Form, NotFinite, pack_rows
 from atlas_jax.model.families._family import UnsupportedModel
 
 Outputs = Mapping[str, int]
@@ -30,16 +21,18 @@ Outputs = Mapping[str, int]
 class TensorReader:
     """Takes tensors by name, checks shapes, and remembers what was taken."""
 
-    def __init__(self, file: ModelFile, dtype: WeightDtype, packed: frozenset[str], left_out: Collection[str]) -> None:
+    def __init__(
+        self, file: ModelFile, dtype: WeightDtype, forms: Mapping[str, Form], left_out: Collection[str]
+    ) -> None:
         """Reads nothing yet.
 
         Args:
-          packed: names of the matrices that stay coded.
+          forms: of the matrices that stay in fewer bits than 8, by name.
           left_out: names of tensors that nobody needs to take.
         """
         self._file = file
         self._dtype = dtype
-        self._packed = packed
+        self._forms = forms
         self._taken = set(left_out)
 
     def stacked(self, whole: str, parts: Outputs) -> Outputs:
@@ -56,6 +49,7 @@ class TensorReader:
         """A tensor as float32."""
         self._take(name, shape)
         values = self._file.dequantize(name)
+        self._release([name])
         _check_finite(name, values)
         return values
 
@@ -82,8 +76,8 @@ class TensorReader:
         They are quantised row by row, so neither the order nor the factor changes a number in 8 bits.
         """
         shapes = {name: (size, inner) for name, size in tensors.items()}
-        if self._one_form(shapes):
-            return self._coded(shapes, order, factor)
+        if (form := self.form(tensors)) is not None:
+            return self._coded(form, shapes, order, factor)
         parts = [self.array(name, shape) for name, shape in shapes.items()]
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if order is not None:
@@ -93,13 +87,21 @@ class TensorReader:
         values, scale = quantize_weight(whole)
         return QuantArray(jnp.asarray(values), jnp.asarray(scale * np.float32(factor)))
 
+    def form(self, tensors: Outputs) -> Form | None:
+        """What `matrix` makes of tensors: a form that all have, or of those with records of 256 weights the widest."""
+        forms = {self._forms.get(name) for name in tensors}
+        if len(forms) == 1:
+            return forms.pop()
+        wide = [form for form in forms if form is not None and form.span == 256]
+        return max(wide, key=lambda form: form.value) if len(wide) == len(forms) else None
+
     def matrices(
         self, tensors: Outputs, count: int, inner: int, order: np.ndarray | None = None, factor: float = 1.0
     ) -> Weight:
         """As `matrix`, of tensors that have a leading axis of `count` matrices."""
         shapes = {name: (count, size, inner) for name, size in tensors.items()}
-        if self._one_form(shapes):
-            return self._coded(shapes, order, factor)
+        if (form := self.form(tensors)) is not None:
+            return self._coded(form, shapes, order, factor)
         whole = np.concatenate([self.array(name, shape) for name, shape in shapes.items()], axis=1)
         whole = whole if order is None else whole[:, order]
         if self._dtype == "float32":
@@ -118,34 +120,51 @@ class TensorReader:
         if left:
             raise UnsupportedModel(f"tensor '{left[0]}' is not understood")
 
-    def _one_form(self, names: Collection[str]) -> bool:
-        """Whether tensors stay coded, all in the same form."""
-        return self._packed.issuperset(names) and len({self._form(name) for name in names}) == 1
-
-    def _form(self, name: str) -> type[CodedArray]:
-        return coded_form(self._file.tensors[name].ggml_type)
-
-    def _coded(self, shapes: Mapping[str, tuple[int, ...]], order: np.ndarray | None, factor: float) -> CodedArray:
-        """Tensors of one form, stacked along their outputs, as `matrix` does it."""
-        first = next(iter(shapes))
-        packed = [self._pack(name, shape) for name, shape in shapes.items()]
-        axis = len(shapes[first]) - 2
-        blocks, scale = (np.concatenate(arrays, axis) for arrays in zip(*packed, strict=True))
-        if order is not None:
-            blocks, scale = (np.take(array, order, axis) for array in (blocks, scale))
-        return self._form(first)(jnp.asarray(blocks), jnp.asarray(scale * np.float32(factor)))
+    def _coded(
+        self, form: Form, shapes: Mapping[str, tuple[int, ...]], order: np.ndarray | None, factor: float
+    ) -> PackedArray:
+        """Tensors in a form of fewer bits than 8, stacked along their outputs, as `matrix` does it."""
+        leading = [shape[:-1] for shape in shapes.values()]
+        ends = np.cumsum([np.prod(one) for one in leading])
+        rows = [np.arange(end - np.prod(one), end).reshape(one) for one, end in zip(leading, ends, strict=True)]
+        chosen = np.concatenate(rows, axis=-1)
+        chosen = chosen if order is None else chosen[..., order]
+        if form.span == 64:
+            packed = [self._pack(name, shape) for name, shape in shapes.items()]
+            blocks, scale = (np.concatenate(arrays) for arrays in zip(*packed, strict=True))
+            return PackedArray(jnp.asarray(blocks[chosen]), jnp.asarray(scale[chosen] * np.float32(factor)), form)
+        given = [(self._file.tensors[name].ggml_type, self._rows(name, shape)) for name, shape in shapes.items()]
+        inner = next(iter(shapes.values()))[-1]
+        try:
+            records, scale = pack_rows(form, given, inner, chosen.reshape(-1), factor)
+        except NotFinite:
+            raise _not_finite(", ".join(shapes)) from None
+        self._release(shapes)
+        # not jnp.asarray, which copies
+        blocks, scale = records.reshape(*chosen.shape, *records.shape[1:]), scale.reshape(chosen.shape)
+        return PackedArray(jax.device_put(blocks), jax.device_put(scale), form)
 
     def _pack(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Records and scales of all rows of a tensor of 4-bit codes."""
         self._take(name, shape)
         nibbles = self._file.nibbles(name)
+        self._release([name])
         if isinstance(nibbles, Floats4):
-            blocks, scale = pack_fp4(nibbles.codes, nibbles.exponent)
+            blocks, scale = pack_floats(nibbles.codes, nibbles.exponent)
             with np.errstate(over="ignore"):
-                _check_finite(name, scale * np.float32(FP4_LARGEST))
-        else:
-            _check_finite(name, nibbles.step, nibbles.base)
-            blocks, scale = pack_weight(nibbles.codes, nibbles.step, nibbles.base)
-        return blocks.reshape(*shape[:-1], *blocks.shape[1:]), scale.reshape(shape[:-1])
+                _check_finite(name, scale * np.float32(FLOATS4_LARGEST))
+            return blocks, scale
+        _check_finite(name, nibbles.step, nibbles.base)
+        return pack_weight(nibbles.codes, nibbles.step, nibbles.base)
+
+    def _rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
+        self._take(name, shape)
+        return self._file.raw(name).reshape(int(np.prod(shape[:-1])), -1)
+
+    def _release(self, names: Iterable[str]) -> None:
+        """Lets go of what has been read of the file: while a model is loaded, its file would be in memory a second time."""
+        for name in names:
+            self._file.release(name)
 
     def _take(self, name: str, shape: tuple[int, ...]) -> None:
         info = self._file.tensors.get(name)
@@ -156,11 +175,10 @@ class TensorReader:
         self._taken.add(name)
 
 
-def coded_form(kind: TensorType) -> type[CodedArray]:
-    """What a matrix of 4-bit codes becomes that stay as they are."""
-    return Fp4Array if kind == TensorType.MXFP4 else PackedArray
-
-
 def _check_finite(name: str, *arrays: np.ndarray) -> None:
     if not all(np.isfinite(array).all() for array in arrays):
-        raise UnsupportedModel(f"tensor '{name}' holds values that are not finite")
+        raise _not_finite(name)
+
+
+def _not_finite(name: str) -> UnsupportedModel:
+    return UnsupportedModel(f"tensor '{name}' holds values that are not finite")

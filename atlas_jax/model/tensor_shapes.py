@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from atlas_jax.aot import shape as described
@@ -16,10 +15,6 @@ from atlas_jax.model.families._family import UnsupportedModel
 from atlas_jax.model.loading import load_params
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.tensor_reader import Outputs, TensorReader
-
-_BLOCK = 64
-"""Inputs of a record of a packed matrix, and its bytes."""
-_RECORD = 40
 
 
 def loaded_shapes(file: ModelFile, config: ModelConfig, *, dtype: WeightDtype = "int8") -> ModelParams:
@@ -42,29 +37,24 @@ class _ShapeReader(TensorReader):
         return np.broadcast_to(np.zeros((), np.float32), shape)  # one number, however large the tensor is
 
     def matrix(self, tensors: Outputs, inner: int, order: np.ndarray | None = None, factor: float = 1.0) -> Weight:
-        outputs = sum(tensors.values()) if order is None else len(order)
-        packed = self._packed.issuperset(tensors)
-        for name, size in tensors.items():
-            (self._take if packed else self.array)(name, (size, inner))
-        if packed:
-            blocks = described((outputs, inner // _BLOCK, _RECORD), np.uint8)
-            return PackedArray(blocks, described((outputs,), np.float32))
-        return self._weight((), outputs, inner)
+        return self._described((), tensors, inner, order)
 
     def matrices(
         self, tensors: Outputs, count: int, inner: int, order: np.ndarray | None = None, factor: float = 1.0
-    ) -> QuantArray | jax.Array:
-        for name, size in tensors.items():
-            self.array(name, (count, size, inner))
-        outputs = sum(tensors.values()) if order is None else len(order)
-        weight: Any = self._weight((count,), outputs, inner)
-        return weight
+    ) -> Weight:
+        return self._described((count,), tensors, inner, order)
 
-    def _weight(self, leading: tuple[int, ...], outputs: int, inner: int) -> Any:
+    def _described(self, leading: tuple[int, ...], tensors: Outputs, inner: int, order: np.ndarray | None) -> Any:
+        form = self.form(tensors)
+        for name, size in tensors.items():
+            (self.array if form is None else self._take)(name, (*leading, size, inner))
+        rows = (*leading, sum(tensors.values()) if order is None else len(order))
+        if form is not None:
+            records = described((*rows, inner // form.span, form.value), np.uint8)
+            return PackedArray(records, described(rows, np.float32), form)
         if self._dtype == "float32":
-            return described((*leading, outputs, inner), np.float32)
-        values = described((*leading, outputs, inner), np.int8)
-        return QuantArray(values, described((*leading, outputs), np.float32))
+            return described((*rows, inner), np.float32)
+        return QuantArray(described((*rows, inner), np.int8), described(rows, np.float32))
 
 
 def _check_type(name: str, kind: TensorType) -> None:

@@ -17,6 +17,7 @@ import pytest
 from atlas_jax.engine import Engine
 from atlas_jax.engine.runner import bigram_table
 from atlas_jax.engine.runner.warmup import WarmUp
+from atlas_jax.engine.scheduler.speculation import StepWidths
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.model.loading import model_config
 from tests import tiny_model
@@ -122,6 +123,12 @@ def engines(opened: Callable[..., Any]) -> Iterator[Callable[[str], Engine]]:
 def engine(engines: Callable[[str], Engine]) -> Engine:
     """The int8 engine."""
     return engines("int8")
+
+
+@pytest.fixture
+def always_drafting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small batches take drafts whatever they bring, and however long their steps take on the machine of this test."""
+    monkeypatch.setattr(StepWidths, "choose", lambda _, shape, widths, rates: widths[-1])
 
 
 @pytest.fixture(scope="session")

@@ -258,6 +258,7 @@ def test_drafts_change_no_answer(
     assert_same(one, other)
 
 
+@pytest.mark.usefixtures("always_drafting")
 def test_a_session_goes_on_the_same_after_drafts(engines: Callable[[str], Engine]) -> None:
     answers = []
     for one in (engines("int8"), engines("int8 undrafted")):

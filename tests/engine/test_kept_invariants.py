@@ -49,6 +49,7 @@ def assert_equal(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) ->
         np.testing.assert_array_equal(found[name], array, name)
 
 
+@pytest.mark.usefixtures("always_drafting")
 def test_drafts_that_are_rejected_choose_no_pair(engines: Callable[[str], Engine]) -> None:
     """Also where a page ends between them, and others leave."""
     states, turns = [], []

@@ -27,14 +27,12 @@ from atlas_jax.kernels.fused_linear import gated_linear, normed_linear, summed_l
 from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.kernels.kv_pages import LayerKV, QuantPages
 from atlas_jax.kernels.linear import (
-    CodedArray,
-    Fp4Array,
     PackedArray,
     QuantArray,
     Weight,
     linear,
     linear_each,
-    pack_fp4,
+    pack_floats,
     pack_weight,
     quantize_weight,
     split_rows,
@@ -42,6 +40,7 @@ from atlas_jax.kernels.linear import (
 )
 from atlas_jax.kernels.linear import uses_cpu_kernel as linear_uses_cpu_kernel
 from atlas_jax.kernels.monomials import gather_monomials
+from atlas_jax.kernels.weight_forms import Form
 from atlas_jax.recall import recall_memory
 from tests.property.rounding_support import halfway
 
@@ -95,15 +94,15 @@ def packed_weight(rng: np.random.Generator, outputs: int, inner: int) -> PackedA
     return PackedArray(*map(jnp.asarray, pack_weight(codes, step, base - 8 * step)))
 
 
-def fp4_weight(rng: np.random.Generator, outputs: int, inner: int) -> Fp4Array:
+def floats_weight(rng: np.random.Generator, outputs: int, inner: int) -> PackedArray:
     """Blocks of a few of the sizes that there are, whose largest number fits: some in full, some rounded, some all 0."""
     codes = rng.integers(0, 16, (outputs, inner)).astype(np.uint8)
     exponent = rng.integers(120, 126, (outputs, 1)) + rng.integers(-11, 1, (outputs, inner // 32))
-    return Fp4Array(*map(jnp.asarray, pack_fp4(codes, exponent.astype(np.uint8))))
+    return PackedArray(*map(jnp.asarray, pack_floats(codes, exponent.astype(np.uint8))), Form.FLOATS)
 
 
 @needs_kernels
-@pytest.mark.parametrize("coded", [packed_weight, fp4_weight])
+@pytest.mark.parametrize("coded", [packed_weight, floats_weight])
 @settings(deadline=None, max_examples=6)
 @given(
     seed=seeds,
@@ -112,7 +111,7 @@ def fp4_weight(rng: np.random.Generator, outputs: int, inner: int) -> Fp4Array:
     outputs=st.integers(1, 9).map(lambda n: 16 * n),
 )
 def test_products_with_packed_weights_are_those_of_the_weights_unpacked(
-    coded: Callable[[np.random.Generator, int, int], CodedArray], seed: int, rows: int, inner: int, outputs: int
+    coded: Callable[[np.random.Generator, int, int], PackedArray], seed: int, rows: int, inner: int, outputs: int
 ) -> None:
     rng = np.random.default_rng(seed)
     weight = coded(rng, outputs, inner)

@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.kernels.linear import (
-    Fp4Array,
     PackedArray,
     QuantArray,
     linear,
-    pack_fp4,
+    pack_floats,
     pack_weight,
     quantize_rows,
     quantize_weight,
@@ -26,6 +25,7 @@ from atlas_jax.kernels.linear import (
     unpack,
 )
 from atlas_jax.kernels.reductions import row_max, row_sum
+from atlas_jax.kernels.weight_forms import Form
 from tests.property.rounding_support import halfway
 
 ROWS, IN, OUT = 4, 48, 24
@@ -124,7 +124,7 @@ def test_floats_of_4_bits_are_exact_up_to_an_eighth_of_the_largest(seed: int, sp
     exponent = (most - random.integers(0, spread, (OUT, 4))).astype(np.uint8)
     codes[0] = 8  # all −0
     codes[1, :32], exponent[1, 0] = 0, 255  # zeros say nothing of the size
-    coded = Fp4Array(*map(jnp.asarray, pack_fp4(codes, exponent)))
+    coded = PackedArray(*map(jnp.asarray, pack_floats(codes, exponent)), Form.FLOATS)
     assert coded.shape == codes.shape
     blocks = np.empty((OUT, 4, 17), np.uint8)  # as files have them
     blocks[..., 0] = exponent

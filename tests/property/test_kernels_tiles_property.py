@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.kernels.cpu import library
-from atlas_jax.kernels.linear import FP4_VALUES, pack_fp4, pack_weight, split_rows
+from atlas_jax.kernels.linear import pack_floats, pack_weight, split_rows
+from atlas_jax.kernels.weight_forms import FLOATS4, Form, unpack_records
 from tests.patience import PATIENCE
 
 HERE = Path(__file__).parent / "tiles"
@@ -50,7 +51,7 @@ def product(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def call(product: Path, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, *, tiles: bool) -> np.ndarray:
-    numbers = (int(tiles), *x.shape, weight.shape[0], weight.shape[-1] if weight.dtype == np.uint8 else 0)
+    numbers = (int(tiles), *x.shape, weight.shape[0], weight.shape[2] if weight.dtype == np.uint8 else 64)
     given = b"".join(array.tobytes() for array in (x, weight, scale))
     words = [str(product), *(str(number) for number in numbers)]
     done = subprocess.run(words, input=given, capture_output=True, check=True, timeout=PATIENCE)
@@ -63,7 +64,7 @@ def call(product: Path, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, *,
     rows=st.integers(1, 128),
     inner=st.integers(1, 4).map(lambda n: 64 * n),
     outputs=st.integers(1, 9).map(lambda n: 16 * n),
-    form=st.sampled_from(["plain", "packed", "fp4"]),
+    form=st.sampled_from(["plain", "packed", "floats"]),
 )
 def test_tiles_give_the_bits_of_vnni(product: Path, seed: int, rows: int, inner: int, outputs: int, form: str) -> None:
     rng = np.random.default_rng(seed)
@@ -71,8 +72,8 @@ def test_tiles_give_the_bits_of_vnni(product: Path, seed: int, rows: int, inner:
     if form == "packed":
         step, base = (rng.normal(size=(outputs, inner // 32)).astype(np.float32) for _ in range(2))
         weight, scale = pack_weight(codes, step, base - 8 * step)
-    elif form == "fp4":
-        weight, scale = pack_fp4(codes, rng.integers(115, 128, (outputs, inner // 32)).astype(np.uint8))
+    elif form == "floats":
+        weight, scale = pack_floats(codes, rng.integers(115, 128, (outputs, inner // 32)).astype(np.uint8))
     else:
         weight = rng.integers(-127, 128, (outputs, inner)).astype(np.int8)
         scale = rng.uniform(0.1, 1.0, outputs).astype(np.float32)
@@ -82,11 +83,31 @@ def test_tiles_give_the_bits_of_vnni(product: Path, seed: int, rows: int, inner:
     x[0] = 0.0
     found, wanted = (call(product, x, weight, scale, tiles=tiles) for tiles in (True, False))
     np.testing.assert_array_equal(found, wanted)
-    whole = {"plain": lambda x: x, "packed": unpacked, "fp4": unpacked_fp4}[form](weight)
+    whole = {"plain": lambda x: x, "packed": unpacked, "floats": unpacked_floats}[form](weight)
     exact = whole.astype(np.float64) * scale[:, None]
     half = np.asarray(split_rows(x)[2]) / 2
     bound = (half * 1.001 + 1e-6 * np.abs(x).max(axis=1, keepdims=True)) * np.abs(exact).sum(axis=1)
     assert np.all(np.abs(found - x.astype(np.float64) @ exact.T) <= bound)
+
+
+@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 40),
+    records=st.integers(1, 3),
+    outputs=st.integers(1, 5).map(lambda n: 16 * n),
+    form=st.sampled_from(Form),
+)
+def test_records_are_multiplied_as_the_bytes_they_stand_for(
+    product: Path, seed: int, rows: int, records: int, outputs: int, form: Form
+) -> None:
+    rng = np.random.default_rng(seed)
+    blocks = rng.integers(0, 256, (outputs, records, form.value), np.uint8)
+    scale = rng.uniform(0.1, 1.0, outputs).astype(np.float32)
+    x = rng.normal(size=(rows, records * form.span)).astype(np.float32)
+    wanted = call(product, x, unpack_records(blocks, form), scale, tiles=False)
+    for tiles in (True, False):
+        np.testing.assert_array_equal(call(product, x, blocks, scale, tiles=tiles), wanted)
 
 
 def unpacked(blocks: np.ndarray) -> np.ndarray:
@@ -97,9 +118,7 @@ def unpacked(blocks: np.ndarray) -> np.ndarray:
     return ((sums + 2**15) % 2**16 - 2**15 >> 8).reshape(blocks.shape[0], -1)
 
 
-def unpacked_fp4(blocks: np.ndarray) -> np.ndarray:
-    """The weights that records of `Fp4Array` stand for, as integers."""
+def unpacked_floats(blocks: np.ndarray) -> np.ndarray:
+    """The weights that records of `Form.FLOATS` stand for, as integers."""
     codes = np.stack([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1).reshape(*blocks.shape[:-1], 2, 32)
-    return np.rint(np.asarray(FP4_VALUES)[codes] * 2.0 ** (3 - blocks[..., :2, None].astype(int))).reshape(
-        len(blocks), -1
-    )
+    return np.rint(np.asarray(FLOATS4)[codes] * 2.0 ** (3 - blocks[..., :2, None].astype(int))).reshape(len(blocks), -1)

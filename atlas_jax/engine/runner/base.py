@@ -43,7 +43,7 @@ class Buckets:
     max_draft_rows: int = MAX_DRAFT_ROWS
 
     def width(self, rows: int) -> int:
-        """Tokens per row of a decode step. It depends on nothing else: steps of different shapes round differently."""
+        """The most tokens per row of a decode step."""
         return 1 + DRAFT_TOKENS if rows <= self.max_draft_rows else 1
 
 
@@ -227,6 +227,11 @@ class ModelRunner(ABC):
         """The most tokens a row can gain in one decode step."""
         return self.buckets.width(self.rows)
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Tokens per row that the next decode step can have, ascending: what is drawn is the same with each."""
+        return (self.width,)
+
     @abstractmethod
     def resize(self, rows: int, pages: int, moves: dict[int, int]) -> None:
         """Makes the batch another size; `moves` maps each row that stays to its new index."""
@@ -255,7 +260,11 @@ class ModelRunner(ABC):
 
     @abstractmethod
     def decode(
-        self, wanted: np.ndarray, allowed: np.ndarray | None = None, pages: Mapping[int, NewPage] | None = None
+        self,
+        wanted: np.ndarray,
+        allowed: np.ndarray | None = None,
+        pages: Mapping[int, NewPage] | None = None,
+        width: int | None = None,
     ) -> StepOutput:
         """One step; the result is on its way to the host when this returns, not there yet.
 
@@ -263,6 +272,7 @@ class ModelRunner(ABC):
           wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its drafts out.
           allowed: which tokens may be drawn, see `allow_all`; None allows all.
           pages: the pages that begin, by row.
+          width: one of `widths`; None is the largest.
         """
 
     # --- compiling ahead ------------------------------------------------------------------------------------------
@@ -281,6 +291,9 @@ class ModelRunner(ABC):
     @abstractmethod
     def compile_decode(self, rows: int, pages: int) -> None:
         """Compiles what a batch of this size needs while its rows stay."""
+
+    def compile_plain_decode(self, rows: int, pages: int) -> None:  # noqa: B027 - few models need it
+        """Compiles the decode step without drafts of a batch that has one with drafts, if there is the choice."""
 
     def compile_monolithic_step(self, rows: int, pages: int) -> None:  # noqa: B027 - few models need it
         """Compiles the decode step of a small batch as one program, for models of which it is several otherwise."""

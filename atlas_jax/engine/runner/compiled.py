@@ -45,7 +45,7 @@ class CompiledRunner(ModelRunner):
         rows, pages = buckets.rows[0], buckets.pages[0]
         self.sequences = self._sequences(rows, pages)
         self.decode_state: DecodeState
-        self.decode_state, self._logits_buffer = self._idle(rows)
+        self.decode_state, self._logits_buffers = self._idle(rows)
 
     # --- a model's own --------------------------------------------------------------------------------------------
     @abstractmethod
@@ -78,14 +78,14 @@ class CompiledRunner(ModelRunner):
         """Makes the batch another size; `moves` maps each row that stays to its new index."""
         key = self.rows, self.pages
         sequences = self._sequences(rows, pages)
-        decode_state, logits_buffer = self._idle(rows)
+        decode_state, logits_buffers = self._idle(rows)
         for source, target in moves.items():
             index = np.int32(source)
             sequences = self._put(sequences, self._extract(key, self.sequences, index), target, with_memory=True)
             single = self._extract_decode_state(key[0], self.decode_state, index)
             decode_state = self._insert_decode_state(rows, decode_state, single, np.int32(target))
         # all at once: if there was no memory for it, the batch is as it was
-        self.sequences, self.decode_state, self._logits_buffer = sequences, decode_state, logits_buffer
+        self.sequences, self.decode_state, self._logits_buffers = sequences, decode_state, logits_buffers
 
     def insert(
         self,
@@ -129,14 +129,18 @@ class CompiledRunner(ModelRunner):
             (rows, pages), self._program(functools.partial(self._make, batch=rows, pages=pages))
         )
 
-    def _idle(self, rows: int) -> tuple[DecodeState, jax.Array]:
-        decode_state, logits_buffer = self._idle_maker(rows)(())
-        return decode_state, logits_buffer
+    def _idle(self, rows: int) -> tuple[DecodeState, dict[int, jax.Array]]:
+        """Idle rows, and a logits buffer for every width of their steps."""
+        decode_state, logits_buffers = self._idle_maker(rows)(())
+        return decode_state, logits_buffers
 
     def _idle_maker(self, rows: int) -> AotProgram:
-        vocab, width = self.vocab, self.buckets.width(rows)
+        vocab, widths = self.vocab, {1, self.buckets.width(rows)}
         return self._new_decode_state.setdefault(
-            rows, self._program(lambda: (init_decode_state(vocab, rows), init_logits_buffer(vocab, rows, width)))
+            rows,
+            self._program(
+                lambda: (init_decode_state(vocab, rows), {n: init_logits_buffer(vocab, rows, n) for n in widths})
+            ),
         )
 
     def _batch_shapes(self, rows: int, pages: int) -> Sequences:
@@ -145,8 +149,8 @@ class CompiledRunner(ModelRunner):
     def _decode_state_shapes(self, rows: int) -> DecodeState:
         return jax.eval_shape(functools.partial(init_decode_state, self.vocab, rows))
 
-    def _logits_buffer_shape(self, rows: int) -> jax.Array:
-        return jax.eval_shape(lambda: init_logits_buffer(self.vocab, rows, self.buckets.width(rows)))
+    def _logits_buffer_shape(self, rows: int, width: int) -> jax.Array:
+        return jax.eval_shape(lambda: init_logits_buffer(self.vocab, rows, width))
 
     # --- compiling ahead --------------------------------------------------------------------------------------------
     def _compile_batch_start(self, rows: int, pages: int) -> None:

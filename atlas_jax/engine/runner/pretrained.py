@@ -25,6 +25,7 @@ from atlas_jax.engine.runner.step_programs import StepPrograms, batch_key, decod
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.attention import uses_cpu_kernel
 from atlas_jax.kernels.kv_pages import KVDtype
+from atlas_jax.kernels.linear import PackedArray, QuantArray
 from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kept_pairs import leaving
 from atlas_jax.model.kv_cache import page_start, start_page
@@ -82,6 +83,7 @@ class PretrainedRunner(CompiledRunner):
         )
         super().__init__(capabilities, config.model.vocab, config.model.embed, buckets, CHUNKS)
         self._steps = StepPrograms(config, self._program)
+        self._plain: set[tuple[int, int]] = set()
         self._write_memory = {
             optimizer: self._program(functools.partial(step.write_memory, config, optimizer), donate=(1,))
             for optimizer in OPTIMIZERS
@@ -278,17 +280,29 @@ class PretrainedRunner(CompiledRunner):
     @property
     def is_monolithic(self) -> bool:
         """Whether the next decode step is one program."""
-        return self._steps.is_monolithic(self.sequences, drafts=self.width > 1)
+        guess = self.width > 1
+        return all(self._steps.is_monolithic(self.sequences, drafts=width > 1, guess=guess) for width in self.widths)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """One token, or also the drafts, of what is compiled; both only where they give the same bits."""
+        compiled = batch_key(self.sequences) in self._plain
+        return (1, self.width) if compiled and self.width > 1 else (self.width,)
 
     def decode(
-        self, wanted: np.ndarray, allowed: np.ndarray | None = None, pages: Mapping[int, NewPage] | None = None
+        self,
+        wanted: np.ndarray,
+        allowed: np.ndarray | None = None,
+        pages: Mapping[int, NewPage] | None = None,
+        width: int | None = None,
     ) -> StepOutput:
         """One step, see `ModelRunner.decode`."""
         for index, page in (pages or {}).items():
             self.start_page_in_batch(index, page.place, page.write)
         inputs = self.sequences, self.decode_state, wanted.astype(np.int32), self._allowed_on_device(allowed)
-        self.sequences, self.decode_state, output, self._logits_buffer = self._steps.run_decode(
-            self._weights, *inputs, self._logits_buffer, drafts=self.width > 1
+        width = width or self.width
+        self.sequences, self.decode_state, output, self._logits_buffers[width] = self._steps.run_decode(
+            self._weights, *inputs, self._logits_buffers[width], drafts=width > 1, guess=self.width > 1
         )
         return start_transfer(output)
 
@@ -334,27 +348,39 @@ class PretrainedRunner(CompiledRunner):
         count, mean = shape((1,), np.int32), shape((1,), np.bool_)
         self._steps.pool(COMPILE, self._weights, pooled, last.made, count, mean)
 
-    def _decode_inputs(self, rows: int, pages: int) -> tuple[tuple[Any, ...], bool]:
-        drafts = self.buckets.width(rows) > 1
-        return decode_inputs(self.config, self._weights, rows, pages, self._kv_dtype, drafts=drafts), drafts
+    def _decode_inputs(self, rows: int, pages: int, width: int) -> tuple[Any, ...]:
+        return decode_inputs(self.config, self._weights, rows, pages, self._kv_dtype, drafts=width > 1)
+
+    def _same_bits(self, rows: int) -> bool:
+        """Whether steps of all widths and forms give the same bits: XLA fuses and rounds its own attention otherwise."""
+        with self.config.kernels.scope():
+            return uses_cpu_kernel(self.buckets.width(rows), self.config.model.head_dim, SINKS)
 
     def compile_decode(self, rows: int, pages: int) -> None:
         """Compiles what a batch of this size needs while its rows stay."""
-        inputs, drafts = self._decode_inputs(rows, pages)
+        drafts = self.buckets.width(rows) > 1
+        inputs = self._decode_inputs(rows, pages, self.buckets.width(rows))
         batch = inputs[1].cache
         self._compile_batch_start(rows, pages)
         self._insert_kv_cache.compile((rows, pages), batch, self.row_shapes(pages).cache, SCALAR)
         self._compile_page_start((rows, pages), inputs[1])
-        self._steps.decode(COMPILE, *inputs, drafts=drafts)
+        self._steps.decode(COMPILE, *inputs, drafts=drafts, guess=drafts)
+
+    def compile_plain_decode(self, rows: int, pages: int) -> None:
+        """Compiles the decode step without drafts of a batch that has one with drafts, if there is the choice."""
+        exact = self._kv_dtype == "int8" and isinstance(self._weights.params.layers[0].out, QuantArray | PackedArray)
+        if self.buckets.width(rows) > 1 and exact and self._same_bits(rows):
+            self._steps.decode(COMPILE, *self._decode_inputs(rows, pages, 1), guess=True)
+            self._plain.add((rows, pages))
 
     def compile_monolithic_step(self, rows: int, pages: int) -> None:
         """Compiles the decode step of a small batch as one program, if it is several."""
-        with self.config.kernels.scope():
-            # XLA's own attention is fused otherwise in one program than in several, and rounds differently
-            same = uses_cpu_kernel(self.buckets.width(rows), self.config.model.head_dim, SINKS)
-        if rows <= MONOLITHIC_ROWS and self._steps.layer_programs > 1 and same:
-            inputs, drafts = self._decode_inputs(rows, pages)
-            self._steps.compile_monolithic(*inputs, drafts=drafts)
+        if rows <= MONOLITHIC_ROWS and self._steps.layer_programs > 1 and self._same_bits(rows):
+            guess = self.buckets.width(rows) > 1
+            widths = [self.buckets.width(rows)] + [1] * ((rows, pages) in self._plain)
+            for width in widths:
+                inputs = self._decode_inputs(rows, pages, width)
+                self._steps.compile_monolithic(*inputs, drafts=width > 1, guess=guess)
 
     def compile_row_moves(self, rows: int, pages: int) -> None:
         """Compiles what rows need to leave a batch of this size or change to another, and to write their memories."""

@@ -77,12 +77,17 @@ class Weights:
 
     params: ModelParams
     adapter: Adapter | None
-    successor: Int32[Array, V]
+    successor: Int32[Array, V] | None
 
     @functools.cached_property
     def ends(self) -> Weights:
         """Those that are used before and after the layers: fewer arrays to hand to a program."""
         return dataclasses.replace(self, params=dataclasses.replace(self.params, layers=()))
+
+    @functools.cached_property
+    def silent_ends(self) -> Weights:
+        """`ends` for steps that guess nothing."""
+        return dataclasses.replace(self.ends, successor=None)
 
 
 @jax.tree_util.register_dataclass
@@ -92,7 +97,7 @@ class StepOutput:
 
     Attributes:
       integers: the token, then the alternatives. In a decode step NONE where nothing was fed, REJECTED where a draft
-        token was fed that was not drawn.
+        token was fed that was not drawn; last, where drafts are looked up, those of the row's next step.
       numbers: its log-probability, the gate, then the alternatives' log-probabilities.
     """
 
@@ -261,7 +266,7 @@ def draw(
     a step without draft tokens.
 
     Args:
-      successor: as `Weights.successor`; needed where rows are fed draft tokens.
+      successor: as `Weights.successor`; None where no draft tokens are looked up, and none can be fed.
       allowed: which tokens a row may draw, see `sampling.sample`; the same after its draft tokens, so a row for which
         that would be wrong comes without any.
       logits_buffer: memory for this step's logits, donated: those of the step before. With a new allocation instead a
@@ -294,24 +299,31 @@ def draw(
         token=jnp.where(count > 0, latest, decode_state.token),
         # a batch too large for draft tokens does not look any up either
         drafts=jnp.full_like(decode_state.drafts, NONE)
-        if width == 1 or successor is None
+        if successor is None
         else draft_tokens(text, last, successor, DRAFT_TOKENS),
         text=text,
         sampling=record(decode_state.sampling, token, counts),
         settings=decode_state.settings,
     )
-    output = _decode_output(drawn, jnp.where(counts, token, jnp.where(valid, REJECTED, NONE)), gate)
+    guessed = None if successor is None else decode_state.drafts
+    output = _decode_output(drawn, jnp.where(counts, token, jnp.where(valid, REJECTED, NONE)), gate, guessed)
     return decode_state, last, output, None if logits_buffer is None else flat
 
 
-def _decode_output(drawn: Sample, token: Int32[Array, "B T"], gate: Float[Array, "B T"]) -> StepOutput:
+def _decode_output(
+    drawn: Sample, token: Int32[Array, "B T"], gate: Float[Array, "B T"], guessed: Int32[Array, "B drafts"] | None
+) -> StepOutput:
     def packed(first: jax.Array, *rest: jax.Array) -> jax.Array:
         return jnp.concatenate([first[..., None], *(part.reshape(*token.shape, -1) for part in rest)], axis=-1)
 
     return StepOutput(
-        integers=packed(token, drawn.top_token),
+        integers=packed(token, drawn.top_token, *(() if guessed is None else (_to_all(guessed, token),))),
         numbers=packed(drawn.logprob.reshape(token.shape), gate, drawn.top_logprob),
     )
+
+
+def _to_all(guessed: Int32[Array, "B drafts"], token: Int32[Array, "B T"]) -> Int32[Array, "B T drafts"]:
+    return jnp.broadcast_to(guessed[:, None], (*token.shape, guessed.shape[1]))
 
 
 def _fed(decode_state: DecodeState, width: int) -> Int32[Array, "B T"]:

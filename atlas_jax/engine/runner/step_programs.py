@@ -59,8 +59,10 @@ class StepPrograms:
         self._pool = program(functools.partial(step.pool, config))
         self._finish_decode = program(functools.partial(step.finish_decode, config), donate=(1, 2, 8))
         self._monolithic = {
-            drafts: program(functools.partial(self.decode, INLINE, drafts=drafts), donate=(1, 2, 5))
-            for drafts in (False, True)
+            (drafts, guess): program(
+                functools.partial(self.decode, INLINE, drafts=drafts, guess=guess), donate=(1, 2, 5)
+            )
+            for drafts, guess in ((False, False), (False, True), (True, True))
         }
 
     @property
@@ -80,6 +82,7 @@ class StepPrograms:
         logits_buffer: Float[Array, "B*T V"] | None = None,
         *,
         drafts: bool = False,
+        guess: bool = False,
     ) -> Decoded:
         """One token for every active row, and more where its draft tokens were right.
 
@@ -87,31 +90,34 @@ class StepPrograms:
           wanted: the most tokens to feed to each row; 0 leaves it as it is, 1 leaves its draft tokens out.
           allowed, logits_buffer: as for `step.draw`, which returns the next buffer.
           drafts: feed every row its draft tokens too.
+          guess: look up the draft tokens of the next step, as one that feeds them always does. Batches of a size all do
+            or none does.
         """
         key = decode_key(sequences, drafts)
         fed = (decode_state.token, decode_state.drafts) if drafts else decode_state.token
         *_, (cache, view, states) = self._trunk.parts(call, key, weights.params, sequences.cache, fed, wanted)
         rest = states[-1], self._tapped(states), view.ring.positions, view.ring.valid, logits_buffer
+        ends = weights.ends if drafts or guess else weights.silent_ends
         memory, decode_state, position, output, logits_buffer = call(
-            self._finish_decode, (key[0], drafts), weights.ends, sequences.memory, decode_state, allowed, *rest
+            self._finish_decode, (key[0], drafts), ends, sequences.memory, decode_state, allowed, *rest
         )
         return Sequences(dataclasses.replace(cache, position=position), memory), decode_state, output, logits_buffer
 
-    def run_decode(self, *inputs: Any, drafts: bool) -> Decoded:
+    def run_decode(self, *inputs: Any, drafts: bool, guess: bool) -> Decoded:
         """Runs `decode`, as one program if that is compiled for a batch of this size."""
-        key, monolithic = decode_key(inputs[1], drafts), self._monolithic[drafts]
+        key, monolithic = decode_key(inputs[1], drafts), self._monolithic[drafts, guess]
         decoded: Decoded = (
-            monolithic(key, *inputs) if monolithic.ready(key) else self.decode(RUN, *inputs, drafts=drafts)
+            monolithic(key, *inputs) if monolithic.ready(key) else self.decode(RUN, *inputs, drafts=drafts, guess=guess)
         )
         return decoded
 
-    def compile_monolithic(self, *inputs: Any, drafts: bool) -> None:
+    def compile_monolithic(self, *inputs: Any, drafts: bool, guess: bool) -> None:
         """Compiles `decode` as one program."""
-        self._monolithic[drafts].compile(decode_key(inputs[1], drafts), *inputs)
+        self._monolithic[drafts, guess].compile(decode_key(inputs[1], drafts), *inputs)
 
-    def is_monolithic(self, sequences: Sequences, *, drafts: bool) -> bool:
+    def is_monolithic(self, sequences: Sequences, *, drafts: bool, guess: bool) -> bool:
         """Whether `run_decode` runs one program."""
-        return self._monolithic[drafts].ready(decode_key(sequences, drafts))
+        return self._monolithic[drafts, guess].ready(decode_key(sequences, drafts))
 
     # --- prefill --------------------------------------------------------------------------------------------------
     def prefill(

@@ -185,18 +185,22 @@ class TrainedRunner(CompiledRunner):
         return Sequences(self._insert(rows, batch.cache, row.cache, np.int32(index)), None)
 
     def decode(
-        self, wanted: np.ndarray, allowed: np.ndarray | None = None, pages: Mapping[int, NewPage] | None = None
+        self,
+        wanted: np.ndarray,
+        allowed: np.ndarray | None = None,
+        pages: Mapping[int, NewPage] | None = None,
+        width: int | None = None,
     ) -> StepOutput:
         """One step, see `ModelRunner.decode`."""
         may = self._allowed_on_device(allowed)
-        state, self.decode_state, packed, self._logits_buffer = self._decode(
+        state, self.decode_state, packed, self._logits_buffers[1] = self._decode(
             self.rows,
             self._params,
             self.sequences.cache,
             self.decode_state,
             wanted.astype(np.int32),
             may,
-            self._logits_buffer,
+            self._logits_buffers[1],
         )
         self.sequences = Sequences(state, None)
         return start_transfer(packed)
@@ -225,7 +229,7 @@ class TrainedRunner(CompiledRunner):
         batch = self._batch_shapes(rows, 1)
         self._insert.compile(rows, batch.cache, self.row_shapes(1).cache, SCALAR)
         wanted, allowed = shape((rows,), np.int32), shape((rows, allowed_words(self.vocab)), np.int32)
-        decode_state, logits_buffer = self._decode_state_shapes(rows), self._logits_buffer_shape(rows)
+        decode_state, logits_buffer = self._decode_state_shapes(rows), self._logits_buffer_shape(rows, 1)
         self._decode.compile(rows, shapes(self._params), batch.cache, decode_state, wanted, allowed, logits_buffer)
 
     def compile_row_moves(self, rows: int, pages: int) -> None:

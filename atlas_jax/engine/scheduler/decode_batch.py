@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Hashable
 
 import numpy as np
 
@@ -21,8 +22,10 @@ from atlas_jax.engine.runner.step_inputs import memory_settings, recent_text, sa
 from atlas_jax.engine.scheduler.detokenizer import token_info
 from atlas_jax.engine.scheduler.metrics import Counters
 from atlas_jax.engine.scheduler.request_state import Ended, RequestState
+from atlas_jax.engine.scheduler.speculation import StepWidths
 from atlas_jax.engine.scheduler.structured_output import wait_for_any
 from atlas_jax.gguf import Tokenizer
+from atlas_jax.kernels.sampling import TOP_LOGPROBS
 from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.model.page_schedule import bucket
 
@@ -55,6 +58,9 @@ class DecodeBatch:
         self._tokenizer = tokenizer
         self._counters = counters
         self._in_flight: tuple[StepOutput, Scheduled] | None = None
+        self._widths = StepWidths()
+        self._width = 1
+        self._ready_at: tuple[float, Hashable] | None = None
         self._started = 0.0
         self._collected = False
         self._awaited: list[RequestState] = []
@@ -196,9 +202,11 @@ class DecodeBatch:
         """
         if self._awaited:
             wait_for_any([req.constraint for req in self._awaited if req.constraint and not req.done], _PATIENCE)
-        before, width = self._in_flight, self._runner.width
+        before, before_width, width = self._in_flight, self._width, self._choose_width()
+        self._width = width
         self._in_flight, scheduled = self._launch(width)
         ended = [] if before is None else self._deliver(*before)
+        self._measure(before is not None and not self._collected, before_width)
         for _, req in scheduled:
             req.decode.launch(width)
         delivered = self._collected or before is not None
@@ -208,6 +216,18 @@ class DecodeBatch:
             self._counters.step_seconds += seconds
             self._mean_seconds += 0.1 * (seconds - self._mean_seconds)
         return ended, delivered
+
+    def _choose_width(self) -> int:
+        """Tokens per row of the next step."""
+        rates = [0.0 if req.constraint is not None else req.decode.record.rate for _, req in self.active()]
+        return self._widths.choose(self.size[0], self._runner.widths, rates) if rates else self._runner.width
+
+    def _measure(self, delivered: bool, width: int) -> None:
+        """Takes note of how long a step took that followed another one at once."""
+        now, last = time.perf_counter(), self._ready_at
+        self._ready_at = (now, self.size) if delivered and self._in_flight is not None else None
+        if delivered and last is not None and last[1] == self.size:
+            self._widths.measured(self.size[0], width, now - last[0])
 
     def _launch(self, width: int) -> tuple[tuple[StepOutput, Scheduled] | None, Scheduled]:
         scheduled = [
@@ -223,7 +243,7 @@ class DecodeBatch:
             if req.page_due:
                 pages[row] = req.begin_page(self._runner.capabilities, self._counters)
             wanted[row] = min(width, req.decode.limit - len(req.decode.generated) - req.certain)
-        return (self._runner.decode(wanted, self._allowed(scheduled, wanted), pages), scheduled), scheduled
+        return (self._runner.decode(wanted, self._allowed(scheduled, wanted), pages, width), scheduled), scheduled
 
     def _allowed(self, scheduled: Scheduled, wanted: np.ndarray) -> np.ndarray | None:
         """Which tokens may come next, a bit each; None where all may.
@@ -271,8 +291,10 @@ class DecodeBatch:
     def _take(self, req: RequestState, integers: np.ndarray, numbers: np.ndarray) -> FinishReason | None:
         """Takes what a step has drawn for one row; why the answer ends with it, if it does."""
         tokens = integers[:, 0]
-        drawn = int((tokens >= 0).sum())
-        req.decode.verify(int((tokens != NONE).sum()), drawn)
+        fed, drawn = int((tokens != NONE).sum()), int((tokens >= 0).sum())
+        req.decode.verify(fed, drawn)
+        if drawn:
+            req.decode.record.note(fed, tokens[:drawn].tolist(), integers[0, 1 + TOP_LOGPROBS :].tolist())
         for index in range(drawn):
             req.cursor.position += 1
             reason = self._take_token(req, integers[index], numbers[index])

@@ -34,6 +34,7 @@ from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.scheduler.detokenizer import Detokenizer
 from atlas_jax.engine.scheduler.memory_account import MemoryAccount
 from atlas_jax.engine.scheduler.metrics import Counters
+from atlas_jax.engine.scheduler.speculation import DraftRecord
 from atlas_jax.engine.scheduler.structured_output import Constraint
 from atlas_jax.engine.sessions.entry import SessionLease
 from atlas_jax.engine.sessions.session import Session
@@ -114,6 +115,7 @@ class DecodeProgress:
       drafted, accepted: draft tokens it was fed, and those that it kept.
       mask_due: whether its grammar has been given a token, or begun, and its mask not been waited for since.
       generated: the tokens drawn.
+      record: how its drafts have turned out.
     """
 
     limit: int = 0
@@ -124,6 +126,7 @@ class DecodeProgress:
     accepted: int = 0
     mask_due: bool = True
     generated: list[int] = field(default_factory=list)
+    record: DraftRecord = field(default_factory=DraftRecord)
 
     @property
     def read(self) -> int:

@@ -27,12 +27,12 @@ _RECEIVED_QUERIES = 32
 
 def linear(
     x: Float[Array, "*matrices rows inp"],
-    weight: Int8[Array, "*matrices out inp"] | UInt8[Array, "out groups record"],
+    weight: Int8[Array, "*matrices out inp"] | UInt8[Array, "out records bytes"],
     weight_scale: Float[Array, "*matrices out"],
 ) -> Float[Array, "*matrices rows out"]:
     """x·Wᵀ of activations quantised to the two terms of `linear.split_rows`, for one matrix or a batch of them.
 
-    The weight may be that of a `linear.PackedArray` or `linear.Fp4Array`.
+    The weight may be that of a `linear.PackedArray`.
     """
     (out,) = _matmuls("linear", (x,), weight, weight_scale)
     return out
@@ -42,7 +42,7 @@ def normed_linear(
     x: Float[Array, "rows inp"],
     gain: Float[Array, inp],
     eps: float,
-    weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
+    weight: Int8[Array, "out inp"] | UInt8[Array, "out records bytes"],
     weight_scale: Float[Array, out],
 ) -> Float[Array, "rows out"]:
     """`fused_linear.rms_norm` and `linear`."""
@@ -56,7 +56,7 @@ def summed_linear(
     added_gain: Float[Array, inp] | None,
     gain: Float[Array, inp],
     eps: float,
-    weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
+    weight: Int8[Array, "out inp"] | UInt8[Array, "out records bytes"],
     weight_scale: Float[Array, out],
 ) -> tuple[Float[Array, "rows out"], Float[Array, "rows inp"]]:
     """The sum of x and `added`, which is normed first if it has a gain, and `normed_linear` of it: the output, the sum."""
@@ -69,7 +69,7 @@ def gated_linear(
     x: Float[Array, "rows 2*inp"],
     block: int,
     activation: str,
-    weight: Int8[Array, "out inp"] | UInt8[Array, "out groups record"],
+    weight: Int8[Array, "out inp"] | UInt8[Array, "out records bytes"],
     weight_scale: Float[Array, out],
 ) -> Float[Array, "rows out"]:
     """`fused_linear.gated` and `linear`; `block` a multiple of 16."""

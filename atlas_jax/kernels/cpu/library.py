@@ -16,7 +16,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -81,11 +81,21 @@ def available() -> bool:
     return True
 
 
+def pack() -> Callable[..., int]:
+    """The function that codes rows of weights, see `weight_forms.pack_rows`; needs `available()`."""
+    function = _library().atlas_pack
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    function.argtypes = (ctypes.c_int, pointer, pointer, number, number, ctypes.c_float, pointer, pointer)
+    packed: Callable[..., int] = function
+    return packed
+
+
 def compiler() -> str | None:
     """The C compiler that `build` uses: what CC says, else cc, gcc or clang."""
     return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
+@functools.cache
 def _library() -> ctypes.CDLL:
     """The kernels: those shipped with the sources if there are any, else from the cache folder, or where they cannot be kept
     from one that is gone afterwards.

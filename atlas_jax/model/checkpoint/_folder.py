@@ -155,6 +155,15 @@ class CheckpointFolder:
             out = out + np.float32(1.0)
         return out.reshape(info.shape).astype(dtype, copy=False)
 
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """No tensor is used as it lies in a file; raises GGUFError."""
+        raise GGUFError(f"tensor {quote(name)} has no blocks of bytes")
+
+    def release(self, name: str) -> None:
+        """Takes a tensor out of this process's memory until it is looked at again."""
+        for shard, part in self._stored[name].parts if name in self._stored else ():
+            self._shards[shard].file.release(part.offset, part.nbytes)
+
     def _read(self, shard: int, info: TensorInfo) -> npt.NDArray[np.float32]:
         """A stored tensor, as a matrix of rows."""
         raw = np.frombuffer(self._shards[shard].file.view(), np.uint8, info.nbytes, info.offset)

@@ -59,6 +59,7 @@ def test_a_damaged_file_is_refused_or_holds_tokens_alone(data: st.DataObject) ->
     assert ((table >= NONE) & (table < VOCAB)).all()
 
 
+@pytest.mark.usefixtures("always_drafting")
 def test_an_answer_like_what_was_counted_takes_fewer_steps(
     opened: Callable[..., Any], engines: Callable[[str], Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:

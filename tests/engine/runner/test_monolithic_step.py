@@ -66,13 +66,30 @@ def test_one_program_computes_what_the_stages_do(
             for leaf in jax.tree.leaves(runner.decode(np.full(1, 1 + DRAFT_TOKENS, np.int32)))
         ] + [np.asarray(leaf) for leaf in jax.tree.leaves((runner.sequences, runner.decode_state))]
 
-    begun = jax.tree.map(jnp.copy, (runner.sequences, runner.decode_state))
+    begun = jax.tree.map(np.asarray, (runner.sequences, runner.decode_state))
+
+    def begin_again() -> None:
+        runner.sequences, runner.decode_state = jax.tree.map(jnp.asarray, begun)
+
     in_stages = steps()
-    runner.sequences, runner.decode_state = begun
+    begin_again()
     runner.compile_monolithic_step(1, 4)
     assert runner.is_monolithic
     for one, other in zip(steps(), in_stages, strict=True):
         np.testing.assert_array_equal(one, other)
+    if max_draft_rows:
+        wanted = tokens_of(in_stages[: 2 * STEPS : 2])
+        begin_again()
+        runner.compile_plain_decode(1, 4)
+        assert runner.widths == (1, 1 + DRAFT_TOKENS)
+        mixed = [runner.decode(np.full(1, width, np.int32), width=width) for width in (1, 3, 1, 1, 3)]
+        found = tokens_of([np.asarray(one.integers) for one in mixed])
+        assert found == wanted[: len(found)], "whether drafts are fed does not show in what is drawn"
+
+
+def tokens_of(integers: list[np.ndarray]) -> list[int]:
+    """What steps have drawn."""
+    return [int(token) for one in integers for token in one[0, :, 0] if token >= 0]
 
 
 @pytest.mark.skipif(not uses_cpu_kernel(1, SHAPE.head_dim, SINKS), reason="no native kernels")

@@ -1,5 +1,6 @@
 /* One call of the product outside XLA, on one thread: reads "tiles rows inner outputs record" from the arguments, x,
-   weight and scale from the standard input, and writes the result to the standard output. */
+   weight and scale from the standard input, and writes the result to the standard output. A record is the bytes of 64
+   weights, or of 256 above 64. */
 
 #include "common.h"
 
@@ -39,14 +40,14 @@ static void *given(size_t bytes) {
 int main(int count, char **words) {
   if (count != 6) return 2;
   int64_t rows = atoi(words[2]), inner = atoi(words[3]), outputs = atoi(words[4]);
-  int64_t record = atoi(words[5]); /* bytes of 64 weights; 0: not coded */
-  bool coded = record;
+  int64_t record = atoi(words[5]), records = inner / (record > 64 ? 256 : 64);
+  bool coded = record != 64;
   atlas_has_tiles = atoi(words[1]);
   int64_t x_dims[] = {rows, inner}, scale_dims[] = {outputs}, out_dims[] = {rows, outputs};
-  int64_t weight_dims[] = {outputs, coded ? inner / 64 : inner, record};
+  int64_t weight_dims[] = {outputs, coded ? records : inner, record};
   size_t bytes = (size_t)(rows * outputs) * sizeof(float);
   XLA_FFI_Buffer x = {.data = given((size_t)(rows * inner) * sizeof(float)), .rank = 2, .dims = x_dims};
-  XLA_FFI_Buffer weight = {.data = given((size_t)(outputs * inner / 64 * (coded ? record : 64))),
+  XLA_FFI_Buffer weight = {.data = given((size_t)(outputs * records * record)),
                            .dtype = coded ? XLA_FFI_DataType_U8 : XLA_FFI_DataType_S8,
                            .rank = 2 + coded,
                            .dims = weight_dims};

@@ -117,6 +117,7 @@ def test_a_text_without_channels_is_content(text: str) -> None:
 TOOL = Function(
     "get_weather",
     "tools[0].function",
+    "tools[0].function.parameters",
     {},
     FunctionDefinition(
         name="get_weather",

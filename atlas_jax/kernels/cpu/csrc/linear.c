@@ -14,7 +14,7 @@
    without a trip through memory (SmolLM2-135M, 128 tokens: 0.33 ms a layer for the gate alone as an XLA program, which
    takes one thread).
 
-   Weights may lie coded, in 5 bits or in 4.25 instead of 8 (`PackedArray`, `Fp4Array`). Then a few outputs' weights are decoded to where the
+   Weights may lie coded, in fewer bits than 8 (`PackedArray`, forms.h). Then a few outputs' weights are decoded to where the
    caches keep them, just before they are multiplied: for few rows a GEMM takes as long as its weights take to come from
    memory. */
 
@@ -126,8 +126,8 @@ int8_t *room_for(const Linear *task, int64_t outputs) {
 typedef enum { NOTHING, NORM, SUM_NORM, GATE } Before;
 
 /* (x f32 [R, in], weight int8 [out, in], its scale f32 [out]) -> f32 [R, out], or the same with one leading axis on all of
-   them; in a multiple of 64, out of 16, at most MAX_ROWS rows. The weight may be coded instead, uint8 [out, in / 64,
-   record], without such an axis. With NORM, a fourth argument is the gain, f32 [in], and an attribute `eps`; with SUM_NORM,
+   them; in a multiple of 64, out of 16, at most MAX_ROWS rows. The weight may be coded instead, uint8 [out, records,
+   bytes of one], without such an axis. With NORM, a fourth argument is the gain, f32 [in], and an attribute `eps`; with SUM_NORM,
    a fifth is what is added to x first, f32 [R, in], a sixth, if there is one, the gain of its own norm, and a second result
    is the sum, f32 [R, in]. With GATE, x is f32 [R, 2 · in], and attributes are `block` and `activation`. */
 static XLA_FFI_Error *matmul(XLA_FFI_CallFrame *frame, Before before) {
@@ -156,14 +156,16 @@ static XLA_FFI_Error *matmul(XLA_FFI_CallFrame *frame, Before before) {
     task.activation = (Activation)activation;
     if (task.block <= 0 || task.block % TILE || task.inner % task.block) return failed(frame, "atlas_linear: gate");
   }
-  task.record = coded && weight->rank > 2 + each ? weight->dims[2 + each] : PLAIN;
-  task.width = task.inner / 64 * task.record;
+  const int64_t record = !coded ? BYTES : weight->rank == 3 ? weight->dims[2] : 0;
+  if (coded && !is_coded(record)) return failed(frame, "atlas_linear: record");
+  task.form = (Form)record;
+  const int64_t span = span_of(task.form);
+  task.width = task.inner / span * record;
   bool tiles = atlas_has_tiles && task.rows > FEW, few = !tiles && task.rows < BLOCK;
   task.groups = (task.rows + TILE / 2 - 1) / (TILE / 2);
   task.padded = tiles ? task.groups * TILE : few ? 2 * task.rows : task.rows;
   if (task.rows > MAX_ROWS || largest_of(task.inner) < 127 || task.inner % 64 || task.outputs % TILE || each < 0 || each > (before == NOTHING) ||
-      weight->rank != 2 + each + coded || (coded && (each || weight->dims[1] * 64 != task.inner)) ||
-      (coded && task.record != PACKED && task.record != FP4))
+      weight->rank != 2 + each + coded || (coded && (each || weight->dims[1] * span != task.inner)))
     return failed(frame, "atlas_linear: shape");
   /* a few parts a thread, so that one that starts late does not hold up the others; more where a part takes long */
   task.threads = pool_threads(frame);

@@ -4,14 +4,12 @@
 #define ATLAS_LINEAR_H
 
 #include "common.h"
-#include "vectors.h"
+#include "forms.h"
 
 #include <stdatomic.h>
 
 /* Outputs, or terms, of one tile; rows of one call; rows of a block where there are many (VNNI). */
 enum { TILE = 16, MAX_ROWS = 128, BLOCK = 8 };
-/* Bytes that 64 weights of an output lie in: in 8 bits each, or coded. */
-enum { PLAIN = 64, PACKED = 40, FP4 = 34 };
 /* Bytes ahead of the reader that are prefetched, as far as the second cache (65 536 outputs of 640 weights in 8 bits, two rows,
    one core: 1.5 ms; 2.2 with 4096 bytes, 3.3 with 8192 as far as the first cache, 3.7 without). */
 enum { AHEAD = 32768 };
@@ -21,7 +19,8 @@ typedef enum { SILU, GELU_TANH, SWIGLU_OAI } Activation;
 
 typedef struct {
   const float *x;       /* [matrices, rows, inner]; gated: [rows, inner / block, 2, block] */
-  const int8_t *weight; /* [matrices, outputs, inner], or coded: [outputs, inner / 64, record] */
+  const int8_t *weight; /* [matrices, outputs, inner], or coded: [outputs, records, bytes of one] */
+  Form form;
   const float *weight_scale;
   float *out; /* [matrices, rows, outputs] */
   const float *gain; /* [inner], if rows are normed first */
@@ -32,7 +31,6 @@ typedef struct {
   int64_t block; /* columns of a gate that lie together; 0: rows are not gated */
   Activation activation; /* the gate's */
   int64_t rows, inner, outputs;
-  int64_t record; /* bytes of 64 weights */
   int64_t width;  /* bytes of one output's weights */
   int64_t strip, strips; /* outputs of one part, and parts of one matrix */
   int64_t threads;       /* that take parts */
@@ -91,49 +89,6 @@ int8_t *room_for(const Linear *task, int64_t outputs);
 
 /* Parts of a call: quantising rows and multiplying them, few and many (VNNI), and with AMX. */
 Part quantize_few, quantize_many, multiply_few, multiply_many, pack_terms, multiply_tiles;
-
-/* 64 weights of one output from their record: shifts of either half, then a byte for every two codes. A weight is the number of
-   its code, rounded where the shift leaves no whole one. */
-static inline __attribute__((always_inline)) __m512i decode_fp4(const uint8_t *record) {
-  static const int8_t numbers[9][16] __attribute__((aligned(16))) = {
-      {0, 8, 16, 24, 32, 48, 64, 96, 0, -8, -16, -24, -32, -48, -64, -96},
-      {0, 4, 8, 12, 16, 24, 32, 48, 0, -4, -8, -12, -16, -24, -32, -48},
-      {0, 2, 4, 6, 8, 12, 16, 24, 0, -2, -4, -6, -8, -12, -16, -24},
-      {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
-      {0, 0, 1, 2, 2, 3, 4, 6, 0, 0, -1, -2, -2, -3, -4, -6},
-      {0, 0, 0, 1, 1, 2, 2, 3, 0, 0, 0, -1, -1, -2, -2, -3},
-      {0, 0, 0, 0, 0, 1, 1, 2, 0, 0, 0, 0, 0, -1, -1, -2},
-      {0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, -1},
-      {0}};
-  const int first = record[0] < 8 ? record[0] : 8, second = record[1] < 8 ? record[1] : 8;
-  const __m512i halves = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(record + 2)));
-  const __m512i odd = _mm512_slli_epi16(_mm512_srli_epi16(halves, 4), 8);
-  const __m512i codes = _mm512_or_si512(_mm512_and_si512(halves, _mm512_set1_epi16(15)), odd);
-  __m512i table = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)numbers[first]));
-  table = _mm512_mask_broadcast_i32x4(table, 0xff00, _mm_load_si128((const __m128i *)numbers[second]));
-  return _mm512_shuffle_epi8(table, codes);
-}
-
-/* 64 weights of one output from their record: step and base of either half in 16 bits, then a byte for every two codes. A
-   weight is the upper byte of code · step + base. */
-static inline __attribute__((always_inline)) __m512i decode(const uint8_t *record) {
-  int64_t halves;
-  memcpy(&halves, record, sizeof halves);
-  const __m512i both = _mm512_set1_epi64(halves);
-  const __m512i of_step = _mm512_inserti64x4(_mm512_set1_epi16(0x0504), _mm256_set1_epi16(0x0100), 0);
-  const __m512i of_base = _mm512_add_epi8(of_step, _mm512_set1_epi8(2));
-  __m512i step = _mm512_shuffle_epi8(both, of_step), base = _mm512_shuffle_epi8(both, of_base);
-  __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(record + sizeof halves)));
-  __m512i even = _mm512_and_si512(codes, _mm512_set1_epi16(15)), odd = _mm512_srli_epi16(codes, 4);
-  even = _mm512_add_epi16(_mm512_mullo_epi16(even, step), base);
-  odd = _mm512_add_epi16(_mm512_mullo_epi16(odd, step), base);
-  return _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaa, _mm512_srli_epi16(even, 8), odd);
-}
-
-/* 64 weights of one output in 8 bits; `record` is a constant of the caller. */
-static inline __attribute__((always_inline)) __m512i weights_at(const int8_t *at, int64_t record) {
-  return record == PACKED ? decode((const uint8_t *)at) : record == FP4 ? decode_fp4((const uint8_t *)at) : _mm512_loadu_si512(at);
-}
 
 /* Results of 16 outputs of a row, from their sums. */
 static inline __attribute__((always_inline)) void finish(const Linear *task, const Gemm *p, int64_t row, int64_t o,

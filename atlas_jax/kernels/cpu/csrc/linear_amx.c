@@ -62,15 +62,33 @@ void pack_terms(const void *data, int64_t part) {
   }
 }
 
+static inline __attribute__((always_inline)) void decode_all(const Linear *task, const uint8_t *record, int64_t outputs,
+                                                             Form form, int8_t *room) {
+  const int64_t needed = outputs * task->inner, span = span_of(form);
+  for (int64_t i = 0; i < needed; i += span, record += form) {
+#pragma GCC unroll 4
+    for (int line = 0; line < (int)form; line += 64)
+      _mm_prefetch((const char *)record + outputs * task->width + line, _MM_HINT_T1); /* those of the next call */
+    const Record opening = opened(record, form, false);
+#pragma GCC unroll 4
+    for (int part = 0; part < span / 64; part++)
+      _mm512_store_si512(room + i + 64 * part, decoded(record, form, &opening, part, false));
+  }
+}
+
 /* The weights of `outputs` outputs as bytes: as they lie, or decoded; NULL if there is no room. */
 static const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t outputs) {
-  if (task->record == PLAIN) return weight;
-  int64_t needed = outputs * task->inner;
+  if (task->form == BYTES) return weight;
   int8_t *room = room_for(task, outputs);
   if (!room) return NULL;
-  for (int64_t i = 0; i < needed; i += 64, weight += task->record) {
-    _mm_prefetch((const char *)weight + outputs * task->width, _MM_HINT_T1); /* those of the next call */
-    _mm512_store_si512(room + i, weights_at(weight, task->record));
+  const uint8_t *record = (const uint8_t *)weight;
+  switch (task->form) {
+    case BYTES: break;
+    case FLOATS: decode_all(task, record, outputs, FLOATS, room); break;
+    case PAIRS: decode_all(task, record, outputs, PAIRS, room); break;
+    case FOUR: decode_all(task, record, outputs, FOUR, room); break;
+    case FIVE: decode_all(task, record, outputs, FIVE, room); break;
+    case SIX: decode_all(task, record, outputs, SIX, room); break;
   }
   return room;
 }
@@ -84,7 +102,7 @@ void multiply_tiles(const void *data, int64_t part) {
   _tile_loadconfig(&shapes);
   int32_t found[4][TILE][TILE] __attribute__((aligned(64)));
   const int64_t group = inner / 4 * TILE;
-  const bool ahead = task->record == PLAIN; /* decoding looks ahead by itself */
+  const bool ahead = task->form == BYTES; /* decoding looks ahead by itself */
   for (int64_t o = p.first; o < p.last; o += 2 * TILE) {
     int width = p.last - o > TILE ? 2 : 1;
     const int8_t *weight = as_bytes(task, p.weight + o * task->width, width * TILE);
