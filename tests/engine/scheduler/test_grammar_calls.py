@@ -208,13 +208,18 @@ def test_an_answer_in_channels_may_think_before_what_it_must_be(tokenizer: Token
     assert allows(tokenizer, grammar, thought + call)
     for other in ("Paris", marks["before"] + "Paris", f"Paris{call}", call + call, HARMONY.write("get_town", "{}")):
         assert not allows(tokenizer, grammar, other)
-    grammar, made = compiled(tokens, CallGrammar(answer=CITY, **marks))
+    grammar, made = compiled(tokens, CallGrammar(answer=AnswerShape(wanted=CITY), **marks))
     assert made == Compiled()
     for before in ("", thought):
         assert allows(tokenizer, grammar, before + marks["before"] + '{"city": "Paris"}')
         assert not allows(tokenizer, grammar, before + marks["before"] + "Paris")
     assert not allows(tokenizer, grammar, '{"city": "Paris"}')
     assert not allows(tokenizer, grammar, call)
+    grammar, made = compiled(tokens, CallGrammar(answer=AnswerShape(kind="choice", wanted=["Paris", "Rome"]), **marks))
+    assert made == Compiled()
+    assert allows(tokenizer, grammar, thought + marks["before"] + "Rome")
+    assert not allows(tokenizer, grammar, marks["before"] + "Bern")
+    assert not allows(tokenizer, grammar, "Rome")
 
 
 def test_where_the_form_of_a_channel_leaves_no_choice_its_own_tokens_are_taken(
