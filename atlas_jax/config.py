@@ -237,6 +237,11 @@ class ModelConfig:
         return self.heads // self.kv_heads
 
     @property
+    def balances_keys(self) -> bool:
+        """Whether keys have a bias and no norm after it: a few channels may then be far larger than all others."""
+        return self.qkv_bias and self.qk_norm is None
+
+    @property
     def recurrent(self) -> bool:
         """Whether some layers keep a state in place of what was read: it cannot be set back to an earlier token."""
         return any(layer.kind != "attention" for layer in self.layers)

@@ -29,6 +29,7 @@ from atlas_jax.kernels.rope import rope_table
 from atlas_jax.kernels.weight_forms import OWN_FORM, Form
 from atlas_jax.model.families import FAMILIES
 from atlas_jax.model.families._family import Fields, UnsupportedModel, Vocabulary
+from atlas_jax.model.key_balance import balanced, key_balance
 from atlas_jax.model.params import DeltaParams, ExpertParams, LayerParams, ModelParams
 from atlas_jax.model.tensor_reader import Outputs, TensorReader
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
@@ -216,6 +217,7 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
         attn_norm_bias=vector(embed, config.pre_norms and config.norm_bias),
         qkv=matrix(qkv, embed),
         qkv_bias=vector(qkv, config.qkv_bias),
+        key_balance=shape((config.kv_heads, config.groups + 2, dim), np.float32) if config.balances_keys else None,
         q_norm=gain(config.heads),
         k_norm=gain(config.kv_heads),
         null_logit=vector(config.heads, config.null_logits),
@@ -236,7 +238,7 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
         of = config.delta_net
         if spec.kind == "attention" or of is None:
             return attending
-        none: dict[str, Any] = dict.fromkeys(("qkv", "qkv_bias", "q_norm", "k_norm", "null_logit"))
+        none: dict[str, Any] = dict.fromkeys(("qkv", "qkv_bias", "key_balance", "q_norm", "k_norm", "null_logit"))
         return dataclasses.replace(attending, **none, out=matrix(embed, of.heads * of.dim), delta=delta_net(of))
 
     return ModelParams(
@@ -347,7 +349,18 @@ def _attention(
         shape = (dim,) if config.qk_norm == "head" else (heads, dim)
         return jnp.asarray(reader.array(f"{prefix}{name}.weight", stored).reshape(shape)[..., order])
 
+    def keys(kind: str, *inner: int) -> np.ndarray:
+        parts = [reader.array(name, (size, *inner)) for name, size in stacked(kind).items()]
+        return np.concatenate(parts)[sizes[0] : sizes[0] + sizes[1]].reshape(config.kv_heads, dim, *inner)[:, order]
+
+    balance = None
+    if config.balances_keys:
+        norm = (
+            reader.array(f"{prefix}attn_norm.weight", (config.embed,)) if config.pre_norms else np.ones(1, np.float32)
+        )
+        balance = key_balance(keys("bias"), keys("weight", config.embed) * norm, config.ropes[spec.rope].dims)
     return {
+        "key_balance": None if balance is None else jnp.asarray(balanced(balance, config.groups)),
         "qkv": reader.matrix(stacked("weight"), config.embed, by_kv_head)
         if config.attention_gate
         else _qkv(reader, config, stacked("weight"), order),
@@ -385,7 +398,7 @@ def _delta_net(
         norm=reader.vector({f"{prefix}ssm_norm.weight": of.dim}),
     )
     out = reader.matrix({f"{prefix}ssm_out.weight": embed}, inner, factor=factor)
-    none = dict.fromkeys(("qkv", "qkv_bias", "q_norm", "k_norm", "null_logit"))
+    none = dict.fromkeys(("qkv", "qkv_bias", "key_balance", "q_norm", "k_norm", "null_logit"))
     return {**none, "out": out, "delta": delta}
 
 

@@ -67,6 +67,7 @@ class LayerParams:
         the order that rotates (i, i + dims/2), and so are their norms. None in layers without attention.
       null_logit: a score of every head of a key without a value (`ModelConfig.null_logits`).
       delta: in layers that have this in place of attention; `out` is the output projection of either.
+      key_balance: factors of queries, keys and values after the biases (`model.key_balance`); None where keys have none.
       q_norm, k_norm: gains, [D] for all heads or [H, D] and [K, D] for each (`ModelConfig.qk_norm`).
       out, down: with their biases, times `ModelConfig.residual_scale`, unless the norms after them have it.
       gate_up: gate and up projections of the MLP, one matrix [2F, E]; a block of gates, then the same block of ups, …
@@ -93,6 +94,7 @@ class LayerParams:
     ff_post_norm: Float[Array, E] | None
     experts: ExpertParams | None
     delta: DeltaParams | None = None
+    key_balance: Float[Array, "K G+2 D"] | None = None
 
 
 @jax.tree_util.register_dataclass

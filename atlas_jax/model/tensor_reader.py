@@ -74,6 +74,9 @@ class TensorReader:
         """Tensors stacked along their outputs, these then put in `order` and multiplied.
 
         They are quantised row by row, so neither the order nor the factor changes a number in 8 bits.
+
+        Raises:
+          UnsupportedModel: a tensor is missing, misshapen or holds what is not finite; the message names it.
         """
         shapes = {name: (size, inner) for name, size in tensors.items()}
         if (form := self.form(tensors)) is not None:

@@ -231,6 +231,8 @@ def _mix_by_attention(
     qkv, x = _normed_linear(config, layer.qkv, layer.qkv_bias, residual, (layer.attn_norm, layer.attn_norm_bias))
     by_head = qkv.reshape(*x.shape[:-1], config.kv_heads, -1, config.head_dim)
     by_head, gate = by_head[..., : config.groups + 2, :], by_head[..., config.groups + 2 :, :]
+    if layer.key_balance is not None:
+        by_head = by_head * layer.key_balance
     gains = None if layer.q_norm is None or layer.k_norm is None else (layer.q_norm, layer.k_norm)
     if gains is not None and (config.qk_norm != "head" or config.norm != "rms"):
         by_head, gains = _normed_heads(config, by_head, *gains), None

@@ -85,6 +85,7 @@ def test_a_window_that_holds_the_text_is_full_attention(evaluate: Callable[..., 
         assert (values == losses["full", item]) == (arm in ("full", "larger window", "wide")), (arm, item)
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_and_gives_what_a_whole_one_gives(
     evaluate: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,6 +137,7 @@ def test_an_arm_that_the_engine_refuses_is_named_before_anything_is_measured(
     assert not (tmp_path / "results.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_other_seeds_give_other_questions_and_the_same_documents(evaluate: Callable[..., int], tmp_path: Path) -> None:
     assert evaluate(tmp_path, "--tasks", "loss", "lists", "--arms", "full", "--seeds", "2") == 0
     found = rows(tmp_path)

@@ -52,6 +52,7 @@ def test_a_chat_without_a_server_says_so() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_memory_holds_what_its_rule_has_room_for() -> None:
     done = run("memory_rules.py")
     assert done.returncode == 0, done.stderr
