@@ -112,6 +112,7 @@ class ExpertsConfig:
       ff: columns of an expert.
       normalised: whether the probabilities of the experts that a token uses are scaled to sum to 1.
       shared_ff: columns of a further expert that all tokens use, times a sigmoid of its own; 0 for none.
+      biases: whether the router and the experts' matrices have biases on their outputs.
     """
 
     count: int
@@ -119,6 +120,7 @@ class ExpertsConfig:
     ff: int
     normalised: bool
     shared_ff: int = 0
+    biases: bool = False
 
     def __post_init__(self) -> None:
         _require(0 < self.used <= self.count, f"experts used ({self.used}) must be at most their count, {self.count}")
@@ -136,7 +138,8 @@ class ModelConfig:
 
     Attributes:
       family: GGUF architecture name.
-      activation: of the MLP: of its gate, or of its only input matrix where it has no gate.
+      activation: of the MLP: of its gate, or of its only input matrix where it has no gate; `kernels.fused_linear` defines
+        them.
       gated: whether the MLP multiplies activation(gate) with up; otherwise it is down(activation(up)).
       norm: "rms" or "layer" (mean taken away first), before each sublayer, at the end, and of queries and keys.
       norm_bias: whether those of the residual stream add a bias.
@@ -153,6 +156,8 @@ class ModelConfig:
       residual_scale: factor on what a sublayer adds to the residual stream.
       attention_scale: factor on q·k.
       attention_softcap: scores of attention become cap·tanh(score / cap), or None.
+      null_logits: whether each head of a layer has one more score in its softmax, a parameter, of a key without a value:
+        what it weighs is taken from the others (the attention sinks of gpt-oss).
       logit_scale: factor on logits.
       final_softcap: logits then become cap·tanh(logits / cap), or None.
     """
@@ -168,7 +173,7 @@ class ModelConfig:
     ropes: tuple[RopeConfig, ...]
     context_length: int
     norm_eps: float
-    activation: Literal["silu", "gelu_tanh"] = "silu"
+    activation: Literal["silu", "gelu_tanh", "swiglu_oai"] = "silu"
     gated: bool = True
     norm: Literal["rms", "layer"] = "rms"
     norm_bias: bool = False
@@ -187,6 +192,7 @@ class ModelConfig:
     residual_scale: float = 1.0
     attention_scale: float | None = None
     attention_softcap: float | None = None
+    null_logits: bool = False
     tied_head: bool = True
     logit_scale: float = 1.0
     final_softcap: float | None = None
@@ -202,6 +208,7 @@ class ModelConfig:
         _require(
             self.experts is None or (self.gated and not self.parallel), "experts have a gate, and come after attention"
         )
+        _require(self.gated or self.activation != "swiglu_oai", "activation swiglu_oai needs a gate")
         _require(
             self.delta_net is None or (self.pre_norms and not self.parallel and not self.post_norms),
             "delta_net layers have norms before their parts, which follow one another",

@@ -26,6 +26,7 @@ S = TypeVar("S")
 _WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "qkv": (MODEL,),
     "qkv_bias": (MODEL,),
+    "null_logit": (MODEL,),
     "key_balance": (MODEL,),
     "gate_up": (MODEL,),
     "gate_up_bias": (MODEL,),
@@ -49,6 +50,7 @@ _ROWS: dict[str, tuple[str | None, ...]] = {
     "query_scale": (DATA, None, MODEL),
     "capacity": (),
     "weights": (DATA, None, MODEL),
+    "null_logit": (MODEL,),
 }
 """Axes of what has a leading axis of rows; every other such array is divided by rows alone."""
 
@@ -146,7 +148,7 @@ def check_mesh(config: ModelConfig, data: int, model: int) -> None:
             "no such limit"
         )
     blocks = config.ff // config.ff_block
-    if blocks % model:
+    if config.experts is None and blocks % model:  # every device has all experts
         raise ConfigError(
             f"mesh_model ({model}) must divide the MLP's {blocks} blocks of {config.ff_block} columns; mesh_data has no "
             "such limit"
@@ -184,6 +186,7 @@ def _specs(
 
     def spec(path: tuple[Any, ...], leaf: Any) -> PartitionSpec:
         names = [key.name for key in path if isinstance(key, jax.tree_util.GetAttrKey)]
+        names += [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]
         wanted = next((axes[name] for name in reversed(names) if name in axes), default)
         shape = np.shape(leaf)
         return PartitionSpec(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFWriter
+from gguf import GGMLQuantizationType, GGUFWriter, quants
 
 VOCAB, EMBED, HEADS, KV_HEADS, DIM, FF, CONTEXT = 32, 64, 4, 2, 16, 48, 4096
 WINDOW = 24
@@ -79,6 +79,15 @@ def _expert_tensors(ff: int) -> dict[str, tuple[int, ...]]:
         "ffn_gate_exps.weight": (_EXPERTS, ff, EMBED),
         "ffn_up_exps.weight": (_EXPERTS, ff, EMBED),
         "ffn_down_exps.weight": (_EXPERTS, EMBED, ff),
+    }
+
+
+def _expert_biases(ff: int) -> dict[str, tuple[int, ...]]:
+    return {
+        "ffn_gate_inp.bias": (_EXPERTS,),
+        "ffn_gate_exps.bias": (_EXPERTS, ff),
+        "ffn_up_exps.bias": (_EXPERTS, ff),
+        "ffn_down_exps.bias": (_EXPERTS, EMBED),
     }
 
 
@@ -288,6 +297,22 @@ SAMPLES: Mapping[str, Sample] = {
         without=("ffn_gate.weight",),
         tied=True,
     ),
+    "gpt-oss": Sample(
+        "gpt-oss",
+        layers=4,
+        metadata={
+            **{"rope.freq_base": 150_000.0, **_KEY_LENGTHS, **_YARN, "attention.sliding_window": WINDOW},
+            **{**_EXPERT_KEYS, "expert_feed_forward_length": 64},
+        },
+        layer={
+            **_QKV_BIASES,
+            **_biases(attn_output=EMBED),
+            **{"attn_sinks.weight": (HEADS,), "post_attention_norm.weight": (EMBED,)},
+            **_expert_tensors(64),
+            **_expert_biases(64),
+        },
+        without=(*_NO_MLP, "ffn_norm.weight"),
+    ),
     "command-r": Sample(
         "command-r",
         metadata={**_LAYER_NORM, "logit_scale": 0.0625, "rope.scaling.type": "none"},
@@ -346,8 +371,10 @@ def shapes(sample: Sample) -> dict[str, tuple[int, ...]]:
 _ATTENTION = {f"attn_{name}.weight" for name in ("q", "k", "v", "output", "q_norm", "k_norm")}
 
 
-def write_sample(path: Path, sample: Sample, *, seed: int = 0) -> Path:
-    """Writes a model; the same arguments give the same bytes."""
+def write_sample(
+    path: Path, sample: Sample, *, seed: int = 0, experts: GGMLQuantizationType = GGMLQuantizationType.F32
+) -> Path:
+    """Writes a model, its experts in a type; the same arguments give the same bytes."""
     random = np.random.default_rng(seed)
     writer = GGUFWriter(path, sample.architecture)
     for key, value in metadata(sample).items():
@@ -365,7 +392,8 @@ def write_sample(path: Path, sample: Sample, *, seed: int = 0) -> Path:
             values = 1.0 + 0.2 * numbers
         else:  # attention that is neither flat nor a copy
             values = numbers * ((1.5 if ".attn" in name else 1.0) / np.sqrt(shape[-1]))
-        writer.add_tensor(name, values.astype(np.float32))
+        kind = experts if name.endswith("exps.weight") else GGMLQuantizationType.F32
+        writer.add_tensor(name, quants.quantize(values.astype(np.float32), kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

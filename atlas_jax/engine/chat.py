@@ -27,7 +27,10 @@ class Chat:
         self.facts = TemplateFacts()
         if isinstance(template, ChatTemplate):
             self.facts = TemplateFacts(
-                call=template.facts.call, system=template.facts.takes_system, thinking=template.facts.thinking
+                call=template.facts.call,
+                system=template.facts.takes_system,
+                thinking=template.facts.thinking,
+                channels=template.facts.channels,
             )
 
     def tokens(

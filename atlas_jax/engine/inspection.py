@@ -71,6 +71,7 @@ class TemplateFacts:
     system: bool = True
     tools: bool = False
     thinking: tuple[str, str] | None = None
+    channels: bool = False
     problem: str | None = None
 
 
@@ -248,19 +249,25 @@ def _template(file: ModelFile) -> TemplateFacts:
     if made is None:
         return TemplateFacts(own=False)
     facts = made.facts
-    return TemplateFacts(own=True, system=facts.takes_system, tools=bool(facts.call), thinking=facts.thinking)
+    return TemplateFacts(
+        own=True, system=facts.takes_system, tools=bool(facts.call), thinking=facts.thinking, channels=facts.channels
+    )
 
 
 def _forms(params: ModelParams) -> tuple[TensorTypes, ...]:
     """The weights by their form, scales with what they belong to."""
-    names = {PackedArray: "5 bits", QuantArray: "int8"}
     found: dict[str, list[tuple[int, int]]] = defaultdict(list)
 
     def weights() -> Iterator[Any]:
         yield from jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, PackedArray | QuantArray))
 
+    def name(leaf: Any) -> str:
+        if isinstance(leaf, PackedArray):
+            return f"{8 * leaf.form.value / leaf.form.span:.3g} bits"
+        return "int8" if isinstance(leaf, QuantArray) else str(getattr(leaf, "dtype", "float32"))
+
     for leaf in weights():
-        form = names.get(type(leaf), str(getattr(leaf, "dtype", "float32")))
+        form = name(leaf)
         size = sum(int(np.prod(one.shape)) * one.dtype.itemsize for one in jax.tree.leaves(leaf))
         found[form].append((int(np.prod(leaf.shape)), size))
     rows = [

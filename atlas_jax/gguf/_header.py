@@ -15,7 +15,9 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-from gguf.constants import GGML_QUANT_SIZES, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
+from gguf.constants import GGUF_MAGIC, GGUFValueType
+
+from atlas_jax.gguf._types import BLOCKS, TensorType
 
 MAX_STRING_BYTES = 64 << 20
 MAX_HEADER_BYTES = 256 << 20
@@ -60,7 +62,7 @@ class TensorInfo:
 
     name: str
     shape: tuple[int, ...]
-    ggml_type: GGMLQuantizationType
+    ggml_type: TensorType
     offset: int
     nbytes: int
 
@@ -206,7 +208,7 @@ def _tensor(cursor: _Cursor, index: int) -> TensorInfo:
     type_at = cursor.pos
     code = cursor.scalar(_U32, f"type of {what}")
     try:
-        ggml_type = GGMLQuantizationType(code)
+        ggml_type = TensorType(code)
     except ValueError:
         raise GGUFError(f"{what} at offset {type_at} has unknown GGML type {code}") from None
     elements = 1
@@ -214,7 +216,7 @@ def _tensor(cursor: _Cursor, index: int) -> TensorInfo:
         elements *= dim
         if not 0 < elements < 1 << 63:
             raise GGUFError(f"{what} at offset {start} has the impossible dimensions {dims}")
-    block, block_bytes = GGML_QUANT_SIZES[ggml_type]
+    block, block_bytes = BLOCKS[ggml_type]
     if dims[0] % block:
         raise GGUFError(f"{what} at offset {start} has rows of {dims[0]}, no multiple of {ggml_type.name}'s {block}")
     offset = cursor.scalar(_U64, f"offset of {what}")

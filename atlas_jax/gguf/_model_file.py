@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas_jax.gguf._header import TensorInfo
-from atlas_jax.gguf._nibbles import Nibbles
+from atlas_jax.gguf._nibbles import Floats4, Nibbles
 
 
 class ModelFile(Protocol):
@@ -46,10 +46,10 @@ class ModelFile(Protocol):
         """Takes a tensor out of this process's memory until it is looked at again."""
 
     def has_nibbles(self, name: str) -> bool:
-        """Whether a tensor is a matrix of 4-bit codes."""
+        """Whether a tensor is a matrix of 4-bit codes, or several."""
 
-    def nibbles(self, name: str) -> Nibbles:
-        """The codes of one; raises GGUFError."""
+    def nibbles(self, name: str) -> Nibbles | Floats4:
+        """The codes of one, several matrices as the rows of one; raises GGUFError."""
 
     def fingerprint(self) -> str:
         """SHA-256 of what makes the model; raises GGUFError where a file has changed."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 from gguf import quants
-from gguf.constants import GGMLQuantizationType
+
+from atlas_jax.gguf._types import TensorType
 
 
 @dataclass(frozen=True)
@@ -24,23 +25,40 @@ class Nibbles:
     base: npt.NDArray[np.float32]
 
 
-def holds_nibbles(kind: GGMLQuantizationType) -> bool:
+@dataclass(frozen=True)
+class Floats4:
+    """Matrices of floats of 4 bits (e2m1): weight i of block j is half the value of `codes[i]` times 2**(exponent[j] - 127).
+
+    Attributes:
+      codes: uint8 [out, in], 0 … 15.
+      exponent: uint8 [out, in / 32].
+    """
+
+    codes: npt.NDArray[np.uint8]
+    exponent: npt.NDArray[np.uint8]
+
+
+def holds_nibbles(kind: TensorType) -> bool:
     """Whether `unpack_nibbles` takes a type."""
     return kind in _BYTES
 
 
-def unpack_nibbles(kind: GGMLQuantizationType, packed: npt.NDArray[np.uint8]) -> Nibbles:
-    """Rows of blocks as they lie in the file, uint8 [out, bytes], as codes, steps and bases."""
+def unpack_nibbles(kind: TensorType, packed: npt.NDArray[np.uint8]) -> Nibbles | Floats4:
+    """Rows of blocks as they lie in the file, uint8 [out, bytes], as codes and what they stand for."""
     rows = packed.shape[0]
     blocks = packed.reshape(-1, _BYTES[kind])
-    if kind == GGMLQuantizationType.Q4_K:
+    if kind == TensorType.MXFP4:
+        halves = blocks[:, 1:]
+        codes = np.concatenate([halves & 15, halves >> 4], axis=1)
+        return Floats4(codes.reshape(rows, -1), blocks[:, 0].reshape(rows, -1))
+    if kind == TensorType.Q4_K:
         scale, least = (_float(blocks, at)[:, None] for at in (0, 2))
         factor, offset = quants.Q4_K.get_scale_min(blocks[:, 4:16])
         step, base = scale * factor.astype(np.float32), -least * offset.astype(np.float32)
         pairs = blocks[:, 16:].reshape(-1, 4, 32)
     else:
         step = _float(blocks, 0)
-        base = _float(blocks, 2) if kind == GGMLQuantizationType.Q4_1 else step * -8.0
+        base = _float(blocks, 2) if kind == TensorType.Q4_1 else step * -8.0
         pairs = blocks[:, -16:].reshape(-1, 1, 16)
     codes = np.stack([pairs & 15, pairs >> 4], axis=2)
     return Nibbles(codes.reshape(rows, -1), step.reshape(rows, -1), base.reshape(rows, -1))
@@ -50,4 +68,4 @@ def _float(blocks: npt.NDArray[np.uint8], at: int) -> npt.NDArray[np.float32]:
     return np.ascontiguousarray(blocks[:, at : at + 2]).view("<f2")[:, 0].astype(np.float32)
 
 
-_BYTES = {GGMLQuantizationType.Q4_0: 18, GGMLQuantizationType.Q4_1: 20, GGMLQuantizationType.Q4_K: 144}
+_BYTES = {TensorType.Q4_0: 18, TensorType.Q4_1: 20, TensorType.Q4_K: 144, TensorType.MXFP4: 17}

@@ -13,13 +13,13 @@ from typing import Any, TypeVar, overload
 
 import numpy as np
 import numpy.typing as npt
-from gguf import quants
-from gguf.constants import GGMLQuantizationType, Keys
+from gguf.constants import Keys
 
 from atlas_jax.gguf import _metadata
 from atlas_jax.gguf._header import GGUFError, Header, TensorInfo, quote, scan_header
 from atlas_jax.gguf._mapped import MappedFile
-from atlas_jax.gguf._nibbles import Nibbles, holds_nibbles, unpack_nibbles
+from atlas_jax.gguf._nibbles import Floats4, Nibbles, holds_nibbles, unpack_nibbles
+from atlas_jax.gguf._types import as_floats
 
 T = TypeVar("T", bool, int, float, str, list[str], np.ndarray)
 
@@ -185,14 +185,14 @@ class GGUFFile:
         return out.reshape(info.shape)
 
     def has_nibbles(self, name: str) -> bool:
-        """Whether a tensor is a matrix of 4-bit codes; GGUFError as `tensor`."""
+        """Whether a tensor is a matrix of 4-bit codes, or several; GGUFError as `tensor`."""
         info = self.tensor(name)
-        return len(info.shape) == 2 and holds_nibbles(info.ggml_type)
+        return len(info.shape) >= 2 and holds_nibbles(info.ggml_type)
 
-    def nibbles(self, name: str) -> Nibbles:
-        """The codes of a matrix for which `has_nibbles`; GGUFError as `raw`."""
+    def nibbles(self, name: str) -> Nibbles | Floats4:
+        """The codes of what `has_nibbles`, several matrices as the rows of one; GGUFError as `raw`."""
         info = self.tensor(name)
-        return unpack_nibbles(info.ggml_type, self.raw(name).reshape(info.shape[0], -1))
+        return unpack_nibbles(info.ggml_type, self.raw(name).reshape(int(np.prod(info.shape[:-1])), -1))
 
     def fingerprint(self) -> str:
         """SHA-256 of the whole file (header, tensor table and data), as `sha256sum` prints it; computed once.
@@ -243,16 +243,10 @@ def _open_others(path: Path, parts: list[_Part]) -> Path:
 
 def _unpack(info: TensorInfo, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Rows of blocks as rows of float32."""
-    match info.ggml_type:
-        case GGMLQuantizationType.F32:
-            return packed.view("<f4")
-        case GGMLQuantizationType.F16:
-            return packed.view("<f2").astype(np.float32)
     try:
         # Values of hostile blocks may overflow; they are values like any other, and the model's checks see them.
         with np.errstate(all="ignore"):
-            values: npt.NDArray[np.float32] = quants.dequantize(packed, info.ggml_type)
+            return as_floats(info.ggml_type, packed)
     except NotImplementedError:
         message = f"tensor {quote(info.name)} is of type {info.ggml_type.name}, which cannot be dequantised"
         raise GGUFError(message) from None
-    return values

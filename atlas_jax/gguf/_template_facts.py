@@ -40,6 +40,7 @@ class TemplateFacts:
       text_arguments: whether it wants a call's arguments as JSON in a string instead of an object.
       takes_system: whether it takes a system message.
       thinking: the marks around what the model thinks, or None.
+      channels: whether answers are messages in channels (OpenAI's Harmony).
     """
 
     def __init__(self, render: Render, source: str) -> None:
@@ -49,6 +50,7 @@ class TemplateFacts:
           source: of the template.
         """
         self.thinking = next((marks for marks in _THINKING if marks[1] in source), None)
+        self.channels = "<|channel|>final<|message|>" in source
         self.takes_system = NEEDLE in _tried(render, [{"role": "system", "content": NEEDLE}, _USER])
         self.text_arguments = False
         self.call = ""

@@ -39,7 +39,9 @@ class CallGrammar:
       text: whether the answer may be any text, or begin with one; what follows the first `lead` in it are calls.
       bare: whether a text that begins as `first` and a call do is calls too.
       answer: what the answer must match if it calls nothing and `text` is false, or None: it must call.
+      before: what stands before `answer`.
       thinking: what ends the reasoning that the answer begins with, or None.
+      thinks: what begins that reasoning, where the answer itself does so; it then may have none.
     """
 
     calls: tuple[CallShape, ...] = ()
@@ -51,14 +53,19 @@ class CallGrammar:
     text: bool = False
     bare: bool = False
     answer: AnswerShape | None = None
+    before: str = ""
     thinking: str | None = None
+    thinks: str = ""
 
     @property
     def opens(self) -> tuple[str, ...]:
         """Texts after the first of which nothing of the answer is free; none if no part of it is."""
         if self.text:
             return (self.lead, *((call.begin for call in self.calls) if self.bare else ()))
-        return () if self.thinking is None else (self.thinking,)
+        if self.thinking is None:
+            return ()
+        # where there may be no reasoning, what follows it is as good a sign that it is over
+        return (self.thinking, *((one for one in (self.lead, self.before) if one) if self.thinks else ()))
 
 
 def lark(grammar: CallGrammar, args: list[str], answer: str | None, controls: Mapping[str, int]) -> str:
@@ -99,9 +106,12 @@ def lark(grammar: CallGrammar, args: list[str], answer: str | None, controls: Ma
         lines.append("TEXT: ANY")
     if answer is not None:
         ways.append("answer")
-        lines.append(f"answer: {answer}")
+        lines.append(f"answer: {literal(grammar.before)} {answer}" if grammar.before else f"answer: {answer}")
     begin = ""
-    if grammar.thinking is not None:
+    if grammar.thinking is not None and grammar.thinks:
+        begin = "reasoning? "
+        lines += [f"reasoning: {literal(grammar.thinks)} thought", up_to("thought", grammar.thinking)]
+    elif grammar.thinking is not None:
         begin = "thinking BLANK "
         lines += [up_to("thinking", grammar.thinking), "BLANK: /[ \\n]{0,4}/"]
     lines += [f"start: {begin}body", f"body: {' | '.join(ways)}"]

@@ -67,6 +67,7 @@ def attend(
     scale: float,
     pairs: LayerPairs | None = None,
     softcap: float | None = None,
+    null_logit: Float[Array, H] | None = None,
 ) -> Float[Array, "B T H D"]:
     """`window_attention` by whichever kernel there is for it.
 
@@ -75,10 +76,11 @@ def attend(
       masks: `visible(view, sliding_window)`, the same for all layers with this window.
     """
     if softcap is not None or not uses_tpu_kernel(kv):
-        return window_attention(q, q_sink, kv, *masks, scale, pairs, softcap)
+        return window_attention(q, q_sink, kv, *masks, scale, pairs, softcap, null_logit)
     from atlas_jax.kernels.tpu import window_attention as mosaic  # importing Pallas takes 0.4 s that only TPUs need
 
-    return mosaic.attention(q, q_sink, kv, view, sliding_window, scale, pairs, interpret=tpu.interpreted())
+    rest = sliding_window, scale, pairs, null_logit
+    return mosaic.attention(q, q_sink, kv, view, *rest, interpret=tpu.interpreted())
 
 
 def window_attention(
@@ -90,6 +92,7 @@ def window_attention(
     scale: float,
     pairs: LayerPairs | None = None,
     softcap: float | None = None,
+    null_logit: Float[Array, H] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of a step's tokens over the ring, the sinks and the kept pairs.
 
@@ -102,6 +105,7 @@ def window_attention(
       scale: factor on q·k.
       pairs: the layer's kept pairs; all tokens of a row see those that it has.
       softcap: see `capped`; only XLA's form has it.
+      null_logit: one more score in each head's softmax, of a key without a value.
 
     Returns:
       The attention output. What is not seen contributes an exact zero.
@@ -112,7 +116,9 @@ def window_attention(
     taken = softcap is None and uses_cpu_kernel(tokens, dim, kv.sink_k.shape[2])
     if taken and isinstance(k, QuantPages) and isinstance(v, QuantPages):
         ring = k.values, k.scale, v.values, v.scale
-        return ffi.attention(q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(pairs))
+        return ffi.attention(
+            q, q_sink, *ring, kv.sink_k, kv.sink_v, seen, sinks_seen, scale, _packed_pairs(pairs), null_logit
+        )
     groups = heads // kv_heads
     score = capped(page_scores(group_queries(q, kv_heads), kv.k) * scale, softcap)  # [B, N, K, G·T, P]
     by_token = score.reshape(*score.shape[:3], groups, tokens, PAGE)
@@ -124,6 +130,9 @@ def window_attention(
     sink_score = jnp.where(sink_mask, sink_score, UNSEEN)
 
     peak = jnp.maximum(row_max(score).max(axis=1), sink_score.max(axis=-1))  # [B, K, G·T]
+    if null_logit is not None:
+        null_score = by_query(null_logit, kv_heads, tokens)
+        peak = jnp.maximum(peak, null_score)
     if pairs is not None:
         kept_score = capped(page_scores(group_queries(q_sink, kv_heads), pairs.own(pairs.pool.k)) * scale, softcap)
         filled = (kept_index(pairs.pages) < pairs.count[:, None, None])[:, :, None]  # [B, pages, 1, P]
@@ -132,6 +141,8 @@ def window_attention(
     weight = jnp.exp(score - peak[:, None, :, :, None])
     sink_weight = jnp.exp(sink_score - peak[..., None])
     mass = row_sum(weight).sum(axis=1) + sink_weight.sum(axis=-1)
+    if null_logit is not None:
+        mass = mass + jnp.exp(null_score - peak)
     total = _weighted_values(weight, kv.v) + jnp.einsum("bkqs,bksd->bkqd", sink_weight, kv.sink_v)
     if pairs is not None:
         kept_weight = jnp.exp(kept_score - peak[:, None, :, :, None])
@@ -173,6 +184,11 @@ def group_queries(q: jax.Array, kv_heads: int) -> jax.Array:
     batch, tokens, heads, dim = q.shape
     grouped = q.reshape(batch, tokens, kv_heads, heads // kv_heads, dim).transpose(0, 2, 3, 1, 4)
     return grouped.reshape(batch, kv_heads, -1, dim)
+
+
+def by_query(per_head: Float[Array, H], kv_heads: int, tokens: int) -> Float[Array, "K Q"]:
+    """A number of every head, for the queries in the order of `group_queries`."""
+    return jnp.repeat(per_head.reshape(kv_heads, -1), tokens, axis=1)
 
 
 def page_scores(q: jax.Array, pages: Pages) -> jax.Array:
@@ -227,6 +243,7 @@ def ref_window_attention(
     sinks_seen: Bool[Array, "B T"],
     scale: float,
     kept: tuple[Float[Array, "B kept K P D"], Float[Array, "B kept K P D"], Int32[Array, B]] | None = None,
+    null_logit: Float[Array, H] | None = None,
 ) -> Float[Array, "B T H D"]:
     """`window_attention` as one softmax over a plain list of keys, in float32: the definition.
 
@@ -256,4 +273,8 @@ def ref_window_attention(
     score = jnp.where(
         jnp.concatenate(masks, axis=-1)[:, None], jnp.concatenate([met_k, met_near], axis=-1) * scale, -jnp.inf
     )
-    return jnp.einsum("bhts,bhsd->bthd", jax.nn.softmax(score, axis=-1), each_head([flat(v), *near_v]))
+    if null_logit is not None:
+        score = jnp.concatenate([score, jnp.broadcast_to(null_logit[:, None, None], (*score.shape[:3], 1))], axis=-1)
+    probability = jax.nn.softmax(score, axis=-1)
+    values = each_head([flat(v), *near_v])
+    return jnp.einsum("bhts,bhsd->bthd", probability[..., : values.shape[2]], values)

@@ -10,13 +10,16 @@ from __future__ import annotations
 from typing import Literal, TypeGuard
 
 import jax
+import jax.numpy as jnp
 
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.linear import InterleavedArray, PackedArray, QuantArray, Weight, linear, uses_cpu_kernel
 from atlas_jax.kernels.reductions import row_sum
 from atlas_jax.typing import Array, Float
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "swiglu_oai"]
+SWIGLU_SLOPE, SWIGLU_LIMIT = 1.702, 7.0
+"""Of `swiglu_oai`: gate · σ(slope · gate) · (up + 1), with the gate cut at the limit and up at ± the limit."""
 
 
 def rms_norm(x: Float[Array, "*rows E"], gain: Float[Array, "*#rows E"], eps: float) -> Float[Array, "*rows E"]:
@@ -42,14 +45,22 @@ def residual_sum(
 
 
 def gated(x: Float[Array, "*rows 2*F"], block: int, activation: Activation) -> Float[Array, "*rows F"]:
-    """activation(gate) · up of columns that lie as `block` of the gate, then `block` of up, and so on; GELU by tanh."""
+    """activation(gate) · up of columns that lie as `block` of the gate, then `block` of up, and so on; GELU by tanh.
+
+    `swiglu_oai` is what `SWIGLU_SLOPE` says.
+    """
     blocks = x.reshape(*x.shape[:-1], -1, 2, block)
     gate, up = blocks[..., 0, :], blocks[..., 1, :]
-    return (activated(gate, activation) * up).reshape(*x.shape[:-1], -1)
+    if activation == "swiglu_oai":
+        gate, up = jnp.minimum(gate, SWIGLU_LIMIT), jnp.clip(up, -SWIGLU_LIMIT, SWIGLU_LIMIT)
+        made = gate * jax.nn.sigmoid(SWIGLU_SLOPE * gate) * (up + 1.0)
+    else:
+        made = activated(gate, activation) * up
+    return made.reshape(*x.shape[:-1], -1)
 
 
 def activated(x: Float[Array, "*rows F"], activation: Activation) -> Float[Array, "*rows F"]:
-    """SiLU, or GELU by tanh."""
+    """SiLU, or GELU by tanh; `swiglu_oai` is of a gate and what it is multiplied with, see `gated`."""
     return jax.nn.silu(x) if activation == "silu" else jax.nn.gelu(x, approximate=True)
 
 
@@ -93,7 +104,7 @@ def gated_linear(
     if not _uses_cpu_kernel(weight) or block % 16:
         return linear(weight, gated(x, block, activation))
     rows = x.reshape(-1, x.shape[-1])
-    out = ffi.gated_linear(rows, block, activation == "gelu_tanh", _stored(weight), weight.scale)
+    out = ffi.gated_linear(rows, block, activation, _stored(weight), weight.scale)
     return out.reshape(*x.shape[:-1], -1)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.reductions import row_max
-from atlas_jax.kernels.weight_forms import Form, unpack_records
+from atlas_jax.kernels.weight_forms import FLOATS4_SHIFT, FLOATS4_SMALLEST, Form, unpack_records
 from atlas_jax.typing import Array, Float, Int8, Int32, UInt8
 
 
@@ -47,7 +47,7 @@ class PackedArray:
     """A weight matrix in 8 bits that is stored in fewer: a weight is what its record decodes to, times `scale`.
 
     Attributes:
-      blocks: uint8 [out, records, bytes of one].
+      blocks: uint8 [out, records, bytes of one]; of several matrices with a leading axis, like the scale.
       scale: float32 [out].
       form: what the records are.
     """
@@ -59,7 +59,7 @@ class PackedArray:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the matrix it stands for."""
-        return (self.blocks.shape[0], self.form.span * self.blocks.shape[1])
+        return (*self.blocks.shape[:-2], self.form.span * self.blocks.shape[-2])
 
 
 @jax.tree_util.register_dataclass
@@ -128,6 +128,28 @@ def pack_weight(codes: np.ndarray, step: np.ndarray, base: np.ndarray) -> tuple[
     pairs = codes.reshape(outputs, -1, 32, 2)
     records[..., 8:] = pairs[..., 0] | pairs[..., 1] << 4
     return records, peak / np.float32(127.0)
+
+
+def pack_floats(codes: np.ndarray, exponent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of the `PackedArray` of a matrix of 4-bit floats, in `Form.FLOATS`.
+
+    Args:
+      codes: uint8 [out, in]; in a multiple of 64.
+      exponent: uint8 [out, in / 32]; a weight is `FLOATS4[code] * 2**(exponent - 128)`, with that of its block.
+
+    Returns:
+      blocks uint8 [out, in / 64, 34] and scale float32 [out]; a row of zeros has scale 0.
+    """
+    outputs, inner = codes.shape
+    used = (codes & 7).reshape(outputs, -1, 32).max(axis=-1) > 0
+    largest = np.where(used, exponent, 0).max(axis=1, initial=0).astype(np.int32)
+    records = np.empty((outputs, inner // 64, 34), np.uint8)
+    # a block of zeros has any exponent
+    records[..., :2] = np.clip(largest[:, None] - exponent, 0, FLOATS4_SMALLEST).reshape(outputs, -1, 2)
+    pairs = codes.reshape(outputs, -1, 32, 2)
+    records[..., 2:] = pairs[..., 0] | pairs[..., 1] << 4
+    scale = np.ldexp(used.any(axis=1).astype(np.float32), largest - 128 - FLOATS4_SHIFT)
+    return records, scale.astype(np.float32)
 
 
 def unpack(weight: PackedArray) -> QuantArray:

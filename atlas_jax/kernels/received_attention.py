@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE
 from atlas_jax.kernels import attention
-from atlas_jax.kernels.attention import UNSEEN, capped, group_queries, kept_index, page_scores
+from atlas_jax.kernels.attention import UNSEEN, by_query, capped, group_queries, kept_index, page_scores
 from atlas_jax.kernels.cpu import ffi
 from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, QuantPages, stretch_of, unpacked
 from atlas_jax.kernels.packed_pages import PackedPages
@@ -33,6 +33,7 @@ def received_attention(
     pages: int,
     scale: float,
     softcap: float | None = None,
+    null_logit: Float[Array, H] | None = None,
 ) -> tuple[Float[Array, "N K P"], Float[Array, "kept_pages K P"]]:
     """The probability that each pair of a row gets of some queries' attention, added up over them and their heads.
 
@@ -48,6 +49,7 @@ def received_attention(
       pages: of the kept pairs to tell of, as many as the layer has filled or more.
       scale: factor on q·k.
       softcap: see `attention.capped`.
+      null_logit: see `attention.window_attention`.
 
     Returns:
       Of the ring and of the kept pairs, for each KV head the sums over the queries that share it; 0 where none sees.
@@ -61,7 +63,7 @@ def received_attention(
         and isinstance(k, QuantPages)
         and isinstance(kept_k, PackedPages)
     ):
-        rest = kv.sink_k, kept_k, row, seen, sinks_seen, first, kept, pages, scale
+        rest = kv.sink_k, kept_k, row, seen, sinks_seen, first, kept, pages, scale, null_logit
         return ffi.received_attention(q, q_near, k.values, k.scale, *rest)
 
     def own(leaf: jax.Array) -> jax.Array:
@@ -79,10 +81,15 @@ def received_attention(
     sink_score = jnp.where(sinks_seen, capped(sink_score, softcap), UNSEEN)
     peaks = row_max(score).max(axis=0), row_max(kept_score).max(axis=0), sink_score.max(axis=-1)
     peak = jnp.maximum(jnp.maximum(peaks[0], peaks[1]), peaks[2])  # [K, G·samples]
+    if null_logit is not None:
+        null_score = by_query(null_logit, kv_heads, samples)
+        peak = jnp.maximum(peak, null_score)
     weight = jnp.where(mask, jnp.exp(score - peak[..., None]), 0.0)
     kept_weight = jnp.where(filled, jnp.exp(kept_score - peak[..., None]), 0.0)
     sink_weight = jnp.where(sinks_seen, jnp.exp(sink_score - peak[..., None]), 0.0)
     mass = row_sum(weight).sum(axis=0) + row_sum(kept_weight).sum(axis=0) + sink_weight.sum(axis=-1)
+    if null_logit is not None:
+        mass = mass + jnp.exp(null_score - peak)
     share = jnp.where(mass > 0, 1.0 / mass, 0.0)
 
     def added(weight: jax.Array) -> jax.Array:
@@ -101,6 +108,7 @@ def ref_received_attention(
     sinks_seen: Bool[Array, ""],
     kept: Int32[Array, ""],
     scale: float,
+    null_logit: Float[Array, H] | None = None,
 ) -> tuple[Float[Array, "N K P"], Float[Array, "kept_pages K P"]]:
     """`received_attention` of one row by softmaxes over plain lists of keys, in float32: the definition."""
     samples, heads, dim = q.shape
@@ -124,7 +132,10 @@ def ref_received_attention(
     filled = jnp.arange(kept_k.shape[0] * PAGE) < kept
     near_seen = jnp.concatenate([jnp.broadcast_to(sinks_seen, sinks), filled])
     mask = jnp.concatenate([seen.reshape(samples, -1), jnp.broadcast_to(near_seen, (samples, near_seen.size))], axis=-1)
-    probability = jnp.where(mask, jax.nn.softmax(jnp.where(mask, score * scale, -jnp.inf), axis=-1), 0.0)
+    score = jnp.where(mask, score * scale, -jnp.inf)
+    if null_logit is not None:
+        score = jnp.concatenate([score, jnp.broadcast_to(null_logit[:, None, None], (heads, samples, 1))], axis=-1)
+    probability = jnp.where(mask, jax.nn.softmax(score, axis=-1)[..., : mask.shape[-1]], 0.0)
     sums = probability.reshape(kv_heads, -1, mask.shape[1]).sum(axis=1)
     ring = seen.shape[1] * PAGE
     return pages_of(sums[:, :ring]), pages_of(sums[:, ring + sinks :])

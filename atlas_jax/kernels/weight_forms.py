@@ -1,8 +1,11 @@
 """The forms of coded weights: how many bits a weight takes, what the bytes are, and how a file's types become them.
 
 A weight is the upper byte of `code * step + base`, in 16-bit arithmetic that wraps, times a scale of its output. Forms
-differ in their codes and in how step and base are found: a record is what of one output's weights lies together.
+differ in their codes and in how step and base are found: a record is what of one output's weights lies together. In FLOATS a
+weight is `FLOATS4[code] * 2**(FLOATS4_SHIFT - shift)`, rounded to a whole number, times the scale.
 
+FLOATS 4.25 bits a weight, 64 in 34 bytes, as MXFP4: the shift of either 32, uint8; codes of 4 bits. Weights of a block that
+       is at most 2**FLOATS4_SHIFT times smaller than the largest of its output are exact.
 PAIRS  5 bits a weight, 64 in 40 bytes: step and base of either 32, int16; codes of 4 bits.
 FOUR   4.5 bits, 256 in 144 bytes: as Q4_K, units of step and base (int16, uint16), for every 32 weights a factor of 6
        bits for either, codes of 4 bits.
@@ -20,11 +23,12 @@ from __future__ import annotations
 
 import enum
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
 from gguf.constants import GGMLQuantizationType
@@ -36,6 +40,7 @@ from atlas_jax.typing import Array, Int8, UInt8
 class Form(enum.Enum):
     """A form, by the bytes of its record."""
 
+    FLOATS = 34
     PAIRS = 40
     FOUR = 144
     FIVE = 176
@@ -44,15 +49,26 @@ class Form(enum.Enum):
     @property
     def span(self) -> int:
         """Weights of a record."""
-        return 64 if self is Form.PAIRS else 256
+        return 64 if self in (Form.FLOATS, Form.PAIRS) else 256
 
 
-OWN_FORM = {
+OWN_FORM: Mapping[int, Form] = {
     GGMLQuantizationType.Q4_K: Form.FOUR,
     GGMLQuantizationType.Q5_K: Form.FIVE,
     GGMLQuantizationType.Q6_K: Form.SIX,
 }
 """Types of a file that `pack_rows` takes, and the form that has their codes and factors."""
+
+FLOATS4 = 0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12
+"""What each code of a float of 4 bits stands for, times two: sign, two bits of exponent, one of mantissa."""
+FLOATS4_SHIFT, FLOATS4_SMALLEST = 3, 8
+FLOATS4_LARGEST = max(FLOATS4) << FLOATS4_SHIFT
+"""How far these can be shifted to the left in 8 bits; the shift, of a block, from which on all of them are 0; and the largest
+number in 8 bits."""
+_OF_SHIFT = np.rint(np.multiply.outer(2.0 ** (FLOATS4_SHIFT - np.arange(FLOATS4_SMALLEST + 1)), FLOATS4)).astype(
+    np.int8
+)
+"""The number in 8 bits of every shift and code."""
 
 _ROWS = 256
 """Rows that a thread packs at a time."""
@@ -64,6 +80,11 @@ class NotFinite(ValueError):
 
 def unpack_records(records: UInt8[Array, "*rows records bytes"], form: Form) -> Int8[Array, "*rows inp"]:
     """The weights of records in 8 bits each; of a NumPy array one of NumPy."""
+    if form is Form.FLOATS:
+        shift = records[..., :2, None].astype(np.int32).clip(0, FLOATS4_SMALLEST)
+        codes = _bits(records[..., 2:], (0, 4), 15).reshape(*shift.shape[:-1], 32)
+        numbers = _OF_SHIFT.reshape(-1) if isinstance(records, np.ndarray) else jnp.asarray(_OF_SHIFT.reshape(-1))
+        return numbers[shift * 16 + codes].reshape(*records.shape[:-2], -1)
     at = {Form.PAIRS: 8, Form.FOUR: 16, Form.FIVE: 48, Form.SIX: 82}[form]
     if form is Form.FOUR:
         halves = records[..., at:].reshape(*records.shape[:-1], 2, 1, 64).astype(np.int32)
@@ -117,7 +138,7 @@ def _signed(numbers: jax.Array, bits: int) -> jax.Array:
 
 def pack_rows(
     form: Form,
-    tensors: Sequence[tuple[GGMLQuantizationType, npt.NDArray[np.uint8]]],
+    tensors: Sequence[tuple[int, npt.NDArray[np.uint8]]],
     inner: int,
     order: npt.NDArray[np.intp] | None = None,
     factor: float = 1.0,

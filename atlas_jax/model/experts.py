@@ -29,16 +29,16 @@ def mixture(
     not read. They are added in their own order, so a row's sum does not depend on its neighbours.
     """
     rows = x.reshape(-1, x.shape[-1])
-    share = _shares(config, linear(params.router, rows))
+    share = _shares(config, _biased(linear(params.router, rows), params.router_bias))
     used = (share > 0).any(axis=0)
     (order,) = jnp.nonzero(used, size=min(config.count, rows.shape[0] * config.used), fill_value=0)
     block = columns_together(config.ff)
 
     def add(index: jax.Array, total: jax.Array) -> jax.Array:
         expert = order[index]
-        gate_up = linear(_one(params.expert_gate_up, expert), rows)
+        gate_up = _biased(linear(_one(params.expert_gate_up, expert), rows), _one(params.expert_gate_up_bias, expert))
         out = gated_linear(_one(params.expert_down, expert), gate_up, block, model.activation)
-        return total + share[:, expert, None] * out
+        return total + share[:, expert, None] * _biased(out, _one(params.expert_down_bias, expert))
 
     total = jax.lax.fori_loop(0, used.sum(), add, jnp.zeros_like(rows))
     if params.shared_gate is not None and params.shared_gate_up is not None and params.shared_down is not None:
@@ -56,7 +56,11 @@ def _shares(config: ExpertsConfig, scores: Float[Array, "rows X"]) -> Float[Arra
     return jnp.zeros_like(scores).at[jnp.arange(scores.shape[0])[:, None], expert].set(best)
 
 
+def _biased(x: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return x if bias is None else x + bias
+
+
 def _one(weights: T, expert: jax.Array) -> T:
-    """One expert's matrix."""
+    """One expert's matrix or bias."""
     one: T = jax.tree.map(lambda leaf: leaf[expert], weights)
     return one

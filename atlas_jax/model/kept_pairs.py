@@ -27,8 +27,9 @@ from atlas_jax.kernels.exchange_pairs import exchange_pairs
 from atlas_jax.kernels.kv_pages import KeptPairs, LayerKV, Pages, PairChoice, QuantPages
 from atlas_jax.kernels.linear import quantize_rows
 from atlas_jax.kernels.received_attention import received_attention
-from atlas_jax.kernels.rope import RopeTable, apply_rope, rotations
+from atlas_jax.kernels.rope import apply_rope, rotations
 from atlas_jax.model.kv_cache import KVCache, first_pages
+from atlas_jax.model.params import PairParams
 from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
 from atlas_jax.typing import Array, Bool, Float, Int32
 
@@ -74,7 +75,7 @@ def kept_count(left: int, capacity: int) -> int:
 
 def keep_pairs(
     config: ModelConfig,
-    ropes: Sequence[RopeTable],
+    params: PairParams,
     cache: KVCache,
     page: Leaving,
     protected: Bool[Array, P],
@@ -92,7 +93,7 @@ def keep_pairs(
     asked = position - PAGE + (jnp.arange(QUERY_SAMPLES) + 1) * (PAGE // QUERY_SAMPLES) - 1
     # a query meets kept pairs from where attention has it meet them: by its own way past the context, not by the page's
     too_far = jnp.maximum(asked - (config.context_length - 1), 0)
-    turns = [_Turns(rotations(table, beyond), rotations(table, too_far)) for table in ropes]
+    turns = [_Turns(rotations(table, beyond), rotations(table, too_far)) for table in params.ropes]
     sinks = jnp.where(labels[page.slot] == 0, SINKS, 0)
     event = _Event(
         labels=labels,
@@ -114,8 +115,8 @@ def keep_pairs(
 
     def counted() -> tuple[list[jax.Array], jax.Array]:
         ring_scores, score = [], pool.score[row]
-        for _, layer, choice, turn, stretch in layers:
-            of_layer = layer, choice, pool, stretch, page, event, turn.queries
+        for index, layer, choice, turn, stretch in layers:
+            of_layer = layer, choice, pool, stretch, page, event, turn.queries, params.null_logits[index]
             ring_score, score = _count_in_layer(scores, most, score, *of_layer)
             ring_scores.append(ring_score)
         return ring_scores, score
@@ -193,6 +194,7 @@ def _count_in_layer(
     page: Leaving,
     event: _Event,
     turn: tuple[jax.Array, jax.Array],
+    null_logit: Float[Array, H] | None,
 ) -> tuple[Float[Array, "N K P"], Float[Array, "pool K P"]]:
     """Scores of the ring and of all kept pairs, the layer's with the attention of the latest page's queries.
 
@@ -204,7 +206,7 @@ def _count_in_layer(
     seen = in_window[:, None] & (token <= event.asked[:, None, None])
     q = choice.queries[page.row] * choice.query_scale[page.row][..., None]
     where = seen, event.first_page > 0, stretch.first, stretch.kept, pages
-    ring, kept = received_attention(q, _turned(q, turn), layer, pairs, page.row, *where, *scores)
+    ring, kept = received_attention(q, _turned(q, turn), layer, pairs, page.row, *where, *scores, null_logit)
     old = jax.lax.dynamic_slice_in_dim(score, stretch.first, pages)
     # behind the layer's pairs are other layers'
     own = jnp.where(kept_index(pages)[:, None] < stretch.kept, page.decay * old + kept, old)

@@ -23,7 +23,7 @@ from atlas_jax.config import (
     columns_together,
 )
 from atlas_jax.config import WeightDtype as WeightDtype
-from atlas_jax.gguf import ModelFile, get
+from atlas_jax.gguf import ModelFile, TensorType, get
 from atlas_jax.kernels.linear import InterleavedArray, PackedArray, QuantArray, Weight, uses_cpu_kernel
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.kernels.weight_forms import OWN_FORM, Form
@@ -194,6 +194,9 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
             shared_gate=vector(embed, bool(of.shared_ff)),
             shared_gate_up=matrix(2 * of.shared_ff, embed) if of.shared_ff else None,
             shared_down=matrix(embed, of.shared_ff) if of.shared_ff else None,
+            router_bias=vector(of.count, of.biases),
+            expert_gate_up_bias=shape((of.count, 2 * of.ff), np.float32) if of.biases else None,
+            expert_down_bias=shape((of.count, embed), np.float32) if of.biases else None,
         )
 
     def delta_net(of: DeltaNetConfig) -> DeltaParams:
@@ -217,6 +220,7 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
         key_balance=shape((config.kv_heads, config.groups + 2, dim), np.float32) if config.balances_keys else None,
         q_norm=gain(config.heads),
         k_norm=gain(config.kv_heads),
+        null_logit=vector(config.heads, config.null_logits),
         out=matrix(embed, config.heads * dim),
         out_bias=vector(embed, config.out_bias),
         attn_post_norm=vector(embed, config.post_norms),
@@ -234,7 +238,7 @@ def param_shapes(config: ModelConfig, dtype: WeightDtype = "int8") -> ModelParam
         of = config.delta_net
         if spec.kind == "attention" or of is None:
             return attending
-        none: dict[str, Any] = dict.fromkeys(("qkv", "qkv_bias", "key_balance", "q_norm", "k_norm"))
+        none: dict[str, Any] = dict.fromkeys(("qkv", "qkv_bias", "key_balance", "q_norm", "k_norm", "null_logit"))
         return dataclasses.replace(attending, **none, out=matrix(embed, of.heads * of.dim), delta=delta_net(of))
 
     return ModelParams(
@@ -270,15 +274,18 @@ def weight_forms(file: ModelFile, config: ModelConfig) -> dict[str, Form]:
 
     def form(names: list[str]) -> Form | None:
         tensors = [file.tensors[name] for name in names]
-        outputs = [config.vocab if name in (_EMBED, _HEAD) else file.tensors[name].shape[0] for name in names]
-        if not all(
-            len(one.shape) == 2 and uses_cpu_kernel(one.shape[1], n) for one, n in zip(tensors, outputs, strict=True)
-        ):
+        if any(len(one.shape) < 2 for one in tensors):
+            return None
+        outputs = [config.vocab if one.name in (_EMBED, _HEAD) else one.shape[-2] for one in tensors]
+        if not all(uses_cpu_kernel(one.shape[-1], n) for one, n in zip(tensors, outputs, strict=True)):
             return None
         own = [OWN_FORM.get(one.ggml_type) for one in tensors]
-        if all(one is not None and not tensor.shape[1] % one.span for one, tensor in zip(own, tensors, strict=True)):
+        if all(one is not None and not tensor.shape[-1] % one.span for one, tensor in zip(own, tensors, strict=True)):
             return max((one for one in own if one is not None), key=lambda one: one.value)
-        return Form.PAIRS if all(map(file.has_nibbles, names)) else None
+        if not all(map(file.has_nibbles, names)):
+            return None
+        floats = {one.ggml_type == TensorType.MXFP4 for one in tensors}
+        return None if len(floats) > 1 else Form.FLOATS if True in floats else Form.PAIRS
 
     found = {name: form(names) for names in by_role.values() for name in names}
     return {name: one for name, one in found.items() if one is not None}
@@ -360,6 +367,7 @@ def _attention(
         "qkv_bias": reader.vector(stacked("bias"), by_kv_head) if config.qkv_bias else None,
         "q_norm": gain("attn_q_norm", config.heads),
         "k_norm": gain("attn_k_norm", config.kv_heads),
+        "null_logit": reader.vector({f"{prefix}attn_sinks.weight": config.heads}) if config.null_logits else None,
         "out": reader.matrix({f"{prefix}attn_output.weight": config.embed}, config.heads * dim, factor=factor),
     }
 
@@ -390,7 +398,7 @@ def _delta_net(
         norm=reader.vector({f"{prefix}ssm_norm.weight": of.dim}),
     )
     out = reader.matrix({f"{prefix}ssm_out.weight": embed}, inner, factor=factor)
-    none = dict.fromkeys(("qkv", "qkv_bias", "key_balance", "q_norm", "k_norm"))
+    none = dict.fromkeys(("qkv", "qkv_bias", "key_balance", "q_norm", "k_norm", "null_logit"))
     return {**none, "out": out, "delta": delta}
 
 
@@ -411,7 +419,7 @@ def _qkv(reader: TensorReader, config: ModelConfig, tensors: Outputs, head_order
     """`LayerParams.qkv`; in parts where the file has them in records of different forms, as it often has the values."""
     order = _by_kv_head(config, head_order)
     forms = [reader.form({name: size}) for name, size in tensors.items()]
-    if len(set(forms)) == 1 or None in forms or Form.PAIRS in forms:
+    if len(set(forms)) == 1 or any(form is None or form.span == 64 for form in forms):
         return reader.matrix(tensors, config.embed, order)
     by_head = order.reshape(config.kv_heads, config.groups + 2, config.head_dim)
     heads = dict(zip(tensors, ((0, config.groups), (config.groups, 1), (config.groups + 1, 1)), strict=True))
@@ -433,8 +441,11 @@ def _experts(
 ) -> ExpertParams:
     embed, shared = config.embed, experts.shared_ff
 
-    def gate_up(kind: str, ff: int) -> Outputs:
-        return {f"{prefix}ffn_gate_{kind}.weight": ff, f"{prefix}ffn_up_{kind}.weight": ff}
+    def gate_up(kind: str, ff: int, of: str = "weight") -> Outputs:
+        return {f"{prefix}ffn_gate_{kind}.{of}": ff, f"{prefix}ffn_up_{kind}.{of}": ff}
+
+    def biases(tensors: Outputs, order: np.ndarray | None = None, factor: float = 1.0) -> jax.Array | None:
+        return reader.vectors(tensors, experts.count, order, factor) if experts.biases else None
 
     return ExpertParams(
         router=jnp.asarray(reader.array(f"{prefix}ffn_gate_inp.weight", (experts.count, embed))),
@@ -443,6 +454,9 @@ def _experts(
         shared_gate=reader.vector({f"{prefix}ffn_gate_inp_shexp.weight": embed}) if shared else None,
         shared_gate_up=reader.matrix(gate_up("shexp", shared), embed, _blocked(shared)) if shared else None,
         shared_down=reader.matrix({f"{prefix}ffn_down_shexp.weight": embed}, shared, factor=factor) if shared else None,
+        router_bias=reader.vector({f"{prefix}ffn_gate_inp.bias": experts.count}) if experts.biases else None,
+        expert_gate_up_bias=biases(gate_up("exps", experts.ff, "bias"), _blocked(experts.ff)),
+        expert_down_bias=biases({f"{prefix}ffn_down_exps.bias": embed}, factor=factor),
     )
 
 

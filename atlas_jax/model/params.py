@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import jax
 
-from atlas_jax.kernels.linear import QuantArray, Weight
+from atlas_jax.kernels.linear import Weight
 from atlas_jax.kernels.rope import RopeTable
 from atlas_jax.typing import Array, Float
 
@@ -20,14 +20,19 @@ class ExpertParams:
       router: scores of the experts.
       expert_gate_up, expert_down: each expert's matrices as `LayerParams` has them, on a leading axis of experts.
       shared_gate, shared_gate_up, shared_down: of the expert that all tokens use, if there is one.
+      router_bias, expert_gate_up_bias, expert_down_bias: on the outputs of the router and of each expert's matrices, if
+        they have them.
     """
 
     router: Float[Array, "X E"]
-    expert_gate_up: QuantArray | Float[Array, "X 2*F E"]
-    expert_down: QuantArray | Float[Array, "X E F"]
+    expert_gate_up: Weight
+    expert_down: Weight
     shared_gate: Float[Array, E] | None
     shared_gate_up: Weight | None
     shared_down: Weight | None
+    router_bias: Float[Array, X] | None
+    expert_gate_up_bias: Float[Array, "X 2*F"] | None
+    expert_down_bias: Float[Array, "X E"] | None
 
 
 @jax.tree_util.register_dataclass
@@ -60,6 +65,7 @@ class LayerParams:
       qkv: query, key and value projections, one matrix [(H + 2K)·D, E]; for each KV head its queries, then key and value,
         then the gates of its queries' outputs if there are any (`ModelConfig.qkv_heads`). Heads of queries and keys are in
         the order that rotates (i, i + dims/2), and so are their norms. None in layers without attention.
+      null_logit: a score of every head of a key without a value (`ModelConfig.null_logits`).
       delta: in layers that have this in place of attention; `out` is the output projection of either.
       key_balance: factors of queries, keys and values after the biases (`model.key_balance`); None where keys have none.
       q_norm, k_norm: gains, [D] for all heads or [H, D] and [K, D] for each (`ModelConfig.qk_norm`).
@@ -75,6 +81,7 @@ class LayerParams:
     qkv_bias: Float[Array, QKV] | None
     q_norm: Float[Array, "*heads D"] | None
     k_norm: Float[Array, "*heads D"] | None
+    null_logit: Float[Array, H] | None
     out: Weight
     out_bias: Float[Array, E] | None
     attn_post_norm: Float[Array, E] | None
@@ -88,6 +95,20 @@ class LayerParams:
     experts: ExpertParams | None
     delta: DeltaParams | None = None
     key_balance: Float[Array, "K G+2 D"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PairParams:
+    """What of a transformer kept pairs are chosen with.
+
+    Attributes:
+      ropes: as in `ModelParams`.
+      null_logits: those of every layer.
+    """
+
+    ropes: tuple[RopeTable, ...]
+    null_logits: tuple[Float[Array, H] | None, ...]
 
 
 @jax.tree_util.register_dataclass
@@ -107,3 +128,8 @@ class ModelParams:
     final_norm_bias: Float[Array, E] | None
     head: Weight | None
     ropes: tuple[RopeTable, ...]
+
+    @property
+    def pairs(self) -> PairParams:
+        """Those that kept pairs are chosen with."""
+        return PairParams(self.ropes, tuple(layer.null_logit for layer in self.layers))

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import ModelConfig, WeightDtype
-from atlas_jax.gguf import ModelFile
-from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_weight, quantize_weight
-from atlas_jax.kernels.weight_forms import Form, NotFinite, pack_rows
+from atlas_jax.gguf import Floats4, ModelFile
+from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_floats, pack_weight, quantize_weight
+from atlas_jax.kernels.weight_forms import FLOATS4_LARGEST, Form, NotFinite, pack_rows
 from atlas_jax.model.families._family import UnsupportedModel
 
 Outputs = Mapping[str, int]
@@ -58,6 +58,11 @@ class TensorReader:
         values = np.concatenate([self.array(name, (size,)) for name, size in tensors.items()])
         return jnp.asarray((values if order is None else values[order]) * np.float32(factor))
 
+    def vectors(self, tensors: Outputs, count: int, order: np.ndarray | None = None, factor: float = 1.0) -> jax.Array:
+        """As `vector`, of tensors that have a leading axis of `count` vectors."""
+        values = np.concatenate([self.array(name, (count, size)) for name, size in tensors.items()], axis=1)
+        return jnp.asarray((values if order is None else values[:, order]) * np.float32(factor))
+
     def vocabulary(self, name: str, config: ModelConfig) -> Weight:
         """A matrix with a row for every token; rows past the last token, which can mean nothing, are not read."""
         rows = self._file.tensors[name].shape[0] if name in self._file.tensors else 0
@@ -74,21 +79,8 @@ class TensorReader:
           UnsupportedModel: a tensor is missing, misshapen or holds what is not finite; the message names it.
         """
         shapes = {name: (size, inner) for name, size in tensors.items()}
-        form = self.form(tensors)
-        if form is not None and form is not Form.PAIRS:
-            rows = [(self._file.tensors[name].ggml_type, self._rows(name, shape)) for name, shape in shapes.items()]
-            try:
-                records, scale = pack_rows(form, rows, inner, order, factor)
-            except NotFinite:
-                raise _not_finite(", ".join(tensors)) from None
-            self._release(tensors)
-            # not jnp.asarray, which copies
-            return PackedArray(jax.device_put(records), jax.device_put(scale), form)
-        if form is Form.PAIRS:
-            packed = [self._pack(name, shape) for name, shape in shapes.items()]
-            blocks, scale = (np.concatenate(arrays) for arrays in zip(*packed, strict=True))
-            chosen = slice(None) if order is None else order
-            return PackedArray(jnp.asarray(blocks[chosen]), jnp.asarray(scale[chosen] * np.float32(factor)))
+        if (form := self.form(tensors)) is not None:
+            return self._coded(form, shapes, order, factor)
         parts = [self.array(name, shape) for name, shape in shapes.items()]
         whole = np.concatenate(parts) if len(parts) > 1 else parts[0]
         if order is not None:
@@ -101,15 +93,19 @@ class TensorReader:
     def form(self, tensors: Outputs) -> Form | None:
         """What `matrix` makes of tensors: a form that all have, or of those with records of 256 weights the widest."""
         forms = {self._forms.get(name) for name in tensors}
-        if len(forms) == 1 or None in forms or Form.PAIRS in forms:
-            return forms.pop() if len(forms) == 1 else None
-        return max((form for form in forms if form is not None), key=lambda form: form.value)
+        if len(forms) == 1:
+            return forms.pop()
+        wide = [form for form in forms if form is not None and form.span == 256]
+        return max(wide, key=lambda form: form.value) if len(wide) == len(forms) else None
 
     def matrices(
         self, tensors: Outputs, count: int, inner: int, order: np.ndarray | None = None, factor: float = 1.0
-    ) -> QuantArray | jax.Array:
+    ) -> Weight:
         """As `matrix`, of tensors that have a leading axis of `count` matrices."""
-        whole = np.concatenate([self.array(name, (count, size, inner)) for name, size in tensors.items()], axis=1)
+        shapes = {name: (count, size, inner) for name, size in tensors.items()}
+        if (form := self.form(tensors)) is not None:
+            return self._coded(form, shapes, order, factor)
+        whole = np.concatenate([self.array(name, shape) for name, shape in shapes.items()], axis=1)
         whole = whole if order is None else whole[:, order]
         if self._dtype == "float32":
             return jnp.asarray(whole * np.float32(factor))
@@ -127,16 +123,46 @@ class TensorReader:
         if left:
             raise UnsupportedModel(f"tensor '{left[0]}' is not understood")
 
-    def _pack(self, name: str, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    def _coded(
+        self, form: Form, shapes: Mapping[str, tuple[int, ...]], order: np.ndarray | None, factor: float
+    ) -> PackedArray:
+        """Tensors in a form of fewer bits than 8, stacked along their outputs, as `matrix` does it."""
+        leading = [shape[:-1] for shape in shapes.values()]
+        ends = np.cumsum([np.prod(one) for one in leading])
+        rows = [np.arange(end - np.prod(one), end).reshape(one) for one, end in zip(leading, ends, strict=True)]
+        chosen = np.concatenate(rows, axis=-1)
+        chosen = chosen if order is None else chosen[..., order]
+        if form.span == 64:
+            packed = [self._pack(name, shape) for name, shape in shapes.items()]
+            blocks, scale = (np.concatenate(arrays) for arrays in zip(*packed, strict=True))
+            return PackedArray(jnp.asarray(blocks[chosen]), jnp.asarray(scale[chosen] * np.float32(factor)), form)
+        given = [(self._file.tensors[name].ggml_type, self._rows(name, shape)) for name, shape in shapes.items()]
+        inner = next(iter(shapes.values()))[-1]
+        try:
+            records, scale = pack_rows(form, given, inner, chosen.reshape(-1), factor)
+        except NotFinite:
+            raise _not_finite(", ".join(shapes)) from None
+        self._release(shapes)
+        # not jnp.asarray, which copies
+        blocks, scale = records.reshape(*chosen.shape, *records.shape[1:]), scale.reshape(chosen.shape)
+        return PackedArray(jax.device_put(blocks), jax.device_put(scale), form)
+
+    def _pack(self, name: str, shape: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+        """Records and scales of all rows of a tensor of 4-bit codes."""
         self._take(name, shape)
         nibbles = self._file.nibbles(name)
         self._release([name])
+        if isinstance(nibbles, Floats4):
+            blocks, scale = pack_floats(nibbles.codes, nibbles.exponent)
+            with np.errstate(over="ignore"):
+                _check_finite(name, scale * np.float32(FLOATS4_LARGEST))
+            return blocks, scale
         _check_finite(name, nibbles.step, nibbles.base)
         return pack_weight(nibbles.codes, nibbles.step, nibbles.base)
 
-    def _rows(self, name: str, shape: tuple[int, int]) -> np.ndarray:
+    def _rows(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
         self._take(name, shape)
-        return self._file.raw(name).reshape(shape[0], -1)
+        return self._file.raw(name).reshape(int(np.prod(shape[:-1])), -1)
 
     def _release(self, names: Iterable[str]) -> None:
         """Lets go of what has been read of the file: while a model is loaded, its file would be in memory a second time."""

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
-from gguf import quants
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from atlas_jax.aot import shape as described
 from atlas_jax.config import ModelConfig, WeightDtype
-from atlas_jax.gguf import ModelFile
+from atlas_jax.gguf import ModelFile, TensorType
+from atlas_jax.gguf._types import BLOCKS, as_floats
 from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight
 from atlas_jax.model.families._family import UnsupportedModel
 from atlas_jax.model.loading import load_params
@@ -39,37 +37,30 @@ class _ShapeReader(TensorReader):
         return np.broadcast_to(np.zeros((), np.float32), shape)  # one number, however large the tensor is
 
     def matrix(self, tensors: Outputs, inner: int, order: np.ndarray | None = None, factor: float = 1.0) -> Weight:
-        outputs = sum(tensors.values()) if order is None else len(order)
-        form = self.form(tensors)
-        for name, size in tensors.items():
-            (self.array if form is None else self._take)(name, (size, inner))
-        if form is not None:
-            records = described((outputs, inner // form.span, form.value), np.uint8)
-            return PackedArray(records, described((outputs,), np.float32), form)
-        return self._weight((), outputs, inner)
+        return self._described((), tensors, inner, order)
 
     def matrices(
         self, tensors: Outputs, count: int, inner: int, order: np.ndarray | None = None, factor: float = 1.0
-    ) -> QuantArray | jax.Array:
+    ) -> Weight:
+        return self._described((count,), tensors, inner, order)
+
+    def _described(self, leading: tuple[int, ...], tensors: Outputs, inner: int, order: np.ndarray | None) -> Any:
+        form = self.form(tensors)
         for name, size in tensors.items():
-            self.array(name, (count, size, inner))
-        outputs = sum(tensors.values()) if order is None else len(order)
-        weight: Any = self._weight((count,), outputs, inner)
-        return weight
-
-    def _weight(self, leading: tuple[int, ...], outputs: int, inner: int) -> Any:
+            (self.array if form is None else self._take)(name, (*leading, size, inner))
+        rows = (*leading, sum(tensors.values()) if order is None else len(order))
+        if form is not None:
+            records = described((*rows, inner // form.span, form.value), np.uint8)
+            return PackedArray(records, described(rows, np.float32), form)
         if self._dtype == "float32":
-            return described((*leading, outputs, inner), np.float32)
-        values = described((*leading, outputs, inner), np.int8)
-        return QuantArray(values, described((*leading, outputs), np.float32))
+            return described((*rows, inner), np.float32)
+        return QuantArray(described((*rows, inner), np.int8), described(rows, np.float32))
 
 
-def _check_type(name: str, kind: GGMLQuantizationType) -> None:
+def _check_type(name: str, kind: TensorType) -> None:
     """Raises UnsupportedModel for a tensor type whose blocks cannot be unpacked."""
-    if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
-        return
-    _, size = GGML_QUANT_SIZES[kind]
+    _, size = BLOCKS[kind]
     try:
-        quants.dequantize(np.zeros((1, size), np.uint8), kind)
+        as_floats(kind, np.zeros((1, size), np.uint8))
     except NotImplementedError:
         raise UnsupportedModel(f"tensor '{name}' is of type {kind.name}, which cannot be dequantised") from None

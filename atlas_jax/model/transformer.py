@@ -237,12 +237,13 @@ def _mix_by_attention(
     if gains is not None and (config.qk_norm != "head" or config.norm != "rms"):
         by_head, gains = _normed_heads(config, by_head, *gains), None
     rotary, near = view.rotary[spec.rope], view.rotary_sink[spec.rope]
-    rows = view.ring, rotary, near, view.masks[config.windows.index(spec.sliding_window)], pairs
+    mask, of_heads = view.masks[config.windows.index(spec.sliding_window)], {"null_logit": layer.null_logit}
+    rows = view.ring, rotary, near, mask, pairs, of_heads
 
     def attend(by_head: jax.Array, kv: LayerKV, rows: Any, gains: Any) -> tuple[jax.Array, LayerKV]:
-        ring, rotary, near, masks, pairs = rows
+        ring, rotary, near, masks, pairs, of_heads = rows
         q, q_sink, kv = qkv_rope_cache(by_head, gains, config.norm_eps, rotary, near, kv, ring)
-        rest = config.scale, pairs, config.attention_softcap
+        rest = config.scale, pairs, config.attention_softcap, of_heads["null_logit"]
         return attention.attend(q, q_sink, kv, ring, spec.sliding_window, masks, *rest), kv
 
     mixed, kv = on_each_device(attend, by_head, kv, rows, gains)

@@ -93,7 +93,7 @@ def read_texts(
             place = plan.next_page(page)
             for slot in place.leaves:
                 leaves = leaving(0, slot, first=True, decay=_DECAY, capacity=division.capacities(_KEPT))
-                cache = keep((), params.ropes, cache, leaves, np.zeros(PAGE, bool))
+                cache = keep((), params.pairs, cache, leaves, np.zeros(PAGE, bool))
             cache = next_page((), cache, page_start(0, place))
             part = slice(page * PAGE, (page + 1) * PAGE)
             step = (1, WINDOW, PAGE), params, cache, tokens[None, part], count

@@ -18,7 +18,7 @@ from atlas_jax.model.kept_division import KeptDivision
 from atlas_jax.model.kv_cache import KVCache, init_kv_cache, page_start, start_page
 from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.page_schedule import PageSchedule
-from atlas_jax.model.params import ModelParams
+from atlas_jax.model.params import ModelParams, PairParams
 from atlas_jax.model.transformer import QUERY_SAMPLES, SINKS
 from atlas_jax.progress import Progress
 from atlas_jax.sharding import MeshLayout
@@ -94,7 +94,7 @@ class FullReader:
         self._trunk, self._next_page = Trunk(model, program), program(start_page, donate=(0,))
         self._received = jax.jit(self._received_of)
 
-    def _received_of(self, cache: KVCache) -> jax.Array:
+    def _received_of(self, params: PairParams, cache: KVCache) -> jax.Array:
         """What the latest page's queries attend: [layers, pages, K, P]."""
         assert cache.pairs is not None
         asked = cache.position[0] - PAGE + (jnp.arange(QUERY_SAMPLES) + 1) * (PAGE // QUERY_SAMPLES) - 1
@@ -108,7 +108,8 @@ class FullReader:
             assert layer.choice is not None
             q = layer.choice.queries[0] * layer.choice.query_scale[0][..., None]
             where = none, seen, jnp.zeros((), bool), none, none, 1
-            found.append(received_attention(q, q, layer, cache.pairs, *where, self._model.scale)[0])
+            scores = self._model.scale, self._model.attention_softcap, params.null_logits[index]
+            found.append(received_attention(q, q, layer, cache.pairs, *where, *scores)[0])
         return jnp.stack(found)
 
     @property
@@ -131,7 +132,7 @@ class FullReader:
         cache = self._new_cache()
         for page in range(min(len(text) // PAGE, _PAGES)):
             cache = self._page(cache, text, page, progress.between)
-            yield np.asarray(self._received(cache))
+            yield np.asarray(self._received(self._params.pairs, cache))
 
     def _new_cache(self) -> KVCache:
         return self._mesh_layout.rows(init_kv_cache(self._model, 1, _PAGES, "int8", self._kept_pages))

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from atlas_jax.engine.api import AnswerShape, CallGrammar, InvalidRequest, Overloaded, SamplingParams
+from atlas_jax.engine.api import AnswerShape, InvalidRequest, Overloaded, SamplingParams
 from server.config.settings import SamplingSection
 from server.middleware.request_context import PARTY, RequestContext
 from server.schemas.chat import ChatRequest
@@ -29,7 +29,8 @@ from server.services.tokenization import Tokenization
 from server.services.unsupported import effort_variables, refuse_unsupported, refuse_unsupported_chat
 from server.services.wire import OPENAI, Wire
 from server.tool_calls.answer import AnswerReader
-from server.tool_calls.choice import Tools, chosen_tools
+from server.tool_calls.channels import ChannelReader
+from server.tool_calls.choice import Tools, chosen_tools, schema_grammar
 from server.tool_calls.reader import CallReader
 from server.tool_calls.reasoning import ReasoningReader
 from server.validation import invalid, parse, unsupported
@@ -123,7 +124,7 @@ class Inference:
             stop=stop_strings(body),
             ignore_eos=bool(body.ignore_eos),
             reuse=body.cache_prompt is not False,
-            grammar=await self._grammar(None, shape, context, None),
+            grammar=None if shape is None else await self._shaped(shape, context),
             prompt_logprobs=body.logprobs if body.echo else None,
             memory=memory,
             stream=bool(body.stream),
@@ -238,14 +239,15 @@ class Inference:
           thinking: what ends the reasoning that the template has begun, or None.
         """
         engine, owner = self._supervisor.engine, context.identity.owner
+        style = self._tokenization.form.style
         if tools is None:
             if shape is None:
                 return None
-            if thinking is None:
-                return await compiled(engine.answer_grammar(shape, owner=owner), context)
-            calls = CallGrammar(answer=shape, thinking=thinking)
-            return await compiled(engine.call_grammar(calls, owner=owner), context)
-        calls = tools.grammar(self._tokenization.form.style, thinking=thinking, answer=shape)
+            written = schema_grammar(style, shape, thinking)
+            if written is None:
+                return await self._shaped(shape, context)
+            return await compiled(engine.call_grammar(written, owner=owner), context)
+        calls = tools.grammar(style, thinking=thinking, answer=shape)
         try:
             return await compiled(engine.call_grammar(calls, owner=owner), context)
         except (InvalidRequest, Overloaded):
@@ -253,11 +255,19 @@ class Inference:
                 raise
             return None  # a model that may call or not is trusted to know how
 
+    async def _shaped(self, shape: AnswerShape, context: RequestContext) -> Any:
+        """What a text must match that is a shape and nothing else."""
+        made = self._supervisor.engine.answer_grammar(shape, owner=context.identity.owner)
+        return await compiled(made, context)
+
     def _reader(
         self, tools: Tools | None, thinking: tuple[str, str] | None, *, begun: bool, exact: bool
     ) -> AnswerReader:
         """What tells the parts of one answer apart."""
         style = self._tokenization.form.style
+        if style.channels is not None:
+            names, most = (frozenset[str](), None) if tools is None else (tools.names, tools.most)
+            return AnswerReader(ChannelReader(style, names, exact=exact, most=most, new_id=style.new_id))
         return AnswerReader(
             None if thinking is None else ReasoningReader(*thinking, begun=begun),
             None

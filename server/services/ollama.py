@@ -107,7 +107,7 @@ class OllamaService:
             raise invalid("model", "required field is missing")
         self._models.resolve(api.plain_name(name))
         engine = self._supervisor.engine
-        return api.shown(engine.model, thinks=engine.template.thinking is not None)
+        return api.shown(engine.model, thinks=engine.template.thinks)
 
     def version(self) -> schema.OllamaVersion:
         """The server's version."""
@@ -116,7 +116,7 @@ class OllamaService:
     def _check(self, raw: Any, body: schema.OllamaChatRequest | schema.OllamaGenerateRequest) -> None:
         refuse_unsupported(raw, type(body))
         api.refuse(body)
-        api.check_thinking(body, self._supervisor.engine.template.thinking)
+        api.check_thinking(body, thinks=self._supervisor.engine.template.thinks)
 
     def _loaded(self, kind: Literal["chat", "generate"], name: str) -> bytes:
         _ = self._supervisor.accepting

@@ -52,9 +52,9 @@ def chosen_tools(body: schema.OllamaChatRequest) -> Tools | None:
     return choose(functions_of_tools(body.tools or ()), Choice(), field="tools")
 
 
-def check_thinking(body: schema.OllamaChatRequest | schema.OllamaGenerateRequest, thinking: object) -> None:
-    """Raises BadRequest where a model is asked to think that does not; `thinking` are its marks, or None."""
-    if body.think and thinking is None:
+def check_thinking(body: schema.OllamaChatRequest | schema.OllamaGenerateRequest, *, thinks: bool) -> None:
+    """Raises BadRequest where a model is asked to think that does not."""
+    if body.think and not thinks:
         raise invalid("think", "this model does not think before it answers", code="unsupported_parameter")
 
 

@@ -152,7 +152,8 @@ class Tokenization:
         variables: Mapping[str, Any] | None,
         functions: Sequence[Function],
     ) -> T:
-        allowed, form = template_variables(variables), self.form
+        form = self.form
+        allowed = template_variables(variables, channels=form.facts.channels)
 
         def work() -> T:
             given, tools = form.write(plain_messages(messages), functions)

@@ -103,6 +103,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
     "best_of": (1,),
 }
+_CHANNEL_EFFORTS = {"none": "low", "minimal": "low", "xhigh": "high", "max": "high"}
+"""Efforts that Harmony's templates do not know, as those they do."""
 _TEMPLATE_VARIABLES = frozenset({"enable_thinking", "reasoning_effort", "thinking"})
 
 
@@ -143,12 +145,22 @@ def refuse_unsupported_chat(body: ChatRequest) -> None:
         raise unsupported("modalities")
 
 
-def template_variables(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The chat template variables a client may set; anything else could take over the template's own."""
+def template_variables(given: Mapping[str, Any] | None, *, channels: bool = False) -> dict[str, Any]:
+    """The chat template variables a client may set; anything else could take over the template's own.
+
+    Args:
+      channels: whether the template is Harmony's: its models always think, more or less.
+    """
     for name, value in (given or {}).items():
         if name not in _TEMPLATE_VARIABLES or not isinstance(value, bool | str | int | None):
             raise unsupported(f"chat_template_kwargs.{name[:64]}")
-    return dict(given or {})
+    variables = dict(given or {})
+    if channels:
+        if variables.get("enable_thinking") is False:
+            variables.setdefault("reasoning_effort", "none")
+        if (effort := variables.get("reasoning_effort")) is not None:
+            variables["reasoning_effort"] = _CHANNEL_EFFORTS.get(effort, effort)
+    return variables
 
 
 def effort_variables(effort: str | None) -> dict[str, Any] | None:

@@ -190,6 +190,8 @@ def _template(found: Inspection) -> str:
     parts.append("tools" if template.tools else "no tools of its own: they are described in a message")
     if template.thinking is not None:
         parts.append(f"reasoning between {template.thinking[0]} and {template.thinking[1]}")
+    if template.channels:
+        parts.append("answers in channels")
     return "its own: " + ", ".join(parts)
 
 

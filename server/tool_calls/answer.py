@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from server.tool_calls.channels import ChannelReader
 from server.tool_calls.pieces import Content, Piece
 from server.tool_calls.reader import CallReader
 from server.tool_calls.reasoning import ReasoningReader
 
 
 class AnswerReader:
-    """Reads an answer as it grows; without readers all of it is content."""
+    """Reads an answer as it grows; without readers all of it is content.
 
-    def __init__(self, reasoning: ReasoningReader | None = None, calls: CallReader | None = None) -> None:
+    Args:
+      reasoning: tells reasoning from the rest; or of an answer in channels, everything.
+      calls: tells calls from the content that is left.
+    """
+
+    def __init__(
+        self, reasoning: ReasoningReader | ChannelReader | None = None, calls: CallReader | None = None
+    ) -> None:
         self._reasoning, self._calls = reasoning, calls
 
     @property
@@ -23,7 +31,7 @@ class AnswerReader:
     @property
     def called(self) -> bool:
         """Whether tools have been called, and the last call was not cut short."""
-        return self._calls is not None and self._calls.whole
+        return any(one is not None and one.whole for one in (self._reasoning, self._calls))
 
     def push(self, text: str) -> list[Piece]:
         """Takes more of the answer."""

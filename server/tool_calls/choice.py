@@ -82,6 +82,7 @@ class Tools:
           answer: what an answer that calls nothing must match, or None.
         """
         free = not self.forced and answer is None
+        marks = _channel_marks(style)
         return CallGrammar(
             calls=tuple(
                 CallShape(begin=style.begin(one.name), schema=one.schema, end=style.close, field=one.schema_field)
@@ -95,8 +96,28 @@ class Tools:
             text=free,
             bare=free and style.alone,
             answer=None if self.forced else answer,
-            thinking=None if free else thinking,
+            **{**marks, "thinking": None if free else marks.get("thinking", thinking)},
         )
+
+
+def schema_grammar(style: Style, answer: AnswerShape, thinking: str | None) -> CallGrammar | None:
+    """What answers must match that call nothing and have a shape; None where that is the shape alone.
+
+    Args:
+      thinking: as for `Tools.grammar`.
+    """
+    marks = _channel_marks(style)
+    if not marks and thinking is None:
+        return None
+    return CallGrammar(answer=answer, **{"thinking": thinking, **marks})
+
+
+def _channel_marks(style: Style) -> dict[str, Any]:
+    """Of a grammar, what is written around the parts of an answer in channels; nothing of other answers."""
+    if style.channels is None:
+        return {}
+    begin, end = style.channels.thinking
+    return {"thinks": begin, "thinking": end, "before": style.channels.final}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,6 +10,7 @@ from atlas_jax.engine.api import TemplateFacts
 from server.schemas.chat import ChatMessage
 from server.tool_calls.choice import Function
 from server.tool_calls.generic import GENERIC
+from server.tool_calls.harmony import HARMONY
 from server.tool_calls.style import Style
 from server.tool_calls.styles import style_of
 
@@ -26,7 +27,7 @@ class ChatForm:
 
     def __init__(self, facts: TemplateFacts) -> None:
         known = style_of(facts.call)
-        self.style: Style = known or GENERIC
+        self.style: Style = HARMONY if facts.channels else known or GENERIC
         self.facts = facts
         self._native = known is not None
 
@@ -39,7 +40,8 @@ class ChatForm:
         """
         if self._native:
             told = [one.described() for one in functions]
-            return [self._with_ids(message) for message in messages], told or None
+            messages = [self._with_ids(message) for message in messages]
+            return (_in_channels(messages) if self.style.channels else messages), told or None
         out: Messages = []
         for message in messages:
             out = _joined(out, self._as_text(message))
@@ -77,6 +79,30 @@ class ChatForm:
         if first["role"] == "user":
             return [{**first, "content": f"{text}\n\n{first['content']}"}, *messages[1:]]
         return [{"role": "user", "content": text}, *messages]
+
+
+def _in_channels(messages: Messages) -> Messages:
+    """Messages as Harmony's templates take them: one call a message, followed by its result, and what led to it as
+    `thinking`, beside which they take no content."""
+    results = {message["tool_call_id"]: message for message in messages if message.get("tool_call_id") is not None}
+    out, placed = Messages(), set[str]()
+    for message in messages:
+        if message.get("tool_call_id") in placed:
+            continue
+        calls = message.get("tool_calls") or []
+        thought = message.get("reasoning_content")
+        if thought and "thinking" not in message:
+            message = {**message, "thinking": thought, **({"content": ""} if calls else {})}
+        if len(calls) < 2:
+            out.append(message)
+            continue
+        for at, call in enumerate(calls):
+            first = message if not at else {"role": message["role"], "content": ""}
+            out.append({**first, "tool_calls": [call]})
+            if (result := results.get(call["id"])) is not None:
+                out.append(result)
+                placed.add(call["id"])
+    return out
 
 
 # What Hermes models were trained on, and others after them, less what only they would understand.

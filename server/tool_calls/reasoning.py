@@ -10,7 +10,12 @@ class ReasoningReader:
 
     Args:
       begun: whether the template has begun the reasoning for the model.
+
+    Attributes:
+      whole: whether it has found calls: it finds none.
     """
+
+    whole = False
 
     def __init__(self, begin: str, end: str, *, begun: bool) -> None:
         self._begin, self._end = begin, end

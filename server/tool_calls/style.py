@@ -8,6 +8,19 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Channels:
+    """How answers are written that are messages in channels (`tool_calls.channels`).
+
+    Attributes:
+      thinking: what begins a message of reasoning, and what ends it and begins the next message.
+      final: what begins a message for the reader.
+    """
+
+    thinking: tuple[str, str]
+    final: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Style:
     """How calls are written.
 
@@ -22,6 +35,7 @@ class Style:
       alone: whether calls are written without their lead as a rule.
       named: whether a call may be a name followed by its arguments instead of an object that holds both.
       parallel: whether an answer may have several calls.
+      channels: how the rest of an answer is written, where it is messages in channels.
       id_length: of calls' ids in letters and digits, where templates demand one; 0 for OpenAI's kind.
     """
 
@@ -37,6 +51,7 @@ class Style:
     alone: bool = False
     named: bool = False
     parallel: bool = True
+    channels: Channels | None = None
     id_length: int = 0
 
     def begin(self, name: str) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from server.tool_calls import hermes, llama, mistral
+from server.tool_calls import harmony, hermes, llama, mistral
 from server.tool_calls.style import Style
 
 _FAMILIES: tuple[tuple[Callable[[str], bool], Style], ...] = (
+    (harmony.writes, harmony.HARMONY),
     (hermes.writes, hermes.HERMES),
     (mistral.writes_named, mistral.MISTRAL_NAMED),
     (mistral.writes, mistral.MISTRAL),

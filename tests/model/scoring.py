@@ -67,7 +67,7 @@ def read(
         begins = plan.next_page(page)
         for slot in begins.leaves if kept else ():
             leaves = leaving(0, slot, first=slot == begins.leaves[0], decay=decay, capacity=division.capacities(kept))
-            context = keep(params.ropes, context, whole, leaves)
+            context = keep(params.pairs, context, whole, leaves)
         context = start_page(context, page_start(0, begins))
         key = (kv_dtype, plan.ring(length), room)
         tokens = whole[:, page * PAGE : (page + 1) * PAGE]

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGMLQuantizationType
+from gguf import GGMLQuantizationType, GGUFWriter
 
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels.cpu import library
@@ -16,6 +16,7 @@ from atlas_jax.kernels.linear import InterleavedArray, PackedArray, QuantArray, 
 from atlas_jax.kernels.weight_forms import Form, pack_rows
 from atlas_jax.model import tensor_reader
 from atlas_jax.model.loading import load_params, model_config, parameter_count
+from atlas_jax.model.tensor_reader import TensorReader
 from benchmarks.sized_models import Size, matrices, write_sized_model
 from tests import tiny_model
 
@@ -80,6 +81,33 @@ def test_what_was_packed_is_not_copied(model: Path, monkeypatch: pytest.MonkeyPa
     for layer in params.layers:
         assert isinstance(layer.down, PackedArray)
         assert layer.down.blocks.unsafe_buffer_pointer() in made
+
+
+def test_experts_are_packed_one_by_one(tmp_path: Path) -> None:
+    count, size, inner = 3, 16, 512
+    rng = np.random.default_rng(2)
+    records = rng.integers(0, 256, (2, count * size * inner // 256, 144), np.uint8)
+    records[..., :4] = np.frombuffer(
+        rng.uniform(0.001, 0.01, (*records.shape[:2], 2)).astype("<f2").tobytes(), np.uint8
+    ).reshape(*records.shape[:2], 4)
+    writer = GGUFWriter(tmp_path / "experts.gguf", "none")
+    for name, blocks in zip(("gate", "up"), records, strict=True):
+        writer.add_tensor(name, blocks.reshape(count, size, -1), raw_dtype=GGMLQuantizationType.Q4_K)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    order, tensors = rng.permutation(2 * size), {"gate": size, "up": size}
+    with GGUFFile.open(tmp_path / "experts.gguf") as file:
+        wanted = TensorReader(file, "float32", {}, ()).matrices(tensors, count, inner, order, 0.5)
+        coded = TensorReader(file, "int8", dict.fromkeys(tensors, Form.FOUR), ()).matrices(
+            tensors, count, inner, order, 0.5
+        )
+    assert isinstance(coded, PackedArray)
+    assert coded.shape == np.shape(wanted) == (count, 2 * size, inner)
+    assert coded.blocks.nbytes == records.nbytes
+    found, scale = unpack(coded), np.asarray(coded.scale)[..., None]
+    assert (np.abs(np.asarray(found.values) * scale - np.asarray(wanted)) <= 0.6 * scale).all()
 
 
 def test_layers_that_differ_take_the_wider_form(model: Path, tmp_path: Path) -> None:

@@ -37,14 +37,20 @@ TEXT = np.random.default_rng(3).integers(0, TURN, LENGTH).tolist()
 class Tiny:
     """A tiny model in float32, and its weights as they are in its file."""
 
-    def __init__(self, folder: Path, shape: tiny_model.Shape, *, capped: bool = False) -> None:
-        path = tiny_model.write_model(folder / f"{shape.architecture}-{shape.context}-{shape.layers}.gguf", shape)
+    def __init__(self, folder: Path, shape: tiny_model.Shape, *, capped: bool = False, nulls: bool = False) -> None:
+        random = np.random.default_rng(4)
+        more: dict[str, np.ndarray | None] = {
+            f"blk.{layer}.attn_sinks.weight": random.normal(1.0, 1.0, shape.heads).astype(np.float32)
+            for layer in range(shape.layers if nulls else 0)
+        }
+        path = folder / f"{shape.architecture}-{shape.context}-{shape.layers}-{nulls}.gguf"
+        tiny_model.write_model(path, shape, tensors=more)
         with GGUFFile.open(path) as file:
             config: ModelConfig = model_config(file)
             if capped:  # scores that have soft caps, of queries and keys in another magnitude
                 (rope,) = config.ropes
                 config = config.replace(attention_softcap=2.0, ropes=(replace(rope, magnitude=1.3),))
-            self.config = config
+            self.config = config.replace(null_logits=nulls)
             self.params: ModelParams = load_params(file, self.config, dtype="float32")
         self.weights = transformer_reference.tensors(path)
 
@@ -116,17 +122,19 @@ GEMMA_BEYOND = replace(tiny_model.GEMMA, context=300)
 
 
 @pytest.mark.parametrize(
-    ("shape", "window", "update", "capacity", "decay", "weights", "capped"),
+    ("shape", "window", "update", "capacity", "decay", "weights", "scores"),
     [
-        (WITHIN, 1, 1, 100, 0.9, (), False),
-        (WITHIN, 2, 2, 200, 1.0, (), False),
-        (replace(WITHIN, layers=3), 1, 1, 3 * PAGE + 40, 0.9, (3.0, 0.5, 8.0), False),
-        (BEYOND, 1, 1, 100, 0.9, (), True),
-        (BEYOND, 1, 2, 200, 0.5, (3.0, 1.0), False),
-        (replace(GEMMA_BEYOND, layers=12), 2, 1, 2 * PAGE, 0.9, (1.0,) * 11 + (3.0,), False),
+        (WITHIN, 1, 1, 100, 0.9, (), {}),
+        pytest.param(WITHIN, 1, 1, 100, 0.9, (), {"nulls": True}, marks=pytest.mark.slow),
+        (WITHIN, 2, 2, 200, 1.0, (), {}),
+        (replace(WITHIN, layers=3), 1, 1, 3 * PAGE + 40, 0.9, (3.0, 0.5, 8.0), {}),
+        (BEYOND, 1, 1, 100, 0.9, (), {"capped": True}),
+        (BEYOND, 1, 2, 200, 0.5, (3.0, 1.0), {}),
+        (replace(GEMMA_BEYOND, layers=12), 2, 1, 2 * PAGE, 0.9, (1.0,) * 11 + (3.0,), {}),
     ],
     ids=[
         "one page",
+        "one page, null logits",
         "two pages",
         "unequal",
         "past the context, soft-capped",
@@ -142,10 +150,10 @@ def test_the_pairs_kept_are_those_of_the_rule(
     capacity: int,
     decay: float,
     weights: tuple[float, ...],
-    capped: bool,
+    scores: dict[str, bool],
 ) -> None:
     """Also of a text of more than three times the context that the model was trained with: no key is met further away."""
-    tiny = Tiny(folder, shape, capped=capped)
+    tiny = Tiny(folder, shape, **scores)
     capacities = KeptDivision.of(tiny.config, weights).capacities(capacity)
     assert len({most for most in capacities if most}) == (len(set(weights)) or 1)
     rule = KeptAttention(window, update, capacities, decay)

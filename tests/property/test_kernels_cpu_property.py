@@ -7,6 +7,7 @@ import functools
 import logging
 import shutil
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,6 +32,7 @@ from atlas_jax.kernels.linear import (
     Weight,
     linear,
     linear_each,
+    pack_floats,
     pack_weight,
     quantize_weight,
     split_rows,
@@ -38,6 +40,7 @@ from atlas_jax.kernels.linear import (
 )
 from atlas_jax.kernels.linear import uses_cpu_kernel as linear_uses_cpu_kernel
 from atlas_jax.kernels.monomials import gather_monomials
+from atlas_jax.kernels.weight_forms import Form
 from atlas_jax.recall import recall_memory
 from tests.property.rounding_support import halfway
 
@@ -91,7 +94,15 @@ def packed_weight(rng: np.random.Generator, outputs: int, inner: int) -> PackedA
     return PackedArray(*map(jnp.asarray, pack_weight(codes, step, base - 8 * step)))
 
 
+def floats_weight(rng: np.random.Generator, outputs: int, inner: int) -> PackedArray:
+    """Blocks of a few of the sizes that there are, whose largest number fits: some in full, some rounded, some all 0."""
+    codes = rng.integers(0, 16, (outputs, inner)).astype(np.uint8)
+    exponent = rng.integers(120, 126, (outputs, 1)) + rng.integers(-11, 1, (outputs, inner // 32))
+    return PackedArray(*map(jnp.asarray, pack_floats(codes, exponent.astype(np.uint8))), Form.FLOATS)
+
+
 @needs_kernels
+@pytest.mark.parametrize("coded", [packed_weight, floats_weight])
 @settings(deadline=None, max_examples=6)
 @given(
     seed=seeds,
@@ -100,10 +111,10 @@ def packed_weight(rng: np.random.Generator, outputs: int, inner: int) -> PackedA
     outputs=st.integers(1, 9).map(lambda n: 16 * n),
 )
 def test_products_with_packed_weights_are_those_of_the_weights_unpacked(
-    seed: int, rows: int, inner: int, outputs: int
+    coded: Callable[[np.random.Generator, int, int], PackedArray], seed: int, rows: int, inner: int, outputs: int
 ) -> None:
     rng = np.random.default_rng(seed)
-    weight = packed_weight(rng, outputs, inner)
+    weight = coded(rng, outputs, inner)
     x = jnp.asarray(rng.normal(size=(rows, inner)).astype(np.float32))
     wanted = run(False, product, unpack(weight), x)
     np.testing.assert_array_equal(run(True, product, weight, x), wanted)
@@ -426,6 +437,10 @@ def gelu_product(weight: Weight, x: jax.Array) -> jax.Array:
     return gated_linear(weight, x, 64, "gelu_tanh")
 
 
+def swiglu_product(weight: Weight, x: jax.Array) -> jax.Array:
+    return gated_linear(weight, x, 64, "swiglu_oai")
+
+
 def summed_product(weight: Weight, x: jax.Array, added: jax.Array, gain: jax.Array) -> jax.Array:
     return jnp.concatenate(summed_linear(weight, x, added, None, gain, 1e-5), axis=-1)
 
@@ -461,6 +476,8 @@ def test_a_sum_a_norm_or_a_gate_before_a_product_is_the_definition(
     with np.errstate(over="ignore"):  # exp of a large gate: 1 / ∞ is the 0 that is meant
         gelu = gate / (1 + np.exp(-2 * np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
         silu = gate / (1 + np.exp(-gate))
+        low = np.minimum(gate, 7.0)
+        swiglu = low / (1 + np.exp(-1.702 * low)) * (np.clip(up, -7.0, 7.0) + 1.0)
     added = wide[:, inner:]
     added_gain = rng.normal(size=inner).astype(np.float32)
     total, post_total = half + added, half + norm(added, added_gain)
@@ -471,6 +488,7 @@ def test_a_sum_a_norm_or_a_gate_before_a_product_is_the_definition(
         (post_summed_product, (first, second, added_gain, gain), norm(post_total, gain), post_total),
         (silu_product, (x,), silu * up, None),
         (gelu_product, (x,), gelu * up, None),
+        (swiglu_product, (x,), swiglu, None),
     )
     for function, args, before, sums in cases:
         given = tuple(map(jnp.asarray, args))

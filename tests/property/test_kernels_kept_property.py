@@ -128,14 +128,14 @@ class Step:
 
 @functools.cache
 def compiled(cpu: bool) -> Any:
-    return jax.jit(lambda *args: window_attention(*args[:5], SCALE, args[5]))
+    return jax.jit(lambda *args: window_attention(*args[:5], SCALE, args[5], null_logit=args[6]))
 
 
-def run(cpu: bool, step: Step, *, pairs: bool = True) -> np.ndarray:
+def run(cpu: bool, step: Step, *, pairs: bool = True, null_logit: np.ndarray | None = None) -> np.ndarray:
     """`window_attention`, traced with or without the kernels; of a layer that keeps `pairs`, or none."""
     args = list(vars(step).values())
     with KernelChoice(cpu=cpu).scope():
-        return np.asarray(compiled(cpu)(*args[:5], args[5] if pairs else None))
+        return np.asarray(compiled(cpu)(*args[:5], args[5] if pairs else None, null_logit))
 
 
 def some_step(seed: int, shape: Shape, dtype: KVDtype, counts: tuple[int, ...] | None = None) -> Step:
@@ -190,23 +190,44 @@ def stored(pages: Pages) -> np.ndarray:
     return np.asarray(pages, np.float64)
 
 
-def softmax_of(step: Step) -> np.ndarray:
+def softmax_of(step: Step, null_logit: np.ndarray | None = None, *, pairs: bool = True) -> np.ndarray:
     """The attention output in float64, one query after another."""
     ring, values = stored(step.kv.k), stored(step.kv.v)
     near, near_values = (np.asarray(x, np.float64) for x in step.near())
     out = np.zeros(step.q.shape)
     groups = step.q.shape[2] // ring.shape[2]
     for row, token, head in np.ndindex(*step.q.shape[:3]):
-        group, mask, count = head // groups, np.asarray(step.seen)[row, token], int(step.kept[row])
+        group, mask, count = head // groups, np.asarray(step.seen)[row, token], int(step.kept[row]) * pairs
         far_k, far_v = ring[row].swapaxes(0, 1)[group][mask], values[row].swapaxes(0, 1)[group][mask]
         kept_k, kept_v = (x[row].swapaxes(0, 1)[group].reshape(-1, x.shape[-1])[:count] for x in (near, near_values))
         sinks = slice(SINKS if step.sinks_seen[row, token] else 0)
         sink_k, sink_v = (np.asarray(x, np.float64)[row, group, sinks] for x in (step.kv.sink_k, step.kv.sink_v))
         score = [far_k @ np.asarray(step.q, np.float64)[row, token, head]]
         score += [x @ np.asarray(step.q_sink, np.float64)[row, token, head] for x in (sink_k, kept_k)]
-        weight = np.exp(SCALE * (np.concatenate(score) - np.concatenate(score).max()))
-        out[row, token, head] = weight @ np.concatenate([far_v, sink_v, kept_v]) / weight.sum()
+        scores = SCALE * np.concatenate(score)
+        peak = max(scores.max(), -np.inf if null_logit is None else null_logit[head])
+        weight = np.exp(scores - peak)
+        mass = weight.sum() + (0.0 if null_logit is None else np.exp(null_logit[head] - peak))
+        out[row, token, head] = weight @ np.concatenate([far_v, sink_v, kept_v]) / mass
     return out
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None, max_examples=4)
+@given(seed=seeds, shape=shapes, pairs=st.booleans(), size=st.sampled_from([1.0, 30.0]))
+def test_a_score_without_a_value_takes_its_share_of_the_softmax(
+    form: Form, seed: int, shape: Shape, pairs: bool, size: float
+) -> None:
+    step = some_step(seed, shape, form.dtype)
+    null_logit = np.random.default_rng(seed).normal(0.0, size, step.q.shape[2]).astype(np.float32)
+    found, wanted = run(form.cpu, step, pairs=pairs, null_logit=null_logit), softmax_of(step, null_logit, pairs=pairs)
+    np.testing.assert_allclose(found, wanted, atol=form.rounding)
+    np.testing.assert_allclose(found, run(False, step, pairs=pairs, null_logit=null_logit), atol=form.sums)
+    kept = (*step.near(), jnp.asarray(step.kept)) if pairs else None
+    plain = [jnp.asarray(stored(x), jnp.float32) for x in (step.kv.k, step.kv.v)]
+    sinks = step.kv.sink_k, step.kv.sink_v, step.seen, step.sinks_seen
+    definition = ref_window_attention(step.q, step.q_sink, *plain, *sinks, SCALE, kept, jnp.asarray(null_logit))
+    np.testing.assert_allclose(definition, wanted, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", FORMS)

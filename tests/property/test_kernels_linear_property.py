@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +16,7 @@ from atlas_jax.kernels.linear import (
     PackedArray,
     QuantArray,
     linear,
+    pack_floats,
     pack_weight,
     quantize_rows,
     quantize_weight,
@@ -23,6 +25,7 @@ from atlas_jax.kernels.linear import (
     unpack,
 )
 from atlas_jax.kernels.reductions import row_max, row_sum
+from atlas_jax.kernels.weight_forms import Form
 from tests.property.rounding_support import halfway
 
 ROWS, IN, OUT = 4, 48, 24
@@ -111,6 +114,35 @@ def test_packed_weights_err_by_little_more_than_half_a_unit(seed: int, size: flo
     assert np.array_equal(rows_of(packed, jnp.asarray(ids)), rows_of(found, ids))
     x = numbers(seed + 1, (ROWS, 2 * 64), 1.0)
     assert np.array_equal(product(packed, x), product(found, x))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(seeds, st.integers(1, 12), st.integers(20, 250))
+def test_floats_of_4_bits_are_exact_up_to_an_eighth_of_the_largest(seed: int, spread: int, most: int) -> None:
+    random = np.random.default_rng(seed)
+    codes = random.integers(0, 16, (OUT, 2 * 64)).astype(np.uint8)
+    exponent = (most - random.integers(0, spread, (OUT, 4))).astype(np.uint8)
+    codes[0] = 8  # all −0
+    codes[1, :32], exponent[1, 0] = 0, 255  # zeros say nothing of the size
+    coded = PackedArray(*map(jnp.asarray, pack_floats(codes, exponent)), Form.FLOATS)
+    assert coded.shape == codes.shape
+    blocks = np.empty((OUT, 4, 17), np.uint8)  # as files have them
+    blocks[..., 0] = exponent
+    halves = codes.reshape(OUT, 4, 2, 16)
+    blocks[..., 1:] = halves[..., 0, :] | halves[..., 1, :] << 4
+    with np.errstate(over="ignore"):
+        wanted = quants.dequantize(blocks.reshape(OUT, -1), GGMLQuantizationType.MXFP4).astype(np.float64)
+    found = unpack(coded)
+    values, scale = np.asarray(found.values, np.float64), np.asarray(found.scale, np.float64)[:, None]
+    used = exponent.astype(int) * (codes & 7).reshape(OUT, 4, 32).any(axis=-1)
+    near = np.repeat(used >= used.max(axis=1, keepdims=True) - 3, 32, axis=1)
+    off = np.abs(values * scale - wanted)
+    assert (off[near] == 0).all()
+    assert (off <= 0.5 * scale).all()
+    ids = np.asarray([[3, 0], [OUT - 1, 3]], np.int32)
+    assert np.array_equal(rows_of(coded, jnp.asarray(ids)), rows_of(found, ids))
+    x = numbers(seed + 1, (ROWS, 2 * 64), 1.0)
+    assert np.array_equal(product(coded, x), product(found, x))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

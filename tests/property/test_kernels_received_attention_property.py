@@ -35,13 +35,13 @@ shapes = st.sampled_from([Shape(2, SAMPLES, 3, 2, 2, 2), Shape(3, SAMPLES // 2, 
 
 @functools.cache
 def compiled(cpu: bool) -> Any:
-    return jax.jit(lambda *args: received_attention(*args, SCALE), static_argnums=9)
+    return jax.jit(lambda *args: received_attention(*args[:-1], SCALE, null_logit=args[-1]), static_argnums=9)
 
 
-def run(cpu: bool, args: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+def run(cpu: bool, args: tuple[Any, ...], null_logit: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """`received_attention`, traced with or without the kernels."""
     with KernelChoice(cpu=cpu).scope():
-        ring, kept = compiled(cpu)(*args)
+        ring, kept = compiled(cpu)(*args, null_logit)
     return np.asarray(ring), np.asarray(kept)
 
 
@@ -56,7 +56,7 @@ def some_queries(seed: int, shape: Shape, form: Form) -> tuple[Any, ...]:
     return step.q[row], step.q_sink[row], step.kv, step.pairs.pool, jnp.int32(row), *where
 
 
-def definition(args: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
+def definition(args: tuple[Any, ...], null_logit: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
     """The sums in float64, one query after another."""
     q, q_near, kv, pool, row, seen, sinks_seen, first, kept, pages = args
     keys, near_keys = stored(kv.k)[row], stored(unpacked(pool.k))[row][first : first + pages]
@@ -70,8 +70,9 @@ def definition(args: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
         score = np.concatenate([keys[:, group][mask] @ far, sinks[group] @ near, near_keys[:, group][filled] @ near])
         if not score.size:
             continue
-        weight = np.exp(SCALE * (score - score.max()))
-        weight /= weight.sum()
+        peak = max(SCALE * score.max(), -np.inf if null_logit is None else null_logit[head])
+        weight = np.exp(SCALE * score - peak)
+        weight /= weight.sum() + (0.0 if null_logit is None else np.exp(null_logit[head] - peak))
         ring[:, group][mask] += weight[: mask.sum()]
         pairs[:, group][filled] += weight[weight.size - filled.sum() :]
     return ring, pairs
@@ -79,15 +80,18 @@ def definition(args: tuple[Any, ...]) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("form", FORMS)
 @settings(deadline=None, max_examples=5)
-@given(seed=seeds, shape=shapes)
-def test_pairs_receive_the_probabilities_of_one_softmax(form: Form, seed: int, shape: Shape) -> None:
+@given(seed=seeds, shape=shapes, nulls=st.booleans())
+def test_pairs_receive_the_probabilities_of_one_softmax(form: Form, seed: int, shape: Shape, nulls: bool) -> None:
     args = some_queries(seed, shape, form)
     q, q_near, kv, pool, row, seen, sinks_seen, first, kept, pages = args
-    wanted = definition(args)
+    null_logit = np.random.default_rng(seed).normal(0.0, 6.0, q.shape[1]).astype(np.float32) if nulls else None
+    wanted = definition(args, null_logit)
     k, kept_k = (jnp.asarray(stored(x)[row], jnp.float32) for x in (kv.k, unpacked(pool.k)))
     kept_k = kept_k[first : first + pages]
-    plain = ref_received_attention(q, q_near, k, kv.sink_k[row], kept_k, seen, sinks_seen, kept, SCALE)
-    for found, other, ref, exact in zip(run(form.cpu, args), run(False, args), plain, wanted, strict=True):
+    plain = ref_received_attention(q, q_near, k, kv.sink_k[row], kept_k, seen, sinks_seen, kept, SCALE, null_logit)
+    for found, other, ref, exact in zip(
+        run(form.cpu, args, null_logit), run(False, args, null_logit), plain, wanted, strict=True
+    ):
         np.testing.assert_allclose(ref, exact, atol=1e-5)
         np.testing.assert_allclose(found, exact, atol=form.rounding)
         np.testing.assert_allclose(found, other, atol=1e-5)

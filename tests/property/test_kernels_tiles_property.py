@@ -16,8 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.kernels.cpu import library
-from atlas_jax.kernels.linear import pack_weight, split_rows
-from atlas_jax.kernels.weight_forms import Form, unpack_records
+from atlas_jax.kernels.linear import pack_floats, pack_weight, split_rows
+from atlas_jax.kernels.weight_forms import FLOATS4, Form, unpack_records
 from tests.patience import PATIENCE
 
 HERE = Path(__file__).parent / "tiles"
@@ -64,16 +64,16 @@ def call(product: Path, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, *,
     rows=st.integers(1, 128),
     inner=st.integers(1, 4).map(lambda n: 64 * n),
     outputs=st.integers(1, 9).map(lambda n: 16 * n),
-    packed=st.booleans(),
+    form=st.sampled_from(["plain", "packed", "floats"]),
 )
-def test_tiles_give_the_bits_of_vnni(
-    product: Path, seed: int, rows: int, inner: int, outputs: int, packed: bool
-) -> None:
+def test_tiles_give_the_bits_of_vnni(product: Path, seed: int, rows: int, inner: int, outputs: int, form: str) -> None:
     rng = np.random.default_rng(seed)
-    if packed:
-        codes = rng.integers(0, 16, (outputs, inner)).astype(np.uint8)
+    codes = rng.integers(0, 16, (outputs, inner)).astype(np.uint8)
+    if form == "packed":
         step, base = (rng.normal(size=(outputs, inner // 32)).astype(np.float32) for _ in range(2))
         weight, scale = pack_weight(codes, step, base - 8 * step)
+    elif form == "floats":
+        weight, scale = pack_floats(codes, rng.integers(115, 128, (outputs, inner // 32)).astype(np.uint8))
     else:
         weight = rng.integers(-127, 128, (outputs, inner)).astype(np.int8)
         scale = rng.uniform(0.1, 1.0, outputs).astype(np.float32)
@@ -83,7 +83,8 @@ def test_tiles_give_the_bits_of_vnni(
     x[0] = 0.0
     found, wanted = (call(product, x, weight, scale, tiles=tiles) for tiles in (True, False))
     np.testing.assert_array_equal(found, wanted)
-    exact = (weight if not packed else unpacked(weight)).astype(np.float64) * scale[:, None]
+    whole = {"plain": lambda x: x, "packed": unpacked, "floats": unpacked_floats}[form](weight)
+    exact = whole.astype(np.float64) * scale[:, None]
     half = np.asarray(split_rows(x)[2]) / 2
     bound = (half * 1.001 + 1e-6 * np.abs(x).max(axis=1, keepdims=True)) * np.abs(exact).sum(axis=1)
     assert np.all(np.abs(found - x.astype(np.float64) @ exact.T) <= bound)
@@ -115,3 +116,9 @@ def unpacked(blocks: np.ndarray) -> np.ndarray:
     codes = np.stack([blocks[..., 8:] & 15, blocks[..., 8:] >> 4], axis=-1).reshape(*blocks.shape[:-1], 2, 32)
     sums = codes * halves[..., 0::2, None] + halves[..., 1::2, None]
     return ((sums + 2**15) % 2**16 - 2**15 >> 8).reshape(blocks.shape[0], -1)
+
+
+def unpacked_floats(blocks: np.ndarray) -> np.ndarray:
+    """The weights that records of `Form.FLOATS` stand for, as integers."""
+    codes = np.stack([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1).reshape(*blocks.shape[:-1], 2, 32)
+    return np.rint(np.asarray(FLOATS4)[codes] * 2.0 ** (3 - blocks[..., :2, None].astype(int))).reshape(len(blocks), -1)

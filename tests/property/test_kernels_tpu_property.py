@@ -69,8 +69,16 @@ SHAPES = (
 
 @functools.cache
 def interpreted(shape: Shape) -> Any:
-    def run(q: jax.Array, q_sink: jax.Array, kv: LayerKV, view: RingView, pairs: LayerPairs | None) -> jax.Array:
-        return window_attention.attention(q, q_sink, kv, view, shape.sliding_window, shape.scale, pairs, interpret=True)
+    def run(
+        q: jax.Array,
+        q_sink: jax.Array,
+        kv: LayerKV,
+        view: RingView,
+        pairs: LayerPairs | None,
+        null_logit: jax.Array | None = None,
+    ) -> jax.Array:
+        rest = shape.sliding_window, shape.scale, pairs, null_logit
+        return window_attention.attention(q, q_sink, kv, view, *rest, interpret=True)
 
     return jax.jit(run)
 
@@ -124,10 +132,11 @@ def stored(pages: Any) -> np.ndarray:
 
 
 @settings(max_examples=6, deadline=None, derandomize=True)
-@given(st.sampled_from(SHAPES), seeds)
-def test_attention_is_a_softmax_over_the_window_and_the_sinks(shape: Shape, seed: int) -> None:
+@given(st.sampled_from(SHAPES), seeds, st.booleans())
+def test_attention_is_a_softmax_over_the_window_and_the_sinks(shape: Shape, seed: int, nulls: bool) -> None:
     q, q_sink, kv, view, pairs = some_step(shape, seed)
-    out = np.asarray(interpreted(shape)(q, q_sink, kv, view, pairs), np.float64)
+    null_logit = np.random.default_rng(seed).normal(0.0, 6.0, q.shape[2]).astype(np.float32) if nulls else None
+    out = np.asarray(interpreted(shape)(q, q_sink, kv, view, pairs, null_logit), np.float64)
     keys, values = stored(kv.k), stored(kv.v)
     sink_k, sink_v = np.asarray(kv.sink_k, np.float64), np.asarray(kv.sink_v, np.float64)
     if pairs is not None:
@@ -162,7 +171,7 @@ def test_attention_is_a_softmax_over_the_window_and_the_sinks(shape: Shape, seed
                     near = np.concatenate([np.zeros_like(near), near], axis=1)
                     own_k = np.concatenate([np.concatenate([own_k, np.zeros_like(own_k)], axis=1), near])
                     own_v = np.concatenate([own_v, *near_v])
-                wanted = attend(query, own_k, own_v, shape.scale)
+                wanted = attend(query, own_k, own_v, shape.scale, null_logit[head] if null_logit is not None else None)
                 assert np.abs(out[row, token, head] - wanted).max() <= 3e-5 * np.abs(own_v).max()
 
 
@@ -370,13 +379,15 @@ MODELS = {
     ("rows", "tokens", "sliding_window", "kept_pages"),
     [(8, 1, None, 0), (2, 4, 1024, 0), (1, 128, None, 0), (8, 1, None, 8)],
 )
+@pytest.mark.parametrize("nulls", [False, True])
 def test_mosaic_compiles_attention_and_reads_the_ring_where_it_lies(
-    model: dict[str, int], rows: int, tokens: int, sliding_window: int | None, kept_pages: int
+    model: dict[str, int], rows: int, tokens: int, sliding_window: int | None, kept_pages: int, nulls: bool
 ) -> None:
     shape = Shape(rows=rows, tokens=tokens, ring=16, sliding_window=sliding_window, kept_pages=kept_pages, **model)
-    step = placed(jax.eval_shape(lambda: some_step(shape, 0)))
+    null_logit = jnp.zeros(shape.kv_heads * shape.groups) if nulls else None
+    step = placed(jax.eval_shape(lambda: (*some_step(shape, 0), null_logit)))
     compiled = (
-        jax.jit(lambda *args: window_attention.attention(*args[:4], shape.sliding_window, shape.scale, args[4]))
+        jax.jit(lambda *args: window_attention.attention(*args[:4], shape.sliding_window, shape.scale, *args[4:]))
         .lower(*step)
         .compile()
     )

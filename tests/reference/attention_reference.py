@@ -9,9 +9,13 @@ import numpy as np
 _PI = Decimal("3.14159265358979323846264338327950288419716939937510582097494459")
 
 
-def attend(q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float) -> np.ndarray:
-    """One query [D] over a plain list of keys [n, D] and values [n, D]."""
+def attend(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, scale: float, null_logit: float | None = None
+) -> np.ndarray:
+    """One query [D] over a plain list of keys [n, D] and values [n, D], and perhaps one more score of a value that is 0."""
     score = keys.astype(np.float64) @ q.astype(np.float64) * scale
+    if null_logit is not None:
+        score, values = np.append(score, null_logit), np.append(values, np.zeros_like(values[:1]), axis=0)
     weight = np.exp(score - score.max())
     return weight @ values.astype(np.float64) / weight.sum()
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from atlas_jax.config import ModelConfig
-from tests.reference.transformer_reference import soft_capped
+from tests.reference.transformer_reference import soft_capped, softmax
 
 PAGE, SINKS, STRETCH, PROTECTED = 128, 4, 4, 1e6
 """Tokens of a page, tokens that are sinks, tokens between queries that count, and the score of what is protected."""
@@ -74,12 +74,14 @@ class KeptAttention:
         k: np.ndarray,
         v: np.ndarray,
         rotate: Callable[..., np.ndarray],
+        null_logit: np.ndarray | None = None,
     ) -> np.ndarray:
         self.rotate[index] = rotate
         out = np.empty_like(q)
         for head in range(config.kv_heads):
             group = slice(head * config.groups, (head + 1) * config.groups)
-            out[:, group] = self._head(config, index, head, q[:, group], k[:, head], v[:, head])
+            null = None if null_logit is None else null_logit[group, None]
+            out[:, group] = self._head(config, index, q[:, group], k[:, head], v[:, head], null, head)
         return out
 
     def most(self, index: int) -> int:
@@ -90,7 +92,14 @@ class KeptAttention:
         return max(0, page - self.window + 1) // self.update * self.update
 
     def _head(
-        self, config: ModelConfig, index: int, head: int, q: np.ndarray, k: np.ndarray, v: np.ndarray
+        self,
+        config: ModelConfig,
+        index: int,
+        q: np.ndarray,
+        k: np.ndarray,
+        v: np.ndarray,
+        null_logit: np.ndarray | None,
+        head: int,
     ) -> np.ndarray:
         """All tokens of one KV head: q [T, groups, D], k and v [T, D]."""
         rotate, last, sliding = self.rotate[index], config.context_length - 1, config.layers[index].sliding_window
@@ -116,8 +125,7 @@ class KeptAttention:
                     score.append(of_near[token] @ others.T)
                     values += [v[:SINKS], v[chosen]]
                 scores = soft_capped(np.concatenate(score, axis=1) * config.scale, config.attention_softcap)
-                weight = np.exp(scores - scores.max(axis=1, keepdims=True))
-                return weight / weight.sum(axis=1, keepdims=True), np.concatenate(values)
+                return softmax(scores, null_logit), np.concatenate(values)
 
             if now > before and sliding is None:
                 received *= self.decay

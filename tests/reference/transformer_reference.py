@@ -19,7 +19,13 @@ def tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def attend_all(
-    config: ModelConfig, index: int, q: np.ndarray, k: np.ndarray, v: np.ndarray, rotate: Callable[..., np.ndarray]
+    config: ModelConfig,
+    index: int,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    rotate: Callable[..., np.ndarray],
+    null_logit: np.ndarray | None = None,
 ) -> np.ndarray:
     """Every token attends to all before it, or to those in its layer's sliding window."""
     count, window = len(q), config.layers[index].sliding_window
@@ -32,9 +38,17 @@ def attend_all(
     for head in range(config.heads):
         own = head // config.groups
         score = np.where(seen, soft_capped(q[:, head] @ k[:, own].T * config.scale, config.attention_softcap), -np.inf)
-        weight = np.exp(score - score.max(axis=1, keepdims=True))
-        out[:, head] = weight / weight.sum(axis=1, keepdims=True) @ v[:, own]
+        out[:, head] = softmax(score, None if null_logit is None else null_logit[head]) @ v[:, own]
     return out
+
+
+def softmax(score: np.ndarray, null_logit: np.ndarray | float | None) -> np.ndarray:
+    """Along the last axis; what one more score takes of the sum is nobody's."""
+    if null_logit is not None:
+        score = np.concatenate([score, np.broadcast_to(null_logit, (*score.shape[:-1], 1))], axis=-1)
+    weight = np.exp(score - score.max(axis=-1, keepdims=True))
+    share: np.ndarray = weight / weight.sum(axis=-1, keepdims=True)
+    return share if null_logit is None else share[..., :-1]
 
 
 def soft_capped(score: np.ndarray, cap: float | None) -> np.ndarray:
@@ -56,7 +70,7 @@ def logits(
             for name, value in weights.items()
             if name.startswith(f"blk.{index}.")
         }
-        before = x
+        before, ff_norm = x, "ffn_norm" if "ffn_norm" in part else "post_attention_norm"
         h = _pre_norm(config, x, part, "attn_norm")
         recurrent = config.layers[index].kind == "delta_net"
         mixed = _delta_net(config, part, h) if recurrent else _attention(config, index, part, h, attend)
@@ -66,9 +80,7 @@ def logits(
         out = _mlp(
             config,
             part,
-            _pre_norm(config, before, part, "attn_norm")
-            if config.parallel
-            else _pre_norm(config, x, part, "ffn_norm" if "ffn_norm" in part else "post_attention_norm"),
+            _pre_norm(config, before, part, "attn_norm") if config.parallel else _pre_norm(config, x, part, ff_norm),
         )
         x = x + config.residual_scale * (_rms_norm(config, out, part["post_ffw_norm"]) if config.post_norms else out)
     head = weights.get("output.weight", weights["token_embd.weight"])
@@ -91,8 +103,14 @@ def _mlp(config: ModelConfig, part: dict[str, np.ndarray], h: np.ndarray) -> np.
     gate = up
     if config.gated:  # which files have in a tensor of its own, or before up
         gate, up = (_linear(part, "ffn_gate", h), up) if "ffn_gate" in part else np.split(up, 2, axis=-1)
-    gate = _activated(config, gate)
-    return _linear(part, "ffn_down", gate * up if config.gated else gate)
+    return _linear(part, "ffn_down", _gated(config, gate, up) if config.gated else _activated(config, gate))
+
+
+def _gated(config: ModelConfig, gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    if config.activation != "swiglu_oai":
+        return _activated(config, gate) * up
+    gate, up = np.minimum(gate, 7.0), np.clip(up, -7.0, 7.0)
+    return gate / (1 + np.exp(-1.702 * gate)) * (up + 1)
 
 
 def _activated(config: ModelConfig, x: np.ndarray) -> np.ndarray:
@@ -106,21 +124,25 @@ def _mixture(config: ModelConfig, part: dict[str, np.ndarray], h: np.ndarray) ->
     experts = config.experts
     assert experts is not None
 
-    def expert(x: np.ndarray, gate: np.ndarray, up: np.ndarray, down: np.ndarray) -> np.ndarray:
-        return (_activated(config, x @ gate.T) * (x @ up.T)) @ down.T
+    def expert(x: np.ndarray, parts: list[np.ndarray], biases: list[np.ndarray | float]) -> np.ndarray:
+        gate, up = (x @ matrix.T + bias for matrix, bias in zip(parts[:2], biases[:2], strict=True))
+        return _gated(config, gate, up) @ parts[2].T + biases[2]
+
+    def parts(kind: str) -> list[np.ndarray]:
+        return [part[f"ffn_{name}_{kind}"] for name in ("gate", "up", "down")]
 
     out = np.zeros_like(h)
     for token, x in enumerate(h):
-        score = np.exp(part["ffn_gate_inp"] @ x)
+        score = np.exp(part["ffn_gate_inp"] @ x + part.get("ffn_gate_inp.bias", 0.0))
         share = score / score.sum()
         chosen = np.argsort(-share)[: experts.used]
         whole = share[chosen].sum() if experts.normalised else 1.0
         for one in chosen:
-            matrices = (part[f"ffn_{name}_exps"][one] for name in ("gate", "up", "down"))
-            out[token] += share[one] / whole * expert(x, *matrices)
+            matrices = [matrix[one] for matrix in parts("exps")]
+            biases = [part[f"ffn_{name}_exps.bias"][one] if experts.biases else 0.0 for name in ("gate", "up", "down")]
+            out[token] += share[one] / whole * expert(x, matrices, biases)
         if experts.shared_ff:
-            matrices = (part[f"ffn_{name}_shexp"] for name in ("gate", "up", "down"))
-            out[token] += expert(x, *matrices) / (1 + np.exp(-part["ffn_gate_inp_shexp"] @ x))
+            out[token] += expert(x, parts("shexp"), [0.0] * 3) / (1 + np.exp(-part["ffn_gate_inp_shexp"] @ x))
     return out
 
 
@@ -155,7 +177,8 @@ def _attention(
         turned = _rotate(x, np.asarray(positions)[:, None] * frequency, rope.dims, rope.interleaved)
         return np.concatenate([magnitude * turned[..., : rope.dims], turned[..., rope.dims :]], axis=-1)
 
-    mixed = attend(config, index, q, k, v, rotate) / (1 + np.exp(-gate))
+    rest = (part["attn_sinks"],) if config.null_logits else ()
+    mixed = attend(config, index, q, k, v, rotate, *rest) / (1 + np.exp(-gate))
     return _linear(part, "attn_output", mixed.reshape(count, -1))
 
 

@@ -32,6 +32,9 @@ LLAMA = TemplateFacts(call='{"name": "needle", "parameters": {"key": 1}}')
 MISTRAL = TemplateFacts(call='[TOOL_CALLS][{"name": "needle", "arguments": {"key": 1}, "id": "abc123XYZ"}]')
 NAMED = TemplateFacts(call='[TOOL_CALLS]needle[ARGS]{"key": 1}')
 THINKING = TemplateFacts(call=HERMES.call, thinking=("<think>", "</think>"))
+HARMONY = TemplateFacts(
+    call='<|start|>assistant to=functions.needle<|channel|>commentary json<|message|>{"key": 1}<|call|>', channels=True
+)
 NONE = TemplateFacts()
 
 PARIS = ("get_weather", '{"city": "Paris"}')
@@ -49,6 +52,14 @@ ANSWERS: list[tuple[TemplateFacts, str, str | None, list[tuple[str, str]]]] = [
     (LLAMA, '{"name": "get_weather", "parameters": {"city": "Paris"}}', None, [PARIS]),
     (MISTRAL, '[TOOL_CALLS][{"name": "get_weather", "arguments": {"city": "Paris"}}]', None, [PARIS]),
     (NAMED, '[TOOL_CALLS]get_weather[ARGS]{"city": "Paris"}[TOOL_CALLS]get_time[ARGS]{}', None, [PARIS, NOON]),
+    (
+        HARMONY,
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather "
+        '<|constrain|>json<|message|>{"city": "Paris"}',
+        None,
+        [PARIS],
+    ),
+    (HARMONY, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.", "Yes.", []),
     (NONE, '```json\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n```', None, [PARIS]),
     (NONE, '{"city": "é☃"}', '{"city": "é☃"}', []),
 ]
@@ -402,3 +413,23 @@ def test_what_is_wrong_is_named(live: Live, body: dict[str, Any], param: str) ->
     assert error["param"] == param
     assert len(error["message"]) < 400
     assert live.engine.requests == []
+
+
+def test_channels_are_read_without_tools_and_their_grammars_let_the_model_think(
+    live: Live, client: openai.OpenAI
+) -> None:
+    answer = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
+    told(live, HARMONY, answer + "Yes.", answer + "No.", answer + '{"a": 1}')
+    (choice,) = client.chat.completions.create(model=MODEL, messages=ASK).choices
+    assert (choice.message.content, choice.message.reasoning_content) == ("Yes.", "Hm.")  # type: ignore[attr-defined]
+    message, _ = streamed(client, messages=ASK)
+    assert (message["content"], message["reasoning"]) == ("No.", "Hm.")
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}}}
+    (choice,) = client.chat.completions.create(model=MODEL, messages=ASK, response_format=schema).choices
+    assert choice.message.content == '{"a": 1}'
+    grammar = live.engine.requests[-1].grammar.schema
+    assert (grammar.thinks, grammar.thinking, grammar.before) == (
+        "<|channel|>analysis<|message|>",
+        "<|end|><|start|>assistant",
+        "<|channel|>final<|message|>",
+    )

@@ -10,7 +10,7 @@ import pytest
 
 from tests.server.live_server import Live
 from tests.server.test_server_messages import stream as message_events
-from tests.server.test_server_tools import HERMES, NONE, PARIS, THINKING, WEATHER, told
+from tests.server.test_server_tools import HARMONY, HERMES, NONE, PARIS, THINKING, WEATHER, told
 
 CALL = 'I look. <tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
 THOUGHT = f"<think>\nHm, Paris.\n</think>\n\n{CALL}"
@@ -277,3 +277,27 @@ def test_whether_a_model_thinks_is_told_to_its_template(
     answer = live.post(path, {"model": "any", **asked, **limit, **fields})
     assert answer.status_code == 200, answer.text
     assert live.engine.variables == variables
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "effort"),
+    [
+        ("/v1/chat/completions", {"reasoning_effort": "none"}, "low"),
+        ("/v1/chat/completions", {"reasoning_effort": "medium"}, "medium"),
+        ("/v1/chat/completions", {"reasoning_effort": "xhigh"}, "high"),
+        ("/v1/responses", {"reasoning": {"effort": "minimal"}}, "low"),
+        ("/v1/messages", {"thinking": {"type": "disabled"}}, "low"),
+        ("/v1/messages", {"output_config": {"effort": "max"}}, "high"),
+        ("/api/chat", {"think": "high"}, "high"),
+    ],
+    ids=str,
+)
+def test_models_that_answer_in_channels_are_told_one_of_their_efforts(
+    live: Live, path: str, fields: dict[str, Any], effort: str
+) -> None:
+    told(live, HARMONY, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Yes.")
+    asked = {"input": ASK} if path == "/v1/responses" else {"messages": [{"role": "user", "content": ASK}]}
+    limit = {"max_tokens": 9} if path == "/v1/messages" else {}
+    answer = live.post(path, {"model": "any", **asked, **limit, **fields})
+    assert answer.status_code == 200, answer.text
+    assert live.engine.variables["reasoning_effort"] == effort

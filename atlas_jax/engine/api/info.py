@@ -103,11 +103,18 @@ class TemplateFacts:
         gives it their results.
       system: whether it takes a system message.
       thinking: the marks around what the model thinks before its answer, or None.
+      channels: whether answers are messages in channels, as gpt-oss has them (OpenAI's Harmony).
     """
 
     call: str = ""
     system: bool = True
     thinking: tuple[str, str] | None = None
+    channels: bool = False
+
+    @property
+    def thinks(self) -> bool:
+        """Whether what the model thinks is told from its answer."""
+        return self.thinking is not None or self.channels
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

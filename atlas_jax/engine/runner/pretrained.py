@@ -318,7 +318,7 @@ class PretrainedRunner(CompiledRunner):
                 first = slot == page.leaves[0]
                 capacity = self._division.capacities(write.kept)
                 leaves = leaving(index, slot, first=first, decay=write.decay, capacity=capacity)
-                cache = self._keep_pairs(key, self._weights.params.ropes, cache, memory.tokens, leaves)
+                cache = self._keep_pairs(key, self._weights.params.pairs, cache, memory.tokens, leaves)
         return Sequences(self._start_page(key, cache, page_start(index, page)), memory)
 
     # --- compiling ahead ------------------------------------------------------------------------------------------
@@ -333,7 +333,7 @@ class PretrainedRunner(CompiledRunner):
         self._start_page.compile(key, batch.cache, _PAGE_START)
         if batch.memory is not None and self._max_kept:
             leaves = shapes(leaving(0, 0, first=True, decay=1.0, capacity=self._division.capacities(0)))
-            self._keep_pairs.compile(key, self._weights.params.ropes, batch.cache, batch.memory.tokens, leaves)
+            self._keep_pairs.compile(key, self._weights.params.pairs, batch.cache, batch.memory.tokens, leaves)
 
     def compile_scored_prefill(self, length: int) -> None:
         """Compiles the scoring of chunks of `length` tokens, in a ring of any size."""

@@ -25,13 +25,12 @@ from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, De
 from atlas_jax.kernels.fused_linear import rms_norm
 from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
 from atlas_jax.kernels.reductions import row_max, row_sum
-from atlas_jax.kernels.rope import RopeTable
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, record, sample
 from atlas_jax.kernels.speculative_drafter import NONE, draft_tokens
 from atlas_jax.model import kept_pairs
 from atlas_jax.model.kept_pairs import Leaving
 from atlas_jax.model.kv_cache import KVCache
-from atlas_jax.model.params import ModelParams
+from atlas_jax.model.params import ModelParams, PairParams
 from atlas_jax.model.transformer import logits
 from atlas_jax.recall import recall_memory, recall_state
 from atlas_jax.recall.adapter import Adapter
@@ -121,7 +120,7 @@ def write_memory(
 
 def keep_pairs(
     config: StepConfig,
-    ropes: tuple[RopeTable, ...],
+    params: PairParams,
     cache: KVCache,
     tokens: Int32[Array, "B ring"],
     page: Leaving,
@@ -136,7 +135,7 @@ def keep_pairs(
     begins = jnp.isin(tokens[page.row, positions % tokens.shape[1]], jnp.asarray(config.turn_tokens, jnp.int32))
     begins &= positions >= 0
     protected = functools.reduce(operator.or_, (begins[i : i + PAGE] for i in range(TURN_START)))
-    return kept_pairs.keep_pairs(config.model, ropes, cache, page, protected)
+    return kept_pairs.keep_pairs(config.model, params, cache, page, protected)
 
 
 def finish_prefill(

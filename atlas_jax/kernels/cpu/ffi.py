@@ -17,6 +17,8 @@ from atlas_jax.kernels.cpu.library import VERSION
 from atlas_jax.kernels.packed_pages import PackedPages
 from atlas_jax.typing import Array, Bool, Float, Int8, Int32, UInt8, UInt16
 
+_ACTIVATIONS = "silu", "gelu_tanh", "swiglu_oai"
+"""In the order of linear.h."""
 MAX_ROWS = 128
 """Rows of a GEMM that one call takes."""
 _RECEIVED_QUERIES = 32
@@ -66,12 +68,12 @@ def summed_linear(
 def gated_linear(
     x: Float[Array, "rows 2*inp"],
     block: int,
-    gelu: bool,
+    activation: str,
     weight: Int8[Array, "out inp"] | UInt8[Array, "out records bytes"],
     weight_scale: Float[Array, out],
 ) -> Float[Array, "rows out"]:
     """`fused_linear.gated` and `linear`; `block` a multiple of 16."""
-    settings = {"block": np.int64(block), "gelu": np.int64(gelu)}
+    settings = {"block": np.int64(block), "activation": np.int64(_ACTIVATIONS.index(activation))}
     (out,) = _matmuls("gated_linear", (x,), weight, weight_scale, **settings)
     return out
 
@@ -205,6 +207,7 @@ def attention(
     sinks_seen: Bool[Array, "B T"],
     scale: float,
     kept: tuple[PackedPages, PackedPages, Int32[Array, "B 2"]] | None = None,
+    null_logit: Float[Array, H] | None = None,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention over a ring of int8 pages, the sinks and kept pairs; see `kernels.attention.window_attention`.
 
@@ -214,11 +217,12 @@ def attention(
     factor = jnp.asarray(scale, jnp.float32)
     shape = jax.ShapeDtypeStruct(q.shape, jnp.float32)
     args = (q, q_sink, k, k_scale, v, v_scale, sink_k, sink_v, seen, sinks_seen, factor)
+    null = () if null_logit is None else (null_logit,)
     if kept is None:
-        (out,) = _call("attention", (shape,), *args)
+        (out,) = _call("attention", (shape,), *args, *null)
     else:
         keys, values, stretch = kept
-        (out,) = _call("kept_attention", (shape,), *args, *_packed(keys), *_packed(values), stretch)
+        (out,) = _call("kept_attention", (shape,), *args, *_packed(keys), *_packed(values), stretch, *null)
     return out
 
 
@@ -263,6 +267,7 @@ def received_attention(
     kept: Int32[Array, ""],
     kept_pages: int,
     scale: float,
+    null_logit: Float[Array, H] | None = None,
 ) -> tuple[Float[Array, "N K P"], Float[Array, "kept_pages K P"]]:
     """Attention that the pairs of a row receive; see `kernels.received_attention.received_attention`.
 
@@ -278,6 +283,7 @@ def received_attention(
         tuple(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes),
         *(q, q_near, k, k_scale, sink_k, *_packed(kept_k)),
         *(row, seen, sinks_seen, first, kept, jnp.asarray(scale, jnp.float32)),
+        *(() if null_logit is None else (null_logit,)),
     )
     return ring, pairs
 

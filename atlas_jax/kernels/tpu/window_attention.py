@@ -42,13 +42,14 @@ def attention(
     sliding_window: int | None,
     scale: float,
     pairs: LayerPairs | None = None,
+    null_logit: Float[Array, H] | None = None,
     *,
     interpret: bool = False,
 ) -> Float[Array, "B T H D"]:
     """Softmax attention of a step's tokens over the ring, the sinks and the kept pairs.
 
     Args:
-      q, q_sink, kv, scale, pairs: as for `kernels.attention.window_attention`; the pages are `QuantPages`.
+      q, q_sink, kv, scale, pairs, null_logit: as for `kernels.attention.window_attention`; the pages are `QuantPages`.
       view, sliding_window: as for `kernels.attention.visible`, which says what is seen.
       interpret: run as an XLA program on any platform, for tests.
 
@@ -104,6 +105,12 @@ def attention(
         scales = pl.BlockSpec((1, slots, kv_heads, PAGE), lambda b, r, j, order, *_: (b, order[b, j], 0, 0))
     sinks = pl.BlockSpec((1, *kv.sink_k.shape[1:]), lambda b, r, j, *_: (b, 0, 0, 0))
 
+    null_score: tuple[jax.Array, ...] = ()
+    if null_logit is not None:
+        by_query = jnp.repeat(null_logit.reshape(kv_heads, -1), tokens, axis=1)[..., None]
+        null_score = (_pad_rows(by_query, rows, 0),)
+    null_spec = pl.BlockSpec((kv_heads, tile, 1), lambda b, r, j, *_: (0, r, 0))
+
     def kept_spec(part: jax.Array) -> pl.BlockSpec:
         rest = part.shape[2:]
         # a layer's pages begin anywhere in the pool, not where a block does
@@ -129,6 +136,7 @@ def attention(
             scales,
             sinks,
             sinks,
+            (null_spec,) * len(null_score),
             tuple(map(kept_spec, kept_k)),
             tuple(map(kept_spec, kept_v)),
         ],
@@ -168,6 +176,7 @@ def attention(
         value_scale,
         kv.sink_k,
         kv.sink_v,
+        null_score,
         kept_k,
         kept_v,
     )
@@ -194,6 +203,7 @@ def _kernel(
     value_scale: jax.Array,
     sink_k: jax.Array,
     sink_v: jax.Array,
+    null_score: tuple[jax.Array, ...],
     kept_k: tuple[jax.Array, ...],
     kept_v: tuple[jax.Array, ...],
     out: jax.Array,
@@ -211,10 +221,10 @@ def _kernel(
         count = sink_k.shape[2]
         score = [jnp.sum(q_sink[0] * sink_k[0, :, s : s + 1], axis=-1, keepdims=True) for s in range(count)]
         score = [jnp.where(seen, one, _NEGATIVE) for one in score]
-        highest = functools.reduce(jnp.maximum, score)
+        highest = functools.reduce(jnp.maximum, (*score, *(of_heads[...] for of_heads in null_score)))
         weight = [jnp.where(seen, jnp.exp(one - highest), 0.0) for one in score]
         peak[...] = highest
-        mass[...] = sum(weight[1:], weight[0])
+        mass[...] = sum((jnp.exp(of_heads[...] - highest) for of_heads in null_score), sum(weight[1:], weight[0]))
         total[...] = sum((one * sink_v[0, :, s : s + 1] for s, one in enumerate(weight)), jnp.zeros(total.shape))
 
     def scale(of: jax.Array, slot: jax.Array) -> jax.Array:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from gguf.constants import GGMLQuantizationType
 
 from atlas_jax.gguf._header import MAX_DIMS, MAX_TENSORS, GGUFError, TensorInfo, quote
 from atlas_jax.gguf._mapped import MappedFile
+from atlas_jax.gguf._types import TensorType
 
 MAX_JSON = 256 << 20
 _MAX_CONFIG = 4 << 20
@@ -21,9 +21,9 @@ _MAX_HEADER = 100 << 20
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _SHARD = re.compile(r"[A-Za-z0-9][\w.-]{0,200}\.safetensors", re.ASCII)
 _TYPES = {
-    "F32": (GGMLQuantizationType.F32, 4),
-    "F16": (GGMLQuantizationType.F16, 2),
-    "BF16": (GGMLQuantizationType.BF16, 2),
+    "F32": (TensorType.F32, 4),
+    "F16": (TensorType.F16, 2),
+    "BF16": (TensorType.BF16, 2),
 }
 
 

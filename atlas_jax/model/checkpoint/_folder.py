@@ -12,10 +12,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from gguf.constants import GGMLQuantizationType
 
 from atlas_jax.gguf._header import GGUFError, TensorInfo, quote
 from atlas_jax.gguf._nibbles import Nibbles
+from atlas_jax.gguf._types import TensorType
 from atlas_jax.model.checkpoint._files import CheckpointError, Shard, open_shards, read_bytes, read_json
 from atlas_jax.model.checkpoint._tokenizer import Settings, tokenizer_metadata
 from atlas_jax.model.families import FAMILIES, Family
@@ -107,7 +107,7 @@ class CheckpointFolder:
             raise
         tensors = {name: one.info for name, one in stored.items()}
         for name, values in described.tensors.items():
-            tensors[name] = TensorInfo(name, values.shape, GGMLQuantizationType.F32, 0, values.nbytes)
+            tensors[name] = TensorInfo(name, values.shape, TensorType.F32, 0, values.nbytes)
         return cls(
             path,
             sum(shard.file.size for shard in shards),
@@ -306,11 +306,11 @@ def _stacked(target: str, parts: Mapping[int, tuple[int, TensorInfo]]) -> _Store
     return _Stored(TensorInfo(target, (len(ordered), *first.shape), first.ggml_type, 0, size), tuple(ordered))
 
 
-def _floats(kind: GGMLQuantizationType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+def _floats(kind: TensorType, packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """Rows of bytes as rows of float32."""
     match kind:
-        case GGMLQuantizationType.F32:
+        case TensorType.F32:
             return packed.view("<f4")
-        case GGMLQuantizationType.F16:
+        case TensorType.F16:
             return packed.view("<f2").astype(np.float32)
     return (packed.view("<u2").astype(np.uint32) << 16).view(np.float32)

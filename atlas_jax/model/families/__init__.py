@@ -9,6 +9,7 @@ from atlas_jax.model.families import (
     gemma,
     gemma2,
     gemma3,
+    gpt_oss,
     granite,
     internlm2,
     llama,
@@ -46,6 +47,7 @@ FAMILIES: Mapping[str, Family] = {
     "stablelm": stablelm.FAMILY,
     "starcoder2": starcoder2.FAMILY,
     "command-r": command_r.FAMILY,
+    "gpt-oss": gpt_oss.FAMILY,
 }
 
 __all__ = ["FAMILIES", "Family", "UnsupportedModel"]

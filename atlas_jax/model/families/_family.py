@@ -176,19 +176,21 @@ class Fields:
         if any(place >= 3 * sizes[place % 3] for place in in_turn):
             raise self._refused(key, f"has unsupported value {sizes}: it leaves out a part of {dims} dimensions")
 
-    def experts(self, *, normalised: bool, shared: bool = False) -> ExpertsConfig | None:
+    def experts(self, *, normalised: bool, shared: bool = False, biases: bool = False) -> ExpertsConfig | None:
         """The mixture of experts that the layers have, if they have one.
 
         Args:
           normalised: whether the chosen experts' probabilities are made to sum to 1.
           shared: whether a further expert is used by all tokens.
+          biases: whether router and experts have biases.
         """
         count = self.integer("expert_count", 0, default=0)
         if not count:
             return None
         used = self.integer("expert_used_count", 1, count)
         ff = self._feed_forward_length()
-        self.same("expert_gating_func", 0.0, 1.0)
+        # 1: softmax over all; 3: over the chosen ones, which is the same where they are made to sum to 1
+        self.same("expert_gating_func", 0.0, 1.0, *((3.0,) if normalised else ()))
         for key in ("expert_weights_scale", "expert_group_count", "expert_group_used_count"):
             self.same(key, 0.0, 1.0)
         return ExpertsConfig(
@@ -197,6 +199,7 @@ class Fields:
             # of Mixtral every expert is as wide as an MLP; the others name their width
             ff=self.integer("expert_feed_forward_length", 0, default=0) or ff,
             normalised=normalised,
+            biases=biases,
             shared_ff=(self.integer("expert_shared_feed_forward_length", 0, default=0) or ff) if shared else 0,
         )
 

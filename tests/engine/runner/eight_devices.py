@@ -1,7 +1,7 @@
 """Run by `test_mesh.py` in a process of its own: jax must not have started before XLA_FLAGS is set.
 
 Arguments: a folder, a dtype, and meshes as data,model: every mesh answers as one device does. Or "collectives": what
-devices tell one another in a decode step is small.
+devices tell one another in a decode step is small. Or "scores", a folder, and a sample of `tiny_families`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from atlas_jax.aot import INLINE, AotProgram
@@ -31,10 +32,15 @@ from atlas_jax.engine.runner.step import StepConfig
 from atlas_jax.engine.runner.step_programs import StepPrograms, decode_inputs, weight_shapes
 from atlas_jax.gguf import GGUFFile
 from atlas_jax.kernels import lowering_platform
-from atlas_jax.model.loading import model_config
-from atlas_jax.sharding import on_mesh
-from tests import tiny_model
+from atlas_jax.model.kv_cache import init_kv_cache, page_start, start_page
+from atlas_jax.model.layer_groups import Trunk
+from atlas_jax.model.loading import load_params, model_config
+from atlas_jax.model.page_schedule import PageSchedule
+from atlas_jax.model.transformer import logits
+from atlas_jax.sharding import ONE_DEVICE, on_mesh
+from tests import tiny_families, tiny_model
 from tests.engine.offline import Answer, ask, ask_all, memory, request, words
+from tests.tiny_families import TEXT
 
 PLAIN, MEMORY = 1e-4, 0.2
 """Largest difference of a log-probability. Sums come in another order. A write's products are bfloat16 and a read's weights
@@ -106,9 +112,34 @@ def collectives() -> None:
     print(f"{len(sizes)} collectives, of {max(sizes)} numbers at most")
 
 
+def scores() -> None:
+    """A model's scores on a mesh are those on one device; for what the engine's own model has not."""
+    name, rows = sys.argv[3], 2
+    texts = np.stack([TEXT, TEXT[::-1]]).astype(np.int32)
+    with GGUFFile.open(
+        tiny_families.write_sample(Path(sys.argv[2]) / "tiny.gguf", tiny_families.SAMPLES[name])
+    ) as file:
+        config = model_config(file)
+        weights = load_params(file, config, dtype="float32")
+    found = []
+    for layout in (ONE_DEVICE, on_mesh(config, 2, 2)):
+        program = functools.partial(AotProgram, mesh_layout=layout)
+        cache, params = layout.rows(init_kv_cache(config, rows, 1, "float32")), layout.weights(weights)
+        for row in range(rows):
+            cache = program(start_page)((), cache, page_start(row, PageSchedule(window=None).next_page(0)))
+        count = np.full(rows, texts.shape[1], np.int32)
+        *_, states = Trunk(config, program)((), params, cache, texts, count)
+        found.append(np.asarray(logits(config, weights, jax.device_put(np.asarray(states[-1])))))
+    one, many = found
+    print(f"{name} {np.abs(many - one).max() / np.abs(one).max():.1e}")
+    assert np.abs(many - one).max() < 1e-5 * np.abs(one).max()
+
+
 def main() -> None:
     if sys.argv[1] == "collectives":
         return collectives()
+    if sys.argv[1] == "scores":
+        return scores()
     folder, dtype = Path(sys.argv[1]), sys.argv[2]
     model = tiny_model.write_model(folder / "tiny.gguf", SHAPE)
     tiny_model.write_adapter(folder / "tiny.safetensors", model)

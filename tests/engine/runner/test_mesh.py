@@ -34,6 +34,11 @@ def test_no_cache_weight_or_memory_moves_between_devices(tmp_path: Path) -> None
     assert "collectives" in run("collectives", str(tmp_path))
 
 
+@pytest.mark.slow
+def test_heads_that_have_a_score_without_a_value_are_divided_with_it(tmp_path: Path) -> None:
+    assert "gpt-oss" in run("scores", str(tmp_path), "gpt-oss")
+
+
 def run(*arguments: str) -> str:
     command = [sys.executable, "-m", "tests.engine.runner.eight_devices", *arguments]
     done = subprocess.run(

@@ -18,14 +18,21 @@ from atlas_jax.grammar.calls import CallGrammar, CallShape
 from atlas_jax.grammar.shape import AnswerShape
 from atlas_jax.grammar.wire import CALLS, COMPLETE, MAY_GO_ON, Compiled
 from atlas_jax.grammar.worker import Grammar, _compile
+from server.tool_calls.choice import _channel_marks
 from server.tool_calls.generic import GENERIC
+from server.tool_calls.harmony import HARMONY
 from server.tool_calls.hermes import HERMES
 from server.tool_calls.llama import LLAMA
 from server.tool_calls.mistral import MISTRAL, MISTRAL_NAMED
 from server.tool_calls.style import Style
 from tests import tiny_model
 
-STYLES = {"hermes": HERMES, "generic": GENERIC, "llama": LLAMA, "mistral": MISTRAL, "mistral named": MISTRAL_NAMED}
+STYLES = {
+    **{"hermes": HERMES, "generic": GENERIC, "llama": LLAMA, "mistral": MISTRAL, "mistral named": MISTRAL_NAMED},
+    "harmony": HARMONY,
+}
+MARKS = ("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>")
+"""Those of channels, which are tokens that can be seen."""
 CONTROLS = ("[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
 CITY: dict[str, Any] = {
     "type": "object",
@@ -44,8 +51,8 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     with GGUFFile.open(path) as file:
         metadata = dict(file.metadata)
     names, types = list(metadata["tokenizer.ggml.tokens"]), list(metadata["tokenizer.ggml.token_type"])
-    metadata["tokenizer.ggml.tokens"] = [*names, *CONTROLS]
-    metadata["tokenizer.ggml.token_type"] = np.array([*types, *[3] * len(CONTROLS)], np.int32)
+    metadata["tokenizer.ggml.tokens"] = [*names, *CONTROLS, *MARKS, "<|call|>", "<|return|>"]
+    metadata["tokenizer.ggml.token_type"] = np.array([*types, *[3] * (len(CONTROLS) + len(MARKS) + 2)], np.int32)
     return Tokenizer.from_metadata(metadata)
 
 
@@ -188,3 +195,44 @@ def test_what_the_grammar_spells_are_the_tokenizers_own_tokens(tokenizer: Tokeni
     assert ids == tokenizer.encode(text, add_special=False, parse_special=True)
     start = text.index("{", text.index("get") if not style.open else 0)
     assert json.JSONDecoder().raw_decode(text, start)
+
+
+def test_an_answer_in_channels_may_think_before_what_it_must_be(tokenizer: Tokenizer, tokens: Tokens) -> None:
+    """Forced calls, and answers by a schema, whose marks are tokens of their own."""
+    marks = _channel_marks(HARMONY)
+    call = HARMONY.write("get_city", '{"city": "Paris"}')
+    thought = f"{marks['thinks']}Paris, I think.{marks['thinking']}"
+    grammar, made = compiled(tokens, wanted(HARMONY, forced=True, **marks))
+    assert made == Compiled()
+    assert allows(tokenizer, grammar, call)
+    assert allows(tokenizer, grammar, thought + call)
+    for other in ("Paris", marks["before"] + "Paris", f"Paris{call}", call + call, HARMONY.write("get_town", "{}")):
+        assert not allows(tokenizer, grammar, other)
+    grammar, made = compiled(tokens, CallGrammar(answer=AnswerShape(wanted=CITY), **marks))
+    assert made == Compiled()
+    for before in ("", thought):
+        assert allows(tokenizer, grammar, before + marks["before"] + '{"city": "Paris"}')
+        assert not allows(tokenizer, grammar, before + marks["before"] + "Paris")
+    assert not allows(tokenizer, grammar, '{"city": "Paris"}')
+    assert not allows(tokenizer, grammar, call)
+    grammar, made = compiled(tokens, CallGrammar(answer=AnswerShape(kind="choice", wanted=["Paris", "Rome"]), **marks))
+    assert made == Compiled()
+    assert allows(tokenizer, grammar, thought + marks["before"] + "Rome")
+    assert not allows(tokenizer, grammar, marks["before"] + "Bern")
+    assert not allows(tokenizer, grammar, "Rome")
+
+
+def test_where_the_form_of_a_channel_leaves_no_choice_its_own_tokens_are_taken(
+    tokenizer: Tokenizer, tokens: Tokens
+) -> None:
+    grammar, _ = compiled(tokens, wanted(HARMONY, forced=True, **_channel_marks(HARMONY)))
+    assert grammar is not None
+    answer, text, found = grammar.answer(), HARMONY.write("get", "{}"), list[int]()
+    answer.take(None)
+    for token in tokenizer.encode(text, add_special=False, parse_special=True):
+        choices = [one for one in range(tokenizer.vocab_size) if answer.mask[one // 8] >> (one % 8) & 1]
+        assert token in choices
+        found.append(len(choices))
+        verdict = answer.take(token)
+    assert found[0] == 1, "the token of a channel"
+    assert verdict == COMPLETE

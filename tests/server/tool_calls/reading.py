@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from server.tool_calls.answer import AnswerReader
+from server.tool_calls.channels import ChannelReader
 from server.tool_calls.pieces import CallArguments, CallBegun, Content, Piece, Reasoning
 from server.tool_calls.reader import CallReader
 from server.tool_calls.reasoning import ReasoningReader
@@ -67,7 +68,11 @@ def read(
     """
     numbers = itertools.count()
     calls = style and CallReader(style, names, exact=exact, most=most, new_id=lambda: f"call_{next(numbers)}")
-    reader = AnswerReader(None if think is None else ReasoningReader("<think>", "</think>", begun=think), calls)
+    if style is not None and style.channels is not None:
+        new_id = lambda: f"call_{next(numbers)}"  # noqa: E731
+        reader = AnswerReader(ChannelReader(style, names, exact=exact, most=most, new_id=new_id))
+    else:
+        reader = AnswerReader(None if think is None else ReasoningReader("<think>", "</think>", begun=think), calls)
     out = Read()
     for chunk in chunks:
         out.add(reader.push(chunk))

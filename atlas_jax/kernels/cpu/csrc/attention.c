@@ -11,6 +11,7 @@ typedef struct {
   const uint8_t *seen, *sinks_seen; /* [B, T, N, P], [B, T] */
   const float *scale;
   Pairs kept_k, kept_v; /* [B, M, K, P, D]; pages of all layers */
+  const float *null_logit; /* [H], or NULL */
   const int32_t *kept;  /* [B, 2]: the layer's first page, and its pairs; or NULL */
   float *out;           /* [B, T, H, D] */
   int64_t tokens, heads, kv_heads, dim, pages, pool_pages, most_pages, sinks; /* most: that any row has filled */
@@ -31,7 +32,7 @@ typedef struct {
   Terms ring, kept;
   float *score; /* [N + kept pages, P], later the weights */
   float *total; /* [D] */
-  float peak, mass, sink_score[MOST_SINKS];
+  float peak, mass, null_score, sink_score[MOST_SINKS];
   int64_t sinks;
 } Query;
 
@@ -157,10 +158,12 @@ static __m512 weigh_page(float *page, const float *scale, Seen seen, float peak,
 /* Softmax of a query's scores and sinks: its weights, not yet divided by their sum, times the scales of the values. */
 static void weigh(const Attention *task, Query *query, const Page *page, int64_t pages, const float *sink_k) {
   query->peak = score_sinks(query->q_sink, sink_k, query->sinks, task->dim, *task->scale, query->sink_score, query->peak);
+  query->peak = query->null_score > query->peak ? query->null_score : query->peak;
   __m512 mass = _mm512_setzero_ps();
   for (int64_t n = 0; n < pages; n++)
     if (page[n].seen.count) mass = weigh_page(query->score + n * PAGE, page[n].v.scale, page[n].seen, query->peak, mass);
   query->mass = _mm512_reduce_add_ps(mass);
+  if (task->null_logit) query->mass += _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(query->null_score - query->peak)));
 }
 
 /* The pages of a row and KV head; `scale` is room for the scales of the kept ones' keys and values. */
@@ -219,6 +222,7 @@ static void attention_part(const void *data, int64_t part) {
       query[j].q_sink = task->q_sink + place;
       query[j].seen = task->seen + t * ring;
       query[j].sinks = task->sinks_seen[t] ? task->sinks : 0;
+      query[j].null_score = null_score(task->null_logit, kv * groups + (i + j) % groups);
       query[j].ring = query_terms(task->q + place, dim, *task->scale, terms);
       if (pages > task->pages) query[j].kept = query_terms(query[j].q_sink, dim, *task->scale, terms + dim);
       memset(query[j].total, 0, sizeof(float) * (size_t)dim);
@@ -281,6 +285,11 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame, bool keeps) {
                     .dim = q->dims[3],
                     .pages = k->dims[1],
                     .sinks = sink_k->dims[2]};
+  const int64_t given = keeps ? 20 : 11;
+  if (frame->args.size > given) {
+    task.null_logit = argument(frame, (int)given)->data;
+    if (argument(frame, (int)given)->dims[0] != task.heads) return failed(frame, "atlas_attention: null logits");
+  }
   if (keeps) {
     if (!has_bits(frame, 11, task.dim, KEY_BITS) || !has_bits(frame, 15, task.dim, VALUE_BITS))
       return failed(frame, "atlas_attention: bits");
@@ -301,13 +310,14 @@ static XLA_FFI_Error *attention(XLA_FFI_CallFrame *frame, bool keeps) {
 
 /* (q, q_sink f32 [B, T, H, D]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; v and its scale; sink_k, sink_v f32
    [B, K, S, D]; seen bool [B, T, N, P]; sinks_seen bool [B, T]; scale f32 []) -> f32 [B, T, H, D];
-   D a multiple of 64, P = 128, S ≤ 16. */
+   D a multiple of 64, P = 128, S ≤ 16. One more argument, f32 [H], has each head's score without a value. */
 EXPORT XLA_FFI_Error *atlas_attention(XLA_FFI_CallFrame *frame) {
   return asked_for_version(frame) ? NULL : attention(frame, false);
 }
 
 /* The same, and (kept k of all layers: numbers u8 [B, M, K, P, D / 2], step u8 and offset int8 [B, M, K, P, D / 32], half of the
-   scale u16 [B, M, K, P]; kept v likewise, its numbers [.., D / 4]; the layer's first page and its pairs i32 [B, 2]). */
+   scale u16 [B, M, K, P]; kept v likewise, its numbers [.., D / 4]; the layer's first page and its pairs i32 [B, 2]), before the scores without a
+   value. */
 EXPORT XLA_FFI_Error *atlas_kept_attention(XLA_FFI_CallFrame *frame) {
   return asked_for_version(frame) ? NULL : attention(frame, true);
 }

@@ -219,4 +219,7 @@ static inline float score_sinks(const float *q, const float *sink_k, int64_t sin
   return peak;
 }
 
+/* The score of one head that has no value, if it has one; else none weighs anything. */
+static inline float null_score(const float *null_logit, int64_t head) { return null_logit ? null_logit[head] : -1e30f; }
+
 #endif

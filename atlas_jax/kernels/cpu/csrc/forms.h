@@ -1,7 +1,7 @@
 /* The forms in which weights of 8 bits lie: as bytes, or coded in fewer bits, and how 64 of them are decoded.
 
-   A coded weight is the upper byte of code · step + base, in 16-bit arithmetic that wraps. The definition, and what the
-   bytes of a record are, is `Form` in Python (`kernels.weight_forms`). */
+   A coded weight is the upper byte of code · step + base, in 16-bit arithmetic that wraps, or in FLOATS the number that a code
+   stands for, shifted. The definition, and what the bytes of a record are, is `Form` in Python (`kernels.weight_forms`). */
 
 #ifndef ATLAS_FORMS_H
 #define ATLAS_FORMS_H
@@ -12,12 +12,16 @@
 #include <string.h>
 
 /* A form is known by the bytes of its record. */
-typedef enum { BYTES = 64, PAIRS = 40, FOUR = 144, FIVE = 176, SIX = 210 } Form;
+typedef enum { BYTES = 64, FLOATS = 34, PAIRS = 40, FOUR = 144, FIVE = 176, SIX = 210 } Form;
 
 /* Weights of a record. */
-static inline __attribute__((always_inline)) int64_t span_of(Form form) { return form == BYTES || form == PAIRS ? 64 : 256; }
+static inline __attribute__((always_inline)) int64_t span_of(Form form) {
+  return form == FOUR || form == FIVE || form == SIX ? 256 : 64;
+}
 
-static inline bool is_coded(int64_t record) { return record == PAIRS || record == FOUR || record == FIVE || record == SIX; }
+static inline bool is_coded(int64_t record) {
+  return record == FLOATS || record == PAIRS || record == FOUR || record == FIVE || record == SIX;
+}
 
 /* Steps and bases of a record's blocks, and what of its codes lies apart; of codes of 4 bits the weights that they are instead,
    16 for each of four blocks a table: looking a weight up takes half as many instructions as multiplying. */
@@ -36,6 +40,22 @@ static inline __attribute__((always_inline)) __m512i table_of(__m128i steps, __m
   const __m512i lower = _mm512_add_epi16(_mm512_mullo_epi16(step, counted), base);
   const __m512i upper = _mm512_add_epi16(lower, _mm512_slli_epi16(step, 3));
   return _mm512_packus_epi16(_mm512_srli_epi16(lower, 8), _mm512_srli_epi16(upper, 8));
+}
+
+/* What the codes of FLOATS are, in either half of 64 weights that have these shifts: rounded where a shift leaves no whole one. */
+static inline __attribute__((always_inline)) __m512i floats_of(uint8_t first, uint8_t second) {
+  static const int8_t numbers[9][16] __attribute__((aligned(16))) = {
+      {0, 8, 16, 24, 32, 48, 64, 96, 0, -8, -16, -24, -32, -48, -64, -96},
+      {0, 4, 8, 12, 16, 24, 32, 48, 0, -4, -8, -12, -16, -24, -32, -48},
+      {0, 2, 4, 6, 8, 12, 16, 24, 0, -2, -4, -6, -8, -12, -16, -24},
+      {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
+      {0, 0, 1, 2, 2, 3, 4, 6, 0, 0, -1, -2, -2, -3, -4, -6},
+      {0, 0, 0, 1, 1, 2, 2, 3, 0, 0, 0, -1, -1, -2, -2, -3},
+      {0, 0, 0, 0, 0, 1, 1, 2, 0, 0, 0, 0, 0, -1, -1, -2},
+      {0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, -1},
+      {0}};
+  const __m512i lower = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)numbers[first < 8 ? first : 8]));
+  return _mm512_mask_broadcast_i32x4(lower, 0xff00, _mm_load_si128((const __m128i *)numbers[second < 8 ? second : 8]));
 }
 
 /* What is common to a record's weights. `flipped` weights come with their top bit flipped: w + 128, unsigned. */
@@ -79,6 +99,9 @@ static inline __attribute__((always_inline)) Record opened(const uint8_t *record
     found.step = _mm512_shuffle_epi8(all, of_step);
     found.base = _mm512_shuffle_epi8(all, _mm512_add_epi8(of_step, _mm512_set1_epi8(2)));
     if (flipped) found.base = _mm512_xor_si512(found.base, _mm512_set1_epi16((short)0x8000));
+  } else if (form == FLOATS) {
+    found.table[0] = floats_of(record[0], record[1]);
+    if (flipped) found.table[0] = _mm512_xor_si512(found.table[0], _mm512_set1_epi8((char)0x80));
   }
   return found;
 }
@@ -102,6 +125,11 @@ static inline __attribute__((always_inline)) __m512i decoded(const uint8_t *reco
     const __m512i table = found->table[part / 2];
     const __m512i own = part % 2 ? _mm512_shuffle_i64x2(table, table, 0xfa) : _mm512_shuffle_i64x2(table, table, 0x50);
     return _mm512_shuffle_epi8(own, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+  }
+  if (form == FLOATS) {
+    const __m512i halves = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(record + 2)));
+    const __m512i upper = _mm512_slli_epi16(_mm512_srli_epi16(halves, 4), 8);
+    return _mm512_shuffle_epi8(found->table[0], _mm512_or_si512(_mm512_and_si512(halves, _mm512_set1_epi16(15)), upper));
   }
   const int at = form == PAIRS ? 8 : form == FIVE ? 48 : 82;
   const __m512i codes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(record + at + 32 * part)));

@@ -24,13 +24,20 @@
    8.7 against 7.0 ms for one term, 12.9 against 8.0 for two; for four terms AMX, 8.8 against 10.2). */
 enum { FEW = 2 };
 
-/* out = x · σ(z) · up, where z = x for SiLU, and for GELU (by tanh) z = 2 √(2 / π) (x + 0.044715 x³) */
-static void gate(const float *x, int64_t block, bool gelu, int64_t count, float *out) {
+/* out = x · σ(z) · up, where z = x for SiLU, for GELU (by tanh) z = 2 √(2 / π) (x + 0.044715 x³), and for swiglu_oai
+   z = 1.702 x, of x and up that are cut, and up one more */
+static inline __attribute__((always_inline)) void gate_by(const float *x, int64_t block, Activation activation, int64_t count,
+                                                          float *out) {
   const __m512 one = _mm512_set1_ps(1.0f);
   for (int64_t b = 0; b < count; b += block)
     for (int64_t i = b; i < b + block; i += 16) {
       __m512 v = _mm512_loadu_ps(x + b + i), up = _mm512_loadu_ps(x + b + i + block), z = v;
-      if (gelu) {
+      if (activation == SWIGLU_OAI) {
+        const __m512 limit = _mm512_set1_ps(7.0f);
+        v = _mm512_min_ps(v, limit);
+        up = _mm512_add_ps(_mm512_max_ps(_mm512_min_ps(up, limit), _mm512_set1_ps(-7.0f)), one);
+        z = _mm512_mul_ps(v, _mm512_set1_ps(1.702f));
+      } else if (activation == GELU_TANH) {
         __m512 square = _mm512_mul_ps(v, v);
         z = _mm512_mul_ps(v, _mm512_fmadd_ps(square, _mm512_set1_ps(0.0713548163f), _mm512_set1_ps(1.59576912f)));
       }
@@ -39,6 +46,15 @@ static void gate(const float *x, int64_t block, bool gelu, int64_t count, float 
       v = _mm512_mul_ps(v, _mm512_div_ps(share, _mm512_add_ps(one, e)));
       _mm512_storeu_ps(out + i, _mm512_mul_ps(v, up));
     }
+}
+
+/* `gate_by`, made for each activation. */
+static void gate(const float *x, int64_t block, Activation activation, int64_t count, float *out) {
+  switch (activation) {
+    case SILU: gate_by(x, block, SILU, count, out); break;
+    case GELU_TANH: gate_by(x, block, GELU_TANH, count, out); break;
+    case SWIGLU_OAI: gate_by(x, block, SWIGLU_OAI, count, out); break;
+  }
 }
 
 /* Quantises x to its lower terms and the list of the upper ones that are not 0; returns their unit, and Σ of the numbers. */
@@ -87,7 +103,7 @@ void quantize_row(const Linear *task, int64_t m, int64_t row, int8_t *high, int8
       return;
     }
     if (task->block)
-      gate(x, task->block, task->gelu, task->inner, made);
+      gate(x, task->block, task->activation, task->inner, made);
     else
       norm_row(x, task->gain, task->eps, task->inner, made);
     x = made;
@@ -113,7 +129,7 @@ typedef enum { NOTHING, NORM, SUM_NORM, GATE } Before;
    them; in a multiple of 64, out of 16, at most MAX_ROWS rows. The weight may be coded instead, uint8 [out, records,
    bytes of one], without such an axis. With NORM, a fourth argument is the gain, f32 [in], and an attribute `eps`; with SUM_NORM,
    a fifth is what is added to x first, f32 [R, in], a sixth, if there is one, the gain of its own norm, and a second result
-   is the sum, f32 [R, in]. With GATE, x is f32 [R, 2 · in], and attributes are `block` and `gelu`. */
+   is the sum, f32 [R, in]. With GATE, x is f32 [R, 2 · in], and attributes are `block` and `activation`. */
 static XLA_FFI_Error *matmul(XLA_FFI_CallFrame *frame, Before before) {
   XLA_FFI_Buffer *x = argument(frame, 0), *weight = argument(frame, 1), *scale = argument(frame, 2), *out = result(frame, 0);
   bool coded = weight->dtype == XLA_FFI_DataType_U8;
@@ -135,7 +151,9 @@ static XLA_FFI_Error *matmul(XLA_FFI_CallFrame *frame, Before before) {
     task.sum = result(frame, 1)->data;
   } else if (before == GATE) {
     task.block = *(const int64_t *)attribute(frame, "block");
-    task.gelu = *(const int64_t *)attribute(frame, "gelu");
+    const int64_t activation = *(const int64_t *)attribute(frame, "activation");
+    if (activation < SILU || activation > SWIGLU_OAI) return failed(frame, "atlas_linear: activation");
+    task.activation = (Activation)activation;
     if (task.block <= 0 || task.block % TILE || task.inner % task.block) return failed(frame, "atlas_linear: gate");
   }
   const int64_t record = !coded ? BYTES : weight->rank == 3 ? weight->dims[2] : 0;

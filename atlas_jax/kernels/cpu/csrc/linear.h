@@ -14,6 +14,9 @@ enum { TILE = 16, MAX_ROWS = 128, BLOCK = 8 };
    one core: 1.5 ms; 2.2 with 4096 bytes, 3.3 with 8192 as far as the first cache, 3.7 without). */
 enum { AHEAD = 32768 };
 
+/* Of a gate; swiglu_oai: gate · σ(1.702 · gate) · (up + 1), with the gate cut at 7 and up at ±7. */
+typedef enum { SILU, GELU_TANH, SWIGLU_OAI } Activation;
+
 typedef struct {
   const float *x;       /* [matrices, rows, inner]; gated: [rows, inner / block, 2, block] */
   const int8_t *weight; /* [matrices, outputs, inner], or coded: [outputs, records, bytes of one] */
@@ -26,9 +29,9 @@ typedef struct {
   const float *post_gain; /* [inner], if what is added is normed itself */
   float *sum;             /* [rows, inner]: the sums */
   int64_t block; /* columns of a gate that lie together; 0: rows are not gated */
-  bool gelu;     /* the gate's function, else SiLU */
+  Activation activation; /* the gate's */
   int64_t rows, inner, outputs;
-  int64_t width; /* bytes of one output's weights */
+  int64_t width;  /* bytes of one output's weights */
   int64_t strip, strips; /* outputs of one part, and parts of one matrix */
   int64_t threads;       /* that take parts */
   int64_t groups;        /* AMX: groups of eight rows, 16 terms, of one matrix */

@@ -70,6 +70,7 @@ static inline __attribute__((always_inline)) void few_rows(const Linear *task, c
 typedef void FewRows(const Linear *task, const Gemm *p, int64_t output, const int8_t *weight);
 
 static void few_bytes(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, BYTES); }
+static void few_floats(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, FLOATS); }
 static void few_pairs(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, PAIRS); }
 static void few_four(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, FOUR); }
 static void few_five(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, FIVE); }
@@ -78,8 +79,15 @@ static void few_six(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) 
 void multiply_few(const void *data, int64_t part) {
   const Linear *task = data;
   Gemm p = gemm_of(task, part);
-  FewRows *run = task->form == BYTES ? few_bytes : task->form == PAIRS ? few_pairs : task->form == FOUR ? few_four
-                 : task->form == FIVE ? few_five : few_six;
+  FewRows *run = NULL;
+  switch (task->form) {
+    case BYTES: run = few_bytes; break;
+    case FLOATS: run = few_floats; break;
+    case PAIRS: run = few_pairs; break;
+    case FOUR: run = few_four; break;
+    case FIVE: run = few_five; break;
+    case SIX: run = few_six; break;
+  }
   for (int64_t o = p.first; o < p.last; o += TILE) run(task, &p, o, p.weight + o * task->width);
 }
 
@@ -113,6 +121,7 @@ static const int8_t *laid_out(const Linear *task, const int8_t *weight, int widt
   if (!room) return NULL;
   switch (task->form) {
     case BYTES: lay_out(task, weight, width, BYTES, room); break;
+    case FLOATS: lay_out(task, weight, width, FLOATS, room); break;
     case PAIRS: lay_out(task, weight, width, PAIRS, room); break;
     case FOUR: lay_out(task, weight, width, FOUR, room); break;
     case FIVE: lay_out(task, weight, width, FIVE, room); break;

@@ -8,6 +8,7 @@ typedef struct {
   Pairs k, kept_k;         /* [B, N, K, P, D], [B, M, K, P, D]: pages of all layers */
   const float *sink_k;     /* [B, K, S, D] */
   const uint8_t *seen;     /* [samples, N, P] */
+  const float *null_logit; /* [H], or NULL */
   float scale;
   float *sums; /* [K, blocks, N + kept pages, P] */
   int64_t row, samples, heads, kv_heads, dim, pages, pool_pages, first_kept, kept_pages, sinks;
@@ -32,8 +33,8 @@ static inline __m512 exp2_ps(__m512 x) {
 }
 
 /* Adds a query's probabilities to the sums of all pages; its scores become weights. */
-static void add_probabilities(float *score, const Seen *seen, int64_t pages, const float *sink_score, int64_t sinks, float peak,
-                              float *sums) {
+static void add_probabilities(float *score, const Seen *seen, int64_t pages, const float *sink_score, int64_t sinks,
+                              float null_score, float peak, float *sums) {
   const __m512 log2e = _mm512_set1_ps(1.44269504f), top = _mm512_set1_ps(peak * 1.44269504f);
   __m512 mass = _mm512_setzero_ps(), odd = mass; /* two, which do not wait for one another */
   for (int64_t n = 0; n < pages; n++)
@@ -49,6 +50,7 @@ static void add_probabilities(float *score, const Seen *seen, int64_t pages, con
   mass = _mm512_add_ps(mass, odd);
   float all = _mm512_reduce_add_ps(mass);
   for (int64_t s = 0; s < sinks; s++) all += _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(sink_score[s] - peak)));
+  all += _mm512_cvtss_f32(exp_ps(_mm512_set1_ps(null_score - peak)));
   const __m512 share = _mm512_set1_ps(1.0f / all);
   for (int64_t n = 0; n < pages; n++)
     for (int g = seen[n].first; g < seen[n].first + seen[n].count; g++) {
@@ -155,7 +157,9 @@ static void received_attention_part(const void *data, int64_t part) {
   for (int64_t j = 0; j < count; j++) {
     float sink_score[MOST_SINKS], top = _mm512_reduce_max_ps(peak[j]);
     top = score_sinks(near[j], sink_k, task->sinks, dim, task->scale, sink_score, top);
-    if (top > -1e30f) add_probabilities(score[j], seen, pages, sink_score, task->sinks, top, sums);
+    if (top <= -1e30f) continue; /* sees no pair */
+    const float null = null_score(task->null_logit, kv * groups + (first + j) % groups);
+    add_probabilities(score[j], seen, pages, sink_score, task->sinks, null, null > top ? null : top, sums);
   }
 }
 
@@ -174,8 +178,9 @@ static void put_together(const Received *task, int64_t first, int64_t count, flo
 
 /* (q, q_near f32 [samples, H, D]; k int8 [B, N, K, P, D], its scale f32 [B, N, K, P]; sink_k f32 [B, K, S, D]; kept k of all
    layers: numbers u8 [B, M, K, P, D / 2], step u8, offset int8 [B, M, K, P, D / 32], half scale u16 [B, M, K, P]; row i32 [];
-   seen bool [samples, N, P]; sinks_seen bool []; the layer's first page and its pairs i32 []; scale f32 []) -> f32 [N, K, P],
-   [kept pages, K, P], and a buffer [K, blocks, N + kept pages, P]; D a multiple of 64, P = 128, S ≤ 16, blocks of 32 queries. */
+   seen bool [samples, N, P]; sinks_seen bool []; the layer's first page and its pairs i32 []; scale f32 []; and f32 [H], if
+   heads have a score without a value) -> f32 [N, K, P], [kept pages, K, P], and a buffer [K, blocks, N + kept pages, P]; D a
+   multiple of 64, P = 128, S ≤ 16, blocks of 32 queries. */
 EXPORT XLA_FFI_Error *atlas_received_attention(XLA_FFI_CallFrame *frame) {
   if (asked_for_version(frame)) return NULL;
   XLA_FFI_Buffer *q = argument(frame, 0), *k = argument(frame, 2), *sink_k = argument(frame, 4);
@@ -198,6 +203,10 @@ EXPORT XLA_FFI_Error *atlas_received_attention(XLA_FFI_CallFrame *frame) {
                    .kept_pages = result(frame, 1)->dims[0],
                    .sinks = *(const uint8_t *)argument(frame, 11)->data ? sink_k->dims[2] : 0,
                    .kept = *(const int32_t *)argument(frame, 13)->data};
+  if (frame->args.size > 15) {
+    task.null_logit = argument(frame, 15)->data;
+    if (argument(frame, 15)->dims[0] != task.heads) return failed(frame, "atlas_received_attention: null logits");
+  }
   if (task.dim % 64 || !has_bits(frame, 5, task.dim, KEY_BITS) || k->dims[3] != PAGE || task.sinks > MOST_SINKS || result(frame, 2)->dims[1] != blocks_of(&task) ||
       task.row < 0 || task.row >= k->dims[0] || task.first_kept < 0 ||
       task.first_kept + filled_pages(task.kept, task.kept_pages) > task.pool_pages)
