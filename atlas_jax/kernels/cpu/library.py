@@ -81,6 +81,7 @@ def available() -> bool:
     return True
 
 
+@functools.cache
 def pack() -> Callable[..., int]:
     """The function that codes rows of weights, see `weight_forms.pack_rows`; needs `available()`."""
     function = _library().atlas_pack
@@ -95,7 +96,6 @@ def compiler() -> str | None:
     return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
-@functools.cache
 def _library() -> ctypes.CDLL:
     """The kernels: those shipped with the sources if there are any, else from the cache folder, or where they cannot be kept
     from one that is gone afterwards.
