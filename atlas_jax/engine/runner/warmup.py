@@ -6,6 +6,7 @@ program nobody has compiled yet waits for it.
 
 from __future__ import annotations
 
+import atexit
 import functools
 import logging
 import os
@@ -66,10 +67,15 @@ class WarmUp:
         return self._done.is_set()
 
     def stop(self, timeout: float) -> None:
-        """Ends the thread after the program it is at, and waits for it: a process that exits in mid-compile aborts."""
+        """Ends the thread after the program it is at, and waits for it: a process that exits in mid-compile aborts.
+
+        Where that takes longer, the end of the interpreter waits for it instead.
+        """
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join(timeout)
+        if self._thread.is_alive():
+            atexit.register(self._thread.join)
 
     def _run(self) -> None:
         if hasattr(os, "setpriority"):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from atlas_jax.engine.runner.base import Buckets
 from atlas_jax.engine.runner.warmup import WarmUp
 from tests.patience import PATIENCE
 
+ROOT = Path(__file__).parents[3]
 _SECONDS = 0.02
 
 
@@ -48,3 +52,30 @@ def test_what_waits_for_requests_ends_at_once() -> None:
     warm_up.start(first_pages=4)
     warm_up.stop(PATIENCE)
     assert not warm_up.done
+
+
+def test_a_process_ends_when_what_is_being_compiled_is_compiled() -> None:
+    """What ends in the midst of it takes the process down."""
+    program = """
+import sys, time
+from atlas_jax.engine.runner.warmup import WarmUp
+from tests.engine.runner import test_warmup
+
+class Slow(test_warmup.Runner):
+    def __getattr__(self, name):
+        def compile_one(*_):
+            self.begun.append(name)
+            if len(self.begun) > 2:  # in the background
+                time.sleep(1.0)
+                print("compiled", flush=True)
+        return compile_one
+
+warm_up = WarmUp(Slow(), lambda: False)
+warm_up.start(first_pages=4)
+warm_up.stop(0.0)
+print("stopped", flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE, check=True, cwd=ROOT
+    )
+    assert done.stdout.split() == ["stopped", "compiled"]
