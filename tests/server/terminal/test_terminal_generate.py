@@ -85,4 +85,4 @@ def test_what_the_server_refuses_is_said(live: Live, capsys: pytest.CaptureFixtu
     assert generate(live, "y" * 5000) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert "5000 tokens" in shown.err
+    assert "the prompt has 5000" in shown.err
