@@ -66,6 +66,7 @@ def call(product: Path, x: np.ndarray, weight: np.ndarray, scale: np.ndarray, *,
     outputs=st.integers(1, 9).map(lambda n: 16 * n),
     form=st.sampled_from(["plain", "packed", "floats"]),
 )
+@pytest.mark.slow
 def test_tiles_give_the_bits_of_vnni(product: Path, seed: int, rows: int, inner: int, outputs: int, form: str) -> None:
     rng = np.random.default_rng(seed)
     codes = rng.integers(0, 16, (outputs, inner)).astype(np.uint8)

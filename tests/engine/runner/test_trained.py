@@ -136,6 +136,7 @@ def test_an_answer_is_the_models_own(
     assert (answer.end.prompt_tokens, answer.end.completion_tokens) == (len(prompt), 12)
 
 
+@pytest.mark.slow
 def test_the_prompt_is_scored_as_in_training(engines: Callable[[str], Engine]) -> None:
     config = CONFIGS["bounded"]
     apply = jax.jit(split(create(config, 0))[0], compiler_options=QUICK)
@@ -333,6 +334,7 @@ def test_settings_of_the_recall_memory_are_refused_by_name(
         ask(engines("bounded"), request(SHORT, 2, memory=memory(read=False)))
 
 
+@pytest.mark.slow
 def test_attention_to_everything_ends_with_the_context(engines: Callable[[str], Engine]) -> None:
     engine, context = engines("unbounded"), CONFIGS["unbounded"].context_length
     answer = ask(engine, request(words(90, context - 4, 256), 50, memory=memory("full")))
@@ -410,6 +412,7 @@ def test_a_damaged_state_is_refused(engines: Callable[[str], Engine]) -> None:
             decode_session(layout, encoded({k: v for k, v in arrays.items() if k != name}))
 
 
+@pytest.mark.slow
 def test_rows_past_the_last_token_stand_for_nothing(tmp_path: Path, cache: Path) -> None:
     config = BASE.replace(pattern="M", vocab=BYTE_VOCAB + 7, tied_head=False)
     params = draw(config)

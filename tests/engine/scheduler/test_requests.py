@@ -37,6 +37,7 @@ def test_usage_counts_tokens(engine: Engine) -> None:
 
 
 @pytest.mark.usefixtures("always_drafting")
+@pytest.mark.slow
 def test_one_client_after_many_decodes_in_a_small_batch_at_once(engine: Engine) -> None:
     """Only small batches take drafts, so drafts tell the size."""
     ask_all(engine, [request(words(seed, 20), 4) for seed in range(4)])

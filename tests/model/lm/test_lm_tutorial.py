@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.patience import PATIENCE
 
 
+@pytest.mark.slow
 def test_tutorial() -> None:
     script = Path(__file__).parents[3] / "docs" / "tutorial.py"
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=PATIENCE, check=False)
