@@ -61,7 +61,8 @@ class RealServer:
     @property
     def trouble(self) -> list[str]:
         """Log lines that tell of something wrong."""
-        return [match[0] for match in _TROUBLE.finditer(self.log)]
+        found = [match[0] for match in _TROUBLE.finditer(self.log)]
+        return [line for line in found if "still being compiled" not in line]  # the machine is busy
 
     def wait_warm(self) -> None:
         """Waits until every program is compiled."""

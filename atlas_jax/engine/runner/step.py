@@ -305,25 +305,25 @@ def draw(
         sampling=record(decode_state.sampling, token, counts),
         settings=decode_state.settings,
     )
-    guessed = None if successor is None else decode_state.drafts
-    output = _decode_output(drawn, jnp.where(counts, token, jnp.where(valid, REJECTED, NONE)), gate, guessed)
+    drafts = None if successor is None else decode_state.drafts
+    output = _decode_output(drawn, jnp.where(counts, token, jnp.where(valid, REJECTED, NONE)), gate, drafts)
     return decode_state, last, output, None if logits_buffer is None else flat
 
 
 def _decode_output(
-    drawn: Sample, token: Int32[Array, "B T"], gate: Float[Array, "B T"], guessed: Int32[Array, "B drafts"] | None
+    drawn: Sample, token: Int32[Array, "B T"], gate: Float[Array, "B T"], drafts: Int32[Array, "B drafts"] | None
 ) -> StepOutput:
     def packed(first: jax.Array, *rest: jax.Array) -> jax.Array:
         return jnp.concatenate([first[..., None], *(part.reshape(*token.shape, -1) for part in rest)], axis=-1)
 
     return StepOutput(
-        integers=packed(token, drawn.top_token, *(() if guessed is None else (_to_all(guessed, token),))),
+        integers=packed(token, drawn.top_token, *(() if drafts is None else (_to_all(drafts, token),))),
         numbers=packed(drawn.logprob.reshape(token.shape), gate, drawn.top_logprob),
     )
 
 
-def _to_all(guessed: Int32[Array, "B drafts"], token: Int32[Array, "B T"]) -> Int32[Array, "B T drafts"]:
-    return jnp.broadcast_to(guessed[:, None], (*token.shape, guessed.shape[1]))
+def _to_all(drafts: Int32[Array, "B drafts"], token: Int32[Array, "B T"]) -> Int32[Array, "B T drafts"]:
+    return jnp.broadcast_to(drafts[:, None], (*token.shape, drafts.shape[1]))
 
 
 def _fed(decode_state: DecodeState, width: int) -> Int32[Array, "B T"]:

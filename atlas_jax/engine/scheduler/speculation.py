@@ -51,13 +51,13 @@ class DraftRecord:
             self._count(len(drawn) - 1)
         else:
             open_before, self._open = self._open, []
-            for guessed, right in open_before:
-                if guessed[right] != drawn[0]:
+            for proposed, right in open_before:
+                if proposed[right] != drawn[0]:
                     self._count(right)
-                elif right + 1 == len(guessed):
+                elif right + 1 == len(proposed):
                     self._count(right + 1)
                 else:
-                    self._open.append((guessed, right + 1))
+                    self._open.append((proposed, right + 1))
         if len(drafts):
             self._open.append((drafts, 0))
 

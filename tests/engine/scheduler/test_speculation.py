@@ -1,4 +1,4 @@
-"""When draft tokens are fed: streams whose guesses are right as often as one likes, against always and never feeding them."""
+"""When draft tokens are fed: streams whose draft tokens are right as often as one likes, against always and never feeding them."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class Stream:
 
     def step(self, width: int) -> tuple[int, float]:
         """Tokens drawn, and the time it took."""
-        fed = self.guessed() if width > 1 else []
+        fed = self.rightness() if width > 1 else []
         drawn = 1 + (fed.index(False) if False in fed else len(fed))
-        self.next = self.guessed()
+        self.next = self.rightness()
         # token 1 is what a right draft says, token 0 what a wrong one does
         self.record.note(1 + len(fed), [1] * drawn, [int(one) for one in self.next])
         return drawn, self.ratio if width > 1 else 1.0
 
-    def guessed(self) -> list[bool]:
+    def rightness(self) -> list[bool]:
         return [self.rng.random() < self.right for _ in range(DRAFTS)]
 
 
@@ -71,7 +71,7 @@ def test_guessing_costs_next_to_nothing_and_brings_what_there_is(right: float, r
 
 @settings(max_examples=50, deadline=None)
 @given(ratios, seeds)
-def test_wrong_guesses_cost_little_on_a_machine_not_measured_yet(ratio: float, seed: int) -> None:
+def test_wrong_drafts_cost_little_on_a_machine_not_measured_yet(ratio: float, seed: int) -> None:
     assert rate(StepWidths(), 0.0, ratio, seed) >= 0.97
 
 
