@@ -1,4 +1,4 @@
-"""When draft tokens are fed: streams whose draft tokens are right as often as one likes, against always and never feeding them."""
+"""When draft tokens are fed: streams that find them right as often as one likes, against always and never feeding them."""
 
 from __future__ import annotations
 
