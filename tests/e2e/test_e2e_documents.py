@@ -65,7 +65,7 @@ def test_flags_variables_and_links_of_the_documents_exist(document: str) -> None
     flags = {option.flag for option in options()} | {"--config", "--print-config", "--help", "--version"}
     flags |= {option.flag.replace("--", "--no-", 1) for option in options() if option.kind is bool}
     used = set(re.findall(r"(?<=`)(--[a-z0-9-]+)", text))
-    others = {"--rate-limit-", "--name", "--no-name", "--seed"}  # families of flags, and other programs'
+    others = {"--rate-limit-", "--name", "--no-name", "--seed", "--url"}  # families of flags, and other programs'
     assert used - others <= flags
     variables = {option.env for option in options()} | {"ATLAS_CONFIG"}
     assert set(re.findall(r"`(ATLAS_[A-Z0-9_]+)`", text)) <= variables
