@@ -16,7 +16,7 @@ CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psu
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash attack neighbours \
-  clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
+  clients overhead scale schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -112,6 +112,9 @@ neighbours: $(VENV)/bench model ## what a stream notices of other clients: long 
 
 attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
 	$(RUN) -m benchmarks.attack $(MODEL) --output docs/benchmarks/attack.md $(ARGS)
+
+scale: $(VENV)/dev ## simulate a million sessions on many replicas and one object store
+	$(RUN) -m benchmarks.scale --output docs/benchmarks/scale.md $(ARGS)
 
 schemathesis: $(VENV)/dev ## 500 generated requests and more for every operation of the OpenAPI document (ARGS="--examples 20")
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[fuzz]'
