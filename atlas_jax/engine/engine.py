@@ -113,7 +113,10 @@ class Engine:
         compilations = CompileCounter()
         # first: loading a model takes seconds, and another server's folder is no use
         kept = config.memory_path if config.memory_enabled else None
-        storage = None if kept is None else open_storage(kept)
+        storage = None
+        if kept is not None:
+            where, copies = config.session_store, config.l3_cache_size
+            storage = open_storage(kept, where, endpoint=config.session_store_endpoint, copies=copies)
         try:
             with _kernels(config).scope():
                 opened = open_model(config, cache)

@@ -142,7 +142,11 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 
     enabled: Annotated[bool, Meta(description="Whether the server offers the memory at all")] = True
     adapter: Annotated[str | None, Meta(description="Adapter file fitted to the model")] = None
-    memory_path: Annotated[str, Meta(description="Folder of the stored sessions")] = "./atlas_memory"
+    memory_path: Annotated[
+        str, Meta(description="Folder of the stored sessions; with session_store, of copies of them")
+    ] = "./atlas_memory"
+    session_store: engine.SessionStore | None = EngineConfig.session_store
+    session_store_endpoint: engine.SessionStoreEndpoint | None = EngineConfig.session_store_endpoint
     memory_file: engine.FileName | None = EngineConfig.memory_file
     memory_persist: Annotated[bool, Meta(description="Whether anything is ever written to or read from disk")] = True
     auto_load_memory: Annotated[bool, Meta(description="Load the memory file at start")] = True
@@ -199,7 +203,7 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
             description="Seconds after which an unused session or chain of responses is deleted; 0 keeps all",
         ),
     ] = 0.0
-    journal_sync: engine.JournalSync = EngineConfig.journal_sync
+    journal_sync: engine.JournalSync | None = EngineConfig.journal_sync
     default_config: AtlasDefaults = field(default_factory=AtlasDefaults)
 
 

@@ -19,7 +19,7 @@ from atlas_jax.engine.api import StorageFull
 from atlas_jax.engine.sessions import files, journal, snapshot
 from atlas_jax.engine.sessions.journal import Journal, Origin, Turn
 from atlas_jax.engine.sessions.snapshot import Head
-from atlas_jax.engine.sessions.store import Place, StoredSession
+from atlas_jax.engine.sessions.store import Found, Place, StoredSession
 
 log = logging.getLogger("atlas.engine")
 
@@ -73,6 +73,11 @@ class FolderSession:
     def generation(self) -> int:
         """Of its newest snapshot, 0 without one."""
         return self._generation
+
+    @property
+    def newest(self) -> int:
+        """Of its last turn, or its snapshot if that is newer."""
+        return max(self._generation, self._last_turn)
 
     @property
     def deleted(self) -> int:
@@ -279,7 +284,15 @@ class FolderSession:
         except FileNotFoundError:
             return None
 
-    def delete(self, generation: int) -> None:
+    def changed(self) -> bool:
+        """Never: no other server has the folder."""
+        return False
+
+    def found(self) -> Found | None:
+        """Is for stores that others write to."""
+        return None
+
+    def delete(self, generation: int, *, unless_changed: bool = False) -> None:
         """Removes it; see `StoredSession.delete`. One that is cut short is finished by the next scan."""
         with self._guard:
             if self.deleted < generation:

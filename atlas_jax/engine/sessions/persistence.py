@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from atlas_jax.engine.api import MemoryUnavailable, SessionNotFound, SnapshotInvalid, StorageFull
+from atlas_jax.engine.api import MemoryUnavailable, SessionConflict, SessionNotFound, SnapshotInvalid, StorageFull
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.engine.sessions.entry import Entry, NewText
 from atlas_jax.engine.sessions.index import SessionIndex
@@ -44,6 +44,17 @@ class Persistence:
         """Whether there is a store."""
         return self._store is not None
 
+    @property
+    def shared(self) -> bool:
+        """Whether other servers use the store at the same time."""
+        return self._store is not None and self._store.shared
+
+    def look(self, entry: Entry) -> None:
+        """Asks a shared store for a session, which nobody else is using here; raises OSError."""
+        began = time.monotonic()
+        stored = entry.stored or entry.vacant or self.store().session(entry.key)
+        self._index.looked(entry, stored, stored.changed(), began)
+
     def store(self) -> Store:
         """The store; raises MemoryUnavailable where there is none."""
         if self._store is None:
@@ -60,6 +71,7 @@ class Persistence:
 
         Raises:
           SnapshotInvalid, OSError: it cannot be read.
+          SessionConflict: another server has deleted it meanwhile.
         """
         stored = entry.stored
         if stored is None:
@@ -69,6 +81,8 @@ class Persistence:
             session = decode_session(self._layout, data, stored.generation)
         elif journal is not None:
             session = Session(entry.key, self._layout.default_shape, created=journal.origin.created)
+        elif self.shared:
+            raise SessionConflict("Another server has deleted this session meanwhile: send the request again")
         else:
             raise SnapshotInvalid("snapshot and journal are gone")
         if session.key != entry.key or (journal is not None and journal.origin.model != self._layout.fingerprint):
@@ -80,6 +94,7 @@ class Persistence:
 
         Raises:
           StorageFull, OSError: nothing was changed.
+          SessionConflict: another server has gone on with it.
         """
         data = encode_session(self._layout, session)
         with self._index.lock:
@@ -136,6 +151,7 @@ class Persistence:
 
         Raises:
           StorageFull, OSError: nothing was changed.
+          SessionConflict: another server has gone on with the session.
         """
         with self._index.lock:
             if not self._index.holds(entry):
@@ -168,7 +184,7 @@ class Persistence:
 
     def _stored(self, entry: Entry) -> StoredSession:
         if entry.stored is None:
-            entry.stored = self.store().session(entry.key)
+            entry.stored, entry.vacant = entry.vacant or self.store().session(entry.key), None
         return entry.stored
 
     def write_changed(self, until: float | None = None) -> int:
@@ -188,6 +204,10 @@ class Persistence:
                 continue
             try:
                 self.write(entry, session)
+            except SessionConflict:
+                with self._index.lock:
+                    if not entry.busy:  # else its request finds out
+                        self._index.let_go(entry)
             except (StorageFull, OSError) as error:
                 left += 1
                 failures.append(error)
