@@ -275,9 +275,10 @@ class ResponseStore:
             self._cached -= known.size
 
     async def _tree(self, owner: str) -> _Tree:
-        if owner not in self._trees:
+        if owner not in self._trees or self._supervisor.engine.documents.shared:
+            before = self._trees.get(owner)
             files = await self.run(lambda documents: documents.list(owner))
-            if owner not in self._trees:  # another request may have been as fast
+            if self._trees.get(owner) is before:  # another request may have been as fast
                 tree = _Tree()
                 for node in filter(None, (Node.parse(file.filename) for file in files)):
                     # a deletion that was cut short has left both names

@@ -10,8 +10,8 @@ from collections import OrderedDict
 from pathlib import Path
 
 from atlas_jax.config import ConfigError
-from atlas_jax.engine.sessions import files
 from atlas_jax.engine.api import SnapshotInvalid, StorageFull
+from atlas_jax.engine.sessions import files
 
 log = logging.getLogger("atlas.engine")
 _FOLDER = "copies"

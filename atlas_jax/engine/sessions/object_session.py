@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import threading
@@ -60,7 +61,7 @@ class Layout:
 
 
 class ObjectSession:
-    """Implements `StoredSession`; what is known of the session is as of the last time that its manifest was read or written."""
+    """Implements `StoredSession`; what it knows of the session is as old as the manifest it read or wrote last."""
 
     def __init__(self, layout: Layout, place: Place) -> None:
         """The session at a place, of which nothing is known yet: `changed` asks."""
@@ -132,7 +133,9 @@ class ObjectSession:
                     self._taken(what, version)
                     return False
             if self._pending:
-                log.error("[ATLAS] Turns of a session were not written before another server went on with it: they are lost")
+                log.error(
+                    "[ATLAS] Turns of a session were not written before another server went on with it: they are lost"
+                )
             self._known = True
             self._adopt(what, version, problem)
             return True
@@ -151,12 +154,13 @@ class ObjectSession:
                 what = manifest.decode(data)
             except SnapshotInvalid as error:
                 return Manifest(), version, str(error)
-            if what.arriving is None or self._settled(what, version):
+            if what.arriving is None:
                 return what, version, None
+            self._settle(what, version)
         raise OSError(0, "the session is changed by others all the time")
 
-    def _settled(self, here: Manifest, version: Version) -> bool:
-        """Ends an arrival that another server has begun, one way or the other; False: what is here is another manifest now."""
+    def _settle(self, here: Manifest, version: Version) -> None:
+        """Ends an arrival that another server has begun, one way or the other; another manifest is here then."""
         assert here.arriving is not None
         generation, source = here.arriving
         objects, name = self._layout.objects, self._layout.manifest(Place(self.place.owner, source))
@@ -171,14 +175,13 @@ class ObjectSession:
         except (FileNotFoundError, SnapshotInvalid):
             pass
         except Changed:
-            return False
+            return
         try:
             objects.put(self._name, manifest.encode(ended.after(here, _writer())), version)
         except Changed:
-            return False
+            return
         if not ended.exists:
             self._layout.drop(here.objects)
-        return False
 
     def found(self) -> Found | None:
         """What is known to be there, or None."""
@@ -263,17 +266,15 @@ class ObjectSession:
                 time.sleep(pause)
 
     def _is_ours(self, new: Manifest) -> bool:
-        """After a refusal: whether ours was taken all the same; False where an earlier one of ours was, which ours belongs after.
+        """After a refusal: whether ours was taken all the same; False where an earlier one of ours was, and ours may follow.
 
         Raises:
           SessionConflict: others have gone on with the session.
           OSError: it is not known.
         """
         found = None
-        try:
+        with contextlib.suppress(FileNotFoundError):
             found = self._layout.objects.get(self._name)
-        except FileNotFoundError:
-            pass
         if found is not None:
             data, version = found
             try:
@@ -400,7 +401,7 @@ class ObjectSession:
             self._whole(replace(self._manifest, generation=generation, state=state, journal=b""))
 
     def _whole(self, new: Manifest) -> None:
-        """Makes it another session than it was; where that is not known to have been done, the store is asked the next time."""
+        """Makes it another session than it was; where it is not known whether that was done, `changed` will ask."""
         try:
             self._become(new)
         except OSError:
@@ -413,8 +414,8 @@ class ObjectSession:
     def move(self, target: StoredSession, generation: int, data: bytes, saved: bytes | None) -> None:
         """Makes it the session of another name; see `StoredSession.move`.
 
-        The deletion under this name is what decides. Its condition is the manifest as it was before the other one was written: who
-        meets that one first writes this one anew, and the deletion is refused.
+        The deletion under this name is what decides. Its condition is the manifest as it was before the other one was
+        written: who meets that one first writes this one anew, and the deletion is refused.
         """
         assert isinstance(target, ObjectSession)
         with self._lock, target._lock:

@@ -1,4 +1,4 @@
-"""Sessions of one model in an object store that any number of servers use at once; `docs/design/sessions.md` says what must hold."""
+"""Sessions in an object store that any number of servers use at once; `docs/design/sessions.md` says what must hold."""
 
 from __future__ import annotations
 
@@ -140,7 +140,9 @@ class ObjectStore:
     def documents(self, owner: str) -> dict[str, StoredFile]:
         """The owner's documents by name; see `Store.documents`."""
         return {
-            one.filename: StoredFile(filename=one.filename, bytes=max(0, one.bytes - FRAME_BYTES), modified=one.modified)
+            one.filename: StoredFile(
+                filename=one.filename, bytes=max(0, one.bytes - FRAME_BYTES), modified=one.modified
+            )
             for one in self._files(f"documents/{digest(owner)}/")
         }
 

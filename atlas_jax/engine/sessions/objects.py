@@ -52,8 +52,8 @@ class Listed:
 class Objects:
     """The objects of a bucket under a prefix; thread-safe. Every method is one request, but for listings of over a thousand.
 
-    All raise OSError where the store cannot be reached or refuses, with a message that names no credentials; whether a write that
-    raised it was taken is not known.
+    All raise OSError where the store cannot be reached or refuses, with a message that names no credentials; whether a write
+    that raised it was taken is not known.
     """
 
     def __init__(self, small: Any, large: Any | None = None) -> None:

@@ -15,8 +15,8 @@ from typing import Literal, TypeVar
 
 from atlas_jax.engine.api import SessionKey, SnapshotInvalid
 from atlas_jax.engine.sessions import archive, files, journal, snapshot
-from atlas_jax.engine.sessions.folder_session import DELETED, JOURNAL, LONGEST_JOURNAL, SAVED, SNAPSHOT
 from atlas_jax.engine.sessions.document_frame import unframed
+from atlas_jax.engine.sessions.folder_session import DELETED, JOURNAL, LONGEST_JOURNAL, SAVED, SNAPSHOT
 from atlas_jax.engine.sessions.journal import Journal
 from atlas_jax.engine.sessions.snapshot import Head
 from atlas_jax.engine.sessions.store import Place, digest

@@ -7,8 +7,8 @@ servers *share*. `storage` lists all there are.
 
 A session's generation orders all that happens to it, so a write that comes late never undoes a newer one. In a shared store a
 write on anything but the newest is refused with SessionConflict, so what is known of a session is asked for with `changed`
-before it is used. A deleted session leaves a mark until no export can bring it back. Names of owners and sessions never become names of files or
-objects: `Place` has their digests.
+before it is used. A deleted session leaves a mark until no export can bring it back. Names of owners and sessions never
+become names of files or objects: `Place` has their digests.
 
 What a store raises of its own (a client library's errors) it translates: `StorageFull` where there is no room,
 `FileNotFoundError` where there is no such export, any other `OSError` where the place cannot be reached.

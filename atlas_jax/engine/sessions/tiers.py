@@ -37,7 +37,7 @@ from atlas_jax.engine.sessions.store import StoredSession
 log = logging.getLogger("atlas.engine")
 
 _AT_ONCE = 8
-"""Sessions that are read from a shared store at once, and turns that are written to it: one waits for the network, not for a disk."""
+"""Sessions that are read from a shared store at once, and turns that are written to it: each waits for a network."""
 _PATIENCE = 120.0
 """Seconds an endpoint waits for a session that a request is using."""
 
