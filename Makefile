@@ -15,7 +15,7 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psutil_reference.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash attack neighbours \
+.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash replicas attack neighbours \
   clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
 
 help: ## show this list
@@ -110,6 +110,10 @@ overhead: $(VENV)/dev ## what the server adds to the engine's time, beside uvico
 neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
 	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/benchmarks/neighbours.md
 
+replicas: $(VENV)/replicas ## kill -9 one of two servers on one object store; how long another takes to go on (40 min)
+	$(RUN) -m benchmarks.replicas kills --kills 100
+	$(RUN) -m benchmarks.replicas resume
+
 attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
 	$(RUN) -m benchmarks.attack $(MODEL) --output docs/benchmarks/attack.md $(ARGS)
 
@@ -169,6 +173,10 @@ $(VENV)/dev: $(VENV)/serve pyproject.toml requirements.lock
 
 $(VENV)/bench: $(VENV)/dev
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,plots]'
+	touch $@
+
+$(VENV)/replicas: $(VENV)/dev
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,replicas]'
 	touch $@
 
 $(VENV)/docs: $(VENV)/base pyproject.toml requirements.lock

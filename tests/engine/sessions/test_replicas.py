@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec.structs import replace
 
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import (
@@ -19,38 +19,15 @@ from atlas_jax.engine.api import (
     MemoryUnavailable,
     SessionConflict,
     SessionExists,
-    SessionKey,
     SessionNotFound,
 )
-from atlas_jax.engine.sessions import object_session
 from tests.engine.offline import Answer, ask, memory, request, words
 from tests.patience import PATIENCE, eventually
 
-obstore = pytest.importorskip("obstore")
+pytest.importorskip("obstore")
 
-from atlas_jax.engine.sessions.object_store import ObjectStorage  # noqa: E402
-from atlas_jax.engine.sessions.objects import Objects  # noqa: E402
-
-KEY = SessionKey("owner", "s")
-
-
-class Bucket:
-    """An object store, and how its replicas reach it."""
-
-    def __init__(self) -> None:
-        self.memory = obstore.store.MemoryStore()
-        self.away: set[int] = set()
-
-    def storage(self, replica: int) -> ObjectStorage:
-        bucket = self
-
-        class Reached(Objects):
-            def __getattribute__(self, name: str) -> Any:
-                if name in ("get", "put", "get_large", "put_large", "list") and replica in bucket.away:
-                    raise OSError(0, "the network is gone")
-                return super().__getattribute__(name)
-
-        return ObjectStorage(Reached(self.memory))
+from atlas_jax.engine.sessions.objects import Objects
+from tests.engine.sessions.replicas import Bucket, shared
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +38,8 @@ def bucket() -> Bucket:
 @pytest.fixture(scope="module")
 def replicas(opened: Callable[..., Any], bucket: Bucket) -> Iterator[list[Engine]]:
     """Two that wait for the store before an answer ends."""
-    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(object_session, "_PATIENCE", 0.2)
-        out = []
-        for number in range(2):
-            patch.setattr(
-                "atlas_jax.engine.engine.open_storage", lambda *_, _number=number, **__: bucket.storage(_number)
-            )
-            out.append(stack.enter_context(opened(memory_path="anywhere", dtype="float32", max_concurrent=2)))
-        yield out
+    with shared(opened, bucket, 2) as found:
+        yield found
 
 
 @pytest.fixture
@@ -209,7 +179,7 @@ def test_what_another_replica_has_used_is_not_deleted_for_age(replicas: list[Eng
     turn(replicas[0], 1, "old")
     with replicas[0].sessions._index.lock:
         for entry in replicas[0].sessions._index.entries():
-            entry.listing = object_session.replace(entry.listing, last_used=1.0)
+            entry.listing = replace(entry.listing, last_used=1.0)
     turn(replicas[1], 2)
     assert replicas[0].sessions.expire(3600) == 1, "its own word is old for both, the store's for neither but one"
     assert listed(replicas[1]).keys() == {"s"}

