@@ -167,7 +167,7 @@ class EngineConfig:
       memory_enabled: False serves the model without a memory.
       memory_path: folder of stored sessions, for one engine at a time, or of copies where there is a `session_store`; None
         keeps sessions in main memory only.
-      session_store: where sessions are kept that other engines use at the same time.
+      session_store: where sessions are kept that other engines use at the same time; needs no `memory_path`.
       memory_file: file that many sessions are exported to and imported from.
       journal_sync: what was answered outlives this process in any case, on a disk.
       cache_path: folder for compiled programs, calibrated adapters and bigram tables; None is

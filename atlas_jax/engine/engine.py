@@ -112,11 +112,14 @@ class Engine:
             use_cache(cache / "compiled")
         compilations = CompileCounter()
         # first: loading a model takes seconds, and another server's folder is no use
-        kept = config.memory_path if config.memory_enabled else None
         storage = None
-        if kept is not None:
-            where, copies = config.session_store, config.l3_cache_size
-            storage = open_storage(kept, where, endpoint=config.session_store_endpoint, copies=copies)
+        if config.memory_enabled and (config.memory_path is not None or config.session_store):
+            storage = open_storage(
+                config.memory_path,
+                config.session_store,
+                endpoint=config.session_store_endpoint,
+                copies=config.l3_cache_size,
+            )
         try:
             with _kernels(config).scope():
                 opened = open_model(config, cache)

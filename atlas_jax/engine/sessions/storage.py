@@ -15,12 +15,12 @@ SCHEMES = ("s3", "gs", "az")
 
 
 def open_storage(
-    folder: str | os.PathLike[str], location: str | None = None, *, endpoint: str | None = None, copies: int = 0
+    folder: str | os.PathLike[str] | None, location: str | None = None, *, endpoint: str | None = None, copies: int = 0
 ) -> Storage:
     """Takes the storage that sessions are kept in.
 
     Args:
-      folder: for sessions, or for copies of snapshots where there is a `location`.
+      folder: for sessions, or for copies of snapshots where there is a `location`; None for no copies.
       location: `s3://bucket/prefix`, `gs://…` or `az://…`, which other servers use too.
       endpoint: URL of a server that is compatible with S3 or Azure; None asks the environment.
       copies: bytes that local copies may take.
@@ -28,7 +28,8 @@ def open_storage(
     Raises:
       ConfigError: it cannot be used, another server is using it, or there is no such kind; the message says which.
     """
-    if location is None:
+    if not location:
+        assert folder is not None
         return MemoryFolder(Path(folder))
     scheme, separator, bucket = location.partition("://")
     if not separator or scheme not in SCHEMES or not bucket.strip("/"):
@@ -42,4 +43,5 @@ def open_storage(
         raise ConfigError(
             f"atlas.session_store needs the extra: pip install 'atlas-jax[object-store]' ({error.name} is missing)"
         ) from None
-    return open_objects(location, endpoint, Copies(Path(folder), copies) if copies else None)
+    kept = None if folder is None or not copies else Copies(Path(folder), copies)
+    return open_objects(location, endpoint or None, kept)
