@@ -249,7 +249,7 @@ class Exports:
         """Makes a member of an export the present session; `generation` is its own where it is to keep it."""
         session = self._decode(owner, listing, reader)
         session.generation = generation or self._index.next_generation()
-        self._persistence.write(entry, session)
+        self._persistence.write(entry, session, anew=True)
         with self._index.lock:
             entry.problem = None
             self._index.put_stored(entry, session)

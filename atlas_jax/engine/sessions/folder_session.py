@@ -145,7 +145,7 @@ class FolderSession:
             data = files.read_file(self._path(self._generation), limit) if self._generation else None
             return data, self.read_journal()
 
-    def write(self, generation: int, data: bytes) -> bool:
+    def write(self, generation: int, data: bytes, *, after: int | None = None) -> bool:
         """Writes a snapshot; see `StoredSession.write`."""
         floor = snapshot.read_head(data)[0].listing.floor
         with self._guard:
@@ -157,7 +157,9 @@ class FolderSession:
             self._replaced(generation, len(data), floor)
             return True
 
-    def move(self, target: StoredSession, generation: int, data: bytes, saved: bytes | None) -> None:
+    def move(
+        self, target: StoredSession, generation: int, data: bytes, saved: bytes | None, *, after: int | None = None
+    ) -> None:
         """Makes it the session of another name; see `StoredSession.move`.
 
         The mark decides for a scan which of the two folders is the session; it is durable before the other one is written.

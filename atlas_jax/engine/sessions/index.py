@@ -98,6 +98,7 @@ class SessionIndex:
         if problem is not None:
             log.error("[ATLAS] Session %r was set aside: %s", listing.session_id, problem)
         self._generation = max(self._generation, listing.generation)
+        self._nameless.pop(found.stored.place, None)
         if entry is None:
             entry = self._entries[found.key] = Entry(found.key, listing)
         entry.session, entry.tier, entry.listing = None, "disk", listing

@@ -26,6 +26,7 @@ JOURNAL_BYTES = 16 << 10
 """The longest journal of a manifest: every turn writes it anew, and who wakes the session prefills it."""
 _PATIENCE = 8.0
 """Seconds for which a manifest is tried again whose put has failed."""
+_CHANGED = "Another server has changed this session meanwhile: send the request again"
 _TRIES = 8
 """How often an operation begins anew because others have changed the session meanwhile."""
 
@@ -245,7 +246,7 @@ class ObjectSession:
           OSError: it may have been taken or not; the same state may be tried again.
         """
         if not self._known:
-            raise SessionConflict("The session has to be read anew: send the request again")
+            raise SessionConflict(_CHANGED)
         new = new.after(self._manifest, _writer())
         self._tried.append(new.writer)
         waits = _waits()
@@ -291,7 +292,7 @@ class ObjectSession:
                 self._manifest, self._version = what, version
                 return False
         self._forget()
-        raise SessionConflict("Another server has changed this session meanwhile: send the request again")
+        raise SessionConflict(_CHANGED)
 
     def _taken(self, what: Manifest, version: Version) -> None:
         self._manifest, self._version, self._tried, self._problem = what, version, [], None
@@ -305,7 +306,7 @@ class ObjectSession:
             if self._gone:
                 return True
             if not self._known:
-                raise SessionConflict("Another server has changed this session meanwhile: send the request again")
+                raise SessionConflict(_CHANGED)
             if turn.after != self._last_of_session or 0 < turn.keep < self._floor:
                 return False
             record = journal.encode(turn)
@@ -331,11 +332,13 @@ class ObjectSession:
                 self._replace(replace(self._manifest, generation=self._last, journal=self._journal, deleted=0))
 
     # --- snapshots ------------------------------------------------------------------------------------------------
-    def write(self, generation: int, data: bytes) -> bool:
+    def write(self, generation: int, data: bytes, *, after: int | None = None) -> bool:
         """Writes a snapshot; see `StoredSession.write`."""
         with self._lock:
             if self._gone or generation <= self.generation or generation < self._last:
                 return False
+            if after not in (None, self._last_of_session) and generation != self._last:
+                raise SessionConflict(_CHANGED)
             state = self._put_state(generation, data)
             old = self._manifest
             self._become(replace(old, generation=generation, state=state, journal=b"", deleted=0), state)
@@ -411,7 +414,9 @@ class ObjectSession:
         if version is not None:
             self._adopt(self._manifest, version)
 
-    def move(self, target: StoredSession, generation: int, data: bytes, saved: bytes | None) -> None:
+    def move(
+        self, target: StoredSession, generation: int, data: bytes, saved: bytes | None, *, after: int | None = None
+    ) -> None:
         """Makes it the session of another name; see `StoredSession.move`.
 
         The deletion under this name is what decides. Its condition is the manifest as it was before the other one was
@@ -420,6 +425,8 @@ class ObjectSession:
         assert isinstance(target, ObjectSession)
         with self._lock, target._lock:
             self.sync()
+            if after not in (None, self._last):
+                raise SessionConflict(_CHANGED)
             if self._manifest.moved is not None:  # what was given away before has arrived once it has been looked at
                 ObjectSession(self._layout, Place(self.place.owner, self._manifest.moved[1])).changed()
             if not target._known:

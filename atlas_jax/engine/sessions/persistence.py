@@ -89,8 +89,11 @@ class Persistence:
             raise SnapshotInvalid("snapshot belongs to another session")
         return session if journal is None else replay(self._layout, session, journal.turns)
 
-    def write(self, entry: Entry, session: Session) -> None:
+    def write(self, entry: Entry, session: Session, *, anew: bool = False) -> None:
         """Writes a session's snapshot unless something newer is stored, or it was deleted meanwhile.
+
+        Args:
+          anew: it goes on from nothing that is stored, and takes its place.
 
         Raises:
           StorageFull, OSError: nothing was changed.
@@ -103,7 +106,7 @@ class Persistence:
             stored = self._stored(entry)
             self._index.usage.check_disk(entry.key.owner, len(data) - entry.charged - _SLACK)
         started = time.monotonic()
-        if stored.write(session.generation, data):
+        if stored.write(session.generation, data, after=None if anew else session.after):
             with self._index.lock:
                 took = (time.monotonic() - started) / len(data)
                 self._seconds_per_byte += 0.5 * (took - self._seconds_per_byte)
@@ -112,15 +115,17 @@ class Persistence:
                 self._index.usage.count(entry)
                 self._full_until = 0.0
 
-    def move(self, entry: Entry, place: Entry, session: Session) -> None:
+    def move(self, entry: Entry, place: Entry, session: Session, after: int) -> None:
         """Makes what is stored of a session that of another name.
 
         Args:
           place: of the other name, of which nothing is stored.
           session: as it is from now on, with the other name.
+          after: its generation until now.
 
         Raises:
           StorageFull, OSError: nothing was changed.
+          SessionConflict: another server has changed one of the two meanwhile.
           SnapshotInvalid: its save point is damaged.
         """
         old = entry.stored
@@ -134,7 +139,7 @@ class Persistence:
         with self._index.lock:
             stored = self._stored(place)
             self._index.usage.check_disk(place.key.owner, len(data) + len(saved or b"") - entry.charged - _SLACK)
-        old.move(stored, session.generation, data, saved)
+        old.move(stored, session.generation, data, saved, after=after)
         with self._index.lock:
             place.written = session.generation
             self._index.counters.saves += 1

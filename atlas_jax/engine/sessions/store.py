@@ -100,21 +100,28 @@ class StoredSession(Protocol):
           OSError: it cannot be read.
         """
 
-    def write(self, generation: int, data: bytes) -> bool:
+    def write(self, generation: int, data: bytes, *, after: int | None = None) -> bool:
         """Writes a snapshot and drops the journal; not where a newer one, a newer turn or a deletion is there.
+
+        Args:
+          after: generation of what was stored before, where the snapshot is not of that; in a shared store nothing else is
+            written over. None writes over whatever is known to be there.
 
         Raises:
           StorageFull, OSError: nothing was changed.
           SessionConflict: another server has changed it, and nothing is known of it any more.
         """
 
-    def move(self, target: StoredSession, generation: int, data: bytes, saved: bytes | None) -> None:
+    def move(
+        self, target: StoredSession, generation: int, data: bytes, saved: bytes | None, *, after: int | None = None
+    ) -> None:
         """Makes it the session of another name, of which nothing is stored; like a deletion, for this one.
 
         Whenever the process is killed, a scan finds the session under one of the two names.
 
         Args:
           data, saved: its snapshot, of that generation, and its save point, if it has one, under the other name.
+          after: its generation until now; None moves whatever is known to be there.
 
         Raises:
           StorageFull, OSError: nothing was changed.

@@ -269,6 +269,7 @@ class SessionTable:
             created=time.time(),
             last_used=time.time(),
             generation=self._index.next_generation(),
+            after=0,
         )
         with self._index.lock:
             if self._index.get(key) is not None:
@@ -286,7 +287,7 @@ class SessionTable:
             session = entry.session or self._persistence.read(entry)
             renamed = replace(session, key=key, generation=self._index.next_generation())
             if self._store is not None:
-                self._persistence.move(entry, place, renamed)
+                self._persistence.move(entry, place, renamed, session.generation)
             with self._index.lock:
                 if entry.session is None:
                     self._index.put_stored(place, renamed)
@@ -299,7 +300,7 @@ class SessionTable:
         """Makes a session what it is from now on: first on disk, then in memory."""
         session.generation = self._index.next_generation()
         if self._store is not None:
-            self._persistence.write(entry, session)
+            self._persistence.write(entry, session, anew=True)
         with self._index.lock:
             entry.problem = None
             self._index.put(entry, session)

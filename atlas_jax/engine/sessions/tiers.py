@@ -152,6 +152,8 @@ class SessionTiers:
         """
         entry, before = lease.entry, 0 if lease.session is None else lease.session.generation
         session.generation, session.last_used = self._index.next_generation(), time.time()
+        unwritten = lease.session is not None and entry.written < before
+        session.after = lease.session.after if lease.session is not None and unwritten else before
         known = self._index.holds(entry)
         if self._journal is None or not known:  # deleted meanwhile, and it must stay so
             self.release(lease, session if known else None, strategy)

@@ -297,6 +297,20 @@ def test_whatever_comes_from_an_older_state_is_refused(objects: Somewhere, late:
     assert not [name for name in states(objects) if name not in there(objects.open()).stored._manifest.objects]  # type: ignore[attr-defined]
 
 
+def test_a_state_that_does_not_go_on_from_what_is_known_is_not_written_over_it(objects: Somewhere) -> None:
+    """Its memory was read before another server's turn, of which has been heard since."""
+    one, other = two(objects)
+    one.append(ORIGIN, turn(20, 10))
+    one.sync()
+    assert other.changed()
+    with pytest.raises(SessionConflict):
+        other.write(30, made("s", generation=30), after=10)
+    with pytest.raises(SessionConflict):
+        other.move(objects.open().session(OTHER), 30, made("t", generation=30), None, after=10)
+    assert read(there(objects.open()).stored)[1] == [20]
+    assert other.write(30, made("s", generation=30), after=20)
+
+
 def states(place: Somewhere) -> list[str]:
     return [one.name for one in Objects(place.objects).list("states/")]
 

@@ -45,7 +45,7 @@ class DictSession:
     def read(self, limit: int) -> tuple[bytes | None, Journal | None]:
         return self.data or None, self.journal
 
-    def write(self, generation: int, data: bytes) -> bool:
+    def write(self, generation: int, data: bytes, *, after: int | None = None) -> bool:
         if generation < self.newest or generation <= max(self.generation, self.deleted):
             return False
         self.generation, self.data, self.journal = generation, data, None
@@ -71,7 +71,9 @@ class DictSession:
     def restore(self, generation: int) -> None:
         self.generation, self.data, self.journal = generation, self.saved, None
 
-    def move(self, target: DictSession, generation: int, data: bytes, saved: bytes | None) -> None:
+    def move(
+        self, target: DictSession, generation: int, data: bytes, saved: bytes | None, *, after: int | None = None
+    ) -> None:
         target.write(generation, data)
         target.saved = saved or b""
         self.delete(generation)
