@@ -271,6 +271,7 @@ class Engine:
             memory_saves=0 if table is None else table.counters.saves,
             memory_loads=0 if table is None else table.counters.loads,
             snapshot_failures=0 if table is None else table.counters.failures,
+            session_conflicts=0 if table is None else table.counters.conflicts,
             memory_bytes=resident_bytes(),
         )
 

@@ -108,6 +108,10 @@ class FolderStore:
         """Nothing: no other server has the folder."""
         return iter(())
 
+    def collect(self, known: Mapping[Place, StoredSession]) -> int:
+        """Nothing: what was left half-written is removed at start."""
+        return 0
+
     def other_models(self) -> int:
         """How many other models have sessions in the folder."""
         return len({path.name for path in self.root.glob("*/*/sessions/*")} - {self._model})

@@ -115,7 +115,7 @@ class SessionIndex:
                 return key in self._absent and self._absent[key][0] >= since
             return entry.checked >= since
 
-    def looked(self, entry: Entry, stored: StoredSession, changed: bool, began: float) -> None:
+    def looked(self, entry: Entry, stored: StoredSession, found: Found | None, *, changed: bool, began: float) -> None:
         """Enters what a shared store has said of a session when it was asked.
 
         Args:
@@ -125,7 +125,7 @@ class SessionIndex:
         with self.lock:
             if not self.holds(entry):
                 return
-            found, entry.checked = stored.found(), began
+            entry.checked = began
             if found is not None and found.key is None:
                 found = replace(found, key=entry.key)
             self._generation = max(self._generation, stored.newest)
@@ -155,23 +155,33 @@ class SessionIndex:
         store = self._store
         if store is None or not store.shared:
             return
+        entries, known = self._stored_of(owner)
+        for stored, found in store.changes(owner, known):
+            self._learned(stored, found, entries.get(stored.place))
+
+    def collect(self) -> None:
+        """Has a shared store remove what was written and is part of no session; raises OSError."""
+        if self._store is not None and self._store.shared:
+            self._store.collect(self._stored_of(None)[1])
+
+    def _stored_of(self, owner: str | None) -> tuple[dict[Place, Entry], dict[Place, StoredSession]]:
         with self.lock:
             entries = {Place.of(one.key): one for one in self.entries(owner)}
             known = {place: one.stored for place, one in entries.items() if one.stored is not None}
-        for stored, found in store.changes(owner, known):
-            with self.lock:
-                entry = entries.get(stored.place)
-                if entry is None and found is not None and found.key is not None:
-                    entry = self._entries.get(found.key)
-                if entry is not None and (entry.busy or entry.listing.generation >= stored.newest):
-                    continue  # it is asked for before it is used
-                if entry is not None and not self.holds(entry):
-                    continue
-                self._generation = max(self._generation, stored.newest)
-                if found is not None:
-                    self._adopt(found, entry)
-                elif entry is not None:
-                    self.forget(entry)
+        return entries, known
+
+    def _learned(self, stored: StoredSession, found: Found | None, entry: Entry | None) -> None:
+        """Enters what a listing has said of a session, unless it is in use: then it is asked for before it is used again."""
+        with self.lock:
+            if entry is None and found is not None and found.key is not None:
+                entry = self._entries.get(found.key)
+            if entry is not None and (entry.busy or not self.holds(entry) or entry.listing.generation >= stored.newest):
+                return
+            self._generation = max(self._generation, stored.newest)
+            if found is not None:
+                self._adopt(found, entry)
+            elif entry is not None:
+                self.forget(entry)
 
     def _leave_tiers(self, entry: Entry) -> None:
         for eviction in self._eviction.values():

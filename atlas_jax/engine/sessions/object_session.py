@@ -31,7 +31,7 @@ _TRIES = 8
 """How often an operation begins anew because others have changed the session meanwhile."""
 
 
-class Layout:
+class Keys:
     """Where the objects of one model's sessions lie.
 
     Attributes:
@@ -64,10 +64,10 @@ class Layout:
 class ObjectSession:
     """Implements `StoredSession`; what it knows of the session is as old as the manifest it read or wrote last."""
 
-    def __init__(self, layout: Layout, place: Place) -> None:
+    def __init__(self, keys: Keys, place: Place) -> None:
         """The session at a place, of which nothing is known yet: `changed` asks."""
         self.place = place
-        self._layout, self._name = layout, layout.manifest(place)
+        self._keys, self._name = keys, keys.manifest(place)
         self._lock = threading.RLock()
         self._gone = False
         self._known = True  # that there is nothing: what is written on that is refused where there is
@@ -145,7 +145,7 @@ class ObjectSession:
         """The manifest that is there, with what is wrong with it; None where it is the version that is known."""
         for _ in range(_TRIES):
             try:
-                found = self._layout.objects.get(self._name, known)
+                found = self._keys.objects.get(self._name, known)
             except FileNotFoundError:
                 return Manifest(), None, None
             if found is None:
@@ -164,7 +164,7 @@ class ObjectSession:
         """Ends an arrival that another server has begun, one way or the other; another manifest is here then."""
         assert here.arriving is not None
         generation, source = here.arriving
-        objects, name = self._layout.objects, self._layout.manifest(Place(self.place.owner, source))
+        objects, name = self._keys.objects, self._keys.manifest(Place(self.place.owner, source))
         ended = Manifest(generation=here.generation, deleted=here.generation, moved=here.moved)
         try:
             data, old = objects.get(name) or (b"", None)
@@ -182,7 +182,7 @@ class ObjectSession:
         except Changed:
             return
         if not ended.exists:
-            self._layout.drop(here.objects)
+            self._keys.drop(here.objects)
 
     def found(self) -> Found | None:
         """What is known to be there, or None."""
@@ -202,10 +202,11 @@ class ObjectSession:
             return Found(key, self, head, turns, problem)
 
     def let_go(self) -> None:
-        """Keeps of what was found only which version it was: a listing holds many sessions."""
+        """Keeps no journal of what was found, only which version it was: a listing holds many sessions."""
         with self._lock:
-            if self._manifest.journal and not self._pending:
-                self._known = False
+            if self._journal and not self._pending:
+                self._known, self._journal = False, b""
+                self._manifest = replace(self._manifest, journal=b"")
 
     def read(self, limit: int) -> tuple[bytes | None, Journal | None]:
         """Its snapshot and its journal; raises as `StoredSession.read`."""
@@ -227,15 +228,20 @@ class ObjectSession:
     def _read_state(self, state: StateObject, limit: int) -> bytes:
         if state.size > limit:
             raise SnapshotInvalid(f"snapshot of {state.size} bytes exceeds the limit of {limit}")
-        copies = self._layout.copies
+        copies = self._keys.copies
         data = None if copies is None else copies.get(state.name, state.sha256, state.size)
         if data is None:
-            data = self._layout.objects.get_large(state.name)
+            data = self._keys.objects.get_large(state.name)
             if hashlib.sha256(data).digest() != state.sha256:
                 raise SnapshotInvalid("snapshot is damaged: it is not the one that its manifest names")
             if copies is not None:
                 copies.put(state.name, data)
         return data
+
+    @property
+    def objects(self) -> set[str]:
+        """The snapshots that its manifest names, as far as is known."""
+        return self._manifest.objects
 
     # --- the chain of manifests -----------------------------------------------------------------------------------
     def _replace(self, new: Manifest) -> None:
@@ -252,14 +258,15 @@ class ObjectSession:
         waits = _waits()
         while True:
             try:
-                version = self._layout.objects.put(self._name, manifest.encode(new), self._version)
-                self._taken(new, version)
-                return
-            except Changed:
-                if self._is_ours(new):
+                try:
+                    version = self._keys.objects.put(self._name, manifest.encode(new), self._version)
+                    self._taken(new, version)
                     return
-                # else one of ours of which that was not known is there, and this one belongs after it
-                new = new.after(self._manifest, new.writer)
+                except Changed:
+                    if self._is_ours(new):
+                        return
+                    # else one of ours of which that was not known is there, and this one belongs after it
+                    new = new.after(self._manifest, new.writer)
             except OSError:
                 pause = next(waits, None)
                 if pause is None:
@@ -275,7 +282,7 @@ class ObjectSession:
         """
         found = None
         with contextlib.suppress(FileNotFoundError):
-            found = self._layout.objects.get(self._name)
+            found = self._keys.objects.get(self._name)
         if found is not None:
             data, version = found
             try:
@@ -343,14 +350,14 @@ class ObjectSession:
             old = self._manifest
             self._become(replace(old, generation=generation, state=state, journal=b"", deleted=0), state)
             self._last, self._floor = generation, state.read_head().listing.floor
-            if self._layout.copies is not None:
-                self._layout.copies.put(state.name, data)
+            if self._keys.copies is not None:
+                self._keys.copies.put(state.name, data)
             return True
 
     def _put_state(self, generation: int, data: bytes) -> StateObject:
         head = data[: snapshot.read_head(data)[1]]
-        name = self._layout.state(self.place, generation)
-        self._layout.objects.put_large(name, data)
+        name = self._keys.state(self.place, generation)
+        self._keys.objects.put_large(name, data)
         return StateObject(name, generation, len(data), hashlib.sha256(data).digest(), head)
 
     def _become(self, new: Manifest, state: StateObject | None = None) -> None:
@@ -365,13 +372,13 @@ class ObjectSession:
             self._replace(new)
         except SessionConflict:
             if state is not None:
-                self._layout.drop({state.name})
+                self._keys.drop({state.name})
             raise
         except OSError:
             self._journal, self._pending = before
             raise
         if dropped := old.objects - new.objects:
-            self._layout.drop(dropped)
+            self._keys.drop(dropped)
 
     def keep(self) -> int:
         """Makes the present snapshot the save point: a manifest that names it twice."""
@@ -428,7 +435,7 @@ class ObjectSession:
             if after not in (None, self._last):
                 raise SessionConflict(_CHANGED)
             if self._manifest.moved is not None:  # what was given away before has arrived once it has been looked at
-                ObjectSession(self._layout, Place(self.place.owner, self._manifest.moved[1])).changed()
+                ObjectSession(self._keys, Place(self.place.owner, self._manifest.moved[1])).changed()
             if not target._known:
                 target.changed()
             if target._manifest.exists:

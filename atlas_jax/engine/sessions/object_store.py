@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import BinaryIO
@@ -11,12 +12,14 @@ from typing import BinaryIO
 from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StoredFile
 from atlas_jax.engine.sessions.copies import Copies
 from atlas_jax.engine.sessions.document_frame import FRAME_BYTES, framed, unframed
-from atlas_jax.engine.sessions.object_session import Layout, ObjectSession
+from atlas_jax.engine.sessions.object_session import Keys, ObjectSession
 from atlas_jax.engine.sessions.objects import Objects, Version
 from atlas_jax.engine.sessions.store import Found, Place, StoredSession, digest
 
 _AT_ONCE = 16
 """Manifests that are read at once for a listing."""
+_LEFT_SECONDS = 86_400.0
+"""After which a snapshot that no manifest names will be named by none: its writer is gone."""
 _IN_MEMORY = 64 << 20
 """Bytes of an export that are not put into a temporary file."""
 
@@ -50,11 +53,11 @@ class ObjectStore:
           model: its fingerprint; sessions of other models are left alone.
         """
         self._objects, self._model = objects, digest(model)[:16]
-        self._layout = Layout(objects, self._model, copies)
+        self._keys = Keys(objects, self._model, copies)
 
     def session(self, key: SessionKey) -> ObjectSession:
         """A session that is not there yet."""
-        return ObjectSession(self._layout, Place.of(key))
+        return ObjectSession(self._keys, Place.of(key))
 
     def list(self) -> Iterator[Found]:
         """Every session of this model, damaged ones with the reason."""
@@ -66,7 +69,7 @@ class ObjectStore:
         self, owner: str | None, known: Mapping[Place, StoredSession]
     ) -> Iterator[tuple[StoredSession, Found | None]]:
         """What others have done; see `Store.changes`."""
-        folder = self._layout.manifests + ("" if owner is None else f"{digest(owner)}/")
+        folder = self._keys.manifests + ("" if owner is None else f"{digest(owner)}/")
         places = []
         for one in self._objects.list(folder):
             parts = one.name.split("/")
@@ -76,7 +79,7 @@ class ObjectStore:
                 places.append(place)
 
         def read(place: Place) -> tuple[StoredSession, Found | None]:
-            stored = ObjectSession(self._layout, place)
+            stored = ObjectSession(self._keys, place)
             stored.changed()
             found = stored.found()
             stored.let_go()
@@ -84,6 +87,25 @@ class ObjectStore:
 
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="atlas-sessions-list") as pool:
             yield from pool.map(read, places)
+
+    def collect(self, known: Mapping[Place, StoredSession]) -> int:
+        """Removes snapshots that no manifest names; see `Store.collect`. New ones may be about to be named."""
+        old: dict[Place, set[str]] = {}
+        for one in self._objects.list(self._keys.states):
+            place = Place(*one.name.split("/")[-3:-1])
+            seen = known.get(place)
+            named = isinstance(seen, ObjectSession) and one.name in seen.objects
+            if not named and one.modified < time.time() - _LEFT_SECONDS:
+                old.setdefault(place, set()).add(one.name)
+        count = 0
+        for place, names in old.items():
+            stored = ObjectSession(self._keys, place)
+            stored.changed()
+            found = stored.found()
+            if found is None or found.problem is None:
+                count += len(names - stored.objects)
+                self._keys.drop(names - stored.objects)
+        return count
 
     def other_models(self) -> int:
         """How many other models have sessions there."""

@@ -53,7 +53,8 @@ class Persistence:
         """Asks a shared store for a session, which nobody else is using here; raises OSError."""
         began = time.monotonic()
         stored = entry.stored or entry.vacant or self.store().session(entry.key)
-        self._index.looked(entry, stored, stored.changed(), began)
+        changed = stored.changed()
+        self._index.looked(entry, stored, stored.found(), changed=changed, began=began)
 
     def store(self) -> Store:
         """The store; raises MemoryUnavailable where there is none."""

@@ -187,6 +187,9 @@ class Store(Protocol):
           owner: whose sessions; None for everyone's.
         """
 
+    def collect(self, known: Mapping[Place, StoredSession]) -> int:
+        """Removes from a shared store what killed servers have left that is part of no session; returns how many objects."""
+
     def other_models(self) -> int:
         """How many other models have sessions there beside this one."""
 

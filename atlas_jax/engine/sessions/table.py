@@ -76,9 +76,16 @@ class SessionTable:
         documents.count_in(self._index)
         self._exports = Exports(layout, self._index, self._persistence, self.tiers, default_file)
         if self._store is not None and self._store.shared:
-            threading.Thread(target=self._learn, name="atlas-sessions-list", daemon=True).start()
+            threading.Thread(target=self._learn_all, name="atlas-sessions-list", daemon=True).start()
         elif self._store is not None and (others := self._store.other_models()):
             log.warning("[ATLAS] The memory folder holds sessions of %d other models, which are left alone", others)
+
+    def _learn_all(self) -> None:
+        self._learn()
+        try:
+            self._index.collect()
+        except OSError as error:
+            log.error("[ATLAS] Old snapshots stay in the object store: %s", reason(error))
 
     def _learn(self, owner: str | None = None) -> None:
         """Learns of an owner's sessions what other servers have done; what is known already serves where that fails."""

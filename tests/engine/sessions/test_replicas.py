@@ -113,9 +113,11 @@ def test_of_two_turns_at_once_one_is_refused_and_can_be_sent_again(replicas: lis
     for seed in (1, 3, 2):
         wanted = turn(reference, seed).tokens
     turn(replicas[0], 1)
+    before = replicas[0].stats().session_conflicts
     answer = meanwhile(replicas[0], 2, lambda: turn(replicas[1], 3))
     with pytest.raises(SessionConflict):
         _ = answer.end
+    assert replicas[0].stats().session_conflicts == before + 1
     assert turn(replicas[0], 2).tokens == wanted
     assert listed(replicas[1]) == listed(reference)
 

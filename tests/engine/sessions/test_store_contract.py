@@ -579,6 +579,25 @@ def test_a_listing_reads_what_has_changed(objects: Somewhere) -> None:
     assert list(store.changes("else", {})) == []
 
 
+def test_what_killed_servers_left_is_removed_once_it_is_old(
+    objects: Somewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = two(objects)
+    one.keep()
+    data = made("s", generation=20)
+    other.changed()
+    other.write(20, data)
+    named = set(states(objects))
+    left = [other._put_state(30, data).name, objects.open().session(OTHER)._put_state(30, data).name]  # type: ignore[attr-defined]
+    store = objects.open()
+    known = {found.stored.place: found.stored for found in store.list()}
+    assert store.collect(known) == 0
+    monkeypatch.setattr("atlas_jax.engine.sessions.object_store._LEFT_SECONDS", -60.0)
+    assert store.collect({}) == 2
+    assert set(states(objects)) == named == {*named, *left} - set(left)
+    assert read(there(objects.open()).stored)[0] == data
+
+
 def test_keys_name_nobody(objects: Somewhere) -> None:
     store = objects.open()
     key = SessionKey("../owner", "a/../b?")

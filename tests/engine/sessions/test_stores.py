@@ -111,6 +111,9 @@ class DictStore:
     def changes(self, owner: str | None, known: Any) -> Iterator[Any]:
         return iter(())
 
+    def collect(self, known: Any) -> int:
+        return 0
+
     def other_models(self) -> int:
         return 0
 
