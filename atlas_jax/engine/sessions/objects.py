@@ -15,6 +15,7 @@ from atlas_jax.config import ConfigError
 
 _SMALL_SECONDS, _LARGE_SECONDS = 10, 120
 """What one request may take: for a manifest or a listing, and for a snapshot or an export."""
+_RETRIES = 3
 
 
 class Changed(Exception):
@@ -56,13 +57,15 @@ class Objects:
     that raised it was taken is not known.
     """
 
-    def __init__(self, small: Any, large: Any | None = None) -> None:
+    def __init__(self, once: Any, small: Any | None = None, large: Any | None = None) -> None:
         """Objects of an obstore store.
 
         Args:
-          large: the same store with more patience, for large objects.
+          once: it, trying nothing again: what is written under conditions is tried again where a lost answer is recognised
+            (`ObjectSession`).
+          small, large: it with patience, for small objects and for large ones.
         """
-        self._small, self._large = small, small if large is None else large
+        self._once, self._small, self._large = once, once if small is None else small, once if large is None else large
 
     @classmethod
     def open(cls, location: str, endpoint: str | None) -> Objects:
@@ -76,13 +79,13 @@ class Objects:
         if endpoint is not None and endpoint.startswith("http://"):
             options["allow_http"] = True
 
-        def opened(seconds: int) -> Any:
+        def opened(seconds: int, retries: int) -> Any:
             client = {**options, "timeout": timedelta(seconds=seconds)}
-            # what is written under conditions is tried again where a lost answer is recognised (`ObjectSession`)
-            return obstore.store.from_url(location, client_options=client, retry_config={"max_retries": 0}, **more)
+            retry = {"max_retries": retries, "retry_timeout": timedelta(seconds=seconds)}
+            return obstore.store.from_url(location, client_options=client, retry_config=retry, **more)
 
         try:
-            return cls(opened(_SMALL_SECONDS), opened(_LARGE_SECONDS))
+            return cls(opened(_SMALL_SECONDS, 0), opened(_SMALL_SECONDS, _RETRIES), opened(_LARGE_SECONDS, _RETRIES))
         except (BaseError, ValueError) as error:
             raise ConfigError(f"atlas.session_store: '{location}' cannot be opened: {_said(error)}") from None
 
@@ -138,7 +141,7 @@ class Objects:
         """
         mode = "create" if version is None else version.condition
         try:
-            return Version.of(obstore.put(self._small, name, data, mode=mode, use_multipart=False))
+            return Version.of(obstore.put(self._once, name, data, mode=mode, use_multipart=False))
         except (AlreadyExistsError, PreconditionError, NotModifiedError, FileNotFoundError):
             raise Changed from None
         except BaseError as error:

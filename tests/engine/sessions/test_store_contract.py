@@ -649,7 +649,7 @@ class Careless:
         except Changed:
             if self.ignores != ("create" if version is None else "update"):
                 raise
-            obstore.put(self.real._small, name, data)
+            obstore.put(self.real._once, name, data)
             return Version("x")
 
 
