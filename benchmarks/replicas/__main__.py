@@ -40,7 +40,7 @@ class Replicas:
 
 
 @contextmanager
-def replicas(args: argparse.Namespace) -> Iterator[Replicas]:
+def replicas(args: argparse.Namespace, more: list[str]) -> Iterator[Replicas]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         flags = ["--max-concurrent", "4", "--atlas-window", "128", "--atlas-max-window", "128"]
@@ -52,7 +52,7 @@ def replicas(args: argparse.Namespace) -> Iterator[Replicas]:
             flags += ["--atlas-adapter", str(tiny_model.write_adapter(folder / "tiny.safetensors", model))]
         flags += ["--weight-dtype", "float32", "--kv-dtype", "float32"] if args.model is None else []
         (folder / "logs").mkdir()
-        launcher = Launcher(model, tuple(flags), args.cache or folder / "cache", folder / "logs")
+        launcher = Launcher(model, (*flags, *more), args.cache or folder / "cache", folder / "logs")
         with seaweed(folder / "seaweed") as store, launcher:
             yield Replicas(launcher, store, folder)
 
@@ -70,8 +70,8 @@ def main() -> int:
     two = commands.add_parser("resume", parents=[common], help="go on with a session on another server")
     two.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096, 16_384, 65_536, 131_072])
     two.add_argument("--turns", type=int, default=40)
-    args = parser.parse_args()
-    with replicas(args) as found:
+    args, more = parser.parse_known_args()  # what is not known here is a flag of the servers
+    with replicas(args, more) as found:
         if args.command == "kills":
             return asyncio.run(kill_servers(found.start, found.alone, args.kills, args.clients, args.seed))
         return asyncio.run(measure_resumption(found.start, args.lengths, args.turns))
