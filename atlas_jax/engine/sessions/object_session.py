@@ -12,12 +12,13 @@ from collections.abc import Iterator
 
 from msgspec.structs import replace
 
-from atlas_jax.engine.api import SessionConflict, SnapshotInvalid
+from atlas_jax.engine.api import SessionConflict, SessionKey, SnapshotInvalid
 from atlas_jax.engine.sessions import journal, manifest, snapshot
 from atlas_jax.engine.sessions.copies import Copies
 from atlas_jax.engine.sessions.journal import Journal, Origin, Turn
 from atlas_jax.engine.sessions.manifest import Manifest, StateObject
 from atlas_jax.engine.sessions.objects import Changed, Objects, Version
+from atlas_jax.engine.sessions.snapshot import Head
 from atlas_jax.engine.sessions.store import Found, Place, StoredSession
 
 log = logging.getLogger("atlas.engine")
@@ -190,7 +191,9 @@ class ObjectSession:
             known, problem = self._manifest, self._problem
             if not known.exists and problem is None:
                 return None
-            key, head, turns = None, None, None
+            key: SessionKey | None = None
+            head: Head | None = None
+            turns: Journal | None = None
             try:
                 key = known.key()
                 head = None if known.state is None else known.state.read_head()

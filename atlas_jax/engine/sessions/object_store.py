@@ -201,14 +201,3 @@ def _export(owner: str, name: str) -> str:
 
 def _document(owner: str, name: str) -> str:
     return f"documents/{digest(owner)}/{name}"
-
-
-def open_objects(location: str, endpoint: str | None, copies: Copies | None) -> ObjectStorage:
-    """Opens `s3://bucket/prefix`, `gs://…` or `az://…`.
-
-    Raises:
-      ConfigError: it cannot be used, or honours no conditions.
-    """
-    objects = Objects.open(location, endpoint)
-    objects.check()
-    return ObjectStorage(objects, copies)

@@ -8,6 +8,7 @@ from pathlib import Path
 from atlas_jax.config import ConfigError
 from atlas_jax.engine.sessions.copies import Copies
 from atlas_jax.engine.sessions.folder_store import MemoryFolder
+from atlas_jax.engine.sessions.object_store import ObjectStorage
 from atlas_jax.engine.sessions.store import Storage
 
 SCHEMES = ("s3", "gs", "az")
@@ -26,7 +27,8 @@ def open_storage(
       copies: bytes that local copies may take.
 
     Raises:
-      ConfigError: it cannot be used, another server is using it, or there is no such kind; the message says which.
+      ConfigError: it cannot be used or honours no conditions, another server is using it, or there is no such kind; the
+        message says which.
     """
     if not location:
         assert folder is not None
@@ -38,10 +40,11 @@ def open_storage(
             f"{', '.join(f'{name}://bucket/prefix' for name in SCHEMES)}"
         )
     try:
-        from atlas_jax.engine.sessions.object_store import open_objects
+        from atlas_jax.engine.sessions._obstore import Bucket
     except ImportError as error:
         raise ConfigError(
             f"atlas.session_store needs the extra: pip install 'atlas-jax[object-store]' ({error.name} is missing)"
         ) from None
-    kept = None if folder is None or not copies else Copies(Path(folder), copies)
-    return open_objects(location, endpoint or None, kept)
+    objects = Bucket.open(location, endpoint or None)
+    objects.check()
+    return ObjectStorage(objects, None if folder is None or not copies else Copies(Path(folder), copies))

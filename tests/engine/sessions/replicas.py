@@ -12,8 +12,8 @@ import pytest
 
 from atlas_jax.engine import Engine
 from atlas_jax.engine.sessions import object_session
+from atlas_jax.engine.sessions._obstore import Bucket as Objects
 from atlas_jax.engine.sessions.object_store import ObjectStorage
-from atlas_jax.engine.sessions.objects import Objects
 
 
 class Bucket:

@@ -26,7 +26,7 @@ from tests.patience import PATIENCE, eventually
 
 pytest.importorskip("obstore")
 
-from atlas_jax.engine.sessions.objects import Objects
+from atlas_jax.engine.sessions._obstore import Bucket as Objects
 from tests.engine.sessions.replicas import Bucket, shared
 
 

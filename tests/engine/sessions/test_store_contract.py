@@ -24,9 +24,10 @@ from tests.engine.sessions.folders import MODEL, READING
 
 obstore = pytest.importorskip("obstore")
 
+from atlas_jax.engine.sessions._obstore import Bucket as Objects  # noqa: E402
 from atlas_jax.engine.sessions.copies import Copies  # noqa: E402
 from atlas_jax.engine.sessions.object_store import ObjectStorage  # noqa: E402
-from atlas_jax.engine.sessions.objects import Changed, Objects, Version  # noqa: E402
+from atlas_jax.engine.sessions.objects import Changed, Version  # noqa: E402
 
 made = partial(folders.made, last_used=2.0)
 KEY, OTHER = SessionKey("local", "s"), SessionKey("local", "t")
