@@ -238,8 +238,8 @@ class SessionTiers:
 
     def _look(self, entry: Entry) -> None:
         """Asks a shared store for a session, in a thread."""
-        index, error = self._index, None
-        began = time.monotonic()
+        index, began = self._index, time.monotonic()
+        error: str | None = None
         try:
             self._persistence.look(entry)
         except Exception as problem:
