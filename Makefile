@@ -110,7 +110,7 @@ overhead: $(VENV)/dev ## what the server adds to the engine's time, beside uvico
 neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
 	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/benchmarks/neighbours.md
 
-replicas: $(VENV)/replicas ## kill -9 one of two servers on one object store; how long another takes to go on (40 min)
+replicas: $(VENV)/dev ## kill -9 one of two servers on one object store; how long another takes to go on (40 min)
 	$(RUN) -m benchmarks.replicas kills --kills 100
 	$(RUN) -m benchmarks.replicas resume
 
@@ -151,7 +151,7 @@ config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, 
 	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --extra fuzz --extra replicas --universal --no-emit-index-url \
+	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --extra fuzz --universal --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what make has installed and built, not the models
@@ -173,10 +173,6 @@ $(VENV)/dev: $(VENV)/serve pyproject.toml requirements.lock
 
 $(VENV)/bench: $(VENV)/dev
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,plots]'
-	touch $@
-
-$(VENV)/replicas: $(VENV)/dev
-	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,replicas]'
 	touch $@
 
 $(VENV)/docs: $(VENV)/base pyproject.toml requirements.lock

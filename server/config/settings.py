@@ -100,7 +100,12 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     ] = 30.0
     ping_interval: Annotated[Seconds, Meta(description="Seconds of silence before a stream sends a comment")] = 15.0
     shutdown_grace: Annotated[
-        int, Meta(ge=1, le=5, description="Seconds running requests get to finish when the server is told to stop")
+        int,
+        Meta(
+            ge=1,
+            le=3600,
+            description="Seconds running requests get to finish when the server is told to stop; saving takes up to 5 more",
+        ),
     ] = 4
     log_level: Annotated[
         LogLevel,

@@ -80,16 +80,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
         yield found
 
 
-_SERVER = pytest.param("server", marks=pytest.mark.slow)
-
-
-@pytest.fixture(params=["folder", "memory", _SERVER])
+@pytest.fixture(params=["folder", "memory", "server"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Somewhere:
     server = request.getfixturevalue("server") if request.param == "server" else None
     return Somewhere(tmp_path, server, folder=request.param == "folder")
 
 
-@pytest.fixture(params=["memory", _SERVER])
+@pytest.fixture(params=["memory", "server"])
 def objects(request: pytest.FixtureRequest, tmp_path: Path) -> Somewhere:
     return Somewhere(tmp_path, request.getfixturevalue("server") if request.param == "server" else None)
 
