@@ -44,8 +44,8 @@ class Bucket:
             options["allow_http"] = True
 
         def opened(seconds: int, retries: int) -> Any:
-            client = {**options, "timeout": timedelta(seconds=seconds)}
-            retry = {"max_retries": retries, "retry_timeout": timedelta(seconds=seconds)}
+            client: Any = {**options, "timeout": timedelta(seconds=seconds)}
+            retry: Any = {"max_retries": retries, "retry_timeout": timedelta(seconds=seconds)}
             return obstore.store.from_url(location, client_options=client, retry_config=retry, **more)
 
         try:
@@ -95,7 +95,7 @@ class Bucket:
 
     def put(self, name: str, data: bytes, version: Version | None) -> Version:
         """Writes an object under a condition; raises Changed."""
-        mode = "create" if version is None else version.condition
+        mode: Any = "create" if version is None else version.condition
         try:
             return Version.of(obstore.put(self._once, name, data, mode=mode, use_multipart=False))
         except (AlreadyExistsError, PreconditionError, NotModifiedError, FileNotFoundError):
