@@ -144,7 +144,7 @@ class ObjectStore:
     def write_export(self, owner: str, name: str) -> Iterator[BinaryIO]:
         """A file that takes the export's place; see `Store.write_export`."""
         with tempfile.TemporaryFile() as file:
-            yield file  # type: ignore[misc]
+            yield file
             file.seek(0)
             self._objects.put_large(_export(owner, name), file)
 
