@@ -157,7 +157,7 @@ config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, 
 	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --extra fuzz --universal --no-emit-index-url \
+	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --extra fuzz --extra deploy --universal --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what make has installed and built, not the models
@@ -182,11 +182,11 @@ $(VENV)/bench: $(VENV)/dev
 	touch $@
 
 $(VENV)/ray: $(VENV)/dev
-	$(RUN) -m pip install --quiet -e '.[serve,dev,train,ray]'
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,ray]'
 	touch $@
 
 $(VENV)/deploy: $(VENV)/dev
-	$(RUN) -m pip install --quiet -e '.[serve,dev,train,deploy]'
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,deploy]'
 	touch $@
 
 $(VENV)/docs: $(VENV)/base pyproject.toml requirements.lock
