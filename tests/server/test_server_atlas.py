@@ -328,7 +328,8 @@ def test_a_turn_that_another_server_has_overtaken_can_be_sent_again(live: Live, 
         2,
         SessionConflict("Another server has changed this session meanwhile"),
     )
-    body = {"input": "x"} if path == "/v1/responses" else {**HELLO, "max_tokens": 8, "stream": False}
+    length = {"options": {"num_predict": 8}} if path == "/api/chat" else {"max_tokens": 8}
+    body = {"input": "x"} if path == "/v1/responses" else {**HELLO, **length, "stream": False}
     response = live.post(path, {**body, "model": "any"})
     assert response.status_code == 409
     assert (response.headers["Retry-After"], response.headers["retry-after-ms"]) == ("1", "500")
