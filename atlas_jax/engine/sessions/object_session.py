@@ -311,7 +311,7 @@ class ObjectSession:
 
     # --- turns ----------------------------------------------------------------------------------------------------
     def append(self, origin: Origin, turn: Turn) -> bool:
-        """Adds a turn, which `sync` writes; see `StoredSession.append`."""
+        """Adds a turn, which `sync` writes; raises SessionConflict."""
         with self._lock:
             if self._gone:
                 return True
@@ -343,7 +343,7 @@ class ObjectSession:
 
     # --- snapshots ------------------------------------------------------------------------------------------------
     def write(self, generation: int, data: bytes, *, after: int | None = None) -> bool:
-        """Writes a snapshot; see `StoredSession.write`."""
+        """Writes a snapshot; raises as `StoredSession.write`."""
         with self._lock:
             if self._gone or generation <= self.generation or generation < self._last:
                 return False
@@ -466,7 +466,7 @@ class ObjectSession:
                 target._forget()
 
     def delete(self, generation: int, *, unless_changed: bool = False) -> None:
-        """Removes it; see `StoredSession.delete`. The manifest stays, and says so."""
+        """Removes it; raises as `StoredSession.delete`. The manifest stays, and says so."""
         with self._lock:
             for _ in range(_TRIES):
                 if not self._known:
