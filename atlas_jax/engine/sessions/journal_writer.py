@@ -108,6 +108,7 @@ class JournalWriter:
                 self._changed.notify_all()
 
     def _sync_all(self) -> None:
+        failing: set[Syncs] = set()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: bool(self._behind) or (self._closing and not self.pending))
@@ -115,22 +116,29 @@ class JournalWriter:
                     return
                 self._changed.wait_for(lambda: self._closing, self._seconds or _RETRY_SECONDS)
                 behind, self._behind = self._behind, {}
-            failed = [one for one, done in zip(behind, self._map(_synced, behind), strict=True) if not done]
+            failed: set[Syncs] = set()
+            for one, error in zip(behind, self._map(_sync, behind), strict=True):
+                if error is not None:
+                    failed.add(one)
+                    if one not in failing:  # it is tried every second, and said once
+                        log.error(
+                            "[ATLAS] A session's journal could not be brought to the session store: %s", error.strerror
+                        )
+            failing = failed
             with self._changed:
                 if not self._closing:
                     self._behind |= dict.fromkeys(failed)
 
-    def _map(self, work: Callable[[Syncs], bool], several: Iterable[Syncs]) -> Iterable[bool]:
+    def _map(self, work: Callable[[Syncs], OSError | None], several: Iterable[Syncs]) -> Iterable[OSError | None]:
         return map(work, several) if self._pool is None else self._pool.map(work, several)
 
 
-def _synced(one: Syncs) -> bool:
-    """Brings one to the disk; False where that is to be tried again."""
+def _sync(one: Syncs) -> OSError | None:
+    """Brings one to the disk; returns what stands in the way where that is to be tried again."""
     try:
         one.sync()
     except SessionConflict:
         log.error("[ATLAS] Turns that were answered are lost: another server has gone on with their session")
     except OSError as error:
-        log.error("[ATLAS] A session's journal could not be brought to the session store: %s", error.strerror)
-        return False
-    return True
+        return error
+    return None
