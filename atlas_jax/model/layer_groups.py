@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from atlas_jax.aot import INLINE, RUN, AotProgram, Mode
 from atlas_jax.config import PAGE, LayerConfig, ModelConfig
 from atlas_jax.kernels import lowering_platform
+from atlas_jax.kernels.low_rank import row_scales
 from atlas_jax.model.kv_cache import KVCache, first_pages, ring_view
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import GroupPairs, StepView, embed, run_layers, step_view
@@ -118,7 +119,9 @@ class Trunk:
           The KV cache, the step's view, and the outputs of all layers so far. Before the last group the cache is where it
           was before the step: what layers have stored beyond that is not seen.
         """
-        entered = call(self._enter, key, params.embed, params.ropes, page_table(cache), tokens, count)
+        entered = call(
+            self._enter, key, params.embed, params.embed_lora, params.ropes, page_table(cache), tokens, count
+        )
         x, view, position, stretches = entered
         states: list[jax.Array] = []
         kv = list(cache.kv)
@@ -164,14 +167,15 @@ def _enter(
     config: ModelConfig,
     groups: Sequence[LayerGroup],
     table: Any,
+    lora: Any,
     ropes: Any,
     cache: KVCache,
     tokens: Any,
     count: jax.Array,
 ) -> tuple[jax.Array, StepView, jax.Array, tuple[jax.Array, ...]]:
-    rows = jnp.arange(cache.position.shape[0])
-    tokens = jnp.concatenate([part.reshape(rows.size, -1) for part in jax.tree.leaves(tokens)], axis=1)
-    begun = cache.page[rows, cache.slot] == cache.position // PAGE
+    batch = cache.position.shape[0]
+    tokens = jnp.concatenate([part.reshape(batch, -1) for part in jax.tree.leaves(tokens)], axis=1)
+    begun = cache.page[jnp.arange(batch), cache.slot] == cache.position // PAGE
     real = jnp.cumprod(tokens >= 0, axis=1).sum(axis=1)
     room = jnp.where(begun, PAGE - cache.position % PAGE, 0)
     count = jnp.minimum(count, jnp.minimum(real, room)).astype(jnp.int32)
@@ -179,5 +183,6 @@ def _enter(
     first = jnp.asarray(first_pages(cache.kept_pages or (0,) * len(config.layers)), jnp.int32)
     stretches = jnp.stack([jnp.broadcast_to(first, cache.kept.shape), cache.kept], axis=2)
     by_group = tuple(stretches[:, group.first : group.last] for group in groups)
-    x = embed(config, table, jnp.maximum(tokens, 0))
-    return x, step_view(config, ropes, ring), cache.position + count, by_group
+    rows = None if cache.lora is None else row_scales(cache.lora, count)
+    x = embed(config, table, jnp.maximum(tokens, 0), lora, rows)
+    return x, step_view(config, ropes, ring, rows), cache.position + count, by_group

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -34,7 +34,7 @@ from atlas_jax.model.params import DeltaParams, ExpertParams, LayerParams, Model
 from atlas_jax.model.tensor_reader import Outputs, TensorReader
 from atlas_jax.sharding import ONE_DEVICE, MeshLayout
 
-_EMBED, _HEAD = "token_embd.weight", "output.weight"
+EMBED, HEAD = "token_embd.weight", "output.weight"
 _FINAL_NORM, _FINAL_NORM_BIAS = "output_norm.weight", "output_norm.bias"
 _ROPE_FACTORS = "rope_freqs.weight"
 _LONG_FACTORS, _SHORT_FACTORS = "rope_factors_long.weight", "rope_factors_short.weight"
@@ -93,12 +93,12 @@ def _divided(rope: RopeConfig, file: ModelFile, tensor: str) -> RopeConfig:
 
 def _vocabulary(file: ModelFile) -> Vocabulary:
     """Tokens of the file and rows of its embeddings; some models have more rows, which stand for nothing."""
-    if _EMBED not in file.tensors:
-        raise UnsupportedModel(f"tensor '{_EMBED}' is missing")
-    rows = file.tensors[_EMBED].shape[0]
+    if EMBED not in file.tensors:
+        raise UnsupportedModel(f"tensor '{EMBED}' is missing")
+    rows = file.tensors[EMBED].shape[0]
     tokens = len(get(file.metadata, "tokenizer.ggml.tokens", list) or ()) or rows
     if rows < tokens:
-        raise UnsupportedModel(f"tensor '{_EMBED}' has {rows} rows for {tokens} tokens")
+        raise UnsupportedModel(f"tensor '{EMBED}' has {rows} rows for {tokens} tokens")
     return Vocabulary(tokens, rows)
 
 
@@ -129,7 +129,7 @@ def load_params(
     dtype: WeightDtype = "int8",
     mesh_layout: MeshLayout = ONE_DEVICE,
     progress: _Progress | None = None,
-    read: type[TensorReader] = TensorReader,
+    read: Callable[[ModelFile, WeightDtype, Mapping[str, Form], Collection[str]], TensorReader] = TensorReader,
 ) -> ModelParams:
     """Reads the weights.
 
@@ -156,11 +156,11 @@ def load_params(
     norm = reader.vector({_FINAL_NORM: config.embed}, factor=config.logit_scale)
     norm_bias = reader.vector({_FINAL_NORM_BIAS: config.embed}, factor=config.logit_scale) if config.norm_bias else None
     params = ModelParams(
-        embed=reader.vocabulary(_EMBED, config),
+        embed=reader.vocabulary(EMBED, config),
         layers=tuple(layers),
         final_norm=norm,
         final_norm_bias=norm_bias,
-        head=None if config.tied_head else reader.vocabulary(_HEAD, config),
+        head=None if config.tied_head else reader.vocabulary(HEAD, config),
         ropes=tuple(rope_table(rope) for rope in config.ropes),
     )
     reader.finish()
@@ -276,7 +276,7 @@ def weight_forms(file: ModelFile, config: ModelConfig) -> dict[str, Form]:
         tensors = [file.tensors[name] for name in names]
         if any(len(one.shape) < 2 for one in tensors):
             return None
-        outputs = [config.vocab if one.name in (_EMBED, _HEAD) else one.shape[-2] for one in tensors]
+        outputs = [config.vocab if one.name in (EMBED, HEAD) else one.shape[-2] for one in tensors]
         if not all(uses_cpu_kernel(one.shape[-1], n) for one, n in zip(tensors, outputs, strict=True)):
             return None
         own = [OWN_FORM.get(one.ggml_type) for one in tensors]

@@ -96,7 +96,7 @@ class StepPrograms:
         key = decode_key(sequences, drafts)
         fed = (decode_state.token, decode_state.drafts) if drafts else decode_state.token
         *_, (cache, view, states) = self._trunk.parts(call, key, weights.params, sequences.cache, fed, wanted)
-        rest = states[-1], self._tapped(states), view.ring.positions, view.ring.valid, logits_buffer
+        rest = states[-1], self._tapped(states), view.ring.positions, view.ring.valid, logits_buffer, view.lora
         ends = weights.ends if drafts or guess else weights.silent_ends
         memory, decode_state, position, output, logits_buffer = call(
             self._finish_decode, (key[0], drafts), ends, sequences.memory, decode_state, allowed, *rest
@@ -156,7 +156,8 @@ class StepPrograms:
             unread = dataclasses.replace(whole[0], position=row.cache.position)
             yield PrefillStep(Sequences(unread, row.memory), whole[2][-1], done=False)
         cache, view, states = whole
-        rest = states[-1], self._tapped(states), tokens, view.ring.positions, view.ring.valid, following, alternatives
+        place = view.ring.positions, view.ring.valid
+        rest = states[-1], self._tapped(states), tokens, *place, following, alternatives, view.lora
         memory, output = call(self._finish_scored_prefill, tokens.shape, weights.ends, row.memory, settings, *rest)
         yield PrefillStep(Sequences(cache, memory), output.integers, scores=output)
 
@@ -196,7 +197,7 @@ def decode_inputs(
     vocab, width = config.model.vocab, 1 + DRAFT_TOKENS if drafts else 1
 
     def state() -> tuple[Sequences, DecodeState]:
-        sequences = init_sequences(config.model, config.memory, rows, pages, kv_dtype)
+        sequences = init_sequences(config.model, config.memory, rows, pages, kv_dtype, len(config.adapters))
         return sequences, init_decode_state(vocab, rows)
 
     wanted, allowed = shape((rows,), np.int32), shape((rows, allowed_words(vocab)), np.int32)
@@ -208,7 +209,8 @@ def prefill_inputs(
     config: StepConfig, weights: Weights, pages: int, tokens: int, kv_dtype: KVDtype, *, scored: bool = False
 ) -> tuple[Any, ...]:
     """What `StepPrograms.prefill`, or `scored_prefill`, of a chunk of `tokens` takes after its mode; as `decode_inputs`."""
-    make = functools.partial(init_sequences, config.model, config.memory, batch=1, pages=pages, dtype=kv_dtype)
+    sizes = {"batch": 1, "pages": pages, "dtype": kv_dtype, "adapters": len(config.adapters)}
+    make = functools.partial(init_sequences, config.model, config.memory, **sizes)
     chunk = shape((1, tokens), np.int32)
     inputs = weights, jax.eval_shape(make), shapes(memory_settings(None, 1, 1)), chunk, shape((1,), np.int32)
     return (*inputs, chunk, shape((), np.bool_)) if scored else inputs
