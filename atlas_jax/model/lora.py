@@ -46,21 +46,7 @@ def with_adapters(
     Raises:
       LoraError: an adapter is for another model, or changes what cannot be changed so; the message names file and tensor.
     """
-    for one in adapters:
-        architecture = file.metadata.get("general.architecture")
-        if one.architecture != architecture:
-            raise LoraError(
-                f"LoRA adapter {one.name}: it is for architecture {one.architecture!r}, not {architecture!r}"
-            )
-    taken = [set[str]() for _ in adapters]
-    read = functools.partial(_LoraReader, adapters=adapters, taken=taken)
-    found = load_params(file, config, dtype="float32", read=read)
-    experts = {name for layer in found.layers for name in _of_experts(layer.experts)}
-    for one, names in zip(adapters, taken, strict=True):
-        left = sorted(one.pairs.keys() - (names - experts))
-        if left:
-            why = "cannot be adapted" if left[0] in file.tensors else "is no weight of this model"
-            raise LoraError(f"LoRA adapter {one.name}: tensor '{left[0]}' {why}")
+    found = _additions(file, config, adapters)
     roles = {
         field.name: [_part(layer, field.name) for layer in found.layers] for field in dataclasses.fields(LayerLora)
     }
@@ -78,6 +64,31 @@ def with_adapters(
         embed_lora=end(found.embed),
         head_lora=end(found.head),
     )
+
+
+def check_adapter(adapter: LoraFile, file: ModelFile, config: ModelConfig) -> None:
+    """Raises LoraError where `with_adapters` would."""
+    _additions(file, config, [adapter])
+
+
+def _additions(file: ModelFile, config: ModelConfig, adapters: Sequence[LoraFile]) -> ModelParams:
+    """The model's parameters with `_Additions` in place of its weights; raises LoraError."""
+    for one in adapters:
+        architecture = file.metadata.get("general.architecture")
+        if one.architecture != architecture:
+            raise LoraError(
+                f"LoRA adapter {one.name}: it is for architecture {one.architecture!r}, not {architecture!r}"
+            )
+    taken = [set[str]() for _ in adapters]
+    read = functools.partial(_LoraReader, adapters=adapters, taken=taken)
+    found = load_params(file, config, dtype="float32", read=read)
+    experts = {name for layer in found.layers for name in _of_experts(layer.experts)}
+    for one, names in zip(adapters, taken, strict=True):
+        left = sorted(one.pairs.keys() - (names - experts))
+        if left:
+            why = "cannot be adapted" if left[0] in file.tensors else "is no weight of this model"
+            raise LoraError(f"LoRA adapter {one.name}: tensor '{left[0]}' {why}")
+    return found
 
 
 @dataclass(frozen=True)

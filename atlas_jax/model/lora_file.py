@@ -15,6 +15,7 @@ from atlas_jax.gguf import GGUFError, GGUFFile, get
 
 MAX_RANK = 1024
 _MAX_ALPHA = 1e6
+_MAX_VALUE = 1e6
 _A, _B = ".lora_a", ".lora_b"
 _KEYS = frozenset({"adapter.type", "adapter.lora.alpha", "adapter.lora.task_name", "adapter.lora.prompt_prefix"})
 """What an adapter may say of itself; the last two are words for people."""
@@ -44,13 +45,19 @@ class LoraFile:
     Attributes:
       name: of its file.
       digest: SHA-256 of its file.
+      architecture: of the model it is for.
       pairs: by the name of the weight.
+      alpha: 0 leaves the products as they are.
+      task_name, prompt_prefix: what it says of itself, to people.
     """
 
     name: str
     digest: str
     architecture: str
     pairs: Mapping[str, LoraPair]
+    alpha: float = 0.0
+    task_name: str = ""
+    prompt_prefix: str = ""
 
     @classmethod
     def read(cls, path: str | os.PathLike[str]) -> LoraFile:
@@ -66,10 +73,9 @@ class LoraFile:
                 architecture, alpha = _checked(file)
                 names = _names(file)
                 pairs = {weight: _pair(file, weight, alpha) for weight in names}
-                return cls(name, file.fingerprint(), architecture, pairs)
-        except GGUFError as error:
-            raise LoraError(f"LoRA adapter {name}: {error}") from None
-        except LoraError as error:
+                words = [file.get(f"adapter.lora.{key}", str, "") for key in ("task_name", "prompt_prefix")]
+                return cls(name, file.fingerprint(), architecture, pairs, alpha, *words)
+        except (GGUFError, LoraError) as error:
             raise LoraError(f"LoRA adapter {name}: {error}") from None
 
 
@@ -117,6 +123,6 @@ def _pair(file: GGUFFile, weight: str, alpha: float) -> LoraPair:
         raise LoraError(f"tensor '{b.name}' has rank {rank}, at most {MAX_RANK}")
     found = [file.dequantize(info.name) for info in (a, b)]
     for info, values in zip((a, b), found, strict=True):
-        if not np.isfinite(values).all():
-            raise LoraError(f"tensor '{info.name}' holds values that are not finite")
+        if not (np.abs(values) <= _MAX_VALUE).all():
+            raise LoraError(f"tensor '{info.name}' holds values that are not finite or far too large")
     return LoraPair(*found, alpha / rank if alpha else 1.0)

@@ -53,14 +53,14 @@ class StepConfig:
     Attributes:
       kernels: which of our kernels the functions use.
       turn_tokens: tokens that begin a turn of a chat; with what follows them they are kept before other pairs.
-      adapters: digests of the LoRA adapters that rows may use.
+      lora: digests of the LoRA adapters that rows may use.
     """
 
     model: ModelConfig
     memory: MemoryConfig | None
     kernels: KernelChoice = ALL_KERNELS
     turn_tokens: tuple[int, ...] = ()
-    adapters: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
 
     @property
     def taps(self) -> tuple[int, ...]:

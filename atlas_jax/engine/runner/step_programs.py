@@ -197,7 +197,7 @@ def decode_inputs(
     vocab, width = config.model.vocab, 1 + DRAFT_TOKENS if drafts else 1
 
     def state() -> tuple[Sequences, DecodeState]:
-        sequences = init_sequences(config.model, config.memory, rows, pages, kv_dtype, len(config.adapters))
+        sequences = init_sequences(config.model, config.memory, rows, pages, kv_dtype, len(config.lora))
         return sequences, init_decode_state(vocab, rows)
 
     wanted, allowed = shape((rows,), np.int32), shape((rows, allowed_words(vocab)), np.int32)
@@ -209,7 +209,7 @@ def prefill_inputs(
     config: StepConfig, weights: Weights, pages: int, tokens: int, kv_dtype: KVDtype, *, scored: bool = False
 ) -> tuple[Any, ...]:
     """What `StepPrograms.prefill`, or `scored_prefill`, of a chunk of `tokens` takes after its mode; as `decode_inputs`."""
-    sizes = {"batch": 1, "pages": pages, "dtype": kv_dtype, "adapters": len(config.adapters)}
+    sizes = {"batch": 1, "pages": pages, "dtype": kv_dtype, "adapters": len(config.lora)}
     make = functools.partial(init_sequences, config.model, config.memory, **sizes)
     chunk = shape((1, tokens), np.int32)
     inputs = weights, jax.eval_shape(make), shapes(memory_settings(None, 1, 1)), chunk, shape((1,), np.int32)
