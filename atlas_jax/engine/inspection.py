@@ -1,4 +1,4 @@
-"""What is in a model's file or folder, or in a LoRA adapter, and what an engine would do with it, without loading a weight."""
+"""What is in a model's file or folder or in a LoRA adapter, and what an engine would do with it, without loading weights."""
 
 from __future__ import annotations
 

@@ -269,7 +269,9 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
     if config.devices != 1:
         raise ConfigError("mesh_data and mesh_model must be 1: a model with its own memory runs on one device")
     if config.lora:
-        raise ConfigError("lora cannot be set: LoRA adapters are for pretrained models, this one was trained with atlas-jax")
+        raise ConfigError(
+            "lora cannot be set: LoRA adapters are for pretrained models, this one was trained with atlas-jax"
+        )
     for name in ("memory_dim", "memory_budget"):
         if config.memory_enabled and getattr(config, name) is not None:
             raise ConfigError(f"{name} cannot be set: this model was trained with a memory of its own")

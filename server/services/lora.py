@@ -33,9 +33,7 @@ def scales_of(given: Sequence[LoraScale] | None, engine: EngineProtocol) -> tupl
 def adapters(engine: EngineProtocol) -> list[LoraAdapter]:
     """The adapters, with the scales of requests that say nothing."""
     return [
-        LoraAdapter(
-            id=number, path=one.name, scale=one.scale, task_name=one.task_name, prompt_prefix=one.prompt_prefix
-        )
+        LoraAdapter(id=number, path=one.name, scale=one.scale, task_name=one.task_name, prompt_prefix=one.prompt_prefix)
         for number, one in enumerate(engine.lora)
     ]
 

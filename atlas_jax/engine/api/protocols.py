@@ -203,7 +203,11 @@ class EngineProtocol(Protocol):
         """The LoRA adapters, with the scales of requests that say nothing of them."""
 
     def scale_lora(self, scales: Sequence[float]) -> None:
-        """Changes these scales, one for each adapter; requests that have come and sessions keep theirs. Raises InvalidRequest."""
+        """Changes these scales, one for each adapter; requests that have come, and sessions, keep theirs.
+
+        Raises:
+          InvalidRequest: there are too few or too many, or one is out of range.
+        """
 
     def fitting(self) -> Fitting | None:
         """How far a memory is that is being fitted to the model, which is served without until then; else None."""

@@ -36,8 +36,8 @@ class _Entry:
 class PrefixCache:
     """States of prompts by owner and text, least recently used first out; for one thread.
 
-    A page's name is a digest of the owner, the LoRA adapters in use and all tokens up to its end, so the longest known name is
-    the longest common prefix: a radix tree over pages without the tree.
+    A page's name is a digest of the owner, the LoRA adapters in use and all tokens up to its end, so the longest known name
+    is the longest common prefix: a radix tree over pages without the tree.
 
     Attributes:
       budget: bytes of states that are kept; 0 keeps none.

@@ -77,7 +77,7 @@ class Layout(Protocol):
 
 
 def check_bound(layout: Layout, head: Head) -> None:
-    """Raises SnapshotInvalid for a snapshot that another model, memory, cache type or LoRA adapter has made; it says which."""
+    """Raises SnapshotInvalid for a snapshot that another model, memory, cache type or adapter of LoRA has made."""
     for name, wanted in layout.header().items():
         if head.bound.get(name) != wanted:
             raise SnapshotInvalid(f"snapshot was made with another {BOUND[name]}")
