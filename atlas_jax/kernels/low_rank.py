@@ -44,11 +44,6 @@ class RowScales:
     used: Bool[Array, B]
 
 
-def row_scales(scales: Float[Array, "B adapters"], count: Int32[Array, B]) -> RowScales:
-    """Those of a step that reads `count` tokens of each row."""
-    return RowScales(scales, (scales != 0).any(axis=1) & (count > 0))
-
-
 def add_low_rank(
     out: Float[Array, "B T out"],
     weights: LowRank,

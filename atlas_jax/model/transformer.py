@@ -90,9 +90,7 @@ class StepView:
     lora: RowScales | None = None
 
 
-def step_view(
-    config: ModelConfig, ropes: Sequence[RopeTable], ring: RingView, lora: RowScales | None = None
-) -> StepView:
+def step_view(config: ModelConfig, ropes: Sequence[RopeTable], ring: RingView) -> StepView:
     """Rotations and masks of a step."""
     # the sinks stay where the model has seen them: at most a trained context away, however long the text
     near = jnp.minimum(ring.positions, config.context_length - 1)
@@ -105,7 +103,6 @@ def step_view(
         rotary=rotary(ring.positions),
         rotary_sink=rotary(near),
         masks=tuple(attention.visible(ring, window) for window in config.windows),
-        lora=lora,
     )
 
 
@@ -115,15 +112,9 @@ def _rotary(rope: RopeConfig, table: RopeTable, positions: jax.Array) -> tuple[j
     return (cos, sin) if rope.magnitude == 1.0 else (cos * rope.magnitude, sin * rope.magnitude)
 
 
-def embed(
-    config: ModelConfig,
-    table: Weight,
-    tokens: Int32[Array, "B T"],
-    lora: LowRank | None = None,
-    rows: RowScales | None = None,
-) -> Float[Array, "B T E"]:
+def embed(config: ModelConfig, table: Weight, tokens: Int32[Array, "B T"]) -> Float[Array, "B T E"]:
     """Token embeddings as the first layer reads them."""
-    return _adapted(rows_of(table, tokens), lora, rows, lambda a: rows_of(a, tokens)) * config.embed_scale
+    return rows_of(table, tokens) * config.embed_scale
 
 
 def _adapted(

@@ -55,7 +55,7 @@ def error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.abs(found - wanted).max() / np.abs(wanted).max())
 
 
-@pytest.mark.parametrize("name", ADAPTED)
+@pytest.mark.parametrize("name", ["llama", "qwen2", pytest.param("qwen35", marks=pytest.mark.slow)])
 def test_an_adapter_does_what_its_definition_and_llama_cpp_say(tmp_path: Path, name: str) -> None:
     model = tiny_families.write_sample(tmp_path / "model.gguf", SAMPLES[name])
     pairs = tiny_lora.pairs_of(model, chosen=ADAPTED[name])
@@ -64,12 +64,14 @@ def test_an_adapter_does_what_its_definition_and_llama_cpp_say(tmp_path: Path, n
         plain, adapted = scores(config, params, [[0.0], [SCALE]])
     weights = transformer_reference.tensors(model)
     wanted = transformer_reference.logits(config, tiny_lora.merged(weights, pairs, SCALE * ALPHA / RANK), TEXT)
-    assert error(adapted, wanted) < 2e-5
-    assert error(plain, transformer_reference.logits(config, weights, TEXT)) < 2e-5
+    bound = 1e-4 if config.recurrent else 2e-5
+    assert error(adapted, wanted) < bound
+    assert error(plain, transformer_reference.logits(config, weights, TEXT)) < bound
     assert error(plain, wanted) > 0.1
-    assert error(adapted, np.load(GOLDEN / f"{name}.lora.npy")) < (1e-4 if config.recurrent else 2e-5)
+    assert error(adapted, np.load(GOLDEN / f"{name}.lora.npy")) < bound
 
 
+@pytest.mark.slow
 def test_adapters_add_up_and_each_row_has_its_own_scales(tmp_path: Path) -> None:
     """Of other weights, ranks and sizes: in 8 bits a small one is not lost beside a large one."""
     model = tiny_families.write_sample(tmp_path / "model.gguf", SAMPLES["phi3"])
@@ -83,17 +85,20 @@ def test_adapters_add_up_and_each_row_has_its_own_scales(tmp_path: Path) -> None
     exact, coded = (loaded(model, files, dtype) for dtype in ("float32", "int8"))
     with jax.disable_jit():
         found, rounded = scores(*exact, rows), scores(*coded, rows, "int8")
+    errors = []
     for row, one, other in zip(rows, found, rounded, strict=True):
         both = weights
         for factor, pairs in zip(row, given, strict=True):
             both = tiny_lora.merged(both, pairs, factor)
         wanted = transformer_reference.logits(exact[0], both, TEXT)
         assert error(one, wanted) < 5e-5
-        print("ERR", row, error(one, wanted), np.sqrt(((other - wanted) ** 2).mean()) / wanted.std())
+        errors.append(np.sqrt(((other - wanted) ** 2).mean()) / wanted.std())
+    # an adapter as large as the weights, whose two matrices are rounded like them, has twice their error squared
+    assert max(errors) < 2 * errors[0] < 0.15
 
 
 def test_rows_without_an_adapter_have_the_bits_of_the_model_alone(tmp_path: Path) -> None:
-    model = tiny_families.write_sample(tmp_path / "model.gguf", SAMPLES["gemma2"])
+    model = tiny_families.write_sample(tmp_path / "model.gguf", SAMPLES["llama"])
     path = tiny_lora.write_lora(tmp_path / "one.gguf", model)
     config, params = loaded(model, [path], "int8")
     with GGUFFile.open(model) as file:

@@ -85,7 +85,7 @@ class Weights:
     @functools.cached_property
     def ends(self) -> Weights:
         """Those that are used before and after the layers: fewer arrays to hand to a program."""
-        return dataclasses.replace(self, params=dataclasses.replace(self.params, layers=()))
+        return dataclasses.replace(self, params=dataclasses.replace(self.params, layers=(), embed_lora=None))
 
     @functools.cached_property
     def silent_ends(self) -> Weights:
