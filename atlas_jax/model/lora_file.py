@@ -119,10 +119,13 @@ def _pair(file: GGUFFile, weight: str, alpha: float) -> LoraPair:
         if len(info.shape) != 2:
             raise LoraError(f"tensor '{info.name}' has shape {tuple(info.shape)}, which is no matrix's")
     rank = b.shape[1]
-    if rank > MAX_RANK:
+    if not 0 < rank <= MAX_RANK:
         raise LoraError(f"tensor '{b.name}' has rank {rank}, at most {MAX_RANK}")
-    found = [file.dequantize(info.name) for info in (a, b)]
-    for info, values in zip((a, b), found, strict=True):
-        if not (np.abs(values) <= _MAX_VALUE).all():
-            raise LoraError(f"tensor '{info.name}' holds values that are not finite or far too large")
-    return LoraPair(*found, alpha / rank if alpha else 1.0)
+    return LoraPair(_values(file, a.name), _values(file, b.name), alpha / rank if alpha else 1.0)
+
+
+def _values(file: GGUFFile, name: str) -> npt.NDArray[np.float32]:
+    values = file.dequantize(name)
+    if not (np.abs(values) <= _MAX_VALUE).all():
+        raise LoraError(f"tensor '{name}' holds values that are not finite or far too large")
+    return values

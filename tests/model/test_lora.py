@@ -97,6 +97,7 @@ def test_adapters_add_up_and_each_row_has_its_own_scales(tmp_path: Path) -> None
     assert max(errors) < 2 * errors[0] < 0.15
 
 
+@pytest.mark.slow
 def test_rows_without_an_adapter_have_the_bits_of_the_model_alone(tmp_path: Path) -> None:
     model = tiny_families.write_sample(tmp_path / "model.gguf", SAMPLES["llama"])
     path = tiny_lora.write_lora(tmp_path / "one.gguf", model)

@@ -98,7 +98,8 @@ class StepPrograms:
         key = decode_key(sequences, drafts)
         fed = (decode_state.token, decode_state.drafts) if drafts else decode_state.token
         *_, (cache, view, states) = self._trunk.parts(call, key, weights.params, sequences.cache, fed, wanted)
-        rest = states[-1], self._tapped(states), view.ring.positions, view.ring.valid, logits_buffer, _of_head(weights, view)
+        place = view.ring.positions, view.ring.valid
+        rest = states[-1], self._tapped(states), *place, logits_buffer, _of_head(weights, view)
         ends = weights.ends if drafts or guess else weights.silent_ends
         memory, decode_state, position, output, logits_buffer = call(
             self._finish_decode, (key[0], drafts), ends, sequences.memory, decode_state, allowed, *rest
