@@ -217,8 +217,7 @@ def prefill_inputs(
     config: StepConfig, weights: Weights, pages: int, tokens: int, kv_dtype: KVDtype, *, scored: bool = False
 ) -> tuple[Any, ...]:
     """What `StepPrograms.prefill`, or `scored_prefill`, of a chunk of `tokens` takes after its mode; as `decode_inputs`."""
-    sizes = {"batch": 1, "pages": pages, "dtype": kv_dtype, "adapters": len(config.lora)}
-    make = functools.partial(init_sequences, config.model, config.memory, **sizes)
+    make = functools.partial(init_sequences, config.model, config.memory, 1, pages, kv_dtype, len(config.lora))
     chunk = shape((1, tokens), np.int32)
     inputs = weights, jax.eval_shape(make), shapes(memory_settings(None, 1, 1)), chunk, shape((1,), np.int32)
     return (*inputs, chunk, shape((), np.bool_)) if scored else inputs

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 
 from atlas_jax.engine.api import SnapshotInvalid
-from atlas_jax.typing import Array, Float
+from atlas_jax.typing import Float
 
 LoraScales = tuple[tuple[str, float], ...]
 """Digest and scale of every adapter in use, ordered by digest; one at scale 0 is left out, for it changes nothing."""
@@ -20,10 +20,10 @@ def lora_scales(digests: Sequence[str], scales: Sequence[float]) -> LoraScales:
     return tuple(sorted((digest, scale) for digest, scale in zip(digests, scales, strict=True) if scale))
 
 
-def scales_of(lora: LoraScales, digests: Sequence[str]) -> Float[Array, "1 adapters"]:
+def scales_of(lora: LoraScales, digests: Sequence[str]) -> Float[np.ndarray, "1 adapters"]:
     """The scales of one row, of which no adapter may be unknown."""
     found = dict(lora)
-    return np.asarray([[found.get(digest, 0.0) for digest in digests]], np.float32)  # type: ignore[return-value]
+    return np.asarray([[found.get(digest, 0.0) for digest in digests]], np.float32)
 
 
 def read_lora(header: Mapping[str, Any]) -> LoraScales:

@@ -258,7 +258,7 @@ def _cache(layout: RecallLayout, shape: SessionShape, position: int, page: int, 
         position=np.asarray([position], np.int32),  # type: ignore[arg-type]
         kept=kept,  # type: ignore[arg-type]
         pairs=None if empty.pairs is None else kept_pairs("pairs", empty, kept[0], saved),
-        lora=scales_of(shape.lora, layout.lora) if layout.lora else None,
+        lora=scales_of(shape.lora, layout.lora) if layout.lora else None,  # type: ignore[arg-type]
         kept_pages=empty.kept_pages,
     )
 
