@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,12 @@ HfRepo = Annotated[
     ),
 ]
 Offline = Annotated[bool, Meta(description="Take a repository's model from the cache and ask nobody")]
+Lora = Annotated[
+    tuple[str, ...],
+    Meta(description="LoRA adapters beside the model: GGUF files, or FILE=SCALE for another scale than 1"),
+]
+LORA_SCALE = 1000.0
+"""The largest scale of a LoRA adapter, of either sign."""
 _Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
 
 FileName = Annotated[
@@ -162,6 +169,7 @@ class EngineConfig:
     Attributes:
       model_path: the GGUF file; None where there is an `hf_repo`.
       hf_repo: see `atlas_jax.hub.find_model`, which `offline` is for as well.
+      lora: a pretrained model's; requests that say nothing get these scales.
       adapter_path: adapter of the memory; None takes the one shipped for the model, or else calibrates once and keeps
         the result in `cache_path`.
       memory_enabled: False serves the model without a memory.
@@ -187,6 +195,7 @@ class EngineConfig:
     model_path: str | os.PathLike[str] | None = None
     hf_repo: HfRepo | None = None
     offline: Offline = False
+    lora: Lora = ()
     adapter_path: str | os.PathLike[str] | None = None
     memory_enabled: bool = True
     memory_path: str | os.PathLike[str] | None = None
@@ -235,6 +244,7 @@ class EngineConfig:
                 Repository.parse(self.hf_repo)
             except HubError as error:
                 raise ConfigError(f"hf_repo: {error}") from None
+        _ = lora_files(self.lora)
         if self.mesh_data > self.max_concurrent:
             raise ConfigError(f"mesh_data ({self.mesh_data}) must not exceed max_concurrent, {self.max_concurrent}")
 
@@ -257,6 +267,26 @@ class EngineConfig:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
+
+
+def lora_files(given: Iterable[str]) -> list[tuple[Path, float]]:
+    """The file and the scale of each LoRA adapter; raises ConfigError."""
+    return [_lora_file(one) for one in given]
+
+
+def _lora_file(given: str) -> tuple[Path, float]:
+    name, equals, text = given.rpartition("=")
+    try:
+        scale = float(text)
+    except ValueError:  # the name of a file may have such a sign
+        name, equals = "", ""
+    if not equals:
+        name, scale = given, 1.0
+    if not name:
+        raise ConfigError(f"lora is {given!r}: no file is named")
+    if not abs(scale) <= LORA_SCALE:
+        raise ConfigError(f"lora is {given!r}: the scale must be between {-LORA_SCALE:g} and {LORA_SCALE:g}")
+    return Path(name), scale
 
 
 @cache

@@ -52,6 +52,7 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     model: Annotated[str | None, Meta(description="GGUF file, or folder of safetensors, to serve")] = None
     hf_repo: engine.HfRepo | None = EngineConfig.hf_repo
     offline: engine.Offline = EngineConfig.offline
+    lora: engine.Lora = EngineConfig.lora
     model_alias: Annotated[tuple[str, ...], Meta(description="More names of the model in requests")] = ()
     strict_model: Annotated[
         bool, Meta(description="Refuse requests that name another model instead of answering with this one")

@@ -52,7 +52,7 @@ _SECTIONS = {
     "atlas.default_config": "Memory of a request: defaults of its `atlas` object",
 }
 _GROUPS = {
-    "Model": ("model", "hf_repo", "offline", "model_alias", "strict_model"),
+    "Model": ("model", "hf_repo", "offline", "lora", "model_alias", "strict_model"),
     "Security": ("api_keys_file", "allowed_hosts", "cors_origins", "trusted_proxies", "failure_limit"),
     "Limits": (
         *(

@@ -43,6 +43,7 @@ OTHERS: dict[str, Any] = {
     "l3_cache_size": 17,
     "owner_quota": 19,
     "prefix_cache_size": 23,
+    "lora": ("a.gguf=0.5", "b.gguf"),
     "weight_dtype": "float32",
     "kv_dtype": "float32",
     "speculate": False,
@@ -63,7 +64,9 @@ def test_the_defaults_are_the_engines_own() -> None:
 def test_every_field_can_be_set_from_outside(field: str) -> None:
     option = next(option for option in options() if option.path[-1] == SETTING_OF.get(field, field))
     value = OTHERS[field]
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = (
+        ",".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+    )
     before = engine_config(load(environ={"ATLAS_MODEL": "m.gguf"}))
     # a model is a file or a repository
     model, no_file = ({}, {"model_path": None}) if field == "hf_repo" else ({"ATLAS_MODEL": "m.gguf"}, {})

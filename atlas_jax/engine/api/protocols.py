@@ -10,6 +10,7 @@ from atlas_jax.engine.api.events import Listener
 from atlas_jax.engine.api.info import (
     EngineStats,
     Fitting,
+    LoraInfo,
     MemoryInfo,
     ModelInfo,
     SaveResult,
@@ -203,6 +204,17 @@ class EngineProtocol(Protocol):
 
     def check_memory(self, memory: MemoryParams) -> None:
         """Raises InvalidRequest for settings of the memory that every request with them would be refused for."""
+
+    @property
+    def lora(self) -> tuple[LoraInfo, ...]:
+        """The LoRA adapters, with the scales of requests that say nothing of them."""
+
+    def scale_lora(self, scales: Sequence[float]) -> None:
+        """Changes these scales, one for each adapter; requests that have come, and sessions, keep theirs.
+
+        Raises:
+          InvalidRequest: there are too few or too many, or one is out of range.
+        """
 
     def fitting(self) -> Fitting | None:
         """How far a memory is that is being fitted to the model, which is served without until then; else None."""

@@ -17,6 +17,7 @@ from atlas_jax.engine.sessions.codec import listing_of
 from atlas_jax.engine.sessions.entry import Entry, Tier, new_listing
 from atlas_jax.engine.sessions.eviction import Eviction
 from atlas_jax.engine.sessions.layout import Layout, check_bound
+from atlas_jax.engine.sessions.lora import check_loaded
 from atlas_jax.engine.sessions.session import Session
 from atlas_jax.engine.sessions.store import Found, Place, Store, StoredSession, digest
 
@@ -94,7 +95,12 @@ class SessionIndex:
                 generation=last.generation,
                 tokens=last.keep + len(last.tokens),
                 last_used=max(listing.last_used, last.time),
+                lora=tuple(digest for digest, _ in last.reading.lora),
             )
+            try:
+                check_loaded(listing.lora, self._layout.lora)
+            except SnapshotInvalid as error:
+                problem = problem or str(error)
         if problem is not None:
             log.error("[ATLAS] Session %r was set aside: %s", listing.session_id, problem)
         self._generation = max(self._generation, listing.generation)
