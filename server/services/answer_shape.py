@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from atlas_jax.engine.api import AnswerShape
+from server.closed_schema import closed
 from server.middleware.request_context import RequestContext
 from server.schemas.shape import ShapedFields
 from server.validation import invalid, unsupported
@@ -62,7 +63,7 @@ def _shape(kind: Any, given: Any, field: str) -> AnswerShape | None:
     if given is None or given in ("", []) or (given == {} and kind != "json"):
         return None
     if kind == "json":
-        given = _schema(given, field)
+        given = closed(_schema(given, field))
     if kind == "choice" and not any(given):
         raise invalid(field, "must have an answer that is not empty")
     return AnswerShape(kind=kind, wanted=given, field=field)
@@ -107,7 +108,7 @@ def format_shape(given: Mapping[str, Any] | None, field: str = "response_format"
         return AnswerShape(wanted=_OBJECT, field=field)
     if not isinstance(schema, dict):
         raise invalid(f"{field}.schema", "must be an object")
-    return AnswerShape(wanted=schema, field=f"{field}.schema")
+    return AnswerShape(wanted=closed(schema), field=f"{field}.schema")
 
 
 async def compiled(grammar: Future[Any], context: RequestContext) -> Any:

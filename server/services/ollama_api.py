@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET
 
 from atlas_jax.engine.api import AnswerShape, Delta, ModelInfo, Prompt
+from server.closed_schema import closed
 from server.schemas import ollama as schema
 from server.schemas.chat import ChatMessage, ChatRequest, FunctionCall, ToolCall
 from server.schemas.completions import CompletionRequest
@@ -44,7 +45,9 @@ def answer_shape(body: schema.OllamaChatRequest | schema.OllamaGenerateRequest) 
     """What `format` demands."""
     if not body.format:
         return None
-    return AnswerShape(wanted=body.format if isinstance(body.format, dict) else {"type": "object"}, field="format")
+    return AnswerShape(
+        wanted=closed(body.format) if isinstance(body.format, dict) else {"type": "object"}, field="format"
+    )
 
 
 def chosen_tools(body: schema.OllamaChatRequest) -> Tools | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from atlas_jax.engine.api import AnswerShape, CallGrammar, CallShape
+from server.closed_schema import closed
 from server.schemas.chat import AllowedTools, ChatRequest, FunctionDefinition, NamedTool, Tool
 from server.tool_calls.style import Style
 from server.validation import invalid
@@ -14,8 +15,6 @@ from server.validation import invalid
 _MOST_CALLS = 16
 """In one answer that a grammar holds: small models that are told to call tools go on calling until they may not."""
 _NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-# Keywords that may allow members beside `properties`.
-_OPEN = ("additionalProperties", "unevaluatedProperties", "patternProperties", "$ref", "allOf", "anyOf", "oneOf", "if")
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +236,4 @@ def _function(given: FunctionDefinition, field: str, schema_field: str) -> Funct
         return Function(given.name, field, schema_field, _NO_ARGUMENTS, given)
     if schema.get("type", "object") != "object":
         raise invalid(f"{schema_field}.type", "must be object: a tool's arguments are one")
-    schema = {"type": "object", **schema}
-    if "properties" in schema and not any(keyword in schema for keyword in _OPEN):
-        schema["additionalProperties"] = False  # a model that may make up arguments does
-    return Function(given.name, field, schema_field, schema, given)
+    return Function(given.name, field, schema_field, closed({"type": "object", **schema}), given)

@@ -78,7 +78,9 @@ def test_options_become_sampling_and_unknown_ones_pass(live: Live) -> None:
     assert live.engine.requests[-1].max_tokens == live.settings.server.max_answer_tokens
 
 
-@pytest.mark.parametrize("form", ["json", {"type": "object", "properties": {"a": {"type": "integer"}}}])
+@pytest.mark.parametrize(
+    "form", ["json", {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": True}]
+)
 def test_a_format_is_a_grammar(live: Live, form: Any) -> None:
     live.post("/api/chat", {**CHAT, "format": form, "stream": False})
     assert live.engine.requests[-1].grammar.schema.wanted == (form if isinstance(form, dict) else {"type": "object"})

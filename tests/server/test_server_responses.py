@@ -306,7 +306,7 @@ def test_input_is_messages_of_every_shape(client: openai.OpenAI, live: Live) -> 
 
 
 def test_a_format_is_a_grammar(client: openai.OpenAI, live: Live) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
     made = client.responses.create(
         model="any", input="x", text={"format": {"type": "json_schema", "name": "n", "schema": schema}}
     )

@@ -11,6 +11,7 @@ import pytest
 from tests.server.live_server import Live
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}}
+CLOSED: dict[str, Any] = {**SCHEMA, "additionalProperties": False}
 GBNF = 'root ::= "yes" | "no"'
 BODIES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2},
@@ -18,17 +19,17 @@ BODIES: dict[str, dict[str, Any]] = {
     "/completion": {"prompt": "x", "n_predict": 2},
 }
 NAMED: list[tuple[dict[str, Any], tuple[str, Any, str]]] = [
-    ({"guided_json": SCHEMA}, ("json", SCHEMA, "guided_json")),
-    ({"guided_json": json.dumps(SCHEMA)}, ("json", SCHEMA, "guided_json")),
-    ({"json_schema": SCHEMA}, ("json", SCHEMA, "json_schema")),
-    ({"json_schema": json.dumps(SCHEMA)}, ("json", SCHEMA, "json_schema")),
+    ({"guided_json": SCHEMA}, ("json", CLOSED, "guided_json")),
+    ({"guided_json": json.dumps(SCHEMA)}, ("json", CLOSED, "guided_json")),
+    ({"json_schema": SCHEMA}, ("json", CLOSED, "json_schema")),
+    ({"json_schema": json.dumps(SCHEMA)}, ("json", CLOSED, "json_schema")),
     ({"guided_regex": "[ab]+"}, ("regex", "[ab]+", "guided_regex")),
     ({"regex": "[ab]+"}, ("regex", "[ab]+", "regex")),
     ({"guided_choice": ["a", "b"]}, ("choice", ["a", "b"], "guided_choice")),
     ({"guided_grammar": GBNF}, ("grammar", GBNF, "guided_grammar")),
     ({"grammar": GBNF}, ("grammar", GBNF, "grammar")),
     ({"ebnf": GBNF}, ("grammar", GBNF, "ebnf")),
-    ({"structured_outputs": {"json": SCHEMA}}, ("json", SCHEMA, "structured_outputs.json")),
+    ({"structured_outputs": {"json": SCHEMA}}, ("json", CLOSED, "structured_outputs.json")),
     ({"structured_outputs": {"regex": "a"}}, ("regex", "a", "structured_outputs.regex")),
     ({"structured_outputs": {"choice": ["a"]}}, ("choice", ["a"], "structured_outputs.choice")),
     ({"structured_outputs": {"grammar": GBNF}}, ("grammar", GBNF, "structured_outputs.grammar")),
@@ -36,7 +37,7 @@ NAMED: list[tuple[dict[str, Any], tuple[str, Any, str]]] = [
     ({"response_format": {"type": "json_object"}}, ("json", {"type": "object"}, "response_format")),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
-        ("json", SCHEMA, "response_format.json_schema.schema"),
+        ("json", CLOSED, "response_format.json_schema.schema"),
     ),
 ]
 everywhere = pytest.mark.parametrize("path", BODIES)
@@ -89,7 +90,7 @@ def test_what_is_wrong_is_named(live: Live, path: str, given: dict[str, Any], pa
 
 def test_a_raw_prompt_of_ollama_takes_a_format(live: Live) -> None:
     body = {"model": "any", "prompt": "x", "raw": True, "stream": False, "options": {"num_predict": 2}}
-    for form, schema in (("json", {"type": "object"}), (SCHEMA, SCHEMA)):
+    for form, schema in (("json", {"type": "object"}), (SCHEMA, CLOSED)):
         assert live.post("/api/generate", {**body, "format": form}).status_code == 200
         assert live.engine.requests[-1].grammar.schema.wanted == schema
 

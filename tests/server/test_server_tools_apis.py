@@ -211,7 +211,7 @@ def test_every_choice_of_messages_and_their_formats(live: Live) -> None:
     assert made.calls[0].field == "tools[1].input_schema"
     live.post("/v1/messages", {**body, "tool_choice": {"type": "none"}})
     assert (held(live), live.engine.written[1]) == (None, None)
-    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": False}
     for given in (
         {"output_config": {"format": {"type": "json_schema", "schema": schema}, "effort": "low"}},
         {"output_format": {"type": "json_schema", "schema": schema}},

@@ -49,11 +49,13 @@ def reference(engines: Callable[[str], Engine]) -> Engine:
 
 @pytest.fixture(autouse=True)
 def clean(replicas: list[Engine], reference: Engine, bucket: Bucket) -> Iterator[None]:
+    """Engines without sessions; those of other files' tests have theirs."""
+    for engine in (*replicas, reference):
+        while rows := engine.sessions.list("owner", after=None, limit=99)[0]:
+            for row in rows:
+                engine.sessions.delete("owner", row.session_id)
     yield
     bucket.away.clear()
-    for engine in (*replicas, reference):
-        for row in engine.sessions.list("owner", after=None, limit=99)[0]:
-            engine.sessions.delete("owner", row.session_id)
 
 
 def turn(engine: Engine, seed: int, name: str = "s", length: int = 60, **more: Any) -> Answer:
