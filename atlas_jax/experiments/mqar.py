@@ -52,7 +52,7 @@ class Contender:
             _VALUE_DIM,
             features=self.features,
             window=self.window,
-            retention=True,
+            retention="decay",
             remat=False,
         )
 

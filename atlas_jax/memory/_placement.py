@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from atlas_jax.memory._params import Params
 from atlas_jax.memory._state import MemoryState
 
-Rule = Callable[[Params, MemoryState, Any], tuple[MemoryState, jax.Array]]
+Rule = Callable[[Params, MemoryState, Any], tuple[MemoryState, Any]]
 
 
 def placed_alike(function: Rule) -> Rule:
@@ -24,7 +24,7 @@ def placed_alike(function: Rule) -> Rule:
     as it is.
     """
 
-    def placed(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+    def placed(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, Any]:
         phase, arrays = state.phase, dataclasses.replace(state, phase=None)  # type: ignore[arg-type]
         lead, heads = state.tail_k.ndim - 2, next(iter(params.weights.values())).ndim - 2
         specs = [_spec(x)[:lead] for x in jax.tree.leaves((inputs, arrays))]
@@ -46,11 +46,11 @@ def _on_each_device(function: Rule, axes: tuple[Any, ...], of_params: tuple[Any,
     of_state: Any = MemoryState(rows, rows, rows, rows, rows, rows, rows, rows, same)  # type: ignore[arg-type]
     names = {name for axis in axes if axis for name in (axis if isinstance(axis, tuple) else (axis,))}
 
-    def divided(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+    def divided(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, Any]:
         phase, arrays = state.phase, dataclasses.replace(state, phase=None)  # type: ignore[arg-type]
         known = isinstance(phase, np.ndarray)  # stays so by closure; an argument is traced
 
-        def own(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+        def own(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, Any]:
             return function(params, dataclasses.replace(state, phase=phase) if known else state, inputs)
 
         params = jax.tree.map(lambda x: _divided(x, of_params), params)

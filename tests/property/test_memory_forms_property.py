@@ -50,10 +50,10 @@ def variants() -> dict[str, MemoryRule]:
             "titans", per_channel=("alpha", "theta"), memory="gated_mlp", gates="age", window=2
         ),
         "channels of a matrix": preset(
-            "deltanet", chunk=4, per_channel=("eta", "alpha"), retention=True, optimizer="momentum", window=2
+            "deltanet", chunk=4, per_channel=("eta", "alpha"), retention="decay", optimizer="momentum", window=2
         ),
         "Newton-Schulz per chunk": preset("atlas", ns_per="chunk", per_channel=("eta", "alpha"), gates="age"),
-        "delta rule with momentum": preset("deltanet", optimizer="momentum", retention=True, normalize=False),
+        "delta rule with momentum": preset("deltanet", optimizer="momentum", retention="decay", normalize=False),
         "decayed with momentum": preset("gated_deltanet", optimizer="momentum", step="inside"),
         "MLP without a residual": preset("ttt_mlp", residual="none"),
         "exact, gates by age": preset("mesa", gates="age"),

@@ -123,7 +123,7 @@ class Memory:
 
     def step(self, q, k, v, eta, alpha, theta, gamma):
         rule = self.rule
-        alpha = alpha if rule.retention else np.ones_like(alpha)
+        alpha = alpha if rule.retention != "none" else np.ones_like(alpha)
         t = len(self.history)
         self.history.append((k, v, gamma, alpha))
         if rule.optimizer == "exact":
