@@ -1,8 +1,9 @@
 """A memory chunk by chunk, each chunk in parallel: what `scan` computes, in matrix products.
 
-Gradients of a chunk are taken at one anchor, so they are known before any of its weights. The rest is the dual form
-of `kernels.omega` where a step is the momentum itself and retention is a factor; else the weights of every token of a chunk
-are formed, or, for Newton–Schulz per chunk, one update. A state may come from the middle of a chunk: tokens are then shifted so that chunks begin where they would have.
+Gradients of a chunk are taken at one anchor, so they are known before any of its weights. Where a step is the momentum
+itself and retention is a factor, the rest is the dual form of `kernels.omega`; else the weights of every token of a chunk are
+formed, or, for Newton–Schulz per chunk, one update. A state may come from the middle of a chunk: tokens are then shifted so
+that chunks begin where they would have.
 """
 
 from __future__ import annotations

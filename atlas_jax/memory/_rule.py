@@ -104,7 +104,7 @@ class MemoryRule:
         `deep_mlp` with three layers; `norm_matrix` and `norm_mlp`, TTT's, with a LayerNorm inside the loss.
       hidden: hidden units of an MLP; 0 means 4·d_v.
       activation: σ: `gelu`, `silu`, `relu`, `tanh`.
-      residual: the r of a memory that is no matrix: nothing, the key (needs d_k = d_v), or its features (needs as many as d_v).
+      residual: the r of a memory that is no matrix: nothing, the key (needs d_k = d_v), or its features (as many as d_v).
       features: φ.
       normalize: scale keys and queries to unit length first. The step sizes of every rule assume it.
       objective: `l2` ‖M(φ(k)) − v‖², gradient with the factor 2 of the paper's loss; `dot` −⟨M(φ(k)), v⟩; `huber(δ)`,
@@ -201,7 +201,9 @@ class MemoryRule:
         late = self.gradient_at == "decayed"
         _require(not late or self.chunk == 1, "gradient_at", "'decayed' needs chunk 1")
         _require(not late or decays, "gradient_at", "'decayed' needs retention decay")
-        _require(self.ns_per == "token" or self.directed, "ns_per", "'chunk' is for an optimizer with a direction: muon")
+        _require(
+            self.ns_per == "token" or self.directed, "ns_per", "'chunk' is for an optimizer with a direction: muon"
+        )
         _require(self.ns_per == "token" or decays, "ns_per", "'chunk' needs retention decay or none")
         if self.features.compress == "sketch":
             try:
@@ -316,7 +318,9 @@ def _check_table(table: object) -> None:
     if isinstance(table, str):
         _require(table in COEFFICIENTS, "ns_table", f"must be one of {', '.join(COEFFICIENTS)}; got {table!r}")
         return
-    rows = isinstance(table, tuple) and len(table) > 0 and all(isinstance(row, tuple) and len(row) == 3 for row in table)
+    rows = (
+        isinstance(table, tuple) and len(table) > 0 and all(isinstance(row, tuple) and len(row) == 3 for row in table)
+    )
     _require(
         rows and all(math.isfinite(number) for row in table for number in row),  # type: ignore[attr-defined]
         "ns_table",

@@ -205,9 +205,7 @@ def _step(
             "step": pending["step"] * token.alpha + outer,
         }
     else:
-        steps = {
-            name: scale(direction(rule, s), outer, channel_axis(rule, name)) for name, s in momentum.items()
-        }
+        steps = {name: scale(direction(rule, s), outer, channel_axis(rule, name)) for name, s in momentum.items()}
         weights = {name: retained(rule, name, w, token.alpha, steps[name]) for name, w in weights.items()}
     state = dataclasses.replace(
         state,

@@ -64,7 +64,9 @@ def make_tokens(
     given = {"eta": eta, "alpha": alpha, "theta": theta, "gamma": gamma}
     for name, value in given.items():
         if value is not None and not rule.uses(name) and name != "gamma":
-            raise ConfigError(f"{name}: this rule has none (optimizer {rule.optimizer!r}, retention {rule.retention!r})")
+            raise ConfigError(
+                f"{name}: this rule has none (optimizer {rule.optimizer!r}, retention {rule.retention!r})"
+            )
 
     def gate(name: str, default: jax.Array | float, size: int) -> jax.Array:
         value = jnp.asarray(default if given[name] is None else given[name], dtype)
