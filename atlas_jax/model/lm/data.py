@@ -98,7 +98,7 @@ def batches_from(source: Source, first: int) -> BatchSource:
     Raises:
       ValueError: an iterator gives something else, or ends; the message says at which step.
     """
-    if callable(source):
+    if not isinstance(source, Iterable):
         return source
     iterator = iter(source)
     for _ in range(first):

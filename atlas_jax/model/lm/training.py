@@ -232,7 +232,7 @@ def _made(model: nnx.Module, config: TrainConfig) -> Training:
         return cross_entropy(apply(params, *inputs), batch.targets)[0]
 
     optimizer = make_optimizer(config, matrix_axes(model))
-    shares = {"accumulate": config.accumulate, "weigh": _targets}
+    shares: dict[str, Any] = {"accumulate": config.accumulate, "weigh": _targets}
     if config.devices == "pmap":
         return pmap_training(loss, optimizer, **shares)
     if config.devices == "sharded":
