@@ -6,12 +6,11 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-import jax
-
 from atlas_jax.config import ConfigError
 from atlas_jax.kernels.feature_maps import monomial_count, sketch_shares
 from atlas_jax.kernels.newton_schulz import COEFFICIENTS, CoefficientTable
 from atlas_jax.memory import parts
+from atlas_jax.typing import Array, Float
 
 FeatureKind = Literal["identity", "polynomial", "exponential", "random_exponential", "elementwise"]
 Compression = Literal["none", "sketch", "projection"]
@@ -216,9 +215,9 @@ class MemoryRule:
         """Outputs and inputs of each of the memory's matrices."""
         return dict(parts.find("architecture", self.memory).facts["shapes"](self))
 
-    def sigma(self, x: jax.Array) -> jax.Array:
+    def sigma(self, x: Float[Array, "*any"]) -> Float[Array, "*any"]:
         """σ, for architectures to use."""
-        result: jax.Array = parts.find("activation", self.activation).function(x)
+        result: Array = parts.find("activation", self.activation).function(x)
         return result
 
     @property

@@ -73,7 +73,7 @@ def test_parts_of_the_guide_agree_in_both_forms() -> None:
     params = init_params(rule, jax.random.key(0))
     tokens, state = make_tokens(rule, *x, alpha=0.9, theta=0.5), init_state(rule, params, (2,))
     found, wanted = (jax.jit(form, static_argnums=0)(rule, params, state, tokens) for form in (chunked, scan))
-    np.testing.assert_allclose(found[1], wanted[1], atol=1e-5)
+    np.testing.assert_allclose(found[1], wanted[1], atol=1e-4)
 
 
 def test_an_unknown_part_is_named_with_those_that_are_known() -> None:
