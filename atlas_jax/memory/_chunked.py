@@ -136,7 +136,7 @@ def _sequence(
 ) -> tuple[MemoryState, tuple[jax.Array, Diagnostics | None]]:
     tokens, starts = inputs
     if starts is not None:
-        state = dataclasses.replace(state, phase=np.zeros((), np.int32))
+        state = dataclasses.replace(state, phase=np.zeros((), np.int32))  # type: ignore[arg-type]
     length = tokens.k.shape[0]
     if length == 0:
         none = jnp.zeros(0, tokens.v.dtype)

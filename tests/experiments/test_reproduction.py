@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -47,7 +49,16 @@ def test_a_needle_is_told_once_and_asked_for_at_the_end() -> None:
             assert [row[i + 2] for i in places] == [wanted]
 
 
+@pytest.fixture
+def own_compilation_cache() -> Iterator[None]:
+    """The command keeps what it compiles in a folder of its own; other tests have theirs back."""
+    before = jax.config.jax_compilation_cache_dir
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("own_compilation_cache")
 def test_the_command_goes_on_and_writes_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SIZES, "tiny", MINI)
     monkeypatch.setattr(arms, "NEEDLES", ("attention",))

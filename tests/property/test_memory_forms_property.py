@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -200,6 +201,20 @@ def test_what_a_memory_makes_of_its_tokens_is_the_references(name):
         close(found.loss[0, t], reference.loss(rule.objective, memory.read(k, anchor), v))
         close(found.surprise[0, t], np.linalg.norm(norms))
         close(found.clipped[0, t], np.mean(norms > (rule.clip or np.inf)))
+
+
+def test_surprise_has_a_gradient_where_there_is_no_error():
+    """A matrix that starts at zero is asked for zero: length 0, whose slope is taken as 0."""
+    rule = preset("deltanet")
+    params, tokens = draw_params(rule, 7), draw_tokens(rule, 7, 4, batch=1)
+    params.weights["w"] = jnp.zeros_like(params.weights["w"])
+    state = fresh(rule, params, 1)
+
+    def total(v):
+        _, y, found = measure(rule, params, state, dataclasses.replace(tokens, v=v))
+        return jnp.sum(y) + jnp.sum(found.surprise)
+
+    assert np.isfinite(jax.jit(jax.grad(total))(jnp.zeros_like(tokens.v))).all()
 
 
 DOCUMENTS = {

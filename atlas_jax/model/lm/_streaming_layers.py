@@ -155,7 +155,7 @@ def forget_losses(state: Tree) -> Tree:
     def forgotten(x: Any) -> Any:
         if not isinstance(x, MemoryRun):
             return x
-        return dataclasses.replace(x, losses=np.zeros(x.losses.shape, x.losses.dtype))
+        return dataclasses.replace(x, losses=np.zeros(x.losses.shape, x.losses.dtype))  # type: ignore[arg-type]
 
     return jax.tree.map(forgotten, state, is_leaf=lambda x: isinstance(x, MemoryRun))
 

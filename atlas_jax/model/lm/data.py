@@ -26,9 +26,9 @@ class Batch:
       starts: tokens that begin a document, before which the model forgets all; None where each row is one text.
     """
 
-    tokens: Int32[Array, "B T"]
-    targets: Int32[Array, "B T"]
-    starts: Bool[Array, "B T"] | None = None
+    tokens: Int32[Array | np.ndarray, "B T"]
+    targets: Int32[Array | np.ndarray, "B T"]
+    starts: Bool[Array | np.ndarray, "B T"] | None = None
 
 
 BatchSource = Callable[[int], Batch]

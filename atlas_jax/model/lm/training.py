@@ -44,7 +44,7 @@ Evaluate = Callable[[LMParams, int], Mapping[str, float]]
 
 
 class NonFiniteLoss(ArithmeticError):
-    """The loss of a step is not a finite number; the newest checkpoint is of a step before it."""
+    """The loss of a step, or a parameter after it, is not a finite number; the newest checkpoint is of a step before it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def train(
 
     Raises:
       CheckpointError: `directory` holds a run of another model, or with other settings; the message names them.
-      NonFiniteLoss: a loss is not finite. The step it came from is not kept.
+      NonFiniteLoss: a loss is not finite, or a parameter where a checkpoint is due. Neither is kept.
     """
     if isinstance(model, LMConfig):
         training, start = _prepare(model, config), init_params(model, config.seed) if params is None else params
@@ -184,6 +184,8 @@ def train(
                 if metrics is not None:
                     metrics(done, found)
             if checkpoints is not None and (done % config.checkpoint_every == 0 or done == last):
+                if not _finite(training.params(state)):
+                    raise NonFiniteLoss(f"parameters after step {step} are not finite; lower the learning rate")
                 checkpoints.save(state, done)
     if checkpoints is not None:
         checkpoints.close()
@@ -238,6 +240,11 @@ def _made(model: nnx.Module, config: TrainConfig) -> Training:
     if config.devices == "sharded":
         return sharded_training(loss, optimizer, Mesh(np.array(jax.devices()), ("data",)), **shares)
     return local_training(loss, optimizer, **shares)
+
+
+@jax.jit
+def _finite(params: LMParams) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)]))
 
 
 def _targets(batch: Batch) -> jax.Array:

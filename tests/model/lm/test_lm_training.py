@@ -161,6 +161,17 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_kept(tmp_path: Pat
     kept = max(int(folder.name) for folder in tmp_path.iterdir() if folder.name.isdigit())
     assert kept <= 3
 
+    class Edge(Bigrams):
+        """Its loss is finite and its gradient is not."""
+
+        def __call__(self, tokens: jax.Array) -> jax.Array:
+            return super().__call__(tokens) + jnp.sqrt(0.0 * self.table[...][0, 0])
+
+    often = dataclasses.replace(ADAM, checkpoint_every=1)
+    with pytest.raises(NonFiniteLoss, match="parameters after step 0 are not finite"):
+        train(Edge(nnx.Rngs(0)), often, source, directory=tmp_path / "edge")
+    assert not any(folder.name.isdigit() for folder in (tmp_path / "edge").iterdir())
+
 
 def test_a_batch_in_parts_is_the_whole_batch() -> None:
     """Also where parts have different numbers of targets: each target counts alike."""
