@@ -17,6 +17,7 @@ from atlas_jax.kernels.omega import ChannelAxis
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.memory import parts
 from atlas_jax.memory._params import Params, Weights, apply_features, unit_keys
+from atlas_jax.memory._placement import varying_as
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.typing import Array, Float
 
@@ -104,7 +105,7 @@ def gradient_factors(
             raise ConfigError(f"memory: {rule.memory!r} does not apply {sorted(weights.keys() - right.keys())}")
         return jnp.sum(each), (right, each)
 
-    zero = {name: jnp.zeros((v.shape[0], w.shape[0]), v.dtype) for name, w in weights.items()}
+    zero = {name: varying_as(jnp.zeros((v.shape[0], w.shape[0]), v.dtype), v) for name, w in weights.items()}
     left, (right, each) = jax.grad(loss, has_aux=True)(zero)
     return {name: Factors(left[name], right[name]) for name in weights}, each
 

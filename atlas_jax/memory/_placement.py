@@ -61,6 +61,14 @@ def _on_each_device(function: Rule, axes: tuple[Any, ...], of_params: tuple[Any,
     return divided
 
 
+def varying_as(x: jax.Array, other: jax.Array) -> jax.Array:
+    """An array as one that varies over the axes of `jax.shard_map` that another varies over.
+
+    jax sums slopes on an array that is the same on every device over them; on one that varies each device has its own.
+    """
+    return _varying(x, jax.typeof(other).manual_axis_type.varying)
+
+
 def _varying(x: jax.Array, axes: frozenset[Any]) -> jax.Array:
     missing = axes - jax.typeof(x).manual_axis_type.varying
     return jax.lax.pcast(x, tuple(sorted(missing, key=str)), to="varying") if missing else x
