@@ -83,11 +83,11 @@ def window_attend(
     after = blocks * window - tokens
 
     def queries(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, after), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (0, after), *((0, 0) for _ in x.shape[2:])))
         return x.reshape(batch * blocks, window, *x.shape[2:])
 
     def keys(x: jax.Array, first: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (window, after), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (window, after), *((0, 0) for _ in x.shape[2:])))
         x = x.reshape(batch, blocks + 1, window, *x.shape[2:])
         pairs = jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
         first = jnp.broadcast_to(first[:, None], (batch, blocks, *first.shape[1:]))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -90,7 +91,7 @@ def matrix_axes(model: nnx.Module) -> LMParams:
 
 
 def cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int32[Array, "B T"]
+    logits: Float[Array, "B T V"], targets: Int32[Array | np.ndarray, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean loss in nats and accuracy over the targets that are not `IGNORE`."""
     counts = (targets != IGNORE).astype(logits.dtype)
