@@ -15,7 +15,7 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psutil_reference.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash replicas ray deploy-check attack neighbours \
+.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash reproduction replicas ray deploy-check attack neighbours \
   clients overhead scale schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
 
 help: ## show this list
@@ -119,6 +119,10 @@ ray: $(VENV)/ray ## run deploy/ray on this machine: sessions stay on their repli
 
 deploy-check: $(VENV)/deploy ## render the Helm chart, hold it against Kubernetes' schemas and the server
 	$(RUN) -m pytest -n 0 tests/server/test_server_replicas.py $(ARGS)
+
+reproduction: $(VENV)/bench ## memories of the papers as language models of equal size: goes on where it stopped (ARGS="--size small")
+	test -d data/corpora/documents || $(RUN) -m atlas_jax.evaluation.corpora --out data/corpora --group documents
+	$(RUN) -m atlas_jax.experiments.reproduction $(ARGS)
 
 attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
 	$(RUN) -m benchmarks.attack $(MODEL) --output docs/benchmarks/attack.md $(ARGS)

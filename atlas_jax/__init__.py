@@ -12,6 +12,7 @@ from atlas_jax import _platform as _platform  # sets XLA flags: must run before 
 
 if TYPE_CHECKING:
     from atlas_jax.memory import PRESETS as PRESETS
+    from atlas_jax.memory import Diagnostics as Diagnostics
     from atlas_jax.memory import Features as Features
     from atlas_jax.memory import MemoryRule as MemoryRule
     from atlas_jax.memory import MemoryState as MemoryState
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from atlas_jax.memory import init_params as init_params
     from atlas_jax.memory import init_state as init_state
     from atlas_jax.memory import make_tokens as make_tokens
+    from atlas_jax.memory import measure as measure
+    from atlas_jax.memory import parts as parts
     from atlas_jax.memory import presets as presets
     from atlas_jax.memory import read as read
     from atlas_jax.memory import scan as scan
@@ -30,6 +33,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "PRESETS",
+    "Diagnostics",
     "Features",
     "MemoryRule",
     "MemoryState",
@@ -40,6 +44,8 @@ __all__ = [
     "init_params",
     "init_state",
     "make_tokens",
+    "measure",
+    "parts",
     "presets",
     "read",
     "scan",

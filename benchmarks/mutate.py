@@ -68,6 +68,7 @@ TARGETS = {
     "atlas_jax/memory/_step.py": Target((FORMS, GRADIENTS), FORM_TESTS, False),
     "atlas_jax/memory/_chunked.py": Target((FORMS, GRADIENTS), FORM_TESTS, False),
     "atlas_jax/memory/_memory.py": Target((FORMS, GRADIENTS), FORM_TESTS, False),
+    "atlas_jax/memory/parts.py": Target((FORMS,), FORM_TESTS, False),
     "atlas_jax/kernels/feature_maps.py": Target((KERNELS,), "polynomial or monomials or features", True),
 }
 # mutants that compute the same, or another error message: (file or file:function, before, after) and why

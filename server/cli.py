@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments) if command is None else command.main(arguments[1:])
     except ModuleNotFoundError as error:
         extra, missing = "serve" if command is None else command.extra, str(error.name).partition(".")[0]
-        if missing in ("atlas_jax", "server"):
+        if missing in ("atlas_jax", __package__):
             raise
         _complain(f"{missing} is not installed; it comes with the extra '{extra}': pip install 'atlas-jax[{extra}]'")
         return FAILED

@@ -79,30 +79,50 @@ class Report:
         caption = f"{self.y_label}, mean ± 95 % interval over seeds.".capitalize()
         text = f"## {self.title}\n\n`{command}`\n\n{caption}\n\n{self.table()}\n{notes}\n"
         (directory / f"{self.name}.md").write_text(text)
-        self._plot(directory / f"{self.name}.png")
+        plot(
+            directory / f"{self.name}.png",
+            self.curves,
+            self.title,
+            self.x_label,
+            self.y_label,
+            log_x=self.log_x,
+            log_y=self.log_y,
+        )
         print(text)
 
-    def _plot(self, path: Path) -> None:
-        try:
-            import matplotlib
-        except ImportError:
-            print("no plot: matplotlib is not installed")
-            return
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(figsize=(7, 4.5))
-        for curve, points in self.curves.items():
-            places = sorted(points)
-            spread = [0.0 if np.isnan(points[x].half) else points[x].half for x in places]
-            axes.errorbar(places, [points[x].mean for x in places], spread, label=curve, marker=".", capsize=2)
-        axes.set(xlabel=self.x_label, ylabel=self.y_label, title=self.title)
-        axes.set_xscale("log" if self.log_x else "linear")
-        axes.set_yscale("log" if self.log_y else "linear")
-        axes.legend(fontsize="small")
-        figure.tight_layout()
-        figure.savefig(path, dpi=100)
-        pyplot.close(figure)
+def plot(
+    path: Path,
+    curves: Mapping[str, Mapping[float, Estimate]],
+    title: str,
+    x_label: str,
+    y_label: str,
+    *,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> bool:
+    """Draws curves with their intervals; False where matplotlib is not installed (extra `plots`)."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: matplotlib is not installed")
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for curve, points in curves.items():
+        places = sorted(points)
+        spread = [0.0 if np.isnan(points[x].half) else points[x].half for x in places]
+        axes.errorbar(places, [points[x].mean for x in places], spread, label=curve, marker=".", capsize=2)
+    axes.set(xlabel=x_label, ylabel=y_label, title=title)
+    axes.set_xscale("log" if log_x else "linear")
+    axes.set_yscale("log" if log_y else "linear")
+    axes.legend(fontsize="small")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    pyplot.close(figure)
+    return True
 
 
 @dataclass(frozen=True)

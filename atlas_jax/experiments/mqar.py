@@ -29,6 +29,7 @@ _DEGREE_2 = Features(kind="polynomial", degree=2)
 _KEYS = 16
 _VALUES = 8
 _VALUE_DIM = 8
+VOCAB = _KEYS + _VALUES
 RATE = 1e-2
 
 
@@ -52,7 +53,7 @@ class Contender:
             _VALUE_DIM,
             features=self.features,
             window=self.window,
-            retention=True,
+            retention="decay",
             remat=False,
         )
 
@@ -61,7 +62,7 @@ class Contender:
         # a unit key has 2.5 times the square of its length in degree 2, and a window counts every token c times
         eta_max = 0.5 if self.features is _DEGREE_1 else 0.2
         return LMConfig(
-            vocab=_KEYS + _VALUES,
+            vocab=VOCAB,
             embed=48,
             ff=32,
             heads=1,

@@ -17,7 +17,8 @@ from atlas_jax.kernels import tpu
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.typing import Array, Float
 
-CoefficientTable = Literal["jordan", "polar_express"]
+CoefficientTable = Literal["jordan", "polar_express"] | tuple[tuple[float, float, float], ...]
+"""A name of `COEFFICIENTS`, or rows of a table of one's own."""
 
 COEFFICIENTS: dict[str, tuple[tuple[float, float, float], ...]] = {
     # Jordan et al., Muon: the same quintic every step; singular values end in [0.68, 1.13]
@@ -169,5 +170,5 @@ def _normalize(matrix: jax.Array) -> jax.Array:
 def _coefficients(steps: int, table: CoefficientTable) -> tuple[tuple[float, float, float], ...]:
     if steps < 0:
         raise ValueError(f"steps must not be negative, got {steps}")
-    rows = COEFFICIENTS[table]
+    rows = COEFFICIENTS[table] if isinstance(table, str) else table
     return (rows + rows[-1:] * steps)[:steps]

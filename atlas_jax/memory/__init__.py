@@ -11,8 +11,9 @@ it static under `jit`, without which each call compiles its loop anew. Everythin
 and runs divided over devices by `jax.shard_map`, `pmap` or a mesh: a new state is placed as the tokens are.
 """
 
-from atlas_jax.memory import presets
-from atlas_jax.memory._chunked import chunked
+from atlas_jax.memory import parts, presets
+from atlas_jax.memory._chunked import chunked, measure
+from atlas_jax.memory._diagnostics import Diagnostics
 from atlas_jax.memory._params import Params, init_params
 from atlas_jax.memory._rule import Features, MemoryRule
 from atlas_jax.memory._state import MemoryState, init_state
@@ -22,6 +23,7 @@ from atlas_jax.memory.presets import PRESETS
 
 __all__ = [
     "PRESETS",
+    "Diagnostics",
     "Features",
     "MemoryRule",
     "MemoryState",
@@ -31,6 +33,8 @@ __all__ = [
     "init_params",
     "init_state",
     "make_tokens",
+    "measure",
+    "parts",
     "presets",
     "read",
     "scan",

@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from atlas_jax.config import ConfigError
-from atlas_jax.memory._params import Params, feature_shapes, weight_shapes
+from atlas_jax.memory._params import Params, feature_shapes
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.memory._state import MemoryState, state_shapes
 from atlas_jax.memory._tokens import Tokens, check_tokens
+from atlas_jax.typing import Array, Bool
 
 
 def check_call(rule: MemoryRule, params: Params, state: MemoryState, tokens: Tokens, *, time: bool) -> None:
@@ -39,7 +41,7 @@ def check_memory(rule: MemoryRule, params: Params, state: MemoryState) -> tuple[
     """
     first = next(iter(params.weights.values()), None)
     heads = jnp.shape(first)[:-2] if first is not None else ()
-    _compare("params.weights", params.weights, weight_shapes(rule), heads)
+    _compare("params.weights", params.weights, rule.weight_shapes, heads)
     _compare("params.features", params.features, feature_shapes(rule), heads)
     lead = jnp.shape(state.tail_gate)[:-1]
     for field, shapes in state_shapes(rule).items():
@@ -47,6 +49,20 @@ def check_memory(rule: MemoryRule, params: Params, state: MemoryState) -> tuple[
     if lead[len(lead) - len(heads) :] != heads:
         raise ConfigError(f"state: has a batch of {lead}; the parameters have heads {heads}, its last axes")
     return lead
+
+
+def check_starts(
+    rule: MemoryRule, state: MemoryState, tokens: Tokens, starts: Bool[Array, "*batch T"] | None, every: int
+) -> None:
+    """Raises ConfigError where documents cannot begin where `starts` says; the message names the argument."""
+    if starts is None:
+        return
+    if jnp.shape(starts) != jnp.shape(tokens.k)[:-1]:
+        raise ConfigError(f"starts: has shape {jnp.shape(starts)}; tokens.k asks for {jnp.shape(tokens.k)[:-1]}")
+    if rule.anchored and every % rule.chunk:
+        raise ConfigError(f"every: documents begin at multiples of {every}, which must be one of chunk, {rule.chunk}")
+    if isinstance(state.phase, np.ndarray) and state.phase != 0:
+        raise ConfigError("starts: the state must be at the start of a chunk, as a new one is")
 
 
 def _compare(name: str, held: Any, shapes: Any, lead: tuple[int, ...]) -> None:

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from atlas_jax.config import ConfigError
 from atlas_jax.kernels.omega import ChannelAxis
 from atlas_jax.kernels.reductions import row_max, row_sum
+from atlas_jax.memory import parts
 from atlas_jax.memory._params import Params, Weights, apply_features, unit_keys
+from atlas_jax.memory._placement import varying_as
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.typing import Array, Float
 
@@ -44,9 +47,9 @@ class Factors:
     right: Float[Array, "rows i"]
 
 
-def channel_axis(name: str) -> ChannelAxis:
+def channel_axis(rule: MemoryRule, name: str) -> ChannelAxis:
     """Side of a weight that the memory's channels lie on: a hidden unit is a column of `w1` and a row of the others."""
-    return "column" if name == "w1" else "row"
+    return "column" if name in parts.find("architecture", rule.memory).facts["columns"] else "row"
 
 
 def encode(rule: MemoryRule, params: Params, x: Float[Array, "rows d_k"]) -> Inputs:
@@ -59,13 +62,9 @@ def encode(rule: MemoryRule, params: Params, x: Float[Array, "rows d_k"]) -> Inp
 
 
 def forward(rule: MemoryRule, apply: Apply, inputs: Inputs) -> Float[Array, "rows d_v"]:
-    """M(φ(x)) (equations 42 and 43)."""
-    if rule.memory == "matrix":
-        return apply("w", inputs.features)
-    hidden = _activation(rule, apply("w2", inputs.features))
-    if rule.memory == "gated_mlp":
-        hidden = hidden * apply("w3", inputs.features)
-    return inputs.residual + apply("w1", hidden)
+    """M(φ(x)): what the architecture makes of the features, and the residual."""
+    read: jax.Array = parts.find("architecture", rule.memory).function(rule, apply, inputs.features)
+    return read if rule.residual == "none" else inputs.residual + read
 
 
 def plain(weights: Weights) -> Apply:
@@ -78,36 +77,41 @@ def per_token(weights: Weights) -> Apply:
     return lambda name, x: jnp.einsum("toi,ti->to", weights[name], x)
 
 
+def losses(rule: MemoryRule, y: Float[Array, "rows d_v"], v: Float[Array, "rows d_v"]) -> Float[Array, " rows"]:
+    """ℓ of each token."""
+    result: jax.Array = jax.vmap(parts.find("objective", rule.objective).function)(y, v)
+    return result
+
+
 def gradient_factors(
     rule: MemoryRule, weights: Weights, inputs: Inputs, v: Float[Array, "rows d_v"]
-) -> dict[str, Factors]:
-    """Each token's gradient of the objective on each weight, all at the same weights."""
-    apply, z = plain(weights), inputs.features
-    if rule.memory == "matrix":
-        factors = {"w": Factors(output_gradient(rule, apply("w", z) if rule.objective == "l2" else v, v), z)}
-        return _clipped(rule, factors)
-    before = apply("w2", z)
-    activated, slope = jax.jvp(lambda a: _activation(rule, a), (before,), (jnp.ones_like(before),))
-    gate = apply("w3", z) if rule.memory == "gated_mlp" else jnp.ones((), z.dtype)
-    hidden = activated * gate
-    output = output_gradient(rule, inputs.residual + apply("w1", hidden), v)
-    back = jnp.einsum("oh,to->th", weights["w1"], output)
-    factors = {"w1": Factors(output, hidden), "w2": Factors(back * gate * slope, z)}
-    if rule.memory == "gated_mlp":
-        factors["w3"] = Factors(back * activated, z)
-    return _clipped(rule, factors)
+) -> tuple[dict[str, Factors], Float[Array, " rows"]]:
+    """Each token's gradient of the objective on each weight, all at the same weights, not clipped yet; and its loss.
+
+    A weight meets each token once, in W·x, so its gradient is rank one: the slope of the loss at that product, times x.
+    """
+
+    def loss(offsets: Weights) -> tuple[jax.Array, tuple[Weights, jax.Array]]:
+        right: Weights = {}
+
+        def apply(name: str, x: jax.Array) -> jax.Array:
+            if name in right or name not in weights:
+                raise ConfigError(f"memory: {rule.memory!r} applies {name!r} twice, or it is not one of its weights")
+            right[name] = x
+            return jnp.einsum("oi,ti->to", weights[name], x) + offsets[name]
+
+        each = losses(rule, forward(rule, apply, inputs), v)
+        if right.keys() != weights.keys():
+            raise ConfigError(f"memory: {rule.memory!r} does not apply {sorted(weights.keys() - right.keys())}")
+        return jnp.sum(each), (right, each)
+
+    zero = {name: varying_as(jnp.zeros((v.shape[0], w.shape[0]), v.dtype), v) for name, w in weights.items()}
+    left, (right, each) = jax.grad(loss, has_aux=True)(zero)
+    return {name: Factors(left[name], right[name]) for name in weights}, each
 
 
-def output_gradient(rule: MemoryRule, y: Float[Array, "rows d_v"], v: Float[Array, "rows d_v"]) -> jax.Array:
-    """∂ℓ/∂M(φ(k)): 2(y − v) for ‖y − v‖², −v for −⟨y, v⟩."""
-    return 2.0 * (y - v) if rule.objective == "l2" else -v
-
-
-def _activation(rule: MemoryRule, x: jax.Array) -> jax.Array:
-    return jax.nn.gelu(x) if rule.activation == "gelu" else jax.nn.silu(x)
-
-
-def _clipped(rule: MemoryRule, factors: dict[str, Factors]) -> dict[str, Factors]:
+def clipped(rule: MemoryRule, factors: dict[str, Factors]) -> dict[str, Factors]:
+    """Gradients within the rule's bound."""
     if rule.clip is None:
         return factors
     bound = rule.clip

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 
 from atlas_jax.kernels import feature_maps
 from atlas_jax.kernels.reductions import row_max, row_sum
+from atlas_jax.memory import parts
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.typing import Array, Float
 
 Weights = dict[str, jax.Array]
-"""Matrices [..., outputs, inputs] of one memory: `w`, or `w1` and `w2`, and `w3` for a gated MLP."""
+"""Matrices [..., outputs, inputs] of one memory, by the names its architecture has for them."""
 
 
 @jax.tree_util.register_dataclass
@@ -31,27 +32,19 @@ class Params:
     features: dict[str, jax.Array]
 
 
-def weight_shapes(rule: MemoryRule) -> dict[str, tuple[int, int]]:
-    """Shape of each of a memory's matrices."""
-    if rule.memory == "matrix":
-        return {"w": (rule.d_v, rule.feature_dim)}
-    shapes = {"w1": (rule.d_v, rule.hidden_dim), "w2": (rule.hidden_dim, rule.feature_dim)}
-    return shapes | {"w3": shapes["w2"]} if rule.memory == "gated_mlp" else shapes
-
-
 def init_params(rule: MemoryRule, key: Array, heads: tuple[int, ...] = ()) -> Params:
-    """Draws parameters: zero for a matrix memory, variance 1/fan-in for an MLP, aᵢ = 1/i! for monomials.
+    """Draws parameters: zero for a matrix memory, variance 1/fan-in for others, aᵢ = 1/i! for monomials.
 
     Args:
       key: a `jax.random` key.
       heads: leading axes of every parameter; they match the last axes of the batch of state and tokens.
     """
-    shapes = weight_shapes(rule)
+    shapes, zero = rule.weight_shapes, parts.find("architecture", rule.memory).facts["zero"]
     *keys, projection_key = jax.random.split(key, len(shapes) + 1)
     weights = {}
     for (name, shape), weight_key in zip(shapes.items(), keys, strict=True):
         drawn = jax.random.normal(weight_key, (*heads, *shape)) * shape[1] ** -0.5
-        weights[name] = jnp.zeros_like(drawn) if rule.memory == "matrix" else drawn
+        weights[name] = jnp.zeros_like(drawn) if zero else drawn
     return Params(weights, _init_features(rule, projection_key, heads))
 
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec
 from atlas_jax.memory._params import Params
 from atlas_jax.memory._state import MemoryState
 
-Rule = Callable[[Params, MemoryState, Any], tuple[MemoryState, jax.Array]]
+Rule = Callable[[Params, MemoryState, Any], tuple[MemoryState, Any]]
 
 
 def placed_alike(function: Rule) -> Rule:
@@ -24,7 +24,7 @@ def placed_alike(function: Rule) -> Rule:
     as it is.
     """
 
-    def placed(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+    def placed(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, Any]:
         phase, arrays = state.phase, dataclasses.replace(state, phase=None)  # type: ignore[arg-type]
         lead, heads = state.tail_k.ndim - 2, next(iter(params.weights.values())).ndim - 2
         specs = [_spec(x)[:lead] for x in jax.tree.leaves((inputs, arrays))]
@@ -46,11 +46,11 @@ def _on_each_device(function: Rule, axes: tuple[Any, ...], of_params: tuple[Any,
     of_state: Any = MemoryState(rows, rows, rows, rows, rows, rows, rows, rows, same)  # type: ignore[arg-type]
     names = {name for axis in axes if axis for name in (axis if isinstance(axis, tuple) else (axis,))}
 
-    def divided(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+    def divided(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, Any]:
         phase, arrays = state.phase, dataclasses.replace(state, phase=None)  # type: ignore[arg-type]
         known = isinstance(phase, np.ndarray)  # stays so by closure; an argument is traced
 
-        def own(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+        def own(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, Any]:
             return function(params, dataclasses.replace(state, phase=phase) if known else state, inputs)
 
         params = jax.tree.map(lambda x: _divided(x, of_params), params)
@@ -59,6 +59,14 @@ def _on_each_device(function: Rule, axes: tuple[Any, ...], of_params: tuple[Any,
         return run(params, dataclasses.replace(arrays, phase=phase), inputs)
 
     return divided
+
+
+def varying_as(x: jax.Array, other: jax.Array) -> jax.Array:
+    """An array as one that varies over the axes of `jax.shard_map` that another varies over.
+
+    jax sums slopes on an array that is the same on every device over them; on one that varies each device has its own.
+    """
+    return _varying(x, jax.typeof(other).manual_axis_type.varying)
 
 
 def _varying(x: jax.Array, axes: frozenset[Any]) -> jax.Array:

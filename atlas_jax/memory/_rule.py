@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from atlas_jax.config import ConfigError
 from atlas_jax.kernels.feature_maps import monomial_count, sketch_shares
-from atlas_jax.kernels.newton_schulz import CoefficientTable
+from atlas_jax.kernels.newton_schulz import COEFFICIENTS, CoefficientTable
+from atlas_jax.memory import parts
+from atlas_jax.typing import Array, Float
 
 FeatureKind = Literal["identity", "polynomial", "exponential", "random_exponential", "elementwise"]
 Compression = Literal["none", "sketch", "projection"]
-Architecture = Literal["matrix", "mlp", "gated_mlp"]
 Residual = Literal["none", "key", "features"]
-Activation = Literal["gelu", "silu"]
-Objective = Literal["l2", "dot"]
-Optimizer = Literal["gradient", "momentum", "muon", "exact"]
 Gate = Literal["eta", "alpha", "theta"]
 
 MAX_POLYNOMIAL_DEGREE = 3
@@ -95,28 +93,33 @@ class MemoryRule:
 
         G_t = Σ_{i in window(t)} γ_i^{(t)} ∇ℓ(W̄; k_i, v_i)
         S_t = θ_t S_{t−1} + G_t
-        W_t = α_t W_{t−1} − η_t U(S_t)
+        W_t = R(W_{t−1}, α_t, η_t U(S_t)), which is α_t W_{t−1} − η_t U(S_t) for the retention `decay`
+
+    ℓ, σ, U, R and the architecture are names of `memory.parts`, which says what each computes and how to add one.
 
     Attributes:
       d_k, d_v: components of keys and queries, and of values.
-      memory: `matrix` W·φ(k); `mlp` r + W1·σ(W2·φ(k)) (equation 42); `gated_mlp` r + W1·(σ(W2·φ(k)) ⊙ W3·φ(k)) (43).
+      memory: `matrix` W·φ(k); `mlp` r + W1·σ(W2·φ(k)) (equation 42); `gated_mlp` r + W1·(σ(W2·φ(k)) ⊙ W3·φ(k)) (43);
+        `deep_mlp` with three layers; `norm_matrix` and `norm_mlp`, TTT's, with a LayerNorm inside the loss.
       hidden: hidden units of an MLP; 0 means 4·d_v.
-      activation: σ.
-      residual: the r of an MLP: nothing, the key (needs d_k = d_v), or its features (needs as many as d_v).
+      activation: σ: `gelu`, `silu`, `relu`, `tanh`.
+      residual: the r of a memory that is no matrix: nothing, the key (needs d_k = d_v), or its features (as many as d_v).
       features: φ.
       normalize: scale keys and queries to unit length first. The step sizes of every rule assume it.
-      objective: `l2` ‖M(φ(k)) − v‖², gradient with the factor 2 of the paper's loss; `dot` −⟨M(φ(k)), v⟩.
+      objective: `l2` ‖M(φ(k)) − v‖², gradient with the factor 2 of the paper's loss; `dot` −⟨M(φ(k)), v⟩; `huber(δ)`,
+        `p_norm(p)` (MIRAS).
       window: tokens c of the Omega window; None, for the optimizer `exact` alone, is all of them.
       gates: `token`, one γ per token that it has in every window; `age`, c of them emitted with each token, the j-th
         for the token j places back (the paper's reading).
       chunk: tokens per anchor. All gradients are taken at the memory as it was at the last multiple of `chunk`
         tokens, so it is part of what is computed, not a speed knob. 1: always at the newest memory.
       gradient_at: `memory`, or `decayed`, the memory after its retention gate (Gated DeltaNet; chunk 1 only).
-      optimizer: U. `gradient` (no S), `momentum`, `muon` (Newton–Schulz of each weight's S), or `exact`: the ridge
+      optimizer: U. `gradient` (no S), `momentum`, `muon` (Newton–Schulz of each weight's S), `sign`, or `exact`: the ridge
         regression of all tokens so far, W = (λW₀ + Σ vφᵀ)(λI + Σ φφᵀ)⁻¹, for a matrix.
       step: η `outside`, as above (equation 32), or `inside` S_t = θ_t S_{t−1} + η_t G_t (equation 57; Titans).
-      retention: whether α is used; without it α = 1.
-      ns_steps, ns_table: Newton–Schulz iterations and their coefficients.
+      retention: R. `decay`, `none` (there is no α), `elastic_net(threshold)`, `bounded(norm)`.
+      ns_steps, ns_table: Newton–Schulz iterations and their coefficients: a name, or rows of three numbers, the last of
+        which is repeated where there are more iterations.
       ns_per: orthogonalise the momentum of every `token`, or once per `chunk`: then a chunk is read with the memory it
         found, and moves it when the next one begins, by the chunk's last direction times its decayed sum of steps.
       per_channel: gates that have one entry per channel: a row of a matrix memory, a hidden unit of an MLP.
@@ -128,20 +131,20 @@ class MemoryRule:
 
     d_k: int
     d_v: int
-    memory: Architecture = "matrix"
+    memory: str = "matrix"
     hidden: int = 0
-    activation: Activation = "gelu"
+    activation: str = "gelu"
     residual: Residual = "none"
     features: Features = Features()
     normalize: bool = True
-    objective: Objective = "l2"
+    objective: str = "l2"
     window: int | None = 1
     gates: Literal["token", "age"] = "token"
     chunk: int = 16
     gradient_at: Literal["memory", "decayed"] = "memory"
-    optimizer: Optimizer = "gradient"
+    optimizer: str = "gradient"
     step: Literal["outside", "inside"] = "outside"
-    retention: bool = True
+    retention: str = "decay"
     ns_steps: int = 5
     ns_table: CoefficientTable = "jordan"
     ns_per: Literal["token", "chunk"] = "token"
@@ -157,6 +160,14 @@ class MemoryRule:
         _require(isinstance(self.features, Features), "features", "must be a Features")
         for field, choices in _CHOICES.items():
             _choice(field, getattr(self, field), choices)
+        for field, kind in _PARTS.items():
+            name = getattr(self, field)
+            _require(isinstance(name, str), field, f"must be a name, got {name!r}")
+            try:
+                parts.find(kind, name)
+            except ConfigError as error:
+                raise ConfigError(f"{field}{str(error).removeprefix(kind)}") from error
+        _check_table(self.ns_table)
         for gate in self.per_channel:
             _choice("per_channel", gate, Gate)
         _require(self.hidden >= 0, "hidden", f"must be ≥ 0, got {self.hidden}")
@@ -168,7 +179,8 @@ class MemoryRule:
         self._check_parts()
 
     def _check_parts(self) -> None:
-        matrix, exact, muon = self.memory == "matrix", self.optimizer == "exact", self.optimizer == "muon"
+        matrix, exact, decays = self.memory == "matrix", self.optimizer == "exact", self.retention in ("decay", "none")
+        columns = parts.find("architecture", self.memory).facts["columns"]
         _require(not matrix or self.residual == "none", "residual", "a matrix memory has none")
         _require(self.residual != "key" or self.d_k == self.d_v, "residual", "'key' needs d_k = d_v")
         fits = self.residual != "features" or self.feature_dim == self.d_v
@@ -178,14 +190,45 @@ class MemoryRule:
             _require(matrix and self.objective == "l2", "optimizer", "'exact' needs a matrix memory and objective 'l2'")
             _require(not self.per_channel, "per_channel", "'exact' has one gate for all channels")
             _require(self.clip is None, "clip", "'exact' takes no gradients")
+            _require(decays, "retention", f"'exact' has decay or none, got {self.retention!r}")
+        channels = {name: shape[name in columns] for name, shape in self.weight_shapes.items()}
+        _require(
+            not self.per_channel or set(channels.values()) == {self.channels},
+            "per_channel",
+            f"each weight of {self.memory!r} needs {self.channels} channels",
+        )
         late = self.gradient_at == "decayed"
         _require(not late or self.chunk == 1, "gradient_at", "'decayed' needs chunk 1")
-        _require(self.ns_per == "token" or muon, "ns_per", "'chunk' is for optimizer 'muon'")
+        _require(not late or decays, "gradient_at", "'decayed' needs retention decay")
+        _require(
+            self.ns_per == "token" or self.directed, "ns_per", "'chunk' is for an optimizer with a direction: muon"
+        )
+        _require(self.ns_per == "token" or decays, "ns_per", "'chunk' needs retention decay or none")
         if self.features.compress == "sketch":
             try:
                 sketch_shares(self.d_k, self.features.degree, self.features.width)
             except ValueError as error:
                 raise ConfigError(f"features.width: {error}") from error
+
+    @property
+    def weight_shapes(self) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of each of the memory's matrices."""
+        return dict(parts.find("architecture", self.memory).facts["shapes"](self))
+
+    def sigma(self, x: Float[Array, "*any"]) -> Float[Array, "*any"]:
+        """σ, for architectures to use."""
+        result: Array = parts.find("activation", self.activation).function(x)
+        return result
+
+    @property
+    def directed(self) -> bool:
+        """Whether U is anything but S itself: its steps have a size of their own."""
+        return self.optimizer not in ("gradient", "momentum", "exact")
+
+    @property
+    def linear_retention(self) -> bool:
+        """Whether R is α·W − step."""
+        return self.retention in ("decay", "none")
 
     @property
     def feature_dim(self) -> int:
@@ -200,7 +243,7 @@ class MemoryRule:
     @property
     def channels(self) -> int:
         """Entries of a per-channel gate."""
-        return self.d_v if self.memory == "matrix" else self.hidden_dim
+        return self.hidden_dim if len(self.weight_shapes) > 1 else self.d_v
 
     @property
     def window_gates(self) -> int:
@@ -216,14 +259,18 @@ class MemoryRule:
     def curvature(self) -> float:
         """λ: half the greatest curvature of what a chunk descends, for keys of unit length, at worst all the same.
 
-        b tokens take as many steps at one anchor, each down a window of c: b·c·|φ|² for a matrix. An MLP that is drawn
-        by `init_params` has σ(x) ≈ x/2, so ¼(hidden/D + (1 + √(d_v/hidden))²) times that, of its two layers.
+        b tokens take as many steps at one anchor, each down a window of c: b·c·|φ|² for a matrix, times what the
+        objective says of itself. An MLP that is drawn by `init_params` has σ(x) ≈ x/2 (or the slope that its activation
+        names), so ¼(hidden/D + (1 + √(d_v/hidden))²) times that, of its two layers; so reckoned for other architectures.
         """
         steps = self.chunk if self.anchored and not self.sequential else 1
-        matrix = float(steps * (self.window or 1)) * self.features.square
-        if self.memory == "matrix":
+        loss = float(parts.find("objective", self.objective).facts["curvature"]) / 2
+        matrix = steps * (self.window or 1) * self.features.square * loss
+        if len(self.weight_shapes) == 1:
             return matrix
-        return matrix * (self.hidden_dim / self.feature_dim + (1 + (self.d_v / self.hidden_dim) ** 0.5) ** 2) / 4
+        slope = float(parts.find("activation", self.activation).facts["slope"])
+        widths = self.hidden_dim / self.feature_dim + (1 + (self.d_v / self.hidden_dim) ** 0.5) ** 2
+        return matrix * widths * slope**2
 
     @property
     def eta_max(self) -> float:
@@ -232,14 +279,14 @@ class MemoryRule:
         Past 1/λ errors grow with every chunk. Momentum takes a gradient 1/(1 − θ) times: the bound is (1 − θ) of this
         one. A step of Muon has the size of η whatever c and φ are, so b of them may take ½.
         """
-        return 0.5 / (self.chunk if self.anchored else 1) if self.optimizer == "muon" else 0.5 / self.curvature
+        return 0.5 / (self.chunk if self.anchored else 1) if self.directed else 0.5 / self.curvature
 
     def uses(self, gate: str) -> bool:
         """Whether `eta`, `alpha`, `theta` or `gamma` plays a part."""
         if gate == "alpha":
-            return self.retention
+            return self.retention != "none"
         if gate == "theta":
-            return self.optimizer in ("momentum", "muon")
+            return self.optimizer not in ("gradient", "exact")
         return gate != "eta" or self.optimizer != "exact"
 
     def gate_dim(self, gate: Gate) -> int:
@@ -257,19 +304,42 @@ class MemoryRule:
     def sequential(self) -> bool:
         """Whether chunk 1 has a parallel form: a triangular system per block."""
         linear = self.memory == "matrix" and self.optimizer in ("gradient", "momentum")
-        plain = self.window == 1 and self.clip is None and not self.per_channel
+        plain = self.window == 1 and self.clip is None and not self.per_channel and self.linear_retention
         return linear and plain and self.chunk == 1 and self.objective == "l2"
 
 
+def table_from(value: Any) -> Any:
+    """`ns_table` as JSON has it, as a rule has it."""
+    return value if isinstance(value, str) else tuple(tuple(row) for row in value)
+
+
+def _check_table(table: object) -> None:
+    if isinstance(table, str):
+        _require(table in COEFFICIENTS, "ns_table", f"must be one of {', '.join(COEFFICIENTS)}; got {table!r}")
+        return
+    rows = (
+        isinstance(table, tuple) and len(table) > 0 and all(isinstance(row, tuple) and len(row) == 3 for row in table)
+    )
+    _require(
+        rows and all(math.isfinite(number) for row in table for number in row),  # type: ignore[attr-defined]
+        "ns_table",
+        f"must be a name, or rows of three numbers; got {table!r}",
+    )
+
+
+_PARTS = {
+    "memory": "architecture",
+    "activation": "activation",
+    "objective": "objective",
+    "retention": "retention",
+    "optimizer": "optimizer",
+}
+"""Fields of a rule that name a part, and its kind."""
+
 _CHOICES = {
-    "memory": Architecture,
     "residual": Residual,
-    "activation": Activation,
-    "objective": Objective,
     "gates": Literal["token", "age"],
     "gradient_at": Literal["memory", "decayed"],
-    "optimizer": Optimizer,
     "step": Literal["outside", "inside"],
-    "ns_table": CoefficientTable,
     "ns_per": Literal["token", "chunk"],
 }

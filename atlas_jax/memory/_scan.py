@@ -14,6 +14,7 @@ from atlas_jax.memory._placement import placed_alike
 from atlas_jax.memory._state import MemoryState
 
 Carry = TypeVar("Carry")
+Read = TypeVar("Read")
 
 KEPT = "kept"
 """Name of what a step keeps for its backward pass (`jax.ad_checkpoint.checkpoint_name`): it is small and long to compute."""
@@ -73,14 +74,14 @@ def checkpointed_scan(
 
 
 def over_batch(
-    function: Callable[[Params, MemoryState, Any], tuple[MemoryState, jax.Array]],
-) -> Callable[[Params, MemoryState, Any], tuple[MemoryState, jax.Array]]:
+    function: Callable[[Params, MemoryState, Any], tuple[MemoryState, Read]],
+) -> Callable[[Params, MemoryState, Any], tuple[MemoryState, Read]]:
     """Lifts a function of one sequence to the leading axes of its state.
 
     The last of them are the heads that parameters have; `phase` is one number for the whole batch.
     """
 
-    def lifted(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, jax.Array]:
+    def lifted(params: Params, state: MemoryState, inputs: Any) -> tuple[MemoryState, Read]:
         heads = next(iter(params.weights.values())).ndim - 2
         axes: Any = MemoryState(0, 0, 0, 0, 0, 0, 0, 0, None)  # type: ignore[arg-type]
         mapped = function

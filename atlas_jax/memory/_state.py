@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from atlas_jax.memory._params import Params, Weights, weight_shapes
+from atlas_jax.memory._params import Params, Weights
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.typing import Array, Float, Int32
 
@@ -70,7 +70,7 @@ def init_state(rule: MemoryRule, params: Params, batch: tuple[int, ...] = ()) ->
 
 def state_shapes(rule: MemoryRule) -> dict[str, Any]:
     """Shapes of a state's arrays after the axes of its batch, as `MemoryState` has them; `phase` has none."""
-    matrices, exact = weight_shapes(rule), rule.optimizer == "exact"
+    matrices, exact = rule.weight_shapes, rule.optimizer == "exact"
     return {
         "weights": {} if exact else matrices,
         "anchor": matrices if keeps_anchor(rule) else {},

@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from atlas_jax.config import ConfigError
 from atlas_jax.kernels.newton_schulz import orthogonalize
 from atlas_jax.kernels.omega import scale, window_gradient
-from atlas_jax.memory import _exact
-from atlas_jax.memory._checks import check_call, check_memory
-from atlas_jax.memory._memory import channel_axis, encode, forward, gradient_factors, plain
+from atlas_jax.memory import _exact, parts
+from atlas_jax.memory._checks import check_call, check_memory, check_starts
+from atlas_jax.memory._diagnostics import Diagnostics, of_factors, of_read
+from atlas_jax.memory._memory import channel_axis, clipped, encode, forward, gradient_factors, plain
 from atlas_jax.memory._params import Params, Weights
 from atlas_jax.memory._rule import MemoryRule
 from atlas_jax.memory._scan import checkpointed_scan, over_batch
-from atlas_jax.memory._state import MemoryState, has_momentum, keeps_anchor
+from atlas_jax.memory._state import MemoryState, has_momentum, init_state, keeps_anchor
 from atlas_jax.memory._tokens import Tokens, prepare
-from atlas_jax.typing import Array, Float
+from atlas_jax.typing import Array, Bool, Float
 
 
 def step(
@@ -33,24 +34,51 @@ def step(
     Raises:
       ConfigError: sizes differ, or a part is of another rule; the message names the argument.
     """
+    state, (y, _) = measured_step(rule, params, state, token)
+    return state, y
+
+
+def measured_step(
+    rule: MemoryRule, params: Params, state: MemoryState, token: Tokens
+) -> tuple[MemoryState, tuple[Float[Array, "*batch d_v"], Diagnostics]]:
+    """`step`, and what the memory made of the token."""
     check_call(rule, params, state, token, time=False)
     return over_batch(partial(_step, rule))(params, state, prepare(rule, token, state.tail_k.dtype))
 
 
 def scan(
-    rule: MemoryRule, params: Params, state: MemoryState, tokens: Tokens
+    rule: MemoryRule,
+    params: Params,
+    state: MemoryState,
+    tokens: Tokens,
+    *,
+    starts: Bool[Array, "*batch T"] | None = None,
 ) -> tuple[MemoryState, Float[Array, "*batch T d_v"]]:
     """`step` on each token in turn, with a backward pass whose memory grows with √T states.
+
+    Args:
+      tokens: arrays [..., T, d] after the batch of the state.
+      starts: tokens before which the memory begins anew, at multiples of `rule.chunk`; the state is then a new one.
+
+    Returns:
+      The state after the last token, and y [..., T, d_v], each read after its own token's write.
 
     Raises:
       ConfigError: sizes differ, or a part is of another rule; the message names the argument.
     """
     check_call(rule, params, state, tokens, time=True)
+    check_starts(rule, state, tokens, starts, rule.chunk)
 
-    def sequence(params: Params, state: MemoryState, tokens: Tokens) -> tuple[MemoryState, jax.Array]:
-        return checkpointed_scan(lambda s, t: _step(rule, params, s, t), state, tokens, remat=rule.remat)
+    def sequence(
+        params: Params, state: MemoryState, inputs: tuple[Tokens, jax.Array | None]
+    ) -> tuple[MemoryState, jax.Array]:
+        def one(s: MemoryState, x: tuple[Tokens, jax.Array | None]) -> tuple[MemoryState, jax.Array]:
+            s, (y, _) = _step(rule, params, s if x[1] is None else begin_anew(rule, params, s, x[1]), x[0])
+            return s, y
 
-    return over_batch(sequence)(params, state, prepare(rule, tokens, state.tail_k.dtype))
+        return checkpointed_scan(one, state, inputs, remat=rule.remat)
+
+    return over_batch(sequence)(params, state, (prepare(rule, tokens, state.tail_k.dtype), starts))
 
 
 def read(
@@ -110,22 +138,46 @@ def anchor_weights(rule: MemoryRule, state: MemoryState, alpha: Float[Array, " h
     weights = state.anchor if keeps_anchor(rule) else state.weights
     if rule.gradient_at == "memory":
         return weights
-    return {name: scale(w, alpha, channel_axis(name)) for name, w in weights.items()}
+    return {name: scale(w, alpha, channel_axis(rule, name)) for name, w in weights.items()}
 
 
 def direction(rule: MemoryRule, momentum: Float[Array, "*batch o i"]) -> Float[Array, "*batch o i"]:
-    """U(S): Newton–Schulz for Muon, else S itself."""
-    if rule.optimizer != "muon":
-        return momentum
-    return orthogonalize(momentum, steps=rule.ns_steps, table=rule.ns_table)
+    """U(S): Newton–Schulz for Muon, with the rule's own steps and coefficients."""
+    if rule.optimizer == "muon":
+        return orthogonalize(momentum, steps=rule.ns_steps, table=rule.ns_table)
+    moved: jax.Array = parts.find("optimizer", rule.optimizer).function(momentum)
+    return moved
 
 
-def _step(rule: MemoryRule, params: Params, state: MemoryState, token: Tokens) -> tuple[MemoryState, jax.Array]:
+def retained(
+    rule: MemoryRule, name: str, weight: Float[Array, "o i"], alpha: Float[Array, " h"], step: Float[Array, "o i"]
+) -> Float[Array, "o i"]:
+    """R(W, α, step) of one weight."""
+    gate = alpha[:, None] if channel_axis(rule, name) == "row" else alpha[None, :]
+    new: jax.Array = parts.find("retention", rule.retention).function(weight, gate, step)
+    return new
+
+
+def begin_anew(rule: MemoryRule, params: Params, state: MemoryState, begins: Bool[Array, ""]) -> MemoryState:
+    """The state of one sequence, or a new one where a document begins; the phase is that of a chunk's start anyway."""
+    new = init_state(rule, params)
+    chosen = jax.tree.map(
+        lambda a, b: jnp.where(begins, a.astype(b.dtype), b),
+        dataclasses.replace(new, phase=None),  # type: ignore[arg-type]
+        dataclasses.replace(state, phase=None),  # type: ignore[arg-type]
+    )
+    return dataclasses.replace(chosen, phase=state.phase)
+
+
+def _step(
+    rule: MemoryRule, params: Params, state: MemoryState, token: Tokens
+) -> tuple[MemoryState, tuple[jax.Array, Diagnostics]]:
     queries = encode(rule, params, token.q[None])
     if rule.optimizer == "exact":
-        keys = encode(rule, params, token.k[None])
-        state = _exact.write(state, keys.features[0], token)
-        return state, _exact.read(rule, params, state, queries.features)[0]
+        keys = encode(rule, params, token.k[None]).features
+        state = _exact.write(state, keys[0], token)
+        both = _exact.read(rule, params, state, jnp.concatenate([queries.features, keys]))
+        return state, (both[0], jax.tree.map(lambda x: x[0], of_read(rule, keys, both[1:], token.v[None])))
     state = begin_chunk(rule, state, state.phase == 0)
 
     k = jnp.concatenate([state.tail_k, token.k[None]])
@@ -136,10 +188,12 @@ def _step(rule: MemoryRule, params: Params, state: MemoryState, token: Tokens) -
     one = jnp.ones_like(token.eta[:1])
     inner, outer = (token.eta, one) if rule.step == "inside" else (one, token.eta)
 
-    factors = gradient_factors(rule, anchor_weights(rule, state, token.alpha), encode(rule, params, k), v)
+    anchor = anchor_weights(rule, state, token.alpha)
+    factors, losses = gradient_factors(rule, anchor, encode(rule, params, k), v)
+    found = jax.tree.map(lambda x: x[-1], of_factors(rule, factors, losses))
     momentum = {}
-    for name, factor in factors.items():
-        axis = channel_axis(name)
+    for name, factor in clipped(rule, factors).items():
+        axis = channel_axis(rule, name)
         momentum[name] = scale(window_gradient(factor.left, factor.right, gamma[:, None]), inner, axis)
         if has_momentum(rule):
             momentum[name] = momentum[name] + scale(state.momentum[name], token.theta, axis)
@@ -151,11 +205,8 @@ def _step(rule: MemoryRule, params: Params, state: MemoryState, token: Tokens) -
             "step": pending["step"] * token.alpha + outer,
         }
     else:
-        weights = {
-            name: scale(w, token.alpha, channel_axis(name))
-            - scale(direction(rule, momentum[name]), outer, channel_axis(name))
-            for name, w in weights.items()
-        }
+        steps = {name: scale(direction(rule, s), outer, channel_axis(rule, name)) for name, s in momentum.items()}
+        weights = {name: retained(rule, name, w, token.alpha, steps[name]) for name, w in weights.items()}
     state = dataclasses.replace(
         state,
         weights=weights,
@@ -166,14 +217,14 @@ def _step(rule: MemoryRule, params: Params, state: MemoryState, token: Tokens) -
         pending=pending,
         phase=(state.phase + 1) % rule.chunk if rule.anchored else state.phase,
     )
-    return state, forward(rule, plain(weights), queries)[0]
+    return state, (forward(rule, plain(weights), queries)[0], found)
 
 
 def _settle(rule: MemoryRule, state: MemoryState) -> MemoryState:
     retention, moved = state.pending["retention"], state.pending["step"]
     weights = {
-        name: scale(w, retention, channel_axis(name))
-        - scale(direction(rule, state.momentum[name]), moved, channel_axis(name))
+        name: scale(w, retention, channel_axis(rule, name))
+        - scale(direction(rule, state.momentum[name]), moved, channel_axis(rule, name))
         for name, w in state.weights.items()
     }
     pending = {"retention": jnp.ones_like(retention), "step": jnp.zeros_like(moved)}

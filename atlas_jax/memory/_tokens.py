@@ -64,7 +64,9 @@ def make_tokens(
     given = {"eta": eta, "alpha": alpha, "theta": theta, "gamma": gamma}
     for name, value in given.items():
         if value is not None and not rule.uses(name) and name != "gamma":
-            raise ConfigError(f"{name}: this rule has none (optimizer {rule.optimizer!r}, retention {rule.retention})")
+            raise ConfigError(
+                f"{name}: this rule has none (optimizer {rule.optimizer!r}, retention {rule.retention!r})"
+            )
 
     def gate(name: str, default: jax.Array | float, size: int) -> jax.Array:
         value = jnp.asarray(default if given[name] is None else given[name], dtype)
@@ -119,4 +121,4 @@ def check_tokens(rule: MemoryRule, tokens: Tokens) -> None:
 def prepare(rule: MemoryRule, tokens: Tokens, dtype: jnp.dtype) -> Tokens:
     """The gates as the rule uses them, and everything in the state's type."""
     tokens = jax.tree.map(lambda x: jnp.asarray(x, dtype), tokens)
-    return tokens if rule.retention else dataclasses.replace(tokens, alpha=jnp.ones_like(tokens.alpha))
+    return tokens if rule.uses("alpha") else dataclasses.replace(tokens, alpha=jnp.ones_like(tokens.alpha))

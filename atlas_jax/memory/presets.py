@@ -48,7 +48,7 @@ def titans(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
 
 def deltanet(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
     """DeltaNet (arXiv 2406.06484): W_t = W_{t−1}(I − βkkᵀ) + βvkᵀ with β = 2η."""
-    return _rule(d_k, d_v, overrides, chunk=1, retention=False)
+    return _rule(d_k, d_v, overrides, chunk=1, retention="none")
 
 
 def gated_deltanet(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
@@ -58,7 +58,7 @@ def gated_deltanet(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
 
 def ttt_mlp(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
     """TTT-MLP (arXiv 2407.04620): gradient descent on an MLP, batches of 16 tokens, no forgetting, no inner norm."""
-    return _deep(d_k, d_v, overrides, chunk=16, retention=False)
+    return _deep(d_k, d_v, overrides, chunk=16, retention="none")
 
 
 def dla(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
@@ -73,7 +73,7 @@ def swla(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
 
 def linear_attention(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:
     """Linear attention (arXiv 2006.16236), unnormalised: W_t = W_{t−1} + η v φ(k)ᵀ. With φ*, softmax attention's sums."""
-    return _rule(d_k, d_v, overrides, objective="dot", chunk=64, retention=False)
+    return _rule(d_k, d_v, overrides, objective="dot", chunk=64, retention="none")
 
 
 def mesa(d_k: int, d_v: int, **overrides: Any) -> MemoryRule:

@@ -56,38 +56,95 @@ def _init(optimizer: optax.GradientTransformation, params: Any) -> TrainState:
     return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
 
 
+Weigh = Callable[[Any], Float[Array, ""]]
+"""How much a part of a batch counts in the mean of the whole, such as its number of targets."""
+
+
+def _alike(batch: Any) -> jax.Array:
+    return jnp.ones(())
+
+
+def _accumulated(loss: Loss, accumulate: int, weigh: Weigh) -> Callable[[Any, Any], tuple[jax.Array, Any]]:
+    """Value and gradient of the loss over a batch, taken in so many parts: the intermediates of one are held at a time."""
+    both = jax.value_and_grad(loss)
+    if accumulate == 1:
+        return both
+
+    def split(x: jax.Array) -> jax.Array:
+        # every `accumulate`-th row is one part: where devices divide the rows, each keeps its own
+        return jnp.swapaxes(x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]), 0, 1)
+
+    def total(params: Any, batch: Any) -> tuple[jax.Array, Any]:
+        parts = jax.tree.map(split, batch)
+        counts = jax.vmap(weigh)(parts)
+        shares = counts / jnp.maximum(counts.sum(), 1e-30)
+
+        def add(carry: Any, part: Any) -> tuple[Any, None]:
+            share, rows = part
+            found = both(params, rows)
+            return jax.tree.map(lambda a, b: a + (share * b).astype(a.dtype), carry, found), None
+
+        empty = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(add, empty, (shares, parts))[0]
+
+    return total
+
+
 def _step(
-    loss: Loss, optimizer: optax.GradientTransformation, state: TrainState, batch: Any
+    both: Callable[[Any, Any], tuple[jax.Array, Any]],
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    batch: Any,
 ) -> tuple[TrainState, jax.Array]:
-    value, gradient = jax.value_and_grad(loss)(state.params, batch)
+    value, gradient = both(state.params, batch)
     updates, inner = optimizer.update(gradient, state.optimizer, state.params)
     return TrainState(optax.apply_updates(state.params, updates), inner, state.step + 1), value
 
 
-def local_training(loss: Loss, optimizer: OptimizerFor) -> Training:
-    """Training on the default device."""
-    chosen = optimizer(LOCAL)
+def local_training(loss: Loss, optimizer: OptimizerFor, *, accumulate: int = 1, weigh: Weigh = _alike) -> Training:
+    """Training on the default device.
+
+    Args:
+      accumulate: parts a batch is taken in, one after the other, before one step.
+      weigh: how much each part counts.
+    """
+    chosen, both = optimizer(LOCAL), _accumulated(loss, accumulate, weigh)
     return Training(
         # copied: a step gives its state away, and the caller's parameters are not ours to give
         init=lambda params: _init(chosen, jax.tree.map(jnp.array, params)),
-        step=jax.jit(lambda state, batch: _step(loss, chosen, state, batch), donate_argnums=0),
+        step=jax.jit(lambda state, batch: _step(both, chosen, state, batch), donate_argnums=0),
         params=lambda state: state.params,
     )
 
 
-def pmap_training(loss: Loss, optimizer: OptimizerFor, devices: Sequence[jax.Device] | None = None) -> Training:
+def pmap_training(
+    loss: Loss,
+    optimizer: OptimizerFor,
+    devices: Sequence[jax.Device] | None = None,
+    *,
+    accumulate: int = 1,
+    weigh: Weigh = _alike,
+) -> Training:
     """Data-parallel training, one program per device with explicit communication (`jax.pmap`).
 
     Args:
       optimizer: must average gradients through its `GradientSharding`, as `muon` and `average_gradients` do.
       devices: all of them by default. A batch's leading axis must be a multiple of their number.
+      accumulate, weigh: as for `local_training`; the rows of a device must be a multiple of `accumulate`.
     """
+    own = _accumulated(loss, accumulate, weigh)
+
+    def both(params: Any, batch: Any) -> tuple[jax.Array, Any]:
+        count = weigh(batch)  # what a device's rows count for in the mean of all
+        share = count / jnp.maximum(jax.lax.pmean(count, _AXIS), 1e-30)
+        return jax.tree.map(lambda x: (share * x).astype(x.dtype), own(params, batch))
+
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
     chosen = optimizer(mapped(_AXIS, count))
 
     def local(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
-        state, value = _step(loss, chosen, state, batch)
+        state, value = _step(both, chosen, state, batch)
         return state, jax.lax.pmean(value, _AXIS)
 
     mapped_step = jax.pmap(local, _AXIS, devices=devices, donate_argnums=0)
@@ -105,14 +162,16 @@ def pmap_training(loss: Loss, optimizer: OptimizerFor, devices: Sequence[jax.Dev
     )
 
 
-def sharded_training(loss: Loss, optimizer: OptimizerFor, mesh: Mesh) -> Training:
+def sharded_training(
+    loss: Loss, optimizer: OptimizerFor, mesh: Mesh, *, accumulate: int = 1, weigh: Weigh = _alike
+) -> Training:
     """Data-parallel training as one program over a mesh with an axis "data"; XLA inserts the communication.
 
     A batch's leading axis must be a multiple of that axis; parameters are whole on every device.
     """
-    chosen = optimizer(sharded(mesh, _AXIS))
+    chosen, both = optimizer(sharded(mesh, _AXIS)), _accumulated(loss, accumulate, weigh)
     whole, parts = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec(_AXIS))
-    jitted = jax.jit(lambda state, batch: _step(loss, chosen, state, batch), donate_argnums=0)
+    jitted = jax.jit(lambda state, batch: _step(both, chosen, state, batch), donate_argnums=0)
     init = jax.jit(lambda params: _init(chosen, params))
     return Training(
         init=lambda params: init(jax.device_put(params, whole)),

@@ -17,7 +17,7 @@ from server.http import HttpRequest, json_response, openai_responses
 from server.schemas.root import Root
 from server.services.front_page import FrontPage
 
-_WEB = resources.files("server") / "web"
+_WEB = resources.files(__package__.partition(".")[0]) / "web"
 _PAGE, _ABOUT = (Template((_WEB / name).read_text("utf-8")) for name in ("index.html", "about.html"))
 _TYPES = {".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 _FILES = {

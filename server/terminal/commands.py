@@ -33,12 +33,12 @@ SERVE = "serve"
 COMMANDS = {
     one.name: one
     for one in (
-        Command("chat", "talk with a model in sessions that remember", "server.terminal.chat"),
-        Command("generate", "one completion, to stdout", "server.terminal.generate"),
-        Command("inspect", "what is in a model, and what becomes of it", "server.terminal.inspect"),
-        Command("sessions", "look after a folder of sessions", "server.terminal.sessions"),
-        Command("bench", "how fast a model is on this machine", "server.terminal.bench"),
+        Command("chat", "talk with a model in sessions that remember", f"{__package__}.chat"),
+        Command("generate", "one completion, to stdout", f"{__package__}.generate"),
+        Command("inspect", "what is in a model, and what becomes of it", f"{__package__}.inspect"),
+        Command("sessions", "look after a folder of sessions", f"{__package__}.sessions"),
+        Command("bench", "how fast a model is on this machine", f"{__package__}.bench"),
         Command("eval", "what a model's memory is worth", "atlas_jax.evaluation.command", "eval"),
-        Command("completion", "completion for bash, zsh or fish", "server.terminal.completion"),
+        Command("completion", "completion for bash, zsh or fish", f"{__package__}.completion"),
     )
 }

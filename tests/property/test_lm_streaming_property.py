@@ -40,7 +40,7 @@ from tests.property.memory_support import close, jit, preset
 FEW = settings(max_examples=1, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31 - 1)
 ROWS = 3
-PER_CHUNK = preset("deltanet", optimizer="muon", ns_per="chunk", retention=True, chunk=4, remat=False)
+PER_CHUNK = preset("deltanet", optimizer="muon", ns_per="chunk", retention="decay", chunk=4, remat=False)
 BASE = LMConfig(
     vocab=7,
     embed=8,

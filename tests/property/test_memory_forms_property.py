@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atlas_jax.memory import PRESETS, Features, MemoryRule, _memory, chunked, init_state, read, scan
+from atlas_jax.config import ConfigError
+from atlas_jax.memory import PRESETS, Features, MemoryRule, _memory, chunked, init_state, measure, read, scan
 from tests.property.memory_support import (
     HEADS,
     at,
@@ -25,6 +27,7 @@ from tests.property.memory_support import (
     run_scan,
     run_step,
 )
+from tests.reference import memory_reference as reference
 
 FEW = settings(max_examples=6, deadline=None, derandomize=True, database=None)
 SEEDS = st.integers(0, 2**31 - 1)
@@ -50,16 +53,25 @@ def variants() -> dict[str, MemoryRule]:
             "titans", per_channel=("alpha", "theta"), memory="gated_mlp", gates="age", window=2
         ),
         "channels of a matrix": preset(
-            "deltanet", chunk=4, per_channel=("eta", "alpha"), retention=True, optimizer="momentum", window=2
+            "deltanet", chunk=4, per_channel=("eta", "alpha"), retention="decay", optimizer="momentum", window=2
         ),
         "Newton-Schulz per chunk": preset("atlas", ns_per="chunk", per_channel=("eta", "alpha"), gates="age"),
-        "delta rule with momentum": preset("deltanet", optimizer="momentum", retention=True, normalize=False),
+        "delta rule with momentum": preset("deltanet", optimizer="momentum", retention="decay", normalize=False),
         "decayed with momentum": preset("gated_deltanet", optimizer="momentum", step="inside"),
         "MLP without a residual": preset("ttt_mlp", residual="none"),
         "exact, gates by age": preset("mesa", gates="age"),
         "tight clip": preset("titans", clip=0.3, window=2),
         "Muon on a dot product, step inside": preset(
             "swla", optimizer="muon", step="inside", features=Features(kind="elementwise", degree=2)
+        ),
+        "Huber, elastic net": preset("titans", objective="huber(0.5)", retention="elastic_net(0.01)", window=2),
+        "cubes of errors, a bounded memory": preset(
+            "dla", objective="p_norm", retention="bounded(1.5)", activation="tanh", chunk=3
+        ),
+        "three layers, signs": preset("titans", memory="deep_mlp", optimizer="sign", chunk=2, activation="silu"),
+        "norm inside the loss": preset("ttt_mlp", memory="norm_mlp", activation="relu", per_channel=("eta",)),
+        "norm of a matrix, own coefficients": preset(
+            "atlas", memory="norm_matrix", ns_table=((2.0, -1.5, 0.5), (1.5, -0.5, 0.0))
         ),
         "projection": preset(
             "titans",
@@ -129,7 +141,13 @@ def test_scan_is_chunked(name):
     check()
 
 
-@pytest.mark.parametrize("name", variants())
+FURTHER = ("cubes of errors, a bounded memory", "three layers, signs", "norm of a matrix, own coefficients")
+"""Variants outside CI: each path they take is taken by another."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in FURTHER else ()) for name in variants()]
+)
 def test_variants_are_the_definition(name):
     rule = variants()[name]
 
@@ -144,6 +162,97 @@ def test_variants_are_the_definition(name):
             close(y, wanted[:, t])
 
     check()
+
+
+MEASURED = {
+    "window, clip": preset("titans", clip=0.3, window=2),
+    "delta rule": preset("gated_deltanet"),
+    "exact": preset("mesa"),
+    "Newton-Schulz per chunk": variants()["Newton-Schulz per chunk"],
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "window, clip" else pytest.mark.slow) for name in MEASURED]
+)
+def test_what_a_memory_makes_of_its_tokens_is_the_references(name):
+    """Loss and length of a token's gradient at the anchor, and whether it was clipped; nothing else changes."""
+    rule = MEASURED[name]
+    params, tokens = draw_params(rule, 3), draw_tokens(rule, 3, LENGTH, batch=1)
+    state = fresh(rule, params, 1)
+    _, y, found = jit(measure, static_argnums=0)(rule, params, state, tokens)
+    close(y, run_chunked(rule, params, state, tokens)[1])
+    memory = reference.Memory(dataclasses.replace(rule, clip=None), params.weights, params.features)
+    real = reference.Memory(rule, params.weights, params.features)
+    arrays = {f.name: np.asarray(getattr(tokens, f.name))[0] for f in dataclasses.fields(tokens)}
+    for t in range(LENGTH):
+        q, k, v, eta, alpha, theta, gamma = (arrays[n][t] for n in ("q", "k", "v", "eta", "alpha", "theta", "gamma"))
+        before = {n: w.copy() for n, w in real.weights.items()}
+        real.step(q, k, v, eta, alpha, theta, gamma)
+        if rule.optimizer == "exact":
+            error = real.regress(k) - v
+            close(found.loss[0, t], np.sum(error**2))
+            continue
+        anchor = before if rule.chunk == 1 else real.anchor
+        if rule.gradient_at == "decayed":
+            anchor = {n: real.gated(n, w, alpha) for n, w in anchor.items()}
+        grads = memory.gradient(anchor, k, v)
+        norms = np.asarray([np.linalg.norm(g) for g in grads.values()])
+        close(found.loss[0, t], reference.loss(rule.objective, memory.read(k, anchor), v))
+        close(found.surprise[0, t], np.linalg.norm(norms))
+        close(found.clipped[0, t], np.mean(norms > (rule.clip or np.inf)))
+
+
+def test_surprise_has_a_gradient_where_there_is_no_error():
+    """A matrix that starts at zero is asked for zero: length 0, whose slope is taken as 0."""
+    rule = preset("deltanet")
+    params, tokens = draw_params(rule, 7), draw_tokens(rule, 7, 4, batch=1)
+    params.weights["w"] = jnp.zeros_like(params.weights["w"])
+    state = fresh(rule, params, 1)
+
+    def total(v):
+        _, y, found = measure(rule, params, state, dataclasses.replace(tokens, v=v))
+        return jnp.sum(y) + jnp.sum(found.surprise)
+
+    assert np.isfinite(jax.jit(jax.grad(total))(jnp.zeros_like(tokens.v))).all()
+
+
+DOCUMENTS = {
+    "window, momentum": preset("titans", window=3),
+    "delta rule": preset("gated_deltanet"),
+    "exact": preset("mesa"),
+    "retention without a closed form": preset("dla", retention="elastic_net", window=2),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "window, momentum" else pytest.mark.slow) for name in DOCUMENTS]
+)
+def test_documents_of_a_row_know_nothing_of_each_other(name):
+    rule = DOCUMENTS[name]
+    params, tokens = draw_params(rule, 5), draw_tokens(rule, 5, 20)
+    borders = ((0, 4, 16), (0, 8, 12))
+    starts = np.zeros((HEADS, 20), bool)
+    for row, places in enumerate(borders):
+        starts[row, list(places)] = True
+    state = fresh(rule, params)
+    by_chunk, y = jit(chunked, static_argnums=0, static_argnames="every")(
+        rule, params, state, tokens, starts=starts, every=4
+    )
+    by_token, y_scan = run_scan(rule, params, state, tokens, starts=starts)
+    for row, places in enumerate(borders):
+        one = jax.tree.map(lambda x: x[row : row + 1], tokens)  # noqa: B023
+        wanted = np.concatenate(
+            [expected(rule, params, at(one, slice(a, b))) for a, b in zip(places, (*places[1:], 20), strict=True)],
+            axis=1,
+        )
+        close(y[row], wanted[0])
+        close(y_scan[row], wanted[0])
+    jax.tree.map(close, *(dataclasses.replace(s, tail_k=0, tail_v=0) for s in (by_chunk, by_token)))
+    with pytest.raises(ConfigError, match=r"^starts: has shape"):
+        chunked(rule, params, state, tokens, starts=starts[:, :-1])
+    with pytest.raises(ConfigError, match=r"^starts: the state"):
+        chunked(rule, params, dataclasses.replace(state, phase=np.asarray(1, np.int32)), tokens, starts=starts)
 
 
 SHORT = {

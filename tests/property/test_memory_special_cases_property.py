@@ -154,7 +154,7 @@ def test_exponential_features_make_softmax_attention():
 
 def test_mesa_is_recursive_least_squares():
     """Sherman and Morrison's recursion, which never forms the sums that the rule keeps."""
-    rule = preset("mesa", retention=False)
+    rule = preset("mesa", retention="none")
 
     @FEW
     @given(seed=SEEDS)
@@ -172,7 +172,7 @@ def test_mesa_is_recursive_least_squares():
 
 def test_an_unbounded_window_solved_exactly_is_least_squares_and_its_capacity_is_the_rank():
     """Degree 2 in 3 variables has 10 monomials, 9 independent ones for unit keys: 9 pairs are recalled, 12 are not."""
-    rule = preset("mesa", retention=False, features=Features(kind="polynomial", degree=2), ridge=1e-11)
+    rule = preset("mesa", retention="none", features=Features(kind="polynomial", degree=2), ridge=1e-11)
     params, tokens = draw_params(rule, 0), draw_tokens(rule, 0, 12, extremes=False)
     params.weights["w"] = jnp.zeros_like(params.weights["w"])
     params.features["scale"] = jnp.ones(3)

@@ -56,6 +56,48 @@ def gelu_slope(x):
     )
 
 
+def relu(x):
+    return np.where(np.real(x) > 0, x, 0.0)
+
+
+def silu(x):
+    return x / (1 + np.exp(-x))
+
+
+SIGMA = {"gelu": gelu, "relu": relu, "silu": silu, "tanh": np.tanh}
+
+
+def layer_norm(x):
+    centred = x - np.mean(x)
+    return centred / np.sqrt(np.mean(centred**2) + 1e-6)
+
+
+def loss(objective, y, v):
+    """ℓ(y, v), analytic in y: real on the real axis, its slope by a step along the imaginary one."""
+    name, _, number = objective.rstrip(")").partition("(")
+    error = y - v
+    size = error * np.sign(np.real(error))
+    if name == "l2":
+        return np.sum(error**2)
+    if name == "dot":
+        return -np.sum(y * v)
+    if name == "p_norm":
+        return np.sum(size ** float(number or 3))
+    delta, length = float(number or 1), np.sqrt(np.sum(error**2))
+    return np.sum(error**2) if np.real(length) <= delta else delta * (2 * length - delta)
+
+
+def retain(retention, w, step):
+    """What becomes of decayed weights that take a step."""
+    name, _, number = retention.rstrip(")").partition("(")
+    moved = w - step
+    if name == "elastic_net":
+        return np.sign(moved) * np.maximum(np.abs(moved) - float(number or 1e-3), 0)
+    if name == "bounded":
+        return moved * min(1.0, float(number or 10) / max(np.linalg.norm(moved), 1e-30))
+    return moved
+
+
 def newton_schulz(matrix, steps, table=JORDAN):
     norm = np.linalg.norm(matrix)
     if norm == 0:
@@ -94,13 +136,24 @@ class Memory:
         phi = features(self.rule, self.learned, x)
         if self.rule.memory == "matrix":
             return w["w"] @ phi
-        hidden = gelu(w["w2"] @ phi)
+        sigma = SIGMA[self.rule.activation]
+        if self.rule.memory == "norm_matrix":
+            return self.residual(x, phi) + layer_norm(w["w"] @ phi)
+        if self.rule.memory == "deep_mlp":
+            return self.residual(x, phi) + w["w1"] @ sigma(w["w2"] @ sigma(w["w3"] @ phi))
+        hidden = sigma(w["w2"] @ phi)
+        if self.rule.memory == "norm_mlp":
+            return self.residual(x, phi) + layer_norm(w["w1"] @ hidden)
         if self.rule.memory == "gated_mlp":
             hidden = hidden * (w["w3"] @ phi)
         return self.residual(x, phi) + w["w1"] @ hidden
 
     def gradient(self, weights, k, v):
         """∂‖M(φ(k)) − v‖² or ∂(−⟨M(φ(k)), v⟩) on every weight."""
+        rule = self.rule
+        by_hand = rule.memory in ("matrix", "mlp", "gated_mlp") and rule.objective in ("l2", "dot")
+        if not by_hand or rule.activation != "gelu":
+            return self.clip(self.slopes(weights, k, v))
         x = self.prepare(k)
         phi = features(self.rule, self.learned, x)
         out = 2 * (self.read(k, weights) - v) if self.rule.objective == "l2" else -v
@@ -113,9 +166,22 @@ class Memory:
             grads = {"w1": np.outer(out, gelu(a) * u), "w2": np.outer(delta * u * gelu_slope(a), phi)}
             if self.rule.memory == "gated_mlp":
                 grads["w3"] = np.outer(delta * gelu(a), phi)
-        if self.rule.clip is not None:
-            grads = {n: g * min(1.0, self.rule.clip / max(np.linalg.norm(g), 1e-30)) for n, g in grads.items()}
+        return self.clip(grads)
+
+    def slopes(self, weights, k, v, tiny=1e-40):
+        """Of each number of the weights by itself, from a step along the imaginary axis: exact to rounding."""
+        grads = {n: np.zeros_like(w) for n, w in weights.items()}
+        for n, w in weights.items():
+            for place in np.ndindex(w.shape):
+                moved = {m: x.astype(complex) for m, x in weights.items()}
+                moved[n][place] += tiny * 1j
+                grads[n][place] = np.imag(loss(self.rule.objective, self.read(k, moved), v)) / tiny
         return grads
+
+    def clip(self, grads):
+        if self.rule.clip is None:
+            return grads
+        return {n: g * min(1.0, self.rule.clip / max(np.linalg.norm(g), 1e-30)) for n, g in grads.items()}
 
     def gated(self, name, weight, gate):
         """One gate for all, one per row, or, for the first layer of an MLP, one per column (its hidden unit)."""
@@ -123,7 +189,7 @@ class Memory:
 
     def step(self, q, k, v, eta, alpha, theta, gamma):
         rule = self.rule
-        alpha = alpha if rule.retention else np.ones_like(alpha)
+        alpha = alpha if rule.retention != "none" else np.ones_like(alpha)
         t = len(self.history)
         self.history.append((k, v, gamma, alpha))
         if rule.optimizer == "exact":
@@ -143,16 +209,22 @@ class Memory:
                 total[n] += weight * g
         if rule.step == "inside":
             total = {n: self.gated(n, g, eta) for n, g in total.items()}
-        keep = theta if rule.optimizer in ("momentum", "muon") else np.zeros_like(theta)
+        keep = np.zeros_like(theta) if rule.optimizer == "gradient" else theta
         self.momentum = {n: self.gated(n, s, keep) + total[n] for n, s in self.momentum.items()}
         outside = eta if rule.step == "outside" else np.ones_like(eta)
         if rule.ns_per == "chunk":
             self.gathered.append((alpha, outside))
             return self.read(q)
         for n, s in self.momentum.items():
-            u = newton_schulz(s, rule.ns_steps) if rule.optimizer == "muon" else s
-            self.weights[n] = self.gated(n, self.weights[n], alpha) - self.gated(n, u, outside)
+            u = newton_schulz(s, rule.ns_steps, self.table()) if rule.optimizer == "muon" else s
+            if rule.optimizer == "sign":
+                u = np.sign(s) / np.sqrt(s.size)
+            kept = self.gated(n, self.weights[n], alpha)
+            self.weights[n] = retain(rule.retention, kept, self.gated(n, u, outside))
         return self.read(q)
+
+    def table(self):
+        return JORDAN if self.rule.ns_table == "jordan" else self.rule.ns_table
 
     def move(self):
         """What the chunk's steps would have done, had each used its last direction."""

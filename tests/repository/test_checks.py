@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ HOOKS = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text("utf-8"))["r
 
 def made(commands: str) -> set[str]:
     """Targets that a script makes."""
-    return set(re.findall(r"^make ([a-z-]+)", commands, re.MULTILINE))
+    lines = [shlex.split(line, comments=True) for line in commands.splitlines() if line.startswith("make ")]
+    return {word for line in lines for word in line[1:] if re.fullmatch(r"[a-z][a-z-]*", word)}
 
 
 @pytest.mark.parametrize("workflow", WORKFLOWS, ids=lambda path: path.name)

@@ -6,10 +6,13 @@ import fnmatch
 import json
 import os
 import re
+import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
+import types
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +99,37 @@ def test_everything_that_is_copied_is_there() -> None:
                 subprocess.run(["git", "ls-files", "--error-unmatch", source], cwd=ROOT, capture_output=True).returncode
                 == 0
             )
+
+
+@pytest.mark.parametrize("version", ["standard", "editable"])
+def test_what_is_copied_is_enough_to_build_the_wheels_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """hatchling's own part aside, which is to copy the folders that the hook names."""
+    root = tmp_path / "src"
+    for word, rest in stages()["build"]:
+        *sources, target = rest.split()
+        if word == "COPY" and "server" not in sources and "atlas_jax" not in sources:
+            (root / target).mkdir(parents=True, exist_ok=True)
+            for source in sources:
+                shutil.copy(ROOT / source, root / target)
+    shutil.copytree(ROOT / "server", root / "server")
+
+    class Hook:
+        def __init__(self, root: Path) -> None:
+            self.root, self.directory = str(root), str(root / "dist")
+
+    interface = types.ModuleType("interface")
+    interface.BuildHookInterface = Hook  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "hatchling.builders.hooks.plugin.interface", interface)
+    hook = runpy.run_path(str(root / "hatch_build.py"))["ServerHook"](root)
+    data: dict[str, Any] = {"force_include": {}, "force_include_editable": {}}
+    hook.initialize(version, data)
+    ((made, package),) = (data["force_include"] | data["force_include_editable"]).items()
+    assert package == "atlas_jax_server"
+    assert {"__init__.py", "__main__.py", "cli.py"} <= {path.name for path in Path(made).iterdir()}
+    hook.finalize(version, data, "")
+    assert not Path(made).exists()
 
 
 @pytest.mark.parametrize(

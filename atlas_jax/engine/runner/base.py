@@ -166,6 +166,14 @@ class ModelRunner(ABC):
           slot: ring slot of the page that `position` is in.
         """
 
+    def write_losses(self, held: Sequences, index: int) -> tuple[float, float, int]:
+        """Of a row's writes: the Omega loss of the last, the sum of all, and how many were not taken."""
+        memory = held.memory
+        if memory is None:
+            return 0.0, 0.0, 0
+        loss, losses, skipped = (np.asarray(part)[index] for part in (memory.loss, memory.losses, memory.skipped))
+        return float(loss), float(losses), int(skipped)
+
     @abstractmethod
     def save_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A row to be resumed later, as it is after `position` tokens; uses the row up. Arguments as for `resume_row`."""

@@ -26,7 +26,7 @@ from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
 from atlas_jax.kernels.sampling import allowed_words
 from atlas_jax.model.lm import streaming
-from atlas_jax.model.lm.config import MEMORY_KINDS, LMConfig
+from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.model import LMParams
 from atlas_jax.model.lm.streaming import LMState
 from atlas_jax.model.page_schedule import PageSchedule
@@ -63,7 +63,7 @@ def session_shape() -> SessionShape:
 
 def capacity(config: LMConfig) -> int:
     """Independent pairs that one memory of the model can hold, 0 if it has none."""
-    return config.rule.feature_dim if config.rule is not None and set(config.pattern) & MEMORY_KINDS else 0
+    return max((rule.feature_dim for rules in config.layer_rules for rule in rules), default=0)
 
 
 def window(config: LMConfig) -> int:
@@ -125,8 +125,16 @@ class TrainedRunner(CompiledRunner):
 
     # --- single rows ----------------------------------------------------------------------------------------------
     def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
-        """A copy of a saved row, which goes on where it is."""
-        return self._put(self.new_row(1), saved, 0, with_memory=True)
+        """A copy of a saved row, which goes on where it is; its losses are counted anew."""
+        kept = Sequences(streaming.forget_losses(saved.cache), saved.memory)
+        return self._put(self.new_row(1), kept, 0, with_memory=True)
+
+    def write_losses(self, held: Sequences, index: int) -> tuple[float, float, int]:
+        """Inner loss of the newest token and the sum of all since the row was resumed, means over the memories."""
+        runs = streaming.runs_of(held.cache)
+        both = [[float(np.asarray(part)[index]) for part in (run.loss, run.losses)] for run in runs]
+        last, total = np.mean(both, axis=0) if both else (0.0, 0.0)
+        return float(last), float(total), 0
 
     def save_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """The row as it is: `Capabilities.rewind` sees to it that it has read no further."""

@@ -7,8 +7,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import EngineError, Finished, FinishReason, MemoryStats
 from atlas_jax.engine.runner.base import ModelRunner
@@ -113,10 +111,10 @@ class Endings:
         if params is None or memory is None:
             return None, None
         held, index = (req.prefill.row, 0) if row is None else (self._runner.sequences, row)
-        loss, skipped = self._account_writes(memory, held, index)
         read = req.cursor.position if row is None else req.decode.read
         if memory.shape.plan.window is None:  # a model's own memory is written with every token
             memory.absorb_every_token(req.cursor.start, read)
+        loss, skipped = self._account_writes(memory, held, index)
         stats = self._stats(req, memory, read, loss, skipped)
         kept: Session | None = None
         goes_on = params.write and req.request.choice == 0
@@ -129,10 +127,9 @@ class Endings:
 
     def _account_writes(self, memory: MemoryAccount, held: Sequences | None, index: int) -> tuple[float, int]:
         """The Omega loss of the last write, and how many writes were not taken."""
-        if held is None or held.memory is None or not memory.updates:
+        if held is None or not memory.updates:
             return 0.0, 0
-        loss, losses = (float(np.asarray(part)[index]) for part in (held.memory.loss, held.memory.losses))
-        skipped = int(np.asarray(held.memory.skipped)[index])
+        loss, losses, skipped = self._runner.write_losses(held, index)
         self._counters.omega_loss = loss
         self._counters.omega_losses += losses
         self._counters.writes_skipped += skipped

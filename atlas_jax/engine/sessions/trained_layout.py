@@ -17,8 +17,8 @@ from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.host_arrays import to_host, to_numpy
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
-from atlas_jax.memory import MemoryState
 from atlas_jax.model.lm.config import LMConfig
+from atlas_jax.model.lm.streaming import runs_of
 
 
 @dataclass(frozen=True)
@@ -115,20 +115,20 @@ class TrainedLayout:
 
 
 def _layers(session: Session, checkpoint: Checkpoint) -> list[LayerMemoryInfo]:
-    """Of each layer with a memory: Frobenius norm of all its matrices, and the mean of their effective ranks."""
+    """Of each layer with a memory: Frobenius norm of all its matrices, mean of their effective ranks, newest inner loss."""
     state: Any = checkpoint.row.cache
     found = []
     for layer, held in enumerate(state.layers):
-        nodes = jax.tree.leaves(held, is_leaf=lambda node: isinstance(node, MemoryState))
-        memories = [node for node in nodes if isinstance(node, MemoryState)]
-        if not memories:
+        runs = runs_of(held)
+        if not runs:
             continue
-        weights = memories[-1].weights or {"values": memories[-1].moments["values"]}
-        matrices = [m for w in weights.values() for m in np.asarray(w).reshape(-1, *np.shape(w)[-2:])]
+        weights = [w for run in runs for w in (run.memory.weights or {"": run.memory.moments["values"]}).values()]
+        matrices = [m for w in weights for m in np.asarray(w).reshape(-1, *np.shape(w)[-2:])]
         each = [norm_and_rank(matrix) for matrix in matrices]
         norm = float(np.sqrt(sum(n * n for n, _ in each)))
         rank = sum(r for _, r in each) / len(each)
-        found.append(LayerMemoryInfo(layer=layer, taps=(layer,), norm=norm, effective_rank=rank, omega_loss=0.0))
+        loss = sum(float(np.asarray(run.loss)[0]) for run in runs) / len(runs)
+        found.append(LayerMemoryInfo(layer=layer, taps=(layer,), norm=norm, effective_rank=rank, omega_loss=loss))
     return found
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from atlas_jax.model.lm.attention import Attention, attend, window_attend
 from atlas_jax.model.lm.blocks import Block, MemoryAsContext, MemoryAsGate, MemoryAsLayer, make_block
 from atlas_jax.model.lm.config import LAYER_KINDS, GateStart, LMConfig
-from atlas_jax.model.lm.data import Batch, BatchSource, text_batches
+from atlas_jax.model.lm.data import IGNORE, Batch, BatchSource, Source, pack, text_batches
 from atlas_jax.model.lm.deep import DeepMemory, deep_memory
 from atlas_jax.model.lm.export import export_gguf, import_gguf
-from atlas_jax.model.lm.memory import Gates, MemoryLayer
+from atlas_jax.model.lm.generate import generate
+from atlas_jax.model.lm.memory import Gates, MemoryLayer, MixedMemory
+from atlas_jax.model.lm.metrics import CSVMetrics, MetricsCallback
 from atlas_jax.model.lm.model import (
-    IGNORE,
     LanguageModel,
     LMParams,
     create,
@@ -30,6 +31,7 @@ __all__ = [
     "Batch",
     "BatchSource",
     "Block",
+    "CSVMetrics",
     "DeepMemory",
     "GateStart",
     "Gates",
@@ -41,6 +43,9 @@ __all__ = [
     "MemoryAsGate",
     "MemoryAsLayer",
     "MemoryLayer",
+    "MetricsCallback",
+    "MixedMemory",
+    "Source",
     "attend",
     "bounded",
     "create",
@@ -48,12 +53,14 @@ __all__ = [
     "deep_memory",
     "export_gguf",
     "extend",
+    "generate",
     "import_gguf",
     "init_params",
     "init_state",
     "logits",
     "make_block",
     "matrix_axes",
+    "pack",
     "parameter_count",
     "split",
     "text_batches",

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +20,12 @@ import numpy as np
 from atlas_jax import memory
 from atlas_jax.kernels.rope import RopeTable, rotations
 from atlas_jax.memory import MemoryState, Tokens
+from atlas_jax.memory._step import measured_step
 from atlas_jax.model.lm.attention import NEGATIVE, Attention, rotate_pairs
 from atlas_jax.model.lm.blocks import MemoryAsContext, MemoryAsGate
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.deep import DeepKeys, DeepMemory, added_weights, deep_keys, deep_read
-from atlas_jax.model.lm.memory import QKV, MemoryLayer
+from atlas_jax.model.lm.memory import QKV, Memory, MemoryLayer, MixedMemory, groups
 from atlas_jax.typing import Array, Bool, Float, Int32
 
 MAX_CHUNK = 64
@@ -73,10 +74,18 @@ class MemoryRun:
     Attributes:
       memory: its state; `phase` has an axis of rows, as all else.
       before: projections of the last taps − 1 tokens, by the names of `memory.QKV`, as their convolutions see them.
+      loss: inner loss ℓ of the newest token when it was written, mean over heads.
+      losses: sum of such losses of all tokens since the state was made or `forget_losses` was called.
     """
 
     memory: MemoryState
     before: dict[str, jax.Array]
+    loss: Float[Array, " B"]
+    losses: Float[Array, " B"]
+
+
+Runs = tuple[MemoryRun, ...]
+"""A layer's memories, one per rule."""
 
 
 @jax.tree_util.register_dataclass
@@ -84,7 +93,7 @@ class MemoryRun:
 class Mixed:
     """A memory and a sliding-window attention, beside or after each other (kinds G and L)."""
 
-    memory: MemoryRun
+    memory: Runs
     cache: Cache
 
 
@@ -94,16 +103,16 @@ class Segment:
     """A memory as context, in a segment. What is left of the segment before is overwritten or not seen.
 
     Attributes:
-      start: the memory as it was when the segment began.
-      memory: the memory now, and projections of attended tokens of the segment.
-      before: query projections of the segment's last taps − 1 tokens.
+      start: the memories as they were when the segment began.
+      memory: the memories now, and projections of attended tokens of the segment.
+      before: of each, query projections of the segment's last taps − 1 tokens.
       recalled: keys and values of what the memory recalled for each token.
       own: those of the tokens.
     """
 
-    start: MemoryState
-    memory: MemoryRun
-    before: Float[Array, "B taps-1 H d_k"]
+    start: tuple[MemoryState, ...]
+    memory: Runs
+    before: tuple[Float[Array, "B taps-1 H d_k"], ...]
     recalled: Cache
     own: Cache
 
@@ -128,15 +137,37 @@ def window_slots(config: LMConfig) -> int:
     return config.window + MAX_CHUNK
 
 
-def init_run(layer: MemoryLayer, config: LMConfig, batch: int, dtype: jnp.dtype) -> MemoryRun:
-    """The learned memory that every text starts from."""
-    sizes = {"q": layer.rule.d_k, "k": layer.rule.d_k, "v": layer.rule.d_v}
-    before = {n: jnp.zeros((batch, config.conv - 1, config.memory_heads, sizes[n]), dtype) for n in QKV}
-    return MemoryRun(init_memory(layer, batch), before)
+def init_runs(layer: Memory, config: LMConfig, batch: int, dtype: jnp.dtype) -> Runs:
+    """The learned memories that every text starts from."""
+    found = []
+    for one in groups(layer):
+        shapes = {"q": one.q.shape[1:], "k": one.k.shape[1:], "v": one.v.shape[1:]}
+        before = {n: jnp.zeros((batch, config.conv - 1, *shapes[n]), dtype) for n in QKV}
+        state = init_memory(one, batch)
+        none = [jnp.zeros(batch, state.tail_gate.dtype) for _ in range(2)]  # never one array twice
+        found.append(MemoryRun(state, before, *none))
+    return tuple(found)
+
+
+def forget_losses(state: Tree) -> Tree:
+    """A state with the sums of its losses at zero, on the host: a program that takes them compiles nothing for it."""
+
+    def forgotten(x: Any) -> Any:
+        if not isinstance(x, MemoryRun):
+            return x
+        return dataclasses.replace(x, losses=np.zeros(x.losses.shape, x.losses.dtype))  # type: ignore[arg-type]
+
+    return jax.tree.map(forgotten, state, is_leaf=lambda x: isinstance(x, MemoryRun))
+
+
+def runs_of(state: object) -> list[MemoryRun]:
+    """All memories in a state."""
+    nodes = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, MemoryRun))
+    return [node for node in nodes if isinstance(node, MemoryRun)]
 
 
 def init_memory(layer: MemoryLayer, batch: int) -> MemoryState:
-    """The memory of `init_run`, every row with a phase of its own."""
+    """A memory of `init_runs`, every row with a phase of its own."""
     state = layer.initial_state(batch)
     return dataclasses.replace(state, phase=jnp.zeros(batch, jnp.int32))
 
@@ -144,9 +175,9 @@ def init_memory(layer: MemoryLayer, batch: int) -> MemoryState:
 def init_segment(layer: MemoryAsContext, config: LMConfig, batch: int, dtype: jnp.dtype) -> Segment:
     """Before the first segment."""
     return Segment(
-        start=init_memory(layer.memory, batch),
-        memory=init_run(layer.memory, config, batch, dtype),
-        before=jnp.zeros((batch, config.conv - 1, config.memory_heads, layer.memory.rule.d_k), dtype),
+        start=tuple(init_memory(one, batch) for one in groups(layer.memory)),
+        memory=init_runs(layer.memory, config, batch, dtype),
+        before=tuple(jnp.zeros((batch, config.conv - 1, *one.q.shape[1:]), dtype) for one in groups(layer.memory)),
         recalled=init_cache(config, batch, config.segment, dtype),
         own=init_cache(config, batch, config.segment, dtype),
     )
@@ -208,26 +239,35 @@ def persistent_keys(layer: Attention, x: Float[Array, "B T E"]) -> Cache:
     return by_heads(Cache(*(jnp.broadcast_to(y, (x.shape[0], *y.shape[1:])) for y in (k, v))))
 
 
-def extend_memory(
-    layer: MemoryLayer, run: MemoryRun, x: Float[Array, "B T E"], active: Bool[Array, " B"]
-) -> tuple[MemoryRun, Float[Array, "B H T d_v"]]:
-    """Writes tokens; outputs are read after each token's own write, before the norm."""
-    projected = {name: layer.projected(name, x) for name in QKV}
-    convolved = {name: layer.convolved(name, y, run.before[name]) for name, y in projected.items()}
-    memory, read = _write_rows(layer, run.memory, Tokens(**convolved, **layer.gates(x)))
-    before = {name: last_tokens(run.before[name], y) for name, y in projected.items()}
-    return where_rows(active, MemoryRun(memory, before), run), read
+def extend_memory(layer: Memory, runs: Runs, x: Float[Array, "B T E"], active: Bool[Array, " B"]) -> tuple[Runs, Any]:
+    """Writes tokens; outputs, as the layer takes them, are read after each token's own write, before the norm."""
+    found, reads = [], []
+    for one, run in zip(groups(layer), runs, strict=True):
+        projected = {name: one.projected(name, x) for name in QKV}
+        convolved = {name: one.convolved(name, y, run.before[name]) for name, y in projected.items()}
+        state, read, loss = _write_rows(one, run.memory, Tokens(**convolved, **one.gates(x)))
+        before = {name: last_tokens(run.before[name], y) for name, y in projected.items()}
+        new = MemoryRun(state, before, loss[:, -1], run.losses + loss.sum(axis=1))
+        found.append(where_rows(active, new, run))
+        reads.append(read)
+    return tuple(found), _as_layer(layer, reads)
+
+
+def _as_layer(layer: Memory, values: Sequence[jax.Array]) -> Any:
+    """What the memories of a layer have made, as its own methods take it."""
+    return tuple(values) if isinstance(layer, MixedMemory) else values[0]
 
 
 def _write_rows(
     layer: MemoryLayer, state: MemoryState, tokens: Tokens
-) -> tuple[MemoryState, Float[Array, "B H T d_v"]]:
-    """`memory.chunked`, or `memory.step` for one token, in every row at its own phase."""
+) -> tuple[MemoryState, Float[Array, "B H T d_v"], Float[Array, "B T"]]:
+    """`memory.measure`, or a measured step for one token, in every row at its own phase; and losses, means over heads."""
     if tokens.k.shape[2] > 1:
-        return jax.vmap(partial(memory.chunked, layer.rule, layer.params()))(state, tokens)
+        state, read, found = jax.vmap(partial(memory.measure, layer.rule, layer.params()))(state, tokens)
+        return state, read, found.loss.mean(axis=1)
     token = jax.tree.map(lambda x: x[:, :, 0], tokens)
-    state, read = jax.vmap(partial(memory.step, layer.rule, layer.params()))(state, token)
-    return state, read[:, :, None]
+    state, (read, found) = jax.vmap(partial(measured_step, layer.rule, layer.params()))(state, token)
+    return state, read[:, :, None], found.loss.mean(axis=1)[:, None]
 
 
 def extend_gate(
@@ -235,8 +275,9 @@ def extend_gate(
 ) -> tuple[Mixed, Float[Array, "B T E"]]:
     """Kind G."""
     cache, near = extend_attention(layer.attention, state.cache, x, chunk, window)
-    memory, read = extend_memory(layer.memory, state.memory, x, chunk.active)
-    return Mixed(memory, cache), layer.combine(near, layer.memory.project(layer.memory.gated(read, x)))
+    mixer: Any = layer.memory
+    runs, read = extend_memory(mixer, state.memory, x, chunk.active)
+    return Mixed(runs, cache), layer.combine(near, mixer.project(mixer.gated(read, x)))
 
 
 def extend_segments(
@@ -260,14 +301,17 @@ def _segment_token(
     size, before = state.own.k.shape[2], first.k.shape[2]
     place = chunk.position % size
     begins = chunk.active & (place[:, 0] == 0)
-    start = where_rows(begins, state.memory.memory, state.start)
-    tails = (state.before, state.memory.before)
-    query_tail, tail = where_rows(begins, jax.tree.map(jnp.zeros_like, tails), tails)  # convolutions begin anew
+    start = where_rows(begins, tuple(run.memory for run in state.memory), state.start)
+    tails = (state.before, tuple(run.before for run in state.memory))
+    query_tails, tails = where_rows(begins, jax.tree.map(jnp.zeros_like, tails), tails)  # convolutions begin anew
 
-    memory, attention = layer.memory, layer.attention
-    projected = memory.projected("q", x)
-    read = _read_rows(memory, start, memory.convolved("q", projected, query_tail))
-    _, k, v = attention.heads(layer.recalled(read, x))
+    attention, each = layer.attention, groups(layer.memory)
+    projected = [one.projected("q", x) for one in each]
+    reads = [
+        _read_rows(one, held, one.convolved("q", y, tail))
+        for one, held, y, tail in zip(each, start, projected, query_tails, strict=True)
+    ]
+    _, k, v = attention.heads(layer.recalled(_as_layer(layer.memory, reads), x))
     slots = chunk.slots(place, size)
     recalled = write(state.recalled, slots, by_heads(Cache(chunk.rotate(k, before + place), v)))
     q, k, v = attention.heads(x)
@@ -277,9 +321,11 @@ def _segment_token(
     seen = jnp.arange(size) <= place[:, :, None]
     always = jnp.ones((1, 1, before), bool)
     attended = attention.project(attend_caches(q, [first, recalled, own], [always, seen, seen]))
-    run, written = extend_memory(memory, MemoryRun(state.memory.memory, tail), attended, chunk.active)
-    queries = where_rows(chunk.active, last_tokens(query_tail, projected), query_tail)
-    return Segment(start, run, queries, recalled, own), layer.combine(attended, written)
+    runs = tuple(dataclasses.replace(run, before=tail) for run, tail in zip(state.memory, tails, strict=True))
+    runs, written = extend_memory(layer.memory, runs, attended, chunk.active)
+    moved = tuple(last_tokens(tail, y) for tail, y in zip(query_tails, projected, strict=True))
+    queries = where_rows(chunk.active, moved, query_tails)
+    return Segment(start, runs, queries, recalled, own), layer.combine(attended, written)
 
 
 def _read_rows(layer: MemoryLayer, state: MemoryState, q: Float[Array, "B H T d_k"]) -> Float[Array, "B H T d_v"]:

@@ -11,7 +11,7 @@ from atlas_jax.config import RopeConfig
 from atlas_jax.kernels.rope import frequencies
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.layers import weight
-from atlas_jax.typing import Array, Bool, Float
+from atlas_jax.typing import Array, Bool, Float, Int32
 
 NEGATIVE = -1e30
 """A score that no softmax sees."""
@@ -21,7 +21,8 @@ def rotate(x: Float[Array, "B T heads D"], base: float, offset: int = 0) -> Floa
     """Rotary embedding of pairs (0, 1), (2, 3), … as GGUF's `llama` stores them, from position `offset` on."""
     frequency = frequencies(RopeConfig(base=base, dims=x.shape[-1]))
     angle = (np.arange(x.shape[1]) + offset)[:, None] * frequency
-    return rotate_pairs(x, jnp.asarray(np.cos(angle), x.dtype), jnp.asarray(np.sin(angle), x.dtype))
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return rotate_pairs(x, jnp.asarray(np.cos(angle), wide), jnp.asarray(np.sin(angle), wide))
 
 
 def rotate_pairs(
@@ -30,7 +31,7 @@ def rotate_pairs(
     """Rotates pairs (0, 1), (2, 3), … by the angles with these cosines and sines."""
     cos, sin = cos[..., None, :], sin[..., None, :]
     even, odd = x[..., 0::2], x[..., 1::2]
-    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
+    return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def attend(
@@ -39,8 +40,8 @@ def attend(
     """softmax(q·k / √D) v over the keys the mask allows, each KV head serving H / K query heads."""
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     score = jnp.einsum("btkgd,bukd->bkgtu", grouped, k) * q.shape[-1] ** -0.5
-    score = jnp.where(mask[:, None, None], score, NEGATIVE)
-    out = jnp.einsum("bkgtu,bukd->btkgd", jax.nn.softmax(score, axis=-1), v)
+    score = jnp.where(mask[:, None, None], score.astype(jnp.promote_types(score.dtype, jnp.float32)), NEGATIVE)
+    out = jnp.einsum("bkgtu,bukd->btkgd", jax.nn.softmax(score, axis=-1).astype(v.dtype), v)
     return out.reshape(q.shape)
 
 
@@ -51,8 +52,18 @@ def window_mask(tokens: int, window: int | None) -> Bool[Array, "T T"]:
     return causal if window is None else causal & (distance < window)
 
 
+def within(mask: Bool[Array, "#B T T"], document: Int32[Array, "B T"] | None) -> Bool[Array, "#B T T"]:
+    """A mask that also keeps documents of a row from each other."""
+    return mask if document is None else mask & (document[:, :, None] == document[:, None])
+
+
 def window_attend(
-    q: Float[Array, "B T H D"], k: Float[Array, "B T K D"], v: Float[Array, "B T K D"], window: int, prefix: int = 0
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B T K D"],
+    v: Float[Array, "B T K D"],
+    window: int,
+    prefix: int = 0,
+    document: Int32[Array, "B T-prefix"] | None = None,
 ) -> Float[Array, "B T-prefix H D"]:
     """Attention of each token to the last `window` tokens, itself included, in time and memory T · window.
 
@@ -60,32 +71,39 @@ def window_attend(
 
     Args:
       prefix: leading keys that every query sees beside its window; the first queries are dropped with them.
+      document: number of the document of each token, which sees no other; all are of one if not given.
     """
     (q, _), (k, first_k), (v, first_v) = ((x[:, prefix:], x[:, :prefix]) for x in (q, k, v))
     batch, tokens = q.shape[:2]
     if tokens <= window:
-        mask = jnp.pad(window_mask(tokens, window), ((0, 0), (prefix, 0)), constant_values=True)
-        return attend(q, jnp.concatenate([first_k, k], 1), jnp.concatenate([first_v, v], 1), mask[None])
+        mask = within(window_mask(tokens, window)[None], document)
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix, 0)), constant_values=True)
+        return attend(q, jnp.concatenate([first_k, k], 1), jnp.concatenate([first_v, v], 1), mask)
     blocks = -(-tokens // window)
     after = blocks * window - tokens
 
     def queries(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (0, after), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (0, after), *((0, 0) for _ in x.shape[2:])))
         return x.reshape(batch * blocks, window, *x.shape[2:])
 
     def keys(x: jax.Array, first: jax.Array) -> jax.Array:
-        x = jnp.pad(x, ((0, 0), (window, after), (0, 0), (0, 0)))
+        x = jnp.pad(x, ((0, 0), (window, after), *((0, 0) for _ in x.shape[2:])))
         x = x.reshape(batch, blocks + 1, window, *x.shape[2:])
         pairs = jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
         first = jnp.broadcast_to(first[:, None], (batch, blocks, *first.shape[1:]))
-        return jnp.concatenate([first, pairs], axis=2).reshape(batch * blocks, prefix + 2 * window, *x.shape[3:])
+        return jnp.concatenate([first, pairs], axis=2).reshape(batch * blocks, -1, *x.shape[3:])
 
     distance = (jnp.arange(window) + window)[:, None] - jnp.arange(2 * window)
     seen = (distance >= 0) & (distance < window)
     real = jnp.arange(2 * window) >= window  # before the first block there is nothing
     mask = jnp.stack([seen & real, *[seen] * (blocks - 1)])
+    mask = jnp.tile(mask, (batch, 1, 1))
+    if document is not None:
+        own = queries(document)
+        around = keys(document, document[:, :0])[:, : 2 * window]
+        mask &= own[:, :, None] == around[:, None]
     mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix, 0)), constant_values=True)
-    out = attend(queries(q), keys(k, first_k), keys(v, first_v), jnp.tile(mask, (batch, 1, 1)))
+    out = attend(queries(q), keys(k, first_k), keys(v, first_v), mask)
     return out.reshape(batch, blocks * window, *out.shape[2:])[:, :tokens]
 
 
@@ -109,23 +127,23 @@ class Attention(nnx.Module):
         self.persistent = nnx.Param(first) if persistent else None
         self._base, self._window = config.rope_base, window
 
-    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-        return self.project(self.mix(x))
+    def __call__(self, x: Float[Array, "B T E"], document: Int32[Array, "B T"] | None = None) -> Float[Array, "B T E"]:
+        return self.project(self.mix(x, document))
 
-    def mix(self, x: Float[Array, "B T E"]) -> Float[Array, "B T H D"]:
-        """Attention before the output projection."""
+    def mix(self, x: Float[Array, "B T E"], document: Int32[Array, "B T"] | None = None) -> Float[Array, "B T H D"]:
+        """Attention before the output projection; persistent tokens are seen by every document of a row."""
+        if self._window is None:
+            return self.mix_masked(x, within(window_mask(x.shape[1], None)[None], document))
         x, prefix = self.with_persistent(x)
         q, k, v = self.qkv(x)
-        if self._window is None:
-            return attend(q, k, v, window_mask(x.shape[1], None)[None])[:, prefix:]
-        return window_attend(q, k, v, self._window, prefix)
+        return window_attend(q, k, v, self._window, prefix, document)
 
-    def mix_masked(self, x: Float[Array, "B T E"], mask: Bool[Array, "T T"]) -> Float[Array, "B T H D"]:
+    def mix_masked(self, x: Float[Array, "B T E"], mask: Bool[Array, "#B T T"]) -> Float[Array, "B T H D"]:
         """As `mix`, with a mask instead of the window; persistent tokens are seen by all."""
         x, prefix = self.with_persistent(x)
         q, k, v = self.qkv(x)
-        mask = jnp.pad(mask, ((0, 0), (prefix, 0)), constant_values=True)
-        return attend(q[:, prefix:], k, v, mask[None])
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (prefix, 0)), constant_values=True)
+        return attend(q[:, prefix:], k, v, mask)
 
     def project(self, mixed: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
         """The output projection."""
@@ -151,5 +169,5 @@ class Attention(nnx.Module):
         """The persistent tokens and x after them, and how many of them there are."""
         if self.persistent is None:
             return x, 0
-        first = jnp.broadcast_to(self.persistent[...], (x.shape[0], *self.persistent[...].shape))
+        first = jnp.broadcast_to(self.persistent[...].astype(x.dtype), (x.shape[0], *self.persistent[...].shape))
         return jnp.concatenate([first, x], axis=1), first.shape[1]

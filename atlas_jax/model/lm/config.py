@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from atlas_jax.config import ConfigError
 from atlas_jax.memory import Features, MemoryRule
+from atlas_jax.memory._rule import table_from
 
 LAYER_KINDS = {
     "A": "attention to everything before, as in Llama",
@@ -21,6 +23,9 @@ LAYER_KINDS = {
 }
 
 MEMORY_KINDS = frozenset("MCGL")
+
+Rules = MemoryRule | tuple[MemoryRule | tuple[MemoryRule, ...], ...]
+"""One rule for all layers with a memory; or one for each of them, in order, or several, which share out its heads."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -62,7 +67,8 @@ class LMConfig:
       segment: tokens MAC attends to at a time.
       persistent: learned tokens in front of the window of MAC, MAG and MAL (Titans); ATLAS uses none.
       combine: MAG's branches, both normalised: `gate` multiplies (Titans), `add` adds (as ATLAS draws it).
-      rule: the memory of one head, for kinds M, C, G, L; projections fit its d_k and d_v.
+      rule: the memory of one head, for kinds M, C, G, L; projections fit its d_k and d_v. A tuple has a rule for each such
+        layer, in order; an entry that is a tuple itself has the rules of a layer's heads, each of an equal share of them.
       memory_heads: memories per layer.
       gate_rank: width between the two linear maps that make each gate.
       gate_start: where gates start.
@@ -83,7 +89,7 @@ class LMConfig:
     segment: int = 64
     persistent: int = 0
     combine: Literal["gate", "add"] = "gate"
-    rule: MemoryRule | None = None
+    rule: Rules | None = None
     memory_heads: int = 1
     gate_rank: int = 16
     gate_start: GateStart = GateStart()
@@ -107,6 +113,16 @@ class LMConfig:
         _require(self.dim % 2 == 0, f"head_dim must be even, got {self.dim}")
         unknown = sorted(set(self.pattern) - set(LAYER_KINDS))
         letters = "".join(LAYER_KINDS)
+        count = sum(kind in MEMORY_KINDS for kind in self.pattern)
+        _require(
+            not isinstance(self.rule, tuple) or len(self.rule) == count,
+            f"rule has {len(self.rule) if isinstance(self.rule, tuple) else 1} entries for {count} layers with a memory",
+        )
+        for rules in self.layer_rules if self.rule is not None else ():
+            _require(
+                not rules or self.memory_heads % len(rules) == 0,
+                f"memory_heads ({self.memory_heads}) must be a multiple of a layer's rules ({len(rules)})",
+            )
         _require(bool(self.pattern) and not unknown, f"pattern {self.pattern!r} must use letters of {letters}")
         needs = sorted(set(self.pattern) & MEMORY_KINDS)
         _require(not needs or self.rule is not None, f"pattern has memory layers ({''.join(needs)}): give a rule")
@@ -122,11 +138,26 @@ class LMConfig:
         return self.head_dim or self.embed // self.heads
 
     @property
-    def eta_max(self) -> float:
-        """Greatest inner step of the memories: as `gate_start` says, else the rule's own, `MemoryRule.eta_max`."""
-        if self.gate_start.eta_max is not None or self.rule is None:
-            return self.gate_start.eta_max or 0.5
-        return self.rule.eta_max
+    def layer_rules(self) -> tuple[tuple[MemoryRule, ...], ...]:
+        """Of each layer, the rules that share out its heads; empty for layers without a memory."""
+        if self.rule is None:
+            return ((),) * len(self.pattern)
+        places = [kind in MEMORY_KINDS for kind in self.pattern]
+        found = iter(self.rule if isinstance(self.rule, tuple) else (self.rule,) * sum(places))
+        entries = (next(found) if place else () for place in places)
+        return tuple(entry if isinstance(entry, tuple) else (entry,) for entry in entries)
+
+    @property
+    def document_step(self) -> int:
+        """What places are multiples of where documents may begin in a row: chunks and segments begin anew with them."""
+        if not set(self.pattern) & MEMORY_KINDS:
+            return 1
+        chunks = [rule.chunk for rules in self.layer_rules for rule in rules if rule.anchored]
+        return math.lcm(16, *chunks, *([self.segment] if "C" in self.pattern else []))
+
+    def eta_max(self, rule: MemoryRule) -> float:
+        """Greatest inner step of a memory: as `gate_start` says, else the rule's own, `MemoryRule.eta_max`."""
+        return rule.eta_max if self.gate_start.eta_max is None else self.gate_start.eta_max
 
     @property
     def is_llama(self) -> bool:
@@ -152,10 +183,16 @@ class LMConfig:
             fields = json.loads(text)
             rule = fields.pop("rule")
             if rule is not None:
-                features = Features(**rule.pop("features"))
-                rule = MemoryRule(**{**rule, "per_channel": tuple(rule["per_channel"]), "features": features})
+                rule = _rules_from(rule)
             return cls(**{**fields, "gate_start": GateStart(**fields["gate_start"]), "rule": rule})
         except ConfigError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ConfigError(f"not the configuration of a language model: {error}") from error
+
+
+def _rules_from(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(_rules_from(one) for one in value)
+    fields = {**value, "per_channel": tuple(value["per_channel"]), "features": Features(**value["features"])}
+    return MemoryRule(**{**fields, "ns_table": table_from(value["ns_table"])})

@@ -68,7 +68,7 @@ class DeepMemory(nnx.Module):
         self.l2 = config.dot_window > 1  # else the dot-product objective
         self._base = config.rope_base
 
-    def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    def __call__(self, x: Float[Array, "B T E"], document: None = None) -> Float[Array, "B T E"]:
         q, k, v = self.heads(x)
         q, k = rotate(q, self._base), rotate(k, self._base)
         return self.project(deep_memory(q, k, v, self.w1[...], self.w2[...], self.gates(x), l2=self.l2))
@@ -89,7 +89,7 @@ class DeepMemory(nnx.Module):
 
     def project(self, y: Float[Array, "B T H D"]) -> Float[Array, "B T E"]:
         """Norm and output projection."""
-        return jnp.einsum("bthd,hde->bte", self.norm(y), self.out[...])
+        return jnp.einsum("bthd,hde->bte", self.norm(y).astype(self.out[...].dtype), self.out[...])
 
 
 def deep_memory(

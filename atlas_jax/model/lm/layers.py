@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from atlas_jax.typing import Array, Float
+from atlas_jax.typing import Array, Float, Int32
 
 
 def weight(
@@ -22,8 +22,9 @@ def weight(
 
 
 def rms_norm(x: Float[Array, "*rows d"], scale: Float[Array, "*#rows d"], eps: float) -> Float[Array, "*rows d"]:
-    """x / √(mean x² + eps), times a learned scale."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + eps) * scale
+    """x / √(mean x² + eps), times a learned scale; in float32 at least, and of the type of x."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps) * scale).astype(x.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -62,16 +63,28 @@ class ShortConv(nnx.Module):
         self.taps = nnx.Param(noise.at[-1].add(1.0))  # starts near the identity
 
     def __call__(
-        self, x: Float[Array, "B T *channels"], before: Float[Array, "B taps-1 *channels"] | None = None
+        self,
+        x: Float[Array, "B T *channels"],
+        before: Float[Array, "B taps-1 *channels"] | None = None,
+        document: Int32[Array, "B T"] | None = None,
     ) -> Float[Array, "B T *channels"]:
         """The convolution.
 
         Args:
           before: what stands before x; nothing, that is zeros, if not given.
+          document: number of the document of each token, which sees no other; all are of one if not given.
         """
         taps = self.taps[...]
         if before is None:
             padded = jnp.pad(x, ((0, 0), (len(taps) - 1, 0), *((0, 0) for _ in x.shape[2:])))
         else:
             padded = jnp.concatenate([before, x], axis=1)
-        return sum((padded[:, i : i + x.shape[1]] * tap for i, tap in enumerate(taps)), start=jnp.zeros_like(x))
+        total = jnp.zeros_like(x)
+        for i, tap in enumerate(taps):
+            seen = padded[:, i : i + x.shape[1]]
+            if document is not None:
+                back = len(taps) - 1 - i
+                same = jnp.pad(document, ((0, 0), (back, 0)), constant_values=-1)[:, : x.shape[1]] == document
+                seen = jnp.where(same.reshape(*same.shape, *(1,) * (x.ndim - 2)), seen, 0)
+            total = total + seen * tap
+        return total

@@ -7,16 +7,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
+from atlas_jax.config import ConfigError
 from atlas_jax.model.lm.blocks import make_block
 from atlas_jax.model.lm.config import LMConfig
+from atlas_jax.model.lm.data import IGNORE
 from atlas_jax.model.lm.layers import RMSNorm, weight
-from atlas_jax.typing import Array, Float, Int32
-
-IGNORE = -1
-"""A target that counts for nothing."""
+from atlas_jax.typing import Array, Bool, Float, Int32
 
 LMParams = dict[str, Any]
 """Parameters as nested dictionaries, as `split` gives them: for optax, orbax and GGUF."""
@@ -29,17 +29,26 @@ class LanguageModel(nnx.Module):
         self.config: LMConfig = nnx.static(config)
         # of the two, the head wants small numbers; RMSNorm makes embeddings of any size alike
         self.embed = nnx.Param(0.02 * jax.random.normal(rngs.params(), (config.vocab, config.embed), jnp.float32))
-        self.blocks = nnx.List([make_block(config, kind, rngs=rngs) for kind in config.pattern])
+        self.blocks = nnx.List([make_block(config, layer, rngs=rngs) for layer in range(len(config.pattern))])
         self.final_norm = RMSNorm(config.embed, eps=config.norm_eps)
         self.head = None if config.tied_head else weight(rngs, (config.vocab, config.embed), "ve: e -> v", config.embed)
 
-    def __call__(self, tokens: Int32[Array, "B T"]) -> Float[Array, "B T V"]:
-        """Logits of the token after each."""
+    def __call__(self, tokens: Int32[Array, "B T"], starts: Bool[Array, "B T"] | None = None) -> Float[Array, "B T V"]:
+        """Logits of the token after each, in float32 at least.
+
+        Args:
+          starts: tokens that begin a document, at multiples of `LMConfig.document_step`; documents of a row know nothing
+            of each other. A row is one document if not given.
+        """
+        if starts is not None and "D" in self.config.pattern:
+            raise ConfigError("starts: a model with a layer of kind D takes one document a row")
+        document = None if starts is None else jnp.cumsum(starts, axis=1, dtype=jnp.int32)
         x = jnp.take(self.embed[...], tokens, axis=0)
         for block in self.blocks:
-            x = block(x)
+            x = block(x, document)
         head = self.embed[...] if self.head is None else self.head[...]
-        return jnp.einsum("bte,ve->btv", self.final_norm(x), head)
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        return jnp.einsum("bte,ve->btv", self.final_norm(x), head, preferred_element_type=wide)
 
 
 def create(config: LMConfig, seed: int) -> LanguageModel:
@@ -47,12 +56,12 @@ def create(config: LMConfig, seed: int) -> LanguageModel:
     return LanguageModel(config, rngs=nnx.Rngs(seed))
 
 
-def split(model: LanguageModel) -> tuple[Callable[[LMParams, Int32[Array, "B T"]], Float[Array, "B T V"]], LMParams]:
-    """A model as a pure function of its parameters, and the parameters."""
+def split(model: nnx.Module) -> tuple[Callable[..., Float[Array, "B T V"]], LMParams]:
+    """A model as a pure function of its parameters and what it is called with, and the parameters."""
     graph, state = nnx.split(model, nnx.Param)
 
-    def apply(params: LMParams, tokens: Int32[Array, "B T"]) -> Float[Array, "B T V"]:
-        return nnx.merge(graph, params)(tokens)
+    def apply(params: LMParams, *inputs: Any) -> Float[Array, "B T V"]:
+        return nnx.merge(graph, params)(*inputs)
 
     return apply, nnx.to_pure_dict(state)
 
@@ -62,7 +71,7 @@ def init_params(config: LMConfig, seed: int) -> LMParams:
     return split(create(config, seed))[1]
 
 
-def matrix_axes(model: LanguageModel) -> LMParams:
+def matrix_axes(model: nnx.Module) -> LMParams:
     """Which axes of each parameter are a matrix, for `atlas_jax.optim.muon`; None for what Adam should train.
 
     Embedding and head are matrices, but their rows are looked up, not multiplied: Muon leaves them to Adam. So are
@@ -82,7 +91,7 @@ def matrix_axes(model: LanguageModel) -> LMParams:
 
 
 def cross_entropy(
-    logits: Float[Array, "B T V"], targets: Int32[Array, "B T"]
+    logits: Float[Array, "B T V"], targets: Int32[Array | np.ndarray, "B T"]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean loss in nats and accuracy over the targets that are not `IGNORE`."""
     counts = (targets != IGNORE).astype(logits.dtype)

@@ -21,13 +21,13 @@ from flax import nnx
 from atlas_jax.config import RopeConfig
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.model.lm import _streaming_layers as layers
-from atlas_jax.model.lm._streaming_layers import MAX_CHUNK, Chunk
+from atlas_jax.model.lm._streaming_layers import MAX_CHUNK, Chunk, forget_losses, runs_of
 from atlas_jax.model.lm.blocks import Block, MemoryAsLayer
 from atlas_jax.model.lm.config import LMConfig
 from atlas_jax.model.lm.model import LanguageModel, LMParams, create
 from atlas_jax.typing import Array, Bool, Float, Int32
 
-__all__ = ["MAX_CHUNK", "LMState", "bounded", "extend", "init_state", "logits"]
+__all__ = ["MAX_CHUNK", "LMState", "bounded", "extend", "forget_losses", "init_state", "logits", "runs_of"]
 
 
 @jax.tree_util.register_dataclass
@@ -71,14 +71,14 @@ def init_state(config: LMConfig, params: LMParams, batch: int, *, context: int |
             case "S":
                 return layers.init_cache(config, batch, layers.window_slots(config), dtype)
             case "M":
-                return layers.init_run(block.mixer, config, batch, dtype)
+                return layers.init_runs(block.mixer, config, batch, dtype)
             case "C":
                 return layers.init_segment(block.mixer, config, batch, dtype)
             case "D":
                 return layers.init_deep(config, batch, slots, dtype)
         memory = block.mixer.memory if kind == "G" else block.first.mixer
         ring = layers.init_cache(config, batch, layers.window_slots(config), dtype)
-        return layers.Mixed(layers.init_run(memory, config, batch, dtype), ring)
+        return layers.Mixed(layers.init_runs(memory, config, batch, dtype), ring)
 
     states = tuple(layer(kind, block) for kind, block in zip(config.pattern, model.blocks, strict=True))
     return LMState(jnp.zeros(batch, jnp.int32), states)

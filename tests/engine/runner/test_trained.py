@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine import Engine
@@ -33,7 +35,7 @@ from atlas_jax.engine.api import (
 from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.gguf import BYTE_VOCAB, GGUFError, byte_vocabulary, write_gguf
-from atlas_jax.memory import presets
+from atlas_jax.memory import measure, presets
 from atlas_jax.model.lm import LMConfig, export_gguf
 from atlas_jax.model.lm.export import CONFIG_KEY
 from atlas_jax.model.lm.model import create, split
@@ -163,6 +165,39 @@ def test_embeddings_are_what_the_training_form_makes_of_the_text(engines: Callab
     for answer, wanted in zip(answers, (states.mean(axis=0), states[-1]), strict=True):
         (found,) = [event.vector for event in answer.events if isinstance(event, Embedded)]
         np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted), atol=1e-3)
+
+
+def test_the_omega_loss_is_what_the_memories_were_wrong_by(engines: Callable[[str], Engine]) -> None:
+    """Of the newest token, mean over heads and layers; the engine's total has every token of the request once."""
+    config = CONFIGS["bounded"]
+    graph = nnx.split(nnx.eval_shape(lambda: create(config, 0)), nnx.Param)[0]
+
+    @functools.partial(jax.jit, compiler_options=QUICK)
+    def losses(params: Any, text: jax.Array) -> jax.Array:
+        model = nnx.merge(graph, params)
+        x, found = model.embed[...][text], []
+        for kind, block in zip(config.pattern, model.blocks, strict=True):
+            layer = block.mixer if kind == "M" else block.mixer.memory
+            tokens = layer.tokens(block.mixer_norm(x))
+            found.append(measure(layer.rule, layer.params(), layer.initial_state(1), tokens)[2].loss)
+            x = block(x)
+        return jnp.mean(jnp.stack(found), axis=(0, 1, 2))
+
+    engine = engines("bounded")
+    text, total, count = [], 0.0, 0
+    for prompt in (SHORT, NEXT):
+        before = engine.stats().omega_loss_total
+        answer = ask(engine, request(prompt, 5, memory=memory("losses")))
+        text += [*prompt, *answer.tokens]
+        padded = jnp.asarray([text + [0] * (32 - len(text))])  # causal: what follows changes nothing
+        read = np.asarray(losses(draw(config), padded))[count : len(text) - 1]
+        assert answer.end.memory is not None
+        assert answer.end.memory.omega_loss == pytest.approx(read[-1], rel=1e-3)
+        assert engine.stats().omega_loss == pytest.approx(read[-1], rel=1e-3)
+        total = engine.stats().omega_loss_total - before
+        assert total == pytest.approx(read.sum(), rel=1e-3)
+        count += len(read)
+    assert read[-1] > 0
 
 
 @NAMES
@@ -316,6 +351,7 @@ def test_a_session_goes_on_after_a_restart_as_if_there_had_been_none(
         found = turn(after, NEXT)
     assert found.infos == wanted.infos
     assert info.layers[0].norm > 0
+    assert all(layer.omega_loss > 0 for layer in info.layers)
     assert info.memory_used == min(info.memory_capacity, len(LONG) + 5)
 
 
