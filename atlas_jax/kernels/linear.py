@@ -160,8 +160,8 @@ def pack_levels(codes: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.nda
       step: float32 [out, in / 32]; a weight is `LEVELS4[code] * step`, with that of its block.
 
     Returns:
-      blocks uint8 [out, in / 64, 36] and scale float32 [out]. A step is rounded to 1/256 of the scale, which adds at most 0.25
-      to the half unit that rounding to 8 bits can be off.
+      blocks uint8 [out, in / 64, 36] and scale float32 [out]. A step is rounded to 1/256 of the scale, which adds at most
+      0.25 to the half unit that rounding to 8 bits can be off.
     """
     outputs, inner = codes.shape
     levels = np.abs(np.asarray(LEVELS4, np.float32))

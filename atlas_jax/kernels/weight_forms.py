@@ -2,8 +2,8 @@
 
 A weight is the upper byte of `code * step + base`, in 16-bit arithmetic that wraps, times a scale of its output. Forms
 differ in their codes and in how step and base are found: a record is what of one output's weights lies together. In FLOATS a
-weight is `FLOATS4[code] * 2**(FLOATS4_SHIFT - shift)`, rounded to a whole number, times the scale; in LEVELS `LEVELS4[code]` takes
-the code's place, and there is no base.
+weight is `FLOATS4[code] * 2**(FLOATS4_SHIFT - shift)`, rounded to a whole number, times the scale; in LEVELS
+`LEVELS4[code]` takes the code's place, and there is no base.
 
 FLOATS 4.25 bits a weight, 64 in 34 bytes, as MXFP4: the shift of either 32, uint8; codes of 4 bits. Weights of a block that
        is at most 2**FLOATS4_SHIFT times smaller than the largest of its output are exact.
