@@ -31,10 +31,10 @@ def engine_config(settings: Settings) -> EngineConfig:
     for field in engine.FIELDS:
         name = SETTING_OF.get(field, field)
         fields[field] = getattr(server if name in server.__struct_fields__ else atlas, name)
-    for field in ("model_path", "hf_repo"):
+    for field in ("model_path", "hf_repo", "session_store", "session_store_endpoint"):
         fields[field] = fields[field] or None  # an empty variable of a container names nothing
     if not atlas.memory_persist:
-        fields["memory_path"] = None
+        fields["memory_path"] = fields["session_store"] = None
     if atlas.owner_quota is None and server.api_keys_file:
         fields["owner_quota"] = atlas.l3_cache_size // 2
     try:

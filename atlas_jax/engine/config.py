@@ -46,7 +46,27 @@ FileName = Annotated[
 ]
 JournalSync = Annotated[
     float,
-    Meta(ge=0, le=60, description="Seconds the disk may be behind what was answered; 0 waits for the disk each time"),
+    Meta(
+        ge=0,
+        le=60,
+        description="Seconds the disk, or the object store, may be behind what was answered; 0 waits for it each time; null "
+        "is 1 for a disk and 0 for an object store",
+    ),
+]
+SessionStore = Annotated[
+    str,
+    Meta(
+        pattern=r"^((s3|gs|az)://[^/].*)?$",
+        description="Object store of the sessions, which any number of servers use at once: s3://bucket/prefix, gs:// or "
+        "az://; credentials as the cloud's own environment variables say; null is the folder memory_path",
+    ),
+]
+SessionStoreEndpoint = Annotated[
+    str,
+    Meta(
+        pattern=r"^(https?://.+)?$",
+        description="URL of a server that is compatible with S3 or Azure; null is the cloud's, or what the environment says",
+    ),
 ]
 Threads = Annotated[int, Meta(ge=0, le=1_000_000, description="CPU threads of the engine; 0 takes every core")]
 MaxConcurrent = Annotated[int, Meta(ge=1, le=4096, description="Requests, or sequences of one, that run at once")]
@@ -85,7 +105,9 @@ L1CacheSize = Annotated[
     _Bytes, Meta(description="Session cache on the device in bytes; 0 keeps idle sessions in host memory")
 ]
 L2CacheSize = Annotated[_Bytes, Meta(description="Session cache in host memory in bytes")]
-L3CacheSize = Annotated[_Bytes, Meta(description="Session storage on disk in bytes")]
+L3CacheSize = Annotated[
+    _Bytes, Meta(description="Session storage on disk in bytes; with session_store, copies of what lies there")
+]
 OwnerQuota = Annotated[_Bytes, Meta(description="Bytes one API key's sessions and files may take on disk")]
 PrefixCacheSize = Annotated[
     _Bytes,
@@ -151,9 +173,11 @@ class EngineConfig:
       adapter_path: adapter of the memory; None takes the one shipped for the model, or else calibrates once and keeps
         the result in `cache_path`.
       memory_enabled: False serves the model without a memory.
-      memory_path: folder of stored sessions, for one engine at a time; None keeps sessions in main memory only.
+      memory_path: folder of stored sessions, for one engine at a time, or of copies where there is a `session_store`; None
+        keeps sessions in main memory only.
+      session_store: where sessions are kept that other engines use at the same time; needs no `memory_path`.
       memory_file: file that many sessions are exported to and imported from.
-      journal_sync: what was answered outlives this process in any case.
+      journal_sync: what was answered outlives this process in any case, on a disk.
       cache_path: folder for compiled programs, calibrated adapters and bigram tables; None is
         `$XDG_CACHE_HOME/atlas-jax`. One that cannot be written costs time at the next start, nothing else.
       threads: takes effect only if JAX has not run anything yet.
@@ -176,7 +200,9 @@ class EngineConfig:
     memory_enabled: bool = True
     memory_path: str | os.PathLike[str] | None = None
     memory_file: FileName | None = None
-    journal_sync: JournalSync = 1.0
+    session_store: SessionStore | None = None
+    session_store_endpoint: SessionStoreEndpoint | None = None
+    journal_sync: JournalSync | None = None
     cache_path: str | os.PathLike[str] | None = None
     threads: Threads = 0
     max_concurrent: MaxConcurrent = 32

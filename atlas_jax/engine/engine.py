@@ -115,8 +115,14 @@ class Engine:
             use_cache(cache / "compiled")
         compilations = CompileCounter()
         # first: loading a model takes seconds, and another server's folder is no use
-        kept = config.memory_path if config.memory_enabled else None
-        storage = None if kept is None else open_storage(kept)
+        storage = None
+        if config.memory_enabled and (config.memory_path is not None or config.session_store):
+            storage = open_storage(
+                config.memory_path,
+                config.session_store,
+                endpoint=config.session_store_endpoint,
+                copies=config.l3_cache_size,
+            )
         try:
             with _kernels(config).scope():
                 opened = open_model(config, cache)
@@ -282,6 +288,7 @@ class Engine:
             memory_saves=0 if table is None else table.counters.saves,
             memory_loads=0 if table is None else table.counters.loads,
             snapshot_failures=0 if table is None else table.counters.failures,
+            session_conflicts=0 if table is None else table.counters.conflicts,
             memory_bytes=resident_bytes(),
         )
 

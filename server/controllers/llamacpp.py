@@ -76,7 +76,11 @@ class LlamaCppController(Controller):
         """Writes a conversation out as the model reads it."""
         return json_response(await llamacpp.apply_template(parse(schema.ApplyTemplateRequest, data)))
 
-    @post(["/embedding", "/embeddings"], status_code=200, responses=generation_responses(list[LlamaEmbedding], 501))
+    @post(
+        ["/embedding", "/embeddings"],
+        status_code=200,
+        responses=openai_responses(list[LlamaEmbedding], 404, 500, 501, 507, body=True),
+    )
     async def embeddings(
         self,
         request: HttpRequest,

@@ -121,6 +121,7 @@ def _settings(args: argparse.Namespace, *, memory_path: Path | None, memory: boo
         settings.atlas,
         enabled=settings.atlas.enabled and memory,
         memory_path=str(memory_path) if memory_path is not None else settings.atlas.memory_path,
+        session_store=None,
         memory_persist=memory_path is not None,
         enable_memory_endpoints=True,
         auto_load_memory=False,

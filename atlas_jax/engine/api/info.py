@@ -276,6 +276,7 @@ class EngineStats:
     memory_saves: int
     memory_loads: int
     snapshot_failures: int
+    session_conflicts: int
     memory_bytes: int
 
 

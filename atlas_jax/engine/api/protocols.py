@@ -33,7 +33,10 @@ class Handle(Protocol):
 
 
 class SessionStore(Protocol):
-    """The memory endpoints' view of the sessions. Methods are thread-safe and block; owners never see each other."""
+    """The memory endpoints' view of the sessions. Methods are thread-safe and block; owners never see each other.
+
+    What changes a session raises SessionConflict where another server with the same store has changed it meanwhile.
+    """
 
     def info(self, owner: str, session_id: str | None) -> MemoryInfo:
         """Memory state of one session, or totals over the owner's; raises SessionNotFound."""
@@ -97,6 +100,10 @@ class SessionStore(Protocol):
 
 class DocumentStore(Protocol):
     """Small texts that are kept for owners, as durably as their sessions; methods are thread-safe and block."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers write and delete documents too: what was listed may be old."""
 
     def list(self, owner: str) -> tuple[StoredFile, ...]:
         """The owner's documents, by name."""

@@ -90,7 +90,7 @@ class Admission:
         memory = req.request.memory
         if memory is None or memory.session is None or self._sessions is None:
             return True
-        req.lease = self._sessions.acquire(memory.session)
+        req.lease = self._sessions.acquire(memory.session, req.submitted)
         return req.lease is not None
 
     def start(self, req: RequestState) -> None:

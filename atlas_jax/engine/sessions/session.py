@@ -148,6 +148,7 @@ class Session:
       appended: the last turn, if it brought only new text: further choices of the same request answer it too.
       state: JSON text a caller stored with it, or None.
       generation: orders what was ever done to it; see `snapshot.Listing`.
+      after: the newest generation before it that the store has had.
     """
 
     key: SessionKey
@@ -163,6 +164,7 @@ class Session:
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     generation: int = 0
+    after: int = 0
 
     @property
     def tokens(self) -> int:
