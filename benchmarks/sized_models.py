@@ -18,7 +18,13 @@ from atlas_jax.gguf._writer import add_value
 
 _POOL = 1 << 16
 """Records of a type that are drawn at random; matrices are made of them from some place on, again and again."""
-_BYTES = {GGMLQuantizationType.Q4_K: 144, GGMLQuantizationType.Q6_K: 210}
+_BYTES = {
+    GGMLQuantizationType.Q4_K: 144,
+    GGMLQuantizationType.Q6_K: 210,
+    GGMLQuantizationType.IQ4_XS: 136,
+    GGMLQuantizationType.IQ4_NL: 144,
+}
+"""Of 256 weights; of IQ4_NL that are eight records."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,8 @@ def write_sized_model(
     writer.write_ti_data_to_file()
     for _ in gains:
         writer.write_tensor_data(np.ones(size.embed, np.float32))
-    pools = {kind: _records(rng, kind) for kind in _BYTES}
+    used = {kind for *_, kind in drawn}
+    pools = {kind: _records(rng, kind) for kind in _BYTES if kind in used}
     for _, outputs, inner, kind in drawn:
         writer.write_tensor_data(_matrix(rng, pools[kind], kind, outputs, inner))
     writer.close()
@@ -112,6 +119,12 @@ def _records(rng: np.random.Generator, kind: GGMLQuantizationType) -> np.ndarray
         sign = rng.choice(np.asarray([-1, 1], np.int8), (_POOL, 16))
         records[:, 192:208] = (rng.integers(64, 128, (_POOL, 16)) * sign).astype(np.int8).view(np.uint8)
         records[:, 208:] = np.float16(1 / 16 / 1757).tobytes()[0], np.float16(1 / 16 / 1757).tobytes()[1]
+        return records
+    if kind == GGMLQuantizationType.IQ4_XS:
+        records[:, :2] = np.frombuffer(np.float16(1 / 16 / 1200).tobytes(), np.uint8)
+        return records
+    if kind == GGMLQuantizationType.IQ4_NL:
+        records.reshape(-1, 8, 18)[..., :2] = np.frombuffer(np.float16(1 / 16 / 65).tobytes(), np.uint8)
         return records
     factor = rng.integers(32, 64, (_POOL, 8)).astype(np.uint8)  # below zero as far as above
     records[:, :4] = np.frombuffer(np.asarray([1 / 16 / 220, 7.5 / 16 / 220], np.float16).tobytes(), np.uint8)
@@ -127,7 +140,9 @@ def _matrix(
     count = outputs * inner // 256
     start = int(rng.integers(_POOL))
     rows = np.resize(np.roll(pool, -start, axis=0), (count, pool.shape[1]))
-    at = slice(208, 210) if kind == GGMLQuantizationType.Q6_K else slice(0, 4)
-    units = pool[0, at].copy().view(np.float16) * np.float16(16 / np.sqrt(inner))
-    rows[:, at] = units.view(np.uint8)
-    return rows.reshape(outputs, -1)
+    width = 18 if kind == GGMLQuantizationType.IQ4_NL else _BYTES[kind]
+    at = {GGMLQuantizationType.Q6_K: slice(208, 210), GGMLQuantizationType.Q4_K: slice(0, 4)}.get(kind, slice(0, 2))
+    units = pool.reshape(-1, width)[0, at].copy().view(np.float16) * np.float16(16 / np.sqrt(inner))
+    records = rows.reshape(-1, width)
+    records[:, at] = units.view(np.uint8)
+    return records.reshape(outputs, -1)

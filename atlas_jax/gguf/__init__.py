@@ -8,7 +8,7 @@ from atlas_jax.gguf._header import GGUFError, TensorInfo
 from atlas_jax.gguf._infill import infill_tokens
 from atlas_jax.gguf._metadata import get, require
 from atlas_jax.gguf._model_file import ModelFile
-from atlas_jax.gguf._nibbles import Floats4, Nibbles
+from atlas_jax.gguf._nibbles import Floats4, Levels4, Nibbles
 from atlas_jax.gguf._reader import GGUFFile
 from atlas_jax.gguf._recommended import recommended_sampling
 from atlas_jax.gguf._tokenizer import StreamDecoder, Tokenizer
@@ -22,6 +22,7 @@ __all__ = [
     "Floats4",
     "GGUFError",
     "GGUFFile",
+    "Levels4",
     "ModelFile",
     "Nibbles",
     "StreamDecoder",

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from atlas_jax.gguf._header import TensorInfo
-from atlas_jax.gguf._nibbles import Floats4, Nibbles
+from atlas_jax.gguf._nibbles import Floats4, Levels4, Nibbles
 
 
 class ModelFile(Protocol):
@@ -48,7 +48,7 @@ class ModelFile(Protocol):
     def has_nibbles(self, name: str) -> bool:
         """Whether a tensor is a matrix of 4-bit codes, or several."""
 
-    def nibbles(self, name: str) -> Nibbles | Floats4:
+    def nibbles(self, name: str) -> Nibbles | Floats4 | Levels4:
         """The codes of one, several matrices as the rows of one; raises GGUFError."""
 
     def fingerprint(self) -> str:

@@ -18,7 +18,7 @@ from gguf.constants import Keys
 from atlas_jax.gguf import _metadata
 from atlas_jax.gguf._header import GGUFError, Header, TensorInfo, quote, scan_header
 from atlas_jax.gguf._mapped import MappedFile
-from atlas_jax.gguf._nibbles import Floats4, Nibbles, holds_nibbles, unpack_nibbles
+from atlas_jax.gguf._nibbles import Floats4, Levels4, Nibbles, holds_nibbles, unpack_nibbles
 from atlas_jax.gguf._types import as_floats
 
 T = TypeVar("T", bool, int, float, str, list[str], np.ndarray)
@@ -189,7 +189,7 @@ class GGUFFile:
         info = self.tensor(name)
         return len(info.shape) >= 2 and holds_nibbles(info.ggml_type)
 
-    def nibbles(self, name: str) -> Nibbles | Floats4:
+    def nibbles(self, name: str) -> Nibbles | Floats4 | Levels4:
         """The codes of what `has_nibbles`, several matrices as the rows of one; GGUFError as `raw`."""
         info = self.tensor(name)
         return unpack_nibbles(info.ggml_type, self.raw(name).reshape(int(np.prod(info.shape[:-1])), -1))

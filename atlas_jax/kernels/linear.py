@@ -18,7 +18,7 @@ import numpy as np
 
 from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.reductions import row_max
-from atlas_jax.kernels.weight_forms import FLOATS4_SHIFT, FLOATS4_SMALLEST, Form, unpack_records
+from atlas_jax.kernels.weight_forms import FLOATS4_SHIFT, FLOATS4_SMALLEST, LEVELS4, Form, unpack_records
 from atlas_jax.typing import Array, Float, Int8, Int32, UInt8
 
 
@@ -150,6 +150,31 @@ def pack_floats(codes: np.ndarray, exponent: np.ndarray) -> tuple[np.ndarray, np
     records[..., 2:] = pairs[..., 0] | pairs[..., 1] << 4
     scale = np.ldexp(used.any(axis=1).astype(np.float32), largest - 128 - FLOATS4_SHIFT)
     return records, scale.astype(np.float32)
+
+
+def pack_levels(codes: np.ndarray, step: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Arrays of the `PackedArray` of a matrix of codes for unequal levels, in `Form.LEVELS`: quantised like `pack_weight`'s.
+
+    Args:
+      codes: uint8 [out, in], 0 … 15; in a multiple of 64.
+      step: float32 [out, in / 32]; a weight is `LEVELS4[code] * step`, with that of its block.
+
+    Returns:
+      blocks uint8 [out, in / 64, 36] and scale float32 [out]. A step is rounded to 1/256 of the scale, which adds at most
+      0.25 to the half unit that rounding to 8 bits can be off.
+    """
+    outputs, inner = codes.shape
+    levels = np.abs(np.asarray(LEVELS4, np.float32))
+    largest = levels[codes].reshape(outputs, -1, 32).max(axis=-1) * np.abs(step)
+    peak = largest.max(axis=1, initial=0.0).astype(np.float32)
+    inverse = np.divide(127.0, peak, out=np.zeros(outputs), where=peak > 0)[:, None] * 256.0
+    # wide integers: only their lower halves count
+    whole = np.rint(step * inverse).astype(np.int64)
+    records = np.empty((outputs, inner // 64, 36), np.uint8)
+    records[..., :4] = whole.astype("<i2").view(np.uint8).reshape(outputs, -1, 4)
+    pairs = codes.reshape(outputs, -1, 32, 2)
+    records[..., 4:] = pairs[..., 0] | pairs[..., 1] << 4
+    return records, peak / np.float32(127.0)
 
 
 def unpack(weight: PackedArray) -> QuantArray:

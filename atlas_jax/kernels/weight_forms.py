@@ -2,10 +2,12 @@
 
 A weight is the upper byte of `code * step + base`, in 16-bit arithmetic that wraps, times a scale of its output. Forms
 differ in their codes and in how step and base are found: a record is what of one output's weights lies together. In FLOATS a
-weight is `FLOATS4[code] * 2**(FLOATS4_SHIFT - shift)`, rounded to a whole number, times the scale.
+weight is `FLOATS4[code] * 2**(FLOATS4_SHIFT - shift)`, rounded to a whole number, times the scale; in LEVELS
+`LEVELS4[code]` takes the code's place, and there is no base.
 
 FLOATS 4.25 bits a weight, 64 in 34 bytes, as MXFP4: the shift of either 32, uint8; codes of 4 bits. Weights of a block that
        is at most 2**FLOATS4_SHIFT times smaller than the largest of its output are exact.
+LEVELS 4.5 bits, 64 in 36 bytes, as IQ4_NL: the step of either 32, int16; codes of 4 bits.
 PAIRS  5 bits a weight, 64 in 40 bytes: step and base of either 32, int16; codes of 4 bits.
 FOUR   4.5 bits, 256 in 144 bytes: as Q4_K, units of step and base (int16, uint16), for every 32 weights a factor of 6
        bits for either, codes of 4 bits.
@@ -41,6 +43,7 @@ class Form(enum.Enum):
     """A form, by the bytes of its record."""
 
     FLOATS = 34
+    LEVELS = 36
     PAIRS = 40
     FOUR = 144
     FIVE = 176
@@ -49,7 +52,7 @@ class Form(enum.Enum):
     @property
     def span(self) -> int:
         """Weights of a record."""
-        return 64 if self in (Form.FLOATS, Form.PAIRS) else 256
+        return 64 if self in (Form.FLOATS, Form.LEVELS, Form.PAIRS) else 256
 
 
 OWN_FORM: Mapping[int, Form] = {
@@ -70,6 +73,9 @@ _OF_SHIFT = np.rint(np.multiply.outer(2.0 ** (FLOATS4_SHIFT - np.arange(FLOATS4_
 )
 """The number in 8 bits of every shift and code."""
 
+LEVELS4 = -127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113
+"""What each code of a weight of IQ4 stands for, times the step of its block."""
+
 _ROWS = 256
 """Rows that a thread packs at a time."""
 
@@ -85,6 +91,12 @@ def unpack_records(records: UInt8[Array, "*rows records bytes"], form: Form) -> 
         codes = _bits(records[..., 2:], (0, 4), 15).reshape(*shift.shape[:-1], 32)
         numbers = _OF_SHIFT.reshape(-1) if isinstance(records, np.ndarray) else jnp.asarray(_OF_SHIFT.reshape(-1))
         return numbers[shift * 16 + codes].reshape(*records.shape[:-2], -1)
+    if form is Form.LEVELS:
+        step = _signed(_words(records[..., :4]), 16)
+        codes = _bits(records[..., 4:], (0, 4), 15).reshape(*step.shape, 32)
+        levels = np.asarray(LEVELS4, np.int32) if isinstance(records, np.ndarray) else jnp.asarray(LEVELS4, jnp.int32)
+        wrapped = (levels[codes] * step[..., None] + 128).astype(np.int16)
+        return (wrapped >> 8).astype(np.int8).reshape(*records.shape[:-2], -1)
     at = {Form.PAIRS: 8, Form.FOUR: 16, Form.FIVE: 48, Form.SIX: 82}[form]
     if form is Form.FOUR:
         halves = records[..., at:].reshape(*records.shape[:-1], 2, 1, 64).astype(np.int32)

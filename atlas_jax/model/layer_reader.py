@@ -146,7 +146,7 @@ def _qkv(reader: TensorReader, config: ModelConfig, tensors: Outputs, head_order
     """`LayerParams.qkv`; in parts where the file has them in records of different forms, as it often has the values."""
     order = _by_kv_head(config, head_order)
     forms = [reader.form({name: size}) for name, size in tensors.items()]
-    if len(set(forms)) == 1 or any(form is None or form.span == 64 for form in forms):
+    if len(set(forms)) == 1 or None in forms:
         return reader.matrix(tensors, config.embed, order)
     by_head = order.reshape(config.kv_heads, config.groups + 2, config.head_dim)
     heads = dict(zip(tensors, ((0, config.groups), (config.groups, 1), (config.groups + 1, 1)), strict=True))

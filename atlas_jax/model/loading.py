@@ -32,6 +32,14 @@ _OTHER_PARTS = ("v.", "mm.", "a.")
 """Beginnings of the names of tensors that are no part of a text model: of images, of what brings them in, of sound."""
 
 
+_OF_NIBBLES = {
+    TensorType.MXFP4: Form.FLOATS,
+    TensorType.IQ4_NL: Form.LEVELS,
+    TensorType.IQ4_XS: Form.LEVELS,
+}
+"""Forms of the types with 4-bit codes; of all others PAIRS."""
+
+
 class _Progress(Protocol):
     def __call__(self, done: int, total: int) -> None: ...
 
@@ -274,8 +282,8 @@ def weight_forms(file: ModelFile, config: ModelConfig) -> dict[str, Form]:
             return max((one for one in own if one is not None), key=lambda one: one.value)
         if not all(map(file.has_nibbles, names)):
             return None
-        floats = {one.ggml_type == TensorType.MXFP4 for one in tensors}
-        return None if len(floats) > 1 else Form.FLOATS if True in floats else Form.PAIRS
+        forms = {_OF_NIBBLES.get(one.ggml_type, Form.PAIRS) for one in tensors}
+        return None if len(forms) > 1 else forms.pop()
 
     found = {name: form(names) for names in by_role.values() for name in names}
     return {name: one for name, one in found.items() if one is not None}

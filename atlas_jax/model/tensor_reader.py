@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.config import ModelConfig, WeightDtype
-from atlas_jax.gguf import Floats4, ModelFile
-from atlas_jax.kernels.linear import PackedArray, QuantArray, Weight, pack_floats, pack_weight, quantize_weight
+from atlas_jax.gguf import Floats4, Levels4, ModelFile
+from atlas_jax.kernels.linear import (
+    PackedArray,
+    QuantArray,
+    Weight,
+    pack_floats,
+    pack_levels,
+    pack_weight,
+    quantize_weight,
+)
 from atlas_jax.kernels.weight_forms import FLOATS4_LARGEST, Form, NotFinite, pack_rows
 from atlas_jax.model.families._family import UnsupportedModel
 
@@ -157,6 +165,9 @@ class TensorReader:
             with np.errstate(over="ignore"):
                 _check_finite(name, scale * np.float32(FLOATS4_LARGEST))
             return blocks, scale
+        if isinstance(nibbles, Levels4):
+            _check_finite(name, nibbles.step)
+            return pack_levels(nibbles.codes, nibbles.step)
         _check_finite(name, nibbles.step, nibbles.base)
         return pack_weight(nibbles.codes, nibbles.step, nibbles.base)
 

@@ -66,6 +66,25 @@ def test_weights_stay_in_the_bits_of_the_file(model: Path) -> None:
     assert stored == size
 
 
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.IQ4_NL, GGMLQuantizationType.IQ4_XS])
+def test_unequal_levels_stay_coded_beside_values_in_more_bits(tmp_path: Path, kind: GGMLQuantizationType) -> None:
+    tokenizer = tiny_model.write_model(tmp_path / "tiny.gguf")
+    kinds = {name: kind for name, *_, own in matrices(SIZE, 1) if own == GGMLQuantizationType.Q4_K}
+    path = write_sized_model(tmp_path / "levels.gguf", SIZE, tokenizer, kinds=kinds)
+    with GGUFFile.open(path) as file:
+        config = model_config(file)
+        exact, coded = (load_params(file, config, dtype=dtype) for dtype in ("float32", "int8"))
+    for one, other in zip(exact.layers, coded.layers, strict=True):
+        assert isinstance(other.qkv, InterleavedArray)
+        assert [part.form for part in other.qkv.parts if isinstance(part, PackedArray)] == [Form.LEVELS, Form.SIX]
+        for wanted, weight in ((one.qkv, other.qkv), (one.out, other.out), (one.gate_up, other.gate_up)):
+            assert weight is not None
+            if isinstance(weight, PackedArray):
+                assert weight.form is Form.LEVELS
+            found, unit = floats(weight)
+            assert (np.abs(found - np.asarray(wanted)) <= 0.76 * unit[:, None]).all()
+
+
 def test_what_was_packed_is_not_copied(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A large model is in memory once while it is loaded."""
     made: list[int] = []

@@ -33,6 +33,7 @@ from atlas_jax.kernels.linear import (
     linear,
     linear_each,
     pack_floats,
+    pack_levels,
     pack_weight,
     quantize_weight,
     split_rows,
@@ -101,8 +102,14 @@ def floats_weight(rng: np.random.Generator, outputs: int, inner: int) -> PackedA
     return PackedArray(*map(jnp.asarray, pack_floats(codes, exponent.astype(np.uint8))), Form.FLOATS)
 
 
+def levels_weight(rng: np.random.Generator, outputs: int, inner: int) -> PackedArray:
+    codes = rng.integers(0, 16, (outputs, inner)).astype(np.uint8)
+    step = (rng.normal(size=(outputs, inner // 32)) * np.exp(rng.normal(size=(outputs, 1)))).astype(np.float32)
+    return PackedArray(*map(jnp.asarray, pack_levels(codes, step)), Form.LEVELS)
+
+
 @needs_kernels
-@pytest.mark.parametrize("coded", [packed_weight, floats_weight])
+@pytest.mark.parametrize("coded", [packed_weight, floats_weight, levels_weight])
 @settings(deadline=None, max_examples=6)
 @given(
     seed=seeds,

@@ -12,11 +12,14 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from atlas_jax.gguf import Levels4, TensorType
+from atlas_jax.gguf._nibbles import unpack_nibbles
 from atlas_jax.kernels.linear import (
     PackedArray,
     QuantArray,
     linear,
     pack_floats,
+    pack_levels,
     pack_weight,
     quantize_rows,
     quantize_weight,
@@ -143,6 +146,38 @@ def test_floats_of_4_bits_are_exact_up_to_an_eighth_of_the_largest(seed: int, sp
     assert np.array_equal(rows_of(coded, jnp.asarray(ids)), rows_of(found, ids))
     x = numbers(seed + 1, (ROWS, 2 * 64), 1.0)
     assert np.array_equal(product(coded, x), product(found, x))
+
+
+@pytest.mark.parametrize("kind", [GGMLQuantizationType.IQ4_NL, GGMLQuantizationType.IQ4_XS])
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(seed=seeds, used=st.integers(1, 16))
+def test_levels_of_4_bits_are_those_of_the_file_up_to_their_step(
+    kind: GGMLQuantizationType, seed: int, used: int
+) -> None:
+    """Whatever codes a block uses: one that has small levels only may have a step that others would overflow with."""
+    random = np.random.default_rng(seed)
+    rows, width = 4, {GGMLQuantizationType.IQ4_NL: 18, GGMLQuantizationType.IQ4_XS: 136}[kind]
+    blocks = random.integers(0, 256, (rows, 512 // (32 if width == 18 else 256), width)).astype(np.uint8)
+    allowed = random.choice(16, used, replace=False).astype(np.uint8)
+    at = 2 if width == 18 else 8
+    pairs = random.choice(allowed, (2, *blocks[..., at:].shape))
+    blocks[..., at:] = pairs[0] | pairs[1] << 4
+    units = (random.normal(size=blocks.shape[:2]) * np.exp(random.normal(size=(rows, 1)))).astype("<f2")
+    blocks[..., :2] = units[..., None].view(np.uint8)
+    blocks[0, :, :2] = 0  # a row of zeros
+    wanted = quants.dequantize(blocks.reshape(rows, -1), kind).astype(np.float64)
+    found = unpack_nibbles(TensorType(kind), blocks.reshape(rows, -1))
+    assert isinstance(found, Levels4)
+    coded = PackedArray(*map(jnp.asarray, pack_levels(found.codes, found.step)), Form.LEVELS)
+    assert coded.shape == wanted.shape
+    values = unpack(coded)
+    scale = np.asarray(values.scale, np.float64)[:, None]
+    np.testing.assert_allclose(scale[:, 0], np.abs(wanted).max(axis=1) / 127, rtol=1e-5)
+    assert (np.abs(np.asarray(values.values, np.float64) * scale - wanted) <= 0.751 * scale).all()
+    ids = np.asarray([[3, 0], [rows - 1, 2]], np.int32)
+    assert np.array_equal(rows_of(coded, jnp.asarray(ids)), rows_of(values, ids))
+    x = numbers(seed + 1, (3, 512), 1.0)
+    assert np.array_equal(product(coded, x), product(values, x))
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -1,7 +1,7 @@
 /* The forms in which weights of 8 bits lie: as bytes, or coded in fewer bits, and how 64 of them are decoded.
 
-   A coded weight is the upper byte of code · step + base, in 16-bit arithmetic that wraps, or in FLOATS the number that a code
-   stands for, shifted. The definition, and what the bytes of a record are, is `Form` in Python (`kernels.weight_forms`). */
+   A coded weight is the upper byte of code · step + base, in 16-bit arithmetic that wraps, or in FLOATS and LEVELS the number
+   that a code stands for, shifted or times a step. The definition, and what the bytes of a record are, is `Form` in Python (`kernels.weight_forms`). */
 
 #ifndef ATLAS_FORMS_H
 #define ATLAS_FORMS_H
@@ -12,7 +12,7 @@
 #include <string.h>
 
 /* A form is known by the bytes of its record. */
-typedef enum { BYTES = 64, FLOATS = 34, PAIRS = 40, FOUR = 144, FIVE = 176, SIX = 210 } Form;
+typedef enum { BYTES = 64, FLOATS = 34, LEVELS = 36, PAIRS = 40, FOUR = 144, FIVE = 176, SIX = 210 } Form;
 
 /* Weights of a record. */
 static inline __attribute__((always_inline)) int64_t span_of(Form form) {
@@ -20,7 +20,7 @@ static inline __attribute__((always_inline)) int64_t span_of(Form form) {
 }
 
 static inline bool is_coded(int64_t record) {
-  return record == FLOATS || record == PAIRS || record == FOUR || record == FIVE || record == SIX;
+  return record == FLOATS || record == LEVELS || record == PAIRS || record == FOUR || record == FIVE || record == SIX;
 }
 
 /* Steps and bases of a record's blocks, and what of its codes lies apart; of codes of 4 bits the weights that they are instead,
@@ -56,6 +56,20 @@ static inline __attribute__((always_inline)) __m512i floats_of(uint8_t first, ui
       {0}};
   const __m512i lower = _mm512_broadcast_i32x4(_mm_load_si128((const __m128i *)numbers[first < 8 ? first : 8]));
   return _mm512_mask_broadcast_i32x4(lower, 0xff00, _mm_load_si128((const __m128i *)numbers[second < 8 ? second : 8]));
+}
+
+/* What the codes of LEVELS are, in either half of 64 weights that have these steps. */
+static inline __attribute__((always_inline)) __m512i levels_of(const uint8_t *steps, short half) {
+  const __m256i levels = _mm256_setr_epi16(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113);
+  int16_t step[2];
+  memcpy(step, steps, sizeof step);
+  __m128i halves[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++) {
+    const __m256i made = _mm256_add_epi16(_mm256_mullo_epi16(levels, _mm256_set1_epi16(step[i])), _mm256_set1_epi16(half));
+    halves[i] = _mm256_cvtepi16_epi8(_mm256_srli_epi16(made, 8));
+  }
+  return _mm512_mask_broadcast_i32x4(_mm512_broadcast_i32x4(halves[0]), 0xff00, halves[1]);
 }
 
 /* What is common to a record's weights. `flipped` weights come with their top bit flipped: w + 128, unsigned. */
@@ -102,6 +116,8 @@ static inline __attribute__((always_inline)) Record opened(const uint8_t *record
   } else if (form == FLOATS) {
     found.table[0] = floats_of(record[0], record[1]);
     if (flipped) found.table[0] = _mm512_xor_si512(found.table[0], _mm512_set1_epi8((char)0x80));
+  } else if (form == LEVELS) {
+    found.table[0] = levels_of(record, half);
   }
   return found;
 }
@@ -126,8 +142,8 @@ static inline __attribute__((always_inline)) __m512i decoded(const uint8_t *reco
     const __m512i own = part % 2 ? _mm512_shuffle_i64x2(table, table, 0xfa) : _mm512_shuffle_i64x2(table, table, 0x50);
     return _mm512_shuffle_epi8(own, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
   }
-  if (form == FLOATS) {
-    const __m512i halves = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(record + 2)));
+  if (form == FLOATS || form == LEVELS) {
+    const __m512i halves = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)(record + (form == FLOATS ? 2 : 4))));
     const __m512i upper = _mm512_slli_epi16(_mm512_srli_epi16(halves, 4), 8);
     return _mm512_shuffle_epi8(found->table[0], _mm512_or_si512(_mm512_and_si512(halves, _mm512_set1_epi16(15)), upper));
   }

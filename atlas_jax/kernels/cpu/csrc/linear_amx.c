@@ -85,6 +85,7 @@ static const int8_t *as_bytes(const Linear *task, const int8_t *weight, int64_t 
   switch (task->form) {
     case BYTES: break;
     case FLOATS: decode_all(task, record, outputs, FLOATS, room); break;
+    case LEVELS: decode_all(task, record, outputs, LEVELS, room); break;
     case PAIRS: decode_all(task, record, outputs, PAIRS, room); break;
     case FOUR: decode_all(task, record, outputs, FOUR, room); break;
     case FIVE: decode_all(task, record, outputs, FIVE, room); break;

@@ -71,6 +71,7 @@ typedef void FewRows(const Linear *task, const Gemm *p, int64_t output, const in
 
 static void few_bytes(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, BYTES); }
 static void few_floats(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, FLOATS); }
+static void few_levels(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, LEVELS); }
 static void few_pairs(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, PAIRS); }
 static void few_four(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, FOUR); }
 static void few_five(const Linear *t, const Gemm *p, int64_t o, const int8_t *w) { few_rows(t, p, o, w, FIVE); }
@@ -83,6 +84,7 @@ void multiply_few(const void *data, int64_t part) {
   switch (task->form) {
     case BYTES: run = few_bytes; break;
     case FLOATS: run = few_floats; break;
+    case LEVELS: run = few_levels; break;
     case PAIRS: run = few_pairs; break;
     case FOUR: run = few_four; break;
     case FIVE: run = few_five; break;
@@ -122,6 +124,7 @@ static const int8_t *laid_out(const Linear *task, const int8_t *weight, int widt
   switch (task->form) {
     case BYTES: lay_out(task, weight, width, BYTES, room); break;
     case FLOATS: lay_out(task, weight, width, FLOATS, room); break;
+    case LEVELS: lay_out(task, weight, width, LEVELS, room); break;
     case PAIRS: lay_out(task, weight, width, PAIRS, room); break;
     case FOUR: lay_out(task, weight, width, FOUR, room); break;
     case FIVE: lay_out(task, weight, width, FIVE, room); break;
