@@ -13,10 +13,16 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 from ray.serve.experimental.consistent_hash_router import ConsistentHashRouter
 
-from server.config.settings import Settings, SettingsError
-from server.config.sources import load
-from server.embed import AtlasServer
-from server.middleware.asgi import Receive, Scope, Send
+try:  # what a wheel has
+    from atlas_jax_server.config.settings import Settings, SettingsError
+    from atlas_jax_server.config.sources import load
+    from atlas_jax_server.embed import AtlasServer
+    from atlas_jax_server.middleware.asgi import Receive, Scope, Send
+except ModuleNotFoundError:  # a clone
+    from server.config.settings import Settings, SettingsError
+    from server.config.sources import load
+    from server.embed import AtlasServer
+    from server.middleware.asgi import Receive, Scope, Send
 
 _QUEUED = 32
 """Requests a replica takes beyond those it runs: it queues them by key, and refuses with words of its own."""

@@ -17,12 +17,27 @@ NEGATIVE = -1e30
 """A score that no softmax sees."""
 
 
-def rotate(x: Float[Array, "B T heads D"], base: float, offset: int = 0) -> Float[Array, "B T heads D"]:
-    """Rotary embedding of pairs (0, 1), (2, 3), … as GGUF's `llama` stores them, from position `offset` on."""
-    frequency = frequencies(RopeConfig(base=base, dims=x.shape[-1]))
-    angle = (np.arange(x.shape[1]) + offset)[:, None] * frequency
+def rotate(
+    x: Float[Array, "B T heads D"], base: float, place: Int32[Array, "B T"] | None = None
+) -> Float[Array, "B T heads D"]:
+    """Rotary embedding of pairs (0, 1), (2, 3), … as GGUF's `llama` stores them.
+
+    Args:
+      place: of each token, less than T; 0, 1, … if not given.
+    """
+    angle = np.arange(x.shape[1])[:, None] * frequencies(RopeConfig(base=base, dims=x.shape[-1]))
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    return rotate_pairs(x, jnp.asarray(np.cos(angle), wide), jnp.asarray(np.sin(angle), wide))
+    cos, sin = jnp.asarray(np.cos(angle), wide), jnp.asarray(np.sin(angle), wide)
+    return rotate_pairs(x, *((cos, sin) if place is None else (cos[place], sin[place])))
+
+
+def places(document: Int32[Array, "B T"], prefix: int) -> Int32[Array, "B prefix+T"]:
+    """Where each token stands in its own document, which the same `prefix` tokens precede."""
+    index = jnp.arange(document.shape[1], dtype=jnp.int32)
+    begins = jnp.diff(document, axis=1, prepend=document[:, :1]) != 0
+    own = index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
+    first = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (document.shape[0], prefix))
+    return jnp.concatenate([first, prefix + own], axis=1)
 
 
 def rotate_pairs(
@@ -135,7 +150,7 @@ class Attention(nnx.Module):
         if self._window is None:
             return self.mix_masked(x, within(window_mask(x.shape[1], None)[None], document))
         x, prefix = self.with_persistent(x)
-        q, k, v = self.qkv(x)
+        q, k, v = self.qkv(x, None if document is None else places(document, prefix))
         return window_attend(q, k, v, self._window, prefix, document)
 
     def mix_masked(self, x: Float[Array, "B T E"], mask: Bool[Array, "#B T T"]) -> Float[Array, "B T H D"]:
@@ -150,11 +165,11 @@ class Attention(nnx.Module):
         return jnp.einsum("bthd,hde->bte", mixed, self.out[...])
 
     def qkv(
-        self, x: Float[Array, "B T E"]
+        self, x: Float[Array, "B T E"], place: Int32[Array, "B T"] | None = None
     ) -> tuple[Float[Array, "B T H D"], Float[Array, "B T K D"], Float[Array, "B T K D"]]:
-        """Rotated queries, rotated keys, values."""
+        """Rotated queries, rotated keys, values; `place` as for `rotate`."""
         q, k, v = self.heads(x)
-        return rotate(q, self._base), rotate(k, self._base), v
+        return rotate(q, self._base, place), rotate(k, self._base, place), v
 
     def heads(
         self, x: Float[Array, "B T E"]

@@ -31,17 +31,12 @@ def run(code: str) -> dict[str, Any]:
     return scope
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("index", "served"),
-    [
-        pytest.param(0, True, id="objective", marks=pytest.mark.slow),
-        pytest.param(1, True, id="activation", marks=pytest.mark.slow),
-        pytest.param(2, True, id="two rules", marks=pytest.mark.slow),
-        pytest.param(2, False, id="two rules, not served"),
-    ],
+    "index", [pytest.param(0, id="objective"), pytest.param(1, id="activation"), pytest.param(2, id="two rules")]
 )
 def test_a_model_of_the_guide_is_trained_exported_and_served(
-    index: int, served: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = MODELS[index]
     assert len([line for line in code.splitlines() if line.strip()]) <= 30
@@ -62,8 +57,6 @@ def test_a_model_of_the_guide_is_trained_exported_and_served(
     text = [*prompt, *wanted] + [0] * (32 - len(prompt) - len(wanted))
     best = np.argmax(jax.jit(apply)(params, np.asarray([text]))[0], axis=-1)
     assert best[len(prompt) - 1 : len(prompt) + len(wanted) - 1].tolist() == wanted
-    if not served:
-        return
     engine = Engine.open(model_path="model.gguf", cache_path=tmp_path / "cache", max_concurrent=1)
     try:
         assert ask(engine, request(prompt, 3)).tokens == wanted
