@@ -106,6 +106,32 @@ MeshModel = Annotated[
     int,
     Meta(ge=1, le=4096, description="Tensor-parallel size: devices each layer's heads and columns are divided over"),
 ]
+Distributed = Annotated[
+    bool,
+    Meta(
+        description="Serve as one of several processes over one mesh; coordinator_address, num_processes and process_id are "
+        "found out on Slurm, Open MPI, Kubernetes and TPU pods where they are not given"
+    ),
+]
+CoordinatorAddress = Annotated[
+    str,
+    Meta(
+        pattern=r"^.+:[0-9]{1,5}$",
+        description="Several processes: host and port of process 0, where they find one another; it implies distributed",
+    ),
+]
+NumProcesses = Annotated[
+    int, Meta(ge=1, le=65_536, description="Several processes: how many there are; it implies distributed")
+]
+ProcessId = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=65_535,
+        description="Several processes: which one this is, from 0; 0 serves HTTP, the others follow it; it implies "
+        "distributed",
+    ),
+]
 
 CalibrationSeconds = Annotated[
     float,
@@ -190,6 +216,10 @@ class EngineConfig:
     native_kernels: NativeKernels = True
     mesh_data: MeshData = 1
     mesh_model: MeshModel = 1
+    distributed: Distributed = False
+    coordinator_address: CoordinatorAddress | None = None
+    num_processes: NumProcesses | None = None
+    process_id: ProcessId | None = None
 
     def __post_init__(self) -> None:
         for name, kind in _types().items():
@@ -211,6 +241,8 @@ class EngineConfig:
                 raise ConfigError(f"hf_repo: {error}") from None
         if self.mesh_data > self.max_concurrent:
             raise ConfigError(f"mesh_data ({self.mesh_data}) must not exceed max_concurrent, {self.max_concurrent}")
+        if None not in (self.process_id, self.num_processes) and self.process_id >= self.num_processes:  # type: ignore[operator]
+            raise ConfigError(f"process_id ({self.process_id}) must be less than num_processes, {self.num_processes}")
 
     def find_model(self) -> Path:
         """The model's file or folder, fetched if it has to be; raises HubError."""
@@ -223,6 +255,12 @@ class EngineConfig:
     def devices(self) -> int:
         """Devices of the mesh."""
         return self.mesh_data * self.mesh_model
+
+    @property
+    def several_processes(self) -> bool:
+        """Whether the devices of the mesh are those of several processes."""
+        given = self.coordinator_address, self.num_processes, self.process_id
+        return self.distributed or given != (None, None, None)
 
     @property
     def cache_folder(self) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from atlas_jax import _platform
+from atlas_jax.config import ConfigError
 from atlas_jax.engine import cache_folder
 from atlas_jax.engine.adapter_finder import NOT_FITTED, FittingStopped
 from atlas_jax.engine.api import (
@@ -41,6 +41,7 @@ from atlas_jax.engine.compile_cache import CompileCounter, use_cache
 from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.fitting import BackgroundFit
 from atlas_jax.engine.host_memory import resident_bytes
+from atlas_jax.engine.hosts.group import Group, join
 from atlas_jax.engine.loader import Opened, open_model
 from atlas_jax.engine.scheduler.metrics import Counters, together
 from atlas_jax.engine.scheduler.request_state import RequestState, new_request_state
@@ -64,9 +65,15 @@ class Engine:
     """Serves one model; make it with `Engine.open`."""
 
     def __init__(
-        self, config: EngineConfig, opened: Opened, storage: Storage | None, compilations: CompileCounter
+        self,
+        config: EngineConfig,
+        opened: Opened,
+        storage: Storage | None,
+        compilations: CompileCounter,
+        group: Group | None = None,
     ) -> None:
         """Use `Engine.open`."""
+        self._group = group
         self.config = config
         self.tokenizer = opened.tokenizer
         self._storage, self._compilations, self._kernels = storage, compilations, _kernels(config)
@@ -88,7 +95,7 @@ class Engine:
         return Serving.of(self.config, opened, self._storage, self._documents, self._wake)
 
     @classmethod
-    def open(cls, config: EngineConfig | None = None, **fields: Any) -> Engine:
+    def open(cls, config: EngineConfig | None = None, *, group: Group | None = None, **fields: Any) -> Engine:
         """Loads a model, fits or finds its memory, compiles, and starts serving.
 
         A model that no memory can be fitted to is served without: `model.memory_unavailable` says so. With
@@ -96,16 +103,25 @@ class Engine:
 
         Args:
           config: what to open; None takes the fields alone.
+          group: the processes that share the mesh, where they have found one another already; else they do it now.
           fields: fields of `EngineConfig`, in place of those of `config`.
 
         Raises:
           ConfigError: a field is out of its range, the model cannot be divided so, or there are too few devices; the
             message names the field.
+          HostsError: the other processes are gone, or have opened something else.
           HubError: the model cannot be had from its repository.
           GGUFError, UnsupportedModel, AdapterError: a file cannot be used; the message names what is wrong.
         """
         config = EngineConfig(**fields) if config is None else dataclasses.replace(config, **fields)
-        _limit_threads(config.threads)
+        if group is None and config.several_processes:
+            group = join(config)
+        if group is not None and group.process_id:
+            raise ConfigError(
+                f"process_id is {group.process_id}: only process 0 has an engine, the others follow it with "
+                "`atlas_jax.engine.hosts.group.follow_process_0`"
+            )
+        _platform.limit_threads(config.threads)
         _platform.limit_lapack()
         cache = cache_folder.usable(config.cache_folder)
         if cache is not None:
@@ -118,7 +134,9 @@ class Engine:
             with _kernels(config).scope():
                 opened = open_model(config, cache)
             _platform.self_test()
-            engine = cls(config, opened, storage, compilations)
+            if group is not None:
+                opened = dataclasses.replace(opened, runner=group.lead(config, opened))
+            engine = cls(config, opened, storage, compilations, group)
         except BaseException:
             if storage is not None:
                 storage.close()
@@ -275,7 +293,9 @@ class Engine:
         return (*slots, *(dataclasses.replace(slot, id=len(slots) + index) for index, slot in enumerate(leaving)))
 
     def alive(self) -> bool:
-        """False once the engine's thread has died."""
+        """False once the engine's thread has died, or one of the processes that share its devices."""
+        if self._group is not None and self._group.failure is not None:
+            return False
         return self._serving.scheduler.alive and all(one.scheduler.failure is None for one in self._leaving)
 
     def warm_up(self, timeout: float | None = None) -> bool:
@@ -357,6 +377,8 @@ class Engine:
             if self._serving.table is None and self._storage is not None:
                 self._storage.close()
             self._grammars.close()
+            if self._group is not None:
+                self._group.end()
         atexit.unregister(self.close)
 
     def _wake(self) -> None:
@@ -379,8 +401,3 @@ class _Submitted:
 
 def _kernels(config: EngineConfig) -> KernelChoice:
     return KernelChoice(cpu=config.native_kernels and config.devices == 1, tpu=config.native_kernels)
-
-
-def _limit_threads(threads: int) -> None:
-    if threads > 0:
-        os.environ["PJRT_NPROC"] = str(threads)  # read when JAX makes its CPU client

@@ -41,6 +41,10 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     pooling: engine.PoolingName | None = EngineConfig.pooling
     mesh_data: engine.MeshData = EngineConfig.mesh_data
     mesh_model: engine.MeshModel = EngineConfig.mesh_model
+    distributed: engine.Distributed = EngineConfig.distributed
+    coordinator_address: engine.CoordinatorAddress | None = EngineConfig.coordinator_address
+    num_processes: engine.NumProcesses | None = EngineConfig.num_processes
+    process_id: engine.ProcessId | None = EngineConfig.process_id
     weight_dtype: engine.WeightDtypeName = EngineConfig.weight_dtype
     kv_dtype: engine.KVDtypeName = EngineConfig.kv_dtype
     cache_path: Annotated[

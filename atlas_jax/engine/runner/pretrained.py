@@ -105,8 +105,15 @@ class PretrainedRunner(CompiledRunner):
     def _make(self, *, batch: int, pages: int) -> Sequences:
         return init_sequences(self.config.model, self.config.memory, batch, pages, self._kv_dtype)
 
-    def _to_device(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(self._mesh_layout.rows(rows))
+    @property
+    def mesh_layout(self) -> MeshLayout:
+        """Where its arrays lie."""
+        return self._mesh_layout
+
+    def successors(self) -> np.ndarray:
+        """The bigram table that drafts fall back on; empty where there is none."""
+        table = self._weights.successor
+        return np.zeros(0, np.int32) if table is None else np.asarray(table)
 
     def shape(self, memory: MemoryParams) -> SessionShape:
         """What the request asks for: the memory of a pretrained model is as large as one likes."""
