@@ -114,6 +114,8 @@ def test_the_engine_ends_with_a_follower(pair: Callable[..., Any]) -> None:
         assert both.engine.alive()
         both.there.close()
         both.thread.join(PATIENCE)
+        for listener in both.log._listeners:
+            listener.join(PATIENCE)
         assert both.log.failure is not None
         assert "Process 1" in both.log.failure
         assert not both.engine.alive()
