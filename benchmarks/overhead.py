@@ -431,7 +431,7 @@ def main() -> None:
     if args.output is None:
         print(page)
     else:
-        head = args.output.read_text("utf-8").partition("Milliseconds, medians")[0]
+        head = args.output.read_text("utf-8").partition("Milliseconds, medians")[0] if args.output.exists() else ""
         args.output.write_text(head + page, "utf-8")
 
 

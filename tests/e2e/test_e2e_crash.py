@@ -58,10 +58,10 @@ def rounds(tiny: tuple[Path, Path], cache: Path, folder: Path, *flags: str) -> R
 
 
 def test_kills_and_a_stop_on_a_slow_disk_lose_nothing(tiny: tuple[Path, Path], cache: Path, tmp_path: Path) -> None:
-    run = rounds(tiny, cache, tmp_path, "--kills", "2", "--stops", "1", "--clean-stops", "0", "--seed", "ci")
+    run = rounds(tiny, cache, tmp_path, "--kills", "1", "--stops", "1", "--clean-stops", "0", "--seed", "ci")
     assert run.code == 0, run.output
     assert not any(run.figures["violations"].values()), run.output
-    assert run.figures["kills"] >= 2
+    assert run.figures["kills"] >= 1
     assert run.figures["stops"] == 1
     assert run.figures["acknowledged"]["turn"] >= 20
     assert run.figures["answers_equal"] >= 10

@@ -64,6 +64,20 @@ class Terminal:
         before, self._read = self.text[self._read : at], at + len(text)
         return before
 
+    def interrupt(self, text: str) -> None:
+        """Presses Ctrl-C until a text comes.
+
+        While readline handles a key, CPython only notes an interrupt, and acts on it at the next key: one press can be lost.
+        """
+        until = time.monotonic() + PATIENCE
+        while self.text.find(text, self._read) < 0:
+            assert time.monotonic() < until, f"{text!r} did not come; there was:\n{self.text[self._read :]}"
+            self.type(CTRL_C)
+            pause = time.monotonic() + 2.0
+            while self.text.find(text, self._read) < 0 and time.monotonic() < pause:
+                self._more(0.1)
+        self.see(text)
+
     def say(self, line: str, *, answer: str) -> str:
         """Types a line at the prompt and waits for a text and the next prompt; returns what came between."""
         self.type(line + "\r")

@@ -77,8 +77,9 @@ def test_a_conversation_at_a_terminal(live: Live, tmp_path: Path) -> None:
         engine.script = ["ok"]
         shown.say("//etc/hosts?", answer="ok")
         assert engine.written[0][-1]["content"] == "/etc/hosts?"
-        shown.type("half a line" + CTRL_C)
-        shown.see("Ctrl-D or /exit leaves.")
+        shown.type("half a line")
+        shown.see("half a line")
+        shown.interrupt("Ctrl-D or /exit leaves.")
         shown.see(">>> ")
         shown.type(CTRL_D)
         assert shown.end() == 0
@@ -93,7 +94,7 @@ def test_a_conversation_at_a_terminal(live: Live, tmp_path: Path) -> None:
         shown.see(">>> ")
         shown.type("\x1b[A\x1b[A\x1b[A")  # up: the history is there
         shown.see("pasted")
-        shown.type(CTRL_C)
+        shown.interrupt("leaves.")
         shown.see(">>> ")
         shown.say("/help", answer="leaves.")
         shown.say("/stats", answer="when full")
