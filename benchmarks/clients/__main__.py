@@ -168,7 +168,8 @@ def main() -> None:
                         flush=True,
                     )
                 if args.output is not None:
-                    head = args.output.read_text("utf-8").partition("| client |")[0]
+                    before = args.output.read_text("utf-8") if args.output.exists() else ""
+                    head = before.partition("| client |")[0]
                     args.output.write_text(head + table(rows), "utf-8")
         finally:
             scripted.stop()
