@@ -65,7 +65,7 @@ def test_the_longest_beginning_of_the_owner_is_found(actions: list[tuple[bool, s
         assert found is not None
         read, length = found
         assert length == best * PAGE
-        who, source = kept[int(read.page[0, 0])]
+        who, source = kept[int(read.cache.page[0, 0])]
         assert who == owner
         assert source[:length] == tokens[:length]
 

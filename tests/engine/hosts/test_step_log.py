@@ -28,11 +28,18 @@ from tests.engine.offline import Answer, ask, ask_all, memory, request, words
 from tests.patience import PATIENCE
 
 
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    """Two ends of a connection of this machine with itself."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        one = socket.create_connection(listener.getsockname())
+        return one, listener.accept()[0]
+
+
 class Pair:
     """An engine whose runner is followed by another, in a thread of this process."""
 
     def __init__(self, config: EngineConfig, cache: Path) -> None:
-        here, there = socket.socketpair()
+        here, there = tcp_pair()
         self.opened = open_model(config, cache)
         other = open_model(config, cache).runner
         assert isinstance(other, PretrainedRunner)
@@ -131,7 +138,7 @@ def test_a_follower_ends_with_the_leader(pair: Callable[..., Any]) -> None:
 
 
 def test_a_process_that_has_opened_something_else_is_refused() -> None:
-    here, there = socket.socketpair()
+    here, there = tcp_pair()
     log = StepLog({1: Connection(here)})
     errors: list[str] = []
 
