@@ -99,6 +99,12 @@ NativeKernels = Annotated[
     bool,
     Meta(description="Use our kernels: in C on a CPU that can run them, if there is a compiler; Mosaic on TPUs"),
 ]
+GpuKernels = Annotated[
+    bool,
+    Meta(
+        description="Use our Triton kernels on a CUDA GPU; weights of 4 to 6 bits then stay so there. No GPU has run them yet"
+    ),
+]
 MeshData = Annotated[
     int, Meta(ge=1, le=4096, description="Data-parallel size: devices the rows of a decode batch are divided over")
 ]
@@ -116,8 +122,7 @@ Distributed = Annotated[
 CoordinatorAddress = Annotated[
     str,
     Meta(
-        pattern=r"^.+:[0-9]{1,5}$",
-        description="Several processes: host and port of process 0, where they find one another; it implies distributed",
+        description="Several processes: host and port of process 0, where they find one another; it implies distributed"
     ),
 ]
 NumProcesses = Annotated[
@@ -180,7 +185,7 @@ class EngineConfig:
       calibrate_in_background: `Engine.open` then returns before there is a memory; `Engine.fitting` tells how far it is.
       max_waiting: sequences that may wait beyond `max_concurrent`.
       owner_quota: None is all of `l3_cache_size`.
-      native_kernels: C kernels are never used on a mesh.
+      native_kernels, gpu_kernels: those in C and in Triton are never used on a mesh.
 
     Raises:
       ConfigError: a value is out of its range; the message names the field.
@@ -214,6 +219,7 @@ class EngineConfig:
     speculate: Speculate = True
     pooling: PoolingName | None = None
     native_kernels: NativeKernels = True
+    gpu_kernels: GpuKernels = False
     mesh_data: MeshData = 1
     mesh_model: MeshModel = 1
     distributed: Distributed = False
@@ -241,6 +247,12 @@ class EngineConfig:
                 raise ConfigError(f"hf_repo: {error}") from None
         if self.mesh_data > self.max_concurrent:
             raise ConfigError(f"mesh_data ({self.mesh_data}) must not exceed max_concurrent, {self.max_concurrent}")
+        if self.coordinator_address is not None:
+            host, _, port = self.coordinator_address.rpartition(":")
+            if not host or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 1 << 16:
+                raise ConfigError(
+                    f"coordinator_address must be a host and a port, like host0:8476, got {self.coordinator_address!r}"
+                )
         if None not in (self.process_id, self.num_processes) and self.process_id >= self.num_processes:  # type: ignore[operator]
             raise ConfigError(f"process_id ({self.process_id}) must be less than num_processes, {self.num_processes}")
 

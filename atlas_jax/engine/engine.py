@@ -42,6 +42,7 @@ from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.fitting import BackgroundFit
 from atlas_jax.engine.host_memory import resident_bytes
 from atlas_jax.engine.hosts.group import Group, join
+from atlas_jax.engine.kernels import kernels_of
 from atlas_jax.engine.loader import Opened, open_model
 from atlas_jax.engine.scheduler.metrics import Counters, together
 from atlas_jax.engine.scheduler.request_state import RequestState, new_request_state
@@ -52,7 +53,6 @@ from atlas_jax.engine.sessions.documents import Documents
 from atlas_jax.engine.sessions.storage import open_storage
 from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.table import SessionTable
-from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.progress import Progress
 
 log = logging.getLogger("atlas.engine")
@@ -76,7 +76,7 @@ class Engine:
         self._group = group
         self.config = config
         self.tokenizer = opened.tokenizer
-        self._storage, self._compilations, self._kernels = storage, compilations, _kernels(config)
+        self._storage, self._compilations, self._kernels = storage, compilations, kernels_of(config)
         self._chat = Chat(opened.tokenizer, opened.template)
         self._longest_prompt = opened.longest_prompt
         self._grammars = Grammars(opened.tokenizer)
@@ -131,7 +131,7 @@ class Engine:
         kept = config.memory_path if config.memory_enabled else None
         storage = None if kept is None else open_storage(kept)
         try:
-            with _kernels(config).scope():
+            with kernels_of(config).scope():
                 opened = open_model(config, cache)
             _platform.self_test()
             if group is not None:
@@ -397,7 +397,3 @@ class _Submitted:
         if not self._state.done:
             self._state.cancelled.set()
             self._scheduler.wake()
-
-
-def _kernels(config: EngineConfig) -> KernelChoice:
-    return KernelChoice(cpu=config.native_kernels and config.devices == 1, tpu=config.native_kernels)

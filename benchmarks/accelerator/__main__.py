@@ -6,7 +6,7 @@ Parts, each in a process and a time box of its own, so that one that fails, hang
 nothing; what a part has found until then counts:
 
 machine     the device, the bandwidth of a copy and the rate of products, beside the device's own figures where they are known
-kernels     every kernel, in the form that this device runs, against its `ref_` definition on the CPU
+kernels     every kernel, in the form that this device runs, against its definition on the CPU, and the bandwidth of GEMVs
 invariants  inside the window with the memory and without, alone and in a batch, read at once and token by token, with drafts
             and without, a session that was saved: equal bits, or how far apart
 golden      greedy text against llama.cpp's, where the model is the one of the golden files

@@ -36,6 +36,7 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     port: Annotated[Port, Meta(description="Port to listen on; 0 takes a free one")] = 8080
     threads: engine.Threads = EngineConfig.threads
     native_kernels: engine.NativeKernels = EngineConfig.native_kernels
+    gpu_kernels: engine.GpuKernels = EngineConfig.gpu_kernels
     prefix_cache_size: engine.PrefixCacheSize = EngineConfig.prefix_cache_size
     speculate: engine.Speculate = EngineConfig.speculate
     pooling: engine.PoolingName | None = EngineConfig.pooling

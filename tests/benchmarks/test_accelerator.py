@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.accelerator import __main__ as check
+from benchmarks.accelerator.kernel_part import KERNELS
 from benchmarks.accelerator.machine_part import peak
+from tests.e2e.real_server import ROOT
 
 PART = """
 import json, sys, time
@@ -53,6 +55,12 @@ def test_a_device_is_known_by_the_name_that_jax_has_for_it() -> None:
     assert peak("TPU v5 lite") == (819, 197)
     assert peak("TPU v5") == peak("TPU v5p")
     assert peak("cpu") is None
+
+
+def test_every_kernel_is_checked() -> None:
+    modules = {file.stem for file in (ROOT / "atlas_jax/kernels").glob("*.py")} | {"gpu"}
+    checked = {module for kernel in KERNELS.values() for module in kernel.modules}
+    assert checked == modules - {"__init__", "kernel_choice", "lowering_platform"}
 
 
 @pytest.mark.slow

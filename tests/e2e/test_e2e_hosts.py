@@ -79,7 +79,7 @@ def group(*arguments: Any) -> Iterator[Group]:
 def flags_of(adapter: Path, data: str, model: str) -> list[str]:
     return [
         *("--mesh-data", data, "--mesh-model", model, "--atlas-adapter", str(adapter), "--max-concurrent", "2"),
-        *("--max-context", "512", "--atlas-max-window", "256", "--no-speculate"),
+        *("--max-context", "512", "--atlas-max-window", "512", "--no-speculate"),
     ]
 
 

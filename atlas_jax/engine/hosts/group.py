@@ -22,9 +22,9 @@ from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.hosts.connection import Connection
 from atlas_jax.engine.hosts.follower import Follower, follow
 from atlas_jax.engine.hosts.leader import HostsError, LeaderRunner, StepLog
+from atlas_jax.engine.kernels import kernels_of
 from atlas_jax.engine.loader import Opened, open_model
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
-from atlas_jax.kernels.kernel_choice import KernelChoice
 
 log = logging.getLogger("atlas.engine")
 
@@ -34,7 +34,7 @@ _END_SECONDS = 2.0
 _KNOCK = struct.Struct(f"<{_SECRET_WORDS + 1}I")
 _SAME = (
     *("memory_enabled", "max_concurrent", "max_context", "max_window", "memory_dim", "memory_budget", "weight_dtype"),
-    *("kv_dtype", "speculate", "native_kernels", "mesh_data", "mesh_model"),
+    *("kv_dtype", "speculate", "native_kernels", "gpu_kernels", "mesh_data", "mesh_model"),
 )
 """Settings of which the programs are made."""
 
@@ -127,7 +127,7 @@ def follow_process_0(config: EngineConfig, group: Group) -> None:
     if cache is not None:
         use_cache(cache / "compiled")
     try:
-        with KernelChoice(cpu=False, tpu=config.native_kernels).scope():
+        with kernels_of(config).scope():
             opened = open_model(config, cache)
         runner = _divided(opened)
         log.info("Following process 0")

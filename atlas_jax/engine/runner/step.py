@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState
 from atlas_jax.kernels.fused_linear import rms_norm
-from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
+from atlas_jax.kernels.kernel_choice import DEFAULT_KERNELS, KernelChoice
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, record, sample
 from atlas_jax.kernels.speculative_drafter import NONE, draft_tokens
@@ -56,7 +56,7 @@ class StepConfig:
 
     model: ModelConfig
     memory: MemoryConfig | None
-    kernels: KernelChoice = ALL_KERNELS
+    kernels: KernelChoice = DEFAULT_KERNELS
     turn_tokens: tuple[int, ...] = ()
 
     @property

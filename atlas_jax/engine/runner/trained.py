@@ -22,7 +22,7 @@ from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_trans
 from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.sessions.session import SessionShape
-from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
+from atlas_jax.kernels.kernel_choice import DEFAULT_KERNELS, KernelChoice
 from atlas_jax.kernels.sampling import allowed_words
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import MEMORY_KINDS, LMConfig
@@ -83,7 +83,7 @@ class TrainedRunner(CompiledRunner):
         params: LMParams,
         context: int,
         rows: tuple[int, ...],
-        kernels: KernelChoice = ALL_KERNELS,
+        kernels: KernelChoice = DEFAULT_KERNELS,
     ) -> None:
         self._config, self._params, self._context, self._kernels = config, params, context, kernels
         capabilities = Capabilities(
