@@ -17,7 +17,7 @@ CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psu
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash attack neighbours \
-  clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile accelerator-check docs diagrams page-images openapi config lock clean
+  clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile gpu-compile accelerator-check docs diagrams page-images openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -127,6 +127,10 @@ tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic ker
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[tpu-compile]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/runner/test_tpu_compile.py \
 	  tests/property/test_kernels_tpu_property.py tests/property/test_kernels_tpu_rules_property.py
+
+gpu-compile: $(VENV)/dev ## compile the Triton kernel for two GPUs without a GPU (installs triton)
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[gpu-compile]'
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -s -m gpu_backend tests/property/test_kernels_gpu_property.py
 
 accelerator-check: $(VENV)/dev ## check and measure on this machine's GPU or TPU in ten minutes (EXTRA=tpu; EXTRA= and ARGS=--quick on a CPU)
 	test -z "$(EXTRA)" || $(RUN) -m pip install --quiet --constraint requirements.lock -e '.[$(EXTRA)]'

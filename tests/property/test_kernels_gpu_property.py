@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,21 +72,59 @@ def test_products_have_the_bits_of_xlas_program(rows: int) -> None:
     np.testing.assert_array_equal(by_kernel, by_xla)
 
 
-def lowered(choice: KernelChoice, form: Form | None, rows: int = 1) -> str:
-    weight = some_weight(np.random.default_rng(0), form, 64, 512)
-    x = jax.ShapeDtypeStruct((rows, 512), jnp.float32)
+def lowered(choice: KernelChoice, form: Form | None, rows: int = 1, size: int = 512) -> Any:
+    weight = some_weight(np.random.default_rng(0), form, size, size)
+    x = jax.ShapeDtypeStruct((rows, size), jnp.float32)
     with choice.scope(), lowering_platform.elsewhere("cuda"):
-        return jax.jit(linear).trace(weight, x).lower(lowering_platforms=("cuda",)).as_text()
+        return jax.jit(linear).trace(weight, x).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("form", FORMS, ids=NAMES)
 def test_triton_takes_the_kernel(form: Form | None) -> None:
-    assert CUDA in lowered(KernelChoice(gpu=True), form)
+    assert CUDA in lowered(KernelChoice(gpu=True), form).as_text()
 
 
 def test_nobody_takes_it_unasked() -> None:
-    assert CUDA not in lowered(KernelChoice(), Form.FIVE)
-    assert CUDA not in lowered(KernelChoice(gpu=True), Form.FIVE, rows=33)
+    assert CUDA not in lowered(KernelChoice(), Form.FIVE).as_text()
+    assert CUDA not in lowered(KernelChoice(gpu=True), Form.FIVE, rows=33).as_text()
     mesh = jax.make_mesh((1,), ("model",))
     with jax.set_mesh(mesh):  # XLA may divide its arrays, and cannot divide a kernel
-        assert CUDA not in lowered(KernelChoice(gpu=True), Form.FIVE)
+        assert CUDA not in lowered(KernelChoice(gpu=True), Form.FIVE).as_text()
+
+
+def triton_module(program: Any) -> str:
+    """The Triton module of a lowered program's only kernel, as text."""
+    from jaxlib.mlir import ir
+    from jaxlib.triton import dialect
+
+    found = []
+
+    def look(op: Any) -> Any:
+        if op.name == "stablehlo.custom_call" and CUDA in str(op.attributes["call_target_name"]):
+            found.append(ir.StringAttr(op.attributes["mhlo.backend_config"]["ir"]).value_bytes)
+        return ir.WalkResult.ADVANCE
+
+    program.compiler_ir("stablehlo").operation.walk(look)
+    (code,) = found
+    with ir.Context() as context:
+        dialect.register_dialect(context)
+        return str(ir.Module.parse(code, context))
+
+
+@pytest.mark.gpu_backend
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("form", FORMS, ids=NAMES)
+@pytest.mark.parametrize("arch", [80, 90])
+def test_triton_compiles_the_kernel(tmp_path: Path, form: Form | None, rows: int, arch: int) -> None:
+    """To machine code of an A100 and of an H100, in registers alone and with products on the tensor cores."""
+    triton = pytest.importorskip("triton", reason="needs the Triton compiler (make gpu-compile)")
+    from triton.backends.compiler import GPUTarget
+
+    file = tmp_path / "kernel.ttir"
+    file.write_text(triton_module(lowered(KernelChoice(gpu=True), form, rows, 4096)))
+    made = triton.compile(str(file), target=GPUTarget("cuda", arch, 32), options={"num_warps": 4, "num_stages": 3})
+    assert made.asm["cubin"]
+    code = made.asm["ptx"]
+    print(f"{made.metadata.shared} bytes of shared memory, {code.count(chr(10))} lines")
+    assert "mma.sync" in code or "wgmma" in code
+    assert "st.local" not in code

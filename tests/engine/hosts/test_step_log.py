@@ -97,6 +97,25 @@ def conversation(engine: Engine) -> list[Answer]:
     return answers
 
 
+def end_as_one(both: Pair) -> None:
+    """Ends both; asserts that they are where the other is."""
+    both.engine.close(timeout=PATIENCE)
+    both.thread.join(PATIENCE)
+    assert not both.error
+    here, there = (jax.tree.leaves((runner.sequences, runner.decode_state)) for runner in both.runners)
+    for one, other in zip(here, there, strict=True):
+        np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+
+
+def test_a_follower_goes_with_the_leader(pair: Callable[..., Any]) -> None:
+    with pair() as both:
+        said, session = words(1, 150), memory("told", window_size=128)
+        told = ask(both.engine, request(said, 4, memory=session)).tokens
+        ask(both.engine, request([*said, *told, *words(2, 20)], 4, memory=session))
+        end_as_one(both)
+
+
+@pytest.mark.slow
 def test_a_follower_is_where_the_leader_is(opened: Callable[..., Any], pair: Callable[..., Any]) -> None:
     with opened() as alone:
         wanted = conversation(alone)
@@ -104,13 +123,8 @@ def test_a_follower_is_where_the_leader_is(opened: Callable[..., Any], pair: Cal
         found = conversation(both.engine)
         gc.collect()
         ask(both.engine, request(words(5, 20), 2))
-        both.engine.close(timeout=PATIENCE)
-        both.thread.join(PATIENCE)
-        assert not both.error
         assert both.follower.held < 12, "only what prefixes of the last requests are kept as"
-        here, there = (jax.tree.leaves((runner.sequences, runner.decode_state)) for runner in both.runners)
-        for one, other in zip(here, there, strict=True):
-            np.testing.assert_array_equal(np.asarray(one), np.asarray(other))
+        end_as_one(both)
     for one, other in zip(found, wanted, strict=True):
         assert one.infos == other.infos
     assert found[3].end.cached_tokens == wanted[3].end.cached_tokens > 0
