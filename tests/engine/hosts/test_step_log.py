@@ -123,8 +123,8 @@ def test_a_follower_is_where_the_leader_is(opened: Callable[..., Any], pair: Cal
         found = conversation(both.engine)
         gc.collect()
         ask(both.engine, request(words(5, 20), 2))
-        assert both.follower.held < 12, "only what prefixes of the last requests are kept as"
         end_as_one(both)
+        assert both.follower.held < 12, "only what prefixes of the last requests are kept as"
     for one, other in zip(found, wanted, strict=True):
         assert one.infos == other.infos
     assert found[3].end.cached_tokens == wanted[3].end.cached_tokens > 0
