@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from atlas_jax.kernels.linear import PackedArray, QuantArray
-from atlas_jax.kernels.weight_forms import FLOATS4_SHIFT, FLOATS4_SMALLEST, Form
+from atlas_jax.kernels.weight_forms import FLOATS4, FLOATS4_SHIFT, FLOATS4_SMALLEST, Form
 from atlas_jax.typing import Array, Int8, Int32
 
 _GROUP = 32
@@ -28,6 +28,8 @@ _OUTPUTS, _GROUPS = 32, 4
 """A tile: outputs, and groups of each."""
 _PROGRAMS = 264
 """That keep a large device busy, two for each multiprocessor of an H200. Few outputs are divided along their inputs."""
+_SIZES = sum(size << 4 * code for code, size in enumerate(FLOATS4[:8]))
+"""What the floats of 4 bits stand for without their sign, 4 bits each."""
 _LEAST_TERMS = 16
 """Rows of a tensor core's tile."""
 
@@ -144,13 +146,12 @@ def _pairs(load: _Load, _: jax.Array) -> tuple[_Tile, _Tile]:
 
 def _floats(load: _Load, _: jax.Array) -> tuple[_Tile, _Tile]:
     codes = load(2 + _place(2))
-    shift = jnp.minimum(load(_part(2)), FLOATS4_SMALLEST)
+    unit = 1 << FLOATS4_SHIFT + 8 >> jnp.minimum(load(_part(2)), FLOATS4_SMALLEST)  # of a size, in 256ths
 
     def number(code: _Tile) -> _Tile:
-        exponent, mantissa = code >> 1 & 3, code & 1
-        size = jnp.where(exponent == 0, mantissa, 2 + mantissa << jnp.maximum(exponent - 1, 0)) << FLOATS4_SHIFT
-        odd = size >> shift & 1  # halves are rounded to even numbers
-        size = size + (1 << shift >> 1) - jnp.where(shift > 0, 1 - odd, 0) >> shift
+        size = (jnp.uint32(_SIZES) >> (4 * (code & 7)).astype(jnp.uint32)).astype(jnp.int32) & 15
+        size = size * unit
+        size = size + 127 + (size >> 8 & 1) >> 8  # halves to even numbers
         return jnp.where(code & 8 == 0, size, -size)
 
     return number(codes & 15), number(codes >> 4)
