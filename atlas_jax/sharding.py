@@ -50,7 +50,7 @@ _ROWS: dict[str, tuple[str | None, ...]] = {
     "query_scale": (DATA, None, MODEL),
     "capacity": (),
     "integers": (),
-    "numbers": (),
+    "floats": (),
     "loss": (),
     "losses": (),
     "skipped": (),

@@ -173,5 +173,5 @@ class CompiledRunner(ModelRunner):
 def start_transfer(packed: StepOutput) -> StepOutput:
     """A step's result, on its way to the host."""
     packed.integers.copy_to_host_async()
-    packed.numbers.copy_to_host_async()
+    packed.floats.copy_to_host_async()
     return packed

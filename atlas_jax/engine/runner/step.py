@@ -98,11 +98,11 @@ class StepOutput:
     Attributes:
       integers: the token, then the alternatives. In a decode step NONE where nothing was fed, REJECTED where a draft
         token was fed that was not drawn; last, where drafts are looked up, those of the row's next step.
-      numbers: its log-probability, the gate, then the alternatives' log-probabilities.
+      floats: its log-probability, the gate, then the alternatives' log-probabilities.
     """
 
     integers: Int32[Array, "*rows ints"]
-    numbers: Float[Array, "*rows numbers"]
+    floats: Float[Array, "*rows floats"]
 
 
 def write_memory(
@@ -193,7 +193,7 @@ def scored(
     )
     return StepOutput(
         integers=jnp.concatenate([successor, index], axis=1),
-        numbers=jnp.concatenate([jnp.take_along_axis(flat, successor, axis=1), gate.reshape(-1, 1), top], axis=1),
+        floats=jnp.concatenate([jnp.take_along_axis(flat, successor, axis=1), gate.reshape(-1, 1), top], axis=1),
     )
 
 
@@ -318,7 +318,7 @@ def _decode_output(
 
     return StepOutput(
         integers=packed(token, drawn.top_token, *(() if drafts is None else (_to_all(drafts, token),))),
-        numbers=packed(drawn.logprob.reshape(token.shape), gate, drawn.top_logprob),
+        floats=packed(drawn.logprob.reshape(token.shape), gate, drawn.top_logprob),
     )
 
 
