@@ -366,7 +366,9 @@ class Engine:
     def close(self, *, timeout: float) -> None:
         """Ends what still runs, keeping its sessions, and the thread; brings every answered turn to the disk; idempotent."""
         self.drain()
-        until = time.monotonic() + timeout
+        # what serves may use up all of its time, as it waits for a program that is compiled; then the others are told
+        others = 0.0 if self._group is None else timeout / 2
+        until = time.monotonic() + timeout - others
         with self._close_lock:
             if self._fit is not None:
                 self._fit.stop(timeout / 2)
@@ -378,7 +380,7 @@ class Engine:
                 self._storage.close()
             self._grammars.close()
             if self._group is not None:
-                self._group.end()
+                self._group.end(others)
         atexit.unregister(self.close)
 
     def _wake(self) -> None:

@@ -8,6 +8,7 @@ import logging
 import secrets
 import socket
 import struct
+import threading
 import time
 from dataclasses import dataclass
 
@@ -30,7 +31,6 @@ log = logging.getLogger("atlas.engine")
 
 _SECRET_WORDS = 4
 _CONNECT_SECONDS = 60.0
-_END_SECONDS = 2.0
 _KNOCK = struct.Struct(f"<{_SECRET_WORDS + 1}I")
 _SAME = (
     *("memory_enabled", "max_concurrent", "max_context", "max_window", "memory_dim", "memory_budget", "weight_dtype"),
@@ -68,12 +68,16 @@ class Group:
         log.info("%d processes with %d devices are ready", self.processes, jax.device_count())
         return LeaderRunner(runner, self.step_log)
 
-    def end(self) -> None:
-        """Ends the other processes, if they still follow; idempotent."""
+    def end(self, timeout: float) -> None:
+        """Ends the other processes, if they still follow, and waits for them up to `timeout` seconds; idempotent."""
+        until = time.monotonic() + timeout
         if self.step_log is not None:
-            self.step_log.end(_END_SECONDS)
+            self.step_log.end(timeout)
         if self.failure is None and jax.distributed.is_initialized():
-            jax.distributed.shutdown()
+            # it waits for all processes, however long
+            leaving = threading.Thread(target=jax.distributed.shutdown, name="atlas-leave", daemon=True)
+            leaving.start()
+            leaving.join(max(until - time.monotonic(), 0.0))
 
 
 def join(config: EngineConfig) -> Group:

@@ -7,6 +7,7 @@ import itertools
 import logging
 import queue
 import threading
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -104,8 +105,9 @@ class StepLog:
             self._ending = True
             with contextlib.suppress(OSError):
                 self._send(encode(Entry([], messages.End())))
+        until = time.monotonic() + timeout
         for listener in self._listeners:
-            listener.join(timeout)
+            listener.join(max(until - time.monotonic(), 0.0))
 
     def _send(self, data: bytes) -> None:
         for connection in self._followers.values():
