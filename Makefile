@@ -26,7 +26,7 @@ serve: $(VENV)/serve model ## install, download the default model, serve it with
 	$(VENV)/bin/atlas-jax serve --model $(MODEL) $(ARGS)
 
 test: $(VENV)/dev model ## install what tests need and run them (ARGS="-k name …")
-	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: $(VENV)/dev model ## the tests that `make test` leaves out
 	$(RUN) -m pytest -n 2 --dist loadfile -m slow $(ARGS)

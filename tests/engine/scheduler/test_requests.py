@@ -275,7 +275,7 @@ def test_nothing_compiles_once_warm(engine: Engine, compiled: list[str]) -> None
     before = len(compiled)
     count = 0
 
-    @settings(max_examples=12, deadline=None, derandomize=True)
+    @settings(max_examples=6, deadline=None, derandomize=True)
     @given(mixed)
     def ask_anything(requests: list[Any]) -> None:
         nonlocal count
