@@ -69,8 +69,7 @@ class StepLog:
     # --- the others ------------------------------------------------------------------------------------------------
     def agree(self, facts: Mapping[str, str]) -> None:
         """Waits until all others have opened the model; raises HostsError if they cannot follow."""
-        with contextlib.suppress(OSError):  # who is gone is told of below
-            self._send(encode(Hello(dict(facts))))
+        self._send(encode(Hello(dict(facts))))
         for _ in self._followers:
             process, refusal = self._answers.get()
             if refusal:
@@ -80,14 +79,18 @@ class StepLog:
             raise HostsError(self.failure)
 
     def _listen(self, process: int, connection: Connection) -> None:
-        answered = False
+        answered, refusal = False, ""
         while (data := connection.receive()) is not None:
-            answered = True
-            self._answers.put((process, msgspec.msgpack.decode(data, type=Answer).refusal))
-        if not self._ending:
-            self.fail(f"Process {process} has gone; every step needs all processes, so this one ends too")
+            answered, refusal = True, msgspec.msgpack.decode(data, type=Answer).refusal
+            self._answers.put((process, refusal))
+        if not self._ending and not refusal:  # who refuses goes, and `agree` says why
+            self._lose(process)
         if not answered:
             self._answers.put((process, "it has gone"))
+
+    def _lose(self, process: int) -> None:
+        """Whoever notices first, the words are the same."""
+        self.fail(f"Process {process} has gone; every step needs all processes, so this one ends too")
 
     def fail(self, why: str) -> None:
         """Ends it: the others notice, and whoever asks `failure`."""
@@ -103,15 +106,19 @@ class StepLog:
             if self._ending or self.failure is not None:
                 return
             self._ending = True
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(HostsError):
                 self._send(encode(Entry([], messages.End())))
         until = time.monotonic() + timeout
         for listener in self._listeners:
             listener.join(max(until - time.monotonic(), 0.0))
 
     def _send(self, data: bytes) -> None:
-        for connection in self._followers.values():
-            connection.send(data)
+        for process, connection in self._followers.items():
+            try:
+                connection.send(data)
+            except OSError as error:
+                self._lose(process)
+                raise HostsError(self.failure) from error
 
     # --- calls -----------------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -134,11 +141,7 @@ class StepLog:
         if self.failure is not None or self._ending:
             raise HostsError(self.failure or "The engine has ended")
         dropped = [self._dropped.popleft() for _ in range(len(self._dropped))]
-        try:
-            self._send(encode(Entry(dropped, call)))
-        except OSError as error:
-            self.fail("A process cannot be reached any more")
-            raise HostsError(self.failure) from error
+        self._send(encode(Entry(dropped, call)))
 
     # --- numbers ---------------------------------------------------------------------------------------------------
     def new(self) -> int:
@@ -363,7 +366,10 @@ class LeaderRunner(ModelRunner):
 
     # --- compiling ahead -------------------------------------------------------------------------------------------
     def _compile(self, method: Compiled, *arguments: int) -> None:
-        self._log.tell(messages.Compile(method, list(arguments)))
+        try:
+            self._log.tell(messages.Compile(method, list(arguments)))
+        except HostsError:  # nothing more will run, and what has happened has been said
+            return
         getattr(self._runner, method)(*arguments)
 
     def compile_prefill(self, pages: int, length: int) -> None:
