@@ -16,8 +16,8 @@ FILLER := data/corpora/documents/docutils_pep258.txt data/corpora/perplexity/bri
 CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psutil_reference.txt)
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash attack neighbours \
-  clients overhead schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile gpu-compile accelerator-check docs diagrams page-images openapi config lock clean
+.PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash replicas ray deploy-check attack neighbours \
+  clients overhead scale schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile gpu-compile accelerator-check docs diagrams page-images openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -111,8 +111,21 @@ overhead: $(VENV)/dev ## what the server adds to the engine's time, beside uvico
 neighbours: $(VENV)/bench model ## what a stream notices of other clients: long prompts into sessions, plain ones
 	$(RUN) -m benchmarks.neighbours $(MODEL) --output docs/benchmarks/neighbours.md
 
+replicas: $(VENV)/dev ## kill -9 one of two servers on one object store; how long another takes to go on (40 min)
+	$(RUN) -m benchmarks.replicas kills --kills 100
+	$(RUN) -m benchmarks.replicas resume
+
+ray: $(VENV)/ray ## run deploy/ray on this machine: sessions stay on their replica, replicas come and go, nothing is lost (10 min)
+	$(RUN) -m benchmarks.replicas ray
+
+deploy-check: $(VENV)/deploy ## render the Helm chart, hold it against Kubernetes' schemas and the server
+	$(RUN) -m pytest -n 0 tests/server/test_server_replicas.py $(ARGS)
+
 attack: $(VENV)/dev model ## attack a server in a process: it lives, keeps its sessions, its memory and its pace (half an hour; ARGS=--quick)
 	$(RUN) -m benchmarks.attack $(MODEL) --output docs/benchmarks/attack.md $(ARGS)
+
+scale: $(VENV)/dev ## simulate a million sessions on many replicas and one object store
+	$(RUN) -m benchmarks.scale --output docs/benchmarks/scale.md $(ARGS)
 
 schemathesis: $(VENV)/dev ## 500 generated requests and more for every operation of the OpenAPI document (ARGS="--examples 20")
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[fuzz]'
@@ -156,7 +169,7 @@ config: $(VENV)/dev ## write examples/atlas-config.json and .md: every setting, 
 	$(RUN) tools/write_settings.py
 
 lock: ## refresh requirements.lock (needs uv)
-	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --extra fuzz --universal --no-emit-index-url \
+	uv pip compile pyproject.toml --extra serve --extra dev --extra train --extra plots --extra export --extra docs --extra fuzz --extra deploy --universal --no-emit-index-url \
 	  --no-annotate --custom-compile-command "make lock" --output-file requirements.lock
 
 clean: ## remove what make has installed and built, not the models
@@ -178,6 +191,14 @@ $(VENV)/dev: $(VENV)/serve pyproject.toml requirements.lock
 
 $(VENV)/bench: $(VENV)/dev
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,plots]'
+	touch $@
+
+$(VENV)/ray: $(VENV)/dev
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,ray]'
+	touch $@
+
+$(VENV)/deploy: $(VENV)/dev
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[serve,dev,train,deploy]'
 	touch $@
 
 $(VENV)/docs: $(VENV)/base pyproject.toml requirements.lock

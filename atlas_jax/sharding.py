@@ -37,6 +37,8 @@ _WEIGHTS: dict[str, tuple[str | None, ...]] = {
     "codes": (MODEL,),
     "factors": (None, MODEL),
     "feature_weight": (None, MODEL),
+    # the thin matrices of LoRA, whichever weight they belong to
+    **dict.fromkeys(("a", "b", "gain", "owner"), ()),
 }
 """Axes of a weight by its field; every other one is whole on every device."""
 _ROWS: dict[str, tuple[str | None, ...]] = {

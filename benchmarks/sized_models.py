@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter
 
 from atlas_jax.gguf import GGUFFile
+from atlas_jax.gguf._writer import add_value
 
 _POOL = 1 << 16
 """Records of a type that are drawn at random; matrices are made of them from some place on, again and again."""
@@ -72,7 +72,7 @@ def write_sized_model(
     with GGUFFile.open(tokenizer) as file:
         for key, value in file.metadata.items():
             if key.startswith("tokenizer."):
-                _add(writer, key, value)
+                add_value(writer, key, value.tolist() if isinstance(value, np.ndarray) else value)
         vocab = len(file.metadata["tokenizer.ggml.tokens"])
     drawn = [(name, rows, inner, (kinds or {}).get(name, kind)) for name, rows, inner, kind in matrices(size, vocab)]
     writer.add_name(path.stem)
@@ -131,17 +131,3 @@ def _matrix(
     units = pool[0, at].copy().view(np.float16) * np.float16(16 / np.sqrt(inner))
     rows[:, at] = units.view(np.uint8)
     return rows.reshape(outputs, -1)
-
-
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    match value:
-        case bool():
-            writer.add_bool(key, value)
-        case int():
-            writer.add_uint32(key, value)
-        case float():
-            writer.add_float32(key, value)
-        case str():
-            writer.add_string(key, value)
-        case _:
-            writer.add_array(key, list(value) if isinstance(value, list) else value.tolist())

@@ -34,10 +34,10 @@ def engine_config(settings: Settings) -> EngineConfig:
     for field in engine.FIELDS:
         name = SETTING_OF.get(field, field)
         fields[field] = getattr(server if name in server.__struct_fields__ else atlas, name)
-    for field in ("model_path", "hf_repo"):
+    for field in ("model_path", "hf_repo", "session_store", "session_store_endpoint"):
         fields[field] = fields[field] or None  # an empty variable of a container names nothing
     if not atlas.memory_persist:
-        fields["memory_path"] = None
+        fields["memory_path"] = fields["session_store"] = None
     if atlas.owner_quota is None and server.api_keys_file:
         fields["owner_quota"] = atlas.l3_cache_size // 2
     try:
@@ -64,16 +64,23 @@ def open_engine(config: EngineConfig, group: Group | None = None) -> EngineProto
 
 def check_files(settings: Settings) -> None:
     """Looks at the files an engine will read, before anybody waits for it; raises SettingsError."""
-    from atlas_jax.gguf import GGUFError
+    from atlas_jax.gguf import GGUFError, GGUFFile
     from atlas_jax.model.checkpoint import open_model_file
     from atlas_jax.model.families import UnsupportedModel  # not needed for `--print-config`
 
-    for name, path in (("model", settings.server.model), ("adapter", settings.atlas.adapter)):
+    try:
+        lora = [str(path) for path, _ in engine.lora_files(settings.server.lora)]
+    except ConfigError as error:
+        raise SettingsError(str(error)) from None
+    named = [("model", settings.server.model), ("adapter", settings.atlas.adapter), *(("lora", path) for path in lora)]
+    for name, path in named:
         if not path:
             continue
         try:
             if name == "model":
                 open_model_file(path).close()
+            elif name == "lora":
+                GGUFFile.open(path).close()
             else:
                 open(path, "rb").close()
         except OSError as error:

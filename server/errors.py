@@ -131,6 +131,7 @@ _TABLE: tuple[tuple[type[Exception], int, str, str | None], ...] = (
     (api.MemoryUnavailable, 503, "unavailable_error", "memory_unavailable"),
     (api.Overloaded, 503, "unavailable_error", "overloaded"),
     (api.SessionNotFound, 404, "not_found_error", "session_not_found"),
+    (api.SessionConflict, 409, "conflict_error", "session_conflict"),
     (api.SessionExists, 409, "conflict_error", "session_exists"),
     (api.SnapshotInvalid, 400, "invalid_request_error", "snapshot_invalid"),
     (api.StorageFull, 507, "insufficient_storage_error", "storage_full"),

@@ -31,7 +31,7 @@ _MEANINGS = {
     404: "No such model, session or file",
     405: "Another method than this path has; Allow names those",
     408: "The body stopped coming, or comes too slowly",
-    409: "A session of the new name exists already; nothing was changed",
+    409: "Another server has changed the session meanwhile: send the request again; or a new name is taken. Nothing was kept",
     413: "The body is too large, or holds too much",
     415: "The body is not JSON",
     429: "Over a limit; see Retry-After",
@@ -176,7 +176,7 @@ def openai_responses(answer: Any, *more: int, body: bool = False, public: bool =
 
 def generation_responses(answer: Any, *more: int) -> dict[int, ResponseSpec]:
     """The documented responses of an endpoint that generates text."""
-    return openai_responses(answer, 404, 500, 507, *more, body=True)
+    return openai_responses(answer, 404, 409, 500, 507, *more, body=True)
 
 
 def anthropic_responses(answer: Any, *more: int) -> dict[int, ResponseSpec]:

@@ -34,6 +34,7 @@ _COUNTERS = (
     ("atlas_snapshot_saves", "Sessions and files written", "memory_saves"),
     ("atlas_snapshot_loads", "Sessions and files read", "memory_loads"),
     ("atlas_snapshot_failures", "Writes and reads that failed", "snapshot_failures"),
+    ("atlas_session_conflicts", "Changes refused since another server had changed the session", "session_conflicts"),
 )
 _GAUGES = (
     ("atlas_num_requests_running", "Sequences decoding", "requests_running"),

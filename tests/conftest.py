@@ -35,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def not_too_many_programs() -> Iterator[None]:
-    """Lets compiled programs go when there are many: each takes parts of the address space, and a process may have 65 530."""
+    """Lets compiled programs go when there are many: each takes parts of the address space, of which there may be 65 530."""
     yield
     if _mappings() > _MOST_MAPPINGS:
         jax.clear_caches()

@@ -26,6 +26,7 @@ PAGES = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
     "deploy/README.md": "deploy/index.md",
+    "deploy/kubernetes/README.md": "deploy/kubernetes.md",
     "examples/README.md": "examples/index.md",
     "examples/atlas-config.md": "examples/atlas-config.md",
     "docs/tutorial.py": "tutorial.md",

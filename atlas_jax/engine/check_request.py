@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from atlas_jax.engine.api import GenerationRequest, InvalidRequest
+from atlas_jax.engine.config import LORA_SCALE
 from atlas_jax.kernels.sampling import BIAS_SLOTS, TOP_LOGPROBS
 from atlas_jax.typing import Int32
 
 
-def check_request(request: GenerationRequest, *, vocab: int, longest: int) -> Int32[np.ndarray, T]:
+def check_request(request: GenerationRequest, *, vocab: int, longest: int, adapters: int) -> Int32[np.ndarray, T]:
     """The prompt as an array.
 
     Args:
       longest: tokens of a request without memory, prompt and answer.
+      adapters: LoRA adapters that are loaded.
 
     Raises:
       InvalidRequest: what can never succeed, or would crash a compiled step.
@@ -40,6 +44,8 @@ def check_request(request: GenerationRequest, *, vocab: int, longest: int) -> In
             raise InvalidRequest(f"{name} must be between 0 and {TOP_LOGPROBS}", param=name)
     if request.pooling is not None and (request.memory is not None or request.max_tokens != 0):
         raise InvalidRequest("an embedding has neither an answer nor a memory", param="pooling")
+    if request.lora is not None:
+        check_lora(request.lora, adapters)
     left = longest - len(prompt)
     if request.memory is None and (left < 0 or (left == 0 and request.max_tokens != 0)):
         more = "" if request.pooling is not None else "; a session with memory has no such limit"
@@ -49,3 +55,11 @@ def check_request(request: GenerationRequest, *, vocab: int, longest: int) -> In
             code="context_length_exceeded",
         )
     return tokens
+
+
+def check_lora(scales: Sequence[float], adapters: int) -> None:
+    """Raises InvalidRequest unless there is a scale for each of so many LoRA adapters."""
+    if len(scales) != adapters:
+        raise InvalidRequest(f"lora must have {adapters} scales, one for each adapter, has {len(scales)}", param="lora")
+    if not all(abs(scale) <= LORA_SCALE for scale in scales):
+        raise InvalidRequest(f"lora must have scales between {-LORA_SCALE:g} and {LORA_SCALE:g}", param="lora")

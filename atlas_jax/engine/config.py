@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import typing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,12 @@ HfRepo = Annotated[
     ),
 ]
 Offline = Annotated[bool, Meta(description="Take a repository's model from the cache and ask nobody")]
+Lora = Annotated[
+    tuple[str, ...],
+    Meta(description="LoRA adapters beside the model: GGUF files, or FILE=SCALE for another scale than 1"),
+]
+LORA_SCALE = 1000.0
+"""The largest scale of a LoRA adapter, of either sign."""
 _Bytes = Annotated[int, Meta(ge=0, le=1 << 50)]
 
 FileName = Annotated[
@@ -39,7 +46,27 @@ FileName = Annotated[
 ]
 JournalSync = Annotated[
     float,
-    Meta(ge=0, le=60, description="Seconds the disk may be behind what was answered; 0 waits for the disk each time"),
+    Meta(
+        ge=0,
+        le=60,
+        description="Seconds the disk, or the object store, may be behind what was answered; 0 waits for it each time; null "
+        "is 1 for a disk and 0 for an object store",
+    ),
+]
+SessionStore = Annotated[
+    str,
+    Meta(
+        pattern=r"^((s3|gs|az)://[^/].*)?$",
+        description="Object store of the sessions, which any number of servers use at once: s3://bucket/prefix, gs:// or "
+        "az://; credentials as the cloud's own environment variables say; null is the folder memory_path",
+    ),
+]
+SessionStoreEndpoint = Annotated[
+    str,
+    Meta(
+        pattern=r"^(https?://.+)?$",
+        description="URL of a server that is compatible with S3 or Azure; null is the cloud's, or what the environment says",
+    ),
 ]
 Threads = Annotated[int, Meta(ge=0, le=1_000_000, description="CPU threads of the engine; 0 takes every core")]
 MaxConcurrent = Annotated[int, Meta(ge=1, le=4096, description="Requests, or sequences of one, that run at once")]
@@ -78,7 +105,9 @@ L1CacheSize = Annotated[
     _Bytes, Meta(description="Session cache on the device in bytes; 0 keeps idle sessions in host memory")
 ]
 L2CacheSize = Annotated[_Bytes, Meta(description="Session cache in host memory in bytes")]
-L3CacheSize = Annotated[_Bytes, Meta(description="Session storage on disk in bytes")]
+L3CacheSize = Annotated[
+    _Bytes, Meta(description="Session storage on disk in bytes; with session_store, copies of what lies there")
+]
 OwnerQuota = Annotated[_Bytes, Meta(description="Bytes one API key's sessions and files may take on disk")]
 PrefixCacheSize = Annotated[
     _Bytes,
@@ -171,12 +200,15 @@ class EngineConfig:
     Attributes:
       model_path: the GGUF file; None where there is an `hf_repo`.
       hf_repo: see `atlas_jax.hub.find_model`, which `offline` is for as well.
+      lora: a pretrained model's; requests that say nothing get these scales.
       adapter_path: adapter of the memory; None takes the one shipped for the model, or else calibrates once and keeps
         the result in `cache_path`.
       memory_enabled: False serves the model without a memory.
-      memory_path: folder of stored sessions, for one engine at a time; None keeps sessions in main memory only.
+      memory_path: folder of stored sessions, for one engine at a time, or of copies where there is a `session_store`; None
+        keeps sessions in main memory only.
+      session_store: where sessions are kept that other engines use at the same time; needs no `memory_path`.
       memory_file: file that many sessions are exported to and imported from.
-      journal_sync: what was answered outlives this process in any case.
+      journal_sync: what was answered outlives this process in any case, on a disk.
       cache_path: folder for compiled programs, calibrated adapters and bigram tables; None is
         `$XDG_CACHE_HOME/atlas-jax`. One that cannot be written costs time at the next start, nothing else.
       threads: takes effect only if JAX has not run anything yet.
@@ -194,11 +226,14 @@ class EngineConfig:
     model_path: str | os.PathLike[str] | None = None
     hf_repo: HfRepo | None = None
     offline: Offline = False
+    lora: Lora = ()
     adapter_path: str | os.PathLike[str] | None = None
     memory_enabled: bool = True
     memory_path: str | os.PathLike[str] | None = None
     memory_file: FileName | None = None
-    journal_sync: JournalSync = 1.0
+    session_store: SessionStore | None = None
+    session_store_endpoint: SessionStoreEndpoint | None = None
+    journal_sync: JournalSync | None = None
     cache_path: str | os.PathLike[str] | None = None
     threads: Threads = 0
     max_concurrent: MaxConcurrent = 32
@@ -245,6 +280,7 @@ class EngineConfig:
                 Repository.parse(self.hf_repo)
             except HubError as error:
                 raise ConfigError(f"hf_repo: {error}") from None
+        _ = lora_files(self.lora)
         if self.mesh_data > self.max_concurrent:
             raise ConfigError(f"mesh_data ({self.mesh_data}) must not exceed max_concurrent, {self.max_concurrent}")
         if self.coordinator_address is not None:
@@ -281,6 +317,26 @@ class EngineConfig:
 
 
 FIELDS = tuple(field.name for field in dataclasses.fields(EngineConfig))
+
+
+def lora_files(given: Iterable[str]) -> list[tuple[Path, float]]:
+    """The file and the scale of each LoRA adapter; raises ConfigError."""
+    return [_lora_file(one) for one in given]
+
+
+def _lora_file(given: str) -> tuple[Path, float]:
+    name, equals, text = given.rpartition("=")
+    try:
+        scale = float(text)
+    except ValueError:  # the name of a file may have such a sign
+        name, equals = "", ""
+    if not equals:
+        name, scale = given, 1.0
+    if not name:
+        raise ConfigError(f"lora is {given!r}: no file is named")
+    if not abs(scale) <= LORA_SCALE:
+        raise ConfigError(f"lora is {given!r}: the scale must be between {-LORA_SCALE:g} and {LORA_SCALE:g}")
+    return Path(name), scale
 
 
 @cache

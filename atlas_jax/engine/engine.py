@@ -27,6 +27,7 @@ from atlas_jax.engine.api import (
     Handle,
     InvalidRequest,
     Listener,
+    LoraInfo,
     MemoryParams,
     MemoryUnavailable,
     ModelInfo,
@@ -36,7 +37,7 @@ from atlas_jax.engine.api import (
     TemplateFacts,
 )
 from atlas_jax.engine.chat import Chat
-from atlas_jax.engine.check_request import check_request
+from atlas_jax.engine.check_request import check_lora, check_request
 from atlas_jax.engine.compile_cache import CompileCounter, use_cache
 from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.fitting import BackgroundFit
@@ -50,6 +51,7 @@ from atlas_jax.engine.scheduler.scheduler import Scheduler
 from atlas_jax.engine.scheduler.structured_output import Grammar, Grammars
 from atlas_jax.engine.serving import Serving
 from atlas_jax.engine.sessions.documents import Documents
+from atlas_jax.engine.sessions.lora import lora_scales
 from atlas_jax.engine.sessions.storage import open_storage
 from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.table import SessionTable
@@ -89,6 +91,7 @@ class Engine:
         self._leaving: tuple[Serving, ...] = ()
         """What served before there was a memory, until its last request has ended."""
         self._earlier: tuple[Counters, ...] = ()
+        self._lora = tuple(one.scale for one in opened.info.lora)
         self._fit = None if opened.fit is None else BackgroundFit(self._fitted(opened.fit), self._busy)
 
     def _new_serving(self, opened: Opened) -> Serving:
@@ -111,7 +114,7 @@ class Engine:
             message names the field.
           HostsError: the other processes are gone, or have opened something else.
           HubError: the model cannot be had from its repository.
-          GGUFError, UnsupportedModel, AdapterError: a file cannot be used; the message names what is wrong.
+          GGUFError, UnsupportedModel, AdapterError, LoraError: a file cannot be used; the message names what is wrong.
         """
         config = EngineConfig(**fields) if config is None else dataclasses.replace(config, **fields)
         if group is None and config.several_processes:
@@ -128,8 +131,14 @@ class Engine:
             use_cache(cache / "compiled")
         compilations = CompileCounter()
         # first: loading a model takes seconds, and another server's folder is no use
-        kept = config.memory_path if config.memory_enabled else None
-        storage = None if kept is None else open_storage(kept)
+        storage = None
+        if config.memory_enabled and (config.memory_path is not None or config.session_store):
+            storage = open_storage(
+                config.memory_path,
+                config.session_store,
+                endpoint=config.session_store_endpoint,
+                copies=config.l3_cache_size,
+            )
         try:
             with kernels_of(config).scope():
                 opened = open_model(config, cache)
@@ -200,7 +209,9 @@ class Engine:
         if scheduler.waiting >= self.config.max_waiting + free:
             raise Overloaded("Too many requests are waiting", retry_after=1.0)
         tokens = self._check(request)
-        state = new_request_state(request, tokens, listener, self.tokenizer)
+        digests = [one.digest for one in self.model.lora]
+        lora = lora_scales(digests, self._lora if request.lora is None else request.lora)
+        state = new_request_state(request, tokens, listener, self.tokenizer, lora)
         with self._submit_lock:  # once another serves, this one gets no more
             scheduler = self._serving.scheduler
             scheduler.submit(state)
@@ -214,7 +225,8 @@ class Engine:
 
     def _check(self, request: GenerationRequest) -> np.ndarray:
         """Refuses what can never succeed, or would crash a compiled step; the prompt as an array."""
-        tokens = check_request(request, vocab=self.model.vocab_size, longest=self._longest_prompt)
+        model, longest = self.model, self._longest_prompt
+        tokens = check_request(request, vocab=model.vocab_size, longest=longest, adapters=len(model.lora))
         if request.memory is not None:
             self.check_memory(request.memory)
             if request.prompt_logprobs is not None and request.memory.session is not None:
@@ -226,6 +238,17 @@ class Engine:
     def model(self) -> ModelInfo:
         """Facts of the model."""
         return self._serving.info
+
+    @property
+    def lora(self) -> tuple[LoraInfo, ...]:
+        """The LoRA adapters, with the scales of requests that say nothing of them."""
+        known = zip(self.model.lora, self._lora, strict=True)
+        return tuple(dataclasses.replace(one, scale=scale) for one, scale in known)
+
+    def scale_lora(self, scales: Sequence[float]) -> None:
+        """Changes these scales, see `api.EngineProtocol.scale_lora`."""
+        check_lora(scales, len(self._lora))
+        self._lora = tuple(map(float, scales))
 
     @property
     def sessions(self) -> SessionTable:
@@ -283,6 +306,7 @@ class Engine:
             memory_saves=0 if table is None else table.counters.saves,
             memory_loads=0 if table is None else table.counters.loads,
             snapshot_failures=0 if table is None else table.counters.failures,
+            session_conflicts=0 if table is None else table.counters.conflicts,
             memory_bytes=resident_bytes(),
         )
 

@@ -1,9 +1,10 @@
-"""What is in a model's file or folder, and what an engine would do with it, without loading a weight."""
+"""What is in a model's file or folder or in a LoRA adapter, and what an engine would do with it, without loading weights."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +26,8 @@ from atlas_jax.model.families import UnsupportedModel
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.lm.export import check_gguf
 from atlas_jax.model.loading import left_out, model_config, parameter_count
+from atlas_jax.model.lora import check_adapter
+from atlas_jax.model.lora_file import LoraError, LoraFile
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.tensor_shapes import loaded_shapes
 from atlas_jax.recall import adapter_store
@@ -155,6 +158,78 @@ def inspect_model(
     """
     with open_model_file(path) as file:
         return _inspected(file, cache, config or EngineConfig(model_path=path), digest)
+
+
+@dataclass(frozen=True)
+class LoraInspection:
+    """A LoRA adapter.
+
+    Attributes:
+      ranks: from the least to the greatest.
+      weights: how many it changes, by their name without the layer.
+      refusal: why it cannot be used with the model it was held against; None where it can, or there was none.
+    """
+
+    name: str
+    path: str
+    size: int
+    architecture: str
+    digest: str
+    alpha: float
+    ranks: tuple[int, int]
+    layers: int
+    parameters: int
+    weights: Mapping[str, int]
+    task_name: str
+    prompt_prefix: str
+    refusal: str | None = None
+
+
+def is_lora(path: Path) -> bool:
+    """Whether a file is an adapter and no model; raises GGUFError, OSError."""
+    if path.is_dir():
+        return False
+    with GGUFFile.open(path) as file:
+        return file.metadata.get("general.type") == "adapter"
+
+
+def inspect_lora(path: Path, model: Path | None = None) -> LoraInspection:
+    """Looks at a LoRA adapter.
+
+    Args:
+      model: a model to hold it against, of which no weight is loaded.
+
+    Raises:
+      LoraError: it is damaged, or of a kind that there is not.
+      GGUFError, UnsupportedModel: the model is no model.
+      OSError: a file cannot be read.
+    """
+    found = LoraFile.read(path)
+    pairs = found.pairs
+    ranks = sorted(pair.b.shape[1] for pair in pairs.values())
+    kinds = Counter(re.sub(r"^blk\.\d+\.", "", name) for name in pairs)
+    refusal = None
+    if model is not None:
+        with open_model_file(model) as file:
+            try:
+                check_adapter(found, file, model_config(file))
+            except LoraError as error:
+                refusal = str(error)
+    return LoraInspection(
+        name=found.name,
+        path=str(path),
+        size=path.stat().st_size,
+        architecture=found.architecture,
+        digest=found.digest,
+        alpha=found.alpha,
+        ranks=(ranks[0], ranks[-1]),
+        layers=len({name.split(".")[1] for name in pairs if name.startswith("blk.")}),
+        parameters=sum(pair.a.size + pair.b.size for pair in pairs.values()),
+        weights=dict(sorted(kinds.items())),
+        task_name=found.task_name,
+        prompt_prefix=found.prompt_prefix,
+        refusal=refusal,
+    )
 
 
 def _inspected(file: ModelFile, cache: Path | None, config: EngineConfig, digest: bool) -> Inspection:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from atlas_jax.config import PAGE, ConfigError, MemoryConfig
 from atlas_jax.engine.adapter_finder import FITTING, NOT_FITTED, AdapterFinder, Fitted
-from atlas_jax.engine.api import ModelInfo, Pooling, StateBytes
-from atlas_jax.engine.config import EngineConfig
+from atlas_jax.engine.api import LoraInfo, ModelInfo, Pooling, StateBytes
+from atlas_jax.engine.config import EngineConfig, lora_files
 from atlas_jax.engine.memory_budget import SessionBytes, default_budget, session_bytes
 from atlas_jax.engine.memory_options import MemoryOptions
 from atlas_jax.engine.runner import bigram_table
@@ -45,6 +45,8 @@ from atlas_jax.model.lm.config import MEMORY_KINDS
 from atlas_jax.model.lm.export import ARCHITECTURE as TRAINED
 from atlas_jax.model.lm.export import read_gguf
 from atlas_jax.model.loading import left_out, load_params, model_config, parameter_count
+from atlas_jax.model.lora import with_adapters
+from atlas_jax.model.lora_file import LoraError, LoraFile
 from atlas_jax.progress import Progress
 from atlas_jax.sharding import on_mesh
 
@@ -97,15 +99,20 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
     tokenizer, template = _text(file)
     model, fingerprint = model_config(file), file.fingerprint()
     mesh_layout = on_mesh(model, config.mesh_data, config.mesh_model)
-    params = load_params(file, model, dtype=config.weight_dtype, mesh_layout=mesh_layout)
+    params = plain = load_params(file, model, dtype=config.weight_dtype, mesh_layout=mesh_layout)
     if others := left_out(file):
         names = ", ".join(sorted({name[: name.index(".", 4 * name.startswith("blk."))] + ".*" for name in others}))
         log.info("Left out of %s: %d tensors that are no part of its text model (%s)", file.name, len(others), names)
     log.info("Loaded %s in %.1f s", file.name, time.monotonic() - started)
+    lora = _read_lora(config)
+    if lora:
+        params = with_adapters(params, file, model, lora, dtype=config.weight_dtype)
+        log.info("Loaded %s beside it", ", ".join(f"LoRA adapter {one.name}" for one in lora))
     context = min(config.max_context, model.context_length)
     turns, infill, pooling = _turn_tokens(file, tokenizer), _infill(file, tokenizer), _pooling(file, config)
     bigrams = jnp.asarray(bigram_table.find(cache, fingerprint, model.vocab))
-    created, parameters = int(file.path.stat().st_mtime), parameter_count(params)
+    created, parameters = int(file.path.stat().st_mtime), parameter_count(plain)
+    digests = tuple(one.digest for one in lora)
 
     def opened(fitted: Fitted | None, unavailable: str | None = None) -> Opened:
         memory, adapter = (None, None) if fitted is None else (fitted.config, fitted.adapter)
@@ -114,7 +121,7 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
             sizes = session_bytes(model, memory, config.kv_dtype)
             budget = _budget(config, sizes)
             memory = dataclasses.replace(memory, max_kept=sizes.kept(budget, _default_window(config)))
-        step_config = StepConfig(model, memory, kernel_choice.chosen(), turns)
+        step_config = StepConfig(model, memory, kernel_choice.chosen(), turns, digests)
         # what a model has read into states of its own cannot be taken back, so it is fed no drafts
         buckets = _buckets(config, context, memory, speculate=config.speculate and not model.recurrent)
         runner = PretrainedRunner(
@@ -138,12 +145,13 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
             adapter=None if fitted is None else fitted.source,
             pooling=pooling,
             infill=infill,
+            lora=tuple(_lora_info(one, scale) for one, (_, scale) in zip(lora, lora_files(config.lora), strict=True)),
             memory_unavailable=unavailable,
         )
         layout = (
             None
             if fitted is None or memory is None
-            else RecallLayout(model, memory, config.kv_dtype, fingerprint, fitted.digest)
+            else RecallLayout(model, memory, config.kv_dtype, fingerprint, fitted.digest, digests)
         )
         return Opened(info, tokenizer, template, runner, layout, context)
 
@@ -153,7 +161,7 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
         file,
         model,
         tokenizer,
-        params,
+        plain,
         max_window=config.max_window,
         memory_dim=config.memory_dim,
         mesh_layout=mesh_layout,
@@ -177,6 +185,27 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
     if config.calibrate_in_background:
         return dataclasses.replace(opened(None, FITTING), fit=fit)
     return fit()
+
+
+def _read_lora(config: EngineConfig) -> list[LoraFile]:
+    """The adapters; raises LoraError, also for one that is given twice, whose two scales nobody could tell apart."""
+    found = dict[str, LoraFile]()
+    for path, _ in lora_files(config.lora):
+        one = LoraFile.read(path)
+        if one.digest in found:
+            raise LoraError(f"LoRA adapter {one.name}: it is the same as {found[one.digest].name}")
+        found[one.digest] = one
+    return list(found.values())
+
+
+def _lora_info(adapter: LoraFile, scale: float) -> LoraInfo:
+    return LoraInfo(
+        name=adapter.name,
+        digest=adapter.digest,
+        scale=scale,
+        task_name=adapter.task_name,
+        prompt_prefix=adapter.prompt_prefix,
+    )
 
 
 def _default_window(config: EngineConfig) -> int:
@@ -245,6 +274,10 @@ def _open_trained(file: GGUFFile, config: EngineConfig) -> Opened:
     """A model of `atlas_jax.model.lm` as `export_gguf` writes it; raises GGUFError if it cannot be served."""
     if config.devices != 1:
         raise ConfigError("mesh_data and mesh_model must be 1: a model with its own memory runs on one device")
+    if config.lora:
+        raise ConfigError(
+            "lora cannot be set: LoRA adapters are for pretrained models, this one was trained with atlas-jax"
+        )
     for name in ("memory_dim", "memory_budget"):
         if config.memory_enabled and getattr(config, name) is not None:
             raise ConfigError(f"{name} cannot be set: this model was trained with a memory of its own")

@@ -19,6 +19,7 @@ from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.table import SessionTable
 
 log = logging.getLogger("atlas.engine")
+_UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class Serving:
           storage: where its sessions are kept, if it has any.
           wake: is called when a session is free.
         """
+        # in an object store room is the operator's affair: this process knows its own share of what lies there
+        shared = storage is not None and storage.shared
+        disk = _UNBOUNDED if shared else config.l3_cache_size
+        sync_seconds = (0.0 if shared else 1.0) if config.journal_sync is None else config.journal_sync
         table = (
             None
             if opened.layout is None
@@ -54,9 +59,9 @@ class Serving:
                 storage=storage,
                 documents=documents,
                 default_file=config.memory_file or f"{opened.info.name}_memory.atlas",
-                budgets=Budgets(config.l1_cache_size, config.l2_cache_size, config.l3_cache_size, config.owner_quota),
+                budgets=Budgets(config.l1_cache_size, config.l2_cache_size, disk, config.owner_quota),
                 on_idle=wake,
-                sync_seconds=config.journal_sync,
+                sync_seconds=sync_seconds,
             )
         )
         scheduler = Scheduler(

@@ -15,7 +15,7 @@ from gguf.constants import GGUFValueType, Keys, TokenType
 
 from atlas_jax.gguf._header import MAX_DIMS, GGUFError
 
-Value = bool | int | float | str | list[str] | list[int]
+Value = bool | int | float | str | list[str] | list[int] | list[float]
 _Key = Keys.Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -50,7 +50,7 @@ def write_gguf(
         writer = GGUFWriter(temporary, architecture)
         for key, value in metadata.items():
             if key != "general.architecture":
-                _add(writer, key, value)
+                add_value(writer, key, value)
         for name, values in tensors.items():
             writer.add_tensor(name, np.ascontiguousarray(values))
         writer.write_header_to_file()
@@ -89,7 +89,8 @@ def _byte_text(byte: int) -> str:
     return chr(0x100 + sum(other not in printable for other in range(byte)))
 
 
-def _add(writer: GGUFWriter, key: str, value: Value) -> None:
+def add_value(writer: GGUFWriter, key: str, value: Value) -> None:
+    """Adds a key as `write_gguf` stores it."""
     match value:
         case bool():
             writer.add_bool(key, value)

@@ -16,7 +16,7 @@ from atlas_jax.kernels import kv_pages
 from atlas_jax.kernels.kv_pages import KeptPairs, KVDtype, LayerKV, RingView
 from atlas_jax.model.page_schedule import NextPage
 from atlas_jax.model.transformer import LayerState, init_kv
-from atlas_jax.typing import Array, Int32
+from atlas_jax.typing import Array, Float, Int32
 
 
 @jax.tree_util.register_dataclass
@@ -32,6 +32,7 @@ class KVCache:
       position: position of the next token.
       kept: how many pairs of each row each layer keeps of what has left the window.
       pairs: the kept pairs of all layers; None where none are.
+      lora: the scales of the LoRA adapters that what is here was made with; None where no adapter is loaded.
       kept_pages: pages of each layer among them.
     """
 
@@ -42,6 +43,7 @@ class KVCache:
     position: Int32[Array, B]
     kept: Int32[Array, "B layers"]
     pairs: KeptPairs | None = None
+    lora: Float[Array, "B adapters"] | None = None
     kept_pages: tuple[int, ...] = field(default=(), metadata={"static": True})
 
 
@@ -58,12 +60,13 @@ class PageStart:
 
 
 def init_kv_cache(
-    model: ModelConfig, batch: int, pages: int, dtype: KVDtype, kept_pages: tuple[int, ...] = ()
+    model: ModelConfig, batch: int, pages: int, dtype: KVDtype, kept_pages: tuple[int, ...] = (), adapters: int = 0
 ) -> KVCache:
     """Rows that have read nothing.
 
     Args:
       kept_pages: pages of pairs that each layer keeps of a row; empty where none does.
+      adapters: LoRA adapters that rows may use; they use none yet.
     """
     room = sum(kept_pages)
 
@@ -78,6 +81,7 @@ def init_kv_cache(
         position=zeros(),
         kept=jnp.zeros((batch, len(model.layers)), jnp.int32),
         pairs=kv_pages.init_kept_pairs(batch, room, model.kv_heads, model.head_dim, dtype) if room else None,
+        lora=jnp.zeros((batch, adapters), jnp.float32) if adapters else None,
         kept_pages=kept_pages if room else (),
     )
 

@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from atlas_jax.aot import INLINE, RUN, AotProgram, Mode
 from atlas_jax.config import PAGE, LayerConfig, ModelConfig
 from atlas_jax.kernels import lowering_platform
+from atlas_jax.kernels.linear import rows_of
+from atlas_jax.kernels.low_rank import LowRank, RowScales, add_low_rank
 from atlas_jax.model.kv_cache import KVCache, first_pages, ring_view
 from atlas_jax.model.params import ModelParams
 from atlas_jax.model.transformer import GroupPairs, StepView, embed, run_layers, step_view
@@ -73,6 +75,7 @@ class Trunk:
         self._layers = len(config.layers)
         groups = _groups(config.layers)
         self._enter = program(functools.partial(_enter, config, groups))
+        self._adapt = program(functools.partial(_adapt, config))
         alike: dict[tuple[LayerConfig, ...], AotProgram] = {}
         self._groups: list[tuple[AotProgram, slice]] = []
         for group in groups:
@@ -120,6 +123,11 @@ class Trunk:
         """
         entered = call(self._enter, key, params.embed, params.ropes, page_table(cache), tokens, count)
         x, view, position, stretches = entered
+        if cache.lora is not None:
+            if call is INLINE:
+                x, view = _edge(jnp.all(count >= 0), (x, view))
+            x, rows = call(self._adapt, key, params.embed_lora, cache.lora, x, tokens, view.ring.valid)
+            view = dataclasses.replace(view, lora=rows)
         states: list[jax.Array] = []
         kv = list(cache.kv)
         for (program, part), stretch in zip(self._groups, stretches, strict=True):
@@ -157,7 +165,7 @@ def _edge(always: jax.Array, tree: Any) -> Any:
 
 def page_table(cache: KVCache) -> KVCache:
     """The cache without keys and values: positions and page table, which change outside the layers."""
-    return dataclasses.replace(cache, kv=(), pairs=None)
+    return dataclasses.replace(cache, kv=(), pairs=None, lora=None)
 
 
 def _enter(
@@ -169,9 +177,9 @@ def _enter(
     tokens: Any,
     count: jax.Array,
 ) -> tuple[jax.Array, StepView, jax.Array, tuple[jax.Array, ...]]:
-    rows = jnp.arange(cache.position.shape[0])
-    tokens = jnp.concatenate([part.reshape(rows.size, -1) for part in jax.tree.leaves(tokens)], axis=1)
-    begun = cache.page[rows, cache.slot] == cache.position // PAGE
+    batch = cache.position.shape[0]
+    tokens = _in_a_row(tokens, batch)
+    begun = cache.page[jnp.arange(batch), cache.slot] == cache.position // PAGE
     real = jnp.cumprod(tokens >= 0, axis=1).sum(axis=1)
     room = jnp.where(begun, PAGE - cache.position % PAGE, 0)
     count = jnp.minimum(count, jnp.minimum(real, room)).astype(jnp.int32)
@@ -181,3 +189,23 @@ def _enter(
     by_group = tuple(stretches[:, group.first : group.last] for group in groups)
     x = embed(config, table, jnp.maximum(tokens, 0))
     return x, step_view(config, ropes, ring), cache.position + count, by_group
+
+
+def _in_a_row(tokens: Any, batch: int) -> jax.Array:
+    """Tokens of a step, [B, T], of one array or several."""
+    return jnp.concatenate([part.reshape(batch, -1) for part in jax.tree.leaves(tokens)], axis=1)
+
+
+def _adapt(
+    config: ModelConfig, lora: LowRank | None, scales: jax.Array, x: jax.Array, tokens: Any, valid: jax.Array
+) -> tuple[jax.Array, RowScales]:
+    """Embeddings with what LoRA adapters add to them, and how far rows use them.
+
+    A program of its own: in the one before, XLA would fuse the rotations otherwise, and they would round otherwise than
+    without adapters.
+    """
+    rows = RowScales(scales, (scales != 0).any(axis=1) & valid.any(axis=1))
+    if lora is None:
+        return x, rows
+    tokens = jnp.maximum(_in_a_row(tokens, x.shape[0]), 0)
+    return add_low_rank(x, lora, rows, lambda a: rows_of(a, tokens) * config.embed_scale), rows

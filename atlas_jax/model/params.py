@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 
 from atlas_jax.kernels.linear import Weight
+from atlas_jax.kernels.low_rank import LowRank
 from atlas_jax.kernels.rope import RopeTable
 from atlas_jax.typing import Array, Float
 
@@ -58,6 +59,18 @@ class DeltaParams:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
+class LayerLora:
+    """What LoRA adapters add to the weights of a layer, by the names that those have in `LayerParams` and `DeltaParams`."""
+
+    qkv: LowRank | None = None
+    out: LowRank | None = None
+    gate_up: LowRank | None = None
+    down: LowRank | None = None
+    project: LowRank | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
 class LayerParams:
     """One transformer layer; fields a family does not have are None.
 
@@ -73,6 +86,7 @@ class LayerParams:
       gate_up: gate and up projections of the MLP, one matrix [2F, E]; a block of gates, then the same block of ups, …
         (`ModelConfig.ff_block`). In this order a device's share of either matrix is a range of its rows. Without a gate,
         up alone.
+      lora: what adapters add; None where no adapter is loaded.
     """
 
     attn_norm: Float[Array, E] | None
@@ -95,6 +109,7 @@ class LayerParams:
     experts: ExpertParams | None
     delta: DeltaParams | None = None
     key_balance: Float[Array, "K G+2 D"] | None = None
+    lora: LayerLora | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -120,6 +135,7 @@ class ModelParams:
       embed: token embeddings [V, E]; also the head when `head` is None.
       final_norm: with its bias, times `ModelConfig.logit_scale`.
       ropes: one table per rotary embedding of the configuration.
+      embed_lora, head_lora: what LoRA adapters add to the embeddings and to the head.
     """
 
     embed: Weight
@@ -128,6 +144,8 @@ class ModelParams:
     final_norm_bias: Float[Array, E] | None
     head: Weight | None
     ropes: tuple[RopeTable, ...]
+    embed_lora: LowRank | None = None
+    head_lora: LowRank | None = None
 
     @property
     def pairs(self) -> PairParams:

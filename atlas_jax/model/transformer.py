@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,11 +25,12 @@ from atlas_jax.kernels.fused_linear import (
 from atlas_jax.kernels.gated_delta import DeltaState
 from atlas_jax.kernels.kv_pages import KeptPairs, KVDtype, LayerKV, LayerPairs, RingView
 from atlas_jax.kernels.linear import Weight, linear, rows_of
+from atlas_jax.kernels.low_rank import LowRank, RowScales, add_low_rank
 from atlas_jax.kernels.qkv_rope_cache import qkv_rope_cache
 from atlas_jax.kernels.rope import RopeTable, rotations
 from atlas_jax.model import delta_net
 from atlas_jax.model.experts import mixture
-from atlas_jax.model.params import LayerParams, ModelParams
+from atlas_jax.model.params import LayerLora, LayerParams, ModelParams
 from atlas_jax.sharding import on_each_device
 from atlas_jax.typing import Array, Float, Int32
 
@@ -79,12 +80,14 @@ class StepView:
       rotary, rotary_sink: per rotary embedding, cosines and sines at the tokens' positions, and at the positions from
         which they see the sinks.
       masks: per attention window of the model (`ModelConfig.windows`), what is visible; see `attention.visible`.
+      lora: how far rows use LoRA adapters; None where none is loaded.
     """
 
     ring: RingView
     rotary: tuple[tuple[jax.Array, jax.Array], ...]
     rotary_sink: tuple[tuple[jax.Array, jax.Array], ...]
     masks: tuple[tuple[jax.Array, jax.Array], ...]
+    lora: RowScales | None = None
 
 
 def step_view(config: ModelConfig, ropes: Sequence[RopeTable], ring: RingView) -> StepView:
@@ -112,6 +115,13 @@ def _rotary(rope: RopeConfig, table: RopeTable, positions: jax.Array) -> tuple[j
 def embed(config: ModelConfig, table: Weight, tokens: Int32[Array, "B T"]) -> Float[Array, "B T E"]:
     """Token embeddings as the first layer reads them."""
     return rows_of(table, tokens) * config.embed_scale
+
+
+def _adapted(
+    out: jax.Array, lora: LowRank | None, rows: RowScales | None, inner: Callable[[Weight], jax.Array]
+) -> jax.Array:
+    """What a weight gives, with what adapters add to it."""
+    return out if lora is None or rows is None else add_low_rank(out, lora, rows, inner)
 
 
 @jax.tree_util.register_dataclass
@@ -196,7 +206,9 @@ def _run_layer(
         mixed, x, state = _mix_recurrently(config, layer, state, residual, view)
     else:
         mixed, x, state = _mix_by_attention(config, spec, layer, state, residual, view, pairs)
-    after_attention = Residual(x, _biased(linear(layer.out, mixed), layer.out_bias), layer.attn_post_norm)
+    lora, rows = layer.lora or LayerLora(), view.lora
+    out = _adapted(linear(layer.out, mixed), lora.out, rows, lambda a: linear(a, mixed))
+    after_attention = Residual(x, _biased(out, layer.out_bias), layer.attn_post_norm)
     ff_norm = layer.ff_norm, layer.ff_norm_bias
     if layer.experts is not None and config.experts is not None:
         between = _summed(config, after_attention)
@@ -204,16 +216,20 @@ def _run_layer(
         return x, Residual(between, made, layer.ff_post_norm), state
     assert layer.gate_up is not None
     assert layer.down is not None
+    wide = layer.gate_up, layer.gate_up_bias
     if config.parallel:
         attn_norm = layer.attn_norm, layer.attn_norm_bias
-        gate_up, _ = _normed_linear(config, layer.gate_up, layer.gate_up_bias, Residual(x), attn_norm)
+        gate_up, _ = _normed_linear(config, *wide, Residual(x), attn_norm, lora.gate_up, rows)
         between = _summed(config, after_attention)
     else:
-        gate_up, between = _normed_linear(config, layer.gate_up, layer.gate_up_bias, after_attention, ff_norm)
-    if config.gated:
-        made = gated_linear(layer.down, gate_up, config.ff_block, config.activation)
-    else:
-        made = linear(layer.down, activated(gate_up, config.activation))
+        gate_up, between = _normed_linear(config, *wide, after_attention, ff_norm, lora.gate_up, rows)
+
+    def narrowed(weight: Weight) -> jax.Array:
+        if config.gated:
+            return gated_linear(weight, gate_up, config.ff_block, config.activation)
+        return linear(weight, activated(gate_up, config.activation))
+
+    made = _adapted(narrowed(layer.down), lora.down, rows, narrowed)
     return x, Residual(between, _biased(made, layer.down_bias), layer.ff_post_norm), state
 
 
@@ -228,7 +244,8 @@ def _mix_by_attention(
 ) -> tuple[jax.Array, jax.Array, LayerKV]:
     """What the output projection reads, the residual stream as the layer has found it, and the cache."""
     assert layer.qkv is not None
-    qkv, x = _normed_linear(config, layer.qkv, layer.qkv_bias, residual, (layer.attn_norm, layer.attn_norm_bias))
+    norm, lora = (layer.attn_norm, layer.attn_norm_bias), layer.lora or LayerLora()
+    qkv, x = _normed_linear(config, layer.qkv, layer.qkv_bias, residual, norm, lora.qkv, view.lora)
     by_head = qkv.reshape(*x.shape[:-1], config.kv_heads, -1, config.head_dim)
     by_head, gate = by_head[..., : config.groups + 2, :], by_head[..., config.groups + 2 :, :]
     if layer.key_balance is not None:
@@ -258,7 +275,8 @@ def _mix_recurrently(
     own, norm = layer.delta, (layer.attn_norm, layer.attn_norm_bias)
     assert own is not None
     assert config.delta_net is not None
-    projected, x = _normed_linear(config, own.project, None, residual, norm)
+    lora = layer.lora or LayerLora()
+    projected, x = _normed_linear(config, own.project, None, residual, norm, lora.project, view.lora)
     gates = linear(own.gates, _normed(config, x, *norm))
     mixed, state = delta_net.mix_tokens(
         config.delta_net, config.norm_eps, own, state, projected, gates, view.ring.valid
@@ -271,7 +289,13 @@ _Norm = tuple[jax.Array | None, jax.Array | None]
 
 
 def _normed_linear(
-    config: ModelConfig, weight: Weight, bias: jax.Array | None, residual: Residual, norm: _Norm
+    config: ModelConfig,
+    weight: Weight,
+    bias: jax.Array | None,
+    residual: Residual,
+    norm: _Norm,
+    lora: LowRank | None = None,
+    rows: RowScales | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Of the normed residual stream; and the stream, with what was to be added."""
     gain, norm_bias = norm
@@ -283,6 +307,7 @@ def _normed_linear(
     else:
         x = _summed(config, residual)
         out = linear(weight, _normed(config, x, gain, norm_bias))
+    out = _adapted(out, lora, rows, lambda a: _normed_linear(config, a, None, Residual(x), norm)[0])
     return _biased(out, bias), x
 
 
@@ -318,9 +343,12 @@ def _normed_heads(
     return jnp.concatenate([normed(q, q_gain), normed(k, k_gain), v], axis=-2)
 
 
-def logits(config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows E"]) -> Float[Array, "*rows V"]:
+def logits(
+    config: ModelConfig, params: ModelParams, hidden: Float[Array, "*rows E"], lora: RowScales | None = None
+) -> Float[Array, "*rows V"]:
     """Scores of every token of the vocabulary from the last layer's output."""
     head = params.embed if params.head is None else params.head
-    scores, _ = _normed_linear(config, head, None, Residual(hidden), (params.final_norm, params.final_norm_bias))
+    norm = params.final_norm, params.final_norm_bias
+    scores, _ = _normed_linear(config, head, None, Residual(hidden), norm, params.head_lora, lora)
     cap = config.final_softcap
     return scores if cap is None else cap * jnp.tanh(scores / cap)

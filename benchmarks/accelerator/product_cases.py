@@ -15,6 +15,7 @@ from atlas_jax.kernels.fused_linear import gated_linear, normed_linear, summed_l
 from atlas_jax.kernels.gated_delta import gated_delta, ref_gated_delta
 from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.kernels.linear import PackedArray, QuantArray, linear, quantize_weight, split_rows
+from atlas_jax.kernels.low_rank import LowRank, RowScales, add_low_rank
 from atlas_jax.kernels.monomials import polynomial_features, ref_polynomial_features
 from atlas_jax.kernels.newton_schulz import orthogonalize, ref_orthogonalize
 from atlas_jax.kernels.weight_forms import Form, unpack_records
@@ -73,6 +74,23 @@ def _fused(rows: int, size: int) -> Pair:
     gate, up = np.moveaxis(both.reshape(rows, -1, 2, block), 2, 0)
     made = (gate / (1 + np.exp(-gate)) * up).reshape(rows, size)
     return found, (normed(wide, gain) @ plain.T, normed(total, gain) @ plain.T, total, made @ plain.T)
+
+
+def _low_rank(size: int) -> Pair:
+    """Two adapters of eight columns each, of which three rows use one, both and none."""
+    out, x, gain = drawn(3, 2, size, seed=44), drawn(3, 2, size, seed=45), drawn(16, seed=46)
+    a, b = (QuantArray(*map(jnp.asarray, quantize_weight(drawn(*of)))) for of in ((16, size), (size, 16)))
+    scales = np.asarray([[0.5, 0.0], [1.0, -2.0], [0.0, 0.0]], np.float32)
+    owner = np.repeat(np.arange(2, dtype=np.int32), 8)
+    rows = RowScales(jnp.asarray(scales), jnp.asarray([True, True, False]))
+    weights = LowRank(a, b, jnp.asarray(gain), jnp.asarray(owner))
+
+    def run(out: Any, x: Any, weights: LowRank, rows: RowScales) -> jax.Array:
+        return add_low_rank(out, weights, rows, lambda a: linear(a, x))
+
+    thin = [np.asarray(part.values, np.float64) * np.asarray(part.scale)[:, None] for part in (a, b)]
+    added = (x.astype(np.float64) @ thin[0].T * (scales[:, owner] * gain)[:, None]) @ thin[1].T
+    return jax.jit(run)(*map(jnp.asarray, (out, x)), weights, rows), out + added
 
 
 def _cholesky(batch: int) -> Pair:
@@ -224,6 +242,7 @@ CASES = {
     "norms and gates before products": KernelCase(
         ("fused_linear", "reductions"), lambda quick: _fused(3, _size(quick)), 2e-2
     ),
+    "LoRA adapters": KernelCase(("low_rank",), lambda quick: _low_rank(_size(quick)), 2e-2),
     "memory read": KernelCase(("recall_features", "monomials"), lambda quick: _memory_read(1 if quick else 8), 1e-2),
     "Newton–Schulz": KernelCase(("newton_schulz",), lambda quick: _newton_schulz(2 if quick else 64), 2e-2),
     "gated delta rule, a step": KernelCase(("gated_delta",), lambda _: _delta(1), 1e-3),

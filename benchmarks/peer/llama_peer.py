@@ -84,6 +84,15 @@ class Peer:
         lib.llama_free(self.context)
         lib.llama_model_free(self.model)
 
+    def adapt(self, path: Path, scale: float) -> None:
+        """Has the context use a LoRA adapter."""
+        adapter = lib.llama_adapter_lora_init(self.model, str(path).encode())
+        if not adapter:
+            raise SystemExit(f"cannot load {path}")
+        adapters = (lib.llama_adapter_lora_p_ctypes * 1)(adapter)
+        if lib.llama_set_adapters_lora(self.context, adapters, 1, (ctypes.c_float * 1)(scale)):
+            raise SystemExit(f"cannot use {path}")
+
     @property
     def bos(self) -> int | None:
         """The token every text begins with, where the model's metadata asks for one."""

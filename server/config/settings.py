@@ -57,6 +57,7 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     model: Annotated[str | None, Meta(description="GGUF file, or folder of safetensors, to serve")] = None
     hf_repo: engine.HfRepo | None = EngineConfig.hf_repo
     offline: engine.Offline = EngineConfig.offline
+    lora: engine.Lora = EngineConfig.lora
     model_alias: Annotated[tuple[str, ...], Meta(description="More names of the model in requests")] = ()
     strict_model: Annotated[
         bool, Meta(description="Refuse requests that name another model instead of answering with this one")
@@ -105,7 +106,12 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     ] = 30.0
     ping_interval: Annotated[Seconds, Meta(description="Seconds of silence before a stream sends a comment")] = 15.0
     shutdown_grace: Annotated[
-        int, Meta(ge=1, le=5, description="Seconds running requests get to finish when the server is told to stop")
+        int,
+        Meta(
+            ge=1,
+            le=3600,
+            description="Seconds running requests get to finish when the server is told to stop; saving takes up to 5 more",
+        ),
     ] = 4
     log_level: Annotated[
         LogLevel,
@@ -147,7 +153,11 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 
     enabled: Annotated[bool, Meta(description="Whether the server offers the memory at all")] = True
     adapter: Annotated[str | None, Meta(description="Adapter file fitted to the model")] = None
-    memory_path: Annotated[str, Meta(description="Folder of the stored sessions")] = "./atlas_memory"
+    memory_path: Annotated[
+        str, Meta(description="Folder of the stored sessions; with session_store, of copies of them")
+    ] = "./atlas_memory"
+    session_store: engine.SessionStore | None = EngineConfig.session_store
+    session_store_endpoint: engine.SessionStoreEndpoint | None = EngineConfig.session_store_endpoint
     memory_file: engine.FileName | None = EngineConfig.memory_file
     memory_persist: Annotated[bool, Meta(description="Whether anything is ever written to or read from disk")] = True
     auto_load_memory: Annotated[bool, Meta(description="Load the memory file at start")] = True
@@ -204,7 +214,7 @@ class AtlasSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
             description="Seconds after which an unused session or chain of responses is deleted; 0 keeps all",
         ),
     ] = 0.0
-    journal_sync: engine.JournalSync = EngineConfig.journal_sync
+    journal_sync: engine.JournalSync | None = EngineConfig.journal_sync
     default_config: AtlasDefaults = field(default_factory=AtlasDefaults)
 
 

@@ -34,6 +34,8 @@ _ENV = {
     "atlas.default_config.memory_budget": "ATLAS_DEFAULT_MEMORY_BUDGET",
 }
 _FLAGS = {
+    "atlas.session_store": "--session-store",
+    "atlas.session_store_endpoint": "--session-store-endpoint",
     "atlas.enabled": "--atlas",
     "atlas.default_config.enabled": "--atlas-default-enabled",
     "atlas.default_config.memory_budget": "--atlas-default-memory-budget",
@@ -50,7 +52,7 @@ _SECTIONS = {
     "atlas.default_config": "Memory of a request: defaults of its `atlas` object",
 }
 _GROUPS = {
-    "Model": ("model", "hf_repo", "offline", "model_alias", "strict_model"),
+    "Model": ("model", "hf_repo", "offline", "lora", "model_alias", "strict_model"),
     "Security": ("api_keys_file", "allowed_hosts", "cors_origins", "trusted_proxies", "failure_limit"),
     "Limits": (
         *(
@@ -69,7 +71,8 @@ _GROUPS = {
         *("mesh_data", "mesh_model", "distributed", "coordinator_address", "num_processes", "process_id", "cache_path"),
     ),
     "Storage": (
-        *("memory_path", "memory_file", "memory_persist", "auto_load_memory", "auto_save_memory"),
+        *("memory_path", "session_store", "session_store_endpoint", "journal_sync"),
+        *("memory_file", "memory_persist", "auto_load_memory", "auto_save_memory"),
         *("memory_save_interval", "l1_cache_size", "l2_cache_size", "l3_cache_size"),
     ),
     "Statistics and logs": (

@@ -83,7 +83,7 @@ class MemoryController(Controller):
         """State of one session's memory, or totals over all of the caller's."""
         return json_response(await memory.info(context_of(request).identity.owner, session_id))
 
-    @post("/save", status_code=200, responses=atlas_responses(schema.SaveResponse, 404, 507, body=True))
+    @post("/save", status_code=200, responses=atlas_responses(schema.SaveResponse, 404, 409, 507, body=True))
     async def save(
         self,
         request: HttpRequest,
@@ -93,7 +93,7 @@ class MemoryController(Controller):
         """Saves every session, one session, or a context with the caller's state."""
         return json_response(await memory.save(context_of(request).identity.owner, parse(schema.SaveRequest, data)))
 
-    @post("/load", status_code=200, responses=atlas_responses(schema.LoadResponse, 404, 507, body=True))
+    @post("/load", status_code=200, responses=atlas_responses(schema.LoadResponse, 404, 409, 507, body=True))
     async def load(
         self,
         request: HttpRequest,
@@ -124,7 +124,7 @@ class MemoryController(Controller):
         wanted = parse(schema.RenameRequest, data)
         return json_response(await memory.rename(context_of(request).identity.owner, wanted))
 
-    @post("/delete", status_code=200, responses=atlas_responses(schema.DeleteResponse, 404, body=True))
+    @post("/delete", status_code=200, responses=atlas_responses(schema.DeleteResponse, 404, 409, body=True))
     async def delete(
         self,
         request: HttpRequest,
@@ -135,7 +135,7 @@ class MemoryController(Controller):
         wanted = parse(schema.DeleteRequest, data)
         return json_response(await memory.delete(context_of(request).identity.owner, wanted))
 
-    @post("/fork", status_code=200, responses=atlas_responses(schema.ForkResponse, 404, 507, body=True))
+    @post("/fork", status_code=200, responses=atlas_responses(schema.ForkResponse, 404, 409, 507, body=True))
     async def fork(
         self,
         request: HttpRequest,
@@ -145,7 +145,7 @@ class MemoryController(Controller):
         """Begins a session where another is; the two go on apart."""
         return json_response(await memory.fork(context_of(request).identity.owner, parse(schema.ForkRequest, data)))
 
-    @post("/reset", status_code=200, responses=atlas_responses(schema.ResetResponse, 404, 507, body=True))
+    @post("/reset", status_code=200, responses=atlas_responses(schema.ResetResponse, 404, 409, 507, body=True))
     async def reset(
         self,
         request: HttpRequest,

@@ -9,9 +9,11 @@ from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
 from litestar.params import JSONBody, SkipValidation
 
+from server.errors import Forbidden
 from server.http import HttpRequest, answer, context_of, generate, generation_responses, json_response, openai_responses
 from server.schemas import llamacpp as schema
 from server.schemas.embeddings import LlamaEmbedding, LlamaEmbeddingsRequest
+from server.schemas.sampling import LoraScales
 from server.services.embeddings import EmbeddingService
 from server.services.llamacpp import LlamaCppService
 from server.validation import parse
@@ -74,7 +76,11 @@ class LlamaCppController(Controller):
         """Writes a conversation out as the model reads it."""
         return json_response(await llamacpp.apply_template(parse(schema.ApplyTemplateRequest, data)))
 
-    @post(["/embedding", "/embeddings"], status_code=200, responses=generation_responses(list[LlamaEmbedding], 501))
+    @post(
+        ["/embedding", "/embeddings"],
+        status_code=200,
+        responses=openai_responses(list[LlamaEmbedding], 404, 500, 501, 507, body=True),
+    )
     async def embeddings(
         self,
         request: HttpRequest,
@@ -88,6 +94,23 @@ class LlamaCppController(Controller):
     async def props(self, llamacpp: NamedDependency[LlamaCppService]) -> Response[Any]:
         """The server's properties and sampling defaults."""
         return json_response(llamacpp.props())
+
+    @get("/lora-adapters", responses=openai_responses(list[schema.LoraAdapter]))
+    async def lora_adapters(self, llamacpp: NamedDependency[LlamaCppService]) -> Response[Any]:
+        """The LoRA adapters, and the scales of requests that say nothing of them."""
+        return json_response(msgspec.json.encode(llamacpp.lora()))
+
+    @post("/lora-adapters", status_code=200, responses=openai_responses(schema.LoraChanged, body=True))
+    async def set_lora_adapters(
+        self,
+        request: HttpRequest,
+        data: SkipValidation[JSONBody[LoraScales]],
+        llamacpp: NamedDependency[LlamaCppService],
+    ) -> Response[Any]:
+        """Changes those scales, 0 for an adapter that is not named; needs an admin key."""
+        if not context_of(request).identity.admin:
+            raise Forbidden("This key may not change the scales of LoRA adapters")
+        return json_response(llamacpp.scale_lora(data))
 
     @get("/slots", responses=openai_responses(list[schema.Slot]))
     async def slots(self, request: HttpRequest, llamacpp: NamedDependency[LlamaCppService]) -> Response[Any]:

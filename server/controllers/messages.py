@@ -18,7 +18,7 @@ class MessagesController(Controller):
 
     tags = ("Anthropic",)
 
-    @post("/v1/messages", status_code=200, responses=anthropic_responses(schema.Message, 404, 500, 507))
+    @post("/v1/messages", status_code=200, responses=anthropic_responses(schema.Message, 404, 409, 500, 507))
     async def create(
         self,
         request: HttpRequest,

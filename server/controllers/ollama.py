@@ -18,7 +18,7 @@ class OllamaController(Controller):
 
     tags = ("Ollama",)
 
-    @post("/api/chat", status_code=200, responses=ollama_responses(schema.OllamaChat, 404, 500, 507, body=True))
+    @post("/api/chat", status_code=200, responses=ollama_responses(schema.OllamaChat, 404, 409, 500, 507, body=True))
     async def chat(
         self,
         request: HttpRequest,
@@ -29,7 +29,9 @@ class OllamaController(Controller):
         return await generate(request, data, ollama.chat)
 
     @post(
-        "/api/generate", status_code=200, responses=ollama_responses(schema.OllamaGenerated, 404, 500, 507, body=True)
+        "/api/generate",
+        status_code=200,
+        responses=ollama_responses(schema.OllamaGenerated, 404, 409, 500, 507, body=True),
     )
     async def generate(
         self,

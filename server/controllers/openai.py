@@ -54,7 +54,7 @@ class OpenAIController(Controller):
         """Continues a conversation."""
         return await generate(request, data, inference.chat)
 
-    @post("/v1/embeddings", status_code=200, responses=generation_responses(Embeddings, 501))
+    @post("/v1/embeddings", status_code=200, responses=openai_responses(Embeddings, 404, 500, 501, 507, body=True))
     async def embeddings(
         self,
         request: HttpRequest,

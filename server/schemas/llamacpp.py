@@ -8,6 +8,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType
 
 from server.schemas.atlas import AtlasStats, FittingProgress
 from server.schemas.chat import Messages, Tool
+from server.schemas.sampling import LoraScales
 from server.schemas.shape import ShapedFields
 from server.schemas.usage import Timings
 
@@ -169,6 +170,28 @@ class Reranked(Struct, kw_only=True, frozen=True):
     """Texts in the order of a question, as a model that ranks them would have it."""
 
     results: list[RerankedText]
+
+
+class LoraAdapter(Struct, kw_only=True, frozen=True):
+    """A LoRA adapter and the scale of requests that say nothing of it; `path` is the file's name, never a path."""
+
+    id: int
+    path: str
+    scale: float
+    task_name: str
+    prompt_prefix: str
+
+
+class LoraChange(Struct, kw_only=True, frozen=True):
+    """The body of a change of scales, which is the list alone."""
+
+    lora: LoraScales
+
+
+class LoraChanged(Struct, kw_only=True, frozen=True):
+    """Answer to a change of scales."""
+
+    success: bool
 
 
 class Slot(Struct, kw_only=True, frozen=True):

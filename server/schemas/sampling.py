@@ -7,6 +7,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from atlas_jax.engine.api import MAX_LOGIT_BIAS
+from atlas_jax.engine.config import LORA_SCALE
 from server.schemas.atlas import AtlasOptions
 
 TokenCount = Annotated[int, Meta(ge=-1, le=1 << 31, description="Most tokens to generate; -1 means no limit")]
@@ -16,6 +17,18 @@ TopK = Annotated[int, Meta(ge=-1, le=1 << 31, description="0 and -1 keep every t
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 RepeatPenalty = Annotated[float, Meta(gt=0, le=10)]
 Penalty = Annotated[float, Meta(ge=-2, le=2)]
+
+
+class LoraScale(Struct, kw_only=True, frozen=True):
+    """How far one LoRA adapter is used."""
+
+    id: Annotated[int, Meta(ge=0, le=1 << 20, description="Of GET /lora-adapters")]
+    scale: Annotated[float, Meta(ge=-LORA_SCALE, le=LORA_SCALE, description="0 leaves the adapter out")]
+
+
+LoraScales = Annotated[
+    list[LoraScale], Meta(max_length=1024, description="LoRA adapters to use; one that is not named has scale 0")
+]
 
 
 class StreamOptions(Struct, kw_only=True, frozen=True):
@@ -64,4 +77,5 @@ class SamplingFields(Struct, kw_only=True, frozen=True):
     ignore_eos: bool | None = None
     cache_prompt: bool | None = None
     user: Annotated[str, Meta(max_length=1024)] | None = None
+    lora: LoraScales | None = None
     atlas: AtlasOptions | None = None

@@ -25,6 +25,7 @@ class GenerationPlan:
       prompt_logprobs: None, or how many alternatives for every prompt token.
       grammar: what every answer must match, or None.
       shown: names of control tokens that are part of the answers' text.
+      lora: a scale for each LoRA adapter, or None where nothing is said of them.
       chat: what is known of the prompts if they are chats of a session, else None.
       pooling: how the prompts are embedded, or None where they are answered.
       wire: how a stream is written.
@@ -46,6 +47,7 @@ class GenerationPlan:
     include_usage: bool
     builder: ResponseBuilder
     shown: frozenset[str] = frozenset()
+    lora: tuple[float, ...] | None = None
     chat: ChatFrame | None = None
     pooling: Pooling | None = None
     wire: Wire = OPENAI
@@ -76,6 +78,7 @@ class GenerationPlan:
                         prompt_logprobs=self.prompt_logprobs,
                         choice=len(out),
                         owner=owner,
+                        lora=self.lora,
                         chat=self.chat,
                         pooling=self.pooling,
                         memory=self.memory.params,

@@ -20,6 +20,7 @@ from server.services.chat_response import ChatResponseBuilder
 from server.services.completion_response import CompletionResponseBuilder
 from server.services.generation import Generation, Generator
 from server.services.generation_plan import GenerationPlan
+from server.services.lora import scales_of
 from server.services.memory_options import MemoryPlan, check_token_gates, plan_memory
 from server.services.models import Models
 from server.services.response_builder import Identification, ResponseBuilder
@@ -127,6 +128,7 @@ class Inference:
             grammar=None if shape is None else await self._shaped(shape, context),
             prompt_logprobs=body.logprobs if body.echo else None,
             memory=memory,
+            lora=scales_of(body.lora, self._supervisor.engine),
             stream=bool(body.stream),
             include_usage=usage,
             builder=how.builder,
@@ -208,6 +210,7 @@ class Inference:
             memory=memory,
             shown=frozenset((*(thinking or ()), *(() if tools is None else self._tokenization.form.style.markers))),
             chat=frame,
+            lora=scales_of(body.lora, self._supervisor.engine),
             stream=bool(body.stream),
             include_usage=_wants_usage(body),
             builder=how.builder,

@@ -9,6 +9,7 @@ from server.config.settings import SamplingSection
 from server.errors import NotSupported
 from server.middleware.request_context import RequestContext
 from server.schemas import llamacpp as schema
+from server.services import lora
 from server.services.engine_supervisor import EngineSupervisor
 from server.services.generation import Generation
 from server.services.inference import Answering, Asked, Inference
@@ -129,6 +130,15 @@ class LlamaCppService:
             modalities={"vision": False, "audio": False},
             build_info=f"atlas-jax {__version__}",
         )
+
+    def lora(self) -> list[schema.LoraAdapter]:
+        """The LoRA adapters."""
+        return lora.adapters(self._supervisor.engine)
+
+    def scale_lora(self, raw: Any) -> schema.LoraChanged:
+        """Changes the scales of requests that say nothing of adapters; raises BadRequest."""
+        lora.change(raw, self._supervisor.accepting)
+        return schema.LoraChanged(success=True)
 
     def slots(self, owner: str) -> list[schema.Slot]:
         """The decode slots of this moment; of another owner's no more than that they are busy."""

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from msgspec import UNSET
 
-from atlas_jax.engine.api import EngineProtocol, MemoryUnavailable, SessionStore
+from atlas_jax.engine.api import EngineProtocol, MemoryUnavailable, SessionConflict, SessionStore
 from server.config.settings import Settings
 from server.errors import NotEnabled, Unavailable
 from server.prometheus import Metrics
@@ -243,7 +243,7 @@ class MemoryService:
             for pause in _RETRY_SECONDS:
                 try:
                     return await self._pools.run("sessions", lambda: work(store))
-                except MemoryUnavailable:
+                except (MemoryUnavailable, SessionConflict):  # the latter: another server has changed it meanwhile
                     log.warning("The session store is not available; trying again in %.2f s", pause)
                     await asyncio.sleep(pause)
             return await self._pools.run("sessions", lambda: work(store))

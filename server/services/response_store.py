@@ -99,7 +99,14 @@ def response_not_found(response_id: str, *, param: str | None = None) -> NotFoun
 
 @dataclass
 class _Tree:
+    """Responses by their places.
+
+    Attributes:
+      sizes: bytes of their documents, where other servers write them too: one that was rewritten is shorter.
+    """
+
     nodes: dict[str, Node] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
     children: dict[str, set[str]] = field(default_factory=dict)
     lanes: dict[str, set[str]] = field(default_factory=dict)
 
@@ -134,7 +141,7 @@ class ResponseStore:
     def __init__(self, supervisor: EngineSupervisor, pools: ThreadPools) -> None:
         self._supervisor, self._pools = supervisor, pools
         self._trees: dict[str, _Tree] = {}
-        self._records: OrderedDict[tuple[str, str], Record] = OrderedDict()
+        self._records: OrderedDict[tuple[str, str], tuple[Record, int]] = OrderedDict()
         self._cached = 0
 
     async def find(self, owner: str, response_id: str) -> Node | None:
@@ -170,7 +177,7 @@ class ResponseStore:
         data = msgspec.json.encode(record)
         await self.run(lambda documents: documents.write(owner, node.name, data))
         tree.add(node)
-        self._remember(owner, record)
+        self._remember(owner, record, len(data))
 
     async def delete(self, owner: str, node: Node) -> str | None:
         """Removes a response.
@@ -214,7 +221,7 @@ class ResponseStore:
         node, data = (await self._tree(owner)).nodes[record.id], msgspec.json.encode(record)
         await self.run(lambda documents: documents.write(owner, node.name, data))
         self._forget(owner, record.id)
-        self._remember(owner, record)
+        self._remember(owner, record, len(data))
 
     async def expire(self, owner: str, idle: float) -> int:
         """Deletes the trees that nothing was added to for `idle` seconds; returns how many responses that were."""
@@ -242,47 +249,59 @@ class ResponseStore:
         return len(old)
 
     async def _read(self, owner: str, path: list[Node]) -> list[Record]:
-        known = {node.id: record for node in path if (record := self._records.get((owner, node.id))) is not None}
+        sizes = self._trees[owner].sizes if owner in self._trees else {}
+        known: dict[str, tuple[Record, int]] = {}
+        for node in path:
+            kept = self._records.get((owner, node.id))
+            if kept is not None and sizes.get(node.id, kept[1]) == kept[1]:
+                known[node.id] = kept
         missing = [node for node in path if node.id not in known]
 
-        def read(documents: DocumentStore) -> list[Record]:
+        def read(documents: DocumentStore) -> list[tuple[Record, int]]:
             found = []
             for node in missing:
                 data = documents.read(owner, node.name)
                 if data is None:  # without a store only the latest are kept
                     raise response_not_found(node.id)
-                found.append(msgspec.json.decode(data, type=Record))
+                found.append((msgspec.json.decode(data, type=Record), len(data)))
             return found
 
-        known |= {record.id: record for record in (await self.run(read) if missing else ())}
+        for record, size in await self.run(read) if missing else ():
+            self._forget(owner, record.id)
+            known[record.id] = record, size
         out = [known[node.id] for node in path]
-        for record in out:
-            self._remember(owner, record)
-        return out
+        for record, size in out:
+            self._remember(owner, record, size)
+        return [record for record, _ in out]
 
-    def _remember(self, owner: str, record: Record) -> None:
+    def _remember(self, owner: str, record: Record, size: int) -> None:
         if (owner, record.id) not in self._records:
-            self._records[owner, record.id] = record
+            self._records[owner, record.id] = record, size
             self._cached += record.size
         self._records.move_to_end((owner, record.id))
         while self._cached > _CACHED and len(self._records) > 1:
-            _, oldest = self._records.popitem(last=False)
+            _, (oldest, _) = self._records.popitem(last=False)
             self._cached -= oldest.size
 
     def _forget(self, owner: str, response_id: str) -> None:
         known = self._records.pop((owner, response_id), None)
         if known is not None:
-            self._cached -= known.size
+            self._cached -= known[0].size
 
     async def _tree(self, owner: str) -> _Tree:
-        if owner not in self._trees:
+        shared = self._supervisor.engine.documents.shared
+        if owner not in self._trees or shared:
+            before = self._trees.get(owner)
             files = await self.run(lambda documents: documents.list(owner))
-            if owner not in self._trees:  # another request may have been as fast
+            if self._trees.get(owner) is before:  # another request may have been as fast
                 tree = _Tree()
-                for node in filter(None, (Node.parse(file.filename) for file in files)):
+                for file in files:
+                    node = Node.parse(file.filename)
                     # a deletion that was cut short has left both names
-                    if node.id not in tree.nodes or node.deleted:
+                    if node is not None and (node.id not in tree.nodes or node.deleted):
                         tree.add(node)
+                        if shared:
+                            tree.sizes[node.id] = file.bytes
                 self._trees[owner] = tree
         return self._trees[owner]
 

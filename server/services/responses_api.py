@@ -31,7 +31,7 @@ _TEXTS = ("text", "input_text", "output_text")
 # What a request may share with a chat completion, as it is.
 _SHARED = (
     *("model", "temperature", "top_p", "top_k", "min_p", "typical_p", "repeat_penalty", "presence_penalty"),
-    *("frequency_penalty", "logit_bias", "seed", "stop", "stream", "ignore_eos", "cache_prompt", "user"),
+    *("frequency_penalty", "logit_bias", "seed", "stop", "stream", "ignore_eos", "cache_prompt", "user", "lora"),
 )
 
 

@@ -30,6 +30,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--offline", action="store_true", help="take a repository's model from the cache and ask nobody")
     group.add_argument("--config", metavar="FILE", help=f"JSON configuration file, as for `serve` [{CONFIG_ENV}]")
+    group.add_argument("--lora", action="append", metavar="FILE[=SCALE]", help="LoRA adapter beside the model")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads; 0 takes every core")
 
 
@@ -76,7 +77,7 @@ def connected(args: argparse.Namespace, *, memory_path: Path | None = None, memo
 
 @contextmanager
 def _remote(args: argparse.Namespace) -> Iterator[Client]:
-    given = [flag for flag in ("hf_repo", "config", "threads") if getattr(args, flag) is not None]
+    given = [flag for flag in ("hf_repo", "config", "lora", "threads") if getattr(args, flag) is not None]
     if args.offline:
         given.append("offline")
     if getattr(args, "model", None) is not None:
@@ -100,6 +101,7 @@ def _settings(args: argparse.Namespace, *, memory_path: Path | None, memory: boo
         "server.model": args.model,
         "server.hf_repo": args.hf_repo,
         "server.offline": args.offline or None,
+        "server.lora": args.lora,
         "server.threads": args.threads,
     }
     settings = load(config=args.config, flags=flags)
@@ -119,6 +121,7 @@ def _settings(args: argparse.Namespace, *, memory_path: Path | None, memory: boo
         settings.atlas,
         enabled=settings.atlas.enabled and memory,
         memory_path=str(memory_path) if memory_path is not None else settings.atlas.memory_path,
+        session_store=None,
         memory_persist=memory_path is not None,
         enable_memory_endpoints=True,
         auto_load_memory=False,

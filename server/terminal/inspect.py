@@ -1,4 +1,4 @@
-"""`atlas-jax inspect`: what is in a model, and what would be done with it."""
+"""`atlas-jax inspect`: what is in a model or a LoRA adapter, and what would be done with it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import msgspec
 from server.terminal.arguments import DONE, FAILED, CommandError, Parser, UsageError, run
 
 if TYPE_CHECKING:
-    from atlas_jax.engine.inspection import Inspection
+    from rich.console import Console
+
+    from atlas_jax.engine.inspection import Inspection, LoraInspection
 
 PROG = "atlas-jax inspect"
 _LONG = 100
@@ -27,9 +29,10 @@ def parser() -> Parser:
         prog=PROG,
         description="Shows what is in a GGUF file or a folder of safetensors, and what would be done with it: whether it "
         "would be served, in what form its weights would be held, how a session's memory would be divided. No weight is "
-        "loaded. The exit code is 1 for a model that would be refused.",
+        "loaded. The exit code is 1 for a model that would be refused. A LoRA adapter is shown as well.",
     )
     made.add_argument("model", metavar="FILE|FOLDER", type=Path, help="GGUF file, or folder of safetensors")
+    made.add_argument("--model", dest="base", metavar="FILE|FOLDER", type=Path, help="model to hold an adapter against")
     made.add_argument("--metadata", action="store_true", help="list the metadata too")
     made.add_argument("--tensors", action="store_true", help="list the tensors too")
     made.add_argument(
@@ -48,12 +51,17 @@ def main(argv: Sequence[str]) -> int:
 def _run(args: argparse.Namespace) -> int:
     from atlas_jax.config import ConfigError
     from atlas_jax.engine.config import EngineConfig, default_cache
-    from atlas_jax.engine.inspection import inspect_model
+    from atlas_jax.engine.inspection import inspect_lora, inspect_model, is_lora
     from atlas_jax.gguf import GGUFError
     from atlas_jax.model.families import UnsupportedModel
+    from atlas_jax.model.lora_file import LoraError
 
     logging.getLogger("atlas").setLevel(logging.ERROR)
     try:
+        if is_lora(args.model):
+            return _lora(inspect_lora(args.model, args.base), args)
+        if args.base is not None:
+            raise UsageError("--model is for LoRA adapters, and this is none")
         config = EngineConfig(model_path=args.model, memory_budget=args.memory_budget)
         found = inspect_model(args.model, default_cache(), config=config, digest=args.fingerprint)
         tensors = _tensors(args.model) if args.tensors else []
@@ -61,12 +69,47 @@ def _run(args: argparse.Namespace) -> int:
         raise UsageError(str(error)) from None
     except OSError as error:
         raise CommandError(f"{args.model}: {error.strerror}") from None
-    except (GGUFError, UnsupportedModel) as error:
+    except (GGUFError, UnsupportedModel, LoraError) as error:
         raise CommandError(f"{args.model}: {error}") from None
     if args.json:
         _write_json(found, tensors, metadata=args.metadata)
     else:
         _write(found, tensors, metadata=args.metadata)
+    return DONE if found.refusal is None else FAILED
+
+
+def _lora(found: LoraInspection, args: argparse.Namespace) -> int:
+    from rich.text import Text
+
+    from server.terminal.output import console, facts, number, safe, size, table
+
+    tensors = _tensors(args.model) if args.tensors else []
+    if args.json:
+        out: dict[str, Any] = {"kind": "lora", **dataclasses.asdict(found)}
+        print(msgspec.json.format(msgspec.json.encode(out), indent=2).decode())
+        return DONE if found.refusal is None else FAILED
+    screen, (least, most) = console(), found.ranks
+    screen.print(Text(safe(found.name, lines=False), style="bold"))
+    if found.refusal is not None:
+        screen.print(Text(safe(f"would be refused: {found.refusal}", lines=False), style="red"), soft_wrap=True)
+    elif args.base is not None:
+        screen.print("would be served beside this model", style="green")
+    rows = [
+        ("file", f"LoRA adapter, GGUF, {size(found.size)}"),
+        ("architecture", found.architecture),
+        ("size", f"{number(found.parameters)} parameters, in {found.layers} layers"),
+        ("rank", f"{most}" if least == most else f"{least} to {most}"),
+        ("alpha", f"{found.alpha:g}" if found.alpha else "none: products as they are"),
+        ("task", found.task_name),
+        ("prompt prefix", found.prompt_prefix),
+        ("fingerprint", found.digest),
+    ]
+    screen.print()
+    screen.print(facts((name, value) for name, value in rows if value))
+    screen.print()
+    weights = [(name, str(count)) for name, count in found.weights.items()]
+    screen.print(table([("weights", False), ("adapted", True)], weights))
+    _print_tensors(screen, tensors)
     return DONE if found.refusal is None else FAILED
 
 
@@ -123,6 +166,12 @@ def _write(found: Inspection, tensors: Sequence[tuple[str, str, tuple[int, ...],
         out.print()
         pairs = [(key, _short(_plain(value))) for key, value in found.metadata.items()]
         out.print(table([("metadata", False), ("value", False)], pairs))
+    _print_tensors(out, tensors)
+
+
+def _print_tensors(out: Console, tensors: Sequence[tuple[str, str, tuple[int, ...], int]]) -> None:
+    from server.terminal.output import size, table
+
     if tensors:
         out.print()
         rows = [(name, kind, "×".join(map(str, shape)), size(count)) for name, kind, shape, count in tensors]

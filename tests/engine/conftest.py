@@ -40,7 +40,9 @@ def models(folder: Path) -> dict[str, tuple[Path, Path]]:
     """Model and adapter files by name."""
     out = {}
     begun = dataclasses.replace(tiny_model.LLAMA, add_bos=True)
-    shapes = {"llama": tiny_model.LLAMA, "gemma": tiny_model.GEMMA, "hybrid": tiny_model.HYBRID, "begun": begun}
+    native = tiny_model.Shape(embed=64, heads=2, kv_heads=1, head_dim=64, ff=128)  # all of it in the C kernels
+    shapes = {"llama": tiny_model.LLAMA, "gemma": tiny_model.GEMMA, "hybrid": tiny_model.HYBRID}
+    shapes |= {"begun": begun, "native": native}
     for name, shape in shapes.items():
         model = tiny_model.write_model(folder / f"{name}.gguf", shape)
         out[name] = model, tiny_model.write_adapter(folder / f"{name}.safetensors", model)

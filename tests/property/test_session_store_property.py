@@ -290,7 +290,7 @@ def test_sessions_of_another_model_are_left_alone(store: FolderStore) -> None:
     store.close()
     other = FolderStore(MemoryFolder(store.root), "another model")
     assert list(other.list()) == []
-    assert other.others() == 1
+    assert other.other_models() == 1
     assert other.session(KEY).write(2, encoded(2))
     other.close()
     store = FolderStore(MemoryFolder(store.root), "model")

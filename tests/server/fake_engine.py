@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from atlas_jax.engine.api import (
     GenerationRequest,
     InvalidRequest,
     Listener,
+    LoraInfo,
     MemoryParams,
     MemoryStats,
     ModelInfo,
@@ -272,6 +273,7 @@ class FakeEngine:
         )
         self.tokenizer = ByteTokenizer()
         self.sessions = FakeSessions(root, name)
+        self.lora: tuple[LoraInfo, ...] = ()
         self.fitting_now: Fitting | None = None
         self.prepare: list[Callable[[Any], None]] = []
         self.documents = FakeDocuments() if documents is None else documents
@@ -320,6 +322,9 @@ class FakeEngine:
         variables: Mapping[str, Any] | None = None,
     ) -> ChatFrame:
         return ChatFrame(preamble=(), closing=(END,), answers=any(one["role"] == "assistant" for one in messages))
+
+    def scale_lora(self, scales: Sequence[float]) -> None:
+        self.lora = tuple(replace(one, scale=scale) for one, scale in zip(self.lora, scales, strict=True))
 
     def fitting(self) -> Fitting | None:
         return self.fitting_now

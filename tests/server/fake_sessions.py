@@ -36,6 +36,8 @@ class Session:
 class FakeDocuments:
     """Documents in a dict."""
 
+    shared = False
+
     def __init__(self) -> None:
         self.kept: dict[tuple[str, str], bytes] = {}
         self.written: dict[str, float] = {}

@@ -10,7 +10,14 @@ from typing import Any
 import httpx
 import pytest
 
-from atlas_jax.engine.api import Fitting, MemoryUnavailable, Overloaded, SessionKey, SnapshotInvalid
+from atlas_jax.engine.api import (
+    Fitting,
+    MemoryUnavailable,
+    Overloaded,
+    SessionConflict,
+    SessionKey,
+    SnapshotInvalid,
+)
 from tests.server.live_server import Live, Start
 
 CHAT = "/v1/chat/completions"
@@ -313,6 +320,26 @@ def test_a_memory_that_fails_before_the_first_token_degrades_too(live: Live) -> 
     finally:
         live.engine.submit = original
     assert response.json()["atlas_stats"]["degraded"] == "The memory is gone"
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/api/chat", "/v1/responses"])
+def test_a_turn_that_another_server_has_overtaken_can_be_sent_again(live: Live, path: str) -> None:
+    live.engine.fail_after, live.engine.failure = (
+        2,
+        SessionConflict("Another server has changed this session meanwhile"),
+    )
+    length = {"options": {"num_predict": 8}} if path == "/api/chat" else {"max_tokens": 8}
+    body = {"input": "x"} if path == "/v1/responses" else {**HELLO, **length, "stream": False}
+    response = live.post(path, {**body, "model": "any"})
+    assert response.status_code == 409
+    assert (response.headers["Retry-After"], response.headers["retry-after-ms"]) == ("1", "500")
+    assert "Another server" in response.text
+    if path == CHAT:
+        assert response.json()["error"]["code"] == "session_conflict"
+        stream = live.post(path, {**body, "stream": True})
+        assert "session_conflict" in stream.text
+    live.engine.fail_after = None
+    assert live.post(path, {**body, "model": "any"}).status_code == 200
 
 
 def test_a_session_that_cannot_be_read_is_refused(live: Live) -> None:

@@ -76,8 +76,8 @@ def test_there_is_an_image_for_each_kind_of_device_and_the_cpu_is_the_default() 
     assert list(stages())[-1] == "cpu"
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
     installed = [rest for word, rest in instructions() if word == "RUN" and "pip install" in rest]
-    wanted = {one for rest in installed for group in re.findall(r"\.\[([a-z,]+)\]", rest) for one in group.split(",")}
-    assert wanted == {"serve", "cuda", "tpu"} <= set(extras)
+    wanted = {one for rest in installed for group in re.findall(r"\.\[([a-z,-]+)\]", rest) for one in group.split(",")}
+    assert wanted == {"serve", "object-store", "cuda", "tpu"} <= set(extras)
 
 
 def test_everything_that_is_copied_is_there() -> None:

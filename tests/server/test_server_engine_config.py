@@ -25,6 +25,8 @@ OTHERS: dict[str, Any] = {
     "memory_enabled": False,
     "memory_path": "elsewhere",
     "memory_file": "other.atlas",
+    "session_store": "s3://bucket/prefix",
+    "session_store_endpoint": "http://127.0.0.1:8333",
     "journal_sync": 0.25,
     "cache_path": "cache",
     "threads": 3,
@@ -41,6 +43,7 @@ OTHERS: dict[str, Any] = {
     "l3_cache_size": 17,
     "owner_quota": 19,
     "prefix_cache_size": 23,
+    "lora": ("a.gguf=0.5", "b.gguf"),
     "weight_dtype": "float32",
     "kv_dtype": "float32",
     "speculate": False,
@@ -66,7 +69,9 @@ def test_the_defaults_are_the_engines_own() -> None:
 def test_every_field_can_be_set_from_outside(field: str) -> None:
     option = next(option for option in options() if option.path[-1] == SETTING_OF.get(field, field))
     value = OTHERS[field]
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = (
+        ",".join(value) if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else str(value)
+    )
     before = engine_config(load(environ={"ATLAS_MODEL": "m.gguf"}))
     # a model is a file or a repository
     model, no_file = ({}, {"model_path": None}) if field == "hf_repo" else ({"ATLAS_MODEL": "m.gguf"}, {})
@@ -138,6 +143,9 @@ def test_a_server_without_a_model_is_refused_before_anything_is_opened() -> None
         ("process_id", -1),
         ("memory_file", "../x"),
         ("memory_path", 3),
+        ("session_store", "ftp://host/x"),
+        ("session_store", "s3:///x"),
+        ("session_store_endpoint", "host:80"),
         ("model_path", None),
         ("hf_repo", "org/other"),
         ("hf_repo", 7),

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from atlas_jax.engine.api import MemoryUnavailable, SetAside, SnapshotInvalid, StorageFull
+from atlas_jax.engine.api import MemoryUnavailable, SessionConflict, SetAside, SnapshotInvalid, StorageFull
 from server.config.settings import SettingsError
 from server.schemas.atlas import AtlasDefaults
 from server.services.runtime_config import RuntimeConfig
@@ -212,6 +212,10 @@ def test_store_errors(live: Live) -> None:
     assert (response.status_code, error(response)["message"]) == (400, "Made by another model")
     live.engine.sessions.fail = [MemoryUnavailable("away")] * 2
     assert live.post("/v1/atlas/memory/save").status_code == 200
+    live.engine.sessions.fail = [SessionConflict("overtaken")] * 2
+    assert live.post("/v1/atlas/memory/save").status_code == 200
+    live.engine.sessions.fail = [SessionConflict("overtaken")] * 9
+    assert live.post("/v1/atlas/memory/save").status_code == 409
     live.engine.sessions.fail = [OSError("/secret/path: I/O error")]
     response = live.post("/v1/atlas/memory/save")
     assert (response.status_code, error(response)["message"]) == (503, "Failed to save context state")

@@ -450,3 +450,27 @@ def test_without_a_memory_chains_are_plain_conversations(start: Start) -> None:
     client.responses.create(model="any", input="branch", previous_response_id=root.id)
     assert [request.memory for request in live.engine.requests] == [None] * 3
     assert [text for _, text in prompt_of(live.engine)] == ["root", root.output_text, "branch"]
+
+
+def test_servers_that_share_a_store_know_each_others_responses(start: Start) -> None:
+    one, other = start(), start()
+    one.engine.documents.shared = True
+    other.engine.documents = one.engine.documents
+    first, second = one.openai(), other.openai()
+    root = first.responses.create(model="any", input=QUESTION)
+    assert second.responses.retrieve(root.id) == root
+    after = second.responses.create(model="any", input="And you?", previous_response_id=root.id)
+    last = first.responses.create(model="any", input="Well?", previous_response_id=after.id)
+    assert [text for role, text in prompt_of(one.engine) if role == "user"] == [QUESTION, "And you?", "Well?"]
+    conversation = first.conversations.create(items=[{"type": "message", "role": "user", "content": "secret"}])
+    for client in (first, second):
+        client.responses.create(model="any", input="x", conversation=conversation.id)
+    (item,) = [
+        one for one in second.conversations.items.list(conversation.id) if '"text":"secret"' in one.model_dump_json()
+    ]
+    first.conversations.items.delete(item.id, conversation_id=conversation.id)
+    second.responses.create(model="any", input="y", conversation=conversation.id)
+    assert "secret" not in [text for _, text in prompt_of(other.engine)]
+    second.responses.delete(last.id)
+    with pytest.raises(openai.NotFoundError):
+        first.responses.retrieve(last.id)

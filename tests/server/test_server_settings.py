@@ -131,6 +131,8 @@ def test_every_setting_can_be_set_by_flag_and_by_environment() -> None:
         "server.weight_dtype": "float32",
         "server.kv_dtype": "float32",
         "server.pooling": "last",
+        "atlas.session_store": "s3://bucket/prefix",
+        "atlas.session_store_endpoint": "http://127.0.0.1:8333",
         "atlas.default_config.learning_rate": "0.0005",
     }
     for option in options():

@@ -117,6 +117,7 @@ def test_prometheus(live: Live) -> None:
         "atlas_snapshot_save_seconds",
         "atlas_snapshot_load_seconds",
         "atlas_snapshot_failures",
+        "atlas_session_conflicts",
         "atlas_snapshot_oldest_dirty_seconds",
         "atlas_jit_compilations",
         "atlas_engine_step_seconds",

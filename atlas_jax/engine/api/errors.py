@@ -45,6 +45,16 @@ class SessionExists(EngineError):
     """A session of that name is there already, and stays as it is."""
 
 
+class SessionConflict(EngineError):
+    """Another server has changed the session meanwhile: nothing was kept, and the same request may be sent again.
+
+    Attributes:
+      retry_after: seconds a client should wait.
+    """
+
+    retry_after = 0.5
+
+
 class SnapshotInvalid(EngineError):
     """A snapshot that is damaged, or was made by another model, tokenizer or memory shape."""
 

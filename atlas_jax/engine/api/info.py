@@ -40,6 +40,24 @@ class StateBytes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class LoraInfo:
+    """A LoRA adapter that is loaded.
+
+    Attributes:
+      name: of its file.
+      digest: SHA-256 of its file.
+      scale: how far requests use it that say nothing of adapters.
+      task_name, prompt_prefix: what the file says of itself.
+    """
+
+    name: str
+    digest: str
+    scale: float
+    task_name: str = ""
+    prompt_prefix: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ModelInfo:
     """The model being served.
 
@@ -56,6 +74,7 @@ class ModelInfo:
         vocabulary has none.
       pooling: of embeddings that name none; None where the file asks for one there is not.
       sampling: what the file recommends, by the names of `SamplingParams`; empty where it says nothing.
+      lora: LoRA adapters beside it, with the scales they began with.
     """
 
     name: str
@@ -77,6 +96,7 @@ class ModelInfo:
     infill: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
     pooling: Pooling | None = "mean"
     sampling: Mapping[str, float] = field(default_factory=dict)
+    lora: tuple[LoraInfo, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -256,6 +276,7 @@ class EngineStats:
     memory_saves: int
     memory_loads: int
     snapshot_failures: int
+    session_conflicts: int
     memory_bytes: int
 
 

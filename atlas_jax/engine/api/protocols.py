@@ -10,6 +10,7 @@ from atlas_jax.engine.api.events import Listener
 from atlas_jax.engine.api.info import (
     EngineStats,
     Fitting,
+    LoraInfo,
     MemoryInfo,
     ModelInfo,
     SaveResult,
@@ -32,7 +33,10 @@ class Handle(Protocol):
 
 
 class SessionStore(Protocol):
-    """The memory endpoints' view of the sessions. Methods are thread-safe and block; owners never see each other."""
+    """The memory endpoints' view of the sessions. Methods are thread-safe and block; owners never see each other.
+
+    What changes a session raises SessionConflict where another server with the same store has changed it meanwhile.
+    """
 
     def info(self, owner: str, session_id: str | None) -> MemoryInfo:
         """Memory state of one session, or totals over the owner's; raises SessionNotFound."""
@@ -96,6 +100,10 @@ class SessionStore(Protocol):
 
 class DocumentStore(Protocol):
     """Small texts that are kept for owners, as durably as their sessions; methods are thread-safe and block."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers write and delete documents too: what was listed may be old."""
 
     def list(self, owner: str) -> tuple[StoredFile, ...]:
         """The owner's documents, by name."""
@@ -196,6 +204,17 @@ class EngineProtocol(Protocol):
 
     def check_memory(self, memory: MemoryParams) -> None:
         """Raises InvalidRequest for settings of the memory that every request with them would be refused for."""
+
+    @property
+    def lora(self) -> tuple[LoraInfo, ...]:
+        """The LoRA adapters, with the scales of requests that say nothing of them."""
+
+    def scale_lora(self, scales: Sequence[float]) -> None:
+        """Changes these scales, one for each adapter; requests that have come, and sessions, keep theirs.
+
+        Raises:
+          InvalidRequest: there are too few or too many, or one is out of range.
+        """
 
     def fitting(self) -> Fitting | None:
         """How far a memory is that is being fitted to the model, which is served without until then; else None."""

@@ -99,6 +99,7 @@ class GenerationRequest:
       reuse: take what another prompt of this owner that begins the same has left, and leave what this one reads.
       grammar: what the answer must match (`EngineProtocol.answer_grammar`, `EngineProtocol.call_grammar`), or None.
       shown: names of control tokens that are part of the answer's text; others are not.
+      lora: a scale for each LoRA adapter that is loaded, in their order; None = those of the engine, or of the session.
       chat: what is known of a prompt that is a chat (`EngineProtocol.chat_frame`); a session then knows its parts.
       memory: None = the plain model.
     """
@@ -115,6 +116,7 @@ class GenerationRequest:
     reuse: bool = True
     grammar: Any = None
     shown: frozenset[str] = frozenset()
+    lora: Sequence[float] | None = None
     chat: ChatFrame | None = None
     memory: MemoryParams | None = None
 

@@ -75,7 +75,7 @@ class Follower:
             case messages.Prefill() | messages.PrefillScored() | messages.PrefillPooled():
                 made[call.steps] = self._steps(call)
             case messages.NewRow():
-                made[call.row] = runner.new_row(call.pages)
+                made[call.row] = runner.new_row(call.pages, call.lora)
             case messages.ResumeRow():
                 saved = self._sent(call) if call.saved == NONE else made[call.saved]
                 made[call.row] = runner.resume_row(saved, call.pages, call.position, call.slot)

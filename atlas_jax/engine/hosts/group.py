@@ -151,6 +151,7 @@ def _facts(config: EngineConfig, opened: Opened, runner: PretrainedRunner) -> di
     facts = {name: str(getattr(config, name)) for name in _SAME}
     adapter = "none" if opened.layout is None else str(opened.layout.header()["adapter"])
     made = {"version": __version__, "jax": jax.__version__, "model": opened.info.fingerprint, "adapter": adapter}
+    made["LoRA adapters"] = ", ".join(one.digest for one in opened.info.lora) or "none"
     return facts | made | {"bigram table": hashlib.sha256(runner.successors().tobytes()).hexdigest()}
 
 

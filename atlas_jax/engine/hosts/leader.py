@@ -26,6 +26,7 @@ from atlas_jax.engine.runner.base import ModelRunner, NewPage, PrefillStep
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.runner.pretrained import PretrainedRunner
 from atlas_jax.engine.runner.step import StepOutput
+from atlas_jax.engine.sessions.lora import LoraScales
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.sampling import SamplingState
 from atlas_jax.model.page_schedule import PageSchedule
@@ -192,9 +193,9 @@ class LeaderRunner(ModelRunner):
         """See `ModelRunner`."""
         self._runner.check(memory)
 
-    def shape(self, memory: MemoryParams) -> SessionShape:
+    def shape(self, memory: MemoryParams, lora: LoraScales = ()) -> SessionShape:
         """See `ModelRunner`."""
-        return self._runner.shape(memory)
+        return self._runner.shape(memory, lora)
 
     def state_bytes(self, shape: SessionShape) -> StateBytes:
         """See `ModelRunner`."""
@@ -224,11 +225,11 @@ class LeaderRunner(ModelRunner):
         return self._runner.widths
 
     # --- rows ------------------------------------------------------------------------------------------------------
-    def new_row(self, pages: int) -> Sequences:
+    def new_row(self, pages: int, lora: LoraScales = ()) -> Sequences:
         """See `ModelRunner`."""
         number = self._log.new()
-        with self._call(messages.NewRow(number, pages)):
-            row: Sequences = self._named(self._runner.new_row(pages), number)
+        with self._call(messages.NewRow(number, pages, lora)):
+            row: Sequences = self._named(self._runner.new_row(pages, lora), number)
             return row
 
     def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:

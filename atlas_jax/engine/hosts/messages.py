@@ -14,6 +14,7 @@ import numpy as np
 from msgspec import Struct
 
 from atlas_jax.engine.runner.base import NewPage
+from atlas_jax.engine.sessions.lora import LoraScales
 
 Arrays = list[np.ndarray]
 NONE = -1
@@ -38,6 +39,7 @@ class NewRow(_Call, frozen=True):
 
     row: int
     pages: int
+    lora: LoraScales
 
 
 class ResumeRow(_Call, frozen=True):

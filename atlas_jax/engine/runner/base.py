@@ -18,6 +18,7 @@ from atlas_jax.engine.runner.decode_state import DRAFT_TOKENS, Sequences
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.sessions.kept_layout import without_kept
+from atlas_jax.engine.sessions.lora import LoraScales
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.sampling import SamplingState, allowed_words
 from atlas_jax.model.page_schedule import NextPage, PageSchedule
@@ -136,7 +137,7 @@ class ModelRunner(ABC):
         """Refuses settings of the memory that this model cannot use; raises InvalidRequest."""
 
     @abstractmethod
-    def shape(self, memory: MemoryParams) -> SessionShape:
+    def shape(self, memory: MemoryParams, lora: LoraScales = ()) -> SessionShape:
         """The shape of a session that begins with this request."""
 
     @abstractmethod
@@ -145,8 +146,8 @@ class ModelRunner(ABC):
 
     # --- rows -----------------------------------------------------------------------------------------------------
     @abstractmethod
-    def new_row(self, pages: int) -> Sequences:
-        """An empty row with a ring of at least `pages` pages."""
+    def new_row(self, pages: int, lora: LoraScales = ()) -> Sequences:
+        """An empty row with a ring of at least `pages` pages, which uses LoRA adapters so."""
 
     @abstractmethod
     def row_shapes(self, pages: int) -> Sequences:

@@ -22,6 +22,7 @@ from atlas_jax.engine.runner.decode_state import (
     init_logits_buffer,
 )
 from atlas_jax.engine.runner.step import StepOutput
+from atlas_jax.engine.sessions.lora import LoraScales
 from atlas_jax.kernels.sampling import SamplingState, allowed_words
 from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.model.page_schedule import bucket
@@ -63,8 +64,8 @@ class CompiledRunner(ModelRunner):
         """The batch with a row written over the one at `index`."""
 
     # --- rows and the decode batch --------------------------------------------------------------------------------
-    def new_row(self, pages: int) -> Sequences:
-        """An empty row with a ring of at least `pages` pages."""
+    def new_row(self, pages: int, lora: LoraScales = ()) -> Sequences:
+        """An empty row with a ring of at least `pages` pages; LoRA adapters are pretrained models' alone."""
         return self._sequences(1, bucket(pages, self.buckets.pages))
 
     def row_shapes(self, pages: int) -> Sequences:

@@ -59,10 +59,10 @@ class DecodeState:
 
 
 def init_sequences(
-    model: ModelConfig, memory: MemoryConfig | None, batch: int, pages: int, dtype: KVDtype
+    model: ModelConfig, memory: MemoryConfig | None, batch: int, pages: int, dtype: KVDtype, adapters: int = 0
 ) -> Sequences:
-    """Rows that have read nothing."""
-    cache = init_kv_cache(model, batch, pages, dtype, () if memory is None else kept_pages(model, memory))
+    """Rows that have read nothing; `adapters` is of LoRA."""
+    cache = init_kv_cache(model, batch, pages, dtype, () if memory is None else kept_pages(model, memory), adapters)
     return Sequences(cache, None if memory is None else recall_state.init_state(memory, batch, model.vocab))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.aot import COMPILE, RUN, AotProgram, shape, shapes
@@ -22,6 +23,7 @@ from atlas_jax.engine.runner.row_moves import whole_ring
 from atlas_jax.engine.runner.step import StepConfig, StepOutput, Weights
 from atlas_jax.engine.runner.step_inputs import CALIBRATED_STEP, MemoryWrite, write_settings
 from atlas_jax.engine.runner.step_programs import StepPrograms, batch_key, decode_inputs, prefill_inputs
+from atlas_jax.engine.sessions.lora import LoraScales, scales_of
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.attention import uses_cpu_kernel
 from atlas_jax.kernels.kv_pages import KVDtype
@@ -103,7 +105,8 @@ class PretrainedRunner(CompiledRunner):
         return 0 if self.config.memory is None else self.config.memory.max_kept
 
     def _make(self, *, batch: int, pages: int) -> Sequences:
-        return init_sequences(self.config.model, self.config.memory, batch, pages, self._kv_dtype)
+        config = self.config
+        return init_sequences(config.model, config.memory, batch, pages, self._kv_dtype, len(config.lora))
 
     @property
     def mesh_layout(self) -> MeshLayout:
@@ -115,13 +118,13 @@ class PretrainedRunner(CompiledRunner):
         table = self._weights.successor
         return np.zeros(0, np.int32) if table is None else np.asarray(table)
 
-    def shape(self, memory: MemoryParams) -> SessionShape:
+    def shape(self, memory: MemoryParams, lora: LoraScales = ()) -> SessionShape:
         """What the request asks for: the memory of a pretrained model is as large as one likes."""
         kept = self._most_kept(memory) if memory.kept_pairs is None else memory.kept_pairs
         plan, budget = _plan(memory), self._budget(memory)
         memories = memory.memory_layers, memory.polynomial_degree
         capacities, rewinds = self._division.capacities(kept), self.capabilities.rewind
-        return SessionShape(plan, *memories, kept, budget, capacities, rewinds)
+        return SessionShape(plan, *memories, kept, budget, capacities, rewinds, lora)
 
     def state_bytes(self, shape: SessionShape) -> StateBytes:
         """What the window, the kept pairs and the recall memory of a session of this shape take."""
@@ -178,6 +181,14 @@ class PretrainedRunner(CompiledRunner):
         return plan.ring(tokens) if plan.window is None else plan.room
 
     # --- single rows ----------------------------------------------------------------------------------------------
+    def new_row(self, pages: int, lora: LoraScales = ()) -> Sequences:
+        """An empty row with a ring of at least `pages` pages, which uses LoRA adapters so."""
+        row = super().new_row(pages)
+        if not lora:
+            return row
+        scales = self._mesh_layout.rows(jnp.asarray(scales_of(lora, self.config.lora)))
+        return dataclasses.replace(row, cache=dataclasses.replace(row.cache, lora=scales))
+
     def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A row that goes on from a saved one at `position`, its memory's figures at 0; the saved one stays as it is."""
         saved = dataclasses.replace(saved, memory=None if saved.memory is None else _no_figures(saved.memory))

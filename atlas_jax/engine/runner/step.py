@@ -24,6 +24,7 @@ from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState
 from atlas_jax.kernels.fused_linear import rms_norm
 from atlas_jax.kernels.kernel_choice import DEFAULT_KERNELS, KernelChoice
+from atlas_jax.kernels.low_rank import RowScales
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, record, sample
 from atlas_jax.kernels.speculative_drafter import NONE, draft_tokens
@@ -52,12 +53,14 @@ class StepConfig:
     Attributes:
       kernels: which of our kernels the functions use.
       turn_tokens: tokens that begin a turn of a chat; with what follows them they are kept before other pairs.
+      lora: digests of the LoRA adapters that rows may use.
     """
 
     model: ModelConfig
     memory: MemoryConfig | None
     kernels: KernelChoice = DEFAULT_KERNELS
     turn_tokens: tuple[int, ...] = ()
+    lora: tuple[str, ...] = ()
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -82,7 +85,7 @@ class Weights:
     @functools.cached_property
     def ends(self) -> Weights:
         """Those that are used before and after the layers: fewer arrays to hand to a program."""
-        return dataclasses.replace(self, params=dataclasses.replace(self.params, layers=()))
+        return dataclasses.replace(self, params=dataclasses.replace(self.params, layers=(), embed_lora=None))
 
     @functools.cached_property
     def silent_ends(self) -> Weights:
@@ -163,6 +166,7 @@ def finish_scored_prefill(
     valid: Bool[Array, "B T"],
     following: Int32[Array, "B T"],
     alternatives: Bool[Array, ""],
+    lora: RowScales | None = None,
 ) -> tuple[RecallState | None, StepOutput]:
     """Ends a prefill step and tells how likely each token's successor in `following` was.
 
@@ -170,7 +174,7 @@ def finish_scored_prefill(
       The memory, and a `StepOutput` with a row per token: the successor, its log-probability and, where `alternatives` are
       wanted, the best ones (zeros otherwise: finding them takes longer than the model).
     """
-    memory, mixed, gate = _predict(config, weights, memory, settings, hidden, tapped, tokens, positions, valid)
+    memory, mixed, gate = _predict(config, weights, memory, settings, hidden, tapped, tokens, positions, valid, lora)
     return memory, scored(mixed, gate, following, alternatives)
 
 
@@ -230,6 +234,7 @@ def finish_decode(
     positions: Int32[Array, "B T"],
     valid: Bool[Array, "B T"],
     logits_buffer: Float[Array, "B*T V"] | None = None,
+    lora: RowScales | None = None,
 ) -> tuple[RecallState | None, DecodeState, Int32[Array, B], StepOutput, Float[Array, "B*T V"] | None]:
     """Ends a step that fed every active row its token and T − 1 or fewer draft tokens; idle rows stay as they are.
 
@@ -244,7 +249,7 @@ def finish_decode(
     """
     fed = _fed(decode_state, positions.shape[1])
     memory, mixed, gate = _predict(
-        config, weights, memory, decode_state.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid
+        config, weights, memory, decode_state.settings, hidden, tapped, jnp.maximum(fed, 0), positions, valid, lora
     )
     return memory, *draw(decode_state, weights.successor, mixed, gate, positions, valid, allowed, logits_buffer)
 
@@ -352,9 +357,10 @@ def _predict(
     tokens: jax.Array,
     positions: jax.Array,
     valid: jax.Array,
+    lora: RowScales | None,
 ) -> tuple[RecallState | None, jax.Array, jax.Array]:
     """The memory one step on; logits of what comes next with the memory blended in where a row wants it; its gate."""
-    scores = logits(config.model, weights.params, hidden)
+    scores = logits(config.model, weights.params, hidden, lora)
     adapter = weights.adapter
     if memory is None or adapter is None:
         return None, scores, jnp.zeros(positions.shape, jnp.float32)

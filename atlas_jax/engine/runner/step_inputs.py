@@ -70,7 +70,7 @@ class MemoryWrite:
         """What a journal keeps of a request that is written so."""
         plan = shape.plan
         of_shape = plan.window, plan.update, shape.layers, shape.degree, shape.kept, shape.budget
-        return Reading(*of_shape, self.optimizer, self.window, self.step, self.decay)
+        return Reading(*of_shape, self.optimizer, self.window, self.step, self.decay, shape.lora)
 
 
 def write_settings(write: MemoryWrite, end: int) -> WriteSettings:

@@ -32,9 +32,11 @@ from atlas_jax.engine.runner.decode_state import (
 from atlas_jax.engine.runner.step import StepConfig, StepOutput, Weights
 from atlas_jax.engine.runner.step_inputs import memory_settings
 from atlas_jax.kernels.kv_pages import KVDtype
+from atlas_jax.kernels.low_rank import RowScales
 from atlas_jax.kernels.sampling import allowed_words
 from atlas_jax.model.layer_groups import Trunk
 from atlas_jax.model.loading import WeightDtype, param_shapes
+from atlas_jax.model.transformer import StepView
 from atlas_jax.recall.adapter import GATE_FEATURES, Adapter, make_adapter
 from atlas_jax.recall.recall_state import RecallSettings
 from atlas_jax.typing import Array, Bool, Float, Int32
@@ -96,7 +98,8 @@ class StepPrograms:
         key = decode_key(sequences, drafts)
         fed = (decode_state.token, decode_state.drafts) if drafts else decode_state.token
         *_, (cache, view, states) = self._trunk.parts(call, key, weights.params, sequences.cache, fed, wanted)
-        rest = states[-1], self._tapped(states), view.ring.positions, view.ring.valid, logits_buffer
+        place = view.ring.positions, view.ring.valid
+        rest = states[-1], self._tapped(states), *place, logits_buffer, _of_head(weights, view)
         ends = weights.ends if drafts or guess else weights.silent_ends
         memory, decode_state, position, output, logits_buffer = call(
             self._finish_decode, (key[0], drafts), ends, sequences.memory, decode_state, allowed, *rest
@@ -156,7 +159,8 @@ class StepPrograms:
             unread = dataclasses.replace(whole[0], position=row.cache.position)
             yield PrefillStep(Sequences(unread, row.memory), whole[2][-1], done=False)
         cache, view, states = whole
-        rest = states[-1], self._tapped(states), tokens, view.ring.positions, view.ring.valid, following, alternatives
+        place = view.ring.positions, view.ring.valid
+        rest = states[-1], self._tapped(states), tokens, *place, following, alternatives, _of_head(weights, view)
         memory, output = call(self._finish_scored_prefill, tokens.shape, weights.ends, row.memory, settings, *rest)
         yield PrefillStep(Sequences(cache, memory), output.integers, scores=output)
 
@@ -189,6 +193,11 @@ def decode_key(sequences: Sequences, drafts: bool) -> tuple[int, int, int]:
 
 
 # --- shapes -------------------------------------------------------------------------------------------------------
+def _of_head(weights: Weights, view: StepView) -> RowScales | None:
+    """How far rows use LoRA adapters of the head; where none has any, the last program is the one without adapters."""
+    return None if weights.params.head_lora is None else view.lora
+
+
 def decode_inputs(
     config: StepConfig, weights: Weights, rows: int, pages: int, kv_dtype: KVDtype, *, drafts: bool = False
 ) -> tuple[Any, ...]:
@@ -196,7 +205,7 @@ def decode_inputs(
     vocab, width = config.model.vocab, 1 + DRAFT_TOKENS if drafts else 1
 
     def state() -> tuple[Sequences, DecodeState]:
-        sequences = init_sequences(config.model, config.memory, rows, pages, kv_dtype)
+        sequences = init_sequences(config.model, config.memory, rows, pages, kv_dtype, len(config.lora))
         return sequences, init_decode_state(vocab, rows)
 
     wanted, allowed = shape((rows,), np.int32), shape((rows, allowed_words(vocab)), np.int32)
@@ -208,7 +217,7 @@ def prefill_inputs(
     config: StepConfig, weights: Weights, pages: int, tokens: int, kv_dtype: KVDtype, *, scored: bool = False
 ) -> tuple[Any, ...]:
     """What `StepPrograms.prefill`, or `scored_prefill`, of a chunk of `tokens` takes after its mode; as `decode_inputs`."""
-    make = functools.partial(init_sequences, config.model, config.memory, batch=1, pages=pages, dtype=kv_dtype)
+    make = functools.partial(init_sequences, config.model, config.memory, 1, pages, kv_dtype, len(config.lora))
     chunk = shape((1, tokens), np.int32)
     inputs = weights, jax.eval_shape(make), shapes(memory_settings(None, 1, 1)), chunk, shape((1,), np.int32)
     return (*inputs, chunk, shape((), np.bool_)) if scored else inputs

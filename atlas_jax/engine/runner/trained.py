@@ -21,6 +21,7 @@ from atlas_jax.engine.runner.base import Buckets, Capabilities, NewPage, Prefill
 from atlas_jax.engine.runner.compiled import SCALAR, CompiledRunner, start_transfer
 from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
 from atlas_jax.engine.runner.step import StepOutput
+from atlas_jax.engine.sessions.lora import LoraScales
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.kernel_choice import DEFAULT_KERNELS, KernelChoice
 from atlas_jax.kernels.sampling import allowed_words
@@ -113,7 +114,7 @@ class TrainedRunner(CompiledRunner):
         if not memory.read:
             raise invalid_memory_setting("read", "this model cannot answer without its memory")
 
-    def shape(self, memory: MemoryParams) -> SessionShape:
+    def shape(self, memory: MemoryParams, lora: LoraScales = ()) -> SessionShape:
         """The model's own; nothing of it is the request's to choose."""
         return session_shape()
 

@@ -90,7 +90,7 @@ class Admission:
         memory = req.request.memory
         if memory is None or memory.session is None or self._sessions is None:
             return True
-        req.lease = self._sessions.acquire(memory.session)
+        req.lease = self._sessions.acquire(memory.session, req.submitted)
         return req.lease is not None
 
     def start(self, req: RequestState) -> None:
@@ -115,13 +115,13 @@ class Admission:
         req.decode = DecodeProgress(limit)
 
     def _start_memory(self, req: RequestState, memory: MemoryParams) -> Start:
-        shape = self._runner.shape(memory)
+        shape = self._runner.shape(memory, req.lora)
         lease = req.lease
         if lease is None:
             return start_new(self._runner, req, shape, MemoryWrite.from_params(memory, shape))
         session = lease.session
         if session is not None and session.tokens:
-            shape = same_shape(session.shape, shape, memory.given)
+            shape = same_shape(session.shape, shape, memory.given, lora=req.request.lora is not None)
         write = MemoryWrite.from_params(memory, shape)
         return start_session(self._runner, req, session or Session(lease.key, shape), shape, write, self._bos)
 

@@ -88,8 +88,10 @@ class Endings:
             req.send(end)
             return
 
-        def done(problem: str | None) -> None:
-            if problem is not None and end.memory is not None:
+        def done(problem: str | EngineError | None) -> None:
+            if isinstance(problem, EngineError):
+                req.fail(problem)
+            elif problem is not None and end.memory is not None:
                 req.send(replace(end, memory=replace(end.memory, degraded=problem)))
             else:
                 req.send(end)

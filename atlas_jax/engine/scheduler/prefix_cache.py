@@ -13,11 +13,13 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import msgspec
 import numpy as np
 
 from atlas_jax.config import PAGE
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.sessions.host_arrays import held_bytes
+from atlas_jax.engine.sessions.lora import LoraScales
 
 
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class _Entry:
 class PrefixCache:
     """States of prompts by owner and text, least recently used first out; for one thread.
 
-    A page's name is a digest of the owner and all tokens up to its end, so the longest known name is the longest common
-    prefix: a radix tree over pages without the tree.
+    A page's name is a digest of the owner, the LoRA adapters in use and all tokens up to its end, so the longest known name
+    is the longest common prefix: a radix tree over pages without the tree.
 
     Attributes:
       budget: bytes of states that are kept; 0 keeps none.
@@ -51,11 +53,11 @@ class PrefixCache:
         """Bytes of states that are kept."""
         return self._size
 
-    def find(self, owner: str, tokens: Sequence[int]) -> tuple[Sequences, int] | None:
+    def find(self, owner: str, tokens: Sequence[int], lora: LoraScales = ()) -> tuple[Sequences, int] | None:
         """The state that has read most of the first `tokens`, and how many of them: whole pages. It is not to be donated."""
         if not self._entries:
             return None
-        names = list(_names(owner, tokens))
+        names = list(_names(owner, tokens, lora))
         for count in range(len(names), 0, -1):
             holders = self._holders.get(names[count - 1])
             if holders:
@@ -64,9 +66,9 @@ class PrefixCache:
                 return self._entries[number].row, count * PAGE
         return None
 
-    def keep(self, owner: str, tokens: Sequence[int], row: Sequences) -> None:
+    def keep(self, owner: str, tokens: Sequence[int], row: Sequences, lora: LoraScales = ()) -> None:
         """Keeps a row as `ModelRunner.prefix_row` makes it, which has read `tokens` as one prompt."""
-        names = tuple(_names(owner, tokens))
+        names = tuple(_names(owner, tokens, lora))
         size = held_bytes(row)
         if not names or size > self.budget or names[-1] in self._holders:
             return
@@ -92,8 +94,8 @@ class PrefixCache:
                 del self._holders[name]
 
 
-def _names(owner: str, tokens: Sequence[int]) -> Iterator[bytes]:
-    name = hashlib.blake2b(owner.encode(), digest_size=16).digest()
+def _names(owner: str, tokens: Sequence[int], lora: LoraScales) -> Iterator[bytes]:
+    name = hashlib.blake2b(msgspec.json.encode((owner, lora)), digest_size=16).digest()
     text = np.asarray(tokens[: len(tokens) // PAGE * PAGE], np.int32).reshape(-1, PAGE)
     for page in text:
         name = hashlib.blake2b(name + page.tobytes(), digest_size=16).digest()

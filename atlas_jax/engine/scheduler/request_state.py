@@ -37,6 +37,7 @@ from atlas_jax.engine.scheduler.metrics import Counters
 from atlas_jax.engine.scheduler.speculation import DraftRecord
 from atlas_jax.engine.scheduler.structured_output import Constraint
 from atlas_jax.engine.sessions.entry import SessionLease
+from atlas_jax.engine.sessions.lora import LoraScales
 from atlas_jax.engine.sessions.session import Session
 from atlas_jax.gguf import Tokenizer
 from atlas_jax.model.page_schedule import PageSchedule
@@ -178,6 +179,7 @@ class RequestState:
 
     Attributes:
       tokens: the prompt as an array.
+      lora: the LoRA adapters to read it with, where it does not go on with a session.
       constraint: what the answer must match, as far as it has come.
       submitted, admitted, answered: when it came, left the queue, and drew its first token.
       ring_pages: pages of KV cache that its whole text needs.
@@ -190,6 +192,7 @@ class RequestState:
     listener: Listener
     seed: int
     detokenizer: Detokenizer
+    lora: LoraScales = ()
     constraint: Constraint | None = None
     submitted: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
@@ -224,7 +227,7 @@ class RequestState:
         """
         mine, theirs = self.request.prompt, other.request.prompt
         shared = (len(mine) - 1) // PAGE * PAGE
-        if not (
+        if self.lora != other.lora or not (
             self.reuses and other.reuses and self.request.owner == other.request.owner and 0 < shared < len(theirs)
         ):
             return False
@@ -332,9 +335,9 @@ class Ended(NamedTuple):
 
 
 def new_request_state(
-    request: GenerationRequest, tokens: np.ndarray, listener: Listener, tokenizer: Tokenizer
+    request: GenerationRequest, tokens: np.ndarray, listener: Listener, tokenizer: Tokenizer, lora: LoraScales = ()
 ) -> RequestState:
-    """A request that has just arrived, and its prompt as an array."""
+    """A request that has just arrived, its prompt as an array, and the LoRA adapters it is to use."""
     seed = request.sampling.seed
     return RequestState(
         request=request,
@@ -343,4 +346,5 @@ def new_request_state(
         seed=secrets.randbits(63) if seed is None else seed & ((1 << 64) - 1),
         constraint=None if request.grammar is None else request.grammar.begin(),
         detokenizer=Detokenizer(tokenizer, request.stop, with_tokens=request.with_tokens, shown=request.shown),
+        lora=lora,
     )

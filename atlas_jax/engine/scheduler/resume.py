@@ -28,8 +28,12 @@ class Start:
     update: SessionUpdate | None = None
 
 
-def same_shape(session: SessionShape, request: SessionShape, given: frozenset[str]) -> SessionShape:
+def same_shape(session: SessionShape, request: SessionShape, given: frozenset[str], *, lora: bool) -> SessionShape:
     """A session keeps its shape; a request may repeat it or leave it out, not contradict it.
+
+    Args:
+      given: what the request says of its memory.
+      lora: whether it says how far LoRA adapters are used.
 
     Raises:
       InvalidRequest: it names another value.
@@ -49,6 +53,12 @@ def same_shape(session: SessionShape, request: SessionShape, given: frozenset[st
                 "reset the session to change it",
                 param=f"atlas.{name}",
             )
+    if lora and session.lora != request.lora:
+        raise InvalidRequest(
+            "Validation error in field 'lora': this session was begun with other scales of the LoRA adapters and keeps them; "
+            "reset the session to change them",
+            param="lora",
+        )
     return session
 
 
@@ -56,9 +66,9 @@ def start_plain(runner: ModelRunner, prefixes: PrefixCache, req: RequestState) -
     """Goes on from the longest prefix of the prompt that is cached, else from nothing."""
     prompt = list(req.request.prompt)
     # the last token is fed by the first decode step, so it is never part of what has been read
-    known = prefixes.find(req.request.owner, prompt[:-1]) if req.reuses else None
+    known = prefixes.find(req.request.owner, prompt[:-1], req.lora) if req.reuses else None
     if known is None:
-        return Start(Cursor(), PrefillProgress(runner.new_row(1), prompt))
+        return Start(Cursor(), PrefillProgress(runner.new_row(1, req.lora), prompt))
     saved, position = known
     cursor = Cursor(position=position, page=position // PAGE - 1)
     plan = cursor.plan
@@ -68,7 +78,7 @@ def start_plain(runner: ModelRunner, prefixes: PrefixCache, req: RequestState) -
 
 def start_new(runner: ModelRunner, req: RequestState, shape: SessionShape, write: MemoryWrite) -> Start:
     """Starts with an empty memory that nobody keeps."""
-    prefill = PrefillProgress(runner.new_row(1), list(req.request.prompt))
+    prefill = PrefillProgress(runner.new_row(1, shape.lora), list(req.request.prompt))
     return Start(Cursor(shape.plan), prefill, MemoryAccount(shape, write))
 
 
@@ -86,7 +96,7 @@ def start_session(
     cursor = Cursor(shape.plan, position)
     account = MemoryAccount(shape, write, _replayed(session))
     if checkpoint is None:
-        row = runner.new_row(1)
+        row = runner.new_row(1, shape.lora)
     else:
         cursor.page = min(checkpoint.page, position // PAGE)
         slot = shape.plan.slot(max(cursor.page, 0))

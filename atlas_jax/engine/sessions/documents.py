@@ -36,15 +36,22 @@ class Documents:
             for owner in self._files:
                 self._count(owner)
 
+    @property
+    def shared(self) -> bool:
+        """Whether other servers write and delete documents too: what was listed may be old."""
+        return self._store is not None and self._store.shared
+
     def list(self, owner: str) -> tuple[StoredFile, ...]:
         """The owner's documents, by name."""
         with self._lock:
+            if self.shared:
+                self._files.pop(owner, None)
             return tuple(file for _, file in sorted(self._known(owner).items()))
 
     def read(self, owner: str, name: str) -> bytes | None:
         """A document, None where there is none; raises SnapshotInvalid where it is damaged."""
         with self._lock:
-            if name not in self._known(owner):
+            if not self.shared and name not in self._known(owner):
                 return None
         if self._store is None:
             return self._kept.get((owner, name))
@@ -76,7 +83,7 @@ class Documents:
     def delete(self, owner: str, name: str) -> None:
         """Removes a document; one that is not there is no error."""
         with self._lock:
-            if self._known(owner).pop(name, None) is None:
+            if self._known(owner).pop(name, None) is None and not self.shared:
                 return
             if self._store is None:
                 del self._kept[owner, name]

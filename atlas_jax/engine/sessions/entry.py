@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 from atlas_jax.engine.api import SessionKey
@@ -24,6 +25,8 @@ class Entry:
       session: the session itself, or None while it is on disk only.
       tier: where its state is.
       stored: it in the store, or None before anything has been written.
+      vacant: its place in a shared store, where nothing is as far as is known.
+      checked: `time.monotonic()` before a shared store was last asked whether this is the newest there is.
       written: the generation that the store holds, snapshot and journal together.
       busy: a request is using it, or a thread is reading or writing it.
       error: why it could not be read the last time, until that has been reported.
@@ -36,6 +39,8 @@ class Entry:
     session: Session | None = None
     tier: Tier = "host"
     stored: StoredSession | None = None
+    vacant: StoredSession | None = None
+    checked: float = -inf
     written: int = 0
     busy: bool = False
     error: str | None = None

@@ -13,7 +13,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
-from atlas_jax.engine.api import SaveResult, SessionKey, SessionNotFound, SetAside, SnapshotInvalid, StoredFile
+from atlas_jax.engine.api import (
+    SaveResult,
+    SessionConflict,
+    SessionKey,
+    SessionNotFound,
+    SetAside,
+    SnapshotInvalid,
+    StoredFile,
+)
 from atlas_jax.engine.sessions import archive
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.engine.sessions.entry import Entry
@@ -135,7 +143,7 @@ class Exports:
                         yield listing, data
                         continue
                 session = session or self._persistence.read(entry)
-            except (SnapshotInvalid, FileNotFoundError) as error:  # the others are saved all the same
+            except (SnapshotInvalid, SessionConflict, FileNotFoundError) as error:  # the others are saved all the same
                 log.error("[ATLAS] Session %r is left out of an export: %s", entry.key.session_id, error)
                 continue
             yield listing, encode_session(self._layout, session)
@@ -147,6 +155,8 @@ class Exports:
           timeout: seconds it may take; None where it costs nothing to wait.
         """
         started = time.monotonic()
+        if self._persistence.shared:  # whose servers would write one over the other, and nothing needs the copy
+            return None
         if started < self._next.get(owner, 0.0):
             return None
         size = sum(entry.listing.bytes for entry in self._index.entries(owner))
@@ -193,6 +203,9 @@ class Exports:
         A session that cannot be brought in is set aside with its reason, and so is the file before it is written over.
         """
         store, name = self._persistence.store(), self.default_file
+        if store.shared:
+            self._count(owner)
+            return None
         deleted = store.deletions(owner)
         count = 0
         self._count(owner)
@@ -236,7 +249,7 @@ class Exports:
         """Makes a member of an export the present session; `generation` is its own where it is to keep it."""
         session = self._decode(owner, listing, reader)
         session.generation = generation or self._index.next_generation()
-        self._persistence.write(entry, session)
+        self._persistence.write(entry, session, anew=True)
         with self._index.lock:
             entry.problem = None
             self._index.put_stored(entry, session)

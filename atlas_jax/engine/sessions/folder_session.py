@@ -19,7 +19,7 @@ from atlas_jax.engine.api import StorageFull
 from atlas_jax.engine.sessions import files, journal, snapshot
 from atlas_jax.engine.sessions.journal import Journal, Origin, Turn
 from atlas_jax.engine.sessions.snapshot import Head
-from atlas_jax.engine.sessions.store import Place, StoredSession
+from atlas_jax.engine.sessions.store import Found, Place, StoredSession
 
 log = logging.getLogger("atlas.engine")
 
@@ -73,6 +73,11 @@ class FolderSession:
     def generation(self) -> int:
         """Of its newest snapshot, 0 without one."""
         return self._generation
+
+    @property
+    def newest(self) -> int:
+        """Of its last turn, or its snapshot if that is newer."""
+        return max(self._generation, self._last_turn)
 
     @property
     def deleted(self) -> int:
@@ -140,7 +145,7 @@ class FolderSession:
             data = files.read_file(self._path(self._generation), limit) if self._generation else None
             return data, self.read_journal()
 
-    def write(self, generation: int, data: bytes) -> bool:
+    def write(self, generation: int, data: bytes, *, after: int | None = None) -> bool:
         """Writes a snapshot; see `StoredSession.write`."""
         floor = snapshot.read_head(data)[0].listing.floor
         with self._guard:
@@ -152,7 +157,9 @@ class FolderSession:
             self._replaced(generation, len(data), floor)
             return True
 
-    def move(self, target: StoredSession, generation: int, data: bytes, saved: bytes | None) -> None:
+    def move(
+        self, target: StoredSession, generation: int, data: bytes, saved: bytes | None, *, after: int | None = None
+    ) -> None:
         """Makes it the session of another name; see `StoredSession.move`.
 
         The mark decides for a scan which of the two folders is the session; it is durable before the other one is written.
@@ -279,7 +286,15 @@ class FolderSession:
         except FileNotFoundError:
             return None
 
-    def delete(self, generation: int) -> None:
+    def changed(self) -> bool:
+        """Never: no other server has the folder."""
+        return False
+
+    def found(self) -> Found | None:
+        """Is for stores that others write to."""
+        return None
+
+    def delete(self, generation: int, *, unless_changed: bool = False) -> None:
         """Removes it; see `StoredSession.delete`. One that is cut short is finished by the next scan."""
         with self._guard:
             if self.deleted < generation:

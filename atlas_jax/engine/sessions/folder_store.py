@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
 from atlas_jax.config import ConfigError
 from atlas_jax.engine.api import SessionKey, SnapshotInvalid, StoredFile
 from atlas_jax.engine.sessions import files
+from atlas_jax.engine.sessions.document_frame import FRAME_BYTES, framed, unframed
 from atlas_jax.engine.sessions.folder_session import DELETED, TEMPORARY, FolderSession
 from atlas_jax.engine.sessions.journal import Journal
 from atlas_jax.engine.sessions.snapshot import Head
-from atlas_jax.engine.sessions.store import Found, Place, digest
+from atlas_jax.engine.sessions.store import Found, Place, StoredSession, digest
 
 _LOCK = ".lock"
-_DOCUMENT = b"ATLASDOC1\n"
 
 
 class MemoryFolder:
     """A folder of sessions that this process has taken; no other server can while it lives."""
+
+    shared = False
 
     def __init__(self, root: Path) -> None:
         """Takes the folder, making it if need be, and removes what a killed process left half-written.
@@ -63,6 +64,8 @@ class MemoryFolder:
 
 class FolderStore:
     """Implements `Store` in a folder."""
+
+    shared = False
 
     def __init__(self, folder: MemoryFolder, model: str) -> None:
         """The sessions of one model there.
@@ -99,9 +102,19 @@ class FolderStore:
             if found is not None:
                 yield found
 
-    def others(self) -> int:
-        """How many sessions of other models the folder holds."""
-        return sum(path.parent.name != self._model for path in self.root.glob("*/*/sessions/*/*"))
+    def changes(
+        self, owner: str | None, known: Mapping[Place, StoredSession]
+    ) -> Iterator[tuple[StoredSession, Found | None]]:
+        """Nothing: no other server has the folder."""
+        return iter(())
+
+    def collect(self, known: Mapping[Place, StoredSession]) -> int:
+        """Nothing: what was left half-written is removed at start."""
+        return 0
+
+    def other_models(self) -> int:
+        """How many other models have sessions in the folder."""
+        return len({path.name for path in self.root.glob("*/*/sessions/*")} - {self._model})
 
     def deletions(self, owner: str) -> dict[str, int]:
         """Generations of the owner's deletions that an export could undo, by the digest of the session's name."""
@@ -167,12 +180,12 @@ class FolderStore:
     # --- documents ------------------------------------------------------------------------------------------------
     def documents(self, owner: str) -> dict[str, StoredFile]:
         """The owner's documents by name; see `Store.documents`."""
-        found, head = {}, len(_DOCUMENT) + hashlib.sha256().digest_size
+        found = {}
         with contextlib.suppress(FileNotFoundError), os.scandir(self._documents(owner)) as entries:
             for entry in entries:
                 if not entry.name.startswith(".") and entry.is_file(follow_symlinks=False):
                     status = entry.stat(follow_symlinks=False)
-                    size = max(0, status.st_size - head)
+                    size = max(0, status.st_size - FRAME_BYTES)
                     found[entry.name] = StoredFile(filename=entry.name, bytes=size, modified=status.st_mtime)
         return found
 
@@ -182,15 +195,12 @@ class FolderStore:
             data = files.read_file(self._documents(owner) / name, limit + 1024)
         except FileNotFoundError:
             return None
-        content = data[len(_DOCUMENT) + hashlib.sha256().digest_size :]
-        if data != _document(digest(owner), name, content):
-            raise SnapshotInvalid("document is damaged, or belongs elsewhere")
-        return content
+        return unframed(digest(owner), name, data)
 
     def write_document(self, owner: str, name: str, data: bytes) -> None:
         """Replaces a document; see `Store.write_document`."""
         with files.atomic_file(self._documents(owner) / name) as file:
-            file.write(_document(digest(owner), name, data))
+            file.write(framed(digest(owner), name, data))
 
     def delete_document(self, owner: str, name: str) -> None:
         """Removes a document, if it is there."""
@@ -249,17 +259,6 @@ class FolderStore:
     def close(self) -> None:
         """Lets another server have the folder."""
         self._folder.close()
-
-
-def document_is_whole(owner: str, name: str, data: bytes) -> bool:
-    """Whether the file of a document is as it was written; `owner` is the digest of whose it is."""
-    return data == _document(owner, name, data[len(_DOCUMENT) + hashlib.sha256().digest_size :])
-
-
-def _document(owner: str, name: str, content: bytes) -> bytes:
-    """The file of a document; its checksum covers whose it is, so that no file stands for another."""
-    whose = f"{owner}/{name}\n".encode()
-    return _DOCUMENT + hashlib.sha256(whose + content).digest() + content
 
 
 def _reason(error: SnapshotInvalid | OSError) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from dataclasses import dataclass
+from collections import OrderedDict
+from dataclasses import dataclass, replace
+from math import inf
 
 import msgspec
 
@@ -15,10 +17,13 @@ from atlas_jax.engine.sessions.codec import listing_of
 from atlas_jax.engine.sessions.entry import Entry, Tier, new_listing
 from atlas_jax.engine.sessions.eviction import Eviction
 from atlas_jax.engine.sessions.layout import Layout, check_bound
+from atlas_jax.engine.sessions.lora import check_loaded
 from atlas_jax.engine.sessions.session import Session
-from atlas_jax.engine.sessions.store import Found, Place, Store, digest
+from atlas_jax.engine.sessions.store import Found, Place, Store, StoredSession, digest
 
 log = logging.getLogger("atlas.engine")
+_ABSENT = 4096
+"""Names of sessions that are remembered not to be in a shared store, until a request that asked begins one."""
 
 
 @dataclass
@@ -29,6 +34,7 @@ class SessionCounters:
       hits, misses: leases of sessions that were in memory, and that were not.
       saves, loads: snapshots and exports that were written, and read.
       failures: of writes and reads.
+      conflicts: turns and other changes that were refused since another server had changed the session.
     """
 
     hits: int = 0
@@ -36,6 +42,7 @@ class SessionCounters:
     saves: int = 0
     loads: int = 0
     failures: int = 0
+    conflicts: int = 0
 
 
 class SessionIndex:
@@ -48,7 +55,7 @@ class SessionIndex:
     """
 
     def __init__(self, layout: Layout, store: Store | None, budgets: Budgets) -> None:
-        """Finds what the store holds."""
+        """Finds what the store holds; what a shared one holds is found as it is asked for, and by `sync`."""
         self.lock = threading.RLock()
         self.freed = threading.Condition(self.lock)
         self.usage = Usage(budgets)
@@ -58,13 +65,14 @@ class SessionIndex:
         self._entries: dict[SessionKey, Entry] = {}
         self._nameless: dict[Place, str] = {}
         self._eviction: dict[Tier, Eviction] = {"device": Eviction(), "host": Eviction()}
+        self._absent: OrderedDict[SessionKey, tuple[float, StoredSession]] = OrderedDict()
         self._generation = 0
-        if store is not None:
+        if store is not None and not store.shared:
             for found in store.list():
                 self._adopt(found)
 
-    def _adopt(self, found: Found) -> None:
-        """Enters a session that was found in the store."""
+    def _adopt(self, found: Found, entry: Entry | None = None) -> None:
+        """Enters a session that was found in the store, in the place of what was known of it."""
         if found.key is None:
             self._nameless[found.stored.place] = found.problem or "its files cannot be read"
             log.error("[ATLAS] A stored session was set aside: %s", found.problem)
@@ -87,13 +95,103 @@ class SessionIndex:
                 generation=last.generation,
                 tokens=last.keep + len(last.tokens),
                 last_used=max(listing.last_used, last.time),
+                lora=tuple(digest for digest, _ in last.reading.lora),
             )
+            try:
+                check_loaded(listing.lora, self._layout.lora)
+            except SnapshotInvalid as error:
+                problem = problem or str(error)
         if problem is not None:
             log.error("[ATLAS] Session %r was set aside: %s", listing.session_id, problem)
         self._generation = max(self._generation, listing.generation)
-        entry = Entry(found.key, listing, tier="disk", stored=found.stored, written=listing.generation, problem=problem)
-        self._entries[found.key] = entry
+        self._nameless.pop(found.stored.place, None)
+        if entry is None:
+            entry = self._entries[found.key] = Entry(found.key, listing)
+        entry.session, entry.tier, entry.listing = None, "disk", listing
+        entry.stored, entry.vacant, entry.written, entry.problem = found.stored, None, listing.generation, problem
+        self._leave_tiers(entry)
         self.usage.count(entry)
+
+    # --- a shared store -------------------------------------------------------------------------------------------
+    def is_checked(self, key: SessionKey, since: float) -> bool:
+        """Whether a shared store has been asked for a session since then."""
+        with self.lock:
+            entry = self._entries.get(key)
+            if entry is None:
+                return key in self._absent and self._absent[key][0] >= since
+            return entry.checked >= since
+
+    def looked(self, entry: Entry, stored: StoredSession, found: Found | None, *, changed: bool, began: float) -> None:
+        """Enters what a shared store has said of a session when it was asked.
+
+        Args:
+          changed: whether it is another than was known.
+          began: `time.monotonic()` before it was asked.
+        """
+        with self.lock:
+            if not self.holds(entry):
+                return
+            entry.checked = began
+            if found is not None and found.key is None:
+                found = replace(found, key=entry.key)
+            self._generation = max(self._generation, stored.newest)
+            if found is None and (changed or entry.session is None):
+                self.forget(entry)
+                self._absent[entry.key] = (began, stored)
+                while len(self._absent) > _ABSENT:
+                    self._absent.popitem(last=False)
+            elif found is not None and (changed or entry.stored is None):
+                self._adopt(found, entry)
+            elif entry.stored is None:  # in memory only
+                entry.vacant = stored
+
+    def let_go(self, entry: Entry) -> None:
+        """Drops a session's state from memory: another server has gone on with it."""
+        with self.lock:
+            self.counters.conflicts += 1
+            entry.checked = -inf
+            if entry.session is not None:
+                entry.session, entry.tier = None, "disk"
+                self._leave_tiers(entry)
+                if self.holds(entry):
+                    self.usage.count(entry)
+
+    def sync(self, owner: str | None = None) -> None:
+        """Learns what other servers have done with an owner's sessions, or everyone's; raises OSError."""
+        store = self._store
+        if store is None or not store.shared:
+            return
+        entries, known = self._stored_of(owner)
+        for stored, found in store.changes(owner, known):
+            self._learned(stored, found, entries.get(stored.place))
+
+    def collect(self) -> None:
+        """Has a shared store remove what was written and is part of no session; raises OSError."""
+        if self._store is not None and self._store.shared:
+            self._store.collect(self._stored_of(None)[1])
+
+    def _stored_of(self, owner: str | None) -> tuple[dict[Place, Entry], dict[Place, StoredSession]]:
+        with self.lock:
+            entries = {Place.of(one.key): one for one in self.entries(owner)}
+            known = {place: one.stored for place, one in entries.items() if one.stored is not None}
+        return entries, known
+
+    def _learned(self, stored: StoredSession, found: Found | None, entry: Entry | None) -> None:
+        """Enters what a listing has said of a session, unless it is in use: then it is asked for before it is used again."""
+        with self.lock:
+            if entry is None and found is not None and found.key is not None:
+                entry = self._entries.get(found.key)
+            if entry is not None and (entry.busy or not self.holds(entry) or entry.listing.generation >= stored.newest):
+                return
+            self._generation = max(self._generation, stored.newest)
+            if found is not None:
+                self._adopt(found, entry)
+            elif entry is not None:
+                self.forget(entry)
+
+    def _leave_tiers(self, entry: Entry) -> None:
+        for eviction in self._eviction.values():
+            eviction.forget(entry.key)
 
     def next_generation(self) -> int:
         """A number greater than any before, on this machine and, its clock being about right, on others."""
@@ -149,6 +247,8 @@ class SessionIndex:
         """Holds the place of a session that does not exist yet."""
         with self.lock:
             entry = self._entries[key] = Entry(key, new_listing(key, time.time()), busy=busy)
+            if key in self._absent:
+                entry.checked, entry.vacant = self._absent.pop(key)
             return entry
 
     def put(self, entry: Entry, session: Session, tier: Tier = "host") -> None:
@@ -169,8 +269,7 @@ class SessionIndex:
         with self.lock:
             del self._entries[entry.key]
             self.usage.drop(entry)
-            for eviction in self._eviction.values():
-                eviction.forget(entry.key)
+            self._leave_tiers(entry)
 
     def take_back(self, entry: Entry) -> None:
         """Enters a session again that was taken out."""

@@ -17,6 +17,7 @@ from typing import Literal
 import msgspec
 
 from atlas_jax.engine.api import SnapshotInvalid
+from atlas_jax.engine.sessions.lora import LoraScales
 
 MAGIC = b"ATLASJRN"
 VERSION = 2
@@ -50,6 +51,7 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
       budget: bytes that the session's parts had to fit into.
       optimizer, omega_window, step: of the memory's writes.
       decay: of the scores by which pairs are kept.
+      lora: the LoRA adapters it was read with.
     """
 
     window: int | None
@@ -62,6 +64,7 @@ class Reading(msgspec.Struct, frozen=True, array_like=True):
     omega_window: int
     step: float
     decay: float
+    lora: LoraScales = ()
 
 
 class Turn(msgspec.Struct, frozen=True, array_like=True):

@@ -9,6 +9,7 @@ import numpy as np
 
 from atlas_jax.engine.api import MemoryInfo, SnapshotInvalid, StateBytes
 from atlas_jax.engine.runner.decode_state import Sequences
+from atlas_jax.engine.sessions.lora import check_loaded
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
 from atlas_jax.engine.sessions.snapshot import Head
 
@@ -43,6 +44,10 @@ class Layout(Protocol):
     def largest_snapshot(self) -> int:
         """Bytes of the largest snapshot this engine could write, a little rounded up."""
 
+    @property
+    def lora(self) -> tuple[str, ...]:
+        """Digests of the LoRA adapters that are loaded."""
+
     def header(self) -> dict[str, Any]:
         """The part of a snapshot's header that binds it to this engine; its keys are those of `BOUND`."""
 
@@ -72,10 +77,11 @@ class Layout(Protocol):
 
 
 def check_bound(layout: Layout, head: Head) -> None:
-    """Raises SnapshotInvalid for a snapshot that another model, memory or cache type has made; the message says which."""
+    """Raises SnapshotInvalid for a snapshot that another model, memory, cache type or adapter of LoRA has made."""
     for name, wanted in layout.header().items():
         if head.bound.get(name) != wanted:
             raise SnapshotInvalid(f"snapshot was made with another {BOUND[name]}")
+    check_loaded(head.listing.lora, layout.lora)
     if head.listing.window > layout.largest_window:
         raise SnapshotInvalid(f"snapshot's window of {head.listing.window} tokens exceeds this server's largest")
 

@@ -15,8 +15,8 @@ from typing import Literal, TypeVar
 
 from atlas_jax.engine.api import SessionKey, SnapshotInvalid
 from atlas_jax.engine.sessions import archive, files, journal, snapshot
+from atlas_jax.engine.sessions.document_frame import unframed
 from atlas_jax.engine.sessions.folder_session import DELETED, JOURNAL, LONGEST_JOURNAL, SAVED, SNAPSHOT
-from atlas_jax.engine.sessions.folder_store import document_is_whole
 from atlas_jax.engine.sessions.journal import Journal
 from atlas_jax.engine.sessions.snapshot import Head
 from atlas_jax.engine.sessions.store import Place, digest
@@ -284,8 +284,7 @@ def _check_export(path: Path) -> None:
 
 
 def _check_document(path: Path) -> None:
-    if not document_is_whole(path.parents[1].name, path.name, files.read_file(path, None)):
-        raise SnapshotInvalid("document is damaged, or belongs elsewhere")
+    unframed(path.parents[1].name, path.name, files.read_file(path, None))
 
 
 def again(read: Callable[[], T]) -> T:

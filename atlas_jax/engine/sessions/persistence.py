@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from atlas_jax.engine.api import MemoryUnavailable, SessionNotFound, SnapshotInvalid, StorageFull
+from atlas_jax.engine.api import MemoryUnavailable, SessionConflict, SessionNotFound, SnapshotInvalid, StorageFull
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.engine.sessions.entry import Entry, NewText
 from atlas_jax.engine.sessions.index import SessionIndex
@@ -44,6 +44,18 @@ class Persistence:
         """Whether there is a store."""
         return self._store is not None
 
+    @property
+    def shared(self) -> bool:
+        """Whether other servers use the store at the same time."""
+        return self._store is not None and self._store.shared
+
+    def look(self, entry: Entry) -> None:
+        """Asks a shared store for a session, which nobody else is using here; raises OSError."""
+        began = time.monotonic()
+        stored = entry.stored or entry.vacant or self.store().session(entry.key)
+        changed = stored.changed()
+        self._index.looked(entry, stored, stored.found(), changed=changed, began=began)
+
     def store(self) -> Store:
         """The store; raises MemoryUnavailable where there is none."""
         if self._store is None:
@@ -60,6 +72,7 @@ class Persistence:
 
         Raises:
           SnapshotInvalid, OSError: it cannot be read.
+          SessionConflict: another server has deleted it meanwhile.
         """
         stored = entry.stored
         if stored is None:
@@ -69,17 +82,23 @@ class Persistence:
             session = decode_session(self._layout, data, stored.generation)
         elif journal is not None:
             session = Session(entry.key, self._layout.default_shape, created=journal.origin.created)
+        elif self.shared:
+            raise SessionConflict("Another server has deleted this session meanwhile: send the request again")
         else:
             raise SnapshotInvalid("snapshot and journal are gone")
         if session.key != entry.key or (journal is not None and journal.origin.model != self._layout.fingerprint):
             raise SnapshotInvalid("snapshot belongs to another session")
         return session if journal is None else replay(self._layout, session, journal.turns)
 
-    def write(self, entry: Entry, session: Session) -> None:
+    def write(self, entry: Entry, session: Session, *, anew: bool = False) -> None:
         """Writes a session's snapshot unless something newer is stored, or it was deleted meanwhile.
+
+        Args:
+          anew: it goes on from nothing that is stored, and takes its place.
 
         Raises:
           StorageFull, OSError: nothing was changed.
+          SessionConflict: another server has gone on with it.
         """
         data = encode_session(self._layout, session)
         with self._index.lock:
@@ -88,7 +107,7 @@ class Persistence:
             stored = self._stored(entry)
             self._index.usage.check_disk(entry.key.owner, len(data) - entry.charged - _SLACK)
         started = time.monotonic()
-        if stored.write(session.generation, data):
+        if stored.write(session.generation, data, after=None if anew else session.after):
             with self._index.lock:
                 took = (time.monotonic() - started) / len(data)
                 self._seconds_per_byte += 0.5 * (took - self._seconds_per_byte)
@@ -97,15 +116,17 @@ class Persistence:
                 self._index.usage.count(entry)
                 self._full_until = 0.0
 
-    def move(self, entry: Entry, place: Entry, session: Session) -> None:
+    def move(self, entry: Entry, place: Entry, session: Session, after: int) -> None:
         """Makes what is stored of a session that of another name.
 
         Args:
           place: of the other name, of which nothing is stored.
           session: as it is from now on, with the other name.
+          after: its generation until now.
 
         Raises:
           StorageFull, OSError: nothing was changed.
+          SessionConflict: another server has changed one of the two meanwhile.
           SnapshotInvalid: its save point is damaged.
         """
         old = entry.stored
@@ -119,7 +140,7 @@ class Persistence:
         with self._index.lock:
             stored = self._stored(place)
             self._index.usage.check_disk(place.key.owner, len(data) + len(saved or b"") - entry.charged - _SLACK)
-        old.move(stored, session.generation, data, saved)
+        old.move(stored, session.generation, data, saved, after=after)
         with self._index.lock:
             place.written = session.generation
             self._index.counters.saves += 1
@@ -136,6 +157,7 @@ class Persistence:
 
         Raises:
           StorageFull, OSError: nothing was changed.
+          SessionConflict: another server has gone on with the session.
         """
         with self._index.lock:
             if not self._index.holds(entry):
@@ -168,7 +190,7 @@ class Persistence:
 
     def _stored(self, entry: Entry) -> StoredSession:
         if entry.stored is None:
-            entry.stored = self.store().session(entry.key)
+            entry.stored, entry.vacant = entry.vacant or self.store().session(entry.key), None
         return entry.stored
 
     def write_changed(self, until: float | None = None) -> int:
@@ -188,6 +210,10 @@ class Persistence:
                 continue
             try:
                 self.write(entry, session)
+            except SessionConflict:
+                with self._index.lock:
+                    if not entry.busy:  # else its request finds out
+                        self._index.let_go(entry)
             except (StorageFull, OSError) as error:
                 left += 1
                 failures.append(error)

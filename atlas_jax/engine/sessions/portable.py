@@ -15,6 +15,7 @@ from atlas_jax.engine.sessions import files, snapshot
 from atlas_jax.engine.sessions.codec import decode_session, encode_session
 from atlas_jax.engine.sessions.folder_store import FolderStore
 from atlas_jax.engine.sessions.layout import integer
+from atlas_jax.engine.sessions.lora import read_lora
 from atlas_jax.engine.sessions.offline import StoredSession, again
 from atlas_jax.engine.sessions.replay import replay
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
@@ -105,6 +106,10 @@ class _AnyLayout:
     def largest_snapshot(self) -> int:
         return 1 << 62
 
+    @property
+    def lora(self) -> tuple[str, ...]:
+        return self.head.listing.lora
+
     def header(self) -> dict[str, Any]:
         return self.head.bound
 
@@ -116,6 +121,7 @@ class _AnyLayout:
             integer(header, "degree", 1, 3),
             integer(header, "kept", 0, 1 << 20),
             integer(header, "budget", 0, 1 << 50),
+            lora=read_lora(header),
         )
 
     def rest(self, shape: SessionShape, checkpoint: Checkpoint) -> Checkpoint:

@@ -19,6 +19,7 @@ from atlas_jax.engine.sessions.host_arrays import shared_zeros, to_host, to_nump
 from atlas_jax.engine.sessions.info import norm_and_rank, summary
 from atlas_jax.engine.sessions.kept_layout import choice_arrays, kept_pairs, pair_choice, pool_arrays, without_kept
 from atlas_jax.engine.sessions.layout import integer
+from atlas_jax.engine.sessions.lora import check_loaded, read_lora, scales_of
 from atlas_jax.engine.sessions.session import Checkpoint, Session, SessionShape
 from atlas_jax.engine.sessions.snapshot_arrays import SnapshotArrays
 from atlas_jax.kernels.gated_delta import DeltaState
@@ -37,6 +38,7 @@ class RecallLayout:
 
     Attributes:
       adapter: digest of the memory's adapter; another one's keys mean something else.
+      lora: digests of the LoRA adapters that are loaded.
     """
 
     model: ModelConfig
@@ -44,6 +46,7 @@ class RecallLayout:
     kv_dtype: KVDtype
     fingerprint: str
     adapter: str
+    lora: tuple[str, ...] = ()
 
     @property
     def vocab(self) -> int:
@@ -98,8 +101,10 @@ class RecallLayout:
         kept, budget = integer(header, "kept", 0, 1 << 20), integer(header, "budget", 0, 1 << 50)
         if kept > self.memory.max_kept:
             raise SnapshotInvalid(f"snapshot's {kept} kept pairs exceed this server's most, {self.memory.max_kept}")
+        lora = read_lora(header)
+        check_loaded([digest for digest, _ in lora], self.lora)
         plan, capacities = PageSchedule(window, update), self._division.capacities(kept)
-        return SessionShape(plan, layers, degree, kept, budget, capacities, rewinds=not self.model.recurrent)
+        return SessionShape(plan, layers, degree, kept, budget, capacities, not self.model.recurrent, lora)
 
     def rest(self, shape: SessionShape, checkpoint: Checkpoint) -> Checkpoint:
         """The same state as it rests in host memory; what was never written takes no room there."""
@@ -253,6 +258,7 @@ def _cache(layout: RecallLayout, shape: SessionShape, position: int, page: int, 
         position=np.asarray([position], np.int32),  # type: ignore[arg-type]
         kept=kept,  # type: ignore[arg-type]
         pairs=None if empty.pairs is None else kept_pairs("pairs", empty, kept[0], saved),
+        lora=scales_of(shape.lora, layout.lora) if layout.lora else None,  # type: ignore[arg-type]
         kept_pages=empty.kept_pages,
     )
 

@@ -12,6 +12,7 @@ from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.sessions.history import History
 from atlas_jax.engine.sessions.host_arrays import held_bytes
 from atlas_jax.engine.sessions.journal import Reading
+from atlas_jax.engine.sessions.lora import LoraScales
 from atlas_jax.model.kept_pairs import kept_count
 from atlas_jax.model.page_schedule import PageSchedule
 
@@ -31,6 +32,7 @@ class SessionShape:
       budget: bytes that its parts had to fit into.
       capacities: the most pairs of each layer; empty where all keep as many.
       rewinds: whether a state can be set back within its window: not where the model itself keeps a state of what it read.
+      lora: the LoRA adapters that its text is read with.
     """
 
     plan: PageSchedule
@@ -40,6 +42,7 @@ class SessionShape:
     budget: int = 0
     capacities: tuple[int, ...] = ()
     rewinds: bool = True
+    lora: LoraScales = ()
 
     def held(self, page: int) -> int:
         """Pairs kept per layer and KV head, on average, of a text whose last page is `page`."""
@@ -145,6 +148,7 @@ class Session:
       appended: the last turn, if it brought only new text: further choices of the same request answer it too.
       state: JSON text a caller stored with it, or None.
       generation: orders what was ever done to it; see `snapshot.Listing`.
+      after: the newest generation before it that the store has had.
     """
 
     key: SessionKey
@@ -160,6 +164,7 @@ class Session:
     created: float = field(default_factory=time.time)
     last_used: float = field(default_factory=time.time)
     generation: int = 0
+    after: int = 0
 
     @property
     def tokens(self) -> int:

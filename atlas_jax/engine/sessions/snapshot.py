@@ -40,6 +40,7 @@ class Listing(msgspec.Struct, frozen=True):
       ring: tokens its window has room for: with several pages a write, more than the window's.
       kept, kept_capacity: pairs kept per KV head and on average per layer, and how many may be.
       budget: bytes that its parts had to fit into.
+      lora: digests of the LoRA adapters that its text was read with.
     """
 
     owner: str
@@ -57,6 +58,7 @@ class Listing(msgspec.Struct, frozen=True):
     kept: int = 0
     kept_capacity: int = 0
     budget: int = 0
+    lora: tuple[str, ...] = ()
     absorbed: int = 0
     updates: int = 0
     last_update: float | None = None

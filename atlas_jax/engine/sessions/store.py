@@ -1,13 +1,14 @@
 """Where sessions are kept between requests and between starts: what the engine needs of such a place.
 
-`Storage` is the place itself, which one server has at a time, and `Store` the sessions and exports of one model there. A
-session is a snapshot of its state, a journal of the turns since then, and a save point if a client has asked for one. How
-these lie there (files in a folder, objects in a bucket) is the store's own affair: `folder_store` is the one for folders,
-and `storage` lists all there are.
+`Storage` is the place itself, and `Store` the sessions and exports of one model there. A session is a snapshot of its
+state, a journal of the turns since then, and a save point if a client has asked for one. How these lie there is the store's
+own affair: `folder_store` has files in a folder, for one server at a time; `object_store` objects in a bucket, which many
+servers *share*. `storage` lists all there are.
 
-A session's generation orders all that happens to it, so a write that comes late never undoes a newer one. A deleted
-session leaves a mark until no export can bring it back. Names of owners and sessions never become names of files or
-objects: `Place` has their digests.
+A session's generation orders all that happens to it, so a write that comes late never undoes a newer one. In a shared store a
+write on anything but the newest is refused with SessionConflict, so what is known of a session is asked for with `changed`
+before it is used. A deleted session leaves a mark until no export can bring it back. Names of owners and sessions never
+become names of files or objects: `Place` has their digests.
 
 What a store raises of its own (a client library's errors) it translates: `StorageFull` where there is no room,
 `FileNotFoundError` where there is no such export, any other `OSError` where the place cannot be reached.
@@ -16,7 +17,7 @@ What a store raises of its own (a client library's errors) it translates: `Stora
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import BinaryIO, Protocol
@@ -74,8 +75,22 @@ class StoredSession(Protocol):
         """Of its newest snapshot, 0 without one."""
 
     @property
+    def newest(self) -> int:
+        """Of the newest thing that was done to it, as far as is known: a snapshot, a turn, a deletion."""
+
+    @property
     def size(self) -> int:
         """Bytes it takes of the store."""
+
+    def changed(self) -> bool:
+        """Asks a shared store whether another server has changed it; what it is now is known from then on.
+
+        Raises:
+          OSError: the store cannot be reached.
+        """
+
+    def found(self) -> Found | None:
+        """What is known to be there in a shared store, or None."""
 
     def read(self, limit: int) -> tuple[bytes | None, Journal | None]:
         """Its snapshot and its journal.
@@ -85,27 +100,38 @@ class StoredSession(Protocol):
           OSError: it cannot be read.
         """
 
-    def write(self, generation: int, data: bytes) -> bool:
+    def write(self, generation: int, data: bytes, *, after: int | None = None) -> bool:
         """Writes a snapshot and drops the journal; not where a newer one, a newer turn or a deletion is there.
+
+        Args:
+          after: generation of what was stored before, where the snapshot is not of that; in a shared store nothing else is
+            written over. None writes over whatever is known to be there.
 
         Raises:
           StorageFull, OSError: nothing was changed.
+          SessionConflict: another server has changed it, and nothing is known of it any more.
         """
 
-    def move(self, target: StoredSession, generation: int, data: bytes, saved: bytes | None) -> None:
+    def move(
+        self, target: StoredSession, generation: int, data: bytes, saved: bytes | None, *, after: int | None = None
+    ) -> None:
         """Makes it the session of another name, of which nothing is stored; like a deletion, for this one.
 
         Whenever the process is killed, a scan finds the session under one of the two names.
 
         Args:
           data, saved: its snapshot, of that generation, and its save point, if it has one, under the other name.
+          after: its generation until now; None moves whatever is known to be there.
 
         Raises:
           StorageFull, OSError: nothing was changed.
         """
 
     def append(self, origin: Origin, turn: Turn) -> bool:
-        """Adds a turn to the journal; it outlives this process when this returns, and this machine after `sync`.
+        """Adds a turn to the journal.
+
+        In a folder it outlives this process when this returns, and this machine after `sync`; in a shared store both after
+        `sync`, and others see it then.
 
         Returns:
           False where the journal cannot hold it: it does not follow what is stored, or goes back further than the snapshot
@@ -116,7 +142,7 @@ class StoredSession(Protocol):
         """
 
     def sync(self) -> None:
-        """Makes durable what was appended; raises OSError."""
+        """Makes durable what was appended; raises OSError, and SessionConflict where another server has gone on with it."""
 
     def keep(self) -> int:
         """Makes the present snapshot the save point; returns its size. Costs as little as the store allows."""
@@ -127,16 +153,24 @@ class StoredSession(Protocol):
     def restore(self, generation: int) -> None:
         """Makes the save point the present snapshot, of that generation."""
 
-    def delete(self, generation: int) -> None:
+    def delete(self, generation: int, *, unless_changed: bool = False) -> None:
         """Removes it for good, and leaves a mark, so that an older copy in an export does not bring it back either.
+
+        Args:
+          unless_changed: not where another server has changed it since it was last known.
 
         Raises:
           StorageFull, OSError: it is as it was.
+          SessionConflict: it was changed.
         """
 
 
 class Store(Protocol):
     """The sessions and exports of one model; methods are thread-safe."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers use it at the same time."""
 
     def list(self) -> Iterator[Found]:
         """Every session that is stored, damaged ones with the reason; finishes deletions that were cut short."""
@@ -144,8 +178,20 @@ class Store(Protocol):
     def session(self, key: SessionKey) -> StoredSession:
         """A session that is not there yet."""
 
-    def others(self) -> int:
-        """How many sessions of other models there are beside these."""
+    def changes(
+        self, owner: str | None, known: Mapping[Place, StoredSession]
+    ) -> Iterator[tuple[StoredSession, Found | None]]:
+        """What other servers have done: sessions that are not, or not as they are known; None for what is deleted.
+
+        Args:
+          owner: whose sessions; None for everyone's.
+        """
+
+    def collect(self, known: Mapping[Place, StoredSession]) -> int:
+        """Removes from a shared store what killed servers have left that is part of no session; returns how many objects."""
+
+    def other_models(self) -> int:
+        """How many other models have sessions there beside this one."""
 
     def deletions(self, owner: str) -> dict[str, int]:
         """Generations of the owner's deletions that an export could undo, by the digest of the session's name."""
@@ -197,7 +243,11 @@ class Store(Protocol):
 
 
 class Storage(Protocol):
-    """A place for sessions that this process has taken; no other server can while it lives."""
+    """A place for sessions that this process may use; where it is not shared, no other server can while it lives."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether other servers use it at the same time."""
 
     def store(self, model: str) -> Store:
         """The sessions of one model there; those of others are left alone.

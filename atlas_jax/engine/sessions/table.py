@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +15,7 @@ import msgspec
 from atlas_jax.engine.api import (
     MemoryInfo,
     SaveResult,
+    SessionConflict,
     SessionInfo,
     SessionKey,
     SessionNotFound,
@@ -32,7 +34,7 @@ from atlas_jax.engine.sessions.exports import Exports
 from atlas_jax.engine.sessions.index import SessionIndex
 from atlas_jax.engine.sessions.info import totals
 from atlas_jax.engine.sessions.layout import Layout
-from atlas_jax.engine.sessions.persistence import MAX_CONTEXT_STATE, Persistence
+from atlas_jax.engine.sessions.persistence import MAX_CONTEXT_STATE, Persistence, reason
 from atlas_jax.engine.sessions.session import Session
 from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.tiers import SessionTiers
@@ -73,8 +75,24 @@ class SessionTable:
         self.tiers = SessionTiers(layout, self._index, self._persistence, on_idle=on_idle, sync_seconds=sync_seconds)
         documents.count_in(self._index)
         self._exports = Exports(layout, self._index, self._persistence, self.tiers, default_file)
-        if self._store is not None and (others := self._store.others()):
-            log.warning("[ATLAS] The memory folder holds %d sessions of other models, which are left alone", others)
+        if self._store is not None and self._store.shared:
+            threading.Thread(target=self._learn_all, name="atlas-sessions-list", daemon=True).start()
+        elif self._store is not None and (others := self._store.other_models()):
+            log.warning("[ATLAS] The memory folder holds sessions of %d other models, which are left alone", others)
+
+    def _learn_all(self) -> None:
+        self._learn()
+        try:
+            self._index.collect()
+        except OSError as error:
+            log.error("[ATLAS] Old snapshots stay in the object store: %s", reason(error))
+
+    def _learn(self, owner: str | None = None) -> None:
+        """Learns of an owner's sessions what other servers have done; what is known already serves where that fails."""
+        try:
+            self._index.sync(owner)
+        except OSError as error:
+            log.error("[ATLAS] The sessions in the store cannot be listed: %s", reason(error))
 
     # --- telling --------------------------------------------------------------------------------------------------
     def info(self, owner: str, session_id: str | None) -> MemoryInfo:
@@ -85,12 +103,14 @@ class SessionTable:
           SnapshotInvalid: it is damaged.
         """
         if session_id is None:
+            self._learn(owner)
             with self._index.lock:
                 entries = self._index.entries(owner)
                 listings = [entry.listing for entry in entries]
                 found = [entry.session for entry in entries if entry.session is not None]
             layers = self._layout.describe(found).layers
             return totals(listings, self._layout.capacity, layers, self._layout.state_bytes)
+        self.tiers.look(SessionKey(owner, session_id))
         with self._index.lock:
             entry = self._index.find(SessionKey(owner, session_id))
             session = entry.session
@@ -100,6 +120,7 @@ class SessionTable:
 
     def list(self, owner: str, *, after: str | None, limit: int) -> tuple[tuple[SessionInfo, ...], str | None]:
         """One page of the owner's sessions by name, and the cursor of the next page."""
+        self._learn(owner)
         with self._index.lock:
             found = {entry.key.session_id: entry for entry in self._index.entries(owner)}
             names = sorted(name for name in found if after is None or name > after)
@@ -132,6 +153,7 @@ class SessionTable:
 
     def save_all(self, owner: str, filename: str | None) -> SaveResult:
         """Writes every session of the owner into one export; raises as `Exports.save`."""
+        self._learn(owner)
         return self._exports.save(owner, filename)
 
     def save_default(self, owner: str, *, timeout: float | None = None) -> SaveResult | None:
@@ -158,6 +180,7 @@ class SessionTable:
     def save_session(self, owner: str, session_id: str) -> SaveResult:
         """Makes a save point of one session, which stays as it is until the next; raises SessionNotFound, StorageFull."""
         self._persistence.store()
+        self.tiers.look(SessionKey(owner, session_id))
         entry = self._index.find(SessionKey(owner, session_id))
         if entry.problem is not None:
             raise SnapshotInvalid(entry.problem)
@@ -231,6 +254,8 @@ class SessionTable:
         on from what was before. On disk the new one is with its first turn.
         """
         key = SessionKey(owner, target)
+        for one in (SessionKey(owner, source), key):
+            self.tiers.look(one)
         with self._index.lock:
             entry = self._index.get(SessionKey(owner, source))
             if entry is None or not entry.exists or entry.problem is not None or self._index.get(key) is not None:
@@ -238,7 +263,7 @@ class SessionTable:
             session = entry.session
         try:
             session = session or self._persistence.read(entry)
-        except (SnapshotInvalid, SessionNotFound):
+        except (SnapshotInvalid, SessionNotFound, SessionConflict):
             return False
         copy = replace(
             session,
@@ -251,6 +276,7 @@ class SessionTable:
             created=time.time(),
             last_used=time.time(),
             generation=self._index.next_generation(),
+            after=0,
         )
         with self._index.lock:
             if self._index.get(key) is not None:
@@ -268,7 +294,7 @@ class SessionTable:
             session = entry.session or self._persistence.read(entry)
             renamed = replace(session, key=key, generation=self._index.next_generation())
             if self._store is not None:
-                self._persistence.move(entry, place, renamed)
+                self._persistence.move(entry, place, renamed, session.generation)
             with self._index.lock:
                 if entry.session is None:
                     self._index.put_stored(place, renamed)
@@ -281,7 +307,7 @@ class SessionTable:
         """Makes a session what it is from now on: first on disk, then in memory."""
         session.generation = self._index.next_generation()
         if self._store is not None:
-            self._persistence.write(entry, session)
+            self._persistence.write(entry, session, anew=True)
         with self._index.lock:
             entry.problem = None
             self._index.put(entry, session)
@@ -289,10 +315,14 @@ class SessionTable:
     # --- emptying -------------------------------------------------------------------------------------------------
     def reset(self, owner: str, session_id: str | None) -> int:
         """Empties one session's memory, or all of the owner's; their names, and a caller's JSON, stay."""
-        entries = (
-            self._index.entries(owner) if session_id is None else [self._index.find(SessionKey(owner, session_id))]
-        )
-        for key in [entry.key for entry in entries]:
+        if session_id is None:
+            self._learn(owner)
+            keys = [entry.key for entry in self._index.entries(owner)]
+        else:
+            keys = [SessionKey(owner, session_id)]
+            self.tiers.look(keys[0])
+            self._index.find(keys[0])
+        for key in keys:
             with contextlib.suppress(SessionNotFound), self.tiers.held(key, damaged=True) as entry:
                 session = entry.session
                 if session is None and entry.problem is None:
@@ -300,7 +330,7 @@ class SessionTable:
                         session = self._persistence.read(entry)
                 session = session or Session(key, self._layout.default_shape, created=entry.listing.created)
                 self._replace(entry, Session(key, session.shape, state=session.state, created=session.created))
-        return len(entries)
+        return len(keys)
 
     def delete(self, owner: str, session_id: str) -> None:
         """Removes a session from memory and store for good; a request that is using it goes on without it."""
@@ -310,17 +340,20 @@ class SessionTable:
 
     def expire(self, idle: float) -> int:
         """Deletes every session that nobody has used for `idle` seconds; returns how many."""
-        limit = time.time() - idle
+        limit, count = time.time() - idle, 0
+        self._learn()
+
+        def is_old(entry: Entry) -> bool:
+            return not entry.busy and entry.problem is None and entry.listing.last_used < limit
+
         with self._index.lock:
-            old = [
-                entry.key
-                for entry in self._index.entries()
-                if not entry.busy and entry.problem is None and entry.listing.last_used < limit
-            ]
+            old = [entry.key for entry in self._index.entries() if is_old(entry)]
         for key in old:
-            with contextlib.suppress(SessionNotFound):
-                self.delete(key.owner, key.session_id)
-        return len(old)
+            with contextlib.suppress(SessionNotFound, SessionConflict), self.tiers.leaving(key, is_old) as stored:
+                if stored is not None:
+                    stored.delete(self._index.next_generation(), unless_changed=True)
+                count += 1
+        return count
 
     # --- the end --------------------------------------------------------------------------------------------------
     def close(self, timeout: float) -> None:

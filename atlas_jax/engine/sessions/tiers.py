@@ -13,10 +13,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from math import inf
 
 from atlas_jax.engine.api import (
     CacheStrategy,
+    EngineError,
     MemoryUnavailable,
+    SessionConflict,
     SessionExists,
     SessionKey,
     SessionNotFound,
@@ -33,6 +36,8 @@ from atlas_jax.engine.sessions.store import StoredSession
 
 log = logging.getLogger("atlas.engine")
 
+_AT_ONCE = 8
+"""Sessions that are read from a shared store at once, and turns that are written to it: each waits for a network."""
 _PATIENCE = 120.0
 """Seconds an endpoint waits for a session that a request is using."""
 
@@ -65,9 +70,11 @@ class SessionTiers:
         self._on_idle = on_idle
         self._rest: Tier = "device" if index.usage.budgets.device else "host"
         self._leaving = 0
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="atlas-sessions-in")
+        width = _AT_ONCE if persistence.shared else 1
+        self._reader = ThreadPoolExecutor(max_workers=width, thread_name_prefix="atlas-sessions-in")
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="atlas-sessions-out")
-        self._journal = JournalWriter(sync_seconds) if persistence.enabled else None
+        self._journal = JournalWriter(sync_seconds, width) if persistence.enabled else None
+        self._durable = sync_seconds == 0
         self._closed = False
 
     @property
@@ -80,11 +87,14 @@ class SessionTiers:
         return self._index.count(tier)
 
     # --- for the scheduler ----------------------------------------------------------------------------------------
-    def acquire(self, key: SessionKey) -> SessionLease | None:
+    def acquire(self, key: SessionKey, since: float) -> SessionLease | None:
         """Takes a session for one request; the place of one that does not exist yet is held too.
 
+        Args:
+          since: `time.monotonic()` when the request came: a shared store has to be asked after that.
+
         Returns:
-          A lease to be committed or released; or None while another request holds it, it is being read from disk, or
+          A lease to be committed or released; or None while another request holds it, it is being read from the store, or
           others have to leave host memory first. `on_idle` is called when that ends.
 
         Raises:
@@ -94,6 +104,12 @@ class SessionTiers:
         index = self._index
         with index.lock:
             entry = index.get(key)
+            if self._persistence.shared and not index.is_checked(key, since):
+                if entry is None or not entry.busy:
+                    entry = entry or index.add(key)
+                    entry.busy = True
+                    self._reader.submit(self._look, entry)
+                return None
             if entry is None:
                 self._check_disk(key.owner)
                 if not self._has_room():
@@ -103,7 +119,9 @@ class SessionTiers:
             if entry.problem is not None:
                 raise MemoryUnavailable(_unusable(entry.problem), retry_after=30.0)
             if entry.error is not None:
-                error, entry.error = entry.error, None
+                error, entry.error, entry.checked = entry.error, None, -inf
+                if not entry.exists:
+                    index.forget(entry)
                 raise MemoryUnavailable(error, retry_after=5.0)
             if entry.busy:
                 return None
@@ -124,28 +142,43 @@ class SessionTiers:
         session: Session,
         text: NewText,
         strategy: CacheStrategy,
-        done: Callable[[str | None], None],
+        done: Callable[[str | EngineError | None], None],
     ) -> None:
         """Gives a session back as a turn has left it; `done` is called once the turn is in the journal.
 
         Args:
-          done: called from any thread with None, or with why the turn is in host memory only.
+          done: called from any thread with None, or with why the turn is in host memory only, or with the error that it has
+            to end with: another server has gone on with the session.
         """
         entry, before = lease.entry, 0 if lease.session is None else lease.session.generation
         session.generation, session.last_used = self._index.next_generation(), time.time()
+        unwritten = lease.session is not None and entry.written < before
+        session.after = lease.session.after if lease.session is not None and unwritten else before
         known = self._index.holds(entry)
         if self._journal is None or not known:  # deleted meanwhile, and it must stay so
             self.release(lease, session if known else None, strategy)
             done(None)
             return
 
+        began = time.monotonic()
+
         def write() -> StoredSession | None:
             return self._persistence.write_turn(entry, session, before, text)
 
         def written(failure: Exception | None) -> None:
             problem = None
+            if isinstance(failure, SessionConflict):
+                log.warning("[ATLAS] A turn was refused: another server has gone on with its session")
+                self._index.let_go(entry)
+                try:
+                    self.release(lease, None, strategy)
+                finally:
+                    done(failure)
+                return
+            if failure is None and self._durable:  # it was the newest: else it would have been refused
+                entry.checked = max(entry.checked, began)
             if failure is not None:
-                problem = "This turn is in host memory only: it could not be written to disk"
+                problem = "This turn is in host memory only: it could not be written to the session store"
                 log.error("[ATLAS] Failed to save a session's turn: %s", reason(failure))
                 self._persistence.note_failure(failure)
             try:
@@ -181,6 +214,45 @@ class SessionTiers:
         """Turns that have been answered and whose last event waits for the journal."""
         return 0 if self._journal is None else self._journal.pending
 
+    def look(self, key: SessionKey) -> None:
+        """Asks a shared store for a session that no request is using; raises MemoryUnavailable where it cannot be reached."""
+        index, deadline = self._index, time.monotonic() + _PATIENCE
+        if not self._persistence.shared:
+            return
+        with index.lock:
+            while (entry := index.get(key)) is not None and entry.busy and not entry.exists:  # it is being looked for
+                if not index.freed.wait(deadline - time.monotonic()):
+                    raise MemoryUnavailable("The session is in use", retry_after=5.0)
+            if entry is not None and entry.busy:
+                return
+            entry = entry or index.add(key)
+            entry.busy = True
+        self._look(entry)
+        with index.lock:
+            error, entry.error = entry.error, None
+            if error is not None:
+                entry.checked = -inf
+                if index.holds(entry) and not entry.exists:
+                    index.forget(entry)
+                raise MemoryUnavailable(error, retry_after=5.0)
+
+    def _look(self, entry: Entry) -> None:
+        """Asks a shared store for a session, in a thread."""
+        index, began = self._index, time.monotonic()
+        error: str | None = None
+        try:
+            self._persistence.look(entry)
+        except Exception as problem:
+            log.error("[ATLAS] The session store cannot be reached: %s", reason(problem))
+            error = "This session's memory cannot be read: the session store cannot be reached"
+        with index.lock:
+            entry.busy = False
+            if error is not None:
+                index.counters.failures += 1
+                entry.error, entry.checked = error, began
+            index.freed.notify_all()
+        self._on_idle()
+
     # --- for endpoints --------------------------------------------------------------------------------------------
     @contextmanager
     def held(self, key: SessionKey, *, create: bool = False, damaged: bool = False) -> Iterator[Entry]:
@@ -193,6 +265,7 @@ class SessionTiers:
         """
         index = self._index
         deadline = time.monotonic() + _PATIENCE
+        self.look(key)
         with index.lock:
             while True:
                 entry = index.get(key)
@@ -222,6 +295,7 @@ class SessionTiers:
           SessionExists: there is one, or a request is about to begin it.
           StorageFull: there is no room on disk for another.
         """
+        self.look(key)
         with self._index.lock:
             if self._index.get(key) is not None:
                 raise SessionExists("A session of that name exists already")
@@ -245,17 +319,22 @@ class SessionTiers:
         self._on_idle()
 
     @contextmanager
-    def leaving(self, key: SessionKey) -> Iterator[StoredSession | None]:
+    def leaving(
+        self, key: SessionKey, condition: Callable[[Entry], bool] = lambda _: True
+    ) -> Iterator[StoredSession | None]:
         """Takes a session out of the index while it is removed from the store; it is back if that fails.
 
         A request that is using it goes on without it; one that names it meanwhile waits.
 
         Raises:
-          SessionNotFound: there is none.
+          SessionNotFound: there is none that meets the condition.
         """
         index = self._index
+        self.look(key)
         with index.lock:
             entry = index.find(key)
+            if not condition(entry):
+                raise SessionNotFound("No such session")
             index.forget(entry)
             nobody = index.add(key, busy=True)
         try:
@@ -333,6 +412,8 @@ class SessionTiers:
             with index.lock:
                 index.counters.failures += 1
                 entry.problem = str(error)
+        except SessionConflict:  # it is asked for anew
+            entry.checked = -inf
         except Exception as error:
             log.error("[ATLAS] Memory of a session could not be read: %s", reason(error))
             with index.lock:
@@ -354,6 +435,8 @@ class SessionTiers:
         try:
             if not entry.is_clean:
                 self._persistence.write(entry, session)
+        except SessionConflict:
+            entry.checked = -inf
         except Exception as error:
             log.error("[ATLAS] Memory of a session could not be moved to disk: %s", reason(error))
             self._persistence.note_failure(error)

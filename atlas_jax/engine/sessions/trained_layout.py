@@ -67,6 +67,11 @@ class TrainedLayout:
     def _bytes(self) -> int:
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(self.state))
 
+    @property
+    def lora(self) -> tuple[str, ...]:
+        """None: LoRA adapters are pretrained models'."""
+        return ()
+
     def header(self) -> dict[str, Any]:
         """The part of a snapshot's header that binds it to this engine. What it has room for is part of its shapes."""
         return {"model": self.fingerprint, "memory": self.config.pattern, "adapter": None, "kv_dtype": "float32"}

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import litellm
 import pydantic
@@ -25,8 +25,8 @@ WEATHER = {
 
 
 class River(pydantic.BaseModel):
-    name: str
-    length_km: int
+    name: Annotated[str, pydantic.Field(max_length=40)]  # a small model goes on for ever where it may
+    length_km: Annotated[int, pydantic.Field(ge=0, le=99_999)]
 
 
 def to(provider: str, url: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from typing import Annotated, Any
 
 import openai
 import pydantic
@@ -28,8 +28,8 @@ FLAT: Any = {"type": "function", **WEATHER["function"], "strict": False}
 
 
 class River(pydantic.BaseModel):
-    name: str
-    length_km: int
+    name: Annotated[str, pydantic.Field(max_length=40)]  # a small model goes on for ever where it may
+    length_km: Annotated[int, pydantic.Field(ge=0, le=99_999)]
 
 
 def at(url: str) -> openai.OpenAI:
@@ -147,7 +147,8 @@ def responses(servers: Servers) -> None:
     assert first.output_text
     second = here.responses.create(model=MODEL, input="And another?", previous_response_id=first.id)
     assert second.output_text
-    assert servers.made_up or second.usage.input_tokens_details.cached_tokens > 0
+    third = here.responses.create(model=MODEL, input="And another?", previous_response_id=second.id)
+    assert servers.made_up or third.usage.input_tokens_details.cached_tokens > 0  # a second response begins a session
     assert here.responses.retrieve(first.id).output_text == first.output_text
     assert here.responses.input_items.list(second.id).data
     here.responses.delete(first.id)
@@ -197,14 +198,16 @@ def session(servers: Servers) -> None:
 
 @client.flow("sessions: responses across a restart")
 def response_session(servers: Servers) -> None:
-    first = at(servers.url).responses.create(model=MODEL, input="My name is Anna.", max_output_tokens=16)
+    def create(text: str, before: Any = None) -> Any:
+        previous = {} if before is None else {"previous_response_id": before.id}
+        return at(servers.url).responses.create(model=MODEL, input=text, max_output_tokens=16, **previous)
+
+    first = create("My name is Anna.")
+    second = create("I come from Vienna.", first)
     servers.restart()
-    here = at(servers.url)
-    second = here.responses.create(
-        model=MODEL, input="What is my name?", previous_response_id=first.id, max_output_tokens=16
-    )
-    assert servers.made_up or second.usage.input_tokens_details.cached_tokens > 0
-    assert here.responses.retrieve(first.id).output_text == first.output_text
+    third = create("What is my name?", second)
+    assert servers.made_up or third.usage.input_tokens_details.cached_tokens > 0
+    assert at(servers.url).responses.retrieve(first.id).output_text == first.output_text
 
 
 @client.flow("models")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -383,7 +384,7 @@ def test_a_damaged_state_is_refused(engines: Callable[[str], Engine]) -> None:
     engine = engines("bounded")
     ask(engine, request(SHORT, 4, memory=memory("damaged")))
     layout = engine._serving.table._layout  # type: ignore[union-attr]
-    lease = engine.sessions.tiers.acquire(SessionKey("owner", "damaged"))
+    lease = engine.sessions.tiers.acquire(SessionKey("owner", "damaged"), time.monotonic())
     assert lease is not None
     session = lease.session
     assert session is not None

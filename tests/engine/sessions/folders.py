@@ -73,7 +73,7 @@ def made(
         session_id=name,
         generation=generation,
         tokens=tokens,
-        floor=0,
+        floor=more.pop("floor", 0),
         bytes=1000,
         created=1_700_000_000.0,
         last_used=more.pop("last_used", time.time()),

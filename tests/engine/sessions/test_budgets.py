@@ -16,6 +16,7 @@ from atlas_jax.engine import Engine
 from atlas_jax.engine.api import Overloaded, StorageFull
 from atlas_jax.model.transformer import QUERY_SAMPLES
 from tests.engine.offline import ask, memory, request, words
+from tests.patience import eventually
 
 TEXT = words(31, 40)
 
@@ -43,13 +44,6 @@ def on_disk(folder: Path) -> int:
 def in_memory(engine: Engine) -> int:
     rows = engine.sessions.list("owner", after=None, limit=1000)[0]
     return sum(row.bytes for row in rows if row.resident != "disk")
-
-
-def eventually(condition: Callable[[], bool]) -> bool:
-    end = time.monotonic() + 30
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.01)
-    return condition()
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -94,7 +95,7 @@ def test_a_short_session_takes_one_state_and_no_matrices(engine: Engine) -> None
     for turn in range(2):
         ask(engine, request(words(2 + turn, 20), 4, memory=memory(name)))
     assert bytes_of(engine, name) == first
-    lease = engine.sessions.tiers.acquire(SessionKey("owner", name))
+    lease = engine.sessions.tiers.acquire(SessionKey("owner", name), time.monotonic())
     assert lease is not None
     assert lease.session is not None
     (state,) = lease.session.checkpoints

@@ -13,7 +13,7 @@ import pytest
 from atlas_jax.config import ConfigError
 from atlas_jax.engine import Engine
 from atlas_jax.engine.api import SessionKey, SessionNotFound, StoredFile
-from atlas_jax.engine.sessions import snapshot, storage
+from atlas_jax.engine.sessions import snapshot
 from atlas_jax.engine.sessions.journal import Journal, Origin, Turn
 from atlas_jax.engine.sessions.store import Found, Place, digest
 from tests.engine.offline import ask, memory, request, words
@@ -36,10 +36,16 @@ class DictSession:
     def newest(self) -> int:
         return self.journal.turns[-1].generation if self.journal else self.generation
 
+    def changed(self) -> bool:
+        return False
+
+    def found(self) -> Found | None:
+        return None
+
     def read(self, limit: int) -> tuple[bytes | None, Journal | None]:
         return self.data or None, self.journal
 
-    def write(self, generation: int, data: bytes) -> bool:
+    def write(self, generation: int, data: bytes, *, after: int | None = None) -> bool:
         if generation < self.newest or generation <= max(self.generation, self.deleted):
             return False
         self.generation, self.data, self.journal = generation, data, None
@@ -65,18 +71,22 @@ class DictSession:
     def restore(self, generation: int) -> None:
         self.generation, self.data, self.journal = generation, self.saved, None
 
-    def move(self, target: DictSession, generation: int, data: bytes, saved: bytes | None) -> None:
+    def move(
+        self, target: DictSession, generation: int, data: bytes, saved: bytes | None, *, after: int | None = None
+    ) -> None:
         target.write(generation, data)
         target.saved = saved or b""
         self.delete(generation)
 
-    def delete(self, generation: int) -> None:
+    def delete(self, generation: int, *, unless_changed: bool = False) -> None:
         self.__init__(self.place)  # type: ignore[misc]
         self.deleted = generation
 
 
 class DictStore:
     """Implements `Storage` and, for one model, `Store`; what it holds outlives its engines."""
+
+    shared = False
 
     def __init__(self) -> None:
         self.sessions: dict[Place, DictSession] = {}
@@ -98,7 +108,13 @@ class DictStore:
     def session(self, key: SessionKey) -> DictSession:
         return self.sessions.setdefault(Place.of(key), DictSession(Place.of(key)))
 
-    def others(self) -> int:
+    def changes(self, owner: str | None, known: Any) -> Iterator[Any]:
+        return iter(())
+
+    def collect(self, known: Any) -> int:
+        return 0
+
+    def other_models(self) -> int:
         return 0
 
     def deletions(self, owner: str) -> dict[str, int]:
@@ -168,16 +184,16 @@ def test_sessions_live_in_any_store(
 ) -> None:
     """Journals, snapshots, save points, exports and deletions, and an engine whose host memory holds no session."""
     kept = DictStore()
-    monkeypatch.setitem(storage._KINDS, "dict", lambda location: kept)
+    monkeypatch.setattr("atlas_jax.engine.engine.open_storage", lambda *_, **__: kept)
     wanted = [turn(engine, seed, "in-any-store").infos for seed in (1, 2, 3)]
-    with opened(memory_path="dict://any", l2_cache_size=1) as first:
+    with opened(memory_path="anywhere", l2_cache_size=1) as first:
         assert turn(first, 1).infos == wanted[0]
         assert turn(first, 2).infos == wanted[1]
         turn(first, 9, "gone")
         first.sessions.save_session("owner", "s")
         first.sessions.save_all("owner", None)
         first.sessions.delete("owner", "gone")
-    with opened(memory_path="dict://any") as second:
+    with opened(memory_path="anywhere") as second:
         assert second.sessions.load_default("owner") == 0, "deleted after the export was written"
         assert [row.session_id for row in second.sessions.list("owner", after=None, limit=9)[0]] == ["s"]
         assert turn(second, 3).infos == wanted[2]
@@ -194,6 +210,7 @@ def test_sessions_live_in_any_store(
         assert second.stats().snapshot_failures == 0
 
 
-def test_a_kind_of_storage_that_does_not_exist_is_said_by_name(opened: Callable[..., Any]) -> None:
-    with pytest.raises(ConfigError, match=r"atlas\.memory_path.*'tape://1'.*'tape'"), opened(memory_path="tape://1"):
+@pytest.mark.parametrize("location", ["tape://1", "s3:/bucket", "s3://", "bucket"])
+def test_a_store_that_does_not_exist_is_said_by_name(opened: Callable[..., Any], location: str) -> None:
+    with pytest.raises(ConfigError, match="session_store"), opened(memory_path="any", session_store=location):
         pass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import struct
 from pathlib import Path
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from server.cli import main
-from tests import tiny_model
+from tests import tiny_lora, tiny_model
 
 
 @pytest.fixture(autouse=True)
@@ -132,3 +134,27 @@ def test_a_budget_is_divided_as_it_would_be(tmp_path: Path, capsys: pytest.Captu
     least, most = (looked(capsys, str(model), "--memory-budget", str(count))[1]["memory"] for count in (0, 1 << 30))
     assert (least["kept_pairs"], most["kept_pairs"]) == (0, 8192)
     assert main(["inspect", str(model), "--memory-budget", "-4"]) == 2
+
+
+def test_a_lora_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = tiny_model.write_model(tmp_path / "tiny.gguf", tiny_model.LLAMA)
+    other = tiny_model.write_model(tmp_path / "other.gguf", dataclasses.replace(tiny_model.LLAMA, ff=320))
+    words = {"adapter.lora.task_name": "poems\x1b"}
+    adapter = tiny_lora.write_lora(tmp_path / "poems.gguf", model, metadata=words)
+    code, found = looked(capsys, str(adapter), "--model", str(model))
+    assert (code, found["kind"], found["refusal"], found["ranks"], found["layers"]) == (0, "lora", None, [4, 4], 2)
+    assert (found["architecture"], found["alpha"], found["task_name"]) == ("llama", 6.0, "poems\x1b")
+    assert found["weights"]["attn_q.weight"] == 2
+    assert found["digest"] == hashlib.sha256(adapter.read_bytes()).hexdigest()
+    code, found = looked(capsys, str(adapter), "--model", str(other))
+    assert code == 1
+    assert "blk.0.ffn_gate.weight.lora_b" in found["refusal"]
+    assert main(["inspect", str(adapter), "--tensors"]) == 0
+    shown = capsys.readouterr().out
+    for text in ("LoRA adapter", "rank", "poems\\x1b", "blk.1.attn_q.weight.lora_b"):
+        assert text in shown
+    assert main(["inspect", str(model), "--model", str(model)]) == 2
+    broken = tmp_path / "broken.gguf"
+    tiny_lora.write_lora(broken, model, change=lambda tensors: tensors.pop("blk.0.attn_q.weight.lora_b"))
+    assert main(["inspect", str(broken)]) == 1
+    assert "blk.0.attn_q.weight.lora_b" in capsys.readouterr().err

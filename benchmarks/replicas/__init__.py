@@ -1,0 +1,1 @@
+"""Servers that share an object store: kills, moves and what they cost."""

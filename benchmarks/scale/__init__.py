@@ -1,0 +1,1 @@
+"""Many replicas on one object store, simulated."""
