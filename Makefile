@@ -6,6 +6,7 @@ MODEL  ?= data/models/SmolLM2-135M-Instruct.Q4_1.gguf
 GEMMA  := data/models/gemma-3-270m-q4_k_m.gguf
 QWEN   := data/models/qwen2.5-coder-0.5b-instruct-q4_k_m.gguf
 ARGS   ?=
+EXTRA  ?= cuda
 RUN    := $(VENV)/bin/python
 # portable flags: a native build of llama.cpp crashes on some virtual machines
 PEER_FLAGS := -DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON \
@@ -16,7 +17,7 @@ CHAT   := $(addprefix data/corpora/documents/,alice.txt twisted_deferred.txt psu
 
 .DEFAULT_GOAL := help
 .PHONY: help serve test test-slow check lint readme-check first-start model gemma qwen fit quality bench bench-sizes endless load crash reproduction replicas ray deploy-check attack neighbours \
-  clients overhead scale schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile docs diagrams page-images openapi config lock clean
+  clients overhead scale schemathesis bench-memory mutation eval recall chat-recall log-hour tpu-compile gpu-compile accelerator-check docs diagrams page-images openapi config lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -143,6 +144,14 @@ tpu-compile: $(VENV)/dev ## compile steps for four TPU chips, and the Mosaic ker
 	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[tpu-compile]'
 	JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 $(RUN) -m pytest -s -m tpu_backend tests/engine/runner/test_tpu_compile.py \
 	  tests/property/test_kernels_tpu_property.py tests/property/test_kernels_tpu_rules_property.py
+
+gpu-compile: $(VENV)/dev ## compile the Triton kernel for two GPUs without a GPU (installs triton)
+	$(RUN) -m pip install --quiet --constraint requirements.lock -e '.[gpu-compile]'
+	JAX_PLATFORMS=cpu $(RUN) -m pytest -s -m gpu_backend tests/property/test_kernels_gpu_property.py
+
+accelerator-check: $(VENV)/dev ## check and measure on this machine's GPU or TPU in ten minutes (EXTRA=tpu; EXTRA= and ARGS=--quick on a CPU)
+	test -z "$(EXTRA)" || $(RUN) -m pip install --quiet --constraint requirements.lock -e '.[$(EXTRA)]'
+	$(RUN) -m benchmarks.accelerator $(ARGS)
 
 mutation: $(VENV)/dev ## break the memory rules one small way at a time: does a test notice? (goes on where it stopped)
 	mkdir -p data

@@ -11,6 +11,7 @@ import warnings
 # jaxlib 0.10.2's CPU compiler silently miscompiles some fused reductions (jax issue 39103); with YNNPACK limited to
 # single dots the reported case and our own shapes come out right. A user who set the flag keeps their choice.
 _YNN_FLAG = "--xla_cpu_experimental_ynn_fusion_type"
+_AUTOTUNING_FLAG = "--xla_gpu_shard_autotuning"
 
 
 def _set_xla_flags() -> None:
@@ -35,6 +36,23 @@ def _jax_has_started() -> bool:
 
 
 _set_xla_flags()
+
+
+def limit_threads(threads: int) -> None:
+    """Gives XLA's CPU client so many threads, if JAX has not run anything yet; 0 leaves it every core."""
+    if threads > 0:
+        os.environ["PJRT_NPROC"] = str(threads)  # read when JAX makes its CPU client
+
+
+def compile_alone() -> None:
+    """Has each of several processes choose the kernels of its GPU programs by itself.
+
+    XLA lets processes share that work, and each then waits for the others to compile the same program; ours compile in orders
+    of their own. To be called before JAX has run anything.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if _AUTOTUNING_FLAG not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {_AUTOTUNING_FLAG}=false".strip()
 
 
 @functools.cache

@@ -51,10 +51,16 @@ _ROWS: dict[str, tuple[str | None, ...]] = {
     "queries": (DATA, None, MODEL),
     "query_scale": (DATA, None, MODEL),
     "capacity": (),
+    "integers": (),
+    "floats": (),
+    "loss": (),
+    "losses": (),
+    "skipped": (),
     "weights": (DATA, None, MODEL),
     "null_logit": (MODEL,),
 }
-"""Axes of what has a leading axis of rows; every other such array is divided by rows alone."""
+"""Axes of what has a leading axis of rows; every other such array is divided by rows alone. What the host reads after a step
+is whole on every device: with several processes it could not be read otherwise."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,10 @@ class MeshLayout:
 
         return placed
 
+    def whole(self) -> NamedSharding | None:
+        """Where an array lies of which every device has all; None without a mesh."""
+        return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         """In which programs are traced, so that `on_each_device` knows the mesh."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
@@ -100,10 +110,18 @@ class MeshLayout:
                 return leaf if leaf.sharding is not None else leaf.update(sharding=sharding)
             if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding):
                 return leaf
-            return jax.device_put(leaf, sharding)
+            return place(leaf, sharding)
 
         out: T = jax.tree.map(put, tree, _shardings(self.mesh, tree, axes, default))
         return out
+
+
+def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that every process of the mesh has all of, placed; each process keeps its own devices' parts."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    whole = np.asarray(leaf)
+    return jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__)
 
 
 ONE_DEVICE = MeshLayout()

@@ -14,9 +14,10 @@ from typing import NoReturn
 import msgspec
 
 from atlas_jax import __version__
+from atlas_jax.engine.config import EngineConfig
 from server.config.settings import Settings, SettingsError
 from server.config.sources import CONFIG_ENV, add_flags, load, suggestion
-from server.engine_factory import check_files, engine_factory
+from server.engine_factory import check_files, engine_config, engine_factory
 from server.middleware.auth import KeyFileError
 from server.terminal.arguments import DONE, FAILED, USAGE_ERROR, Parser, UsageError
 from server.terminal.commands import COMMANDS, SERVE
@@ -112,16 +113,17 @@ def serve_parser() -> _Parser:
 
 
 def _serve(settings: Settings) -> NoReturn:
-    factory = engine_factory(settings)
+    config = engine_config(settings)
     check_files(settings)
-    from server.serve import StartError, serve  # so that --print-config and a wrong flag answer at once
+    from server.serve import StartError  # so that --print-config and a wrong flag answer at once
 
     _configure_logging(settings.server.log_level)
     keys = settings.server.api_keys_file
     if keys and os.path.exists(keys) and os.stat(keys).st_mode & (stat.S_IRGRP | stat.S_IROTH):
         log.warning("The API keys file can be read by other users")
     try:
-        code = serve(settings, factory)
+        run = _serve_with_others if config.several_processes else _serve_alone
+        code = run(settings, config)
     except StartError as error:
         _complain(error)
         code = FAILED
@@ -134,6 +136,32 @@ def _serve(settings: Settings) -> NoReturn:
     logging.shutdown()
     sys.stderr.flush()
     os._exit(code)  # a thread may be compiling, and the interpreter's own way out would abort in it
+
+
+def _serve_alone(settings: Settings, _: EngineConfig) -> int:
+    from server.serve import serve
+
+    return serve(settings, engine_factory(settings))
+
+
+def _serve_with_others(settings: Settings, config: EngineConfig) -> int:
+    """Serves as process 0 of several, or follows that; returns the exit code."""
+    from atlas_jax.engine.hosts.follower import await_process_0_on_signals
+    from atlas_jax.engine.hosts.group import follow_process_0, join
+    from atlas_jax.engine.hosts.leader import HostsError
+    from server.serve import StartError, reason_of, serve
+
+    try:
+        group = join(config)
+        if group.process_id:
+            await_process_0_on_signals()
+            follow_process_0(config, group)
+            return DONE
+    except HostsError as error:
+        raise StartError(str(error)) from error
+    except (ValueError, OSError) as error:
+        raise StartError(reason_of(error)) from error
+    return serve(settings, engine_factory(settings, group))
 
 
 def _complain(error: Exception | str) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from atlas_jax.config import ConfigError
 from atlas_jax.engine import config as engine
 from atlas_jax.engine.api import EngineProtocol
 from atlas_jax.engine.config import EngineConfig
 from server.config.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from atlas_jax.engine.hosts.group import Group
 
 EngineFactory = Callable[[], EngineProtocol]
 SETTING_OF = {"model_path": "model", "adapter_path": "adapter", "memory_enabled": "enabled"}
@@ -43,16 +46,20 @@ def engine_config(settings: Settings) -> EngineConfig:
         raise SettingsError(str(error)) from None
 
 
-def engine_factory(settings: Settings) -> EngineFactory:
-    """A function that opens the engine of these settings (slow: it reads the weights and compiles)."""
-    return partial(open_engine, engine_config(settings))
+def engine_factory(settings: Settings, group: Group | None = None) -> EngineFactory:
+    """A function that opens the engine of these settings (slow: it reads the weights and compiles).
+
+    Args:
+      group: the processes that share its devices, if there are several.
+    """
+    return partial(open_engine, engine_config(settings), group)
 
 
-def open_engine(config: EngineConfig) -> EngineProtocol:
+def open_engine(config: EngineConfig, group: Group | None = None) -> EngineProtocol:
     """Opens the engine."""
     from atlas_jax.engine import Engine  # imports JAX, which takes seconds and is not needed for `--print-config`
 
-    return Engine.open(config)
+    return Engine.open(config, group=group)
 
 
 def check_files(settings: Settings) -> None:

@@ -128,12 +128,43 @@ NativeKernels = Annotated[
     bool,
     Meta(description="Use our kernels: in C on a CPU that can run them, if there is a compiler; Mosaic on TPUs"),
 ]
+GpuKernels = Annotated[
+    bool,
+    Meta(
+        description="Use our Triton kernels on a CUDA GPU; weights of 4 to 6 bits then stay so there. No GPU has run them yet"
+    ),
+]
 MeshData = Annotated[
     int, Meta(ge=1, le=4096, description="Data-parallel size: devices the rows of a decode batch are divided over")
 ]
 MeshModel = Annotated[
     int,
     Meta(ge=1, le=4096, description="Tensor-parallel size: devices each layer's heads and columns are divided over"),
+]
+Distributed = Annotated[
+    bool,
+    Meta(
+        description="Serve as one of several processes over one mesh; coordinator_address, num_processes and process_id are "
+        "found out on Slurm, Open MPI, Kubernetes and TPU pods where they are not given"
+    ),
+]
+CoordinatorAddress = Annotated[
+    str,
+    Meta(
+        description="Several processes: host and port of process 0, where they find one another; it implies distributed"
+    ),
+]
+NumProcesses = Annotated[
+    int, Meta(ge=1, le=65_536, description="Several processes: how many there are; it implies distributed")
+]
+ProcessId = Annotated[
+    int,
+    Meta(
+        ge=0,
+        le=65_535,
+        description="Several processes: which one this is, from 0; 0 serves HTTP, the others follow it; it implies "
+        "distributed",
+    ),
 ]
 
 CalibrationSeconds = Annotated[
@@ -186,7 +217,7 @@ class EngineConfig:
       calibrate_in_background: `Engine.open` then returns before there is a memory; `Engine.fitting` tells how far it is.
       max_waiting: sequences that may wait beyond `max_concurrent`.
       owner_quota: None is all of `l3_cache_size`.
-      native_kernels: C kernels are never used on a mesh.
+      native_kernels, gpu_kernels: those in C and in Triton are never used on a mesh.
 
     Raises:
       ConfigError: a value is out of its range; the message names the field.
@@ -223,8 +254,13 @@ class EngineConfig:
     speculate: Speculate = True
     pooling: PoolingName | None = None
     native_kernels: NativeKernels = True
+    gpu_kernels: GpuKernels = False
     mesh_data: MeshData = 1
     mesh_model: MeshModel = 1
+    distributed: Distributed = False
+    coordinator_address: CoordinatorAddress | None = None
+    num_processes: NumProcesses | None = None
+    process_id: ProcessId | None = None
 
     def __post_init__(self) -> None:
         for name, kind in _types().items():
@@ -247,6 +283,14 @@ class EngineConfig:
         _ = lora_files(self.lora)
         if self.mesh_data > self.max_concurrent:
             raise ConfigError(f"mesh_data ({self.mesh_data}) must not exceed max_concurrent, {self.max_concurrent}")
+        if self.coordinator_address is not None:
+            host, _, port = self.coordinator_address.rpartition(":")
+            if not host or not port.isascii() or not port.isdigit() or not 0 < int(port[:6]) < 1 << 16:
+                raise ConfigError(
+                    f"coordinator_address must be a host and a port, like host0:8476, got {self.coordinator_address!r}"
+                )
+        if None not in (self.process_id, self.num_processes) and self.process_id >= self.num_processes:  # type: ignore[operator]
+            raise ConfigError(f"process_id ({self.process_id}) must be less than num_processes, {self.num_processes}")
 
     def find_model(self) -> Path:
         """The model's file or folder, fetched if it has to be; raises HubError."""
@@ -259,6 +303,12 @@ class EngineConfig:
     def devices(self) -> int:
         """Devices of the mesh."""
         return self.mesh_data * self.mesh_model
+
+    @property
+    def several_processes(self) -> bool:
+        """Whether the devices of the mesh are those of several processes."""
+        given = self.coordinator_address, self.num_processes, self.process_id
+        return self.distributed or given != (None, None, None)
 
     @property
     def cache_folder(self) -> Path:

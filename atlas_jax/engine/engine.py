@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import dataclasses
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from atlas_jax import _platform
+from atlas_jax.config import ConfigError
 from atlas_jax.engine import cache_folder
 from atlas_jax.engine.adapter_finder import NOT_FITTED, FittingStopped
 from atlas_jax.engine.api import (
@@ -42,6 +42,8 @@ from atlas_jax.engine.compile_cache import CompileCounter, use_cache
 from atlas_jax.engine.config import EngineConfig
 from atlas_jax.engine.fitting import BackgroundFit
 from atlas_jax.engine.host_memory import resident_bytes
+from atlas_jax.engine.hosts.group import Group, join
+from atlas_jax.engine.kernels import kernels_of
 from atlas_jax.engine.loader import Opened, open_model
 from atlas_jax.engine.scheduler.metrics import Counters, together
 from atlas_jax.engine.scheduler.request_state import RequestState, new_request_state
@@ -53,7 +55,6 @@ from atlas_jax.engine.sessions.lora import lora_scales
 from atlas_jax.engine.sessions.storage import open_storage
 from atlas_jax.engine.sessions.store import Storage
 from atlas_jax.engine.sessions.table import SessionTable
-from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.progress import Progress
 
 log = logging.getLogger("atlas.engine")
@@ -66,12 +67,18 @@ class Engine:
     """Serves one model; make it with `Engine.open`."""
 
     def __init__(
-        self, config: EngineConfig, opened: Opened, storage: Storage | None, compilations: CompileCounter
+        self,
+        config: EngineConfig,
+        opened: Opened,
+        storage: Storage | None,
+        compilations: CompileCounter,
+        group: Group | None = None,
     ) -> None:
         """Use `Engine.open`."""
+        self._group = group
         self.config = config
         self.tokenizer = opened.tokenizer
-        self._storage, self._compilations, self._kernels = storage, compilations, _kernels(config)
+        self._storage, self._compilations, self._kernels = storage, compilations, kernels_of(config)
         self._chat = Chat(opened.tokenizer, opened.template)
         self._longest_prompt = opened.longest_prompt
         self._grammars = Grammars(opened.tokenizer)
@@ -91,7 +98,7 @@ class Engine:
         return Serving.of(self.config, opened, self._storage, self._documents, self._wake)
 
     @classmethod
-    def open(cls, config: EngineConfig | None = None, **fields: Any) -> Engine:
+    def open(cls, config: EngineConfig | None = None, *, group: Group | None = None, **fields: Any) -> Engine:
         """Loads a model, fits or finds its memory, compiles, and starts serving.
 
         A model that no memory can be fitted to is served without: `model.memory_unavailable` says so. With
@@ -99,16 +106,25 @@ class Engine:
 
         Args:
           config: what to open; None takes the fields alone.
+          group: the processes that share the mesh, where they have found one another already; else they do it now.
           fields: fields of `EngineConfig`, in place of those of `config`.
 
         Raises:
           ConfigError: a field is out of its range, the model cannot be divided so, or there are too few devices; the
             message names the field.
+          HostsError: the other processes are gone, or have opened something else.
           HubError: the model cannot be had from its repository.
           GGUFError, UnsupportedModel, AdapterError, LoraError: a file cannot be used; the message names what is wrong.
         """
         config = EngineConfig(**fields) if config is None else dataclasses.replace(config, **fields)
-        _limit_threads(config.threads)
+        if group is None and config.several_processes:
+            group = join(config)
+        if group is not None and group.process_id:
+            raise ConfigError(
+                f"process_id is {group.process_id}: only process 0 has an engine, the others follow it with "
+                "`atlas_jax.engine.hosts.group.follow_process_0`"
+            )
+        _platform.limit_threads(config.threads)
         _platform.limit_lapack()
         cache = cache_folder.usable(config.cache_folder)
         if cache is not None:
@@ -124,10 +140,12 @@ class Engine:
                 copies=config.l3_cache_size,
             )
         try:
-            with _kernels(config).scope():
+            with kernels_of(config).scope():
                 opened = open_model(config, cache)
             _platform.self_test()
-            engine = cls(config, opened, storage, compilations)
+            if group is not None:
+                opened = dataclasses.replace(opened, runner=group.lead(config, opened))
+            engine = cls(config, opened, storage, compilations, group)
         except BaseException:
             if storage is not None:
                 storage.close()
@@ -299,7 +317,9 @@ class Engine:
         return (*slots, *(dataclasses.replace(slot, id=len(slots) + index) for index, slot in enumerate(leaving)))
 
     def alive(self) -> bool:
-        """False once the engine's thread has died."""
+        """False once the engine's thread has died, or one of the processes that share its devices."""
+        if self._group is not None and self._group.failure is not None:
+            return False
         return self._serving.scheduler.alive and all(one.scheduler.failure is None for one in self._leaving)
 
     def warm_up(self, timeout: float | None = None) -> bool:
@@ -370,7 +390,9 @@ class Engine:
     def close(self, *, timeout: float) -> None:
         """Ends what still runs, keeping its sessions, and the thread; brings every answered turn to the disk; idempotent."""
         self.drain()
-        until = time.monotonic() + timeout
+        # what serves may use up all of its time, as it waits for a program that is compiled; then the others are told
+        others = 0.0 if self._group is None else timeout / 2
+        until = time.monotonic() + timeout - others
         with self._close_lock:
             if self._fit is not None:
                 self._fit.stop(timeout / 2)
@@ -381,6 +403,8 @@ class Engine:
             if self._serving.table is None and self._storage is not None:
                 self._storage.close()
             self._grammars.close()
+            if self._group is not None:
+                self._group.end(others)
         atexit.unregister(self.close)
 
     def _wake(self) -> None:
@@ -399,12 +423,3 @@ class _Submitted:
         if not self._state.done:
             self._state.cancelled.set()
             self._scheduler.wake()
-
-
-def _kernels(config: EngineConfig) -> KernelChoice:
-    return KernelChoice(cpu=config.native_kernels and config.devices == 1, tpu=config.native_kernels)
-
-
-def _limit_threads(threads: int) -> None:
-    if threads > 0:
-        os.environ["PJRT_NPROC"] = str(threads)  # read when JAX makes its CPU client

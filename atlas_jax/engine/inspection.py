@@ -16,10 +16,10 @@ import numpy as np
 from atlas_jax.config import MemoryConfig, ModelConfig
 from atlas_jax.engine.api import StateBytes
 from atlas_jax.engine.config import EngineConfig
+from atlas_jax.engine.kernels import kernels_of
 from atlas_jax.engine.memory_budget import default_budget, session_bytes
 from atlas_jax.engine.memory_options import MemoryOptions
 from atlas_jax.gguf import ChatTemplate, GGUFError, GGUFFile, ModelFile, TemplateError, Tokenizer, recommended_sampling
-from atlas_jax.kernels.kernel_choice import KernelChoice
 from atlas_jax.kernels.linear import PackedArray, QuantArray
 from atlas_jax.model.checkpoint import open_model_file
 from atlas_jax.model.families import UnsupportedModel
@@ -279,7 +279,7 @@ def _inspected(file: ModelFile, cache: Path | None, config: EngineConfig, digest
             "context_length": model.context_length,
             "vocab_size": model.vocab,
         }
-        with KernelChoice(cpu=config.native_kernels and config.devices == 1, tpu=config.native_kernels).scope():
+        with kernels_of(config).scope():
             params = loaded_shapes(file, model, dtype=config.weight_dtype)
         facts |= {"parameters": parameter_count(params), "weights": _forms(params)}
         facts["memory"] = _memory(model, fingerprint, cache, config)

@@ -170,6 +170,12 @@ def _open_pretrained(file: ModelFile, config: EngineConfig, cache: Path | None) 
     fitted = finder.there(None if config.adapter_path is None else Path(config.adapter_path), cache)
     if fitted is not None:
         return opened(fitted)
+    if config.several_processes:
+        raise ConfigError(
+            "adapter_path: no memory has been fitted to this model yet, and several processes cannot fit one together. "
+            "`python -m atlas_jax.recall.fit` on one machine makes the adapter that each needs; without a memory the model "
+            "can be served"
+        )
     _budget(config, session_bytes(model, finder.unfitted, config.kv_dtype))  # one that is wrong is said now
 
     def fit(progress: Progress | None = None) -> Opened:

@@ -15,25 +15,28 @@ class KernelChoice:
     Attributes:
       cpu: those in C (`kernels.cpu`).
       tpu: those in Mosaic (`kernels.tpu`).
-      interpret_tpu: run the Mosaic kernels interpreted, on any platform: for tests.
+      gpu: those in Triton (`kernels.gpu`), which no GPU has run yet.
+      interpret_tpu, interpret_gpu: run those kernels interpreted, on any platform: for tests.
     """
 
     cpu: bool = True
     tpu: bool = True
+    gpu: bool = False
     interpret_tpu: bool = False
+    interpret_gpu: bool = False
 
     def scope(self) -> contextlib.AbstractContextManager[None]:
         """In which this is what programs are traced with, on this thread."""
         return _chosen(self)
 
 
-ALL_KERNELS = KernelChoice()
+DEFAULT_KERNELS = KernelChoice()
 
 # known to jit: what was traced with one choice is not taken for another
-_chosen = jax.make_user_context(ALL_KERNELS)
+_chosen = jax.make_user_context(DEFAULT_KERNELS)
 
 
 def chosen() -> KernelChoice:
-    """What programs are traced with: all kernels unless a `KernelChoice.scope` says otherwise."""
+    """What programs are traced with: `DEFAULT_KERNELS` unless a `KernelChoice.scope` says otherwise."""
     choice: KernelChoice = _chosen.value
     return choice

@@ -16,10 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from atlas_jax.kernels import gpu
 from atlas_jax.kernels.cpu import ffi, library
 from atlas_jax.kernels.reductions import row_max
 from atlas_jax.kernels.weight_forms import FLOATS4_SHIFT, FLOATS4_SMALLEST, LEVELS4, Form, unpack_records
 from atlas_jax.typing import Array, Float, Int8, Int32, UInt8
+
+_GPU_ROWS = 32
+"""Rows up to which a GEMM on a GPU waits for its weights."""
 
 
 @jax.tree_util.register_dataclass
@@ -193,6 +197,17 @@ def uses_cpu_kernel(inner: int, outputs: int) -> bool:
     return inner % 64 == 0 and outputs % 16 == 0 and library.usable()
 
 
+def stays_coded(inner: int, outputs: int) -> bool:
+    """Whether a GEMM of few rows reads weights of this shape in fewer bits than 8 where they lie."""
+    return uses_cpu_kernel(inner, outputs) or (inner % 64 == 0 and gpu.usable() and library.available())
+
+
+def uses_gpu_kernel(rows: int, weight: QuantArray | PackedArray) -> bool:
+    """Whether a GEMM of quantised weights with so many rows runs the Triton kernel."""
+    stored = weight.values if isinstance(weight, QuantArray) else weight.blocks
+    return rows <= _GPU_ROWS and weight.shape[1] % 64 == 0 and stored.size < 2**31 and gpu.usable()
+
+
 def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows out"]:
     """Computes `x @ weight.T`.
 
@@ -215,14 +230,22 @@ def linear(weight: Weight, x: Float[Array, "*rows inp"]) -> Float[Array, "*rows 
     if uses_cpu_kernel(inner, weight.shape[0]):
         stored = weight.values if isinstance(weight, QuantArray) else weight.blocks
         return ffi.linear(flat, stored, weight.scale).reshape(*rows, -1)
-    if isinstance(weight, PackedArray):
-        weight = unpack(weight)
     high, low, unit = split_rows(flat)
     terms = jnp.stack([high, low], axis=1).reshape(
         -1, inner
     )  # a row's two side by side: they stay on one device of a mesh
-    sums = jnp.einsum("ri,oi->ro", terms, weight.values, preferred_element_type=jnp.int32).reshape(count, 2, -1)
+    sums = _term_sums(terms, weight).reshape(count, 2, -1)
     return (from_terms(sums[:, 0], sums[:, 1]) * (unit * weight.scale)).reshape(*rows, -1)
+
+
+def _term_sums(terms: Int8[Array, "terms inp"], weight: QuantArray | PackedArray) -> Int32[Array, "terms out"]:
+    """Dot products with the 8-bit numbers that weights stand for."""
+    if uses_gpu_kernel(terms.shape[0] // 2, weight):
+        from atlas_jax.kernels.gpu import few_rows  # importing Pallas takes 0.4 s that only GPUs need
+
+        return few_rows.term_sums(terms, weight, interpret=gpu.interpreted())
+    values = unpack(weight).values if isinstance(weight, PackedArray) else weight.values
+    return jnp.einsum("ri,oi->ro", terms, values, preferred_element_type=jnp.int32)
 
 
 def linear_each(weight: QuantArray, x: Float[Array, "B T inp"]) -> Float[Array, "B T out"]:

@@ -14,7 +14,7 @@ from atlas_jax.aot import shape, shapes
 from atlas_jax.config import ConfigError, DeltaNetConfig, ExpertsConfig, LayerConfig, ModelConfig, RopeConfig
 from atlas_jax.config import WeightDtype as WeightDtype
 from atlas_jax.gguf import ModelFile, TensorType, get
-from atlas_jax.kernels.linear import PackedArray, QuantArray, uses_cpu_kernel
+from atlas_jax.kernels.linear import PackedArray, QuantArray, stays_coded
 from atlas_jax.kernels.rope import rope_table
 from atlas_jax.kernels.weight_forms import OWN_FORM, Form
 from atlas_jax.model.families import FAMILIES
@@ -275,7 +275,7 @@ def weight_forms(file: ModelFile, config: ModelConfig) -> dict[str, Form]:
         if any(len(one.shape) < 2 for one in tensors):
             return None
         outputs = [config.vocab if one.name in (EMBED, HEAD) else one.shape[-2] for one in tensors]
-        if not all(uses_cpu_kernel(one.shape[-1], n) for one, n in zip(tensors, outputs, strict=True)):
+        if not all(stays_coded(one.shape[-1], n) for one, n in zip(tensors, outputs, strict=True)):
             return None
         own = [OWN_FORM.get(one.ggml_type) for one in tensors]
         if all(one is not None and not tensor.shape[-1] % one.span for one, tensor in zip(own, tensors, strict=True)):

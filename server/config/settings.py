@@ -36,11 +36,16 @@ class ServerSection(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     port: Annotated[Port, Meta(description="Port to listen on; 0 takes a free one")] = 8080
     threads: engine.Threads = EngineConfig.threads
     native_kernels: engine.NativeKernels = EngineConfig.native_kernels
+    gpu_kernels: engine.GpuKernels = EngineConfig.gpu_kernels
     prefix_cache_size: engine.PrefixCacheSize = EngineConfig.prefix_cache_size
     speculate: engine.Speculate = EngineConfig.speculate
     pooling: engine.PoolingName | None = EngineConfig.pooling
     mesh_data: engine.MeshData = EngineConfig.mesh_data
     mesh_model: engine.MeshModel = EngineConfig.mesh_model
+    distributed: engine.Distributed = EngineConfig.distributed
+    coordinator_address: engine.CoordinatorAddress | None = EngineConfig.coordinator_address
+    num_processes: engine.NumProcesses | None = EngineConfig.num_processes
+    process_id: engine.ProcessId | None = EngineConfig.process_id
     weight_dtype: engine.WeightDtypeName = EngineConfig.weight_dtype
     kv_dtype: engine.KVDtypeName = EngineConfig.kv_dtype
     cache_path: Annotated[

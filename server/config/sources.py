@@ -67,8 +67,8 @@ _GROUPS = {
         *("rate_limit_requests", "rate_limit_tokens", "client_timeout"),
     ),
     "Speed": (
-        *("threads", "weight_dtype", "kv_dtype", "native_kernels", "prefix_cache_size", "speculate"),
-        *("mesh_data", "mesh_model", "cache_path"),
+        *("threads", "weight_dtype", "kv_dtype", "native_kernels", "gpu_kernels", "prefix_cache_size", "speculate"),
+        *("mesh_data", "mesh_model", "distributed", "coordinator_address", "num_processes", "process_id", "cache_path"),
     ),
     "Storage": (
         *("memory_path", "session_store", "session_store_endpoint", "journal_sync"),

@@ -10,7 +10,9 @@ import pytest
 
 from atlas_jax.config import WeightDtype
 from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels.cpu import library
 from atlas_jax.kernels.kernel_choice import KernelChoice
+from atlas_jax.kernels.linear import PackedArray, QuantArray
 from atlas_jax.model.loading import load_params, model_config
 from atlas_jax.model.tensor_shapes import loaded_shapes
 from tests import tiny_families, tiny_model
@@ -37,6 +39,21 @@ def test_shapes_are_those_of_what_is_loaded(tmp_path: Path, shape: tiny_model.Sh
 @pytest.mark.parametrize("name", sorted(tiny_families.SAMPLES))
 def test_shapes_are_those_of_every_architecture(tmp_path: Path, name: str) -> None:
     check(tiny_families.write_sample(tmp_path / f"{name}.gguf", tiny_families.SAMPLES[name]), "int8")
+
+
+def test_weights_stay_coded_where_a_kernel_reads_them_so(tmp_path: Path) -> None:
+    path = tiny_model.write_model(tmp_path / "tiny.gguf", tiny_model.NIBBLES)
+    with GGUFFile.open(path) as file:
+        config = model_config(file)
+
+        def kinds(choice: KernelChoice) -> set[type]:
+            with choice.scope():
+                layer = loaded_shapes(file, config, dtype="int8").layers[0]
+            return {type(layer.qkv), type(layer.out), type(layer.gate_up), type(layer.down)}
+
+        assert kinds(KernelChoice(cpu=False)) == {QuantArray}
+        if library.available():
+            assert kinds(KernelChoice(cpu=False, gpu=True, interpret_gpu=True)) == {PackedArray}
 
 
 def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

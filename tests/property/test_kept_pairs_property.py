@@ -13,7 +13,7 @@ from atlas_jax.config import PAGE
 from atlas_jax.kernels import kernel_choice
 from atlas_jax.kernels.cpu import library
 from atlas_jax.kernels.exchange_pairs import exchange_pairs
-from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
+from atlas_jax.kernels.kernel_choice import DEFAULT_KERNELS, KernelChoice
 from atlas_jax.kernels.kv_pages import KeptPairs, QuantPages, init_kept_pairs
 from atlas_jax.kernels.packed_pages import KEY_BITS, VALUE_BITS, Bits, PackedPages, pack, unpack, upper_half
 
@@ -56,7 +56,7 @@ def page(random: np.random.Generator, dim: int) -> QuantPages:
     return QuantPages(jnp.asarray(values), jnp.asarray(random.random((KV_HEADS, PAGE)), jnp.float32))
 
 
-@pytest.mark.parametrize("kernels", [KernelChoice(cpu=False), ALL_KERNELS])
+@pytest.mark.parametrize("kernels", [KernelChoice(cpu=False), DEFAULT_KERNELS])
 @settings(max_examples=12, deadline=None)
 @given(seeds, st.integers(1, 3), st.sampled_from([64, 80]), st.data())
 def test_the_highest_scores_stay(kernels: KernelChoice, seed: int, pages: int, dim: int, data: st.DataObject) -> None:

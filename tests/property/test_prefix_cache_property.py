@@ -10,16 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.config import PAGE
+from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.scheduler.prefix_cache import PrefixCache
 from atlas_jax.model.kv_cache import KVCache
 
 SIZE = 64
 
 
-def state(number: int) -> KVCache:
+def state(number: int) -> Sequences:
     """A state of SIZE bytes that can be told apart."""
     empty = jnp.zeros((0,), jnp.int32)
-    return KVCache(
+    cache = KVCache(
         kv=(),
         page=jnp.full((1, SIZE // 4), number, jnp.int32),
         slot=empty,
@@ -27,6 +28,7 @@ def state(number: int) -> KVCache:
         position=empty,
         kept=empty,
     )
+    return Sequences(cache, None)
 
 
 def text(pages: list[int], more: int) -> list[int]:
@@ -63,7 +65,7 @@ def test_the_longest_beginning_of_the_owner_is_found(actions: list[tuple[bool, s
         assert found is not None
         read, length = found
         assert length == best * PAGE
-        who, source = kept[int(read.page[0, 0])]
+        who, source = kept[int(read.cache.page[0, 0])]
         assert who == owner
         assert source[:length] == tokens[:length]
 

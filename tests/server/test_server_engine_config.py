@@ -49,8 +49,13 @@ OTHERS: dict[str, Any] = {
     "speculate": False,
     "pooling": "last",
     "native_kernels": False,
+    "gpu_kernels": True,
     "mesh_data": 2,
     "mesh_model": 4,
+    "distributed": True,
+    "coordinator_address": "host0:8476",
+    "num_processes": 4,
+    "process_id": 3,
 }
 
 
@@ -130,6 +135,12 @@ def test_a_server_without_a_model_is_refused_before_anything_is_opened() -> None
         ("pooling", "max"),
         ("mesh_data", 0),
         ("mesh_data", 33),
+        ("coordinator_address", "host0"),
+        ("coordinator_address", ":8476"),
+        ("coordinator_address", "host0:65536"),
+        ("coordinator_address", "host0:²"),
+        ("num_processes", 0),
+        ("process_id", -1),
         ("memory_file", "../x"),
         ("memory_path", 3),
         ("session_store", "ftp://host/x"),
@@ -143,6 +154,13 @@ def test_a_server_without_a_model_is_refused_before_anything_is_opened() -> None
 def test_what_is_out_of_range_is_named(field: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=field):
         EngineConfig(**{"model_path": "m.gguf", field: value})
+
+
+def test_a_process_is_one_of_those_that_there_are() -> None:
+    with pytest.raises(ConfigError, match=r"process_id \(2\) must be less than num_processes, 2"):
+        EngineConfig(model_path="m.gguf", num_processes=2, process_id=2)
+    assert EngineConfig(model_path="m.gguf", num_processes=2).several_processes
+    assert not EngineConfig(model_path="m.gguf").several_processes
 
 
 def test_a_model_is_a_file_or_a_repository() -> None:

@@ -17,6 +17,7 @@ from atlas_jax.engine.api import InvalidRequest, MemoryParams, StateBytes
 from atlas_jax.engine.runner.decode_state import DRAFT_TOKENS, Sequences
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
+from atlas_jax.engine.sessions.kept_layout import without_kept
 from atlas_jax.engine.sessions.lora import LoraScales
 from atlas_jax.engine.sessions.session import SessionShape
 from atlas_jax.kernels.sampling import SamplingState, allowed_words
@@ -177,6 +178,10 @@ class ModelRunner(ABC):
     @abstractmethod
     def save_row(self, row: Sequences, pages: int, position: int, slot: int) -> Sequences:
         """A row to be resumed later, as it is after `position` tokens; uses the row up. Arguments as for `resume_row`."""
+
+    def prefix_row(self, row: Sequences) -> Sequences:
+        """A row of a plain request to go on from with other requests; nobody may use up `row` afterwards."""
+        return Sequences(without_kept(row.cache, queries=True), None)
 
     @abstractmethod
     def prefill(

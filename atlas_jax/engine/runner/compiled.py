@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.aot import AotProgram, shape
@@ -22,7 +23,7 @@ from atlas_jax.engine.runner.decode_state import (
 )
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.sessions.lora import LoraScales
-from atlas_jax.kernels.sampling import SamplingState
+from atlas_jax.kernels.sampling import SamplingState, allowed_words
 from atlas_jax.kernels.speculative_drafter import NONE
 from atlas_jax.model.page_schedule import bucket
 from atlas_jax.recall.recall_state import RecallSettings
@@ -38,6 +39,7 @@ class CompiledRunner(ModelRunner):
     ) -> None:
         super().__init__(capabilities, vocab, embed, buckets, chunks)
         self._allow_all: dict[int, jax.Array] = {}
+        self._new_allow_all: dict[int, AotProgram] = {}
         self._new: dict[tuple[int, int], AotProgram] = {}
         self._new_decode_state: dict[int, AotProgram] = {}
         self._extract = self._program(row_moves.extract)
@@ -114,12 +116,14 @@ class CompiledRunner(ModelRunner):
         """`allowed`, or where it is None all tokens, on the device."""
         if allowed is not None:
             return allowed
-        if self.rows not in self._allow_all:
-            self._allow_all[self.rows] = self._to_device(self.allow_all())
-        return self._allow_all[self.rows]
+        rows = self.rows
+        if rows not in self._allow_all:
+            self._allow_all[rows] = self._allow_all_maker(rows)(())
+        return self._allow_all[rows]
 
-    def _to_device(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(rows)
+    def _allow_all_maker(self, rows: int) -> AotProgram:
+        words = allowed_words(self.vocab)
+        return self._new_allow_all.setdefault(rows, self._program(lambda: jnp.full((rows, words), -1, jnp.int32)))
 
     def _sequences(self, rows: int, pages: int) -> Sequences:
         sequences: Sequences = self._maker(rows, pages)(())
@@ -158,6 +162,7 @@ class CompiledRunner(ModelRunner):
         """Compiles how a batch of this size begins, and how its rows start to decode."""
         self._maker(rows, pages).compile(())
         self._idle_maker(rows).compile(())
+        self._allow_all_maker(rows).compile(())
         self._insert_decode_state.compile(rows, self._decode_state_shapes(rows), self._decode_state_shapes(1), SCALAR)
 
     def _compile_row_exit(self, rows: int, pages: int) -> None:
@@ -169,5 +174,5 @@ class CompiledRunner(ModelRunner):
 def start_transfer(packed: StepOutput) -> StepOutput:
     """A step's result, on its way to the host."""
     packed.integers.copy_to_host_async()
-    packed.numbers.copy_to_host_async()
+    packed.floats.copy_to_host_async()
     return packed

@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from atlas_jax.aot import COMPILE, RUN, AotProgram, shape, shapes
@@ -107,8 +108,15 @@ class PretrainedRunner(CompiledRunner):
         config = self.config
         return init_sequences(config.model, config.memory, batch, pages, self._kv_dtype, len(config.lora))
 
-    def _to_device(self, rows: np.ndarray) -> jax.Array:
-        return jax.device_put(self._mesh_layout.rows(rows))
+    @property
+    def mesh_layout(self) -> MeshLayout:
+        """Where its arrays lie."""
+        return self._mesh_layout
+
+    def successors(self) -> np.ndarray:
+        """The bigram table that drafts fall back on; empty where there is none."""
+        table = self._weights.successor
+        return np.zeros(0, np.int32) if table is None else np.asarray(table)
 
     def shape(self, memory: MemoryParams, lora: LoraScales = ()) -> SessionShape:
         """What the request asks for: the memory of a pretrained model is as large as one likes."""
@@ -178,7 +186,7 @@ class PretrainedRunner(CompiledRunner):
         row = super().new_row(pages)
         if not lora:
             return row
-        scales = self._to_device(scales_of(lora, self.config.lora))
+        scales = self._mesh_layout.rows(jnp.asarray(scales_of(lora, self.config.lora)))
         return dataclasses.replace(row, cache=dataclasses.replace(row.cache, lora=scales))
 
     def resume_row(self, saved: Sequences, pages: int, position: int, slot: int) -> Sequences:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from atlas_jax.config import PAGE, MemoryConfig, ModelConfig
 from atlas_jax.engine.runner.decode_state import DRAFT_CONTEXT, DRAFT_TOKENS, DecodeState
 from atlas_jax.kernels.fused_linear import rms_norm
-from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
+from atlas_jax.kernels.kernel_choice import DEFAULT_KERNELS, KernelChoice
 from atlas_jax.kernels.low_rank import RowScales
 from atlas_jax.kernels.reductions import row_max, row_sum
 from atlas_jax.kernels.sampling import TOP_LOGPROBS, Sample, SamplingState, record, sample
@@ -58,7 +58,7 @@ class StepConfig:
 
     model: ModelConfig
     memory: MemoryConfig | None
-    kernels: KernelChoice = ALL_KERNELS
+    kernels: KernelChoice = DEFAULT_KERNELS
     turn_tokens: tuple[int, ...] = ()
     lora: tuple[str, ...] = ()
 
@@ -101,11 +101,11 @@ class StepOutput:
     Attributes:
       integers: the token, then the alternatives. In a decode step NONE where nothing was fed, REJECTED where a draft
         token was fed that was not drawn; last, where drafts are looked up, those of the row's next step.
-      numbers: its log-probability, the gate, then the alternatives' log-probabilities.
+      floats: its log-probability, the gate, then the alternatives' log-probabilities.
     """
 
     integers: Int32[Array, "*rows ints"]
-    numbers: Float[Array, "*rows numbers"]
+    floats: Float[Array, "*rows floats"]
 
 
 def write_memory(
@@ -197,7 +197,7 @@ def scored(
     )
     return StepOutput(
         integers=jnp.concatenate([successor, index], axis=1),
-        numbers=jnp.concatenate([jnp.take_along_axis(flat, successor, axis=1), gate.reshape(-1, 1), top], axis=1),
+        floats=jnp.concatenate([jnp.take_along_axis(flat, successor, axis=1), gate.reshape(-1, 1), top], axis=1),
     )
 
 
@@ -323,7 +323,7 @@ def _decode_output(
 
     return StepOutput(
         integers=packed(token, drawn.top_token, *(() if drafts is None else (_to_all(drafts, token),))),
-        numbers=packed(drawn.logprob.reshape(token.shape), gate, drawn.top_logprob),
+        floats=packed(drawn.logprob.reshape(token.shape), gate, drawn.top_logprob),
     )
 
 

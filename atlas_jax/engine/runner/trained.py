@@ -23,7 +23,7 @@ from atlas_jax.engine.runner.decode_state import DecodeState, Sequences
 from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.engine.sessions.lora import LoraScales
 from atlas_jax.engine.sessions.session import SessionShape
-from atlas_jax.kernels.kernel_choice import ALL_KERNELS, KernelChoice
+from atlas_jax.kernels.kernel_choice import DEFAULT_KERNELS, KernelChoice
 from atlas_jax.kernels.sampling import allowed_words
 from atlas_jax.model.lm import streaming
 from atlas_jax.model.lm.config import LMConfig
@@ -84,7 +84,7 @@ class TrainedRunner(CompiledRunner):
         params: LMParams,
         context: int,
         rows: tuple[int, ...],
-        kernels: KernelChoice = ALL_KERNELS,
+        kernels: KernelChoice = DEFAULT_KERNELS,
     ) -> None:
         self._config, self._params, self._context, self._kernels = config, params, context, kernels
         capabilities = Capabilities(

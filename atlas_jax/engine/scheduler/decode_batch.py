@@ -269,7 +269,7 @@ class DecodeBatch:
         return [] if before is None else self._deliver(*before)
 
     def _deliver(self, output: StepOutput, scheduled: Scheduled) -> list[Ended]:
-        integers, numbers = np.asarray(output.integers), np.asarray(output.numbers)
+        integers, floats = np.asarray(output.integers), np.asarray(output.floats)
         before, ended = self._counters.generated_tokens, []
         for row, req in scheduled:
             req.decode.in_flight = 0
@@ -277,7 +277,7 @@ class DecodeBatch:
                 continue
             outcome: FinishReason | EngineError | None
             try:
-                outcome = self._take(req, integers[row], numbers[row])
+                outcome = self._take(req, integers[row], floats[row])
             except EngineError as error:
                 outcome = error
             except Exception:
@@ -288,7 +288,7 @@ class DecodeBatch:
         self._count_rate(self._counters.generated_tokens - before)
         return ended
 
-    def _take(self, req: RequestState, integers: np.ndarray, numbers: np.ndarray) -> FinishReason | None:
+    def _take(self, req: RequestState, integers: np.ndarray, floats: np.ndarray) -> FinishReason | None:
         """Takes what a step has drawn for one row; why the answer ends with it, if it does."""
         tokens = integers[:, 0]
         fed, drawn = int((tokens != NONE).sum()), int((tokens >= 0).sum())
@@ -297,18 +297,18 @@ class DecodeBatch:
             req.decode.record.note(fed, tokens[:drawn].tolist(), integers[0, 1 + TOP_LOGPROBS :].tolist())
         for index in range(drawn):
             req.cursor.position += 1
-            reason = self._take_token(req, integers[index], numbers[index])
+            reason = self._take_token(req, integers[index], floats[index])
             if reason is not None:
                 return reason
         return None
 
-    def _take_token(self, req: RequestState, integers: np.ndarray, numbers: np.ndarray) -> FinishReason | None:
+    def _take_token(self, req: RequestState, integers: np.ndarray, floats: np.ndarray) -> FinishReason | None:
         token, request, decode = int(integers[0]), req.request, req.decode
         if not decode.generated:
             req.answered = time.monotonic()
         decode.generated.append(token)
         self._counters.generated_tokens += 1
-        gate = float(numbers[1])
+        gate = float(floats[1])
         if req.memory is not None:
             req.memory.gate(gate)
         if token in self._tokenizer.eog_ids and not request.ignore_eos:
@@ -317,8 +317,8 @@ class DecodeBatch:
         info = None
         if request.with_tokens:
             wanted = request.sampling.logprobs or 0
-            top = integers[1 : 1 + wanted], numbers[2 : 2 + wanted]
-            info = token_info(self._tokenizer, token, float(numbers[0]), *top, gate=gate if request.gated else None)
+            top = integers[1 : 1 + wanted], floats[2 : 2 + wanted]
+            info = token_info(self._tokenizer, token, float(floats[0]), *top, gate=gate if request.gated else None)
         req.send(req.detokenizer.push(token, info))
         if req.detokenizer.matched is not None:
             return "stop"

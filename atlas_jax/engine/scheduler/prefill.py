@@ -180,12 +180,12 @@ class PrefillQueue:
         self._counters.prompt_tokens += len(tokens)
 
     def _keep_scores(self, req: RequestState, scores: StepOutput, following: list[int]) -> None:
-        integers, numbers = np.asarray(scores.integers), np.asarray(scores.numbers)
+        integers, floats = np.asarray(scores.integers), np.asarray(scores.floats)
         logprobs = self.logprobs(req)
         wanted = req.request.prompt_logprobs or 0
         for index, token in enumerate(following):
-            top = integers[index, 1 : 1 + wanted], numbers[index, 2 : 2 + wanted]
-            logprobs.append(token_info(self._tokenizer, token, float(numbers[index, 0]), *top))
+            top = integers[index, 1 : 1 + wanted], floats[index, 2 : 2 + wanted]
+            logprobs.append(token_info(self._tokenizer, token, float(floats[index, 0]), *top))
 
     def embedding(self, req: RequestState) -> np.ndarray:
         """What has been pooled of a prompt that has been read, at length 1."""

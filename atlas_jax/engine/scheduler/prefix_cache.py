@@ -19,16 +19,14 @@ import numpy as np
 from atlas_jax.config import PAGE
 from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.sessions.host_arrays import held_bytes
-from atlas_jax.engine.sessions.kept_layout import without_kept
 from atlas_jax.engine.sessions.lora import LoraScales
-from atlas_jax.model.kv_cache import KVCache
 
 
 @dataclass(frozen=True)
 class _Entry:
     """A prompt's state and the names of its pages."""
 
-    cache: KVCache
+    row: Sequences
     names: tuple[bytes, ...]
     size: int
 
@@ -55,7 +53,7 @@ class PrefixCache:
         """Bytes of states that are kept."""
         return self._size
 
-    def find(self, owner: str, tokens: Sequence[int], lora: LoraScales = ()) -> tuple[KVCache, int] | None:
+    def find(self, owner: str, tokens: Sequence[int], lora: LoraScales = ()) -> tuple[Sequences, int] | None:
         """The state that has read most of the first `tokens`, and how many of them: whole pages. It is not to be donated."""
         if not self._entries:
             return None
@@ -65,14 +63,13 @@ class PrefixCache:
             if holders:
                 number = max(holders)
                 self._entries.move_to_end(number)
-                return self._entries[number].cache, count * PAGE
+                return self._entries[number].row, count * PAGE
         return None
 
-    def keep(self, owner: str, tokens: Sequence[int], cache: KVCache, lora: LoraScales = ()) -> None:
-        """Keeps the state of a single row that has read `tokens` as one prompt; nobody may donate it afterwards."""
+    def keep(self, owner: str, tokens: Sequence[int], row: Sequences, lora: LoraScales = ()) -> None:
+        """Keeps a row as `ModelRunner.prefix_row` makes it, which has read `tokens` as one prompt."""
         names = tuple(_names(owner, tokens, lora))
-        cache = without_kept(cache, queries=True)
-        size = held_bytes(Sequences(cache, None))
+        size = held_bytes(row)
         if not names or size > self.budget or names[-1] in self._holders:
             return
         for name in names[:-1]:  # a prompt that this one begins with is no longer needed
@@ -82,7 +79,7 @@ class PrefixCache:
         while self._size + size > self.budget:
             self._drop(next(iter(self._entries)))
         number = next(self._number)
-        self._entries[number] = _Entry(cache, names, size)
+        self._entries[number] = _Entry(row, names, size)
         self._size += size
         for name in names:
             self._holders.setdefault(name, set()).add(number)

@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from atlas_jax.config import PAGE
 from atlas_jax.engine.api import InvalidRequest
 from atlas_jax.engine.runner.base import ModelRunner
-from atlas_jax.engine.runner.decode_state import Sequences
 from atlas_jax.engine.runner.step_inputs import MemoryWrite
 from atlas_jax.engine.scheduler.memory_account import MemoryAccount
 from atlas_jax.engine.scheduler.prefix_cache import PrefixCache
@@ -70,10 +69,10 @@ def start_plain(runner: ModelRunner, prefixes: PrefixCache, req: RequestState) -
     known = prefixes.find(req.request.owner, prompt[:-1], req.lora) if req.reuses else None
     if known is None:
         return Start(Cursor(), PrefillProgress(runner.new_row(1, req.lora), prompt))
-    cache, position = known
+    saved, position = known
     cursor = Cursor(position=position, page=position // PAGE - 1)
     plan = cursor.plan
-    row = runner.resume_row(Sequences(cache, None), plan.ring(position + 1), position, plan.slot(cursor.page))
+    row = runner.resume_row(saved, plan.ring(position + 1), position, plan.slot(cursor.page))
     return Start(cursor, PrefillProgress(row, prompt[position:], cached=position))
 
 

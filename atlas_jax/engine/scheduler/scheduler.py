@@ -275,8 +275,8 @@ class Scheduler:
             self._end(Ended(req, "length"))
         else:
             if req.reuses and req.prefill.row is not None:
-                read = request.prompt[: req.cursor.position]
-                self._prefixes.keep(request.owner, read, req.prefill.row.cache, req.lora)
+                read, prefix = request.prompt[: req.cursor.position], self._runner.prefix_row(req.prefill.row)
+                self._prefixes.keep(request.owner, read, prefix, req.lora)
             alone = len(self._prefilling) <= 1 and not len(self._admission)  # the one prompt is its own
             self._resize(self._batch.grown_size(req, alone=alone))
             self._batch.add(req)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import Any
 
 import litellm
 import pydantic
@@ -25,8 +25,8 @@ WEATHER = {
 
 
 class River(pydantic.BaseModel):
-    name: Annotated[str, pydantic.Field(max_length=40)]  # a small model goes on for ever where it may
-    length_km: Annotated[int, pydantic.Field(ge=0, le=99_999)]
+    name: str  # the Anthropic client says no bounds
+    length_km: int
 
 
 def to(provider: str, url: str) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def test_the_exported_step_draws_what_the_live_one_does(parts: tuple[StepConfig,
             assert np.array_equal(packed.integers, live.integers)
             assert np.array_equal(decode_state.text, runner.decode_state.text)
             # one program sums floats in another order than several
-            np.testing.assert_allclose(packed.numbers, live.numbers, atol=2e-3)
+            np.testing.assert_allclose(packed.floats, live.floats, atol=2e-3)
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])

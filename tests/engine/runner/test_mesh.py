@@ -8,10 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec
 
+from atlas_jax import sharding
 from atlas_jax.config import ConfigError
+from atlas_jax.engine.runner.step import StepOutput
 from atlas_jax.gguf import GGUFFile
+from atlas_jax.kernels.kv_pages import init_kept_pairs
 from atlas_jax.model.loading import model_config
 from atlas_jax.sharding import check_mesh
 from tests import tiny_model
@@ -37,6 +43,27 @@ def test_no_cache_weight_or_memory_moves_between_devices(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_heads_that_have_a_score_without_a_value_are_divided_with_it(tmp_path: Path) -> None:
     assert "gpt-oss" in run("scores", str(tmp_path), "gpt-oss")
+
+
+def test_all_of_a_kept_pair_lies_on_the_device_of_its_head() -> None:
+    """In few bits it is several arrays, and none of them has the name of anything else."""
+    pairs = init_kept_pairs(2, 3, 4, 64, "int8")
+    for spec in jax.tree.leaves(of_rows(pairs), is_leaf=is_spec):
+        assert tuple(spec)[:3] == ("data", None, "model")
+
+
+def test_every_process_has_all_that_a_host_reads_of_a_step() -> None:
+    output = StepOutput(*(jax.ShapeDtypeStruct((2, 1, 4), kind) for kind in (jnp.int32, jnp.float32)))
+    for spec in jax.tree.leaves(of_rows(output), is_leaf=is_spec):
+        assert not any(spec)
+
+
+def of_rows(tree: Any) -> Any:
+    return sharding._specs({"data": 2, "model": 2}, tree, sharding._ROWS, ("data",))
+
+
+def is_spec(value: Any) -> bool:
+    return isinstance(value, PartitionSpec)
 
 
 def run(*arguments: str) -> str:

@@ -59,7 +59,7 @@ def test_a_row_is_what_it_would_be_alone(kernels: bool, tmp_path: Path) -> None:
         wanted = np.zeros(size, np.int32)
         wanted[place] = 1
         told = [runner.decode(wanted) for _ in range(STEPS)]
-        assert np.asarray(told[-1].numbers)[place, 0, 1] > 0, "the memory is read"
+        assert np.asarray(told[-1].floats)[place, 0, 1] > 0, "the memory is read"
         runner.start_page_in_batch(place, plan.next_page(4), write)
         return [np.asarray(leaf)[place, 0] for leaf in jax.tree.leaves(told)] + [
             np.asarray(leaf)[place] for leaf in jax.tree.leaves(runner.sequences)

@@ -1,0 +1,1 @@
+"""One check of everything that a GPU or TPU may change: numbers, kernels, speed. See `__main__`."""
