@@ -77,7 +77,9 @@ FAILURES: dict[str, Callable[[Calibration], Calibration]] = {
 }
 
 
-@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize(
+    "failure", ["no finite gate", *(pytest.param(one, marks=pytest.mark.slow) for one in list(FAILURES)[1:])]
+)
 def test_a_model_that_cannot_be_fitted_is_served_without_memory(
     failure: str, opened: Callable[..., Any], fitting: Any, own: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -60,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("kept")
 
 
-@pytest.mark.parametrize("update", [1, 2])
+@pytest.mark.parametrize("update", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(("shape", "window"), [(tiny_model.LLAMA, 1), (tiny_model.GEMMA, 2)], ids=["llama", "gemma3"])
 def test_pairs_that_are_all_kept_are_full_attention(
     folder: Path, shape: tiny_model.Shape, window: int, update: int

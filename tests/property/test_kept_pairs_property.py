@@ -57,7 +57,7 @@ def page(random: np.random.Generator, dim: int) -> QuantPages:
 
 
 @pytest.mark.parametrize("kernels", [KernelChoice(cpu=False), DEFAULT_KERNELS])
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seeds, st.integers(1, 3), st.sampled_from([64, 80]), st.data())
 def test_the_highest_scores_stay(kernels: KernelChoice, seed: int, pages: int, dim: int, data: st.DataObject) -> None:
     random = np.random.default_rng(seed)

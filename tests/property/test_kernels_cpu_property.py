@@ -459,7 +459,7 @@ def post_summed_product(
 
 
 @needs_kernels
-@settings(deadline=None, max_examples=6)
+@settings(deadline=None, max_examples=4)
 @given(
     seed=seeds,
     rows=st.sampled_from([1, 2, 5, 16, 130]),

@@ -213,7 +213,7 @@ def softmax_of(step: Step, null_logit: np.ndarray | None = None, *, pairs: bool 
 
 
 @pytest.mark.parametrize("form", FORMS)
-@settings(deadline=None, max_examples=4)
+@settings(deadline=None, max_examples=2)
 @given(seed=seeds, shape=shapes, pairs=st.booleans(), size=st.sampled_from([1.0, 30.0]))
 def test_a_score_without_a_value_takes_its_share_of_the_softmax(
     form: Form, seed: int, shape: Shape, pairs: bool, size: float

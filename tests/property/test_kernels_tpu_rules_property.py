@@ -86,6 +86,7 @@ def test_the_omega_rule_where_they_are_called(momentum: bool, interpreted: None)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), mosaic, plain)
 
 
+@pytest.mark.slow
 def test_newton_schulz_where_they_are_called(interpreted: None) -> None:
     x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 6)), jnp.float32)
     for table in ("jordan", "polar_express"):

@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.patience import PATIENCE
 
 
+@pytest.mark.slow  # all rules on two devices, compiled anew
 def test_rules_divided_over_devices_are_those_on_one() -> None:
     """`shard_map` as it is by default, explicit axes of a mesh, `pmap`, and `jit` with heads on different devices."""
     command = [sys.executable, "-m", "tests.property.memory_devices"]

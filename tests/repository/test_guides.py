@@ -112,7 +112,11 @@ def test_the_guides_rule_passes_every_test_that_knows_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("right", "wrong"), [('objective="dot"', 'objective="l2"'), ("chunk=64", "chunk=64, retention='none'")]
+    ("right", "wrong"),
+    [
+        ('objective="dot"', 'objective="l2"'),
+        pytest.param("chunk=64", "chunk=64, retention='none'", marks=pytest.mark.slow),
+    ],
 )
 def test_the_guides_test_finds_a_rule_that_is_wrong(monkeypatch: pytest.MonkeyPatch, right: str, wrong: str) -> None:
     assert right in PRESET

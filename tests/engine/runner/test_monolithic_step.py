@@ -37,7 +37,8 @@ STEPS = 6
 
 @pytest.mark.skipif(not uses_cpu_kernel(1, SHAPE.head_dim, SINKS), reason="no native kernels")
 @pytest.mark.parametrize(
-    ("shape", "max_draft_rows"), [(SHAPE, 0), (SHAPE, 1), pytest.param(HYBRID, 0, marks=pytest.mark.slow)]
+    ("shape", "max_draft_rows"),
+    [pytest.param(SHAPE, 0, marks=pytest.mark.slow), (SHAPE, 1), pytest.param(HYBRID, 0, marks=pytest.mark.slow)],
 )
 def test_one_program_computes_what_the_stages_do(
     shape: tiny_model.Shape, max_draft_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -175,7 +175,15 @@ def outcome(grammars: Grammars, schema: dict[str, Any]) -> InvalidRequest | None
     return None
 
 
-@pytest.mark.parametrize("schema", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        pytest.param(
+            schema, id=name, marks=[pytest.mark.slow] if name in ("fewer remainders", "remainders together") else []
+        )
+        for name, schema in HOSTILE.items()
+    ],
+)
 def test_a_hostile_schema_is_compiled_or_refused_and_the_server_keeps_its_memory(
     grammars: Grammars, schema: dict[str, Any]
 ) -> None:

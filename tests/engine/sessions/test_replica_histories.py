@@ -227,7 +227,8 @@ def two(opened: Callable[..., Any]) -> Iterator[tuple[list[Engine], Bucket]]:
         yield engines, bucket
 
 
-@pytest.mark.parametrize("examples", [6, pytest.param(150, marks=pytest.mark.slow)])
+@pytest.mark.slow  # three engines to compile; test_replicas.py has its rules one by one
+@pytest.mark.parametrize("examples", [150])
 def test_every_history_is_that_of_one_engine(
     two: tuple[list[Engine], Bucket], engines: Callable[[str], Engine], examples: int
 ) -> None:

@@ -110,8 +110,7 @@ def crashed(folder: Path, to: Path) -> Path:
     ("dtype", "turns"),
     [
         ("int8", 3),
-        ("float32", 1),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("int8", 1), ("float32", 3))),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("int8", 1), ("float32", 1), ("float32", 3))),
     ],
 )
 def test_an_answered_turn_outlives_a_process_that_is_killed(
@@ -378,7 +377,7 @@ def test_a_save_point_stays_what_it_was(opened: Callable[..., Any], tmp_path: Pa
 
 @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(order=st.lists(st.integers(0, 3), min_size=6, max_size=10), strategy=st.sampled_from(["lru", "lfu", "adaptive"]))
-@pytest.mark.parametrize("tier", ["host", "disk"])
+@pytest.mark.parametrize("tier", [pytest.param("host", marks=pytest.mark.slow), "disk"])
 def test_moving_between_tiers_is_not_noticed(
     crowded: dict[str, Engine], engine: Engine, tier: str, order: list[int], strategy: str
 ) -> None:
