@@ -77,7 +77,7 @@ class ChannelReader:
             self._decide()
         elif self._state == self._text:
             self._give(rest)
-        elif not rest.lstrip().startswith("<"):  # a text that began as a header does
+        elif not rest.lstrip().startswith("<|"):  # a text that began as a header does
             self._begin_text(Content)
             self._give(rest if rest.strip() else "")
         return self._drain()

@@ -120,6 +120,7 @@ def test_a_signal_while_the_model_loads(launch: Launch, number: int, expected: i
     assert seconds < STOP_SECONDS
 
 
+@pytest.mark.slow
 def test_without_a_memory_the_model_answers(launch: Launch) -> None:
     plain = launch("--no-atlas")
     answer = plain.chat("Hello")

@@ -96,6 +96,7 @@ def test_a_model_that_cannot_be_fitted_is_served_without_memory(
     assert not list((own / "adapters").glob("*.safetensors"))
 
 
+@pytest.mark.slow
 def test_what_could_not_be_fitted_is_tried_again_and_what_could_is_kept(
     opened: Callable[..., Any], fitting: Any, own: Path
 ) -> None:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 from haystack.components.agents import Agent
 from haystack.components.embedders import OpenAIDocumentEmbedder, OpenAITextEmbedder

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import openai
 import pydantic
@@ -24,8 +24,8 @@ client = Client("langchain")
 class River(pydantic.BaseModel):
     """A river."""
 
-    name: Annotated[str, pydantic.Field(max_length=40)]  # a small model goes on for ever where it may
-    length_km: Annotated[int, pydantic.Field(ge=0, le=99_999)]
+    name: str = pydantic.Field(max_length=40)  # a small model goes on for ever where it may
+    length_km: int = pydantic.Field(ge=0, le=99_999)
 
 
 @tool

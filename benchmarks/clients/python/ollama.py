@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import ollama
 import pydantic
@@ -17,8 +17,8 @@ MODEL = "llama3.2"
 
 
 class River(pydantic.BaseModel):
-    name: Annotated[str, pydantic.Field(max_length=40)]  # a small model goes on for ever where it may
-    length_km: Annotated[int, pydantic.Field(ge=0, le=99_999)]
+    name: str = pydantic.Field(max_length=40)  # a small model goes on for ever where it may
+    length_km: int = pydantic.Field(ge=0, le=99_999)
 
 
 def at(url: str) -> ollama.Client:

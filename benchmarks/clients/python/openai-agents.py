@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 from agents import Agent, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner, function_tool, set_tracing_disabled
@@ -18,8 +18,8 @@ set_tracing_disabled(True)
 
 
 class River(pydantic.BaseModel):
-    name: Annotated[str, pydantic.Field(max_length=40)]  # a small model goes on for ever where it may
-    length_km: Annotated[int, pydantic.Field(ge=0, le=99_999)]
+    name: str = pydantic.Field(max_length=40)  # a small model goes on for ever where it may
+    length_km: int = pydantic.Field(ge=0, le=99_999)
 
 
 @function_tool

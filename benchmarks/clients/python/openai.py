@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Annotated, Any
+from typing import Any
 
 import openai
 import pydantic
@@ -28,8 +28,8 @@ FLAT: Any = {"type": "function", **WEATHER["function"], "strict": False}
 
 
 class River(pydantic.BaseModel):
-    name: Annotated[str, pydantic.Field(max_length=40)]  # a small model goes on for ever where it may
-    length_km: Annotated[int, pydantic.Field(ge=0, le=99_999)]
+    name: str = pydantic.Field(max_length=40)  # a small model goes on for ever where it may
+    length_km: int = pydantic.Field(ge=0, le=99_999)
 
 
 def at(url: str) -> openai.OpenAI:

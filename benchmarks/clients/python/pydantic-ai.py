@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import pydantic
 from pydantic_ai import Agent, ModelHTTPError, NativeOutput, RunContext
@@ -22,8 +22,8 @@ client = Client("pydantic-ai-slim")
 class River(pydantic.BaseModel):
     """A river."""
 
-    name: Annotated[str, pydantic.Field(max_length=40)]  # a small model goes on for ever where it may
-    length_km: Annotated[int, pydantic.Field(ge=0, le=99_999)]
+    name: str = pydantic.Field(max_length=40)  # a small model goes on for ever where it may
+    length_km: int = pydantic.Field(ge=0, le=99_999)
 
 
 def chat_model(url: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from atlas_jax.engine.api import TemplateFacts
@@ -107,6 +107,7 @@ def test_an_answer_cut_anywhere_is_read_the_same(answer: str, places: list[int],
     assert all(name in NAMES for name, _ in whole.calls)
 
 
+@example("<")
 @given(st.text().filter(lambda text: text.strip() and "<|" not in text))
 @settings(max_examples=100, deadline=None)
 def test_a_text_without_channels_is_content(text: str) -> None:
