@@ -1,6 +1,6 @@
 """A million sessions on many replicas: what affinity is worth, and what the object store has to bear.
 
-    python -m benchmarks.scale [--sessions 1000000] [--replicas 2 16 100] [--load 0.6] [--output docs/benchmarks/scale.md]
+    python -m benchmarks.scale [--sessions 1000000] [--replicas 2 16 100] [--load 0.4] [--output docs/benchmarks/scale.md]
 
 Every figure that `Costs` and `Habits` have is a flag.
 """
@@ -53,8 +53,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sessions", type=int, default=1_000_000)
     parser.add_argument("--replicas", type=int, nargs="+", default=[2, 16, 100])
-    parser.add_argument("--load", type=float, default=0.6, help="of what replicas can answer")
-    parser.add_argument("--turns", type=int, default=4000, help="answered per replica")
+    parser.add_argument("--load", type=float, default=0.4, help="of what replicas can answer")
+    parser.add_argument("--turns", type=int, default=2000, help="answered per replica")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, help="replace the table of this file")
     for one in (*fields(Costs), *fields(Habits)):
@@ -75,7 +75,7 @@ def main() -> None:
             print(lines[-1], flush=True)
     if args.output is not None:
         before = args.output.read_text("utf-8") if args.output.exists() else ""
-        args.output.write_text(before.partition("| replicas |")[0] + "\n".join(lines) + "\n", "utf-8")
+        args.output.write_text(before.rpartition("| replicas |")[0] + "\n".join(lines) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
